@@ -1,0 +1,54 @@
+"""Grafts sight onto a language model that is never edited.
+
+The names below are loaded when first used, so that `import mmgraft` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mmgraft.errors import MMGraftError, UsageError
+    from mmgraft.grafts.iaa.config import IAAConfig
+    from mmgraft.grafts.llava.config import LlavaConfig
+    from mmgraft.grafts.wings.config import WingsConfig
+    from mmgraft.model.modeling import GraftedModel
+
+    load = GraftedModel.from_pretrained
+
+_HOMES = {
+    "GraftedModel": "mmgraft.model.modeling",
+    "IAAConfig": "mmgraft.grafts.iaa.config",
+    "LlavaConfig": "mmgraft.grafts.llava.config",
+    "MMGraftError": "mmgraft.errors",
+    "UsageError": "mmgraft.errors",
+    "WingsConfig": "mmgraft.grafts.wings.config",
+}
+
+__all__ = [
+    "GraftedModel",
+    "IAAConfig",
+    "LlavaConfig",
+    "MMGraftError",
+    "UsageError",
+    "WingsConfig",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        return import_module("mmgraft.model.modeling").GraftedModel.from_pretrained
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,44 @@
+"""Errors that a user can act on.
+
+Every message says what went wrong and what to do next. The command line shows the message alone,
+without a traceback, and exits with the error's `exit_code`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MMGraftError(Exception):
+    """Something failed that was asked for correctly: a full disk, a dead network, a killed save."""
+
+    exit_code = 1
+
+
+class UsageError(MMGraftError):
+    """Something was asked for that cannot be right. The message always says what to do next."""
+
+    exit_code = 2
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` was most likely meant to be, or None when nothing is close.
+
+    Case is ignored; a known word that begins with `word` counts as close, however long it is.
+    """
+    by_lower = {name.lower(): name for name in known}
+    lower = word.lower()
+    close = difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.6)
+    if not close and len(lower) >= 2:
+        close = sorted((name for name in by_lower if name.startswith(lower)), key=len)
+    return by_lower[close[0]] if close else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The tail of a message about an unknown word: the nearest known one, else all of them."""
+    names = list(known)
+    guess = nearest(word, names)
+    if guess is not None:
+        return f"did you mean {guess!r}?"
+    return f"known: {', '.join(names)}" if names else "none is known"

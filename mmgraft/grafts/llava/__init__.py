@@ -1,0 +1,1 @@
+"""LLaVA: the projector alone, base frozen or trained: the baseline (arXiv 2304.08485)."""

@@ -1,0 +1,118 @@
+"""The one pydantic base class: unknown keys are refused, and a refusal reads like a sentence."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from typing_extensions import Self
+
+from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.layers import check_layers
+
+
+def _layer_choice(value: Any) -> list[int] | str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if isinstance(value, tuple):
+        value = list(value)
+    if not isinstance(value, list | str):
+        raise ValueError("layers are a list of numbers or text such as '0-31:5', 'last:8', 'all'")
+    try:
+        check_layers(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+LayerChoice = Annotated[list[int] | str, BeforeValidator(_layer_choice)]
+"""Layers as a config names them: checked in form here, against the base by `parse_layers`."""
+
+
+class StrictModel(BaseModel):
+    """A config that refuses unknown keys and checks assignments as it checks construction."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    @classmethod
+    def parse(cls, data: Any, what: str) -> Self:
+        """Check `data` (plain dicts and lists) and build the config.
+
+        Args:
+            data: what a YAML or JSON file or a command line gave.
+            what: its name in the message: "recipe iaa.yaml", "graft_config.json".
+
+        Raises:
+            UsageError: with one line for every wrong key or value, and the nearest right key.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UsageError(describe(error, cls, what)) from error
+
+
+def describe(error: ValidationError, model: type[BaseModel], what: str) -> str:
+    """Pydantic's report in words: one line a problem, unknown keys with the nearest right one."""
+    lines: list[str] = []
+    for item in error.errors(include_url=False, include_context=True):
+        line = _describe_item(item["type"], item["msg"], item["loc"], item["input"], model)
+        if line not in lines:
+            lines.append(line)
+    if len(lines) == 1:
+        return f"{what}: {lines[0]}"
+    return f"{what} has {len(lines)} problems:\n" + "\n".join(f"  - {line}" for line in lines)
+
+
+def _describe_item(
+    kind: str, message: str, loc: tuple[int | str, ...], value: Any, model: type[BaseModel]
+) -> str:
+    where = _dotted(loc)
+    if kind == "extra_forbidden":
+        known = _fields_at(model, loc[:-1])
+        hint = did_you_mean(str(loc[-1]), known) if known else "remove it"
+        return f"unknown key {where!r}; {hint}"
+    if kind == "missing":
+        return f"{where!r} is missing; add it"
+    text = message.removeprefix("Value error, ")
+    if not where:
+        return text
+    shown = repr(value)
+    if shown in text:
+        return f"{where!r}: {text}"
+    return f"{where!r}: {text} (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.lstrip(".")
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Keys that the nested model at `loc` knows; empty when `loc` leads to no single model."""
+    current: Any = model
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        models = [one for one in _models_in(current) if part in one.model_fields]
+        if models:
+            current = models[0].model_fields[part].annotation
+        # A name that is no field is the tag that pydantic adds for one member of a union.
+        else:
+            named = [one for one in _models_in(current) if part in (one.__name__, _tag(one))]
+            current = named[0] if named else current
+    return [
+        info.alias or name for one in _models_in(current) for name, info in one.model_fields.items()
+    ]
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("method")
+    return field.default if field is not None and isinstance(field.default, str) else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]

@@ -1,0 +1,69 @@
+"""Settings of every test: no hub, one thread a worker, and the golden data."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("NO_COLOR", "1")  # help texts and tables are compared as plain text
+
+for folder in (HERE, HERE / "support"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+class _RefuseDeprecated(logging.Handler):
+    """Fails the test in which transformers logs that something it was asked for is deprecated."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message.lower():
+            raise AssertionError(f"transformers calls this use deprecated: {message}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Watch transformers' log, which is where most of its deprecations are announced."""
+    logging.getLogger("transformers").addHandler(_RefuseDeprecated())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; torch is imported only if such a test is there."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in needing:
+        item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of logits that the published implementations produced.
+
+    MMGRAFT_GOLDEN names it. Without it parity tests are skipped, or fail if
+    MMGRAFT_REQUIRE_GOLDEN=1.
+    """
+    named = os.environ.get("MMGRAFT_GOLDEN")
+    if not named:
+        if os.environ.get("MMGRAFT_REQUIRE_GOLDEN") == "1":
+            pytest.fail("MMGRAFT_REQUIRE_GOLDEN=1 but MMGRAFT_GOLDEN is not set")
+        pytest.skip("MMGRAFT_GOLDEN is not set")
+    folder = Path(named).resolve()
+    if not (folder / "iaa").is_dir() or not (folder / "wings").is_dir():
+        pytest.fail(f"MMGRAFT_GOLDEN={folder} has no folders iaa and wings")
+    return folder
