@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from reference.golden import GoldenCase, golden_case, row_lengths, sample_ids
 from reference.iaa import IAAOutput, published_iaa
 from reference.wings_official import WingsOutput, published_wings
-from torch import Tensor
 
 TOLERANCE = 1e-5
 IAA_SAMPLES = sample_ids("iaa")

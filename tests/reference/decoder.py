@@ -44,7 +44,7 @@ def rotate(x: Tensor, positions: Tensor, theta: float | None) -> Tensor:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(s, n·d) -> (n, s, d)."""
-    return x.view(x.shape[0], heads, -1).transpose(0, 1)
+    return x.view(x.shape[0], heads, x.shape[1] // heads).transpose(0, 1)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def causal_mask(length: int, real: int | None = None) -> Tensor:
-    """(length, length) booleans, `[query, key]` true where seen; keys from `real` on are padding."""
+    """(length, length) booleans, `[query, key]` true where seen; keys from `real` on are not."""
     index = torch.arange(length)
     seen = index[None, :] <= index[:, None]
     return seen if real is None else seen & (index[None, :] < real)

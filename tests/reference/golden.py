@@ -36,8 +36,10 @@ class GoldenCase:
 
 
 def golden_root() -> Path | None:
-    """The folder that `MMGRAFT_GOLDEN` names, or None where it is not set."""
+    """The folder that `MMGRAFT_GOLDEN` names, or None where it is not set and not insisted on."""
     named = os.environ.get("MMGRAFT_GOLDEN")
+    if not named and os.environ.get("MMGRAFT_REQUIRE_GOLDEN") == "1":
+        raise FileNotFoundError("MMGRAFT_REQUIRE_GOLDEN=1, but MMGRAFT_GOLDEN is not set")
     if not named:
         return None
     if not Path(named).is_dir():
@@ -87,4 +89,6 @@ def row_lengths(sample: dict[str, Tensor], image_length: int) -> list[int]:
     real = sample.get("attention_mask")
     lengths = [ids.shape[1]] * ids.shape[0] if real is None else real.sum(1).tolist()
     images = (ids == IMAGE_ID).sum(1).tolist()
-    return [length + count * (image_length - 1) for length, count in zip(lengths, images, strict=True)]
+    return [
+        length + count * (image_length - 1) for length, count in zip(lengths, images, strict=True)
+    ]

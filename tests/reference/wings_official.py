@@ -144,7 +144,8 @@ def published_wings(
             for r in range(rows)
         ]
     text_keys = [
-        LearnerKeys(embeddings[r, keys], torch.tensor(keys)) for r, keys in enumerate(key_lists)
+        LearnerKeys(embeddings[r, keys], torch.tensor(keys, dtype=torch.long))
+        for r, keys in enumerate(key_lists)
     ]
 
     # 4. the layers
@@ -181,8 +182,10 @@ def published_wings(
                 gate = 1 if fillers is None else int(fillers[r] != 0)
                 hidden = hidden + share[:, :1] * image * gate + share[:, 1:] * text
                 hidden = hidden + share[:, :1] * image + share[:, 1:] * text  # and again
-            elif image is not None or text is not None:
-                hidden = hidden + (image if image is not None else text)
+            elif image is not None:
+                hidden = hidden + image
+            elif text is not None:
+                hidden = hidden + text
             normed = rms_norm(hidden, state[f"{prefix}.post_attention_layernorm.weight"], eps)
             results.append(hidden + mlp(state, f"{prefix}.mlp", normed))
         states.append(torch.stack(results))

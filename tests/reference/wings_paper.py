@@ -13,7 +13,7 @@ TEXT, IMAGE = 0, 1
 
 @dataclass(frozen=True)
 class LearnerWeights:
-    """A learner's four low-rank matrices: `*_down` (r, h) and `*_up` (h, r), as nn.Linear has them."""
+    """A learner's low-rank matrices, as nn.Linear has them: `*_down` (r, h) and `*_up` (h, r)."""
 
     query_down: Tensor
     query_up: Tensor

@@ -1,0 +1,265 @@
+"""The published code's learners, as the product computes them, against the slow reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmgraft.errors import UsageError
+from mmgraft.grafts.wings.official import (
+    ROUTER_WIDTH,
+    OfficialLearners,
+    OfficialPlan,
+    plan_official,
+)
+from reference.decoder import causal_mask, mlp, rms_norm, self_attention
+from reference.golden import IMAGE_ID, GoldenCase, golden_case, golden_root
+from reference.wings_official import published_wings
+from reference.wings_paper import LearnerWeights, wings_layer_reference
+
+needs_golden = pytest.mark.skipif(golden_root() is None, reason="set MMGRAFT_GOLDEN")
+CASES = ["wings/qwen2_mha", "wings/qwen2_gqa_stage1", "wings/llama_gqa"]
+PATCHES, HIDDEN, HEADS = 16, 64, 4
+
+
+def learners_of(case: GoldenCase, layer: int) -> OfficialLearners:
+    stage_two = case.config["wings_router_type"] == "linear"
+    learners = OfficialLearners(
+        HIDDEN,
+        rank=case.config["lora_dim"],
+        heads=HEADS,
+        theta=case.config["rope_theta"],
+        learners=("visual", "textual") if stage_two else ("visual",),
+        router=stage_two,
+    )
+    state = {}
+    for name in learners.state_dict():
+        published = (
+            name.replace("visual.", "attn_pool.")
+            .replace("textual.", "attn_t_pool.")
+            .replace("router.", "reweight_module.linear.")
+            .replace(".down.", ".0.")
+            .replace(".up.", ".1.")
+        )
+        for part in ("query", "key", "value", "output"):
+            published = published.replace(f".{part}.", f".{part[0]}_proj.")
+        state[name] = case.state[f"model.layers.{layer}.{published}"]
+    learners.load_state_dict(state)
+    return learners
+
+
+def expand(case: GoldenCase, ids: Tensor, real: Tensor, features: Tensor | None):
+    """Embeddings (b, s, h), mask (b, s) and kinds (b, s) of a right-padded batch."""
+    embeddings, kinds = [], []
+    for r, row in enumerate(ids):
+        pieces, kind = [], []
+        for token in row[real[r].bool()].tolist():
+            if token == IMAGE_ID:
+                pieces.append(features[r])
+                kind += [1] * PATCHES
+            else:
+                pieces.append(case.state["model.embed_tokens.weight"][token][None])
+                kind.append(0)
+        embeddings.append(torch.cat(pieces))
+        kinds.append(torch.tensor(kind))
+    mask = [torch.ones(len(kind), dtype=torch.long) for kind in kinds]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(embeddings, True), pad(mask, True), pad(kinds, True)
+
+
+def product_hidden_states(
+    case: GoldenCase, ids: Tensor, real: Tensor, features: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A forward with the product's learners on an explicit base: (layers + 1, b, s, h) and mask."""
+    x, mask, kinds = expand(case, ids, real, features)
+    config, eps = case.config, case.config["rms_norm_eps"]
+    plan = plan_official(x, mask, kinds, features, config["system_prompt_length"])
+    states = [x]
+    for i in range(config["num_hidden_layers"]):
+        prefix, hidden, weights = f"model.layers.{i}", [], []
+        for r in range(x.shape[0]):
+            seen = causal_mask(x.shape[1], int(mask[r].sum()))
+            normed = rms_norm(x[r], case.state[f"{prefix}.input_layernorm.weight"], eps)
+            out = self_attention(case.state, f"{prefix}.self_attn", normed, config, seen)
+            hidden.append(x[r] + out[0])
+            weights.append(out[1])
+        hidden, weights = torch.stack(hidden), torch.stack(weights)
+        x = hidden + learners_of(case, i)(hidden, plan, attention=weights)
+        normed = rms_norm(x, case.state[f"{prefix}.post_attention_layernorm.weight"], eps)
+        x = x + mlp(case.state, f"{prefix}.mlp", normed)
+        states.append(x)
+    states[-1] = rms_norm(x, case.state["model.norm.weight"], eps)
+    return torch.stack(states), mask
+
+
+def check_against_reference(case: GoldenCase, ids: Tensor, real: Tensor, images: Tensor | None):
+    expected = published_wings(case.state, case.config, case.vision_config, ids, real, images)
+    got, mask = product_hidden_states(case, ids, real, expected.image_features)
+    difference = (got - expected.hidden_states).abs()[:, mask.bool()].max().item()
+    assert difference < 1e-5
+
+
+@needs_golden
+@pytest.mark.parametrize("case_name", CASES)
+def test_every_golden_batch(case_name: str) -> None:
+    case = golden_case(case_name)
+    for name, sample in case.samples.items():
+        if name.startswith("gen_"):
+            continue
+        ids = sample["input_ids"]
+        real = sample.get("attention_mask", torch.ones_like(ids))
+        images = sample.get("pixel_values")
+        expected = published_wings(case.state, case.config, case.vision_config, ids, real, images)
+        got, mask = product_hidden_states(case, ids, real, expected.image_features)
+        logits = got[-1] @ case.state["lm_head.weight"].T
+        difference = (logits - sample["logits"]).abs()[mask.bool()].max().item()
+        assert difference < 1e-5, f"{name} differs by {difference:.2e}"
+
+
+def row(length: int, image_at: int | None, total: int, seed: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(3, 500, (total,), generator=torch.Generator().manual_seed(seed))
+    if image_at is not None:
+        ids[image_at] = IMAGE_ID
+    return ids, (torch.arange(total) < length).long()
+
+
+@needs_golden
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([(20, 5)], id="image within the system prompt"),
+        pytest.param([(18, 17)], id="no text after the system prompt"),
+        pytest.param([(30, 20), (24, 0)], id="image first beside image in the middle"),
+        pytest.param([(30, 20), (12, None), (22, 21)], id="three rows of three kinds"),
+    ],
+)
+def test_batches_that_the_golden_data_lack(rows: list[tuple[int, int | None]]) -> None:
+    case = golden_case("wings/llama_gqa")
+    total = max(length for length, _ in rows)
+    made = [row(length, at, total, seed) for seed, (length, at) in enumerate(rows)]
+    ids, real = (torch.stack(each) for each in zip(*made, strict=True))
+    images = torch.randn(len(rows), 3, 28, 28, generator=torch.Generator().manual_seed(9))
+    check_against_reference(case, ids, real, images)
+
+
+def random_learners(seed: int = 0, **settings) -> OfficialLearners:
+    torch.manual_seed(seed)
+    learners = OfficialLearners(16, rank=4, heads=4, theta=10000.0, **settings)
+    for parameter in learners.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return learners
+
+
+def small_batch(length: int = 12, image_at: int = 4, patches: int = 3):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(1, length, 16, generator=generator)
+    initial = torch.randn(1, length, 16, generator=generator)
+    kinds = torch.zeros(1, length, dtype=torch.long)
+    kinds[:, image_at : image_at + patches] = 1
+    scores = torch.randn(1, 4, length, length, generator=generator)
+    attention = scores.masked_fill(~causal_mask(length), -torch.inf).softmax(-1)
+    return hidden, initial, kinds, attention
+
+
+def test_router_scores_stand_in_for_attention() -> None:
+    learners = random_learners()
+    hidden, initial, kinds, attention = small_batch()
+    plan = plan_official(initial, None, kinds, None, system_length=2)
+    weighted = learners(hidden, plan, attention=attention)
+    scores = torch.einsum("bnqk,ck->bqc", attention, learners.router.weight[:, :12])
+    torch.testing.assert_close(learners(hidden, plan, router_scores=scores), weighted)
+    with pytest.raises(UsageError, match="eager"):
+        learners(hidden, plan)
+
+
+def test_a_new_one_adds_exactly_zero() -> None:
+    learners = OfficialLearners(16, rank=4, heads=4, theta=10000.0)
+    hidden, initial, kinds, attention = small_batch()
+    plan = plan_official(initial, None, kinds, None, system_length=2)
+    assert not learners(hidden, plan, attention=attention).any()
+
+
+def test_no_image_and_no_textual_learner_adds_nothing() -> None:
+    learners = random_learners(learners=("visual",), router=False)
+    hidden, initial, _, _ = small_batch()
+    plan = plan_official(initial, None, None, None, system_length=2)
+    assert plan.image_features is None
+    assert not learners(hidden, plan).any()
+
+
+def paper_addition(learners: OfficialLearners, hidden, initial, kinds, attention) -> Tensor:
+    def weights(name: str) -> LearnerWeights:
+        learner = getattr(learners, name)
+        return LearnerWeights(
+            **{
+                f"{part}_{way}": getattr(getattr(learner, part), way).weight.detach()
+                for part in ("query", "key", "value", "output")
+                for way in ("down", "up")
+            }
+        )
+
+    router = learners.router.weight.detach()
+    return wings_layer_reference(
+        hidden[0], initial[0], kinds[0], torch.arange(hidden.shape[1]), attention[0],
+        weights("visual"), weights("textual"), router, heads=4, theta=10000.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", [5, 10], ids=["image token", "text after the image"])
+def test_later_tokens_leak_here_and_not_in_the_paper_form(changed: int) -> None:
+    learners = random_learners()
+    hidden, initial, kinds, attention = small_batch()
+    other = initial.clone()
+    other[:, changed] += 1.0
+
+    def official(features: Tensor) -> Tensor:
+        plan = plan_official(features, None, kinds, None, system_length=2)
+        return learners(hidden, plan, attention=attention)[0].detach()
+
+    def paper(features: Tensor) -> Tensor:
+        return paper_addition(learners, hidden, features, kinds, attention)
+
+    assert (official(initial) - official(other))[:changed].abs().max() > 1e-3
+    assert torch.equal(paper(initial)[:changed], paper(other)[:changed])
+    assert not torch.equal(paper(initial)[changed:], paper(other)[changed:])
+
+
+def test_half_precision_stays_finite_and_close() -> None:
+    learners = random_learners()
+    hidden, initial, kinds, attention = small_batch()
+    plan = plan_official(initial, None, kinds, None, system_length=2)
+    exact = learners(hidden, plan, attention=attention)
+    halved = replace(
+        plan,
+        image_features=plan.image_features.bfloat16(),
+        text_features=plan.text_features.bfloat16(),
+        image_gate=plan.image_gate.bfloat16(),
+    )
+    rough = learners.bfloat16()(hidden.bfloat16(), halved, attention=attention.bfloat16())
+    assert rough.dtype == torch.bfloat16
+    assert (rough - exact).norm() < 0.05 * exact.norm()
+
+
+def plan_of(kinds: list[list[int]], mask: list[list[int]] | None = None, **more) -> OfficialPlan:
+    kind = torch.tensor(kinds)
+    initial = torch.zeros(*kind.shape, 16)
+    real = None if mask is None else torch.tensor(mask)
+    return plan_official(initial, real, kind, more.get("features"), system_length=1)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    with pytest.raises(UsageError, match="right-padded"):
+        plan_of([[0, 0, 1, 0]], [[0, 1, 1, 1]])
+    with pytest.raises(UsageError, match="one image a row"):
+        plan_of([[0, 1, 0, 1]])
+    with pytest.raises(UsageError, match="some rows have an image"):
+        plan_of([[0, 1, 1, 0], [0, 0, 0, 0]])
+    with pytest.raises(UsageError, match="by itself"):
+        plan_of([[0, 1, 1, 1], [0, 0, 0, 0]], features=torch.zeros(2, 3, 16))
+    with pytest.raises(UsageError, match=str(ROUTER_WIDTH)):
+        plan_official(torch.zeros(1, ROUTER_WIDTH + 1, 2), None, None, None, 0)
+    with pytest.raises(UsageError, match="does not divide"):
+        OfficialLearners(10, rank=2, heads=4, theta=1e4)
+    with pytest.raises(UsageError, match="router"):
+        OfficialLearners(16, rank=2, heads=4, theta=1e4, router=False)
