@@ -1,0 +1,37 @@
+"""`mmgraft methods`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from mmgraft.cli.options import JsonFlag
+
+
+def methods(json: JsonFlag = False) -> None:
+    """List the methods of grafting: the three built in, and those of installed packages."""
+    from mmgraft.cli.console import note, print_json, stdout, table
+    from mmgraft.grafts.registry import broken_methods
+    from mmgraft.grafts.registry import methods as usable_methods
+
+    usable, broken = usable_methods().values(), broken_methods()
+    if json:
+        rows = [
+            {
+                "name": method.name,
+                "title": method.title,
+                "paper": method.paper,
+                "from": method.origin,
+                "settings": method.config_class.model_json_schema()["properties"],
+            }
+            for method in usable
+        ]
+        print_json({"methods": rows, "broken": [asdict(one) for one in broken]})
+        return
+    stdout().print(
+        table(
+            ["method", "what it adds", "paper", "from"],
+            [[m.name, m.title, m.paper, m.origin] for m in usable],
+        )
+    )
+    for one in broken:
+        note(f"method {one.name!r} of the package {one.origin!r} cannot be used: {one.reason}")
