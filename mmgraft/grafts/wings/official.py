@@ -7,7 +7,7 @@ what it computes; how it departs from the paper is told in docs/methods.md.
 
 What all layers share is computed once for each forward as an `OfficialPlan`:
 
-    plan = plan_official(initial, attention_mask, kinds, image_features, system_length=14)
+    plan = plan_official(features, kinds, image_features, system_length=14)
     hidden = hidden + learners(hidden, plan, attention=weights)      # in every layer
 
 where `hidden` is the residual plus the attention's output, before the layer's second norm.
@@ -20,9 +20,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 
 from mmgraft.errors import UsageError
+from mmgraft.grafts.base import IMAGE, PADDING
+from mmgraft.grafts.wings.learners import Learner, Rotation
 
 ROUTER_WIDTH = 4096
 """Columns of the published router: a longer row has no weights."""
@@ -50,145 +52,81 @@ class OfficialPlan:
 
 
 def plan_official(
-    initial: Tensor,
-    attention_mask: Tensor | None,
-    kinds: Tensor | None,
+    features: Tensor,
+    kinds: Tensor,
     image_features: Tensor | None,
     system_length: int,
+    max_length: int | None = ROUTER_WIDTH,
 ) -> OfficialPlan:
     """Lay out the learners' keys for one right-padded batch.
 
     Args:
-        initial: (b, s, h) input embeddings with the projected image features in place.
-        attention_mask: (b, s) 1 for real positions, which come first in each row; None for all.
-        kinds: (b, s) 0 text, 1 image; at most one image a row. None for no image.
+        features: (b, s, h) input embeddings with the projected image features in place.
+        kinds: (b, s) PADDING, TEXT or IMAGE; at most one image a row.
         image_features: (b, p, h) projected features, one image for each row, a dummy one for a row
-            without an image. None takes them from `initial` when every row has an image, and
+            without an image. None takes them from `features` when every row has an image, and
             leaves the visual learner out when no row has one.
         system_length: tokens of the system prompt, which are no keys of the textual learner.
+        max_length: columns of the router; None where there is no router.
 
     Raises:
         UsageError: for left padding, for several images in a row, for a batch in which only some
             rows have an image and `image_features` is None, and for a row longer than the router.
     """
-    batch, length, _ = initial.shape
-    if length > ROUTER_WIDTH:
+    length = features.shape[1]
+    if max_length is not None and length > max_length:
         raise UsageError(
-            f"the row has {length} positions and the published Wings router {ROUTER_WIDTH} columns;"
-            f" shorten the prompt to {ROUTER_WIDTH} positions, image tokens counted"
+            f"the row has {length} positions and the published Wings router {max_length} columns; "
+            f"shorten the prompt to {max_length} positions, image tokens counted"
         )
-    if attention_mask is None:
-        attention_mask = torch.ones(initial.shape[:2], dtype=torch.long, device=initial.device)
-    real = attention_mask.bool()  # (b, s)
+    real = kinds != PADDING  # (b, s)
     if (real[:, 1:] & ~real[:, :-1]).any():
         raise UsageError(
             "Wings `variant: official` takes right-padded batches only; "
             'set padding_side="right", or run the rows one by one'
         )
-    initial = initial * real[..., None].to(initial.dtype)
-    starts, image_length = _image_starts(real, kinds)
+    features = features * real[..., None].to(features.dtype)
+    starts, image_length = _image_starts(kinds)
     if image_features is None and image_length:
-        image_features = _cut_images(initial, kinds, image_length)
+        image_features = _cut_images(features, kinds, image_length)
     image_positions = None
     if image_features is not None:
         image_length = image_features.shape[1]
         shown = min(image_length, length)
         image_features = image_features[:, :shown]
-        offsets = torch.arange(shown, device=initial.device)
-        image_positions = torch.tensor(starts, device=initial.device)[:, None] + offsets  # (b, p)
+        offsets = torch.arange(shown, device=features.device)
+        image_positions = torch.tensor(starts, device=features.device)[:, None] + offsets  # (b, p)
     positions, fillers = _text_keys(starts, length, image_length, system_length)
-    text_positions = torch.tensor(positions, dtype=torch.long, device=initial.device)  # (b, k)
+    text_positions = torch.tensor(positions, dtype=torch.long, device=features.device)  # (b, k)
     if image_features is not None and length < image_length:
-        gate = [0.0] * batch
+        gate = [0.0] * len(starts)
     else:
         gate = [1.0 if not any(fillers) or count else 0.0 for count in fillers]
+    index = text_positions[..., None].expand(-1, -1, features.shape[2])  # (b, k, h)
     return OfficialPlan(
         image_features=image_features,
         image_positions=image_positions,
-        text_features=initial.gather(1, text_positions[..., None].expand(-1, -1, initial.shape[2])),
+        text_features=features.gather(1, index),
         text_positions=text_positions,
         text_mask=_text_mask(real, text_positions.shape[1], fillers),
-        image_gate=initial.new_tensor(gate)[:, None, None],
+        image_gate=features.new_tensor(gate)[:, None, None],
     )
-
-
-class LowRank(nn.Module):
-    """`x W_a W_b` with W_a (h, r) Gaussian and W_b (r, h) zero at first: (..., h) -> (..., h)."""
-
-    def __init__(self, hidden_size: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(hidden_size, rank, bias=False)
-        self.up = nn.Linear(rank, hidden_size, bias=False)
-        nn.init.normal_(self.down.weight, std=rank**-0.5)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply both matrices."""
-        return self.up(self.down(x))
-
-
-class OfficialLearner(nn.Module):
-    """One learner: queries from the layer's state, keys and values from initial features.
-
-    With `q = x + LR_q(x)`, `k = f + LR_k(f)`, `v = f + LR_v(f)` the output is
-    `LR_o(softmax(rot(q) rot(k)^T / sqrt(d) + mask) v)`; full heads, also where the base groups its
-    keys, and rotary positions without the base's scaling.
-    """
-
-    def __init__(self, hidden_size: int, rank: int, heads: int, theta: float) -> None:
-        super().__init__()
-        self.heads, self.theta = heads, theta
-        self.query = LowRank(hidden_size, rank)
-        self.key = LowRank(hidden_size, rank)
-        self.value = LowRank(hidden_size, rank)
-        self.output = LowRank(hidden_size, rank)
-
-    def forward(
-        self, hidden: Tensor, features: Tensor, positions: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """The learner's output.
-
-        Args:
-            hidden: (b, s, h) the layer's state; queries stand at positions 0 .. s-1.
-            features: (b, k, h) initial features.
-            positions: (b, k) their positions.
-            mask: (b, 1, s, k) added to the scores, or None.
-
-        Returns:
-            (b, s, h)
-        """
-        index = torch.arange(hidden.shape[1], device=hidden.device)[None]  # (1, s)
-        query = self._rotate(self._heads(hidden + self.query(hidden)), index)  # (b, n, s, d)
-        key = self._rotate(self._heads(features + self.key(features)), positions)  # (b, n, k, d)
-        value = self._heads(features + self.value(features))
-        scores = (query @ key.transpose(2, 3)).float() * query.shape[-1] ** -0.5
-        if mask is not None:
-            scores = scores + mask  # (b, n, s, k)
-        mixed = scores.softmax(-1).to(value.dtype) @ value
-        return self.output(mixed.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        steps = torch.arange(half, dtype=torch.float32, device=x.device) / half
-        angle = positions.float()[:, None, :, None] * self.theta**-steps  # (b, 1, s, d/2)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class OfficialLearners(nn.Module):
     """The learners and the router of one layer.
 
+    Learners use full heads, also where the base groups its keys, and the base's rotary frequency
+    without its scaling.
+
     Args:
         hidden_size: h of the base.
         rank: r of the low-rank matrices.
         heads: the base's attention heads; d = h / heads.
-        theta: the base's rotary frequency; its scaling is not used.
+        theta: the base's rotary frequency.
         learners: which of `visual` and `textual` run.
         router: whether there is a router (stage 2); it is needed with both learners.
+        router_width: columns of the router.
 
     Raises:
         UsageError: when `heads` does not divide `hidden_size`, or two learners have no router.
@@ -202,6 +140,7 @@ class OfficialLearners(nn.Module):
         theta: float,
         learners: Sequence[str] = ("visual", "textual"),
         router: bool = True,
+        router_width: int = ROUTER_WIDTH,
     ) -> None:
         super().__init__()
         if hidden_size % heads:
@@ -211,13 +150,14 @@ class OfficialLearners(nn.Module):
             )
         if len(learners) == 2 and not router:
             raise UsageError("two Wings learners need a router; set `router: true`")
+        self.theta = theta
 
-        def learner(kind: str) -> OfficialLearner | None:
-            return OfficialLearner(hidden_size, rank, heads, theta) if kind in learners else None
+        def learner(kind: str) -> Learner | None:
+            return Learner(hidden_size, rank, heads) if kind in learners else None
 
         self.visual = learner("visual")
         self.textual = learner("textual")
-        self.router = nn.Linear(ROUTER_WIDTH, 2) if router else None
+        self.router = nn.Linear(router_width, 2) if router else None
         if self.router is not None:
             nn.init.zeros_(self.router.weight)
             nn.init.zeros_(self.router.bias)
@@ -254,9 +194,11 @@ class OfficialLearners(nn.Module):
         visual = textual = None
         if self.visual is not None and plan.image_features is not None:
             assert plan.image_positions is not None
-            visual = self.visual(hidden, plan.image_features, plan.image_positions, None)
+            visual = self._attend(self.visual, hidden, plan.image_features, plan.image_positions)
         if self.textual is not None:
-            textual = self.textual(hidden, plan.text_features, plan.text_positions, plan.text_mask)
+            textual = self._attend(
+                self.textual, hidden, plan.text_features, plan.text_positions, plan.text_mask
+            )
         if visual is None or textual is None:
             alone = visual if visual is not None else textual
             return torch.zeros_like(hidden) if alone is None else alone
@@ -268,17 +210,39 @@ class OfficialLearners(nn.Module):
                 )
             router_scores = self.router_scores(attention)
         assert self.router is not None
-        share = functional.silu(router_scores + self.router.bias.to(router_scores.dtype))
+        share = F.silu(router_scores + self.router.bias.to(router_scores.dtype))
         share = share.softmax(-1).to(hidden.dtype)  # (b, s, 2)
         visual, textual = share[..., :1] * visual, share[..., 1:] * textual
         return (1 + plan.image_gate) * visual + 2 * textual
 
+    def _attend(
+        self,
+        learner: Learner,
+        hidden: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """One learner's output, (b, s, h).
 
-def _image_starts(real: Tensor, kinds: Tensor | None) -> tuple[list[int], int]:
+        Queries are the layer's state at positions 0 .. s-1, keys and values the features (b, k, h)
+        at their positions (b, k); mask (b, 1, s, k) is added to the scores.
+        """
+        size = hidden.shape[-1] // learner.heads
+        index = torch.arange(hidden.shape[1], device=hidden.device)[None]  # (1, s)
+        query = learner.queries(hidden, Rotation(index, size, self.theta, torch.float32))
+        rotation = Rotation(positions, size, self.theta, torch.float32)
+        key, value = learner.keys_values(features, rotation)  # (b, n, k, d)
+        scores = (query @ key.transpose(2, 3)).float() * size**-0.5  # (b, n, s, k)
+        if mask is not None:
+            scores = scores + mask
+        mixed = scores.softmax(-1).to(value.dtype) @ value  # (b, n, s, d)
+        return learner.output(mixed.transpose(1, 2).flatten(2))
+
+
+def _image_starts(kinds: Tensor) -> tuple[list[int], int]:
     """Index of the image in each row, 0 for a row without; and an image's length, 0 for none."""
-    if kinds is None:
-        return [0] * real.shape[0], 0
-    image = (kinds == 1) & real  # (b, s)
+    image = kinds == IMAGE  # (b, s)
     counts = image.sum(1)
     starts = image.long().argmax(1)
     last = image.shape[1] - 1 - image.flip(1).long().argmax(1)
@@ -290,16 +254,15 @@ def _image_starts(real: Tensor, kinds: Tensor | None) -> tuple[list[int], int]:
     return starts.tolist(), int(counts.max())
 
 
-def _cut_images(initial: Tensor, kinds: Tensor | None, image_length: int) -> Tensor:
+def _cut_images(features: Tensor, kinds: Tensor, image_length: int) -> Tensor:
     """(b, p, h) the rows' image features, from the embeddings."""
-    assert kinds is not None
-    image = kinds == 1
+    image = kinds == IMAGE
     if not image.any(1).all():
         raise UsageError(
             "Wings `variant: official` takes no batch in which some rows have an image and some "
             "none; run them apart, or give the rows without one a dummy image"
         )
-    return initial[image].view(initial.shape[0], image_length, -1)
+    return features[image].view(features.shape[0], image_length, -1)
 
 
 def _text_keys(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mmgraft.errors import UsageError
+from mmgraft.grafts.base import IMAGE, PADDING, TEXT
 from mmgraft.grafts.wings.official import (
     ROUTER_WIDTH,
     OfficialLearners,
@@ -50,31 +51,31 @@ def learners_of(case: GoldenCase, layer: int) -> OfficialLearners:
 
 
 def expand(case: GoldenCase, ids: Tensor, real: Tensor, features: Tensor | None):
-    """Embeddings (b, s, h), mask (b, s) and kinds (b, s) of a right-padded batch."""
+    """Embeddings (b, s, h) and kinds (b, s) of a right-padded batch."""
     embeddings, kinds = [], []
     for r, row in enumerate(ids):
         pieces, kind = [], []
         for token in row[real[r].bool()].tolist():
             if token == IMAGE_ID:
                 pieces.append(features[r])
-                kind += [1] * PATCHES
+                kind += [IMAGE] * PATCHES
             else:
                 pieces.append(case.state["model.embed_tokens.weight"][token][None])
-                kind.append(0)
+                kind.append(TEXT)
         embeddings.append(torch.cat(pieces))
         kinds.append(torch.tensor(kind))
-    mask = [torch.ones(len(kind), dtype=torch.long) for kind in kinds]
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(embeddings, True), pad(mask, True), pad(kinds, True)
+    return pad(embeddings, True), pad(kinds, True, PADDING)
 
 
 def product_hidden_states(
     case: GoldenCase, ids: Tensor, real: Tensor, features: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A forward with the product's learners on an explicit base: (layers + 1, b, s, h) and mask."""
-    x, mask, kinds = expand(case, ids, real, features)
+    x, kinds = expand(case, ids, real, features)
+    mask = kinds != PADDING
     config, eps = case.config, case.config["rms_norm_eps"]
-    plan = plan_official(x, mask, kinds, features, config["system_prompt_length"])
+    plan = plan_official(x, kinds, features, config["system_prompt_length"])
     states = [x]
     for i in range(config["num_hidden_layers"]):
         prefix, hidden, weights = f"model.layers.{i}", [], []
@@ -96,7 +97,7 @@ def product_hidden_states(
 def check_against_reference(case: GoldenCase, ids: Tensor, real: Tensor, images: Tensor | None):
     expected = published_wings(case.state, case.config, case.vision_config, ids, real, images)
     got, mask = product_hidden_states(case, ids, real, expected.image_features)
-    difference = (got - expected.hidden_states).abs()[:, mask.bool()].max().item()
+    difference = (got - expected.hidden_states).abs()[:, mask].max().item()
     assert difference < 1e-5
 
 
@@ -113,7 +114,7 @@ def test_every_golden_batch(case_name: str) -> None:
         expected = published_wings(case.state, case.config, case.vision_config, ids, real, images)
         got, mask = product_hidden_states(case, ids, real, expected.image_features)
         logits = got[-1] @ case.state["lm_head.weight"].T
-        difference = (logits - sample["logits"]).abs()[mask.bool()].max().item()
+        difference = (logits - sample["logits"]).abs()[mask].max().item()
         assert difference < 1e-5, f"{name} differs by {difference:.2e}"
 
 
@@ -155,8 +156,8 @@ def small_batch(length: int = 12, image_at: int = 4, patches: int = 3):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, length, 16, generator=generator)
     initial = torch.randn(1, length, 16, generator=generator)
-    kinds = torch.zeros(1, length, dtype=torch.long)
-    kinds[:, image_at : image_at + patches] = 1
+    kinds = torch.full((1, length), TEXT)
+    kinds[:, image_at : image_at + patches] = IMAGE
     scores = torch.randn(1, 4, length, length, generator=generator)
     attention = scores.masked_fill(~causal_mask(length), -torch.inf).softmax(-1)
     return hidden, initial, kinds, attention
@@ -165,7 +166,7 @@ def small_batch(length: int = 12, image_at: int = 4, patches: int = 3):
 def test_router_scores_stand_in_for_attention() -> None:
     learners = random_learners()
     hidden, initial, kinds, attention = small_batch()
-    plan = plan_official(initial, None, kinds, None, system_length=2)
+    plan = plan_official(initial, kinds, None, system_length=2)
     weighted = learners(hidden, plan, attention=attention)
     scores = torch.einsum("bnqk,ck->bqc", attention, learners.router.weight[:, :12])
     torch.testing.assert_close(learners(hidden, plan, router_scores=scores), weighted)
@@ -176,14 +177,14 @@ def test_router_scores_stand_in_for_attention() -> None:
 def test_a_new_one_adds_exactly_zero() -> None:
     learners = OfficialLearners(16, rank=4, heads=4, theta=10000.0)
     hidden, initial, kinds, attention = small_batch()
-    plan = plan_official(initial, None, kinds, None, system_length=2)
+    plan = plan_official(initial, kinds, None, system_length=2)
     assert not learners(hidden, plan, attention=attention).any()
 
 
 def test_no_image_and_no_textual_learner_adds_nothing() -> None:
     learners = random_learners(learners=("visual",), router=False)
-    hidden, initial, _, _ = small_batch()
-    plan = plan_official(initial, None, None, None, system_length=2)
+    hidden, initial, kinds, _ = small_batch()
+    plan = plan_official(initial, torch.full_like(kinds, TEXT), None, system_length=2)
     assert plan.image_features is None
     assert not learners(hidden, plan).any()
 
@@ -201,9 +202,17 @@ def paper_addition(learners: OfficialLearners, hidden, initial, kinds, attention
 
     router = learners.router.weight.detach()
     return wings_layer_reference(
-        hidden[0], initial[0], kinds[0], torch.arange(hidden.shape[1]), attention[0],
-        weights("visual"), weights("textual"), router, heads=4, theta=10000.0,
-    )  # fmt: skip
+        hidden[0],
+        initial[0],
+        (kinds[0] == IMAGE).long(),
+        torch.arange(hidden.shape[1]),
+        attention[0],
+        weights("visual"),
+        weights("textual"),
+        router,
+        heads=4,
+        theta=10000.0,
+    )
 
 
 @pytest.mark.parametrize("changed", [5, 10], ids=["image token", "text after the image"])
@@ -214,7 +223,7 @@ def test_later_tokens_leak_here_and_not_in_the_paper_form(changed: int) -> None:
     other[:, changed] += 1.0
 
     def official(features: Tensor) -> Tensor:
-        plan = plan_official(features, None, kinds, None, system_length=2)
+        plan = plan_official(features, kinds, None, system_length=2)
         return learners(hidden, plan, attention=attention)[0].detach()
 
     def paper(features: Tensor) -> Tensor:
@@ -228,7 +237,7 @@ def test_later_tokens_leak_here_and_not_in_the_paper_form(changed: int) -> None:
 def test_half_precision_stays_finite_and_close() -> None:
     learners = random_learners()
     hidden, initial, kinds, attention = small_batch()
-    plan = plan_official(initial, None, kinds, None, system_length=2)
+    plan = plan_official(initial, kinds, None, system_length=2)
     exact = learners(hidden, plan, attention=attention)
     halved = replace(
         plan,
@@ -241,24 +250,28 @@ def test_half_precision_stays_finite_and_close() -> None:
     assert (rough - exact).norm() < 0.05 * exact.norm()
 
 
-def plan_of(kinds: list[list[int]], mask: list[list[int]] | None = None, **more) -> OfficialPlan:
-    kind = torch.tensor(kinds)
-    initial = torch.zeros(*kind.shape, 16)
-    real = None if mask is None else torch.tensor(mask)
-    return plan_official(initial, real, kind, more.get("features"), system_length=1)
+def plan_of(*rows: str, image_features: Tensor | None = None) -> OfficialPlan:
+    """A plan of rows of t (text), i (image) and . (padding)."""
+    kinds = torch.tensor([[{".": PADDING, "t": TEXT, "i": IMAGE}[c] for c in row] for row in rows])
+    return plan_official(torch.ones(*kinds.shape, 16), kinds, image_features, system_length=1)
+
+
+def test_padding_counts_as_zero_features() -> None:
+    plan = plan_of("ttt..", "ttttt")
+    assert plan.text_features[:, :, 0].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(UsageError, match="right-padded"):
-        plan_of([[0, 0, 1, 0]], [[0, 1, 1, 1]])
+        plan_of(".tit")
     with pytest.raises(UsageError, match="one image a row"):
-        plan_of([[0, 1, 0, 1]])
+        plan_of("titi")
     with pytest.raises(UsageError, match="some rows have an image"):
-        plan_of([[0, 1, 1, 0], [0, 0, 0, 0]])
+        plan_of("tiit", "tttt")
     with pytest.raises(UsageError, match="by itself"):
-        plan_of([[0, 1, 1, 1], [0, 0, 0, 0]], features=torch.zeros(2, 3, 16))
+        plan_of("tiii", "tttt", image_features=torch.zeros(2, 3, 16))
     with pytest.raises(UsageError, match=str(ROUTER_WIDTH)):
-        plan_official(torch.zeros(1, ROUTER_WIDTH + 1, 2), None, None, None, 0)
+        plan_of("t" * (ROUTER_WIDTH + 1))
     with pytest.raises(UsageError, match="does not divide"):
         OfficialLearners(10, rank=2, heads=4, theta=1e4)
     with pytest.raises(UsageError, match="router"):
