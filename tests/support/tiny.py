@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, tiny_tokenizer
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
+
+from tiny_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, tiny_tokenizer
 
 HIDDEN = 32
 LAYERS = 4
@@ -35,9 +36,7 @@ class TinyArch:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def _sizes(
-    kv_heads: int | None = 2, intermediate: int = 48, **values: Any
-) -> dict[str, Any]:
+def _sizes(kv_heads: int | None = 2, intermediate: int = 48, **values: Any) -> dict[str, Any]:
     sizes = {
         "hidden_size": HIDDEN,
         "intermediate_size": intermediate,
@@ -98,9 +97,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
             },
         ),
     ),
-    "phi": TinyArch(
-        "phi", _sizes(rope_parameters=_rope(1000.0, partial_rotary_factor=0.5))
-    ),
+    "phi": TinyArch("phi", _sizes(rope_parameters=_rope(1000.0, partial_rotary_factor=0.5))),
     "phi3": TinyArch("phi3", _sizes()),
     "gpt2": TinyArch(
         "gpt2",
@@ -121,9 +118,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
             "max_position_embeddings": 128,
         },
     ),
-    "bloom": TinyArch(
-        "bloom", {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}
-    ),
+    "bloom": TinyArch("bloom", {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
     "falcon": TinyArch(
         "falcon",
         {
@@ -183,21 +178,15 @@ VARIANTS: dict[str, TinyArch] = {
     "mistral_sliding": TinyArch("mistral", _sizes(sliding_window=WINDOW)),
     "smollm3_sliding": TinyArch(
         "smollm3",
-        _sizes(
-            no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=WINDOW
-        ),
+        _sizes(no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=WINDOW),
     ),
     "phi_qk_norm": TinyArch("phi", _sizes(qk_layernorm=True)),
-    "gpt_neox_sequential": TinyArch(
-        "gpt_neox", _sizes(kv_heads=None, use_parallel_residual=False)
-    ),
+    "gpt_neox_sequential": TinyArch("gpt_neox", _sizes(kv_heads=None, use_parallel_residual=False)),
     "stablelm_sequential": TinyArch("stablelm", _sizes(qk_layernorm=True)),
     "opt_post_norm": TinyArch(
         "opt", {**_OPT, "word_embed_proj_dim": 24, "do_layer_norm_before": False}
     ),
-    "falcon_sequential": TinyArch(
-        "falcon", {**_FALCON, "parallel_attn": False, "bias": True}
-    ),
+    "falcon_sequential": TinyArch("falcon", {**_FALCON, "parallel_attn": False, "bias": True}),
     "falcon_new": TinyArch(
         "falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
     ),

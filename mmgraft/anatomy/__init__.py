@@ -1,0 +1,21 @@
+"""Where the parts of a causal LM are, how large they are, and which layers can carry a graft.
+
+Everything is found by inspection of the model, real or on the meta device: its modules, the
+signature and source of its layers, and two probes that run a layer and the head with stand-ins in
+place of their parts. Nothing here is a table of models.
+"""
+
+from __future__ import annotations
+
+from mmgraft.anatomy.description import Anatomy, attention_of, decoder_layers, get_path
+from mmgraft.anatomy.inspection import examine, examine_config, skeleton
+
+__all__ = [
+    "Anatomy",
+    "attention_of",
+    "decoder_layers",
+    "examine",
+    "examine_config",
+    "get_path",
+    "skeleton",
+]

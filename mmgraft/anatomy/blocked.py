@@ -1,0 +1,157 @@
+"""Which decoder layers cannot carry a graft, and why the Wings router may need explicit weights."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+_CACHED_AS_KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+# Words in the class name of a layer's part that mixes positions by a running state.
+_RECURRENT = re.compile(
+    r"Mamba|Rwkv|Recurrent|RGLRU|SSM|LSTM|Delta|Lightning|LinearAttention|ShortConv|Hyena"
+)
+
+# What a stock decoder layer may be handed by the loop over the layers. Anything else is state that
+# goes from layer to layer beside the residual stream, or an input made for one layer only.
+_ORDINARY_ARGUMENTS = {
+    "self",
+    "hidden_states",
+    "attention_mask",
+    "position_ids",
+    "position_embeddings",
+    "past_key_values",
+    "past_key_value",
+    "layer_past",
+    "use_cache",
+    "output_attentions",
+    "cache_position",
+    "alibi",
+    "position_bias",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+}
+
+_ORDINARY_KEYWORDS = {
+    "attention_mask",
+    "dropout",
+    "scaling",
+    "sliding_window",
+    "is_causal",
+    "position_ids",
+    "output_attentions",
+}
+
+
+def blocked_layer(
+    layer: nn.Module, index: int, layer_type: str, attention: str | None, config: PreTrainedConfig
+) -> str | None:
+    """Gives the reason why one decoder layer cannot carry a graft, or None if it can.
+
+    Args:
+        layer: the decoder layer.
+        index: its number, counted from 0.
+        layer_type: its type as the cache sees it.
+        attention: dotted name of its attention; None if it has none.
+        config: the base's text configuration.
+    """
+    recurrent = next(
+        (type(m).__name__ for m in layer.modules() if _RECURRENT.search(type(m).__name__)), None
+    )
+    if recurrent is not None:
+        return (
+            f"its {recurrent} keeps a running state instead of keys and values, so rows of one "
+            "batch cannot be told apart by position"
+        )
+    if layer_type not in _CACHED_AS_KEYS_AND_VALUES:
+        return f"it is of type {layer_type}, which is not cached as keys and values by position"
+    if attention is None:
+        return "it has no attention"
+    strange = [n for n in inspect.signature(type(layer).forward).parameters if not _ordinary(n)]
+    if strange:
+        return (
+            f"it takes {', '.join(strange)} from the rest of the model, which an inserted layer "
+            "cannot be given"
+        )
+    sharing = getattr(config, "kv_sharing_modes", None)
+    if (sharing and sharing[index]) or getattr(config, "num_kv_shared_layers", 0):
+        return "keys and values are shared between layers"
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        return "its attention is scaled by the layer's number (scale_attn_by_inverse_layer_idx)"
+    return None
+
+
+def _ordinary(argument: str) -> bool:
+    return argument in _ORDINARY_ARGUMENTS or argument in {"args", "kwargs"}
+
+
+def in_registry(attention: nn.Module) -> bool:
+    """Tells whether an attention calls a function of transformers' attention registry."""
+    return any("ALL_ATTENTION_FUNCTIONS" in source for source in _sources(attention))
+
+
+def explicit_router_reason(model: nn.Module, attention: nn.Module) -> str | None:
+    """Gives the reason why the Wings router cannot go through fused attention, or None if it can.
+
+    The router's columns ride beside the values. That is exact only if the attention function does
+    nothing but softmax(q k^T) v, with a mask.
+    """
+    name = type(attention).__name__
+    if not in_registry(attention):
+        return f"{name} does not go through the attention registry of transformers"
+    for keyword, value in _interface_keywords(attention):
+        if keyword not in _ORDINARY_KEYWORDS and _is_active(value, attention):
+            known = {"s_aux": "attention sinks", "sinks": "attention sinks"}
+            known["softcap"] = "soft-capped attention weights"
+            return f"{name} uses {known.get(keyword, f'an attention with {keyword}')}"
+    if getattr(attention, "reorder_and_upcast_attn", False):
+        return f"{name} computes its weights by itself (reorder_and_upcast_attn)"
+    if not getattr(model, "_supports_sdpa", False):
+        return f"{type(model).__name__} has no fused attention"
+    return None
+
+
+def _sources(module: nn.Module) -> list[str]:
+    sources = []
+    for cls in type(module).__mro__:
+        if cls is nn.Module:
+            break
+        try:
+            sources.append(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError):
+            continue  # a class made at run time has no source; its bases have
+    return sources
+
+
+def _interface_keywords(attention: nn.Module) -> list[tuple[str, ast.expr]]:
+    return [
+        (keyword.arg, keyword.value)
+        for source in _sources(attention)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "attention_interface"
+        for keyword in node.keywords
+        if keyword.arg is not None
+    ]
+
+
+def _is_active(value: ast.expr, attention: nn.Module) -> bool:
+    """Tells whether a keyword is more than None, as far as the source and the module say."""
+    missing = object()
+    found: Any = missing
+    if isinstance(value, ast.Constant):
+        found = value.value
+    elif (
+        isinstance(value, ast.Attribute)
+        and isinstance(value.value, ast.Name)
+        and value.value.id == "self"
+    ):
+        found = getattr(attention, value.attr, missing)
+    return found is missing or (found is not None and found is not False)

@@ -1,0 +1,230 @@
+"""Examines a causal LM: finds its parts by their roles and reads its sizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from mmgraft.anatomy.blocked import blocked_layer, explicit_router_reason, in_registry
+from mmgraft.anatomy.branch import Branch, BranchUnknown, examine_branch, is_norm
+from mmgraft.anatomy.description import Anatomy
+from mmgraft.anatomy.logits import LogitsUnknown, examine_logits
+from mmgraft.errors import UsageError
+
+_TEXT_ONLY = "give a text model that predicts the next token, such as Llama or Qwen2"
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Builds the base's class on the meta device: every module, no memory, no weights.
+
+    Args:
+        config: the base's configuration; it is not changed.
+
+    Raises:
+        UsageError: transformers has no causal LM for this configuration.
+    """
+    _refuse_non_causal(config)
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+    except (ValueError, ImportError) as error:
+        raise UsageError(
+            f"{config.model_type!r} is not a causal language model that transformers can build "
+            f"({str(error).splitlines()[0]}); {_TEXT_ONLY}"
+        ) from error
+    model.tie_weights()
+    return model
+
+
+def examine_config(config: PreTrainedConfig) -> Anatomy:
+    """Examines the base that a configuration describes, without weights. See `examine`."""
+    return examine(skeleton(config))
+
+
+def examine(model: PreTrainedModel) -> Anatomy:
+    """Examines a causal LM, on any device, quantised or not; it is not changed.
+
+    Raises:
+        UsageError: the model is no decoder-only causal LM, or its parts cannot be found.
+    """
+    _refuse_non_causal(model.config)
+    config = model.config.get_text_config(decoder=True)
+    head_path = _path_of(model, model.get_output_embeddings())
+    embedding = model.get_input_embeddings()
+    embedding_path = _path_of(model, embedding)
+    if head_path is None or embedding_path is None:
+        raise UsageError(f"{type(model).__name__} has no language model head; {_TEXT_ONLY}")
+    layers_path, layers = _find_layers(model, config)
+    attentions = [_find_attention(layer) for layer in layers]
+    layer_types = _layer_types(config)
+    blocked = {
+        i: reason
+        for i, layer in enumerate(layers)
+        if (reason := blocked_layer(layer, i, layer_types[i], attentions[i], config))
+    }
+    carriers = [i for i in range(len(layers)) if i not in blocked]
+    first = carriers[0] if carriers else 0
+    attention_name = attentions[first] or ""
+    attention = layers[first].get_submodule(attention_name)
+    branch, branch_blocked = _common_branch([layers[i] for i in carriers], attention_name)
+    logit_scale, logit_softcap, logits_blocked = 1.0, None, None
+    try:
+        logit_scale, logit_softcap = examine_logits(
+            model, head_path, layers_path.rpartition(".")[0]
+        )
+    except LogitsUnknown as error:
+        logits_blocked = str(error)
+    head_weight = getattr(model.get_output_embeddings(), "weight", None)
+    return Anatomy(
+        model_type=config.model_type,
+        class_name=type(model).__name__,
+        layers_path=layers_path,
+        attention_name=attention_name,
+        embedding_path=embedding_path,
+        norm_path=_find_norm(model, layers_path),
+        head_path=head_path,
+        num_layers=len(layers),
+        hidden_size=config.hidden_size,
+        embedding_size=embedding.weight.shape[1],
+        vocab_size=embedding.weight.shape[0],
+        max_positions=getattr(config, "max_position_embeddings", None),
+        layer_types=layer_types,
+        sliding_window=_window(config) if set(layer_types) != {"full_attention"} else None,
+        rope_theta=_rope_theta(config),
+        tied=head_weight is embedding.weight,
+        parallel_block=branch.parallel,
+        residual_scale=branch.scale,
+        branch_norm=branch.norm,
+        attention_in_registry=in_registry(attention),
+        explicit_router=explicit_router_reason(model, attention),
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        blocked=blocked,
+        branch_blocked=branch_blocked,
+        logits_blocked=logits_blocked,
+        **_heads(attention, config),
+    )
+
+
+def _refuse_non_causal(config: PreTrainedConfig) -> None:
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(f"{kind!r} is an encoder with a decoder; {_TEXT_ONLY}")
+    if any(hasattr(config, f"{sense}_config") for sense in ("vision", "audio")):
+        raise UsageError(f"{kind!r} has inputs other than text already; {_TEXT_ONLY}")
+
+
+def _path_of(model: nn.Module, part: nn.Module | None) -> str | None:
+    return next((name for name, module in model.named_modules() if module is part), None)
+
+
+def _find_layers(model: nn.Module, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
+    """Finds the outermost list that has as many entries as the model has layers."""
+    for path, module in _outer_first(model):
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            if "encoder" in path.split("."):
+                raise UsageError(f"{type(model).__name__} is an encoder; {_TEXT_ONLY}")
+            return path, module
+    raise UsageError(
+        f"no list of {config.num_hidden_layers} decoder layers in {type(model).__name__}; "
+        f"{_TEXT_ONLY}"
+    )
+
+
+def _outer_first(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield from sorted(module.named_modules(), key=lambda item: item[0].count("."))
+
+
+def _find_attention(layer: nn.Module) -> str | None:
+    """Finds the outermost part of a layer that is an attention by class name or projections."""
+    for path, module in _outer_first(layer):
+        if path and not is_norm(module) and "cross" not in path and _is_attention(module):
+            return path
+    return None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    named = "attention" in name or name.endswith(("attn", "sdpa"))
+    return (named and "norm" not in name) or {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    } <= module._modules.keys()
+
+
+def _find_norm(model: nn.Module, layers_path: str) -> str | None:
+    """Finds the norm beside the list of layers that is not one of the embedding."""
+    parent_path = layers_path.rpartition(".")[0]
+    parent = model.get_submodule(parent_path)
+    norms = [
+        name for name, child in parent.named_children() if is_norm(child) and "embed" not in name
+    ]
+    return f"{parent_path}.{norms[-1]}" if norms else None
+
+
+def _common_branch(layers: list[nn.Module], attention: str) -> tuple[Branch, str | None]:
+    """Probes all layers; a graft on the branch needs them to be alike."""
+    unknown = Branch(1.0, None, False)
+    if not layers:
+        return unknown, "no layer can carry a graft"
+    try:
+        found = [examine_branch(layer, attention) for layer in layers]
+    except BranchUnknown as error:
+        return unknown, str(error)
+    if len(set(found)) > 1:
+        return found[0], "its layers add their attention to the residual stream in different ways"
+    return found[0], None
+
+
+def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Gives the type of every layer as transformers' caches derive it."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return tuple(types)
+    kind = "full_attention"
+    if getattr(config, "sliding_window", None) is not None:
+        kind = "sliding_attention"
+    elif getattr(config, "attention_chunk_size", None) is not None:
+        kind = "chunked_attention"
+    return (kind,) * config.num_hidden_layers
+
+
+def _window(config: PreTrainedConfig) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    return getattr(config, "attention_chunk_size", None) if window is None else window
+
+
+def _heads(attention: nn.Module, config: PreTrainedConfig) -> dict[str, int]:
+    heads = config.num_attention_heads
+
+    def size(*names: str, default: int) -> int:
+        for owner in (attention, config):
+            for name in names:
+                value: Any = getattr(owner, name, None)
+                if isinstance(value, int) and value > 0:
+                    return value
+        return default
+
+    return {
+        "num_heads": heads,
+        "num_kv_heads": size("num_kv_heads", "num_key_value_heads", default=heads),
+        "head_dim": size("head_dim", "head_size", default=config.hidden_size // heads),
+    }
+
+
+def _rope_theta(config: PreTrainedConfig) -> float | None:
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters or getattr(config, "alibi", False):
+        return None
+    if "rope_theta" not in parameters:  # one dictionary a layer type
+        by_type = [v for v in parameters.values() if isinstance(v, dict)]
+        parameters = parameters.get("full_attention") or next(iter(by_type), {})
+    theta = parameters.get("rope_theta")
+    return None if theta is None else float(theta)
