@@ -1,0 +1,156 @@
+"""`mmgraft recipes`: list, show, copy and check training recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmgraft.cli.options import DryRunFlag, JsonFlag
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="List, show, copy and check training recipes.",
+)
+
+Name = Annotated[str, typer.Argument(help="A shipped recipe, or the path of a YAML file.")]
+
+
+@app.command("ls", epilog="Example: mmgraft recipes ls")
+def list_recipes(
+    method: Annotated[
+        str | None, typer.Option("--method", help="Only recipes for this method.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """List the recipes that come with mmgraft."""
+    from mmgraft.cli.console import print_json, stdout, table
+    from mmgraft.grafts.registry import get_method
+    from mmgraft.training.recipe_source import load_recipe, shipped_recipes
+
+    if method is not None:
+        get_method(method)
+    recipes = [load_recipe(name) for name in shipped_recipes()]
+    recipes = [recipe for recipe in recipes if method in (None, recipe.method)]
+    if json:
+        rows = [
+            {
+                "name": recipe.name,
+                "method": recipe.method,
+                "base": recipe.base,
+                "quantization": recipe.quantization,
+                "stages": [stage.name for stage in recipe.stages],
+                "description": recipe.description,
+            }
+            for recipe in recipes
+        ]
+        print_json({"recipes": rows})
+        return
+    stdout().print(
+        table(
+            ["recipe", "method", "base", "stages", "what it is"],
+            [
+                [
+                    recipe.name,
+                    recipe.method,
+                    recipe.quantization or recipe.base,
+                    ", ".join(stage.name for stage in recipe.stages),
+                    recipe.description,
+                ]
+                for recipe in recipes
+            ],
+        )
+    )
+
+
+@app.command("show", epilog="Example: mmgraft recipes show iaa-24gb")
+def show(name: Name, json: JsonFlag = False) -> None:
+    """Print a recipe as it is written, comments and all."""
+    from mmgraft.cli.console import print_json
+    from mmgraft.training.recipe_source import find_recipe, load_recipe
+
+    if json:
+        print_json(load_recipe(name).model_dump(mode="json"))
+        return
+    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@app.command("cp", epilog="Example: mmgraft recipes cp iaa-24gb my-recipe.yaml")
+def copy(
+    name: Name,
+    to: Annotated[
+        Path | None, typer.Argument(help="File or folder to write; ./NAME.yaml when not given.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that is there.")
+    ] = False,
+    dry_run: DryRunFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Copy a recipe, to change it."""
+    from mmgraft.cli.console import note, print_json
+    from mmgraft.errors import UsageError
+    from mmgraft.training.recipe_source import find_recipe
+
+    source = find_recipe(name)
+    target = Path(source.name) if to is None else to.expanduser()
+    if target.is_dir():
+        target = target / source.name
+    if target.exists() and not force:
+        raise UsageError(f"{target} is there already; give --force to write over it")
+    if target.exists() and target.samefile(source):
+        raise UsageError(f"{target} is the recipe itself; name another file")
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no folder {target.parent}; make it first")
+    if not dry_run:
+        target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    if json:
+        print_json({"recipe": source.stem, "file": str(target), "written": not dry_run})
+        return
+    note(f"{'would write' if dry_run else 'wrote'} {target}")
+
+
+@app.command("validate", epilog="Example: mmgraft recipes validate my-recipe.yaml")
+def validate(
+    name: Name,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Refuse a recipe for another method.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Check a recipe: every key, every value, and what a stage may train."""
+    from mmgraft.cli.console import print_json, stdout, table
+    from mmgraft.training.recipe_source import find_recipe, load_recipe
+
+    recipe = load_recipe(name, method=method)
+    missing = list(recipe.data_to_set())
+    recipe = recipe.resolved()
+    if json:
+        resolved = recipe.model_dump(mode="json")
+        print_json({"valid": True, "data_to_set": missing, "recipe": resolved})
+        return
+    rows = []
+    for stage in recipe.stages:
+        length = f"{stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
+        rate = stage.lr
+        if isinstance(rate, dict):
+            rate = ", ".join(f"{group} {value:g}" for group, value in rate.items())
+        rows.append(
+            [
+                stage.name,
+                ", ".join(stage.train),
+                f"{rate:g}" if isinstance(rate, float) else rate,
+                stage.batch_size * stage.accumulate,
+                length,
+                stage.text_rows,
+            ]
+        )
+    out = stdout()
+    out.print(f"{find_recipe(name).name} is a right recipe for {recipe.method}")
+    out.print(
+        table(["stage", "trains", "learning rate", "rows a step", "length", "text rows"], rows)
+    )
+    if missing:
+        out.print(f"still to set: {', '.join(missing)} (or give --data to `mmgraft train`)")

@@ -1,0 +1,1 @@
+"""Staged training from a recipe, through transformers' Trainer."""
