@@ -15,20 +15,16 @@ _CACHED_AS_KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_at
 
 # Words in the class name of a layer's part that mixes positions by a running state.
 _RECURRENT = re.compile(
-    r"Mamba|Rwkv|Recurrent|RGLRU|SSM|LSTM|Delta|Lightning|LinearAttention|ShortConv|Hyena"
+    r"Mamba|Rwkv|Recurrent|RGLRU|SSM|LSTM|Delta|Lightning|ShortConv|Hyena"
 )
 
 # What a stock decoder layer may be handed by the loop over the layers. Anything else is state that
 # goes from layer to layer beside the residual stream, or an input made for one layer only.
-_ORDINARY_ARGUMENTS = {
-    "self",
-    "hidden_states",
+_CACHES = {"past_key_values", "past_key_value", "layer_past", "kwargs"}
+_ORDINARY_ARGUMENTS = _CACHES | {
     "attention_mask",
     "position_ids",
     "position_embeddings",
-    "past_key_values",
-    "past_key_value",
-    "layer_past",
     "use_cache",
     "output_attentions",
     "cache_position",
@@ -73,7 +69,10 @@ def blocked_layer(
         return f"it is of type {layer_type}, which is not cached as keys and values by position"
     if attention is None:
         return "it has no attention"
-    strange = [n for n in inspect.signature(type(layer).forward).parameters if not _ordinary(n)]
+    arguments = list(inspect.signature(type(layer).forward).parameters)
+    if not _CACHES & set(arguments):
+        return "it keeps no keys and values, so it cannot go on from a cache"
+    strange = [name for name in arguments[2:] if name not in _ORDINARY_ARGUMENTS]
     if strange:
         return (
             f"it takes {', '.join(strange)} from the rest of the model, which an inserted layer "
@@ -85,10 +84,6 @@ def blocked_layer(
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         return "its attention is scaled by the layer's number (scale_attn_by_inverse_layer_idx)"
     return None
-
-
-def _ordinary(argument: str) -> bool:
-    return argument in _ORDINARY_ARGUMENTS or argument in {"args", "kwargs"}
 
 
 def in_registry(attention: nn.Module) -> bool:
@@ -105,7 +100,12 @@ def explicit_router_reason(model: nn.Module, attention: nn.Module) -> str | None
     name = type(attention).__name__
     if not in_registry(attention):
         return f"{name} does not go through the attention registry of transformers"
-    for keyword, value in _interface_keywords(attention):
+    calls = _interface_calls(attention)
+    if len(calls) != 1:
+        return f"{name} calls its attention function in {len(calls)} places"
+    for keyword, value in ((k.arg, k.value) for k in calls[0].keywords):
+        if keyword is None:
+            continue
         if keyword not in _ORDINARY_KEYWORDS and _is_active(value, attention):
             known = {"s_aux": "attention sinks", "sinks": "attention sinks"}
             known["softcap"] = "soft-capped attention weights"
@@ -129,16 +129,14 @@ def _sources(module: nn.Module) -> list[str]:
     return sources
 
 
-def _interface_keywords(attention: nn.Module) -> list[tuple[str, ast.expr]]:
+def _interface_calls(attention: nn.Module) -> list[ast.Call]:
     return [
-        (keyword.arg, keyword.value)
-        for source in _sources(attention)
+        node
+        for source in _sources(attention)[:1]
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id == "attention_interface"
-        for keyword in node.keywords
-        if keyword.arg is not None
     ]
 
 

@@ -90,7 +90,8 @@ class _Run:
 def _run(layer: nn.Module, attention: str, returns: tuple[int, int], seed: int) -> tuple:
     generator = torch.Generator().manual_seed(seed)
     # A batch of 5 cannot be unpacked by mistake into two or three values.
-    size = (5, 4, 6)
+    own = [p.shape[-1] for p in layer.parameters(recurse=False) if p.ndim]
+    size = (5, 4, own[0] if own else 6)
     state = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     branch = torch.randn(size, generator=generator, dtype=torch.float64)
     run = _Run(state, branch, dict(layer.named_modules()), attention, returns)
@@ -122,8 +123,8 @@ def examine_branch(layer: nn.Module, attention: str) -> Branch:
     """Finds out how a layer adds the output of its attention to the residual stream.
 
     The layer's own `forward` runs with stand-ins: norms and dropouts give back what they get, the
-    feed-forward gives zeros, the attention gives known numbers t. The layer's output then is
-    `x' + scale * t`, where only `scale` is of interest.
+    feed-forward gives zeros, the attention gives known numbers t. The layer's output then must be
+    `x + scale * t` for the state x that entered it.
 
     Args:
         layer: a decoder layer, on any device.
@@ -147,7 +148,9 @@ def examine_branch(layer: nn.Module, attention: str) -> Branch:
         raise BranchUnknown(
             f"{type(layer).__name__} scales its attention's output by a learned number or by none"
         )
-    run = runs[0][0]
+    run, out = runs[0]
+    if not torch.allclose(out - scale * run.branch, run.state):
+        raise BranchUnknown(f"{type(layer).__name__} scales the residual stream itself")
     if len(run.on_branch) > 1 or not all(is_norm(run.children[n]) for n in run.on_branch):
         raise BranchUnknown(
             f"{type(layer).__name__} passes its attention's output through "

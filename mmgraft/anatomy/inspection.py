@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,10 +34,10 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # whatever a foreign __init__ may raise over its configuration
         raise UsageError(
             f"{config.model_type!r} is not a causal language model that transformers can build "
-            f"({str(error).splitlines()[0]}); {_TEXT_ONLY}"
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); {_TEXT_ONLY}"
         ) from error
     model.tie_weights()
     return model
@@ -58,7 +59,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
     head_path = _path_of(model, model.get_output_embeddings())
     embedding = model.get_input_embeddings()
     embedding_path = _path_of(model, embedding)
-    if head_path is None or embedding_path is None:
+    if head_path is None or embedding_path is None or not isinstance(embedding, nn.Embedding):
         raise UsageError(f"{type(model).__name__} has no language model head; {_TEXT_ONLY}")
     layers_path, layers = _find_layers(model, config)
     attentions = [_find_attention(layer) for layer in layers]
@@ -118,6 +119,8 @@ def _refuse_non_causal(config: PreTrainedConfig) -> None:
         raise UsageError(f"{kind!r} is an encoder with a decoder; {_TEXT_ONLY}")
     if any(hasattr(config, f"{sense}_config") for sense in ("vision", "audio")):
         raise UsageError(f"{kind!r} has inputs other than text already; {_TEXT_ONLY}")
+    if getattr(config, "is_heterogeneous", False):
+        raise UsageError(f"the layers of this {kind!r} differ in size; {_TEXT_ONLY}")
 
 
 def _path_of(model: nn.Module, part: nn.Module | None) -> str | None:
@@ -126,14 +129,14 @@ def _path_of(model: nn.Module, part: nn.Module | None) -> str | None:
 
 def _find_layers(model: nn.Module, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
     """Finds the outermost list that has as many entries as the model has layers."""
+    count = getattr(config, "num_hidden_layers", None)
     for path, module in _outer_first(model):
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == count:
             if "encoder" in path.split("."):
                 raise UsageError(f"{type(model).__name__} is an encoder; {_TEXT_ONLY}")
             return path, module
     raise UsageError(
-        f"no list of {config.num_hidden_layers} decoder layers in {type(model).__name__}; "
-        f"{_TEXT_ONLY}"
+        f"{type(model).__name__} has no list of its {count} decoder layers; {_TEXT_ONLY}"
     )
 
 
@@ -160,13 +163,19 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _find_norm(model: nn.Module, layers_path: str) -> str | None:
-    """Finds the norm beside the list of layers that is not one of the embedding."""
-    parent_path = layers_path.rpartition(".")[0]
-    parent = model.get_submodule(parent_path)
-    norms = [
-        name for name, child in parent.named_children() if is_norm(child) and "embed" not in name
-    ]
-    return f"{parent_path}.{norms[-1]}" if norms else None
+    """Finds the norm beside the list of layers that is called last, after the layers."""
+    trunk_path, _, layers_name = layers_path.rpartition(".")
+    trunk = model.get_submodule(trunk_path)
+    source = inspect.getsource(type(trunk).forward)
+    called = {
+        name: source.rfind(f"self.{name}(")
+        for name, child in trunk.named_children()
+        if is_norm(child)
+    }
+    last = max(called, key=lambda name: called[name], default=None)
+    if last is None or called[last] < source.find(f"self.{layers_name}"):
+        return None
+    return f"{trunk_path}.{last}"
 
 
 def _common_branch(layers: list[nn.Module], attention: str) -> tuple[Branch, str | None]:
@@ -202,7 +211,7 @@ def _window(config: PreTrainedConfig) -> int | None:
 
 
 def _heads(attention: nn.Module, config: PreTrainedConfig) -> dict[str, int]:
-    heads = config.num_attention_heads
+    heads: int = getattr(config, "num_attention_heads", None) or 1
 
     def size(*names: str, default: int) -> int:
         for owner in (attention, config):
