@@ -1,0 +1,197 @@
+"""What every method implements, and what one forward pass shares with it.
+
+A method is one folder: a config (pydantic, free of torch) and a :class:`Graft`. The model runs the
+base's own decoder layers and asks each graft of an active workflow two things per layer: a context
+to run the base layer in (:meth:`Graft.layer_context`, for additions beside the attention) and
+what follows it (:meth:`Graft.after_layer`, for inserted layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from mmgraft.anatomy import Anatomy
+from mmgraft.errors import UsageError
+
+PADDING, TEXT, IMAGE = 0, 1, 2
+"""Kinds of a position. Padding is 0, so that a cache slot that nothing was written to is padding."""
+
+FULL_ATTENTION = -1
+"""In :meth:`Graft.slot_layers`: a slot that keeps every position, whatever the base's layers do."""
+
+
+@dataclass
+class Pass:
+    """One forward pass over new positions ``s``, with all positions so far ``S`` as keys."""
+
+    anatomy: Anatomy
+    features: Tensor  # (b, s, h) initial features: text embeddings, projected image features
+    kinds: Tensor  # (b, s) PADDING, TEXT or IMAGE
+    positions: Tensor  # (b, s) a token's own position in its row, padding not counted
+    key_kinds: Tensor  # (b, S)
+    key_positions: Tensor  # (b, S)
+    start: int  # column of the first new position among the keys
+    cache: Any = None
+    images: Tensor | None = None  # (b, P, h) one dummy image a row, official Wings only
+    shared: dict[Any, Any] = field(default_factory=dict)  # computed once, used by every layer
+
+    def on(self, device: torch.device) -> Pass:
+        """This pass with its tensors on a layer's device (itself where they are there already)."""
+        if device == self.features.device:
+            return self
+        key = ("pass", device)
+        if key not in self.shared:
+            moved = {
+                name: getattr(self, name).to(device)
+                for name in ("features", "kinds", "positions", "key_kinds", "key_positions")
+            }
+            self.shared[key] = replace(self, **moved, shared={})
+        return self.shared[key]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Column of each new position among the keys, ``(s,)``."""
+        return torch.arange(self.kinds.shape[1], device=self.kinds.device) + self.start
+
+    @cached_property
+    def any_image(self) -> bool:
+        """Whether any key of any row is an image position."""
+        return bool((self.key_kinds == IMAGE).any())
+
+    def visible(self, kind: int) -> tuple[Tensor, Tensor]:
+        """Keys of one kind at or before each query.
+
+        Returns:
+            A mask ``(b, 1, s, S)`` that is true where the query may look (a query that sees nothing
+            gets a row of true, so that no softmax runs over nothing) and ``(b, s, 1)``, true for
+            the queries that see something.
+        """
+        if kind not in self.shared:
+            keys = torch.arange(self.key_kinds.shape[1], device=self.key_kinds.device)
+            mask = (self.key_kinds == kind)[:, None, :] & (keys <= self.columns[:, None])[None]
+            seen = mask.any(-1, keepdim=True)
+            self.shared[kind] = ((mask | ~seen)[:, None], seen)
+        return self.shared[kind]
+
+
+class BaseParts(Protocol):
+    """Modules of a base that a graft copies, or (on the meta device) takes the shape of."""
+
+    def layer(self, index: int) -> nn.Module: ...
+    def embedding(self) -> nn.Module: ...
+    def norm(self) -> nn.Module: ...
+    def head(self) -> nn.Module: ...
+
+
+class Graft(nn.Module):
+    """New modules on a frozen base. Subclasses are the methods.
+
+    Attributes:
+        cacheable: Whether decoding with a cache gives what the full forward gives.
+        trainable: Whether the method may be trained.
+        active: False leaves the graft out of the path (IAA's and LLaVA's projector stage).
+        embedding, norm, head: The workflow's own modules, or None to use the base's.
+    """
+
+    method: ClassVar[str]
+    cacheable: bool = True
+    trainable: bool = True
+    config: BaseModel
+    embedding: nn.Module | None = None
+    norm: nn.Module | None = None
+    head: nn.Module | None = None
+
+    def __init__(self, config: BaseModel, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.config = config
+        self.anatomy = anatomy
+        self.active = True
+
+    @classmethod
+    def build(cls, config: Any, anatomy: Anatomy, parts: BaseParts) -> Graft:
+        """A fresh graft; a method whose variants are different classes chooses here."""
+        return cls(config, anatomy, parts)  # type: ignore[call-arg]
+
+    def state(self) -> dict[str, Any]:
+        """What runs now, for ``graft_config.json``; :meth:`set_state` takes it back."""
+        return {"active": self.active}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Run what a stage runs.
+
+        Raises:
+            UsageError: A key that this method does not know.
+        """
+        unknown = set(state) - set(self.state())
+        if unknown:
+            raise UsageError(
+                f"method {self.method} has no state {', '.join(sorted(unknown))}; it has: "
+                f"{', '.join(self.state())}."
+            )
+        self.active = bool(state.get("active", self.active))
+
+    def slot_layers(self) -> list[int]:
+        """One entry per extra cache slot: the base layer whose cache type it takes."""
+        return []
+
+    def assign_slots(self, first: int) -> None:
+        """Tell the graft the cache index of its first slot."""
+
+    def layer_context(
+        self, index: int, layer: nn.Module, hidden: Tensor, state: Pass, gate: Tensor | None
+    ) -> AbstractContextManager[Any]:
+        """A context to run base layer ``index`` in, given its input ``hidden (b, s, h)``.
+
+        ``gate (b,)`` is true for the rows that run this graft; None means all of them.
+        """
+        return nullcontext()
+
+    def after_layer(
+        self,
+        index: int,
+        call: Callable[[nn.Module, Tensor], Tensor],
+        entered: Tensor,
+        left: Tensor,
+        state: Pass,
+        carry: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What follows base layer ``index``: new hidden state and what to carry to the next layer.
+
+        ``call(module, x)`` runs a decoder layer with the arguments that the base layer got.
+        """
+        return left, carry
+
+    def acts_on(self, index: int) -> bool:
+        """Whether the graft does anything at base layer ``index``."""
+        return False
+
+    def groups(self) -> dict[str, Iterable[nn.Parameter]]:
+        """Named groups of parameters that a recipe's stage can train."""
+        return {}
+
+    def layer_modules(self) -> Sequence[tuple[int, nn.Module]]:
+        """Pairs of a base layer and a module that belongs on its device."""
+        return []
+
+    def check_length(self, length: int) -> None:
+        """Refuse a row of ``length`` positions that the graft cannot represent."""
+
+    def shares(self) -> set[str]:
+        """State-dict keys that repeat another key's tensor and are not saved."""
+        return set()
+
+
+def select(gate: Tensor | None, chosen: Tensor, other: Tensor) -> Tensor:
+    """Rows of ``chosen`` where ``gate (b,)`` is true, rows of ``other`` elsewhere."""
+    if gate is None:
+        return chosen
+    gate = gate.to(chosen.device).view(-1, *[1] * (chosen.dim() - 1))
+    return torch.where(gate, chosen, other.to(chosen.dtype))

@@ -1,0 +1,124 @@
+"""IAA: whole decoder layers inserted after chosen layers of a frozen base (arXiv 2408.12902)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mmgraft.anatomy import Anatomy
+from mmgraft.grafts.base import BaseParts, Graft, Pass
+from mmgraft.grafts.iaa.config import IAAConfig
+from mmgraft.layers import parse_layers
+
+
+class IAAGraft(Graft):
+    """Inserted layers ``phi'_k`` with an own embedding, norm and head, each optional.
+
+    With ``X^i`` the state entering base layer ``i`` and ``phi_i`` the layer:
+
+    - structure ``c``: ``X^{i+1} = phi'_k(phi_i(X^i))`` (the paper's final one);
+    - structure ``b``: ``X^{i+1} = phi_i(X^i) + G_k(phi'_k(phi_i(X^i)))``;
+    - structure ``a``: ``c_k = phi'_k(c_{k-1} + X^i)``, ``X^{i+1} = phi_i(X^i) + G_k(c_k)``.
+
+    ``a`` and ``b`` are our reconstruction of the paper's prose; their gates ``G_k`` start at zero.
+
+    Args:
+        config: Which layers, which structure, which own modules.
+        anatomy: The base.
+        parts: Copies of the base's modules to start from.
+    """
+
+    method = "iaa"
+    config: IAAConfig
+
+    def __init__(self, config: IAAConfig, anatomy: Anatomy, parts: BaseParts) -> None:
+        super().__init__(config, anatomy)
+        self.places = parse_layers(config.layers, anatomy.num_layers)
+        self.layers = nn.ModuleList([parts.layer(index) for index in self.places])
+        self._inserted_at = {index: k for k, index in enumerate(self.places)}
+        if config.structure in ("a", "b"):
+            self.gates = nn.ModuleList([_Gate(config.gate, anatomy) for _ in self.places])
+        self.embedding = parts.embedding() if config.embedding else None
+        self.norm = parts.norm() if config.norm else None
+        self.head = parts.head() if config.head else None
+        self.tied = (
+            bool(anatomy.tied and self.embedding is not None and self.head is not None)
+            and not config.untie
+        )
+        self.tie()
+
+    def tie(self) -> None:
+        """Make embedding and head one tensor again where the base ties them."""
+        if self.tied:
+            cast(nn.Module, self.head).weight = cast(nn.Module, self.embedding).weight
+
+    def shares(self) -> set[str]:
+        return {"head.weight"} if self.tied else set()
+
+    def slot_layers(self) -> list[int]:
+        return list(self.places)
+
+    def assign_slots(self, first: int) -> None:
+        for k, layer in enumerate(self.layers):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = first + k  # type: ignore[assignment]
+
+    def acts_on(self, index: int) -> bool:
+        return index in self._inserted_at
+
+    def after_layer(
+        self,
+        index: int,
+        call: Callable[[nn.Module, Tensor], Tensor],
+        entered: Tensor,
+        left: Tensor,
+        state: Pass,
+        carry: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        k = self._inserted_at.get(index)
+        if k is None:
+            return left, carry
+        inserted = self.layers[k]
+        if self.config.structure == "c":
+            return call(inserted, left), None
+        if self.config.structure == "b":
+            return left + self.gates[k](call(inserted, left)), None
+        control = call(inserted, entered if carry is None else carry + entered)  # (b, s, h)
+        return left + self.gates[k](control), control
+
+    def groups(self) -> dict[str, Iterable[nn.Parameter]]:
+        layers = list(self.layers.parameters())
+        if self.config.structure != "c":
+            layers += list(self.gates.parameters())
+        found: dict[str, Iterable[nn.Parameter]] = {"layers": layers}
+        for name in ("embedding", "norm", "head"):
+            module = getattr(self, name)
+            if module is not None:
+                found[name] = list(module.parameters())
+        return found
+
+    def layer_modules(self) -> Sequence[tuple[int, nn.Module]]:
+        pairs = list(zip(self.places, self.layers, strict=True))
+        if self.config.structure != "c":
+            pairs += list(zip(self.places, self.gates, strict=True))
+        return pairs
+
+
+class _Gate(nn.Module):
+    """Zero-initialised gate ``G``: a linear layer ``h -> h`` or one scalar."""
+
+    def __init__(self, kind: str, anatomy: Anatomy) -> None:
+        super().__init__()
+        size = anatomy.hidden_size
+        self.linear = nn.Linear(size, size, bias=False) if kind == "linear" else None
+        if self.linear is None:
+            self.scale = nn.Parameter(torch.zeros(1))
+        else:
+            nn.init.zeros_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.to(x.dtype) if self.linear is None else self.linear(x)

@@ -1,0 +1,228 @@
+"""Wings: visual and textual learners beside the attention (arXiv 2406.03496, equations 3 to 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmgraft.anatomy import Anatomy
+from mmgraft.errors import UsageError
+from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, TEXT, BaseParts, Graft, Pass, select
+from mmgraft.grafts.wings.config import WingsConfig
+from mmgraft.grafts.wings.learners import Learner, learner_heads, rotation_of
+from mmgraft.grafts.wings.router import Router, route
+from mmgraft.layers import parse_layers
+from mmgraft.patching import patched_forward
+
+_KIND_OF = {"visual": IMAGE, "textual": TEXT}
+_FALLBACK_LENGTH = 4096  # for bases that name no maximum length (Bloom)
+
+
+class WingsLayer(nn.Module):
+    """The learners and the router of one layer."""
+
+    def __init__(self, config: WingsConfig, anatomy: Anatomy, heads: int, length: int) -> None:
+        super().__init__()
+        for name in config.learners:
+            self.add_module(name, Learner(anatomy.hidden_size, config.rank, heads))
+        if config.router and len(config.learners) == 2:
+            self.router = Router(length)
+
+    def learner(self, name: str) -> Learner:
+        """The learner called ``visual`` or ``textual``."""
+        return self.get_submodule(name)  # type: ignore[return-value]
+
+
+class WingsGraft(Graft):
+    """``Att = Att_main + router_V Learner_V + router_T Learner_T`` at every chosen layer.
+
+    Attributes:
+        running: The learners that act now: stage 1 runs the visual one alone, with weight 1.
+    """
+
+    method = "wings"
+    config: WingsConfig
+
+    def __init__(self, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> None:
+        super().__init__(config, anatomy)
+        if anatomy.branch_blocked is not None:
+            raise UsageError(
+                f"Wings cannot add its learners to this base: {anatomy.branch_blocked}. "
+                "Choose --method iaa or llava."
+            )
+        if anatomy.embedding_size != anatomy.hidden_size:
+            raise UsageError(
+                f"{anatomy.model_type} embeds tokens in {anatomy.embedding_size} numbers but its "
+                f"layers have {anatomy.hidden_size}: Wings' learners need both the same. "
+                "Choose --method iaa or llava for this base."
+            )
+        self.heads = learner_heads(anatomy, config.heads)
+        self.length = config.max_length or anatomy.max_positions or _FALLBACK_LENGTH
+        self.places = parse_layers(config.layers, anatomy.num_layers)
+        self.layers = nn.ModuleDict(
+            {str(i): WingsLayer(config, anatomy, self.heads, self.length) for i in self.places}
+        )
+        self.running: tuple[str, ...] = tuple(config.learners)
+        self._first_slot = 0
+
+    @classmethod
+    def build(cls, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> Graft:
+        if config.variant == "official":
+            from mmgraft.grafts.wings.official_graft import OfficialWingsGraft
+
+            return OfficialWingsGraft(config, anatomy, parts)
+        return cls(config, anatomy, parts)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "learners": list(self.running)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        running = tuple(
+            n for n in ("visual", "textual") if n in state.get("learners", self.running)
+        )
+        missing = set(running) - set(self.config.learners)
+        if missing or not running:
+            raise UsageError(
+                f"this graft has the learners {', '.join(self.config.learners)}; "
+                f"it cannot run {', '.join(missing) or 'none'}."
+            )
+        self.running = running
+
+    def slot_layers(self) -> list[int]:
+        return [FULL_ATTENTION] * len(self.places)
+
+    def assign_slots(self, first: int) -> None:
+        self._first_slot = first
+
+    def acts_on(self, index: int) -> bool:
+        return str(index) in self.layers
+
+    def check_length(self, length: int) -> None:
+        if length > self.length:
+            raise UsageError(
+                f"a row has {length} positions, but this graft's router knows {self.length}: "
+                "shorten the row, or graft again with a larger --max-length."
+            )
+
+    @contextmanager
+    def layer_context(
+        self, index: int, layer: nn.Module, hidden: Tensor, state: Pass, gate: Tensor | None
+    ) -> Iterator[None]:
+        wing: WingsLayer = self.layers[str(index)]  # type: ignore[assignment]
+        attention = layer.get_submodule(self.anatomy.attention_name)
+        first_key = _first_key(state, index, attention)
+        added: list[Tensor] = []
+
+        def attend(original: Any, *args: Any, **kwargs: Any) -> Any:
+            if hasattr(wing, "router") and len(self.running) == 2:
+                columns = partial(_columns, wing.router, state, first_key)
+                fused = self.anatomy.explicit_router is None and _fusible(attention)
+                out, logits = route(original, attention, columns, fused, args, kwargs)
+                shares = logits.softmax(-1)  # (b, s, 2): visual, textual
+            else:
+                out, shares = original(*args, **kwargs), None
+            extra = self._learned(wing, index, hidden, state, shares)
+            extra = select(gate, extra, torch.zeros((), dtype=extra.dtype, device=extra.device))
+            if self.anatomy.branch_norm is not None:
+                added.append(extra)
+                return out
+            return _add(out, extra / self.anatomy.residual_scale)
+
+        def after_norm(original: Any, x: Tensor) -> Tensor:
+            normed = original(x)
+            return normed + added.pop().to(normed.dtype) if added else normed
+
+        with patched_forward(attention, attend):
+            if self.anatomy.branch_norm is None:
+                yield
+                return
+            with patched_forward(layer.get_submodule(self.anatomy.branch_norm), after_norm):
+                yield
+
+    def _learned(
+        self, wing: WingsLayer, index: int, hidden: Tensor, state: Pass, shares: Tensor | None
+    ) -> Tensor:
+        """The routed sum of the learners at one layer, ``(b, s, h)``."""
+        rotation = rotation_of(state, hidden.shape[-1] // self.heads)
+        keys, values = self._keys_values(wing, index, state, rotation)
+        total = torch.zeros_like(hidden)
+        for column, name in enumerate(("visual", "textual")):
+            if name not in self.running or (name == "visual" and not state.any_image):
+                continue
+            learner = wing.learner(name)
+            queries = learner.queries(hidden.to(state.features.dtype), rotation)
+            mask, seen = state.visible(_KIND_OF[name])
+            out = learner.attend(
+                queries, keys.to(queries.dtype), values.to(queries.dtype), mask, seen
+            )
+            total = total + (
+                out if shares is None else shares[..., column, None].to(out.dtype) * out
+            )
+        return total
+
+    def _keys_values(
+        self, wing: WingsLayer, index: int, state: Pass, rotation: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions so far: each position by its own kind's learner."""
+        visual = textual = None
+        if "visual" in self.running and bool((state.kinds == IMAGE).any()):
+            visual = wing.learner("visual").keys_values(state.features, rotation)
+        if "textual" in self.running:
+            textual = wing.learner("textual").keys_values(state.features, rotation)
+        if visual is not None and textual is not None:
+            image = (state.kinds == IMAGE)[:, None, :, None]
+            keys, values = (torch.where(image, v, t) for v, t in zip(visual, textual, strict=True))
+        else:
+            pair = visual or textual
+            if pair is None:  # no image position is new, and only the visual learner runs
+                pair = wing.learner("visual").keys_values(state.features, rotation)
+            keys, values = pair
+        if state.cache is None:
+            return keys, values
+        return state.cache.update(keys, values, self._first_slot + self.places.index(index))
+
+    def groups(self) -> dict[str, Iterable[nn.Parameter]]:
+        found: dict[str, list[nn.Parameter]] = {}
+        for wing in self.layers.values():
+            for name in self.config.learners:
+                learner = wing.get_submodule(name)
+                found.setdefault(f"learners.{name}", []).extend(learner.parameters())
+            if hasattr(wing, "router"):
+                found.setdefault("router", []).extend(wing.get_submodule("router").parameters())
+        return dict(found)
+
+    def layer_modules(self) -> Sequence[tuple[int, nn.Module]]:
+        return [(int(index), wing) for index, wing in self.layers.items()]
+
+
+def _fusible(attention: nn.Module) -> bool:
+    """Whether the attention runs a registered kernel now (eager already returns its weights)."""
+    return attention.config._attn_implementation != "eager"  # type: ignore[union-attr]
+
+
+def _first_key(state: Pass, index: int, attention: nn.Module) -> int:
+    """Column of the first key that the base's attention sees at a layer (sliding windows move)."""
+    if state.cache is None:
+        return 0
+    return int(state.cache.get_mask_sizes(state.kinds.shape[1], index)[1])
+
+
+def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
+    """The router's columns for ``count`` keys from column ``first`` on, ``(b, count, 2)``."""
+    positions = state.key_positions[:, first : first + count]  # (b, <= count)
+    missing = count - positions.shape[1]  # a static cache has keys that nothing was written to
+    if missing:
+        positions = torch.nn.functional.pad(positions, (0, missing))
+    return router.columns(positions)
+
+
+def _add(out: Any, extra: Tensor) -> Any:
+    if isinstance(out, tuple):
+        return (out[0] + extra.to(out[0].dtype), *out[1:])
+    return out + extra.to(out.dtype)

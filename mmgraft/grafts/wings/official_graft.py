@@ -1,0 +1,116 @@
+"""Wings' ``official`` variant in the path of a base; see :mod:`mmgraft.grafts.wings.official`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmgraft.anatomy import Anatomy
+from mmgraft.errors import UsageError
+from mmgraft.grafts.base import BaseParts, Graft, Pass
+from mmgraft.grafts.wings.config import WingsConfig
+from mmgraft.grafts.wings.official import OfficialLearners, OfficialPlan, plan_official
+from mmgraft.grafts.wings.router import route
+from mmgraft.layers import parse_layers
+from mmgraft.patching import patched_forward
+
+LACKS = (
+    "no position sees a later one (the textual learner leaks future text)",
+    "a row's result is independent of its neighbours and of padding",
+    "cached decoding equals the full forward (it recomputes everything for every token)",
+    "text rows asked for by workflow equal the base",
+)
+"""Invariants that this variant does not keep."""
+
+
+class OfficialWingsGraft(Graft):
+    """What the published code computes, so that published checkpoints load; not for training."""
+
+    method = "wings"
+    config: WingsConfig
+    cacheable = False
+    trainable = False
+
+    def __init__(self, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> None:
+        super().__init__(config, anatomy)
+        if anatomy.rope_theta is None or anatomy.branch_norm is not None:
+            raise UsageError(
+                f"the published Wings code knows Llama and Qwen2 only, not {anatomy.model_type}: "
+                "use --variant paper."
+            )
+        self.places = parse_layers(config.layers, anatomy.num_layers)
+        self.layers = nn.ModuleDict(
+            {
+                str(index): OfficialLearners(
+                    anatomy.hidden_size,
+                    config.rank,
+                    anatomy.num_heads,
+                    anatomy.rope_theta,
+                    config.learners,
+                    config.routed,
+                    config.router_width,
+                )
+                for index in self.places
+            }
+        )
+
+    def acts_on(self, index: int) -> bool:
+        return str(index) in self.layers
+
+    @contextmanager
+    def layer_context(
+        self, index: int, layer: nn.Module, hidden: Tensor, state: Pass, gate: Tensor | None
+    ) -> Iterator[None]:
+        if gate is not None:
+            raise UsageError(
+                "the official Wings variant mixes the rows of a batch: give it batches in which "
+                "every row runs this workflow."
+            )
+        learners: OfficialLearners = self.layers[str(index)]  # type: ignore[assignment]
+        attention = layer.get_submodule(self.anatomy.attention_name)
+        plan = self._plan(state)
+
+        def attend(original: Any, *args: Any, **kwargs: Any) -> Any:
+            scores = None
+            if learners.router is not None:
+                columns = learners.router.weight
+
+                def widths(count: int) -> Tensor:
+                    return columns[:, :count].t()[None].expand(hidden.shape[0], -1, -1)
+
+                fused = attention.config._attn_implementation != "eager"  # type: ignore[union-attr]
+                out, scores = route(original, attention, widths, fused, args, kwargs)
+            else:
+                out = original(*args, **kwargs)
+            after = hidden + out[0]
+            added = learners(after, plan, router_scores=scores)
+            return (out[0] + added.to(out[0].dtype), *out[1:])
+
+        with patched_forward(attention, attend):
+            yield
+
+    def _plan(self, state: Pass) -> OfficialPlan:
+        if "official" not in state.shared:
+            if state.cache is not None:
+                raise UsageError(
+                    "the official Wings variant cannot use a cache (later tokens change earlier "
+                    "outputs): pass use_cache=False."
+                )
+            width = self.config.router_width if self.config.routed else None
+            state.shared["official"] = plan_official(
+                state.features,
+                state.kinds,
+                state.images,
+                self.config.system_prompt_length or 0,
+                width,
+            )
+        return state.shared["official"]
+
+    def layer_modules(self) -> list[tuple[int, nn.Module]]:
+        return [(int(index), module) for index, module in self.layers.items()]
+
+
+__all__ = ["LACKS", "OfficialWingsGraft"]

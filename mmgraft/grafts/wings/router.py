@@ -1,0 +1,158 @@
+"""Wings' router: weights of the two learners from the main attention's own weights.
+
+The router's logits are ``sum over heads of a W^T`` with ``a (s, S)`` a head's attention weights and
+one column of ``W (2, s_max)`` per key position. That product is attention whose values are the
+router's columns, so :func:`route` puts the two columns beside each key's value vector and reads the
+logits from the extra output columns: no ``s x S`` matrix is kept. Bases whose attention cannot be
+called so (no attention registry, soft-capping, sinks) take the explicit weights instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+IMPLEMENTATION = "mmgraft_router"
+_JOB = "_mmgraft_router_job"
+_WIDEST_FUSED = 256  # the widest head that CUDA's flash kernel takes
+
+
+class Router(nn.Module):
+    """Columns ``W (2, s_max)``, zero at the start (equal weights), no bias."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, length))
+
+    def columns(self, positions: Tensor) -> Tensor:
+        """Columns of the keys' own positions: ``(b, S) -> (b, S, 2)``."""
+        return F.embedding(positions.clamp(min=0), self.weight.t())
+
+
+@dataclass
+class _Job:
+    implementation: str
+    columns: Tensor  # (b, S, 2)
+    outer: _Job | None
+    logits: list[Tensor] = field(default_factory=list)
+
+
+def route(
+    original: Callable[..., Any],
+    attention: nn.Module,
+    columns: Callable[[int], Tensor],
+    fused: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Tensor]:
+    """Run a base's attention and get the router's logits with it.
+
+    Args:
+        original: The attention's forward.
+        attention: The attention module.
+        columns: Gives the router's columns ``(b, S, 2)`` for a number of keys ``S``.
+        fused: Through the attention registry; else from explicit weights.
+        args: Positional arguments of the attention.
+        kwargs: Keyword arguments of the attention.
+
+    Returns:
+        What the attention returned, and the logits ``(b, s, 2)`` in fp32.
+    """
+    return (_fused if fused else _explicit)(original, attention, columns, args, kwargs)
+
+
+def _fused(original, attention, columns, args, kwargs):
+    config = attention.config
+    job = _Job(config._attn_implementation, columns, attention.__dict__.get(_JOB))
+    attention.__dict__[_JOB] = job
+    config._attn_implementation_internal = IMPLEMENTATION
+    try:
+        out = original(*args, **kwargs)
+    finally:
+        config._attn_implementation_internal = job.implementation
+        attention.__dict__[_JOB] = job.outer
+    return out, job.logits[0]
+
+
+def _router_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The base's attention function over values widened by the router's columns."""
+    job: _Job = module.__dict__[_JOB]
+    module.__dict__[_JOB] = job.outer
+    inner = ALL_ATTENTION_FUNCTIONS[job.implementation]
+    size, heads = value.shape[-1], key.shape[1]
+    kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    columns = job.columns(key.shape[2]).to(value.dtype)  # (b, S, 2)
+    columns = columns[:, None].expand(-1, heads, -1, -1)  # (b, kv heads, S, 2)
+    width = -(-(max(size, query.shape[-1]) + 2) // 8) * 8
+    if query.is_cuda and width > _WIDEST_FUSED:
+        out, _ = inner(module, query, key, value, attention_mask, **kwargs)
+        extra = F.pad(columns, (0, query.shape[-1] - 2))
+        routed, _ = inner(module, query, key, extra, attention_mask, **kwargs)
+    else:
+        value = F.pad(torch.cat([value, columns], dim=-1), (0, width - size - 2))
+        query = F.pad(query, (0, width - query.shape[-1]))
+        key = F.pad(key, (0, width - key.shape[-1]))
+        both, _ = inner(module, query, key, value, attention_mask, **kwargs)  # (b, s, n, width)
+        out, routed = both[..., :size], both[..., size : size + 2]
+    job.logits.append(routed[..., :2].float().sum(dim=2))
+    return out.contiguous(), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _router_attention)
+
+
+def _explicit(original, attention, columns, args, kwargs):
+    with _CatchWeights() as caught:
+        out = original(*args, **kwargs)
+    weights = out[1] if isinstance(out, tuple) and isinstance(out[1], Tensor) else caught.weights
+    if weights is None:
+        raise RuntimeError(f"{type(attention).__name__} gave no attention weights for the router")
+    summed = weights.float().sum(dim=1)  # (b, s, S)
+    return out, summed @ columns(summed.shape[-1]).float()
+
+
+class _CatchWeights(TorchFunctionMode):
+    """Compute the weights of an attention that calls torch's fused kernel by itself."""
+
+    weights: Tensor | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.weights = explicit_weights(*args[:2], **kwargs)
+        return func(*args, **kwargs)
+
+
+def explicit_weights(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attention weights ``(b, n, s, S)`` that torch's fused kernel would use."""
+    scores = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1, dtype=torch.float32)

@@ -1,0 +1,114 @@
+"""Extra slots in transformers' own cache objects.
+
+A grafted model keeps everything it remembers in the cache that ``generate`` already reorders,
+repeats and crops: after the base's ``N`` slots stands one *row slot* (each position's kind,
+position and the row's workflow), then the slots of every workflow in order of their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    QuantizedCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from mmgraft.errors import UsageError
+from mmgraft.grafts.base import FULL_ATTENTION
+
+
+def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
+    """Give a cache its row slot and one slot per entry of ``slot_layers``.
+
+    Args:
+        cache: A dynamic, static or offloaded cache made for the base; extended once.
+        num_layers: Layers of the base.
+        slot_layers: The base layer whose cache type each slot takes, or ``FULL_ATTENTION``.
+
+    Raises:
+        UsageError: The cache cannot hold exact states (quantized, or of an unknown type).
+    """
+    if isinstance(cache, QuantizedCache):
+        raise UsageError(
+            "a quantized cache rounds the states that a graft decodes from; "
+            "use cache_implementation='dynamic', 'static' or 'offloaded' for rows with images."
+        )
+    if cache.layer_class_to_replicate is not None:
+        if cache.layer_class_to_replicate is not DynamicLayer:
+            name = cache.layer_class_to_replicate.__name__
+            raise UsageError(f"a cache of {name} cannot hold a graft's slots; use DynamicCache().")
+        return  # grows by itself when a slot is first written to
+    wanted = num_layers + 1 + len(slot_layers)
+    if len(cache.layers) > num_layers:
+        if len(cache.layers) < wanted:
+            raise UsageError(
+                "this cache was made before a workflow was added; begin with a fresh cache."
+            )
+        return
+    cache.layers.append(DynamicLayer())
+    for index in slot_layers:
+        cache.layers.append(
+            DynamicLayer() if index == FULL_ATTENTION else _like(cache.layers[index])
+        )
+
+
+def _like(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """An empty cache layer of the same type and size."""
+    if type(layer) is DynamicLayer:
+        return DynamicLayer()
+    if type(layer) is DynamicSlidingWindowLayer:
+        copy = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+        copy.record_past = layer.record_past
+        return copy
+    if type(layer) is StaticLayer:
+        return StaticLayer(max_cache_len=layer.max_cache_len)
+    if type(layer) is StaticSlidingWindowLayer:
+        return StaticSlidingWindowLayer(
+            max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len
+        )
+    raise UsageError(
+        f"a cache layer of type {type(layer).__name__} cannot be given to an inserted layer; "
+        "use a dynamic, static or offloaded cache."
+    )
+
+
+class RowSlot:
+    """The cache slot that remembers kinds, positions and workflows of the rows."""
+
+    def __init__(self, cache: Cache | None, index: int) -> None:
+        self.cache, self.index = cache, index
+
+    @property
+    def filled(self) -> bool:
+        """Whether a workflow has written to the cache."""
+        if self.cache is None or len(self.cache.layers) <= self.index:
+            return False
+        layer = self.cache.layers[self.index]
+        return bool(layer.is_initialized and layer.keys is not None and layer.keys.numel())
+
+    def workflows(self) -> list[int]:
+        """Workflow number of every row, as written."""
+        layer = self.cache.layers[self.index]  # type: ignore[union-attr]
+        return layer.keys[:, 0, 0, 0].tolist()
+
+    def kinds_positions(self) -> tuple[Tensor, Tensor]:
+        """Kinds and positions written so far, each ``(b, S)``."""
+        values = self.cache.layers[self.index].values  # type: ignore[union-attr]
+        return values[:, 0, :, 0], values[:, 0, :, 1]
+
+    def write(self, kinds: Tensor, positions: Tensor, workflows: Tensor) -> tuple[Tensor, Tensor]:
+        """Append ``kinds`` and ``positions (b, s)``; returns all of them, ``(b, S)`` each."""
+        if self.cache is None:
+            return kinds, positions
+        keys = workflows[:, None, None, None].expand(-1, 1, kinds.shape[1], 1)
+        values = torch.stack([kinds, positions], dim=-1)[:, None]  # (b, 1, s, 2)
+        _, both = self.cache.update(keys, values, self.index)
+        return both[:, 0, :, 0], both[:, 0, :, 1]

@@ -1,0 +1,390 @@
+"""GraftedModel: a stock causal LM, a vision tower, and workflows beside the text one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from typing_extensions import Self
+
+from mmgraft.anatomy import Anatomy, examine, get_path
+from mmgraft.errors import UsageError
+from mmgraft.grafts.base import IMAGE, Pass, select
+from mmgraft.model.cache import RowSlot, extend
+from mmgraft.model.config import GraftedConfig
+from mmgraft.model.generation import WorkflowGeneration
+from mmgraft.model.loss import chunked_loss, supervised
+from mmgraft.model.rows import Rows, sort_rows
+from mmgraft.model.running import Active, running
+from mmgraft.model.training_state import TrainingState
+from mmgraft.model.vision.base import VisionTower
+from mmgraft.model.workflow import TEXT_WORKFLOW, Workflow
+
+
+class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, GenerationMixin):
+    """A base that reads text exactly as before and, in its other workflows, sees images.
+
+    Rows run a workflow each: ``text`` is the base alone, every graft adds one by its name. A batch
+    of text rows is handed to the base as it is, so its logits are the base's bit for bit.
+
+    Args:
+        base: A loaded causal LM; it is never edited.
+        vision_tower: The frozen image encoder, or None for a model that only gets features.
+        workflows: The grafts by name; more come with :meth:`add_workflow`.
+    """
+
+    config_class = GraftedConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        vision_tower: VisionTower | None,
+        workflows: Sequence[Workflow] = (),
+    ) -> None:
+        config = GraftedConfig(base.config)
+        super().__init__(config)
+        self.base = base
+        self.vision_tower = vision_tower
+        self.anatomy: Anatomy = examine(base)
+        self.workflows = nn.ModuleDict()
+        self.default_workflow = workflows[0].name if workflows else "mm"
+        signature = inspect.signature(base.base_model.forward)
+        self._takes_positions = "position_ids" in signature.parameters
+        self.gradient_checkpointing = False
+        self._only_text = False
+        if base.can_generate():
+            self.generation_config = base.generation_config
+        for workflow in workflows:
+            self._attach(workflow)
+        self.eval()
+
+    # -- workflows ------------------------------------------------------------------------------
+
+    def _attach(self, workflow: Workflow) -> None:
+        self.workflows[workflow.name] = workflow
+        slot = self.anatomy.num_layers + 1
+        for other in self._workflow_list():
+            other.graft.assign_slots(slot)
+            slot += len(other.graft.slot_layers())
+
+    def _workflow_list(self) -> list[Workflow]:
+        return list(self.workflows.values())  # type: ignore[arg-type]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the workflows beside ``text``, in order."""
+        return list(self.workflows)
+
+    def workflow(self, name: str | None = None) -> Workflow:
+        """A workflow by name (default: the first)."""
+        name = name or self.default_workflow
+        if name not in self.workflows:
+            raise UsageError(
+                f"no workflow is called {name!r}; this model has: {', '.join(self.names)}."
+            )
+        return self.workflows[name]  # type: ignore[return-value]
+
+    @contextmanager
+    def text_only(self) -> Iterator[Self]:
+        """While the block lasts every row runs ``text``: the base, bit for bit."""
+        before, self._only_text = self._only_text, True
+        try:
+            yield self
+        finally:
+            self._only_text = before
+
+    # -- construction, see loading.py, grafting.py and saving.py -----------------------------------
+
+    @classmethod
+    def graft(cls, base: Any, vision: Any, config: Any, **options: Any) -> GraftedModel:
+        """Graft fresh modules onto a base; see :func:`mmgraft.model.grafting.graft_model`."""
+        from mmgraft.model.grafting import graft_model
+
+        return graft_model(base, vision, config, **options)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, **options: Any) -> GraftedModel:  # type: ignore[override]
+        """Load a saved graft and its base; see :func:`mmgraft.model.loading.load_model`."""
+        from mmgraft.model.loading import load_model
+
+        return load_model(source, **options)
+
+    def save_pretrained(  # type: ignore[override]
+        self, folder: str | Path, workflow: str | None = None, **_: Any
+    ) -> None:
+        """Save one workflow's graft; see :func:`mmgraft.model.saving.save_graft`."""
+        from mmgraft.model.saving import save_graft
+
+        save_graft(self, folder, workflow)
+
+    def add_workflow(self, name: str, source: str | Path, **options: Any) -> None:
+        """Attach a second graft to the same base; see :func:`mmgraft.model.loading.attach`."""
+        from mmgraft.model.loading import attach
+
+        attach(self, name, source, **options)
+
+    # -- transformers' accessors -----------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's."""
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's."""
+        return self.base.get_output_embeddings()
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        workflow: str | Sequence[str] | Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run a batch whose rows may run different workflows.
+
+        Args:
+            input_ids: ``(b, s)``; at image positions any id of the vocabulary.
+            attention_mask: ``(b, past + s)``, 0 at padding on either side.
+            position_ids: ``(b, s)``; by default each token's own position, padding not counted.
+            past_key_values: A cache; it also remembers each row's workflow.
+            inputs_embeds: ``(b, s, h)`` instead of ``input_ids``.
+            labels: ``(b, s)``, -100 where nothing is learned. The loss runs the head on supervised
+                positions only, and ``logits`` is then None.
+            mm_token_type_ids: ``(b, s)``, 1 at image positions.
+            pixel_values: ``(images, 3, H, W)`` of all rows, in order of appearance.
+            image_features: ``(images, P, tower width)`` instead: the tower's output.
+            workflow: A workflow for all rows, or one a row; by default rows with an image run the
+                model's default workflow and the others ``text``.
+            use_cache: Return a cache.
+            logits_to_keep: Compute logits of the last positions only.
+            num_items_in_batch: Supervised tokens that the summed loss is divided by; by default
+                those of this batch.
+            **kwargs: For the base.
+
+        Returns:
+            Loss, logits ``(b, s, vocab)`` and cache.
+
+        Raises:
+            UsageError: See :func:`mmgraft.model.rows.sort_rows`; also images that do not match the
+                image positions, and rows longer than a graft can represent.
+        """
+        new = input_ids if input_ids is not None else inputs_embeds
+        if new is None:
+            raise UsageError("give input_ids or inputs_embeds.")
+        slot = RowSlot(past_key_values, self.anatomy.num_layers)
+        rows = sort_rows(
+            (new.shape[0], new.shape[1]),
+            mm_token_type_ids,
+            attention_mask,
+            TEXT_WORKFLOW if self._only_text else workflow,
+            self.names,
+            self.default_workflow,
+            slot,
+            int(past_key_values.get_seq_length()) if past_key_values is not None else 0,
+        )
+        options = dict(kwargs, use_cache=use_cache)
+        if rows.text_only:
+            if labels is not None and self.training:
+                return self._text_training(input_ids, attention_mask, labels, num_items_in_batch)
+            given = {
+                "input_ids": input_ids, "attention_mask": attention_mask,
+                "position_ids": position_ids, "past_key_values": past_key_values,
+                "inputs_embeds": inputs_embeds, "labels": labels,
+                "logits_to_keep": logits_to_keep, **options,
+            }  # fmt: skip
+            return self.base(**{k: v for k, v in given.items() if v is not None})
+        if use_cache is None:
+            use_cache = options["use_cache"] = labels is None and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.base.config)
+            slot = RowSlot(past_key_values, self.anatomy.num_layers)
+        active = self._active(rows, new.device)
+        embeds = self._embed(input_ids, inputs_embeds, active)
+        embeds = self._merge(embeds, rows, active, pixel_values, image_features)
+        state = self._state(rows, embeds, attention_mask, position_ids, past_key_values, slot)
+        given = {
+            "inputs_embeds": embeds, "attention_mask": attention_mask,
+            "past_key_values": past_key_values, **options,
+        }  # fmt: skip
+        if self._takes_positions:
+            given["position_ids"] = state.positions
+        checkpointing = self.gradient_checkpointing and self.training
+        with running(self.base, self.anatomy, active, state, checkpointing):
+            if labels is None:
+                return self.base(**given, logits_to_keep=logits_to_keep)
+            hidden = self.base.base_model(**given).last_hidden_state  # (b, s, h)
+        loss = self._loss(hidden, labels, rows, active, num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss)
+
+    # -- steps of the forward -------------------------------------------------------------------
+
+    def _active(self, rows: Rows, device: torch.device) -> list[Active]:
+        used = [w for w in self._workflow_list() if w.name in rows.names]
+        return [Active(w.graft, rows.gate(w.name, device)) for w in used]
+
+    def _embed(self, ids: Tensor | None, embeds: Tensor | None, active: list[Active]) -> Tensor:
+        """Token embeddings ``(b, s, h)``, each row by its workflow's own table."""
+        if ids is None:
+            return embeds  # type: ignore[return-value]
+        out = None
+        if not (len(active) == 1 and active[0].gate is None and active[0].graft.embedding):
+            out = self.base.get_input_embeddings()(ids)
+        for item in active:
+            table = item.graft.embedding
+            if table is not None and item.graft.active:
+                own = table(ids)
+                out = own if out is None else select(item.gate, own, out)
+        return out if out is not None else self.base.get_input_embeddings()(ids)
+
+    def _merge(
+        self,
+        embeds: Tensor,
+        rows: Rows,
+        active: list[Active],
+        pixel_values: Tensor | None,
+        features: Tensor | None,
+    ) -> Tensor:
+        """Projected image features at the image positions, ``(b, s, h)``."""
+        image = rows.kinds == IMAGE  # (b, s)
+        wanted = int(image.sum())
+        if features is None and pixel_values is not None:
+            features = self.image_features(pixel_values)
+        if features is None:
+            if wanted:
+                raise UsageError(
+                    f"{wanted} image positions but no image: give pixel_values or image_features."
+                )
+            return embeds
+        given = features.shape[0] * features.shape[1]
+        if given != wanted:
+            raise UsageError(
+                f"{features.shape[0]} images of {features.shape[1]} patches do not fill "
+                f"{wanted} image positions; every image of the batch needs its own positions."
+            )
+        per_row = image.sum(dim=1) // features.shape[1]  # images a row
+        owner = torch.repeat_interleave(torch.arange(len(rows.names)), per_row.cpu())
+        projected: Tensor | None = None
+        for workflow in self._workflow_list():
+            if workflow.name not in rows.names:
+                continue
+            mine = rows.gate(workflow.name, features.device)
+            out = workflow.projector(features).to(embeds.dtype)  # (images, P, h)
+            gate = None if mine is None else mine[owner.to(mine.device)]
+            projected = out if projected is None else select(gate, out, projected)
+        if projected is None:
+            raise UsageError("images were given, but no row runs a workflow that sees.")
+        projected = projected.flatten(0, 1).to(embeds.device)
+        return embeds.masked_scatter(image[..., None].to(embeds.device), projected)
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """The tower's features: ``(images, 3, H, W) -> (images, P, tower width)``, no gradient."""
+        if self.vision_tower is None:
+            raise UsageError("this model was loaded without its vision tower: give image_features.")
+        tower = self.vision_tower
+        with torch.no_grad():
+            return tower(pixel_values.to(device=tower.device, dtype=tower.dtype))
+
+    def _state(
+        self,
+        rows: Rows,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        slot: RowSlot,
+    ) -> Pass:
+        length = embeds.shape[1]
+        kinds = rows.kinds.to(embeds.device)  # type: ignore[union-attr]
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + length, device=embeds.device)[None]
+        positions = position_ids.to(embeds.device).expand(embeds.shape[0], -1)
+        if cache is not None:
+            slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
+            extend(cache, self.anatomy.num_layers, slots)
+        numbers = [self.names.index(n) if n != TEXT_WORKFLOW else -1 for n in rows.names]
+        workflows = torch.tensor(numbers, device=embeds.device)
+        key_kinds, key_positions = slot.write(kinds, positions, workflows)
+        longest = int(positions.max()) + 1
+        for workflow in self._workflow_list():
+            if workflow.name in rows.names:
+                workflow.graft.check_length(longest)
+        return Pass(self.anatomy, embeds, kinds, positions, key_kinds, key_positions, past, cache)
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        rows: Rows,
+        active: list[Active],
+        num_items: Tensor | int | None,
+    ) -> Tensor:
+        """Mean cross-entropy (nats) over the supervised tokens of rows that train something."""
+        mask, _ = supervised(labels)
+        if self.training and not self.base_is_trained:
+            learns = torch.tensor([name != TEXT_WORKFLOW for name in rows.names])
+            mask = mask & learns.to(mask.device)[:, None]
+        mask = mask.to(hidden.device)
+        targets = labels.roll(-1, dims=1).to(hidden.device)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for head, gate in self._heads(active):
+            part = mask if gate is None else mask & gate.to(mask.device)[:, None]
+            total = total + chunked_loss(hidden[part], targets[part], head, self.anatomy.vocab_size)
+        count = mask.sum() if num_items is None else num_items
+        count = count.to(total.device) if isinstance(count, Tensor) else count
+        return (
+            total / max(count, 1) if not isinstance(count, Tensor) else total / count.clamp(min=1)
+        )
+
+    def _heads(self, active: list[Active]) -> Iterator[tuple[Any, Tensor | None]]:
+        """Heads (hidden to logits) and the rows that use them."""
+        base_head = get_path(self.base, self.anatomy.head_path)
+        own = [a for a in active if a.graft.head is not None and a.graft.active]
+        if len(own) == 1 and own[0].gate is None:
+            yield self._logits_of(own[0].graft.head), None
+            return
+        rest: Tensor | None = None
+        for item in own:
+            yield self._logits_of(item.graft.head), item.gate
+            rest = ~item.gate if rest is None else rest & ~item.gate  # type: ignore[operator]
+        yield self._logits_of(base_head), rest
+
+    def _logits_of(self, head: nn.Module | None) -> Any:
+        """A head followed by what the base does to its logits (scale, soft-cap)."""
+        anatomy = self.anatomy
+
+        def logits(hidden: Tensor) -> Tensor:
+            out = head(hidden) * anatomy.logit_scale  # type: ignore[misc]
+            if anatomy.logit_softcap is not None:
+                out = torch.tanh(out / anatomy.logit_softcap) * anatomy.logit_softcap
+            return out
+
+        return logits

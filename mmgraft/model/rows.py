@@ -1,0 +1,131 @@
+"""Which workflow each row of a batch runs, and what kind each of its positions is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmgraft.errors import UsageError
+from mmgraft.grafts.base import IMAGE, PADDING, TEXT
+from mmgraft.model.cache import RowSlot
+from mmgraft.model.workflow import TEXT_WORKFLOW
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch's rows. ``names[r]`` is row ``r``'s workflow."""
+
+    names: list[str]
+    kinds: Tensor | None  # (b, s); None where every row is text and nothing was asked
+
+    @property
+    def text_only(self) -> bool:
+        """Whether the base alone runs."""
+        return all(name == TEXT_WORKFLOW for name in self.names)
+
+    def gate(self, name: str, device: torch.device) -> Tensor | None:
+        """True for the rows of one workflow ``(b,)``; None where all rows run it."""
+        if all(other == name for other in self.names):
+            return None
+        return torch.tensor([other == name for other in self.names], device=device)
+
+
+def sort_rows(
+    batch: tuple[int, int],
+    image_mask: Tensor | None,
+    attention_mask: Tensor | None,
+    wanted: str | Sequence[str] | Tensor | None,
+    known: Sequence[str],
+    default: str,
+    slot: RowSlot,
+    past: int,
+) -> Rows:
+    """Decide every row's workflow and the kinds of the new positions.
+
+    Args:
+        batch: Rows and new positions ``(b, s)``.
+        image_mask: ``mm_token_type_ids (b, s)``, 1 at image positions; None means no image.
+        attention_mask: ``(b, past + s)`` with 0 at padding, or None.
+        wanted: What the caller asked for: one workflow, one a row, or (inside ``generate``)
+            numbers into ``known`` with -1 for ``text``.
+        known: Workflows of the model.
+        default: The workflow of a row with an image when nothing was asked.
+        slot: Rows that a cache remembers.
+        past: Positions in the cache.
+
+    Raises:
+        UsageError: An unknown workflow, images in a row that runs ``text``, or a cache that was
+            filled by another workflow.
+    """
+    size, length = batch
+    has_image = [False] * size
+    if image_mask is not None:
+        has_image = (image_mask[:, -length:] != 0).any(dim=1).tolist()
+    asked = _asked(wanted, known, size)
+    if slot.filled:
+        names = [TEXT_WORKFLOW if n < 0 else known[n] for n in slot.workflows()]
+        if asked is not None and asked != names:
+            raise UsageError(
+                "the cache was filled by another workflow than the one asked for; "
+                "begin with a fresh cache."
+            )
+    else:
+        names = asked or [default if image else TEXT_WORKFLOW for image in has_image]
+        if past and any(name != TEXT_WORKFLOW for name in names):
+            raise UsageError(
+                "this cache was filled by the text workflow, and a row now needs "
+                f"{next(n for n in names if n != TEXT_WORKFLOW)!r} (a picture changes how the "
+                "earlier text is read): run the whole dialogue again with a fresh cache."
+            )
+    for row, (name, image) in enumerate(zip(names, has_image, strict=True)):
+        if image and name == TEXT_WORKFLOW:
+            raise UsageError(
+                f"row {row} has an image but runs the text workflow (the base alone, which cannot "
+                f"see): choose one of {', '.join(known)}, or take the image out."
+            )
+    rows = Rows(names, None)
+    if rows.text_only and not slot.filled:
+        return rows
+    return Rows(names, _kinds(batch, image_mask, attention_mask, slot))
+
+
+def _asked(
+    wanted: str | Sequence[str] | Tensor | None, known: Sequence[str], size: int
+) -> list[str] | None:
+    if wanted is None:
+        return None
+    if isinstance(wanted, Tensor):
+        return [TEXT_WORKFLOW if n < 0 else known[n] for n in wanted.tolist()]
+    names = [wanted] * size if isinstance(wanted, str) else list(wanted)
+    if len(names) != size:
+        raise UsageError(f"{len(names)} workflows were given for {size} rows; give one a row.")
+    for name in names:
+        if name != TEXT_WORKFLOW and name not in known:
+            raise UsageError(
+                f"no workflow is called {name!r}; this model has: "
+                f"{', '.join([TEXT_WORKFLOW, *known])}."
+            )
+    return names
+
+
+def _kinds(
+    batch: tuple[int, int], image_mask: Tensor | None, attention_mask: Tensor | None, slot: RowSlot
+) -> Tensor:
+    size, length = batch
+    device = image_mask.device if image_mask is not None else None
+    if device is None and attention_mask is not None:
+        device = attention_mask.device
+    kinds = torch.full((size, length), TEXT, device=device)
+    if image_mask is not None:
+        kinds = kinds.masked_fill(image_mask[:, -length:] != 0, IMAGE)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        kinds = kinds.masked_fill(attention_mask[:, -length:] == 0, PADDING)
+    return kinds
+
+
+def numbers(names: Sequence[str], known: Mapping[str, int]) -> list[int]:
+    """Workflow names as numbers for a tensor; -1 is ``text``."""
+    return [known.get(name, -1) for name in names]

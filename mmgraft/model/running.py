@@ -1,0 +1,109 @@
+"""Run a base with the grafts of the active workflows in its path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmgraft.anatomy import Anatomy, decoder_layers, get_path
+from mmgraft.grafts.base import Graft, Pass, select
+from mmgraft.patching import patched_forward
+
+
+@dataclass
+class Active:
+    """A graft in this pass, and the rows that run it (None: all)."""
+
+    graft: Graft
+    gate: Tensor | None  # (b,)
+
+
+@dataclass
+class _Run:
+    active: Sequence[Active]
+    state: Pass
+    checkpointing: bool
+    carries: list[Tensor | None] = field(default_factory=list)
+
+
+@contextmanager
+def running(
+    base: nn.Module,
+    anatomy: Anatomy,
+    active: Sequence[Active],
+    state: Pass,
+    checkpointing: bool = False,
+) -> Iterator[None]:
+    """While the block lasts, ``base(...)`` runs the active grafts; afterwards it is untouched.
+
+    With ``checkpointing`` each decoder layer, with what a graft adds to it, is computed again in
+    the backward pass instead of keeping its activations.
+    """
+    active = [item for item in active if item.graft.active]
+    run = _Run(active, state, checkpointing, [None] * len(active))
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(base, anatomy)):
+            if checkpointing or any(item.graft.acts_on(index) for item in active):
+                stack.enter_context(patched_forward(layer, partial(_layer, run, index, layer)))
+        for path, name in ((anatomy.norm_path, "norm"), (anatomy.head_path, "head")):
+            owners = [item for item in active if getattr(item.graft, name) is not None]
+            if owners and path is not None:
+                stack.enter_context(
+                    patched_forward(get_path(base, path), partial(_own, owners, name))
+                )
+        yield
+
+
+def _layer(
+    run: _Run, index: int, layer: nn.Module, original: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """One base layer with its grafts, checkpointed or not."""
+    if args:
+        hidden, args = args[0], args[1:]
+    else:
+        hidden = kwargs.pop("hidden_states")
+
+    def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, ...]:
+        state = run.state.on(hidden.device)
+        with ExitStack() as stack:
+            for item in run.active:
+                if item.graft.acts_on(index):
+                    context = item.graft.layer_context(index, layer, hidden, state, item.gate)
+                    stack.enter_context(context)
+            out = original(hidden, *args, **kwargs)
+        left, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+
+        def call(module: nn.Module, x: Tensor) -> Tensor:
+            result = module(x, *args, **kwargs)
+            return result[0] if isinstance(result, tuple) else result
+
+        carried = list(carries)
+        for number, item in enumerate(run.active):
+            if item.graft.acts_on(index):
+                new, carried[number] = item.graft.after_layer(
+                    index, call, hidden, left, state, carries[number]
+                )
+                left = left if new is left else select(item.gate, new, left)
+        return (left if rest is None else (left, *rest)), carried
+
+    if run.checkpointing:
+        out, run.carries = checkpoint(forward, hidden, *run.carries, use_reentrant=False)
+    else:
+        out, run.carries = forward(hidden, *run.carries)
+    return out
+
+
+def _own(owners: Sequence[Active], name: str, original: Any, x: Tensor) -> Tensor:
+    """A workflow's own norm or head for its rows, the base's for the others."""
+    if len(owners) == 1 and owners[0].gate is None:
+        return getattr(owners[0].graft, name)(x)
+    out = original(x)
+    for item in owners:
+        out = select(item.gate, getattr(item.graft, name)(x), out)
+    return out
