@@ -235,7 +235,7 @@ def tower_features(tower: VisionTower) -> Callable[[list[Path]], Tensor]:
 
 
 def _checksum(features: Tensor) -> int:
-    return zlib.crc32(memoryview(features.contiguous().view(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(features.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _read_shard(path: Path) -> tuple[list[str], Tensor]:

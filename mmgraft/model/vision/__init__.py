@@ -9,9 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmgraft.model.vision.images import load_image, to_rgb
-
     from mmgraft.model.vision.base import VisionTower
+    from mmgraft.model.vision.images import load_image, to_rgb
     from mmgraft.model.vision.registry import (
         TowerKind,
         TowerShape,

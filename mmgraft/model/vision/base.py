@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,15 @@ class VisionTower(nn.Module):
     def identity(self) -> dict[str, Any]:
         """All but the weights that decides the features: config, layer, preprocessing (JSON)."""
         raise NotImplementedError
+
+    def save(self, folder: str | Path) -> VisionSpec:
+        """Write into `folder` what is needed to load the tower without its source.
+
+        Returns:
+            The spec that loads it from there. A kind whose weights come with an installed package
+            writes nothing and returns its own spec.
+        """
+        return self.spec
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, NamedTuple
 
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.model.vision.spec import TRANSFORMERS_KIND, VisionSpec
 
 if TYPE_CHECKING:
@@ -112,10 +111,7 @@ def find_kind(kind: str) -> TowerKind:
     for point in entry_points(group=ENTRY_POINT_GROUP, name=kind):
         value = point.load()
         return value if isinstance(value, TowerKind) else TowerKind(kind, value)
-    known = tower_kinds()
-    near = difflib.get_close_matches(kind, known, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise UsageError(f"Unknown vision tower kind '{kind}'.{hint} Known kinds: {', '.join(known)}.")
+    raise UsageError(f"Unknown vision tower kind {kind!r}; {did_you_mean(kind, tower_kinds())}")
 
 
 def load_tower(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from mmgraft.strict import StrictModel
 
 TRANSFORMERS_KIND = "transformers"
 
 
-class VisionSpec(BaseModel):
+class VisionSpec(StrictModel):
     """Which vision tower to load, and which of its hidden states are the features.
 
     Attributes:
@@ -23,7 +25,7 @@ class VisionSpec(BaseModel):
         options: Further settings of the kind; each kind refuses those it does not know.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     kind: str = TRANSFORMERS_KIND
     id: str | None = None
@@ -46,7 +48,7 @@ class VisionSpec(BaseModel):
         return self.id or self.kind
 
 
-class ProjectorSpec(BaseModel):
+class ProjectorSpec(StrictModel):
     """Shape and start of the projector between tower and base.
 
     Attributes:
@@ -57,7 +59,7 @@ class ProjectorSpec(BaseModel):
             first image tokens are closer in size to the base's text embeddings.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     norm: bool = False
     hidden: int | None = Field(default=None, ge=1)
