@@ -1,0 +1,216 @@
+"""Reads and writes tensor files one tensor at a time, so that a 70 B model needs little memory.
+
+A safetensors file is eight bytes with the length of its header, the header as JSON (names, dtypes,
+shapes, offsets), and the tensors' bytes. The header is known before the first byte of a tensor is
+read, so tensors go from their source to the disk one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmgraft.errors import UsageError
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when it is needed.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        read: reads it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def open_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """Every tensor of a checkpoint: of its safetensors files, else of its pickled ones.
+
+    Raises:
+        UsageError: when there is neither, and for a file that cannot be read.
+    """
+    for stem, suffix, opened in (
+        ("model", ".safetensors", _open_safetensors),
+        ("pytorch_model", ".bin", _open_pickled),
+    ):
+        paths = _weight_files(folder, stem, suffix)
+        tensors: dict[str, LazyTensor] = {}
+        for path in paths:
+            try:
+                tensors.update(opened(path))
+            except (SafetensorError, OSError, RuntimeError, EOFError, KeyError) as error:
+                raise UsageError(f"{path} cannot be read ({error}); fetch it again") from error
+        if tensors:
+            return tensors
+    raise UsageError(
+        f"{folder} holds no tensors (*.safetensors or pytorch_model*.bin); "
+        "give the folder of a whole checkpoint"
+    )
+
+
+def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
+    """The shards that an index names, else the one file, else all of the kind."""
+    index = folder / f"{stem}{suffix}.index.json"
+    if index.is_file():
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [folder / name for name in sorted(set(places.values()))]
+    single = folder / f"{stem}{suffix}"
+    if single.is_file():
+        return [single]
+    return sorted(folder.glob(f"*{suffix}" if suffix == ".safetensors" else f"{stem}*{suffix}"))
+
+
+def _open_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
+    file = safe_open(path, framework="pt")
+    for name in file.keys():  # noqa: SIM118  (no mapping)
+        piece = file.get_slice(name)
+        shape, dtype = tuple(piece.get_shape()), _DTYPES[piece.get_dtype()]
+        yield name, LazyTensor(shape, dtype, lambda name=name: file.get_tensor(name))
+
+
+def _open_pickled(path: Path) -> Iterator[tuple[str, LazyTensor]]:
+    # Mapped, not read: pages come in with the tensor that is used, and go when they must.
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # the format before torch 1.6 cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, tensor in state.items():
+        yield name, LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one safetensors file, one tensor in memory at a time.
+
+    Args:
+        path: the file, which must not matter yet: a killed write leaves half of it.
+        tensors: what to write.
+        metadata: strings for the header; `format` is added.
+    """
+    # Widest first, as safetensors itself orders them, so that every tensor lies aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for name in names:
+        lazy = tensors[name]
+        end = offset + lazy.nbytes
+        header[name] = {
+            "dtype": _NAMES[lazy.dtype],
+            "shape": list(lazy.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in names:
+            _write_one(file, name, tensors[name])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_one(file: BinaryIO, name: str, lazy: LazyTensor) -> None:
+    tensor = lazy.read()
+    if tuple(tensor.shape) != lazy.shape or tensor.dtype != lazy.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not as it was announced")
+    if tensor.numel():
+        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    max_bytes: int = MAX_SHARD_BYTES,
+) -> list[str]:
+    """Write `stem.safetensors`, or numbered shards and `stem.safetensors.index.json`.
+
+    Args:
+        folder: where, made if it is missing.
+        stem: `model` or `graft`.
+        tensors: what to write; their order decides which share a shard.
+        metadata: strings for the headers.
+        max_bytes: size of a shard; a larger tensor has one of its own.
+
+    Returns:
+        Names of the files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _split(tensors, max_bytes)
+    if len(shards) == 1:
+        name = f"{stem}.safetensors"
+        write_tensors(folder / name, shards[0], metadata)
+        return [name]
+    names = [
+        f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    places: dict[str, str] = {}
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(folder / name, shard, metadata)
+        places.update(dict.fromkeys(shard, name))
+    total = sum(lazy.nbytes for lazy in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    index_name = f"{stem}.safetensors.index.json"
+    (folder / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [*names, index_name]
+
+
+def _split(tensors: Mapping[str, LazyTensor], max_bytes: int) -> list[dict[str, LazyTensor]]:
+    shards: list[dict[str, LazyTensor]] = [{}]
+    size = 0
+    for name, lazy in tensors.items():
+        if shards[-1] and size + lazy.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = lazy
+        size += lazy.nbytes
+    return shards
