@@ -22,7 +22,7 @@ from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
 
 PADDING, TEXT, IMAGE = 0, 1, 2
-"""Kinds of a position. Padding is 0, so that a cache slot that nothing was written to is padding."""
+"""Kinds of a position. Padding is 0, as a cache slot is that nothing was written to."""
 
 FULL_ATTENTION = -1
 """In :meth:`Graft.slot_layers`: a slot that keeps every position, whatever the base's layers do."""

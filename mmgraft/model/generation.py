@@ -90,7 +90,7 @@ class WorkflowGeneration(GenerationMixin):
             )
         if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
             raise UsageError(
-                "prefill_chunk_size cuts a prompt between images; leave it out for rows with images."
+                "prefill_chunk_size cuts a prompt between images; leave it out for such rows."
             )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -226,8 +226,12 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
             slot = RowSlot(past_key_values, self.anatomy.num_layers)
         active = self._active(rows, new.device)
         embeds = self._embed(input_ids, inputs_embeds, active)
-        embeds = self._merge(embeds, rows, active, pixel_values, image_features)
+        features = image_features
+        if features is None and pixel_values is not None:
+            features = self.image_features(pixel_values)
+        embeds, images = self._merge(embeds, rows, features)
         state = self._state(rows, embeds, attention_mask, position_ids, past_key_values, slot)
+        state.images = images
         given = {
             "inputs_embeds": embeds, "attention_mask": attention_mask,
             "past_key_values": past_key_values, **options,
@@ -263,44 +267,56 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
         return out if out is not None else self.base.get_input_embeddings()(ids)
 
     def _merge(
-        self,
-        embeds: Tensor,
-        rows: Rows,
-        active: list[Active],
-        pixel_values: Tensor | None,
-        features: Tensor | None,
-    ) -> Tensor:
-        """Projected image features at the image positions, ``(b, s, h)``."""
+        self, embeds: Tensor, rows: Rows, features: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Projected image features at the image positions ``(b, s, h)``, and by themselves."""
         image = rows.kinds == IMAGE  # (b, s)
         wanted = int(image.sum())
-        if features is None and pixel_values is not None:
-            features = self.image_features(pixel_values)
         if features is None:
             if wanted:
                 raise UsageError(
                     f"{wanted} image positions but no image: give pixel_values or image_features."
                 )
-            return embeds
-        given = features.shape[0] * features.shape[1]
-        if given != wanted:
-            raise UsageError(
-                f"{features.shape[0]} images of {features.shape[1]} patches do not fill "
-                f"{wanted} image positions; every image of the batch needs its own positions."
-            )
-        per_row = image.sum(dim=1) // features.shape[1]  # images a row
-        owner = torch.repeat_interleave(torch.arange(len(rows.names)), per_row.cpu())
-        projected: Tensor | None = None
+            return embeds, None
+        if self._takes_dummies(rows, features):
+            owner = torch.arange(len(rows.names))
+            shown = image.any(dim=1).cpu()
+        else:
+            given = features.shape[0] * features.shape[1]
+            if given != wanted:
+                raise UsageError(
+                    f"{features.shape[0]} images of {features.shape[1]} patches do not fill "
+                    f"{wanted} image positions; every image of the batch needs its own positions."
+                )
+            per_row = image.sum(dim=1) // features.shape[1]  # images a row
+            owner = torch.repeat_interleave(torch.arange(len(rows.names)), per_row.cpu())
+            shown = torch.ones(features.shape[0], dtype=torch.bool)
+        projected = self._project(features, rows, owner).to(embeds)  # (images, P, h)
+        placed = projected[shown.to(projected.device)].flatten(0, 1)
+        return embeds.masked_scatter(image[..., None].to(embeds.device), placed), projected
+
+    def _takes_dummies(self, rows: Rows, features: Tensor) -> bool:
+        """Whether each row has one image, a dummy where it has no image position (official Wings).
+
+        The published Wings code gives a black image to rows without one.
+        """
+        return len(rows.names) == features.shape[0] and all(
+            name != TEXT_WORKFLOW and not self.workflow(name).graft.cacheable
+            for name in set(rows.names)
+        )
+
+    def _project(self, features: Tensor, rows: Rows, owner: Tensor) -> Tensor:
+        """Each image through the projector of its row's workflow, ``(images, P, h)``."""
+        out: Tensor | None = None
         for workflow in self._workflow_list():
             if workflow.name not in rows.names:
                 continue
-            mine = rows.gate(workflow.name, features.device)
-            out = workflow.projector(features).to(embeds.dtype)  # (images, P, h)
-            gate = None if mine is None else mine[owner.to(mine.device)]
-            projected = out if projected is None else select(gate, out, projected)
-        if projected is None:
+            mine = rows.gate(workflow.name, owner.device)
+            projected = workflow.projector(features)
+            out = projected if out is None else select(mine[owner], projected, out)  # type: ignore[index]
+        if out is None:
             raise UsageError("images were given, but no row runs a workflow that sees.")
-        projected = projected.flatten(0, 1).to(embeds.device)
-        return embeds.masked_scatter(image[..., None].to(embeds.device), projected)
+        return out
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """The tower's features: ``(images, 3, H, W) -> (images, P, tower width)``, no gradient."""

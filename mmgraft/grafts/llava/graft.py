@@ -8,7 +8,7 @@ from mmgraft.grafts.llava.config import LlavaConfig
 
 
 class LlavaGraft(Graft):
-    """No modules beside the workflow's projector. ``base: full`` in a recipe trains the base too."""
+    """No modules beside the projector. ``base: full`` in a recipe trains the base too."""
 
     method = "llava"
 
