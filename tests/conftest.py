@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -67,3 +69,25 @@ def golden() -> Path:
     if not (folder / "iaa").is_dir() or not (folder / "wings").is_dir():
         pytest.fail(f"MMGRAFT_GOLDEN={folder} has no folders iaa and wings")
     return folder
+
+
+class Ran(NamedTuple):
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run one command line in this process: `cli("inspect", folder, "--json")`."""
+
+    def call(*args: object) -> Ran:
+        from mmgraft.cli.app import run
+
+        capsys.readouterr()
+        code = run([str(arg) for arg in args])
+        return Ran(code, *capsys.readouterr())
+
+    return call

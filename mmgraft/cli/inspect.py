@@ -1,0 +1,124 @@
+"""`mmgraft inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmgraft.cli.options import JsonFlag, RevisionOption
+
+if TYPE_CHECKING:
+    from mmgraft.model.summary import GraftSummary, ModelSummary
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="An alias, a Hub id, a folder, or a graft.")],
+    revision: RevisionOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show a model's layers, their sizes and where a graft may go; of a graft, what it adds.
+
+    No weights are loaded: a model is examined from its config, a graft from its headers.
+    """
+    from mmgraft.cli.console import print_json
+
+    graft = _graft_folder(model, revision)
+    if graft is not None:
+        from mmgraft.model.summary import summarise_graft
+
+        found = summarise_graft(graft)
+        print_json(asdict(found)) if json else _show_graft(found)
+        return
+    from mmgraft.aliases import resolve_alias
+    from mmgraft.basefiles import resolve
+    from mmgraft.model.summary import summarise_model
+
+    summary = summarise_model(resolve(resolve_alias(model), revision))
+    print_json(asdict(summary)) if json else _show_model(summary)
+
+
+def _graft_folder(name: str, revision: str | None) -> Path | None:
+    """The folder of a graft; None when `name` is a model."""
+    from mmgraft.model.graft_file import CONFIG_NAME
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder if (folder / CONFIG_NAME).is_file() else None
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hf_hub_download(name, CONFIG_NAME, revision=revision)
+    except EntryNotFoundError:
+        return None  # a model, or nothing in the cache while offline, which resolve() will say
+    from mmgraft.model.loading import graft_folder
+
+    return graft_folder(name, revision)
+
+
+def _show_model(found: ModelSummary) -> None:
+    from mmgraft.cli.console import human_bytes, human_count, note, stdout, table
+
+    out = stdout()
+    out.print(f"{found.id}: {found.model_class}", markup=False)
+    out.print(
+        f"{human_count(found.parameters)} parameters, {human_bytes(found.bytes)} in {found.dtype}, "
+        f"{len(found.layers)} layers",
+        markup=False,
+    )
+    sizes = (f"{name} {value}" for name, value in found.sizes.items() if value is not None)
+    out.print(", ".join(sizes), markup=False)
+    rows = [
+        [
+            layer.index,
+            layer.kind,
+            layer.attention.removesuffix("_attention"),
+            human_count(layer.parameters),
+            human_bytes(layer.bytes),
+            "yes" if layer.refused is None else f"no: {layer.refused}",
+        ]
+        for layer in found.layers
+    ]
+    out.print(table(["layer", "class", "attention", "parameters", "size", "graft"], rows))
+    parts = [[name, human_count(size)] for name, size in found.parts.items()]
+    out.print(table(["beside the layers", "parameters"], parts))
+    for method, reason in found.refusals.items():
+        note(f"{method} cannot be used here: {reason}")
+
+
+def _layer_of(feature_layer: int | None) -> str:
+    return "" if feature_layer is None else f", hidden state {feature_layer}"
+
+
+def _show_graft(found: GraftSummary) -> None:
+    from mmgraft.cli.console import human_bytes, human_count, stdout, table
+
+    out = stdout()
+    settings = ", ".join(f"{key} {value}" for key, value in found.config.items() if key != "method")
+    rows = [
+        ["method", found.method + (f" ({settings})" if settings else "")],
+        ["workflow", found.workflow],
+        ["base", f"{found.base} @ {found.base_revision}" if found.base_revision else found.base],
+        ["vision tower", found.tower + _layer_of(found.feature_layer)],
+    ]
+    out.print(table(["graft", found.folder], rows))
+    parts = [
+        [row.part, row.tensors, human_count(row.parameters), human_bytes(row.bytes)]
+        for row in found.parts
+    ]
+    parts.append(
+        [
+            "together",
+            sum(row.tensors for row in found.parts),
+            human_count(found.parameters),
+            human_bytes(found.bytes),
+        ]
+    )
+    out.print(table(["it adds", "tensors", "parameters", "size"], parts))
+    if found.lacks:
+        out.print(table(["it does not promise that", "because"], list(found.lacks.items())))
