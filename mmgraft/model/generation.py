@@ -51,7 +51,6 @@ class WorkflowGeneration(GenerationMixin):
         rows = sort_rows(
             (new.shape[0], new.shape[1]),
             kwargs.get("mm_token_type_ids"),
-            kwargs.get("attention_mask"),
             TEXT_WORKFLOW if self._only_text else workflow,
             self.names,
             self.default_workflow,
@@ -73,7 +72,7 @@ class WorkflowGeneration(GenerationMixin):
             kwargs["input_ids"] = ids
         return super().generate(**kwargs)
 
-    def _check_mode(self, kwargs: dict[str, Any]) -> None:
+    def _check_mode(self: GraftedModel, kwargs: dict[str, Any]) -> None:
         config = kwargs.get("generation_config")
         implementation = kwargs.get("cache_implementation") or getattr(
             config, "cache_implementation", None
@@ -82,6 +81,12 @@ class WorkflowGeneration(GenerationMixin):
             raise UsageError(
                 f"cache_implementation={implementation!r} cannot be exact for rows with images; "
                 "use 'dynamic', 'static' or 'offloaded'."
+            )
+        offloads = getattr(kwargs.get("past_key_values"), "offloading", False)
+        if (offloads or "offloaded" in str(implementation)) and self.device.type != "cuda":
+            raise UsageError(
+                "transformers' offloaded caches copy with CUDA streams, and this model is on "
+                f"{self.device.type}; use 'dynamic' or 'static'."
             )
         if kwargs.get("assistant_early_exit") or getattr(config, "assistant_early_exit", None):
             raise UsageError(

@@ -22,7 +22,7 @@ from mmgraft.model.cache import RowSlot, extend
 from mmgraft.model.config import GraftedConfig
 from mmgraft.model.generation import WorkflowGeneration
 from mmgraft.model.loss import chunked_loss, supervised
-from mmgraft.model.rows import Rows, sort_rows
+from mmgraft.model.rows import Rows, kinds_of, sort_rows
 from mmgraft.model.running import Active, running
 from mmgraft.model.training_state import TrainingState
 from mmgraft.model.vision.base import VisionTower
@@ -201,7 +201,6 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
         rows = sort_rows(
             (new.shape[0], new.shape[1]),
             mm_token_type_ids,
-            attention_mask,
             TEXT_WORKFLOW if self._only_text else workflow,
             self.names,
             self.default_workflow,
@@ -229,8 +228,12 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
         features = image_features
         if features is None and pixel_values is not None:
             features = self.image_features(pixel_values)
-        embeds, images = self._merge(embeds, rows, features)
-        state = self._state(rows, embeds, attention_mask, position_ids, past_key_values, slot)
+        batch = (new.shape[0], new.shape[1])
+        kinds = kinds_of(batch, mm_token_type_ids, attention_mask, embeds.device)
+        embeds, images = self._merge(embeds, rows, kinds, features)
+        state = self._state(
+            rows, embeds, kinds, attention_mask, position_ids, past_key_values, slot
+        )
         state.images = images
         given = {
             "inputs_embeds": embeds, "attention_mask": attention_mask,
@@ -267,10 +270,10 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
         return out if out is not None else self.base.get_input_embeddings()(ids)
 
     def _merge(
-        self, embeds: Tensor, rows: Rows, features: Tensor | None
+        self, embeds: Tensor, rows: Rows, kinds: Tensor, features: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Projected image features at the image positions ``(b, s, h)``, and by themselves."""
-        image = rows.kinds == IMAGE  # (b, s)
+        image = kinds == IMAGE  # (b, s)
         wanted = int(image.sum())
         if features is None:
             if wanted:
@@ -330,13 +333,13 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
         self,
         rows: Rows,
         embeds: Tensor,
+        kinds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
         slot: RowSlot,
     ) -> Pass:
         length = embeds.shape[1]
-        kinds = rows.kinds.to(embeds.device)  # type: ignore[union-attr]
         past = int(cache.get_seq_length()) if cache is not None else 0
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]

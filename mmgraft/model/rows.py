@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,6 @@ class Rows:
     """A batch's rows. ``names[r]`` is row ``r``'s workflow."""
 
     names: list[str]
-    kinds: Tensor | None  # (b, s); None where every row is text and nothing was asked
 
     @property
     def text_only(self) -> bool:
@@ -36,19 +35,17 @@ class Rows:
 def sort_rows(
     batch: tuple[int, int],
     image_mask: Tensor | None,
-    attention_mask: Tensor | None,
     wanted: str | Sequence[str] | Tensor | None,
     known: Sequence[str],
     default: str,
     slot: RowSlot,
     past: int,
 ) -> Rows:
-    """Decide every row's workflow and the kinds of the new positions.
+    """Decide every row's workflow.
 
     Args:
         batch: Rows and new positions ``(b, s)``.
         image_mask: ``mm_token_type_ids (b, s)``, 1 at image positions; None means no image.
-        attention_mask: ``(b, past + s)`` with 0 at padding, or None.
         wanted: What the caller asked for: one workflow, one a row, or (inside ``generate``)
             numbers into ``known`` with -1 for ``text``.
         known: Workflows of the model.
@@ -86,10 +83,7 @@ def sort_rows(
                 f"row {row} has an image but runs the text workflow (the base alone, which cannot "
                 f"see): choose one of {', '.join(known)}, or take the image out."
             )
-    rows = Rows(names, None)
-    if rows.text_only and not slot.filled:
-        return rows
-    return Rows(names, _kinds(batch, image_mask, attention_mask, slot))
+    return Rows(names)
 
 
 def _asked(
@@ -111,21 +105,24 @@ def _asked(
     return names
 
 
-def _kinds(
-    batch: tuple[int, int], image_mask: Tensor | None, attention_mask: Tensor | None, slot: RowSlot
+def kinds_of(
+    batch: tuple[int, int],
+    image_mask: Tensor | None,
+    attention_mask: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
+    """Kind of every new position, ``(b, s)``: padding, text or image.
+
+    Args:
+        batch: Rows and new positions ``(b, s)``.
+        image_mask: ``(b, s)`` or longer, 1 at image positions; None means no image.
+        attention_mask: ``(b, past + s)``, 0 at padding; None means no padding.
+        device: Where to.
+    """
     size, length = batch
-    device = image_mask.device if image_mask is not None else None
-    if device is None and attention_mask is not None:
-        device = attention_mask.device
     kinds = torch.full((size, length), TEXT, device=device)
     if image_mask is not None:
         kinds = kinds.masked_fill(image_mask[:, -length:] != 0, IMAGE)
     if attention_mask is not None and attention_mask.dim() == 2:
         kinds = kinds.masked_fill(attention_mask[:, -length:] == 0, PADDING)
     return kinds
-
-
-def numbers(names: Sequence[str], known: Mapping[str, int]) -> list[int]:
-    """Workflow names as numbers for a tensor; -1 is ``text``."""
-    return [known.get(name, -1) for name in names]

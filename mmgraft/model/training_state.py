@@ -126,6 +126,6 @@ class TrainingState:
 
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask}
         hidden = self.base.base_model(**given, use_cache=False).last_hidden_state
-        rows = Rows(["text"] * hidden.shape[0], None)
+        rows = Rows(["text"] * hidden.shape[0])
         loss = self._loss(hidden, labels, rows, [], num_items)
         return CausalLMOutputWithPast(loss=loss + self.touch())

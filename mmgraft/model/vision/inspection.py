@@ -110,7 +110,8 @@ def examine(
         with torch.no_grad():
             outputs = model(pixel_values=pixels, output_hidden_states=True, **arguments)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        reason = f"it does not run on {image_size[0]} x {image_size[1]} pixels ({error})"
+        first = str(error).partition("\n")[0]
+        reason = f"it does not run on {image_size[0]} x {image_size[1]} pixels ({first})"
         raise _refusal(name, model.config, reason) from error
     last = getattr(outputs, "last_hidden_state", None)
     states: tuple[Tensor, ...] = getattr(outputs, "hidden_states", None) or ()
