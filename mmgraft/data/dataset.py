@@ -1,0 +1,167 @@
+"""Rows as a torch dataset: tokenised, and their images opened, when they are asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from mmgraft.data.images import open_images
+from mmgraft.data.masking import supervise_row
+from mmgraft.data.processor import Encoded, GraftProcessor
+from mmgraft.data.rows import Row
+from mmgraft.errors import UsageError
+
+TextRows = Literal["skip", "graft", "base"]
+BadRows = Literal["stop", "skip"]
+
+_CUT, _SKIPPED = 1, 2
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row ready for a batch.
+
+    Attributes:
+        encoded: ids, kinds, spans.
+        images: opened images, or what the row says of them where a feature cache will be asked.
+        row_id: the row's.
+        where: names the row in errors.
+    """
+
+    encoded: Encoded
+    images: Sequence[Any]
+    row_id: str
+    where: str
+
+    def __len__(self) -> int:
+        """Positions, an image's counted."""
+        return len(self.encoded)
+
+
+class RowDataset(Dataset[Example]):
+    """Rows to train on.
+
+    Rows too long are cut on the right, never inside an image: the cut moves to before it. What was
+    cut and skipped is counted (`counts`), once a row, over all worker processes.
+
+    Attributes:
+        rows: the rows in use.
+        dropped_text_rows: how many rows without an image were left out.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        processor: GraftProcessor,
+        max_length: int | None = None,
+        text_rows: TextRows = "skip",
+        bad_rows: BadRows = "stop",
+        load_images: bool = True,
+    ):
+        """Take rows; nothing is tokenised yet.
+
+        Args:
+            rows: in the order of their index.
+            processor: for ids.
+            max_length: positions of a row, an image's counted; None cuts nothing.
+            text_rows: "skip" leaves rows without an image out, as nothing of theirs can be trained
+                beside a frozen base; "graft" and "base" keep them.
+            bad_rows: what a row does that cannot be used: "stop" raises, "skip" puts the next good
+                row in its place, so that batches keep their size.
+            load_images: open images at access; false where a feature cache will be asked.
+
+        Raises:
+            UsageError: where no row is left.
+        """
+        kept = [row for row in rows if row.has_image] if text_rows == "skip" else list(rows)
+        self.dropped_text_rows = len(rows) - len(kept)
+        if not kept:
+            raise UsageError(
+                "no row has an image, and text_rows: skip leaves the others out; check the data, "
+                "or set text_rows: graft"
+                if rows
+                else "no rows to train on; set data in the recipe or give --data"
+            )
+        if self.dropped_text_rows:
+            _log.info(
+                "%d of %d rows have no image and are left out (text_rows: skip)",
+                self.dropped_text_rows,
+                len(rows),
+            )
+        self.rows = kept
+        self.processor = processor
+        self.max_length = max_length
+        self.bad_rows = bad_rows
+        self.load_images = load_images
+        self._flags = torch.zeros(len(kept), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """Tokenise a row and open its images.
+
+        Raises:
+            UsageError: for a row that cannot be used; with `bad_rows` "skip", where all cannot.
+        """
+        for step in range(len(self.rows)):
+            at = (index + step) % len(self.rows)
+            try:
+                return self._example(at)
+            except UsageError as error:
+                if self.bad_rows == "stop":
+                    raise
+                if not self._flags[at] & _SKIPPED:
+                    _log.warning("skipped a row: %s", error)
+                self._flags[at] |= _SKIPPED
+        raise UsageError("not one row of the data can be used; the log says why of each")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows met so far that were cut, and that were skipped as unusable."""
+        return {
+            "cut": int((self._flags & _CUT).ne(0).sum()),
+            "skipped": int((self._flags & _SKIPPED).ne(0).sum()),
+        }
+
+    def _example(self, index: int) -> Example:
+        row = self.rows[index]
+        encoded = supervise_row(self.processor, row)
+        if self.max_length is not None and len(encoded) > self.max_length:
+            encoded = cut(encoded, self.max_length, self.processor.num_patches, row.where)
+            self._flags[index] |= _CUT
+        images = open_images(encoded.images, row.where) if self.load_images else encoded.images
+        return Example(encoded, images, row.id, row.where)
+
+
+def cut(encoded: Encoded, max_length: int, num_patches: int, where: str) -> Encoded:
+    """The first positions of a row, `max_length` or fewer: an image is kept whole or left out.
+
+    Raises:
+        UsageError: naming the row, where nothing to learn is left.
+    """
+    end = min(max_length, len(encoded))
+    whole, part = divmod(sum(encoded.kinds[:end]), num_patches)
+    if part:
+        end = [at for at, kind in enumerate(encoded.kinds) if kind][whole * num_patches]
+    spans = tuple((start, min(stop, end)) for start, stop in encoded.spans if start < end)
+    shorter = replace(
+        encoded,
+        input_ids=encoded.input_ids[:end],
+        kinds=encoded.kinds[:end],
+        images=encoded.images[:whole],
+        spans=spans,
+    )
+    if all(label == -100 for label in shorter.labels):
+        first = encoded.spans[0][0] if encoded.spans else len(encoded)
+        raise UsageError(
+            f"{where}: {len(encoded)} positions, and the first {max_length} hold nothing to learn "
+            f"(its first answer begins at {first}); raise max_length, or leave the row out"
+        )
+    return shorter

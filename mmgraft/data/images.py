@@ -1,0 +1,72 @@
+"""Images of a row: from a path, a data URI or PIL, with errors that name the row."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from mmgraft.errors import UsageError
+from mmgraft.model.vision.images import load_image, to_rgb
+
+_DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+
+
+def open_images(images: Sequence[Any], where: str) -> list[Image.Image]:
+    """Open what image parts hold.
+
+    Raises:
+        UsageError: naming the row and the image, for one that is missing, broken or on the web.
+    """
+    return [open_image(image, where) for image in images]
+
+
+def open_image(image: Any, where: str) -> Image.Image:
+    """Open one path, data URI or PIL image as RGB; see `open_images`."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if not isinstance(image, str | os.PathLike):
+        raise UsageError(f"{where}: an image of type {type(image).__name__}; give a path")
+    name = os.fspath(image)
+    if is_data_uri(name):
+        return _open_data_uri(name, where)
+    refuse_web(name, where)
+    try:
+        return load_image(name.removeprefix("file://"))
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def is_data_uri(name: str) -> bool:
+    """Whether an image is given as its own bytes in text."""
+    return name[:5].lower() == "data:"
+
+
+def refuse_web(name: str, where: str) -> None:
+    """Raise UsageError for an image that is an address, not a file."""
+    scheme, colon, _ = name.partition("://")
+    if colon and scheme.lower() != "file":
+        raise UsageError(
+            f"{where}: the image is an address ({name}); download it first and give the file"
+        )
+
+
+def _open_data_uri(uri: str, where: str) -> Image.Image:
+    head = _DATA_URI.match(uri)
+    if head is None:
+        raise UsageError(f"{where}: a data URI ({uri[:40]}...) not in base64; write ;base64, in it")
+    try:
+        data = base64.b64decode(uri[head.end() :], validate=True)
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return to_rgb(image)
+    # Decoders raise nearly anything on broken bytes.
+    except Exception as error:
+        raise UsageError(
+            f"{where}: a data URI ({uri[:40]}...) that is no image ({error}); encode the file again"
+        ) from error

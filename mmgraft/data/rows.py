@@ -1,0 +1,40 @@
+"""The one row type: a conversation, and where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmgraft.data.content import has_image
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation.
+
+    Attributes:
+        id: the source's own, else its position.
+        messages: `{"role", "content"}`, content a text or a list of text and image parts; an image
+            is `{"type": "image", "image": path or data URI}`, its path resolved.
+        file: where the row was read.
+        place: where in the file: "line 12" or "row 12", counted from 1.
+        tools: for the chat template.
+    """
+
+    id: str
+    messages: Sequence[dict[str, Any]]
+    file: str = ""
+    place: str = ""
+    tools: Sequence[Any] | None = None
+
+    @property
+    def has_image(self) -> bool:
+        """Whether any message has an image part."""
+        return has_image(self.messages)
+
+    @property
+    def where(self) -> str:
+        """The row as an error names it: "train.json, row 12 (id abc)"."""
+        place = ", ".join(part for part in (self.file, self.place) if part)
+        return f"{place} (id {self.id})" if place else f"row {self.id}"
