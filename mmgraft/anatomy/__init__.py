@@ -8,7 +8,7 @@ place of their parts. Nothing here is a table of models.
 from __future__ import annotations
 
 from mmgraft.anatomy.description import Anatomy, attention_of, decoder_layers, get_path
-from mmgraft.anatomy.inspection import examine, examine_config, skeleton
+from mmgraft.anatomy.inspection import examine, examine_config, refuse_non_causal, skeleton
 
 __all__ = [
     "Anatomy",
@@ -17,5 +17,6 @@ __all__ = [
     "examine",
     "examine_config",
     "get_path",
+    "refuse_non_causal",
     "skeleton",
 ]

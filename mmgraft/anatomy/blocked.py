@@ -14,9 +14,7 @@ from transformers import PreTrainedConfig
 _CACHED_AS_KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # Words in the class name of a layer's part that mixes positions by a running state.
-_RECURRENT = re.compile(
-    r"Mamba|Rwkv|Recurrent|RGLRU|SSM|LSTM|Delta|Lightning|ShortConv|Hyena"
-)
+_RECURRENT = re.compile(r"Mamba|Rwkv|Recurrent|RGLRU|SSM|LSTM|Delta|Lightning|ShortConv|Hyena")
 
 # What a stock decoder layer may be handed by the loop over the layers. Anything else is state that
 # goes from layer to layer beside the residual stream, or an input made for one layer only.

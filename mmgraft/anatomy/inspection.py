@@ -30,7 +30,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         UsageError: transformers has no causal LM for this configuration.
     """
-    _refuse_non_causal(config)
+    refuse_non_causal(config)
     try:
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
@@ -54,7 +54,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
     Raises:
         UsageError: the model is no decoder-only causal LM, or its parts cannot be found.
     """
-    _refuse_non_causal(model.config)
+    refuse_non_causal(model.config)
     config = model.config.get_text_config(decoder=True)
     head_path = _path_of(model, model.get_output_embeddings())
     embedding = model.get_input_embeddings()
@@ -113,7 +113,8 @@ def examine(model: PreTrainedModel) -> Anatomy:
     )
 
 
-def _refuse_non_causal(config: PreTrainedConfig) -> None:
+def refuse_non_causal(config: PreTrainedConfig) -> None:
+    """Raises UsageError for a configuration that cannot be that of a text-only decoder."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(f"{kind!r} is an encoder with a decoder; {_TEXT_ONLY}")

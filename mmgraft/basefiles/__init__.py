@@ -1,0 +1,20 @@
+"""The files of a base, read without ever loading the base."""
+
+from __future__ import annotations
+
+from mmgraft.basefiles.files import ModelFiles, fetch, load_config, resolve
+from mmgraft.basefiles.fingerprint import compare_fingerprints, fingerprint
+from mmgraft.basefiles.parts import BaseParts, read_layers
+from mmgraft.basefiles.tensors import TensorReader
+
+__all__ = [
+    "BaseParts",
+    "ModelFiles",
+    "TensorReader",
+    "compare_fingerprints",
+    "fetch",
+    "fingerprint",
+    "load_config",
+    "read_layers",
+    "resolve",
+]

@@ -1,0 +1,198 @@
+"""Where the files of a base are: a local folder, or a snapshot from the Hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mmgraft.anatomy import refuse_non_causal
+from mmgraft.errors import MMGraftError, UsageError
+
+_SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
+_PICKLES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
+_SMALL = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens*",
+    "added_tokens*",
+    "chat_template*",
+    "vocab*",
+    "merges*",
+    "*.model",
+]
+# Subfolders and second copies of the same weights in other formats.
+_NOT_WANTED = ["*/*", "consolidated*", "*.fp16.*", "*adapter*"]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of one base on this machine.
+
+    Attributes:
+        id: Hub id, or the absolute path of a local folder or GGUF file.
+        path: the folder that holds the files.
+        revision: commit id on the Hub; None for a local folder.
+        gguf: name of the GGUF file inside the folder, where the weights are in one.
+        slow: why reading tensors needs the whole base loaded once; None for safetensors.
+    """
+
+    id: str
+    path: Path
+    revision: str | None = None
+    gguf: str | None = None
+    slow: str | None = None
+
+
+def resolve(id_or_path: str | Path, revision: str | None = None) -> ModelFiles:
+    """Finds the files of a base, and fetches them from the Hub if they are not here.
+
+    Fetched are the config, the weights as safetensors and the tokenizer; `.bin` weights only
+    where there are no others.
+
+    Args:
+        id_or_path: a local folder, a local GGUF file, or a Hub id.
+        revision: commit, branch or tag on the Hub.
+
+    Raises:
+        UsageError: nothing of that name, no access to it, or no weights in it.
+        MMGraftError: the Hub cannot be reached, or the download failed.
+    """
+    path = Path(id_or_path).expanduser()
+    if path.is_dir():
+        return _describe(str(path.absolute()), path.absolute(), None)
+    if path.is_file() and path.suffix == ".gguf":
+        path = path.absolute()
+        return ModelFiles(str(path), path.parent, gguf=path.name, slow=_slow_reason(path.name))
+    name = str(id_or_path)
+    if not _HUB_ID.fullmatch(name):
+        raise UsageError(
+            f"no folder {name!r} here, and it is no Hub id; give a folder that holds config.json "
+            "and *.safetensors, or an id such as Qwen/Qwen2-7B-Instruct"
+        )
+    folder = fetch(name, revision, [*_SMALL, *_SAFETENSORS])
+    if not _weights(folder, "*.safetensors"):
+        folder = fetch(name, revision, [*_SMALL, *_PICKLES])
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+    return _describe(name, folder, commit)
+
+
+def load_config(files: ModelFiles) -> PreTrainedConfig:
+    """Reads the configuration of a base.
+
+    Raises:
+        UsageError: it is broken, unknown to this transformers, or not that of a causal LM.
+    """
+    try:
+        config = AutoConfig.from_pretrained(files.path, gguf_file=files.gguf)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"the configuration of {files.id} cannot be read ({_first_line(error)}); if the model "
+            "is newer than the installed transformers, upgrade it with pip install -U transformers"
+        ) from error
+    refuse_non_causal(config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(
+            f"{files.id} is a {config.model_type!r}, not a causal language model; give a text "
+            "model that predicts the next token, such as Llama or Qwen2"
+        )
+    return config
+
+
+def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Fetches files of a Hub repository, or finds them in the cache.
+
+    Raises:
+        UsageError: no such repository or revision, or no access to it.
+        MMGraftError: the Hub cannot be reached, or the download failed.
+    """
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_WANTED
+            )
+        )
+    except GatedRepoError as error:
+        raise UsageError(
+            f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(
+            f"there is no model {name!r} on the Hub, or it is private; check the name, or log in "
+            "with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UsageError(
+            f"{name} has no revision {revision!r}; check it on its Hub page"
+        ) from error
+    except HFValidationError as error:
+        raise UsageError(
+            f"{name!r} is no Hub id; give one such as Qwen/Qwen2-7B-Instruct"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        if is_offline_mode():
+            raise UsageError(
+                f"{name} is neither a folder here nor in the Hub cache, and HF_HUB_OFFLINE forbids "
+                "to fetch it; unset it, or give a local folder"
+            ) from error
+        raise _network(name, error) from error
+    except Exception as error:  # every HTTP and disk error there is: the download has failed
+        raise _network(name, error) from error
+
+
+def _network(name: str, error: Exception) -> MMGraftError:
+    return MMGraftError(
+        f"could not fetch {name} from the Hub ({_first_line(error)}); check the network and the "
+        "free disk space, then run the command again: it goes on where it stopped"
+    )
+
+
+def _describe(name: str, folder: Path, revision: str | None) -> ModelFiles:
+    config = folder / "config.json"
+    if config.is_file() and _weights(folder, "*.safetensors"):
+        return ModelFiles(name, folder, revision)
+    if config.is_file() and _weights(folder, "pytorch_model*.bin"):
+        return ModelFiles(name, folder, revision, slow=_slow_reason("pytorch_model.bin"))
+    ggufs = _weights(folder, "*.gguf")
+    if len(ggufs) == 1:
+        return ModelFiles(
+            name, folder, revision, gguf=ggufs[0].name, slow=_slow_reason(ggufs[0].name)
+        )
+    if len(ggufs) > 1:
+        raise UsageError(
+            f"{name} holds {len(ggufs)} GGUF files; give the path of one, such as "
+            f"{folder / ggufs[0].name}"
+        )
+    missing = "weights (*.safetensors)" if config.is_file() else "config.json"
+    raise UsageError(
+        f"{name} holds no {missing}; give the folder that save_pretrained wrote, or a Hub id"
+    )
+
+
+def _weights(folder: Path, pattern: str) -> list[Path]:
+    return sorted(p for p in folder.glob(pattern) if "adapter" not in p.name)
+
+
+def _slow_reason(name: str) -> str:
+    return (
+        f"its weights are in {name}, not in safetensors, so the whole base is loaded to read them"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,0 +1,153 @@
+"""What identifies a base, so that a graft is never put on another one unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from mmgraft.basefiles.files import ModelFiles, load_config
+from mmgraft.basefiles.tensors import TensorEntry, TensorReader, dtype_name
+
+EDGE = 16 * 1024
+"""Bytes that are hashed at each end of a tensor."""
+
+_CHUNK = 16 * 1024 * 1024
+
+# Fields that say where, by what or how a model was saved or is run, not what it computes.
+_VOLATILE = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "transformers_weights",
+    "use_cache",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "chunk_size_feed_forward",
+    "problem_type",
+    "id2label",
+    "label2id",
+}
+
+
+def fingerprint(files: ModelFiles, full: bool = False) -> dict[str, Any]:
+    """Describes a base by its configuration and its tensors.
+
+    Args:
+        files: the base's files.
+        full: hash every byte as well, under the key `full` of each tensor; reads the whole base.
+
+    Returns:
+        `{"config": {...}, "tensors": {name: {"dtype", "shape", "sha256"}}}`, ready for JSON.
+        `sha256` covers the first and last 16 KiB of the tensor's bytes.
+
+    Raises:
+        UsageError: the files are broken or incomplete.
+    """
+    config = json.loads(load_config(files).to_json_string(use_diff=False))
+    with TensorReader(files) as reader:
+        tensors = {key: _describe(reader, key, full) for key in reader}
+    return {"config": _normalised(config), "tensors": tensors}
+
+
+def compare_fingerprints(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Names the first difference between two fingerprints, or gives None.
+
+    Configurations are compared in the fields that both have: another version of transformers may
+    know more fields. Whole hashes are compared where both have them.
+
+    Returns:
+        A clause such as `config field 'rope_theta' was 500.0 and is 10000.0`.
+    """
+    return _config_difference(saved["config"], now["config"]) or _tensor_difference(
+        saved["tensors"], now["tensors"]
+    )
+
+
+def _normalised(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {
+            key: _normalised(value)
+            for key, value in sorted(config.items())
+            if key not in _VOLATILE and not key.startswith("_attn")
+        }
+    return config
+
+
+def _config_difference(saved: dict, now: dict, prefix: str = "") -> str | None:
+    for key in sorted(saved.keys() & now.keys()):
+        before, after = saved[key], now[key]
+        if isinstance(before, dict) and isinstance(after, dict):
+            inner = _config_difference(before, after, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif before != after:
+            return f"config field '{prefix}{key}' was {before!r} and is {after!r}"
+    return None
+
+
+def _tensor_difference(saved: dict, now: dict) -> str | None:
+    for name in sorted(saved.keys() | now.keys()):
+        if name not in now:
+            return f"tensor '{name}' is gone"
+        if name not in saved:
+            return f"tensor '{name}' is new"
+        before, after = saved[name], now[name]
+        for part in ("dtype", "shape"):
+            if before[part] != after[part]:
+                return f"tensor '{name}' was of {part} {before[part]} and is of {after[part]}"
+        if before["sha256"] != after["sha256"] or (
+            before.get("full", "") != after.get("full", "") and "full" in before and "full" in after
+        ):
+            return f"tensor '{name}' holds other values"
+    return None
+
+
+def _describe(reader: TensorReader, key: str, full: bool) -> dict[str, Any]:
+    entry = reader.entry(key)
+    if entry is None:
+        tensor = reader.get(key).detach().cpu().contiguous()
+        data = tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
+        edges, whole = _edge_hash(data), hashlib.sha256(data).hexdigest() if full else None
+        dtype, shape = dtype_name(tensor.dtype), list(tensor.shape)
+    else:
+        edges, whole = _file_hashes(entry, full)
+        dtype, shape = entry.dtype, list(entry.shape)
+    described: dict[str, Any] = {"dtype": dtype, "shape": shape, "sha256": edges}
+    return {**described, "full": whole} if full else described
+
+
+def _edge_hash(data: Any) -> str:
+    if len(data) <= 2 * EDGE:
+        return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(data[:EDGE])
+    digest.update(data[-EDGE:])
+    return digest.hexdigest()
+
+
+def _file_hashes(entry: TensorEntry, full: bool) -> tuple[str, str | None]:
+    size = entry.end - entry.start
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.start)
+        if size <= 2 * EDGE:
+            data = stream.read(size)
+        else:
+            data = stream.read(EDGE)
+            stream.seek(entry.end - EDGE)
+            data += stream.read(EDGE)
+        edges = hashlib.sha256(data).hexdigest()
+        if not full:
+            return edges, None
+        digest = hashlib.sha256()
+        stream.seek(entry.start)
+        while size > 0:
+            chunk = stream.read(min(size, _CHUNK))
+            digest.update(chunk)
+            size -= len(chunk)
+        return edges, digest.hexdigest()

@@ -1,0 +1,166 @@
+"""Chosen modules of a base with their weights, without the rest of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from mmgraft.anatomy import examine, get_path, skeleton
+from mmgraft.basefiles.tensors import TensorReader
+from mmgraft.errors import UsageError
+
+
+@dataclass(frozen=True)
+class BaseParts:
+    """Modules of a base, of its own classes, on the CPU in eval mode.
+
+    Attributes:
+        layers: the decoder layers that were asked for, in that order.
+        embedding: the token embedding, or None if not asked for.
+        norm: the final norm, or None if not asked for or not there.
+        head: the head, or None if not asked for. Its weight is the embedding's own where the base
+            ties them and both were asked for.
+        config: the base's configuration as the modules know it.
+    """
+
+    layers: list[nn.Module]
+    embedding: nn.Module | None
+    norm: nn.Module | None
+    head: nn.Module | None
+    config: PreTrainedConfig
+
+
+def read_layers(
+    reader: TensorReader,
+    config: PreTrainedConfig,
+    layers: Sequence[int],
+    embedding: bool = False,
+    norm: bool = False,
+    head: bool = False,
+    dtype: torch.dtype | None = None,
+) -> BaseParts:
+    """Reads chosen parts of a base, and of its tensors only theirs.
+
+    The base's own class is built on the meta device, everything that is not wanted is taken out
+    of it, and transformers loads what is left, with the conversions that it has for the class
+    (fused experts, renamed parts). Layers keep their number, and with it whatever the class
+    derives from the number: sliding window, rotary embedding, kind of feed-forward.
+
+    Args:
+        reader: the base's tensors.
+        config: the base's configuration; it is not changed.
+        layers: numbers of the layers, counted from 0, each at most once.
+        embedding: read the token embedding.
+        norm: read the final norm.
+        head: read the head; of a tied base that is the embedding's tensor.
+        dtype: dtype of the parts; by default the one that the base itself loads in.
+
+    Raises:
+        UsageError: the base lacks tensors of these parts, or its checkpoint is quantised.
+    """
+    _refuse_quantised(config, reader.files.id)
+    config = copy.deepcopy(config)
+    blank = skeleton(config)
+    anatomy = examine(blank)
+    tied_head = head and anatomy.tied
+    wanted = {f"{anatomy.layers_path}.{index}" for index in layers}
+    wanted |= {anatomy.embedding_path} if embedding or tied_head else set()
+    wanted |= {anatomy.norm_path} if norm and anatomy.norm_path else set()
+    wanted |= {anatomy.head_path} if head else set()
+    config.tie_word_embeddings = tied_head
+    model = _load(_reduced(type(blank), wanted), config, reader, dtype)
+    loaded = get_path(model, anatomy.layers_path)
+    return BaseParts(
+        layers=[loaded._modules[str(index)] for index in layers],  # type: ignore[misc]
+        embedding=get_path(model, anatomy.embedding_path) if embedding else None,
+        norm=get_path(model, anatomy.norm_path) if norm and anatomy.norm_path else None,
+        head=get_path(model, anatomy.head_path) if head else None,
+        config=model.config,
+    )
+
+
+def _reduced(base_class: type[PreTrainedModel], wanted: set[str]) -> type[PreTrainedModel]:
+    """Makes a class whose instances hold the wanted modules of the base class alone."""
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:
+        base_class.__init__(self, config)
+        _take_out(self, wanted, "")
+
+    # transformers finds its weight conversions by the name of the class.
+    names = {"__init__": __init__, "__module__": base_class.__module__}
+    return type(base_class.__name__, (base_class,), names)
+
+
+def _take_out(module: nn.Module, wanted: set[str], prefix: str) -> None:
+    for name, child in list(module._modules.items()):
+        path = prefix + name
+        if child is None or path in wanted:
+            continue
+        if any(goal.startswith(path + ".") for goal in wanted):
+            _take_out(child, wanted, path + ".")
+        elif isinstance(module, nn.ModuleList):
+            del module._modules[name]
+        else:
+            module._modules[name] = nn.Identity()
+
+
+def _load(
+    reduced: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    reader: TensorReader,
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    tensors = {key: reader.lazy(key) for key in reader}
+    with _quiet():
+        loaded: Any = reduced.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype or _own_dtype(config, reader),
+            output_loading_info=True,
+        )
+    model, report = loaded
+    problems = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if problems:
+        raise UsageError(
+            f"{reader.files.id} does not hold {', '.join(sorted(problems))} as its config.json "
+            "says; fetch the base again, or give another one"
+        )
+    return model
+
+
+def _own_dtype(config: PreTrainedConfig, reader: TensorReader) -> torch.dtype:
+    """Gives the dtype that the base loads in when none is asked for."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    found = (reader.dtype(key) for key in reader)
+    return next((d for d in found if d.is_floating_point), torch.float32)
+
+
+def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = dict(quantised).get("quant_method", "some method")
+        raise UsageError(
+            f"the weights of {name} are stored quantised ({method}), and an inserted layer must "
+            "not be; give the base with its full weights"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from reporting the tensors that are left out on purpose."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
