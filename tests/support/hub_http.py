@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-from hub_store import Blob, Commit, Repo, file_entry, is_lfs, tree
+from hub_store import Blob, Commit, Repo, file_entry, front_matter, is_lfs, parse_front_matter, tree
 
 if TYPE_CHECKING:
     from hub_server import HubServer
@@ -72,6 +72,8 @@ class HubHandler(BaseHTTPRequestHandler):
     """Finds the endpoint, reads the body, answers."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # one packet an answer: half of one waits for an acknowledgement
     server: QuietServer
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -202,7 +204,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def model_info(self, repo_id: str, revision: str = "") -> Answer:
         repo = self._repo(repo_id)
         commit = self._commit(repo, revision)
-        card = _front_matter(commit)
+        card = front_matter(commit)
         siblings = [
             {"rfilename": name, "size": blob.size} for name, blob in sorted(commit.files.items())
         ]
@@ -297,7 +299,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> Answer:
         content = json.loads(self.body)["content"]
         try:
-            _parse_front_matter(content)
+            parse_front_matter(content)
         except (yaml.YAMLError, ValueError) as error:
             return _json({"errors": [{"message": str(error)}], "warnings": []}, 400)
         return _json({"errors": [], "warnings": []})
@@ -392,24 +394,6 @@ class HubHandler(BaseHTTPRequestHandler):
         except (KeyError, ValueError) as error:
             raise HubError(400, str(error)) from error
         return _json({"result": 1})
-
-
-def _front_matter(commit: Commit) -> dict[str, Any]:
-    readme = commit.files.get("README.md")
-    if readme is None:
-        return {}
-    try:
-        return _parse_front_matter(readme.read().decode())
-    except (yaml.YAMLError, ValueError):
-        return {}
-
-
-def _parse_front_matter(text: str) -> dict[str, Any]:
-    found = re.match(r"---\n(.*?)\n---(\n|$)", text.replace("\r\n", "\n"), re.DOTALL)
-    data = yaml.safe_load(found[1]) if found else {}
-    if not isinstance(data, dict):
-        raise ValueError("the front matter is no mapping")
-    return data
 
 
 def _routes(

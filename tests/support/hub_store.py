@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import yaml
 
 LFS_SUFFIXES = frozenset(
     [
@@ -142,3 +145,23 @@ def tree(commit: Commit, folder: str, recursive: bool) -> list[dict[str, Any]]:
         if recursive or len(parts) == 1:
             entries[name] = file_entry(name, blob)
     return list(entries.values())
+
+
+def front_matter(commit: Commit) -> dict[str, Any]:
+    """The metadata of a commit's card; empty when it has none that can be read."""
+    readme = commit.files.get("README.md")
+    if readme is None:
+        return {}
+    try:
+        return parse_front_matter(readme.read().decode())
+    except (yaml.YAMLError, ValueError):
+        return {}
+
+
+def parse_front_matter(text: str) -> dict[str, Any]:
+    """The metadata at the start of a card. Raises `ValueError` or a YAML error for bad ones."""
+    found = re.match(r"---\n(.*?)\n---(\n|$)", text.replace("\r\n", "\n"), re.DOTALL)
+    data = yaml.safe_load(found[1]) if found else {}
+    if not isinstance(data, dict):
+        raise ValueError("the front matter is no mapping")
+    return data

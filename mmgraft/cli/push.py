@@ -1,0 +1,111 @@
+"""`mmgraft push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmgraft.cli.options import DryRunFlag, JsonFlag, YesFlag
+
+if TYPE_CHECKING:
+    from mmgraft.hub.push import PushPlan
+
+
+def push(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of the graft. Default: the one here, or the only one below."),
+    ] = None,
+    repo_id: Annotated[
+        str | None,
+        typer.Option("--repo-id", help="OWNER/NAME. Default: your name and the folder's."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the new repository private.")
+    ] = False,
+    base_id: Annotated[
+        str | None,
+        typer.Option("--base-id", help="Hub id of the base, where it is a local folder."),
+    ] = None,
+    vision_id: Annotated[
+        str | None,
+        typer.Option("--vision-id", help="Hub id of the tower, where it is a local folder."),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option("--license", help="For the model card, such as apache-2.0.")
+    ] = None,
+    dry_run: DryRunFlag = False,
+    yes: YesFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Put a graft on the Hub with its model card, in one commit.
+
+    Checkpoints stay here. A base on the Hub is referred to; one inside the folder goes along.
+    """
+    from mmgraft.cli.console import confirm, human_bytes, note, print_json
+    from mmgraft.hub.push import default_name, find_target, find_token, plan_push, send
+    from mmgraft.runs import find_run
+
+    folder = find_run(run, announce=note)
+    plan = plan_push(folder, base_id, vision_id, license)
+    if dry_run:
+        named = repo_id or default_name(folder)
+        named = named if "/" in named else f"<you>/{named}"
+        for warning in plan.warnings:
+            note(f"note: {warning}")
+        _list(plan, named, private, json)
+        return
+    find_token()
+    _quiet_unless_terminal(json)
+    target = find_target(plan, repo_id, private)
+    for warning in (*plan.warnings, *target.warnings):
+        note(f"note: {warning}")
+    files = plan.all_files(target.repo_id)
+    size = human_bytes(sum(file.size for file in files))
+    kind = "private" if target.private else "public"
+    new = "new " if target.revision is None else ""
+    if not confirm(f"Push {len(files)} files, {size}, to the {new}{kind} {target.repo_id}?", yes):
+        note("nothing was pushed")
+        raise typer.Exit(1)
+    url = send(plan, target, private)
+    if json:
+        print_json({"url": url, **_summary(plan, target.repo_id, target.private)})
+        return
+    typer.echo(url)
+
+
+def _list(plan: PushPlan, repo_id: str, private: bool, json: bool) -> None:
+    from mmgraft.cli.console import human_bytes, print_json, stdout, table
+
+    summary = _summary(plan, repo_id, private)
+    if json:
+        print_json({"url": None, **summary})
+        return
+    files = summary["files"]
+    rows = [[file["name"], human_bytes(file["bytes"])] for file in files]
+    rows.append([f"{len(files)} files", human_bytes(summary["bytes"])])
+    kind = "private" if private else "public"
+    stdout().print(table(["file", "size"], rows, title=f"would be pushed to {repo_id} ({kind})"))
+
+
+def _summary(plan: PushPlan, repo_id: str, private: bool) -> dict[str, Any]:
+    files = [{"name": f.name, "bytes": f.size} for f in plan.all_files(repo_id)]
+    return {
+        "repo_id": repo_id,
+        "private": private,
+        "files": files,
+        "bytes": sum(file["bytes"] for file in files),
+        "warnings": plan.warnings,
+    }
+
+
+def _quiet_unless_terminal(json: bool) -> None:
+    """Keep the Hub client's progress bars out of logs and out of JSON."""
+    import sys
+
+    from huggingface_hub.utils import disable_progress_bars
+
+    if json or not sys.stderr.isatty():
+        disable_progress_bars()

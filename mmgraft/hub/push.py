@@ -1,0 +1,288 @@
+"""Puts a graft on the Hub: one commit with what belongs to it, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmgraft import __version__
+from mmgraft.errors import UsageError
+from mmgraft.hub.card import is_ours, render_card
+from mmgraft.hub.client_errors import LOGIN, hub_errors
+from mmgraft.hub.contents import (
+    README,
+    RECIPE,
+    UploadFile,
+    belonging,
+    graft_parameters,
+    managed,
+)
+from mmgraft.hub.references import confirm_references, make_portable
+from mmgraft.model.graft_file import CONFIG_NAME, GraftFile
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_NOT_A_MODEL = (".gitattributes", README)
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push would send, made without any network.
+
+    Attributes:
+        run: the run folder.
+        record: ``graft_config.json`` as the repository will have it.
+        files: everything but the card.
+        own_readme: whether the run's README.md is the user's own; it is then sent as it is.
+        warnings: what the user should know before agreeing.
+        license: identifier for the card.
+        named: Hub ids that the user gave for base or tower; they must exist.
+    """
+
+    run: Path
+    record: GraftFile
+    files: list[UploadFile]
+    own_readme: bool
+    warnings: list[str] = field(default_factory=list)
+    license: str | None = None
+    named: tuple[str, ...] = ()
+
+    def all_files(self, repo_id: str) -> list[UploadFile]:
+        """Every file with its size, the card written for `repo_id`."""
+        config = UploadFile(CONFIG_NAME, self.record.dump().encode())
+        readme = UploadFile(README, self.run / README)
+        if not self.own_readme:
+            readme = UploadFile(README, self.card(repo_id).encode())
+        return sorted([config, readme, *self.files], key=lambda file: file.name)
+
+    def card(self, repo_id: str) -> str:
+        """The model card for `repo_id`."""
+        recipe = self.run / RECIPE
+        return render_card(
+            self.record,
+            repo_id,
+            graft_parameters(self.run),
+            recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+            self.license,
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """The repository to push to, as the Hub has it now.
+
+    Attributes:
+        repo_id: ``owner/name``.
+        revision: its newest commit; None where there is no such repository yet.
+        private: whether it is private already.
+        stale: its files from an earlier push that the plan no longer has.
+        record: the plan's record, with the commit of a base or tower that was named by the user.
+        warnings: what the Hub says about base and tower.
+    """
+
+    api: HfApi = field(repr=False)
+    repo_id: str
+    revision: str | None
+    private: bool
+    stale: list[str]
+    record: GraftFile
+    warnings: list[str]
+
+
+def push(
+    run_dir: str | Path,
+    repo_id: str | None = None,
+    private: bool = False,
+    token: str | None = None,
+    base_id: str | None = None,
+    vision_id: str | None = None,
+    license: str | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> str:
+    """Push a graft with its model card, in one commit.
+
+    Args:
+        run_dir: the run folder.
+        repo_id: ``owner/name``, or a name of your own; default: the folder's name.
+        private: make the repository private where it is new.
+        token: default: what `hf auth login` saved, or ``HF_TOKEN``.
+        base_id: Hub id of the base, for a graft whose base is a local folder.
+        vision_id: Hub id of the vision tower, likewise.
+        license: identifier for the card, such as ``apache-2.0``.
+        warn: told in a sentence each what the caller should know.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UsageError: no token; a damaged graft; a base that others cannot get; a repository that
+            holds something else.
+        MMGraftError: the network failed. The run folder is whole, and the repository has either
+            the whole push or none of it.
+    """
+    plan = plan_push(Path(run_dir), base_id, vision_id, license)
+    target = find_target(plan, repo_id, private, token)
+    for warning in (*plan.warnings, *target.warnings):
+        if warn is not None:
+            warn(warning)
+    return send(plan, target, private)
+
+
+def plan_push(
+    run: Path,
+    base_id: str | None = None,
+    vision_id: str | None = None,
+    license: str | None = None,
+) -> PushPlan:
+    """Check a run folder and list what a push would send. Touches no network.
+
+    Raises:
+        UsageError: no graft, a damaged one, or one whose base others cannot get.
+    """
+    portable = make_portable(GraftFile.read(run), run, base_id, vision_id)
+    files = belonging(run, portable.folders)
+    readme = run / README
+    own = readme.is_file() and not is_ours(readme.read_text(encoding="utf-8", errors="replace"))
+    warnings = list(_doubts(portable.record, own))
+    named = tuple(name for name in (base_id, vision_id) if name is not None)
+    return PushPlan(run, portable.record, files, own, warnings, license, named)
+
+
+def find_token(token: str | None = None) -> str:
+    """The token to push with.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    from huggingface_hub import get_token
+
+    found = token or get_token()
+    if not found:
+        raise UsageError(f"there is no Hub token; {LOGIN}")
+    return found
+
+
+def find_target(
+    plan: PushPlan, repo_id: str | None = None, private: bool = False, token: str | None = None
+) -> Target:
+    """Ask the Hub who pushes, and what is there already. Changes nothing.
+
+    Raises:
+        UsageError: no token or a refused one; a name that cannot be; a repository that holds
+            something else than a graft, or is public where a private one was asked for.
+        MMGraftError: the network failed.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = HfApi(token=find_token(token), library_name="mmgraft", library_version=__version__)
+    with hub_errors("asking the Hub"):
+        if repo_id is None or "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id or default_name(plan.run)}"
+        _check_name(repo_id)
+        try:
+            info: Any = api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            info = None
+        record, warnings = confirm_references(plan.record, api, plan.named)
+    if info is None:
+        return Target(api, repo_id, None, private, [], record, warnings)
+    there = [sibling.rfilename for sibling in info.siblings or []]
+    _check_holds_graft(repo_id, there)
+    if private and not info.private:
+        raise UsageError(
+            f"{repo_id} exists and is public, so --private cannot hide what is pushed there; make "
+            "it private in its settings on the Hub, or push under another name"
+        )
+    new = {file.name for file in plan.all_files(repo_id)}
+    stale = [name for name in there if managed(name) and name not in new]
+    return Target(api, repo_id, info.sha, bool(info.private), stale, record, warnings)
+
+
+def send(plan: PushPlan, target: Target, private: bool = False) -> str:
+    """Make the repository where there is none, and commit everything at once.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UsageError: the token may not write there.
+        MMGraftError: the network failed; the repository keeps its previous commit.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    plan = replace(plan, record=target.record)
+    files = plan.all_files(target.repo_id)
+    with hub_errors(f"pushing to {target.repo_id}"):
+        if target.revision is None:
+            target.api.create_repo(target.repo_id, private=private, exist_ok=True)
+        target.api.create_commit(
+            target.repo_id,
+            [
+                *(CommitOperationDelete(name) for name in target.stale),
+                *(CommitOperationAdd(file.name, file.content) for file in files),
+            ],
+            commit_message=f"Push a {plan.record.method} graft with mmgraft {__version__}",
+            parent_commit=target.revision,
+        )
+    if not plan.own_readme:
+        _write_card(plan.run / README, files)
+    return f"{target.api.endpoint}/{target.repo_id}"
+
+
+def default_name(run: Path) -> str:
+    """The repository's name where none was given: the folder's."""
+    return run.resolve().name
+
+
+def _doubts(record: GraftFile, own_readme: bool) -> Iterator[str]:
+    if own_readme:
+        yield f"{README} is your own, without mmgraft's marker line: it is pushed as it is"
+    recipe = record.recipe or {}
+    entries = [*recipe.get("data", []), *recipe.get("eval_data", [])]
+    for stage in recipe.get("stages", []):
+        entries += stage.get("data") or []
+    paths = {str(entry.get(key) or "") for entry in entries for key in ("path", "images")}
+    private = sorted(path for path in paths if path.startswith(("/", "~")))
+    if private:
+        yield (
+            f"the recipe names folders of this machine, such as {private[0]}; "
+            "they will be seen by whoever sees the repository"
+        )
+
+
+def _check_name(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(
+            f"{repo_id!r} cannot be the name of a repository; give one with --repo-id, of letters, "
+            "digits, '-', '_' and '.'"
+        ) from error
+
+
+def _check_holds_graft(repo_id: str, there: list[str]) -> None:
+    other = [name for name in there if name not in _NOT_A_MODEL and not name.startswith("LICENSE")]
+    if other and CONFIG_NAME not in there:
+        raise UsageError(
+            f"{repo_id} exists and holds something else than a graft ({other[0]}); "
+            "give another name with --repo-id"
+        )
+
+
+def _write_card(path: Path, files: list[UploadFile]) -> None:
+    """Keep the card beside the graft, for its owner to take over. A read-only run does without."""
+    content = next(file.content for file in files if file.name == README)
+    assert isinstance(content, bytes)
+    partial = path.with_name(f".{README}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)

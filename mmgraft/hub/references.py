@@ -1,0 +1,159 @@
+"""Whether the base and the tower that a graft names can be found by anybody else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmgraft.errors import UsageError
+from mmgraft.model.graft_file import BaseReference, GraftFile
+from mmgraft.model.vision.spec import TRANSFORMERS_KIND, VisionSpec
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_WHAT = {"base": "base", "vision": "vision tower"}
+
+
+@dataclass(frozen=True)
+class Portable:
+    """A graft's record as others can use it.
+
+    Attributes:
+        record: with references that are Hub ids or folders beside the record.
+        folders: the folders inside the run that it names; they are pushed too.
+    """
+
+    record: GraftFile
+    folders: list[str]
+
+
+def make_portable(
+    record: GraftFile, run: Path, base_id: str | None = None, vision_id: str | None = None
+) -> Portable:
+    """Replace references that only this machine understands.
+
+    Args:
+        record: what ``graft_config.json`` says.
+        run: its folder.
+        base_id: the Hub id under which the base was pushed, instead of the one recorded.
+        vision_id: the same for the vision tower.
+
+    Raises:
+        UsageError: for a base or tower that is a folder outside the run, and for an id that is
+            not of the form ``owner/name``.
+    """
+    folders: list[str] = []
+    base = record.base
+    if base_id is not None:
+        _check_id(base_id, "--base-id")
+        base = BaseReference(id=base_id, fingerprint=base.fingerprint)
+    elif (folder := local_folder(base.id, base.revision, run)) is not None:
+        inside = _inside(folder, run, _WHAT["base"], "--base-id")
+        base = base.model_copy(update={"id": f"./{inside}"})
+        folders.append(inside)
+    vision = record.vision
+    if vision_id is not None:
+        _check_id(vision_id, "--vision-id")
+        vision = vision.model_copy(update={"id": vision_id, "revision": None})
+    elif (
+        vision.id is not None
+        and vision.kind == TRANSFORMERS_KIND
+        and (folder := local_folder(vision.id, vision.revision, run)) is not None
+    ):
+        inside = _inside(folder, run, _WHAT["vision"], "--vision-id")
+        vision = vision.model_copy(update={"id": f"./{inside}"})
+        folders.append(inside)
+    return Portable(record.model_copy(update={"base": base, "vision": vision}), folders)
+
+
+def local_folder(name: str, revision: str | None, run: Path) -> Path | None:
+    """The folder that `name` means on this machine, or None where it is a Hub id.
+
+    A name that could be both is a Hub id when a revision was recorded with it.
+    """
+    path = Path(name).expanduser()
+    candidates = [path] if path.is_absolute() else [run / path, path]
+    found = next((one for one in candidates if one.is_dir()), None)
+    if name.startswith((".", "~")) or path.is_absolute() or name.count("/") > 1:
+        return found or candidates[0]
+    return found if revision is None else None
+
+
+def confirm_references(
+    record: GraftFile, api: HfApi, named: Collection[str] = ()
+) -> tuple[GraftFile, list[str]]:
+    """Ask the Hub for base and tower, and pin those that have no commit yet.
+
+    Args:
+        record: a portable record.
+        api: the Hub.
+        named: ids that the user gave for this push.
+
+    Returns:
+        The record, and a sentence for each reference that others will not get.
+
+    Raises:
+        UsageError: for an id in `named` that the Hub does not give out.
+    """
+    warnings: list[str] = []
+    update: dict[str, Any] = {}
+    for key, reference in (("base", record.base), ("vision", record.vision)):
+        name, what = reference.id, _WHAT[key]
+        if name is None or name.startswith("./"):
+            continue
+        if isinstance(reference, VisionSpec) and reference.kind != TRANSFORMERS_KIND:
+            continue
+        info = _info(name, reference.revision, api)
+        if info is None and name in named:
+            raise UsageError(
+                f"the Hub does not give out {name} as the {what}; push it first, or check the name"
+            )
+        if info is None:
+            at = f"{name} at {reference.revision}" if reference.revision else name
+            warnings.append(
+                f"the Hub does not give out the {what} {at}; without it nobody can load the graft"
+            )
+            continue
+        if info.private:
+            warnings.append(f"the {what} {name} is private; who cannot read it cannot load this")
+        if reference.revision is None:
+            update[key] = reference.model_copy(update={"revision": info.sha})
+    return record.model_copy(update=update), warnings
+
+
+def _info(name: str, revision: str | None, api: HfApi) -> Any:
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return api.model_info(name, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+
+
+def _inside(folder: Path, run: Path, what: str, option: str) -> str:
+    try:
+        inside = folder.resolve().relative_to(run.resolve()).as_posix()
+    except ValueError:
+        inside = "."
+    if inside == ".":
+        raise UsageError(
+            f"the {what} of this graft is the folder {folder}, which nobody else has, so nobody "
+            f"else could load the graft. Push that folder first (hf upload YOU/NAME {folder}) and "
+            f"give {option} YOU/NAME"
+        )
+    return inside
+
+
+def _check_id(name: str, option: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(f"{option} {name} is no Hub id: write OWNER/NAME") from error
+    if name.count("/") != 1:
+        raise UsageError(f"{option} {name} is no Hub id: write OWNER/NAME")

@@ -1,0 +1,143 @@
+"""The model card says what the graft's record says, and claims nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from hub_fixtures import RECIPE, make_record
+from mmgraft.hub.card import MARKER, is_ours, render_card
+from mmgraft.model.graft_file import BaseReference
+from mmgraft.model.vision.spec import VisionSpec
+
+PARTS = {"projector": 4160, "layers": 8192}
+
+
+def card(recipe: str | None = None, license: str | None = None, **values: Any) -> str:
+    return render_card(make_record(**values), "me/my-graft", PARTS, recipe, license)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    opening, block, _ = text.split("---\n", 2)
+    assert opening == ""
+    return yaml.safe_load(block)
+
+
+def test_front_matter_is_what_the_hub_reads() -> None:
+    assert front_matter(card(license="apache-2.0")) == {
+        "library_name": "mmgraft",
+        "pipeline_tag": "image-text-to-text",
+        "license": "apache-2.0",
+        "base_model": "acme/tiny-llama",
+        "base_model_relation": "adapter",
+        "tags": ["mmgraft", "iaa", "vision-language", "multimodal"],
+    }
+    assert "license" not in front_matter(card())
+
+
+def test_a_base_in_the_repository_is_no_base_model_of_the_hub() -> None:
+    text = card(base=BaseReference(id="./base"), base_trained=True)
+    assert "base_model" not in front_matter(text)
+    assert "| base | `./base` in this repository |" in text
+    assert "huggingface.co/./base" not in text
+
+
+def test_facts_are_those_of_the_record() -> None:
+    text = card()
+    for line in (
+        "| base | [acme/tiny-llama](https://huggingface.co/acme/tiny-llama) at `"
+        + "a" * 40
+        + "` |",
+        "| layers | 1, 3 |",
+        "| settings | structure: c, head: no |",
+        "| projector | 4,160 |",
+        "| **all** | **12,352** |",
+        "mmgraft chat me/my-graft --image",
+        'GraftedModel.from_pretrained("me/my-graft"',
+    ):
+        assert line in text
+    assert "hidden state -2 |" in text
+    assert "decoder layers inserted after chosen base layers (arXiv 2408.12902)" in text
+
+
+def test_a_tower_without_an_id_is_called_by_its_kind() -> None:
+    text = card(vision=VisionSpec(kind="efficientnet-lite2"))
+    assert "| vision tower | `efficientnet-lite2` |" in text
+
+
+def test_what_is_kept_of_text() -> None:
+    frozen, trained = card(), card(base_trained=True)
+    assert "bit for bit" in frozen
+    assert "Text may change" not in frozen
+    assert "Text may change" in trained
+    assert "bit for bit" not in trained
+
+
+def test_the_official_variant_names_what_it_lacks() -> None:
+    config = {"method": "wings", "variant": "official", "layers": "all"}
+    official = card(method="wings", config=config)
+    paper = card(method="wings", config={**config, "variant": "paper"})
+    for lack in ("None of mmgraft's guarantees", "right padding", "exactly one image", "trained"):
+        assert lack in official
+    assert "guarantees" not in paper
+
+
+def test_the_recipe_is_shown_to_the_letter() -> None:
+    assert f"```yaml\n{RECIPE}```\n" in card(recipe=RECIPE)
+
+
+def test_a_recipe_cannot_break_out_of_its_fence() -> None:
+    text = card(recipe="description: |\n  ```\n  # not a heading\n  ```\n")
+    assert "````yaml\ndescription: |\n  ```\n  # not a heading\n  ```\n````" in text
+
+
+def test_a_recipe_that_only_the_record_has_is_shown_too() -> None:
+    record = make_record(recipe={"name": "small", "stages": [{"name": "align"}]})
+    text = render_card(record, "me/x", PARTS)
+    assert "as it was run:\n\n```yaml\nname: small\nstages:\n- name: align\n```\n" in text
+    assert "```yaml" not in card()
+
+
+def test_data_are_named_by_file_and_stage_without_their_folders() -> None:
+    recipe = {
+        "data": [{"path": "/home/me/private/vqa.jsonl", "limit": 100}],
+        "stages": [
+            {"name": "align", "data": [{"path": "captions.json", "weight": 2.0}, {"path": None}]},
+            {"name": "tune", "data": None},
+        ],
+    }
+    text = render_card(make_record(recipe=recipe), "me/x", PARTS, "name: x\n")
+    assert "| align | captions.json | weight 2 |\n| tune | vqa.jsonl | first 100 rows |" in text
+    assert "/home/me" not in text
+    assert "fresh" not in text
+
+
+def test_an_untrained_graft_says_so() -> None:
+    assert "nothing in it was trained yet" in card(recipe=RECIPE)
+
+
+def test_results_become_a_table() -> None:
+    results = {"easy-vqa": {"accuracy": 0.81234, "a|b": 3}, "text identical": True, "curve": [1, 2]}
+    text = card(results=results)
+    assert "| easy-vqa, accuracy | 0.8123 |\n" in text
+    assert "| easy-vqa, a\\|b | 3 |\n" in text
+    assert "| text identical | yes |\n" in text
+    assert "curve" not in text
+    assert "## Results" not in card()
+
+
+def test_only_a_card_with_the_marker_is_ours() -> None:
+    text = card()
+    assert is_ours(text)
+    assert not is_ours(text.replace(MARKER, ""))
+    assert not is_ours("# about mmgraft: my own words")
+
+
+@pytest.mark.parametrize("recipe", [None, RECIPE])
+def test_no_hole_is_left_in_the_text(recipe: str | None) -> None:
+    text = card(recipe=recipe, results={"accuracy": 0.5})
+    assert "None" not in text.replace("None of", "")
+    assert "\n\n\n" not in text
+    assert text.endswith("| accuracy | 0.5 |\n")
