@@ -24,41 +24,16 @@ def inspect(
     No weights are loaded: a model is examined from its config, a graft from its headers.
     """
     from mmgraft.cli.console import print_json
+    from mmgraft.model.summary import GraftSummary, locate, summarise_graft, summarise_model
 
-    graft = _graft_folder(model, revision)
-    if graft is not None:
-        from mmgraft.model.summary import summarise_graft
-
-        found = summarise_graft(graft)
-        print_json(asdict(found)) if json else _show_graft(found)
-        return
-    from mmgraft.aliases import resolve_alias
-    from mmgraft.basefiles import resolve
-    from mmgraft.model.summary import summarise_model
-
-    summary = summarise_model(resolve(resolve_alias(model), revision))
-    print_json(asdict(summary)) if json else _show_model(summary)
-
-
-def _graft_folder(name: str, revision: str | None) -> Path | None:
-    """The folder of a graft; None when `name` is a model."""
-    from mmgraft.model.graft_file import CONFIG_NAME
-
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder if (folder / CONFIG_NAME).is_file() else None
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        hf_hub_download(name, CONFIG_NAME, revision=revision)
-    except EntryNotFoundError:
-        return None  # a model, or nothing in the cache while offline, which resolve() will say
-    from mmgraft.model.loading import graft_folder
-
-    return graft_folder(name, revision)
+    place = locate(model, revision)
+    found = summarise_graft(place) if isinstance(place, Path) else summarise_model(place)
+    if json:
+        print_json(asdict(found))
+    elif isinstance(found, GraftSummary):
+        _show_graft(found)
+    else:
+        _show_model(found)
 
 
 def _show_model(found: ModelSummary) -> None:
@@ -85,7 +60,9 @@ def _show_model(found: ModelSummary) -> None:
         for layer in found.layers
     ]
     out.print(table(["layer", "class", "attention", "parameters", "size", "graft"], rows))
-    parts = [[name, human_count(size)] for name, size in found.parts.items()]
+    parts = [
+        [name, human_count(size)] for name, size in found.parts.items() if size or name != "other"
+    ]
     out.print(table(["beside the layers", "parameters"], parts))
     for method, reason in found.refusals.items():
         note(f"{method} cannot be used here: {reason}")

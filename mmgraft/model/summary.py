@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
-from mmgraft.model.graft_file import WEIGHTS_NAME, GraftFile
+from mmgraft.model.graft_file import CONFIG_NAME, WEIGHTS_NAME, GraftFile
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,6 +85,30 @@ class GraftSummary:
     lacks: dict[str, str]  # invariant -> why it does not hold
 
 
+def locate(name: str, revision: str | None = None) -> Path | ModelFiles:
+    """The folder of a graft, or the files of a model; of what is on the Hub, no model's weights.
+
+    Raises:
+        UsageError: when there is nothing of that name.
+    """
+    from mmgraft.aliases import resolve_alias
+    from mmgraft.basefiles import ModelFiles, resolve
+    from mmgraft.basefiles.files import fetch
+
+    path = Path(name).expanduser()
+    if (path / CONFIG_NAME).is_file():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")):
+        return resolve(name, revision)
+    name = resolve_alias(name)
+    folder = fetch(name, revision, ["config.json", CONFIG_NAME])
+    if (folder / CONFIG_NAME).is_file():
+        return fetch(name, revision, [CONFIG_NAME, "graft*.safetensors*"])
+    if (folder / "config.json").is_file():
+        return ModelFiles(name, folder, folder.name)
+    return resolve(name, revision)
+
+
 def summarise_model(files: ModelFiles) -> ModelSummary:
     """Examine a base from its config alone.
 
@@ -120,6 +144,8 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
     parts = {name: _count(get_path(model, path)) for name, path in paths.items() if path}
     if anatomy.tied:
         parts["head"] = 0
+    total = _count(model)
+    parts["other"] = total - sum(parts.values()) - sum(layer.parameters for layer in layers)
     refusals = {"wings": anatomy.branch_blocked} if anatomy.branch_blocked else {}
     return ModelSummary(
         id=files.id,
@@ -127,8 +153,8 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
         model_class=anatomy.class_name,
         model_type=anatomy.model_type,
         dtype=str(dtype).removeprefix("torch."),
-        parameters=_count(model),
-        bytes=_count(model) * dtype.itemsize,
+        parameters=total,
+        bytes=total * dtype.itemsize,
         sizes={
             "hidden size": anatomy.hidden_size,
             "heads": anatomy.num_heads,
