@@ -107,6 +107,8 @@ def _facts(record: GraftFile) -> Iterator[tuple[str, str]]:
         for key, value in record.config.items()
         if key not in ("method", "layers") and value is not None
     }
+    if settings.get("structure") == "c":
+        settings.pop("gate", None)  # it has none
     yield "settings", ", ".join(f"{key}: {_plain(value)}" for key, value in settings.items()) or "-"
     vision = record.vision
     tower = _with_revision(vision.id, vision.revision) if vision.id else f"`{vision.kind}`"

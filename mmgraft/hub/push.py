@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft import __version__
-from mmgraft.errors import UsageError
+from mmgraft.atomic import atomic_text
+from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.hub.card import is_ours, render_card
 from mmgraft.hub.client_errors import LOGIN, hub_errors
 from mmgraft.hub.contents import (
@@ -280,9 +282,5 @@ def _write_card(path: Path, files: list[UploadFile]) -> None:
     """Keep the card beside the graft, for its owner to take over. A read-only run does without."""
     content = next(file.content for file in files if file.name == README)
     assert isinstance(content, bytes)
-    partial = path.with_name(f".{README}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    with suppress(MMGraftError):
+        atomic_text(path, content.decode())

@@ -62,6 +62,14 @@ def test_facts_are_those_of_the_record() -> None:
     assert "decoder layers inserted after chosen base layers (arXiv 2408.12902)" in text
 
 
+def test_structure_c_is_not_said_to_have_a_gate() -> None:
+    config = {"method": "iaa", "layers": [1], "gate": "linear"}
+    assert "gate" not in card(config={**config, "structure": "c"})
+    assert "structure: b, gate: linear |" in card(
+        config={"method": "iaa", "layers": [1], "structure": "b", "gate": "linear"}
+    )
+
+
 def test_a_tower_without_an_id_is_called_by_its_kind() -> None:
     text = card(vision=VisionSpec(kind="efficientnet-lite2"))
     assert "| vision tower | `efficientnet-lite2` |" in text
