@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,7 @@ def push(
     Checkpoints stay here. A base on the Hub is referred to; one inside the folder goes along.
     """
     from mmgraft.cli.console import confirm, human_bytes, note, print_json
-    from mmgraft.hub.push import default_name, find_target, find_token, plan_push, send
+    from mmgraft.hub.push import default_name, find_target, plan_push, send
     from mmgraft.runs import find_run
 
     folder = find_run(run, announce=note)
@@ -57,11 +58,11 @@ def push(
             note(f"note: {warning}")
         _list(plan, named, private, json)
         return
-    find_token()
     _quiet_unless_terminal(json)
     target = find_target(plan, repo_id, private)
     for warning in (*plan.warnings, *target.warnings):
         note(f"note: {warning}")
+    plan = replace(plan, record=target.record)
     files = plan.all_files(target.repo_id)
     size = human_bytes(sum(file.size for file in files))
     kind = "private" if target.private else "public"

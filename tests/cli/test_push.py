@@ -125,6 +125,10 @@ def test_json_is_all_that_stdout_gets(
     assert [file["name"] for file in told["files"]] == [
         name for name in hub.repos["tester/mine"].names if name != ".gitattributes"
     ]
+    sent = {
+        file["name"]: len(hub.repos["tester/mine"].read(file["name"])) for file in told["files"]
+    }
+    assert {file["name"]: file["bytes"] for file in told["files"]} == sent
     assert hub.repos["tester/mine"].private
 
 
