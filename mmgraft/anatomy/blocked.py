@@ -64,7 +64,7 @@ def blocked_layer(
             "batch cannot be told apart by position"
         )
     if layer_type not in _CACHED_AS_KEYS_AND_VALUES:
-        return f"it is of type {layer_type}, which is not cached as keys and values by position"
+        return f"a {layer_type} layer does not keep keys and values position by position"
     if attention is None:
         return "it has no attention"
     arguments = list(inspect.signature(type(layer).forward).parameters)

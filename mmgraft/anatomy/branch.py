@@ -135,6 +135,12 @@ def examine_branch(layer: nn.Module, attention: str) -> Branch:
             than a norm or a dropout stands on the way.
     """
     runs = _runs(layer, attention)
+    run, out = runs[0]
+    if len(run.on_branch) > 1 or not all(is_norm(run.children[n]) for n in run.on_branch):
+        raise BranchUnknown(
+            f"{type(layer).__name__} passes its attention's output through "
+            f"{', '.join(run.on_branch)} before it joins the residual stream"
+        )
     scales = []
     for (run, out), (other, other_out) in itertools.pairwise(runs):
         ratio = (out - other_out) / (run.branch - other.branch)
@@ -148,14 +154,8 @@ def examine_branch(layer: nn.Module, attention: str) -> Branch:
         raise BranchUnknown(
             f"{type(layer).__name__} scales its attention's output by a learned number or by none"
         )
-    run, out = runs[0]
     if not torch.allclose(out - scale * run.branch, run.state):
         raise BranchUnknown(f"{type(layer).__name__} scales the residual stream itself")
-    if len(run.on_branch) > 1 or not all(is_norm(run.children[n]) for n in run.on_branch):
-        raise BranchUnknown(
-            f"{type(layer).__name__} passes its attention's output through "
-            f"{', '.join(run.on_branch)} before it joins the residual stream"
-        )
     fed = [r.fed for r, _ in runs[:2]]
     parallel = fed[0] is not None and fed[1] is not None and torch.equal(fed[0], fed[1])
     return Branch(_snapped(scale), next(iter(run.on_branch), None), parallel)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -21,6 +21,9 @@ from transformers import (
 )
 
 from tiny_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from mmgraft.model.vision.base import VisionTower
 
 HIDDEN = 32
 LAYERS = 4
@@ -247,7 +250,11 @@ def tiny_model(
     config = tiny_config(name, **overrides)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model, seed)
-    return model.to(dtype).eval()
+    # As from_pretrained does it: rotary tables and other buffers stay in fp32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model.eval()
 
 
 def save_base(
@@ -268,3 +275,35 @@ def save_base(
     if tokenizer:
         tiny_tokenizer(chat_template=chat_template).save_pretrained(folder)
     return folder
+
+
+def tiny_tower(patches: int = 4, hidden: int = 16, seed: int = 0) -> VisionTower:
+    """Builds a vision tower with random weights. See tiny_towers for every other one."""
+    from tiny_towers import tiny_tower as build
+
+    return build(patches, hidden, seed)
+
+
+def tiny_clip_dir(folder: Path | str, image_size: int = 16) -> Path:
+    """Writes a CLIP vision model (patches of 8 pixels, hidden 16) with its image processor."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    crop = {"height": image_size, "width": image_size}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=crop)
+    return _save_tower(folder, "clip", image_size, processor)
+
+
+def tiny_siglip_dir(folder: Path | str, image_size: int = 16) -> Path:
+    """Writes a SigLIP vision model (patches of 8 pixels, hidden 16) with its image processor."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    processor = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
+    return _save_tower(folder, "siglip", image_size, processor)
+
+
+def _save_tower(folder: Path | str, name: str, image_size: int, processor: Any) -> Path:
+    from tiny_towers import tiny_vision_model
+
+    tiny_vision_model(name, image_size=image_size).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Path(folder)
