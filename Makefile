@@ -25,7 +25,7 @@ test: env
 lint: env
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/pyright
+	$(RUN)/pyright --pythonpath $(RUN)/python
 	$(RUN)/lint-imports
 
 env: $(VENV)/.installed
