@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,9 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
     return config
 
 
-def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+def fetch(
+    name: str, revision: str | None, patterns: list[str], ignore: Sequence[str] = _NOT_WANTED
+) -> Path:
     """Fetches files of a Hub repository, or finds them in the cache.
 
     Raises:
@@ -124,7 +127,7 @@ def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_WANTED
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=list(ignore)
             )
         )
     except GatedRepoError as error:

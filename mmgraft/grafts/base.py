@@ -105,15 +105,17 @@ class Graft(nn.Module):
     cacheable: bool = True
     trainable: bool = True
     config: BaseModel
-    embedding: nn.Module | None = None
-    norm: nn.Module | None = None
-    head: nn.Module | None = None
+    embedding: nn.Module | None
+    norm: nn.Module | None
+    head: nn.Module | None
 
     def __init__(self, config: BaseModel, anatomy: Anatomy) -> None:
         super().__init__()
         self.config = config
         self.anatomy = anatomy
         self.active = True
+        # Set here: a class attribute would hide the module that a subclass registers.
+        self.embedding = self.norm = self.head = None
 
     @classmethod
     def build(cls, config: Any, anatomy: Anatomy, parts: BaseParts) -> Graft:

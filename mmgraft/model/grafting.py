@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from mmgraft.grafts.registry import get_method
 from mmgraft.layers import parse_layers
 from mmgraft.model.graft_file import BaseReference, GraftFile, ImageToken, TemplateChoice
 from mmgraft.model.loading import finish, load_base
-from mmgraft.model.parts import LoadedParts, check_places
+from mmgraft.model.parts import LoadedParts, ReadParts, check_places
 from mmgraft.model.projector import Projector
 from mmgraft.model.saving import graft_tensors, write_graft
 from mmgraft.model.vision.base import VisionTower
@@ -96,18 +95,6 @@ def graft_model(
     return GraftedModel(loaded.requires_grad_(False), tower, [made])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a graft will be, before a tensor is read."""
-
-    files: ModelFiles
-    anatomy: Anatomy
-    config: Any
-    vision: VisionSpec
-    parameters: int
-    copied: int
-
-
 def create_graft(
     base: str,
     vision: str | VisionSpec,
@@ -118,6 +105,7 @@ def create_graft(
     projector: ProjectorSpec | None = None,
     template: TemplateChoice | None = None,
     revision: str | None = None,
+    full_fingerprint: bool = False,
 ) -> GraftFile:
     """Write a fresh graft; of the base only the tensors that the graft copies are read.
 
@@ -130,6 +118,7 @@ def create_graft(
         projector: Its shape and start.
         template: How conversations become text.
         revision: Of the base on the Hub.
+        full_fingerprint: Hash every byte of the base, so that ``verify="full"`` can compare.
 
     Returns:
         The record that was written.
@@ -137,7 +126,7 @@ def create_graft(
     Raises:
         UsageError: An unknown base or tower, or settings that do not fit them; nothing is written.
     """
-    from mmgraft.basefiles import resolve
+    from mmgraft.basefiles import fingerprint, resolve
 
     spec = VisionSpec.from_name(vision) if isinstance(vision, str) else vision
     shape = describe_tower(spec)
@@ -145,6 +134,8 @@ def create_graft(
     made = _make_from_files(
         files, config, workflow, projector or ProjectorSpec(), shape.hidden_size, template, None
     )
+    if full_fingerprint:
+        made.record.base.fingerprint = fingerprint(files, full=True)
     made.record.vision = spec
     write_graft(Path(folder), made.record, graft_tensors(made))
     return made.record
@@ -172,8 +163,8 @@ def _make_from_files(
     copies = config.method == "iaa" or any(wants.values())
     parts: BaseParts | None = None
     if copies:
-        mini = read_layers(TensorReader(files), base_config, places, **wants)
-        parts = LoadedParts(mini, anatomy, {index: k for k, index in enumerate(places)})
+        with TensorReader(files) as reader:
+            parts = ReadParts(read_layers(reader, base_config, places, **wants), places)
     made = _make(config, anatomy, parts, workflow, spec, width, reference, token, chosen)
     if tower is not None:
         made.record.vision = tower.spec

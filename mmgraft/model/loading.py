@@ -7,27 +7,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mmgraft.anatomy import Anatomy, decoder_layers, examine
-from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, resolve
+from mmgraft.anatomy import Anatomy, decoder_layers, examine, get_path
+from mmgraft.basefiles import ModelFiles, compare_fingerprints, fetch, fingerprint, resolve
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.grafts.registry import get_method
-from mmgraft.model.graft_file import CONFIG_NAME, WEIGHTS_NAME, GraftFile
+from mmgraft.model.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, GraftFile
 from mmgraft.model.parts import shape_parts, share_config
 from mmgraft.model.projector import Projector
 from mmgraft.model.quantization import assert_unquantized, quantization_config
 from mmgraft.model.saving import INDEX_NAME
 from mmgraft.model.vision.registry import load_tower
+from mmgraft.model.vision.spec import VisionSpec
 from mmgraft.model.workflow import Workflow
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
 
 Verify = Literal["fast", "full", "off"]
+_GRAFT_FILES = ["*.json", "*.safetensors", "*.yaml", "*.jinja", f"{OWN_BASE}/*"]
 
 
 def load_model(
@@ -66,7 +67,7 @@ def load_model(
     files = base_files(record, folder, base)
     check_base(record, files, verify)
     loaded = load_base(files, dtype, device_map, quantization, attn_implementation)
-    tower = load_tower(record.vision, dtype=loaded.dtype, device=loaded.device)
+    tower = load_tower(local_tower(record, folder), dtype=loaded.dtype, device=loaded.device)
     workflow = load_workflow(record, folder, loaded, graft_dtype or loaded.dtype)
     assert_unquantized(tower, "vision_tower")
     model = GraftedModel(loaded, tower, [workflow])
@@ -90,7 +91,7 @@ def attach(
     first = model.workflow().record
     if verify != "off":
         _same_base(first, record, source)
-    if record.vision != first.vision:
+    if not _same_tower(first, record):
         raise UsageError(
             f"{source} sees with {record.vision.name}, this model with {first.vision.name}: "
             "workflows of one model share a tower."
@@ -114,12 +115,7 @@ def graft_folder(source: str | Path, revision: str | None = None) -> Path:
     text = str(source)
     if text.count("/") != 1 or text.startswith((".", "/")):
         raise UsageError(f"{text} is neither a folder nor a Hub id (owner/name).")
-    try:
-        return Path(snapshot_download(text, revision=revision, ignore_patterns=["checkpoints/*"]))
-    except (OSError, ValueError) as error:
-        from mmgraft.basefiles import hub_error
-
-        raise hub_error(text, error) from None
+    return fetch(text, revision, _GRAFT_FILES, ignore=())
 
 
 def base_files(record: GraftFile, folder: Path, override: str | None = None) -> ModelFiles:
@@ -131,6 +127,21 @@ def base_files(record: GraftFile, folder: Path, override: str | None = None) -> 
     return resolve(record.base.id, record.base.revision)
 
 
+def local_tower(record: GraftFile, folder: Path) -> VisionSpec:
+    """What loads a graft's tower; one that lies beside the graft is named by its path here."""
+    name = record.vision.id
+    if name is None or not name.startswith("./"):
+        return record.vision
+    return record.vision.model_copy(update={"id": str((folder / name).resolve())})
+
+
+def _same_tower(first: GraftFile, second: GraftFile) -> bool:
+    """Whether two grafts see with one tower: by what it is where that is known, else by name."""
+    if first.vision_fingerprint and second.vision_fingerprint:
+        return first.vision_fingerprint == second.vision_fingerprint
+    return first.vision == second.vision
+
+
 def check_base(record: GraftFile, files: ModelFiles, verify: Verify) -> None:
     """Stop unless the base is the one that the graft was made for.
 
@@ -139,9 +150,14 @@ def check_base(record: GraftFile, files: ModelFiles, verify: Verify) -> None:
     """
     if verify == "off" or not record.base.fingerprint:
         return
-    difference = compare_fingerprints(record.base.fingerprint, fingerprint(files))
-    if difference is None and verify == "full" and "digest" in record.base.fingerprint:
-        difference = compare_fingerprints(record.base.fingerprint, fingerprint(files, full=True))
+    tensors = record.base.fingerprint["tensors"].values()
+    if verify == "full" and not all("full" in tensor for tensor in tensors):
+        raise UsageError(
+            "this graft recorded no hash of the whole base, so --verify full has nothing to "
+            "compare with: use --verify fast, or graft again with --verify full."
+        )
+    now = fingerprint(files, full=verify == "full")
+    difference = compare_fingerprints(record.base.fingerprint, now)
     if difference is not None:
         raise UsageError(
             f"{files.id} is not the base that this graft was made for: {difference}. "
@@ -167,6 +183,8 @@ def load_base(
         options["device_map"] = device_map
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if files.gguf is not None:
+        options["gguf_file"] = files.gguf
     base = AutoModelForCausalLM.from_pretrained(files.path, **options)
     return base.requires_grad_(False).eval()
 
@@ -236,9 +254,9 @@ def build_workflow(record: GraftFile, base: PreTrainedModel, width: int) -> Work
     """A workflow's modules, without values, for the base at hand."""
     method = get_method(record.method)
     config = method.config_class.model_validate(record.config)
+    anatomy = examine(base)
+    parts = shape_parts(base.config, anatomy)
     with torch.device("meta"):
-        parts = shape_parts(base.config)
-        anatomy = examine(base)
         graft = method.load_graft().build(config, anatomy, parts)
         projector = Projector.from_spec(width, anatomy.embedding_size, record.projector)
     if record.state:
@@ -258,12 +276,17 @@ def finish(workflow: Workflow, base: PreTrainedModel) -> None:
     for index, module in workflow.graft.layer_modules():
         _fill_buffers(module, layers[index])
         _to_device_of(module, layers[index])
-    for module in (workflow.projector, workflow.graft.embedding):
-        if module is not None:
-            _to_device_of(module, base.get_input_embeddings())
-    for module in (workflow.graft.norm, workflow.graft.head):
-        if module is not None:
-            _to_device_of(module, base.get_output_embeddings())
+    twins = {
+        "embedding": base.get_input_embeddings(),
+        "norm": get_path(base, anatomy.norm_path) if anatomy.norm_path else None,
+        "head": base.get_output_embeddings(),
+    }
+    for name, twin in twins.items():
+        module = getattr(workflow.graft, name)
+        if module is not None and twin is not None:
+            _fill_buffers(module, twin)
+            _to_device_of(module, twin)
+    _to_device_of(workflow.projector, base.get_input_embeddings())
     for name, tensor in workflow.state_dict().items():
         if tensor.is_meta:
             raise MMGraftError(f"{workflow.name}.{name} was not saved by its method: no value.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from typing_extensions import Self
 
@@ -236,7 +236,8 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
         )
         state.images = images
         given = {
-            "inputs_embeds": embeds, "attention_mask": attention_mask,
+            "inputs_embeds": embeds,
+            "attention_mask": self._static_mask(embeds, attention_mask, past_key_values),
             "past_key_values": past_key_values, **options,
         }  # fmt: skip
         if self._takes_positions:
@@ -248,6 +249,22 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
             hidden = self.base.base_model(**given).last_hidden_state  # (b, s, h)
         loss = self._loss(hidden, labels, rows, active, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss)
+
+    def _static_mask(
+        self, embeds: Tensor, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor | None:
+        """The mask that a base wants with a static cache, where it has a way of its own (Bloom)."""
+        make = type(self.base).__dict__.get("create_masks_for_generate")
+        if make is None or cache is None or mask is None or not cache.layers:
+            return mask
+        if not isinstance(cache.layers[0], StaticLayer):
+            return mask
+        return self.base.create_masks_for_generate(
+            config=self.base.config,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            past_key_values=cache,
+        )
 
     # -- steps of the forward -------------------------------------------------------------------
 

@@ -8,27 +8,24 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mmgraft.anatomy import Anatomy, decoder_layers, examine, get_path, skeleton
+from mmgraft.anatomy import Anatomy, decoder_layers, get_path, skeleton
+from mmgraft.basefiles import BaseParts
 from mmgraft.errors import UsageError
 
 
 class LoadedParts:
-    """Copies of a base's modules: of one in memory, of its shape only, or of some of its layers.
+    """Copies of the modules of a base in memory, or of its shape only.
 
     Args:
         model: A causal LM with the base's classes.
         anatomy: Where its parts are.
-        numbers: Base layer -> layer of ``model``, for a model that holds some layers only.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, numbers: dict[int, int] | None = None
-    ) -> None:
-        self.model, self.anatomy, self.numbers = model, anatomy, numbers
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        self.model, self.anatomy = model, anatomy
 
     def layer(self, index: int) -> nn.Module:
-        number = index if self.numbers is None else self.numbers[index]
-        return copy.deepcopy(decoder_layers(self.model, self.anatomy)[number])
+        return copy.deepcopy(decoder_layers(self.model, self.anatomy)[index])
 
     def embedding(self) -> nn.Module:
         return copy.deepcopy(get_path(self.model, self.anatomy.embedding_path))
@@ -42,13 +39,36 @@ class LoadedParts:
         return copy.deepcopy(get_path(self.model, self.anatomy.head_path))
 
 
-def shape_parts(config: PreTrainedConfig) -> LoadedParts:
+class ReadParts:
+    """Modules that were read from a base's files, each handed out once and not copied again."""
+
+    def __init__(self, parts: BaseParts, places: Sequence[int]) -> None:
+        self.parts = parts
+        self.layers = dict(zip(places, parts.layers, strict=True))
+
+    def layer(self, index: int) -> nn.Module:
+        return self.layers[index]
+
+    def embedding(self) -> nn.Module:
+        assert self.parts.embedding is not None
+        return self.parts.embedding
+
+    def norm(self) -> nn.Module:
+        if self.parts.norm is None:
+            raise UsageError("this base has no final norm to copy: add --no-norm.")
+        return self.parts.norm
+
+    def head(self) -> nn.Module:
+        assert self.parts.head is not None
+        return self.parts.head
+
+
+def shape_parts(config: PreTrainedConfig, anatomy: Anatomy) -> LoadedParts:
     """Modules on the meta device: shapes to load a saved graft into."""
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
-    model = skeleton(plain)
-    return LoadedParts(model, examine(model))
+    return LoadedParts(skeleton(plain), anatomy)
 
 
 def share_config(module: nn.Module, config: PreTrainedConfig) -> None:

@@ -51,9 +51,14 @@ class IAAGraft(Graft):
         self.tie()
 
     def tie(self) -> None:
-        """Make embedding and head one tensor again where the base ties them."""
+        """Make embedding and head one tensor where the base ties them, and two where not."""
+        if self.embedding is None or self.head is None:
+            return
+        shared = self.head.weight is self.embedding.weight
         if self.tied:
-            cast(nn.Module, self.head).weight = cast(nn.Module, self.embedding).weight
+            self.head.weight = self.embedding.weight
+        elif shared:
+            self.head.weight = nn.Parameter(cast(Tensor, self.head.weight).detach().clone())
 
     def shares(self) -> set[str]:
         return {"head.weight"} if self.tied else set()
