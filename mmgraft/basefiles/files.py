@@ -37,7 +37,7 @@ _SMALL = [
 # Subfolders and second copies of the same weights in other formats.
 _NOT_WANTED = ["*/*", "consolidated*", "*.fp16.*", "*adapter*"]
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

@@ -119,21 +119,24 @@ def _load(
     dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     tensors = {key: reader.lazy(key) for key in reader}
-    with _quiet():
-        loaded: Any = reduced.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=dtype or _own_dtype(config, reader),
-            output_loading_info=True,
-        )
+    wrong = (
+        f"{reader.files.id} does not hold {{}} as its config.json says; fetch the base again, or "
+        "give another one"
+    )
+    try:
+        with _quiet():
+            loaded: Any = reduced.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype or _own_dtype(config, reader),
+                output_loading_info=True,
+            )
+    except RuntimeError as error:  # sizes that differ, or experts that cannot be fused
+        raise UsageError(wrong.format("its tensors")) from error
     model, report = loaded
-    problems = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if problems:
-        raise UsageError(
-            f"{reader.files.id} does not hold {', '.join(sorted(problems))} as its config.json "
-            "says; fetch the base again, or give another one"
-        )
+    if report["missing_keys"]:
+        raise UsageError(wrong.format(", ".join(sorted(report["missing_keys"]))))
     return model
 
 
@@ -158,9 +161,12 @@ def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps transformers from reporting the tensors that are left out on purpose."""
-    level = logging.get_verbosity()
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

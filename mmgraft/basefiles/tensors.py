@@ -156,7 +156,7 @@ def _shards(folder: Path) -> list[Path]:
         return [whole] if whole.is_file() else files
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{index} is broken ({error}); fetch the base again") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

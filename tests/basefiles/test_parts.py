@@ -1,0 +1,173 @@
+"""Chosen layers of a base equal the loaded base's, and nothing else of it is read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from mmgraft.anatomy import decoder_layers, examine, get_path
+from mmgraft.basefiles import BaseParts, TensorReader, load_config, read_layers, resolve
+from mmgraft.errors import UsageError
+from tiny import ARCHITECTURES, VARIANTS, save_base
+
+EVERY = [*ARCHITECTURES, *VARIANTS]
+
+
+class Watched:
+    """A tensor that notes its name when it is read."""
+
+    def __init__(self, lazy: Any, key: str, read: set[str]) -> None:
+        self.lazy, self.key, self.read = lazy, key, read
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        self.read.add(self.key)
+        return self.lazy[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lazy, name)
+
+
+class WatchedReader(TensorReader):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(resolve(folder))
+        self.read: set[str] = set()
+
+    def lazy(self, key: str) -> Any:
+        return Watched(super().lazy(key), key, self.read)
+
+
+def same(ours: nn.Module, theirs: nn.Module) -> None:
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert mine.keys() == other.keys()
+    for key, tensor in mine.items():
+        assert tensor.dtype == other[key].dtype
+        assert torch.equal(tensor, other[key]), key
+
+
+def read(folder: Path, layers: list[int], **wanted: Any) -> BaseParts:
+    with TensorReader(resolve(folder)) as reader:
+        return read_layers(reader, load_config(reader.files), layers, **wanted)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_parts_equal_the_loaded_bases_to_the_bit(name: str, tmp_path: Path) -> None:
+    save_base(tmp_path, name, dtype=torch.bfloat16, tokenizer=False, max_shard_size="100KB")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    anatomy = examine(base)
+    reader = WatchedReader(tmp_path)
+    parts = read_layers(reader, base.config, [3, 1], embedding=True, norm=True, head=True)
+    layers = decoder_layers(base, anatomy)
+    for ours, index in zip(parts.layers, [3, 1], strict=True):
+        same(ours, layers[index])
+        assert repr(ours) == repr(layers[index])
+        assert not ours.training
+    same(parts.embedding, get_path(base, anatomy.embedding_path))
+    same(parts.head, get_path(base, anatomy.head_path))
+    assert (parts.norm is None) == (anatomy.norm_path is None)
+    if parts.norm is not None:
+        same(parts.norm, get_path(base, anatomy.norm_path))
+    assert (parts.head.weight is parts.embedding.weight) == anatomy.tied
+    found = [re.search(r"(?:layers|h)\.(\d+)\.", key) for key in reader.read]
+    assert {match[1] for match in found if match} == {"1", "3"}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "smollm3_sliding", "qwen3_moe_mixed", "gpt_oss"])
+def test_a_layer_read_alone_computes_what_it_computes_in_the_base(
+    name: str, tmp_path: Path
+) -> None:
+    """The window, the rotary switch and the kind of feed-forward depend on the layer's number."""
+    save_base(tmp_path, name, tokenizer=False)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    layers = decoder_layers(base, examine(base))
+    ids = torch.randint(6, 300, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = base(ids).logits
+        for index, ours in enumerate(read(tmp_path, [0, 1, 2, 3]).layers):
+            layers[index] = ours
+        assert torch.equal(base(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_only_what_is_asked_for_is_read(name: str, tmp_path: Path) -> None:
+    save_base(tmp_path, name, tokenizer=False)
+    tied = name == "gemma2"
+
+    def reads(**wanted: bool) -> set[str]:
+        reader = WatchedReader(tmp_path)
+        parts = read_layers(reader, load_config(reader.files), [2], **wanted)
+        for part in ("embedding", "norm", "head"):
+            assert (getattr(parts, part) is not None) == wanted.get(part, False)
+        return {key for key in reader.read if ".layers.2." not in key}
+
+    embedding = "model.embed_tokens.weight"
+    assert reads() == set()
+    assert reads(norm=True) == {"model.norm.weight"}
+    assert reads(embedding=True) == {embedding}
+    assert reads(head=True) == {embedding if tied else "lm_head.weight"}
+
+
+def test_the_dtype_is_the_bases_own_unless_told(tmp_path: Path) -> None:
+    save_base(tmp_path, "llama", dtype=torch.bfloat16, tokenizer=False)
+    for asked, expected in [(None, torch.bfloat16), (torch.float32, torch.float32)]:
+        parts = read(tmp_path, [0], head=True, dtype=asked)
+        found = {p.dtype for module in (*parts.layers, parts.head) for p in module.parameters()}
+        assert found == {expected}
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "bfloat16",', ""))
+    assert read(tmp_path, [0]).layers[0].input_layernorm.weight.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_of_the_bare_model_is_read_too(tmp_path: Path) -> None:
+    """GPT-2 on the Hub was saved without the head: its names lack the prefix."""
+    save_base(tmp_path, "gpt2", tokenizer=False)
+    expected = read(tmp_path, [1], embedding=True, head=True)
+    file = tmp_path / "model.safetensors"
+    tensors = {k.removeprefix("transformer."): v.clone() for k, v in load_file(file).items()}
+    assert "h.1.attn.c_attn.weight" in tensors
+    save_file(tensors, file, metadata={"format": "pt"})
+    parts = read(tmp_path, [1], embedding=True, head=True)
+    same(parts.layers[0], expected.layers[0])
+    same(parts.head, expected.head)
+
+
+def test_missing_and_misshapen_tensors_are_refused(tmp_path: Path) -> None:
+    save_base(tmp_path, "llama", tokenizer=False)
+    file = tmp_path / "model.safetensors"
+    tensors = {k: v.clone() for k, v in load_file(file).items()}
+    key = "model.layers.2.mlp.up_proj.weight"
+    save_file({**tensors, key: tensors[key][:40].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"config\.json says"):
+        read(tmp_path, [2])
+    tensors.pop(key)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=key):
+        read(tmp_path, [2])
+    assert len(read(tmp_path, [0, 1, 3]).layers) == 3
+
+
+def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
+    save_base(tmp_path, "llama", tokenizer=False)
+    with TensorReader(resolve(tmp_path)) as reader:
+        config = load_config(reader.files)
+        config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        with pytest.raises(UsageError, match="quantised \\(bitsandbytes\\)"):
+            read_layers(reader, config, [0])
+
+
+def test_reading_says_nothing_and_leaves_logging_as_it_was(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_base(tmp_path, "llama", tokenizer=False)
+    capfd.readouterr()
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    read(tmp_path, [1])
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert capfd.readouterr() == ("", "")
