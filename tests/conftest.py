@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 
 HERE = Path(__file__).resolve().parent
@@ -20,6 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("NO_COLOR", "1")  # help texts and tables are compared as plain text
+
+# A machine that runs several test processes is slow at times: no example is failed for its time.
+hypothesis.settings.register_profile("mmgraft", deadline=None)
+hypothesis.settings.load_profile("mmgraft")
 
 for folder in (HERE, HERE / "support"):
     if str(folder) not in sys.path:
