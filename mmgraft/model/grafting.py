@@ -106,6 +106,7 @@ def create_graft(
     template: TemplateChoice | None = None,
     revision: str | None = None,
     full_fingerprint: bool = False,
+    dry_run: bool = False,
 ) -> GraftFile:
     """Write a fresh graft; of the base only the tensors that the graft copies are read.
 
@@ -119,6 +120,7 @@ def create_graft(
         template: How conversations become text.
         revision: Of the base on the Hub.
         full_fingerprint: Hash every byte of the base, so that ``verify="full"`` can compare.
+        dry_run: Check everything and write nothing.
 
     Returns:
         The record that was written.
@@ -137,7 +139,8 @@ def create_graft(
     if full_fingerprint:
         made.record.base.fingerprint = fingerprint(files, full=True)
     made.record.vision = spec
-    write_graft(Path(folder), made.record, graft_tensors(made))
+    if not dry_run:
+        write_graft(Path(folder), made.record, graft_tensors(made))
     return made.record
 
 

@@ -1,0 +1,251 @@
+"""`mmgraft graft`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption
+
+if TYPE_CHECKING:
+    from mmgraft.training.recipe import Recipe
+
+_IAA, _WINGS, _SEE = "Method iaa", "Method wings", "Tower, projector and text"
+
+
+def graft(
+    base: Annotated[str, typer.Argument(help="Alias, Hub id or folder of the language model.")],
+    method: Annotated[
+        str | None, typer.Option("--method", help="iaa, wings, llava or an installed one.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="Where: 22,24 or 0-31:5, every:4, last:8, all."),
+    ] = None,
+    structure: Annotated[
+        str | None, typer.Option("--structure", help="a, b or c.", rich_help_panel=_IAA)
+    ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option("--gate", help="linear or scalar, for a and b.", rich_help_panel=_IAA),
+    ] = None,
+    embedding: Annotated[
+        bool | None,
+        typer.Option(
+            "--embedding/--no-embedding", help="Own input embedding.", rich_help_panel=_IAA
+        ),
+    ] = None,
+    norm: Annotated[
+        bool | None,
+        typer.Option("--norm/--no-norm", help="Own final norm.", rich_help_panel=_IAA),
+    ] = None,
+    head: Annotated[
+        bool | None,
+        typer.Option("--head/--no-head", help="Own LM head.", rich_help_panel=_IAA),
+    ] = None,
+    untie: Annotated[
+        bool | None,
+        typer.Option(
+            "--untie",
+            help="Two copies where the base ties embedding and head.",
+            rich_help_panel=_IAA,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Of the learners.", rich_help_panel=_WINGS)
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option("--heads", help="Of a learner.", rich_help_panel=_WINGS)
+    ] = None,
+    learners: Annotated[
+        str | None,
+        typer.Option(
+            "--learners", help="visual, textual or visual,textual.", rich_help_panel=_WINGS
+        ),
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="paper or official.", rich_help_panel=_WINGS)
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", help="Longest row of the router.", rich_help_panel=_WINGS),
+    ] = None,
+    vision: Annotated[
+        str | None,
+        typer.Option("--vision", help="Hub id, folder or registered tower.", rich_help_panel=_SEE),
+    ] = None,
+    feature_layer: Annotated[
+        int | None,
+        typer.Option(
+            "--feature-layer", help="Hidden state of the tower; -2.", rich_help_panel=_SEE
+        ),
+    ] = None,
+    projector_norm: Annotated[
+        bool | None,
+        typer.Option(
+            "--projector-norm/--no-projector-norm",
+            help="A norm before the projector.",
+            rich_help_panel=_SEE,
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", help="chat, plain or a jinja file.", rich_help_panel=_SEE),
+    ] = None,
+    workflow: Annotated[
+        str | None, typer.Option("--workflow", help="Name of the new workflow; mm.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="Shipped name or file: its settings, and how to train."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of the method's config; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder; ./<model>-<method> when not given.")
+    ] = None,
+    revision: RevisionOption = None,
+    verify: Annotated[
+        str, typer.Option("--verify", help="full hashes every byte of the base, not its edges.")
+    ] = "fast",
+    force: ForceFlag = False,
+    dry_run: DryRunFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Put a vision tower on a language model: a small file of new tensors, and how to train them.
+
+    The base is never loaded: only the tensors that the graft copies are read from its files.
+    """
+    from mmgraft.aliases import default_tower, resolve_alias
+    from mmgraft.cli.console import note, print_json
+    from mmgraft.errors import UsageError
+    from mmgraft.grafts.registry import get_method
+    from mmgraft.model.vision.spec import ProjectorSpec, VisionSpec
+    from mmgraft.training.recipe_source import find_recipe, load_recipe
+
+    chosen = load_recipe(recipe, method=method) if recipe is not None else None
+    kind = get_method(method or (chosen.method if chosen else _missing_method()))
+    given: dict[str, Any] = {
+        "layers": layers, "structure": structure, "gate": gate, "embedding": embedding,
+        "norm": norm, "head": head, "untie": untie, "rank": rank, "heads": heads,
+        "learners": learners.split(",") if learners else None, "variant": variant,
+        "max_length": max_length,
+    }  # fmt: skip
+    config = _config(kind, given, set_ or [], chosen)
+    if verify not in ("fast", "full"):
+        raise UsageError(f"--verify {verify}: choose fast or full")
+    target = out or Path(f"{_short(base)}-{kind.name}")
+    folder_base = resolve_alias(base)
+    defaults = chosen.graft if chosen else None
+    spec = VisionSpec.from_name(vision or (defaults and defaults.vision) or default_tower())
+    layer = feature_layer if feature_layer is not None else defaults and defaults.feature_layer
+    if layer is not None:
+        spec = spec.model_copy(update={"feature_layer": layer})
+    projector = defaults.projector if defaults else ProjectorSpec()
+    if projector_norm is not None:
+        projector = projector.model_copy(update={"norm": projector_norm})
+    named = recipe or (kind.recipe and kind.recipe.removesuffix(".yaml"))
+    written = find_recipe(named) if named else None
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
+        raise UsageError(
+            f"{target} is not empty; give --force to write into it, or another folder with --out"
+        )
+    # Everything below loads torch.
+    from mmgraft.model.grafting import create_graft
+    from mmgraft.model.summary import summarise_graft
+
+    record = create_graft(
+        folder_base,
+        spec,
+        config,
+        target,
+        workflow=workflow or (chosen.workflow if chosen else "mm"),
+        projector=projector,
+        template=_template(template),
+        revision=revision,
+        full_fingerprint=verify == "full",
+        dry_run=dry_run,
+    )
+    if dry_run:
+        if json:
+            print_json({"folder": str(target), "written": False, **record.model_dump(mode="json")})
+            return
+        note(f"would write a graft of method {kind.name} on {folder_base} into {target}")
+        return
+    if written is not None:
+        from mmgraft.atomic import atomic_text
+
+        atomic_text(target / "recipe.yaml", written.read_text(encoding="utf-8"))
+    summary = summarise_graft(target)
+    _report(summary, target, json)
+
+
+def _missing_method() -> str:
+    from mmgraft.errors import UsageError
+    from mmgraft.grafts.registry import methods
+
+    raise UsageError(f"name the method with --method: {', '.join(methods())}")
+
+
+def _short(base: str) -> str:
+    return Path(base.rstrip("/")).name.lower() or "model"
+
+
+def _config(kind: Any, given: dict[str, Any], settings: list[str], recipe: Recipe | None) -> Any:
+    """The method's config: the recipe's settings, then the options, then --set."""
+    import yaml
+
+    from mmgraft.errors import UsageError
+
+    fields = kind.config_class.model_fields
+    values = dict(recipe.graft.config) if recipe else {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in fields:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is no setting of method {kind.name}; "
+                f"leave it out, or see: mmgraft methods"
+            )
+        values[name] = value
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting}: write KEY=VALUE")
+        values[key] = yaml.safe_load(text)
+    return kind.config_class.parse(values, f"settings of method {kind.name}")
+
+
+def _template(spec: str | None) -> Any:
+    from mmgraft.errors import UsageError
+    from mmgraft.model.graft_file import TemplateChoice
+
+    if spec in (None, "chat"):
+        return None
+    if spec == "plain":
+        return TemplateChoice(kind="plain")
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise UsageError(f"no template file {spec}; write chat, plain or the path of a jinja file")
+    return TemplateChoice(kind="file", text=path.read_text(encoding="utf-8"))
+
+
+def _report(summary: Any, folder: Path, json: bool) -> None:
+    from dataclasses import asdict
+
+    from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
+
+    if json:
+        print_json({"folder": str(folder), "written": True, **asdict(summary)})
+        return
+    rows = [
+        [part.part, human_count(part.parameters), human_bytes(part.bytes)] for part in summary.parts
+    ]
+    rows.append(["added in all", human_count(summary.parameters), human_bytes(summary.bytes)])
+    stdout().print(table(["part", "parameters", "size"], rows))
+    note(f"grafted {summary.method} onto {summary.base} in {folder}")
+    note(f"next: mmgraft train {folder} --data ROWS.jsonl")
