@@ -36,7 +36,8 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+"""What safetensors calls each dtype."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _open_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
     file = safe_open(path, framework="pt")
     for name in file.keys():  # noqa: SIM118  (no mapping)
         piece = file.get_slice(name)
-        shape, dtype = tuple(piece.get_shape()), _DTYPES[piece.get_dtype()]
+        shape, dtype = tuple(piece.get_shape()), DTYPES[piece.get_dtype()]
         yield name, LazyTensor(shape, dtype, lambda name=name: file.get_tensor(name))
 
 

@@ -1,0 +1,107 @@
+"""`mmgraft import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption
+
+if TYPE_CHECKING:
+    from mmgraft.hub.official import ImportReport
+
+
+def import_checkpoint(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a checkpoint of the published code.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to. Default: a folder of its name.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", help="The original LLM; if all tensors are equal, it is referred to."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="IAA: the base layers, where the checkpoint names none."),
+    ] = None,
+    tower: Annotated[
+        str | None,
+        typer.Option("--tower", help="The vision tower it was trained with, if it names another."),
+    ] = None,
+    revision: RevisionOption = None,
+    force: ForceFlag = False,
+    dry_run: DryRunFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Turn a published IAA or Wings checkpoint into grafts.
+
+    Its own base and vision tower are written beside the grafts. With --base they are compared,
+    tensor by tensor, and an equal base is referred to instead. --dry-run on a Hub id fetches names
+    and shapes only.
+    """
+    import sys
+    from dataclasses import asdict
+
+    from huggingface_hub.utils import disable_progress_bars
+
+    from mmgraft.aliases import resolve_alias
+    from mmgraft.cli.console import note, print_json
+    from mmgraft.hub.official import import_checkpoint as run
+
+    if json or not sys.stderr.isatty():
+        disable_progress_bars()
+    report = run(
+        checkpoint,
+        out or _default_folder(checkpoint),
+        base=None if base is None else resolve_alias(base),
+        layers=layers,
+        tower=tower,
+        revision=revision,
+        force=force,
+        dry_run=dry_run,
+        say=note,
+    )
+    if json:
+        print_json({**asdict(report), "dry_run": dry_run})
+        return
+    _show(report, dry_run)
+
+
+def _default_folder(checkpoint: str) -> Path:
+    """`./wings-qwen1_5-8b` for a Hub id; for a folder its name and `-graft`."""
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return Path(f"{folder.resolve().name}-graft")
+    return Path(checkpoint.rstrip("/").rpartition("/")[2].lower() or "imported")
+
+
+def _show(report: ImportReport, dry_run: bool) -> None:
+    from mmgraft.cli.console import human_bytes, human_count, note, stdout, table
+
+    rows = [
+        [
+            graft.workflow,
+            report.method,
+            ",".join(map(str, graft.config["layers"])),
+            human_count(graft.parameters),
+            graft.folder,
+        ]
+        for graft in report.grafts
+    ]
+    out = stdout()
+    out.print(table(["workflow", "method", "layers", "parameters", "folder"], rows))
+    kind = "the checkpoint's own" if report.own_base else "equal, referred to"
+    out.print(f"base: {report.base} ({kind})", markup=False)
+    out.print(f"vision tower: {report.tower}", markup=False)
+    verb = "would be written" if dry_run else "written"
+    out.print(f"{human_bytes(report.bytes)} {verb}", markup=False)
+    for text in report.notes:
+        note(f"note: {text}")
+    if not dry_run:
+        note(f"try it: mmgraft chat {report.folder} --image PICTURE 'What is this?'")
