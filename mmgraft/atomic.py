@@ -32,9 +32,9 @@ def atomic_write(path: Path | str, writer: Callable[[Path], None]) -> None:
         raise _failed(path, error) from error
     temporary = Path(name)
     try:
-        os.fchmod(handle, _mode_of(path))
         os.close(handle)
         writer(temporary)
+        temporary.chmod(_mode_of(path))  # afterwards: a writer may put a file of its own there
         _sync(temporary)
         temporary.replace(path)
     except BaseException as error:  # a Ctrl-C leaves no half file behind either

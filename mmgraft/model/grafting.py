@@ -131,6 +131,8 @@ def create_graft(
     from mmgraft.basefiles import fingerprint, resolve
 
     spec = VisionSpec.from_name(vision) if isinstance(vision, str) else vision
+    if spec.id is not None and Path(spec.id).expanduser().is_dir():
+        spec = spec.model_copy(update={"id": str(Path(spec.id).expanduser().resolve())})
     shape = describe_tower(spec)
     files = resolve(base, revision)
     made = _make_from_files(
