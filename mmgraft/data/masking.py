@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmgraft.data.closing import MARKER, added_tokens, closing_of, common_start, split_at
+from mmgraft.data.closing import MARKER, closing_of, split_at
 from mmgraft.data.content import Message
 from mmgraft.data.processor import Encoded, GraftProcessor
 from mmgraft.data.rows import Row
@@ -89,6 +89,7 @@ def _answers(message: Message) -> bool:
 
 def _marked(transcript: Transcript) -> tuple[list[int], list[Span]]:
     """Spans of `{% generation %}`, each with the end-of-turn token where the mark leaves it out."""
+    transcript.render()  # refuses by name what the template does not take
     encoding: Any = transcript.tokenizer.apply_chat_template(
         transcript.messages,
         tools=list(transcript.tools) if transcript.tools else None,
@@ -156,32 +157,21 @@ class _Extent:
 
 def _extent(transcript: Transcript, turn: int, whole: str, last: bool, where: str) -> _Extent:
     messages = transcript.messages
-    head = ""
-    if _text_of(messages[turn]):
-        marker = _unused_marker(whole)
-        marked = {**messages[turn], "content": marker}
-        head, tail = split_at(
-            transcript, [*messages[:turn], marked, *messages[turn + 1 :]], marker, where
+    marker = _unused_marker(whole)
+    marked = {**messages[turn], "content": marker}
+    head, tail = split_at(
+        transcript, [*messages[:turn], marked, *messages[turn + 1 :]], marker, where
+    )
+    closing = closing_of(transcript, turn)
+    ending = closing.last if last else closing.inner
+    # A call of tools without a word may have less before its end than one that says something.
+    rest = tail if messages[turn].get("content") else tail[len(ending) :]
+    if not tail.startswith(ending) or not whole.endswith(rest):
+        raise UsageError(
+            f"{where}: what the chat template writes after this answer depends on the answer, so "
+            "its end cannot be told; give a template file that marks answers with {% generation %}"
         )
-        end = len(whole) - len(tail)
-        if not whole.endswith(tail):
-            raise UsageError(
-                f"{where}: what the chat template writes after this answer depends on the answer, "
-                "so its end cannot be told; give a template file that marks answers with "
-                "{% generation %}"
-            )
-        closing = closing_of(transcript, turn)
-        ending = closing.last if last else closing.inner
-        if not tail.startswith(ending):
-            raise UsageError(
-                f"{where}: the chat template ends this answer with {tail[:12]!r}, not {ending!r} "
-                "as others; give a template file that marks answers with {% generation %}"
-            )
-        end, closed = end + len(ending), bool(ending)
-    else:  # a call of tools without a word: it ends with the last token that is surely its own
-        shared = common_start(transcript.render(messages[: turn + 1]), whole)
-        tokens = list(added_tokens(transcript).finditer(shared))
-        end, closed = (tokens[-1].end(), True) if tokens else (len(shared), False)
+    end = len(whole) - len(tail) + len(ending)
     if turn:
         head = transcript.render(messages[:turn], add_generation_prompt=True)
     if not whole.startswith(head) or len(head) > end:
@@ -191,7 +181,7 @@ def _extent(transcript: Transcript, turn: int, whole: str, last: bool, where: st
             "those turns (a system message, for one), or give a template file that marks answers "
             "with {% generation %}"
         )
-    return _Extent(head, end, closed)
+    return _Extent(head, end, bool(ending))
 
 
 def _unused_marker(text: str) -> str:
@@ -199,10 +189,6 @@ def _unused_marker(text: str) -> str:
     while marker in text:
         marker += "z"
     return marker
-
-
-def _text_of(message: Message) -> str:
-    return str(message.get("content") or "")
 
 
 def _shared(ids: Sequence[int], others: Sequence[int]) -> int:

@@ -118,7 +118,9 @@ class _Reader:
     def row(self, place: str, data: Any) -> Row:
         where = f"{self.file}, {place}"
         if not isinstance(data, dict):
-            raise UsageError(f"{where}: a {type(data).__name__}, not an object with the row's keys")
+            raise UsageError(
+                f"{where}: a {type(data).__name__}, not an object; write a LLaVA row or messages"
+            )
         index = str(data.get("id", place.split()[-1]))
         where = f"{where} (id {index})"
         kind = self._kind(data, where)
@@ -132,9 +134,8 @@ class _Reader:
             if keys[kind] in data:
                 return kind
         names = " or ".join(repr(keys[kind]) for kind in wanted)
-        raise UsageError(
-            f"{where}: no {names} in it, only {', '.join(map(repr, data)) or 'no key'}"
-        )
+        there = ", ".join(map(repr, data)) or "nothing"
+        raise UsageError(f"{where}: no {names} in it but {there}; write a LLaVA row or messages")
 
     def _llava(self, data: dict[str, Any], where: str) -> list[dict[str, Any]]:
         turns = data["conversations"]
@@ -190,7 +191,7 @@ class _Reader:
             if isinstance(content, list):
                 content = [self._part(part, queue, at) for part in content]
             elif not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
-                raise UsageError(f"{at}: 'content' is neither a text nor a list of parts")
+                raise UsageError(f"{at}: 'content' is neither a text nor a list; write one of them")
             messages.append({**turn, "content": content} if "content" in turn else dict(turn))
         if queue:
             raise UsageError(
@@ -220,7 +221,7 @@ class _Reader:
 
     def _resolve(self, image: Any, where: str) -> str:
         if not isinstance(image, str) or not image:
-            raise UsageError(f"{where}: an image that is no path: {image!r}")
+            raise UsageError(f"{where}: an image that is no path ({image!r}); write its path")
         if is_data_uri(image):
             return image
         refuse_web(image, where)
