@@ -86,6 +86,8 @@ def atomic_folder(path: Path | str, writer: Callable[[Path], None]) -> None:
         temporary.replace(path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.replace(path)
         if isinstance(error, OSError | SafetensorError):
             raise _failed(path, error) from error
         raise

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmgraft.atomic import atomic_json, atomic_text, atomic_write
+from mmgraft.atomic import atomic_folder, atomic_json, atomic_text, atomic_write
 from mmgraft.errors import MMGraftError, UsageError
 
 
@@ -104,3 +105,57 @@ def test_others_may_read_what_was_written(tmp_path: Path) -> None:
     written.chmod(0o640)
     atomic_text(written, "y")
     assert written.stat().st_mode & 0o777 == 0o640
+
+
+def fill(content: str) -> Callable[[Path], None]:
+    return lambda folder: atomic_text(folder / "a", content)
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "runs" / "base"
+    atomic_folder(target, fill("old"))
+    (target / "left-over").write_text("x")
+    atomic_folder(target, fill("new"))
+    assert names(target) == ["a"]
+    assert (target / "a").read_text() == "new"
+    assert names(tmp_path / "runs") == ["base"]
+    (tmp_path / "plain").mkdir()
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "first rename", "second rename"])
+def test_a_folder_that_cannot_be_written_leaves_the_old_one(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "base"
+    atomic_folder(target, fill("old"))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    rename, renamed = Path.replace, []
+
+    def refuse(*args: object) -> None:
+        raise full
+
+    def count(path: Path, goal: Path) -> Path:
+        if goal.name in ("base", ".base.old"):
+            renamed.append(goal.name)
+            if len(renamed) == (1 if step == "first rename" else 2):
+                raise full
+        return rename(path, goal)
+
+    if step == "fsync":
+        monkeypatch.setattr(os, "fsync", refuse)
+    if "rename" in step:
+        monkeypatch.setattr(Path, "replace", count)
+    with pytest.raises(MMGraftError, match="No space left"):
+        atomic_folder(target, refuse if step == "write" else lambda p: (p / "a").write_text("new"))
+    assert (target / "a").read_text() == "old"
+    assert names(tmp_path) == ["base"]
+
+
+def test_a_run_killed_between_the_two_renamings_is_mended(tmp_path: Path) -> None:
+    target = tmp_path / "base"
+    atomic_folder(target, fill("old"))
+    target.rename(tmp_path / ".base.old")
+    with pytest.raises(KeyboardInterrupt):
+        atomic_folder(target, lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert (target / "a").read_text() == "old"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
+from transformers.utils.quantization_config import Mxfp4Config
 
 from mmgraft.anatomy import examine, get_path, skeleton
 from mmgraft.basefiles.tensors import TensorReader
@@ -64,7 +65,8 @@ def read_layers(
         dtype: dtype of the parts; by default the one that the base itself loads in.
 
     Raises:
-        UsageError: the base lacks tensors of these parts, or its checkpoint is quantised.
+        UsageError: the base lacks tensors of these parts, or its checkpoint is quantised by
+            another method than MXFP4, which is unpacked.
     """
     _refuse_quantised(config, reader.files.id)
     config = copy.deepcopy(config)
@@ -131,6 +133,7 @@ def _load(
                 state_dict=tensors,
                 dtype=dtype or _own_dtype(config, reader),
                 output_loading_info=True,
+                **_dequantised(config),
             )
     except RuntimeError as error:  # sizes that differ, or experts that cannot be fused
         raise UsageError(wrong.format("its tensors")) from error
@@ -148,10 +151,22 @@ def _own_dtype(config: PreTrainedConfig, reader: TensorReader) -> torch.dtype:
     return next((d for d in found if d.is_floating_point), torch.float32)
 
 
+def _method(config: PreTrainedConfig) -> str | None:
+    """Gives the name of the method by which the checkpoint is quantised, or None."""
+    stored: Any = getattr(config, "quantization_config", None)
+    if not stored:
+        return None
+    return (stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method")
+
+
+def _dequantised(config: PreTrainedConfig) -> dict[str, Any]:
+    """Gives the argument that unpacks MXFP4, the one form in which gpt-oss is published."""
+    return {"quantization_config": Mxfp4Config(dequantize=True)} if _method(config) else {}
+
+
 def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        method = dict(quantised).get("quant_method", "some method")
+    method = _method(config)
+    if method not in (None, "mxfp4"):
         raise UsageError(
             f"the weights of {name} are stored quantised ({method}), and an inserted layer must "
             "not be; give the base with its full weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.utils import logging
 
 from mmgraft.anatomy import decoder_layers, examine, get_path
@@ -160,6 +161,36 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
         config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         with pytest.raises(UsageError, match="quantised \\(bitsandbytes\\)"):
             read_layers(reader, config, [0])
+
+
+def pack_mxfp4(folder: Path) -> None:
+    """Turns the experts of a saved gpt-oss into random MXFP4, as the published ones are."""
+    file, generator = folder / "model.safetensors", torch.Generator().manual_seed(0)
+    tensors = {k: v.clone() for k, v in load_file(file).items()}
+    for key in [k for k in tensors if k.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width, out = tensors.pop(key).shape
+        size = (experts, out, width // 32)
+        for end, shape, low, high in [("blocks", (*size, 16), 0, 256), ("scales", size, 120, 127)]:
+            made = torch.randint(low, high, shape, generator=generator, dtype=torch.uint8)
+            tensors[f"{key}_{end}"] = made
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_the_mxfp4_experts_of_gpt_oss_are_unpacked(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 32}
+    save_base(tmp_path, "gpt_oss", dtype=torch.bfloat16, tokenizer=False, **sizes)
+    pack_mxfp4(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    reader = WatchedReader(tmp_path)
+    parts = read_layers(reader, load_config(reader.files), [2], head=True)
+    same(parts.layers[0], base.model.layers[2])
+    assert parts.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    assert not [key for key in reader.read if "layers" in key and ".layers.2." not in key]
 
 
 def test_reading_says_nothing_and_leaves_logging_as_it_was(
