@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -71,6 +74,27 @@ def test_each_help_shows_a_command_to_copy(cli, name: str) -> None:
     assert COMMANDS[name].example.startswith(f"mmgraft {name}")
     assert "Args:" not in shown
     assert "Raises:" not in shown
+
+
+def documented() -> list[list[str]]:
+    """Every mmgraft command line of the README, in its `sh` and `bash` blocks."""
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    blocks = re.findall(r"```(?:ba)?sh\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("mmgraft ")]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [*(shlex.split(command.example) for command in COMMANDS.values()), *documented()],
+    ids=" ".join,
+)
+def test_shown_commands_use_options_that_exist(cli, words: list[str]) -> None:
+    name = words[1]
+    inner = [words[2]] if name == "recipes" else []
+    help_text = cli(name, *inner, "--help").out
+    for flag in (word for word in words if word.startswith("--")):
+        assert f" {flag.partition('=')[0]} " in help_text
 
 
 def test_version(cli) -> None:
