@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
 
 Verify = Literal["fast", "full", "off"]
-_GRAFT_FILES = ["*.json", "*.safetensors", "*.yaml", "*.jinja", f"{OWN_BASE}/*"]
+_GRAFT_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.yaml",
+    "*.jinja",
+    f"{OWN_BASE}/*",
+    "vision/*",
+    "tower/*",
+]
 
 
 def load_model(
@@ -232,6 +240,7 @@ def load_workflow(
     if hasattr(workflow.graft, "tie"):
         workflow.graft.tie()  # type: ignore[operator]
     finish(workflow, base)
+    workflow.origin = folder
     return workflow
 
 

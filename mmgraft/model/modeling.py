@@ -219,7 +219,11 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
             }  # fmt: skip
             return self.base(**{k: v for k, v in given.items() if v is not None})
         if use_cache is None:
-            use_cache = options["use_cache"] = labels is None and not self.training
+            use_cache = labels is None and not self.training
+            use_cache = use_cache and all(
+                self.workflow(name).graft.cacheable for name in rows.names if name != TEXT_WORKFLOW
+            )
+            options["use_cache"] = use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.base.config)
             slot = RowSlot(past_key_values, self.anatomy.num_layers)

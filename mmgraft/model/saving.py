@@ -46,7 +46,8 @@ def save_graft(
     folder = Path(folder)
     if chosen.record.base_trained or model.base_is_trained:
         save_base(model, folder, chosen.record)
-    write_graft(folder, current_record(model, chosen), graft_tensors(chosen), max_shard_size)
+    record = _reachable(current_record(chosen), chosen, folder)
+    write_graft(folder, record, graft_tensors(chosen), max_shard_size)
 
 
 def graft_tensors(workflow: Workflow) -> dict[str, Tensor]:
@@ -59,9 +60,23 @@ def graft_tensors(workflow: Workflow) -> dict[str, Tensor]:
     }
 
 
-def current_record(model: GraftedModel, workflow: Workflow) -> GraftFile:
+def current_record(workflow: Workflow) -> GraftFile:
     """The record of a workflow as it is now."""
     return workflow.record.model_copy(update={"state": workflow.graft.state()})
+
+
+def _reachable(record: GraftFile, workflow: Workflow, folder: Path) -> GraftFile:
+    """The record with whole paths for what lay beside the graft where it was loaded."""
+
+    def whole(name: str | None) -> str | None:
+        if name is None or not name.startswith("./") or workflow.origin is None:
+            return name
+        beside = workflow.origin / name
+        return name if (folder / name).is_dir() else str(beside.resolve())
+
+    base = record.base.model_copy(update={"id": whole(record.base.id)})
+    vision = record.vision.model_copy(update={"id": whole(record.vision.id)})
+    return record.model_copy(update={"base": base, "vision": vision})
 
 
 def write_graft(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import nn
 
@@ -29,6 +30,7 @@ class Workflow(nn.Module):
         self.projector = projector
         self.graft = graft
         self.record = record
+        self.origin: Path | None = None  # the folder that it was loaded from
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names that a recipe's stages train."""

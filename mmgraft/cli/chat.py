@@ -1,0 +1,167 @@
+"""`mmgraft chat`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmgraft.cli.options import JsonFlag, RevisionOption
+
+if TYPE_CHECKING:
+    from mmgraft.answering import Dialogue
+
+_HELP = (
+    "/image PATH shows a picture with your next line, /clear forgets the dialogue, "
+    "/help says this, /quit (or Ctrl-D) ends."
+)
+
+
+def chat(
+    run: Annotated[
+        str | None,
+        typer.Argument(help="Folder or Hub id of a graft; the only one here when not given."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Ask this once and end; else a dialogue begins.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Picture to show; may be repeated.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    workflow: Annotated[
+        str | None,
+        typer.Option("--workflow", help="Of all turns; default: the graft's once it sees."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus to sample from.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of sampling.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cuda, mps or cpu; else the first there is.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bfloat16, float32; default: as saved.")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="nf4 holds the base in 4-bit.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Where the base lies, if it was moved.")
+    ] = None,
+    verify: Annotated[
+        str, typer.Option("--verify", help="How the base is checked: fast, full or off.")
+    ] = "fast",
+    revision: RevisionOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Talk with a grafted model. Without a picture it is the base itself, word for word.
+
+    /image PATH brings a picture in at any turn, also into a dialogue that began as text.
+    """
+    from mmgraft.cli.console import note, print_json
+    from mmgraft.cli.loading import load_answerer
+    from mmgraft.errors import UsageError
+
+    run, prompt = _which(run, prompt)
+    if json and prompt is None:
+        raise UsageError("--json needs a prompt: mmgraft chat RUN 'What is this?' --json")
+    answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
+    from mmgraft.answering import Dialogue
+
+    if workflow is not None and workflow != "text":
+        answerer.model.workflow(workflow)
+    dialogue = Dialogue(answerer, system=system, workflow=workflow)
+    for one in image or []:
+        dialogue.add_image(one)
+    _warn_of_lacks(answerer)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        settings |= {"temperature": temperature, "top_p": top_p}
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)
+    if prompt is None:
+        note(f"{_HELP}")
+        _talk(dialogue, settings)
+        return
+    if json:
+        print_json({"prompt": prompt, "answer": dialogue.say(prompt, **settings)})
+        return
+    _say(dialogue, prompt, settings)
+
+
+def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
+    """Run and prompt; a lone argument that names no folder and no Hub id is the prompt."""
+    from mmgraft.cli.console import note
+    from mmgraft.runs import find_run
+
+    if run is not None and prompt is None and not Path(run).expanduser().exists():
+        words = run.strip().split()
+        if len(words) != 1 or run.count("/") != 1:
+            return str(find_run(None, announce=note)), run
+    if run is None:
+        return str(find_run(None, announce=note)), prompt
+    return run, prompt
+
+
+def _talk(dialogue: Dialogue, settings: dict[str, Any]) -> None:
+    from mmgraft.cli.console import note, show_error
+    from mmgraft.errors import UsageError
+
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        word, _, rest = line.partition(" ")
+        try:
+            if not line:
+                continue
+            if word in ("/quit", "/exit"):
+                return
+            if word == "/help":
+                note(_HELP)
+            elif word == "/clear":
+                dialogue.clear()
+            elif word == "/image":
+                dialogue.add_image(str(Path(rest.strip()).expanduser()))
+                note(f"{rest.strip()} goes with your next line")
+            elif word.startswith("/") and word[1:].isalpha():
+                note(f"no command {word}. {_HELP}")
+            else:
+                _say(dialogue, line, settings)
+        except UsageError as error:
+            show_error(str(error))
+
+
+def _say(dialogue: Dialogue, text: str, settings: dict[str, Any]) -> None:
+    """One turn, the answer printed as it comes."""
+
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    dialogue.say(text, on_text=show, **settings)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _warn_of_lacks(answerer: Any) -> None:
+    from mmgraft.cli.console import note
+    from mmgraft.model.summary import lacking
+
+    record = answerer.model.workflow().record
+    if record.config.get("variant") == "official":
+        note("this graft computes what the published Wings code computes, and does not promise:")
+        for invariant, why in lacking(record).items():
+            note(f"  {invariant} ({why})")

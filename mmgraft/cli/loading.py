@@ -1,0 +1,50 @@
+"""Load a model for a command that asks it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from mmgraft.errors import UsageError
+
+if TYPE_CHECKING:
+    from mmgraft.answering import Answerer
+    from mmgraft.model.loading import Verify
+
+_DTYPES = ("bfloat16", "float32", "float16")
+
+
+def load_answerer(
+    run: str,
+    device: str | None,
+    dtype: str | None,
+    quantization: str | None,
+    base: str | None,
+    verify: str,
+    revision: str | None,
+) -> Answerer:
+    """Check the options that need no model, then load it on a device.
+
+    Raises:
+        UsageError: An option that is not known, or a device or package that is not there.
+    """
+    if verify not in ("fast", "full", "off"):
+        raise UsageError(f"--verify {verify}: choose fast, full or off")
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose {', '.join(_DTYPES)}")
+    from transformers.utils import logging
+
+    from mmgraft.answering import Answerer
+    from mmgraft.cli.console import stderr
+    from mmgraft.training.devices import pick_device
+
+    if not stderr().is_terminal:
+        logging.disable_progress_bar()
+    return Answerer.load(
+        run,
+        device=pick_device(device),
+        dtype=dtype,
+        quantization=quantization,
+        base=base,
+        verify=cast("Verify", verify),
+        revision=revision,
+    )
