@@ -86,8 +86,8 @@ class Stage(StrictModel):
         default=None, ge=8, description="positions in a row, images counted"
     )
     gradient_checkpointing: bool = False
-    template: Literal["chat", "plain"] | None = Field(
-        default=None, description="None: the graft's own"
+    template: str | None = Field(
+        default=None, description="chat, plain or a jinja file; None: the graft's own"
     )
     text_rows: TextRows | None = None
     precision: Precision | None = None
@@ -136,7 +136,7 @@ class Recipe(StrictModel):
     method: str
     description: str = ""
     graft: GraftDefaults = Field(default_factory=lambda: GraftDefaults())
-    workflow: str = Field(default="mm", description="the workflow that is trained")
+    workflow: str | None = Field(default=None, description="what is trained; None: the graft's")
     base: Literal["frozen", "full"] = "frozen"
     quantization: Literal["nf4"] | None = Field(
         default=None, description="4-bit weights of a frozen base"
@@ -253,8 +253,12 @@ class Recipe(StrictModel):
                     f"add {learner} to learners"
                 )
 
-    def resolved(self) -> Recipe:
-        """The recipe with every setting that a stage left to the recipe written into the stage."""
+    def resolved(self, workflow: str = "mm") -> Recipe:
+        """The recipe with every setting that a stage left to the recipe written into the stage.
+
+        Args:
+            workflow: The graft's own, for stages that name none.
+        """
         stages = []
         for stage in self.stages:
             rows = stage.text_rows or self.text_rows
@@ -263,7 +267,7 @@ class Recipe(StrictModel):
             epochs = 1.0 if stage.epochs is None and stage.max_steps is None else stage.epochs
             settings = {
                 "data": stage.data if stage.data is not None else self.data,
-                "workflow": stage.workflow or self.workflow,
+                "workflow": stage.workflow or self.workflow or workflow,
                 "text_rows": rows,
                 "precision": stage.precision or self.precision,
                 "seed": self.seed if stage.seed is None else stage.seed,

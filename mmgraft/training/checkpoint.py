@@ -1,0 +1,178 @@
+"""Checkpoints of a stage: what is trained and what is needed to go on exactly, never the base."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mmgraft.atomic import atomic_json
+from mmgraft.errors import MMGraftError, UsageError
+
+FOLDER = "checkpoints"
+TENSORS = "trained.safetensors"
+PROGRESS = "progress.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def stage_folder(run: Path, index: int, name: str) -> Path:
+    """Where the checkpoints of a stage lie, stages counted from 1."""
+    return run / FOLDER / f"{index + 1}-{name}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a stage, oldest first."""
+    found = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters that are trained, by name; those that share one tensor once."""
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def write_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a checkpoint folder so that it is whole or not there.
+
+    Args:
+        target: The folder, ``.../checkpoint-100``.
+        write: Puts the files into the folder that it is given.
+
+    Raises:
+        MMGraftError: The disk is full or fails; earlier checkpoints are whole.
+    """
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        write(temporary)
+        for path in sorted(temporary.iterdir()):
+            _sync(path)
+        _sync(temporary)
+        if target.exists():  # the same step written again
+            shutil.rmtree(target)
+        temporary.replace(target)
+        _sync(target.parent)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise MMGraftError(_unwritten(target, error)) from error
+        raise
+
+
+def _unwritten(target: Path, error: Exception) -> str:
+    earlier = [path for path in checkpoints(target.parent) if path != target]
+    whole = f"the one before, {earlier[-1].name}, is whole" if earlier else "there is none before"
+    run = target.parent.parent.parent
+    return (
+        f"the checkpoint {target} could not be written ({error}); {whole}. Make room and go on "
+        f"with: mmgraft train {run} --resume"
+    )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed saves of a stage left behind."""
+    if folder.is_dir():
+        for path in folder.glob(".checkpoint-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints of a stage."""
+    for path in checkpoints(folder)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove the checkpoints of a stage that is done."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_tensors(model: nn.Module, folder: Path) -> None:
+    """Write the trained tensors into a checkpoint folder."""
+    save_file(trained_tensors(model), folder / TENSORS, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, folder: Path) -> None:
+    """Put a checkpoint's tensors into the parameters that are trained now.
+
+    Raises:
+        UsageError: The checkpoint is corrupt, or holds other parameters than those trained now.
+    """
+    path = folder / TENSORS
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"{path} cannot be read ({error}); remove {folder} to go on from the one before"
+        ) from error
+    wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != wanted.keys():
+        odd = sorted(saved.keys() ^ wanted.keys())[0]
+        raise UsageError(
+            f"{folder} was written by another stage or graft: {odd} is in only one of them; "
+            "go on with the recipe that wrote it, or begin anew with --restart"
+        )
+    for name, parameter in wanted.items():
+        parameter.copy_(saved[name])
+
+
+def read_progress(run: Path) -> dict[str, Any] | None:
+    """What a run has done so far: ``{"recipe", "stages", "finished"}``; None for a fresh run.
+
+    Raises:
+        UsageError: The file is corrupt.
+    """
+    path = run / FOLDER / PROGRESS
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or not isinstance(data.get("finished"), list):
+            raise ValueError("no list of finished stages")
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is corrupt ({error}); begin anew with: mmgraft train {run} --restart"
+        ) from error
+    return data
+
+
+def write_progress(run: Path, progress: Mapping[str, Any]) -> None:
+    """Record what a run has done so far."""
+    path = run / FOLDER / PROGRESS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_json(path, dict(progress))

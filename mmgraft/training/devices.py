@@ -1,0 +1,81 @@
+"""Where a run computes, and what it needs that may not be there."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from mmgraft.errors import UsageError
+from mmgraft.training.recipe import Recipe
+
+DEVICES = ("cuda", "mps", "cpu")
+"""In the order in which they are taken."""
+
+_TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def pick_device(wanted: str | None = None) -> str:
+    """The device that was asked for, else the first that is there: CUDA, MPS, CPU.
+
+    Raises:
+        UsageError: for a device that is not there, or that no one knows.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted is None:
+        return next(name for name in DEVICES if there[name])
+    if wanted not in there:
+        hint = " (choose a card with CUDA_VISIBLE_DEVICES)" if wanted.startswith("cuda:") else ""
+        raise UsageError(f"no device {wanted!r}; write one of {', '.join(DEVICES)}{hint}")
+    if not there[wanted]:
+        raise UsageError(
+            f"--device {wanted}, but torch {torch.__version__} finds no {wanted.upper()}; install "
+            f"a torch that has it, or use --device {pick_device()}"
+        )
+    return wanted
+
+
+def check_packages(recipe: Recipe, device: str) -> None:
+    """Refuse, before anything is loaded, what needs a package or a device that is not there.
+
+    Raises:
+        UsageError: 4-bit or an 8-bit optimizer without bitsandbytes or on a device that it does
+            not run on; a tracker whose package is missing.
+    """
+    if recipe.quantization is not None:
+        _check_bitsandbytes(f"quantization: {recipe.quantization}", device)
+    for stage in recipe.stages:
+        if stage.optimizer != "adamw":
+            _check_bitsandbytes(f"stage {stage.name!r} with optimizer: {stage.optimizer}", device)
+    package = _TRACKER_PACKAGES.get(recipe.tracking)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UsageError(
+            f"tracking: {recipe.tracking} needs a package that is not installed: "
+            f"pip install {package}, or --set tracking=none"
+        )
+
+
+def _check_bitsandbytes(what: str, device: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"{what} needs bitsandbytes: pip install 'mmgraft[4bit]'")
+    if device == "mps":
+        raise UsageError(f"{what} does not run on MPS; use --device cpu, or a machine with CUDA")
+
+
+def memory_in_use(device: str) -> int | None:
+    """Peak bytes that this process has held: of the card on CUDA, else of main memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return None
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,76 @@
+"""metrics.jsonl: one line a log, always written, whatever tracker is in use."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from mmgraft.atomic import atomic_text
+
+FILE = "metrics.jsonl"
+
+
+class MetricsFile(TrainerCallback):
+    """Appends step, loss, rates by group, speed and memory of one stage.
+
+    Args:
+        run: The run folder.
+        stage: Name of the stage.
+    """
+
+    def __init__(self, run: Path, stage: str) -> None:
+        self.path = run / FILE
+        self.stage = stage
+        self.last: dict[str, Any] = {}
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if not logs or not state.is_world_process_zero:
+            return
+        line: dict[str, Any] = {"stage": self.stage, "step": state.global_step}
+        if "loss" in logs:
+            line["loss"] = logs["loss"]
+            line["lr"] = {k[3:]: v for k, v in logs.items() if k.startswith("lr/")}
+            for key in ("grad_norm", "tokens_per_second", "memory_gb", "epoch"):
+                if key in logs:
+                    line[key] = logs[key]
+            self.last = line
+        elif "eval_loss" in logs:
+            line["eval_loss"] = logs["eval_loss"]
+        else:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def trim(run: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop lines of steps that a resumed run will take again."""
+    path = run / FILE
+    if not path.is_file():
+        return
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # a line that a kill cut short
+        if keep(line):
+            lines.append(text + "\n")
+    atomic_text(path, "".join(lines))
+
+
+def put_aside(run: Path) -> None:
+    """Keep the metrics of an earlier training under the next free number."""
+    path = run / FILE
+    if not path.is_file():
+        return
+    number = 1
+    while (run / f"metrics-{number}.jsonl").exists():
+        number += 1
+    os.replace(path, run / f"metrics-{number}.jsonl")

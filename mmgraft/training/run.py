@@ -1,0 +1,271 @@
+"""A run: every stage of a recipe, one after another, with what is needed to go on after a stop."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mmgraft
+from mmgraft.atomic import atomic_json, atomic_text
+from mmgraft.data.rows import Row
+from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.grafts.registry import get_method
+from mmgraft.model.graft_file import GraftFile
+from mmgraft.training import checkpoint, metrics
+from mmgraft.training.devices import check_packages, pick_device
+from mmgraft.training.recipe import Recipe, Stage
+from mmgraft.training.recipe_source import (
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    with_data,
+    with_max_steps,
+)
+from mmgraft.training.stage_data import StageData, absolute, check_data_is_set, check_rows
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+RECIPE = "recipe.yaml"
+"""What `mmgraft graft` writes into a run, for its owner to change."""
+USED_RECIPE = "recipe.used.yaml"
+"""The recipe that the run is trained by, every setting resolved; `--resume` goes on with it."""
+VERSIONS = "versions.json"
+
+Announce = Callable[[str], None]
+Display = Callable[[Stage, int, int], "Sequence[TrainerCallback]"]
+
+
+@dataclass
+class StageResult:
+    """What one stage did in this session."""
+
+    stage: str
+    steps: int
+    loss: float | None
+    seconds: float
+    rows: int
+    text_rows_skipped: int
+    trained_parameters: int
+
+
+@dataclass
+class Plan:
+    """A training that has been checked and can begin."""
+
+    run: Path
+    record: GraftFile
+    recipe: Recipe  # resolved
+    device: str
+    rows: list[list[Row]]
+    skipped: list[int]
+    eval_rows: list[Row] = field(default_factory=list)
+    first: int = 0
+    resume: bool = False
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages of the recipe."""
+        return self.recipe.stages
+
+
+def plan_training(
+    run: Path | str,
+    *,
+    recipe: str | Path | None = None,
+    data: Sequence[str] = (),
+    images: str | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    restart: bool = False,
+    max_steps: int | None = None,
+    device: str | None = None,
+) -> Plan:
+    """Check everything that can be checked before a model is loaded; nothing is written.
+
+    Args:
+        run: The folder of a graft.
+        recipe: A path or the name of a shipped recipe; default: the run's own.
+        data: ``FILE`` for all stages or ``STAGE=FILE``, instead of the recipe's data.
+        images: Folder that image paths start from.
+        overrides: ``key=value`` texts.
+        resume: Go on with the recipe that the run was begun with.
+        restart: Train a run that was trained before, from its graft as it is now.
+        max_steps: End every stage after so many steps.
+        device: ``cuda``, ``mps`` or ``cpu``; default: the first that is there.
+
+    Raises:
+        UsageError: Anything that could not work, with what to do instead.
+    """
+    run = Path(run)
+    record = GraftFile.read(run)
+    progress = checkpoint.read_progress(run) if not restart else None
+    if resume and restart:
+        raise UsageError("--resume goes on and --restart begins anew; give one of them")
+    if resume:
+        loaded, file = _resumed_recipe(run, record, progress, recipe, overrides, max_steps)
+    else:
+        _refuse_second_training(run, progress)
+        file = _recipe_file(run, record, recipe)
+        loaded = load_recipe(file, method=record.method, overrides=overrides)
+    loaded = with_data(loaded, data, images)
+    if max_steps is not None:
+        loaded = with_max_steps(loaded, max_steps)
+    check_data_is_set(loaded, run, file)
+    chosen = pick_device(device)
+    check_packages(loaded, chosen)
+    _check_graft(record, loaded)
+    resolved = loaded.resolved(record.workflow)
+    reader = StageData()
+    rows, skipped = [], []
+    for stage in resolved.stages:
+        found = reader.rows(stage.data or [], resolved.seed)
+        skipped.append(check_rows(found, stage.name, stage.text_rows))
+        rows.append(found)
+    evaluated = reader.rows(resolved.eval_data, 0) if resolved.eval_every else []
+    first = len(progress["finished"]) if resume and progress is not None else 0
+    return Plan(run, record, resolved, chosen, rows, skipped, evaluated, first, resume)
+
+
+def train(
+    plan: Plan, announce: Announce = lambda text: None, display: Display = lambda *_: ()
+) -> list[StageResult]:
+    """Train all stages that are left, saving the graft after each.
+
+    Args:
+        plan: From :func:`plan_training`.
+        announce: Told in sentences what goes on.
+        display: Callbacks that show a stage's progress, given the stage, its number and how many
+            there are.
+
+    Raises:
+        TrainingStopped: Ctrl-C; a checkpoint is written.
+        MMGraftError: A full disk, or a loss that is not finite; what was saved is whole.
+    """
+    from mmgraft.training.session import Session
+
+    run = plan.run
+    if plan.first >= len(plan.stages):
+        announce(f"all stages of {run} are trained; --restart trains it further")
+        return []
+    if not plan.resume:
+        _begin(run, plan.recipe)
+    session = Session(plan, announce)
+    results: list[StageResult] = []
+    for index in range(plan.first, len(plan.stages)):
+        stage = plan.stages[index]
+        began = time.monotonic()
+        with ExitStack() as stack:
+            callbacks = list(display(stage, index + 1, len(plan.stages)))
+            for callback in callbacks:
+                stack.callback(getattr(callback, "close", lambda: None))
+            steps, loss, parameters = session.run_stage(index, callbacks)
+        results.append(
+            StageResult(
+                stage.name,
+                steps,
+                loss,
+                time.monotonic() - began,
+                len(plan.rows[index]) - plan.skipped[index],
+                plan.skipped[index],
+                parameters,
+            )
+        )
+        if session.stop_requested and index + 1 < len(plan.stages):
+            raise session.stopped(f"after stage {stage.name!r}")
+    return results
+
+
+def _begin(run: Path, recipe: Recipe) -> None:
+    if not _is_main():
+        return
+    shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
+    metrics.put_aside(run)
+    atomic_text(run / USED_RECIPE, dump_recipe(absolute(recipe)))
+    atomic_json(run / VERSIONS, versions())
+    checkpoint.write_progress(
+        run,
+        {"recipe": recipe.name, "stages": [s.name for s in recipe.stages], "finished": []},
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run was computed with."""
+    found = {"mmgraft": mmgraft.__version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {**found, "platform": platform.platform()}
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _recipe_file(run: Path, record: GraftFile, named: str | Path | None) -> Path:
+    if named is not None:
+        return find_recipe(named)
+    if (run / RECIPE).is_file():
+        return run / RECIPE
+    default = get_method(record.method).recipe
+    if default is None:
+        raise UsageError(
+            f"{run} has no {RECIPE}, and the method {record.method} brings none; give --recipe FILE"
+        )
+    return find_recipe(default if Path(default).is_file() else Path(default).stem)
+
+
+def _resumed_recipe(
+    run: Path,
+    record: GraftFile,
+    progress: dict[str, Any] | None,
+    recipe: str | Path | None,
+    overrides: Sequence[str],
+    max_steps: int | None,
+) -> tuple[Recipe, Path]:
+    file = run / USED_RECIPE
+    if progress is None or not file.is_file():
+        raise UsageError(f"{run} has no training to go on with; begin with: mmgraft train {run}")
+    if recipe is not None or overrides or max_steps is not None:
+        raise UsageError(
+            f"--resume goes on exactly, with {file}; leave --recipe, --set and --max-steps out, or "
+            "begin anew with --restart"
+        )
+    return load_recipe(file, method=record.method), file
+
+
+def _refuse_second_training(run: Path, progress: dict[str, Any] | None) -> None:
+    if progress is None:
+        return
+    finished, stages = progress["finished"], progress.get("stages", [])
+    if len(finished) < len(stages):
+        where = stages[len(finished)]
+        raise UsageError(
+            f"a training of {run} stopped in stage {where!r}; go on with: "
+            f"mmgraft train {run} --resume\nor begin anew, from the graft as it is now, with "
+            "--restart"
+        )
+    raise UsageError(
+        f"{run} is trained already ({len(stages)} stages of {progress.get('recipe')}); train it "
+        "further, from the graft as it is now, with --restart"
+    )
+
+
+def _check_graft(record: GraftFile, recipe: Recipe) -> None:
+    if record.config.get("variant") == "official":
+        raise UsageError(
+            "the official Wings variant leaks later text into earlier positions, so training it "
+            "teaches nothing; graft with --variant paper"
+        )
+    if record.base_trained and recipe.quantization is not None:
+        raise MMGraftError("a base of its own in 4-bit is not trained; leave quantization out")

@@ -1,0 +1,33 @@
+"""The order of rows: drawn from the seed and the epoch alone, so that a resumed run finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class EpochSampler(Sampler[int]):
+    """Every row once, in an order that the seed and the epoch number fix.
+
+    Args:
+        rows: How many there are.
+        seed: Of the order.
+    """
+
+    def __init__(self, rows: int, seed: int = 0) -> None:
+        self.rows = rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        return iter(torch.randperm(self.rows, generator=generator).tolist())

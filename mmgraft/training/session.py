@@ -1,0 +1,306 @@
+"""One sitting of a training: the model in memory, and what a stage needs around the Trainer."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from mmgraft.data.collate import Collator
+from mmgraft.data.dataset import RowDataset
+from mmgraft.data.loading import load_processor
+from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.rows import Row
+from mmgraft.data.template import resolve_template
+from mmgraft.model.feature_cache import FeatureCache, tower_features
+from mmgraft.model.graft_file import CONFIG_NAME
+from mmgraft.model.loading import base_files, load_model
+from mmgraft.model.saving import save_graft
+from mmgraft.model.vision.base import VisionTower
+from mmgraft.training import checkpoint, metrics
+from mmgraft.training.features import fill_cache, open_cache
+from mmgraft.training.recipe import Stage
+from mmgraft.training.stages import open_stage
+from mmgraft.training.stopping import Stopper, TrainingStopped
+from mmgraft.training.trainer import GraftTrainer, training_arguments
+
+if TYPE_CHECKING:
+    from mmgraft.model.modeling import GraftedModel
+    from mmgraft.training.run import Plan
+
+WORKFLOWS = "workflows"
+"""Folder of a run for the workflows beside its own."""
+
+
+class Session:
+    """Runs stages one by one on a model that it loads when the first one begins.
+
+    Args:
+        plan: The checked training.
+        announce: Told in sentences what goes on.
+    """
+
+    def __init__(self, plan: Plan, announce: Callable[[str], None]) -> None:
+        self.plan = plan
+        self.announce = announce
+        self.stopper = Stopper()
+        self.model: GraftedModel | None = None
+        self.processor: GraftProcessor | None = None
+        self._features: FeatureCache | None = None
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a person has pressed Ctrl-C."""
+        return self.stopper.requested
+
+    def stopped(self, where: str) -> TrainingStopped:
+        """The error that says how to go on."""
+        return TrainingStopped(
+            f"stopped {where}; all is saved. Go on with: mmgraft train {self.plan.run} --resume"
+        )
+
+    def run_stage(
+        self, index: int, callbacks: Sequence[TrainerCallback]
+    ) -> tuple[int, float | None, int]:
+        """Train a stage and save its graft; gives steps taken, last loss, trained parameters.
+
+        Raises:
+            TrainingStopped: Ctrl-C before the stage's last step.
+        """
+        plan, stage = self.plan, self.plan.stages[index]
+        model = self._model_for(stage)
+        folder = checkpoint.stage_folder(plan.run, index, stage.name)
+        checkpoint.sweep(folder)
+        last = self._last_checkpoint(index, folder)
+        groups = open_stage(model, stage)
+        if stage.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        else:
+            model.gradient_checkpointing_disable()
+        size = sum(group.size for group in groups)
+        log = metrics.MetricsFile(plan.run, stage.name)
+        with _tracking_folder(plan.run / "tracking" / folder.name):
+            trainer = self._trainer(index, folder, groups, [log, self.stopper, *callbacks])
+        if last is not None and _is_final(last):
+            checkpoint.load_tensors(cast(nn.Module, model), last)
+            taken = 0
+        else:
+            taken = self._train(trainer, stage, last)
+        self._save(index, model)
+        return taken, log.last.get("loss"), size
+
+    # -- parts of a stage -----------------------------------------------------------------------
+
+    def _train(self, trainer: GraftTrainer, stage: Stage, last: Path | None) -> int:
+        before = 0 if last is None else checkpoint.step_of(last)
+        try:
+            with self.stopper:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except KeyboardInterrupt:
+            raise TrainingStopped(
+                f"stopped at once in stage {stage.name!r}; what was saved before is whole. "
+                f"Go on with: mmgraft train {self.plan.run} --resume"
+            ) from None
+        done, wanted = trainer.state.global_step, trainer.state.max_steps
+        if done < wanted:
+            raise self.stopped(f"in stage {stage.name!r} after step {done} of {wanted}")
+        return done - before
+
+    def _trainer(
+        self, index: int, folder: Path, groups: Any, callbacks: Sequence[TrainerCallback]
+    ) -> GraftTrainer:
+        plan, stage = self.plan, self.plan.stages[index]
+        assert self.model is not None
+        processor = self._processor(stage)
+        features = self._cached_features(plan.rows[index])
+        rows = self._dataset(plan.rows[index], processor, stage, features is None)
+        evaluated = None
+        if plan.eval_rows:
+            evaluated = self._dataset(plan.eval_rows, processor, stage, features is None)
+        if plan.skipped[index]:
+            self.announce(
+                f"stage {stage.name!r}: {plan.skipped[index]} of {len(plan.rows[index])} rows have "
+                "no image and are left out (text_rows: skip)"
+            )
+        collator = Collator(
+            processor,
+            cast(Any, stage.text_rows),
+            features,
+            compute=None if features is None else tower_features(self._tower()),
+        )
+        name = f"{plan.run.resolve().name}-{stage.name}"
+        return GraftTrainer(
+            self.model,
+            training_arguments(plan.recipe, stage, folder, plan.device, name),
+            stage,
+            groups,
+            rows,
+            _Batches(collator),
+            keep=plan.recipe.keep_checkpoints,
+            eval_dataset=evaluated,
+            callbacks=callbacks,
+        )
+
+    def _dataset(
+        self, rows: Sequence[Row], processor: GraftProcessor, stage: Stage, load_images: bool
+    ) -> RowDataset:
+        return RowDataset(
+            rows,
+            processor,
+            max_length=stage.max_length,
+            text_rows=cast(Any, stage.text_rows),
+            load_images=load_images,
+        )
+
+    def _processor(self, stage: Stage) -> GraftProcessor:
+        assert self.processor is not None
+        if stage.template is None:
+            return self.processor
+        return self.processor.with_template(
+            resolve_template(stage.template, self.processor.tokenizer)
+        )
+
+    def _cached_features(self, rows: Sequence[Row]) -> FeatureCache | None:
+        wanted = self.plan.recipe.feature_cache
+        if wanted is False:
+            return None
+        tower = self._tower()
+        if self._features is None:
+            folder = self.plan.run / "features" if wanted is True else Path(str(wanted))
+            self._features = open_cache(tower, folder.expanduser())
+        count = fill_cache(self._features, tower, rows)
+        self.announce(f"features of {count} images are in {self._features.folder}")
+        return self._features
+
+    def _tower(self) -> VisionTower:
+        assert self.model is not None
+        assert self.model.vision_tower is not None
+        return self.model.vision_tower
+
+    # -- the model ------------------------------------------------------------------------------
+
+    def _model_for(self, stage: Stage) -> GraftedModel:
+        """The model with the stage's workflow; one that has no graft yet begins as a copy."""
+        assert stage.workflow is not None
+        if self.model is not None and stage.workflow in self.model.names:
+            return self.model
+        self.model = self.processor = self._features = None
+        gc.collect()
+        folder = self._folder_of(stage.workflow)
+        if not (folder / CONFIG_NAME).is_file():
+            folder = self.plan.run
+        plan = self.plan
+        full = plan.recipe.base == "full" or stage.precision == "fp32"
+        device_map = {"": plan.device} if plan.device != "cpu" or plan.recipe.quantization else None
+        self.announce(f"loading {folder} on {plan.device}")
+        model = load_model(
+            folder,
+            dtype=torch.float32 if full else torch.bfloat16,
+            device_map=device_map,
+            quantization=plan.recipe.quantization,
+            graft_dtype=torch.float32,
+        )
+        _rename(model, stage.workflow)
+        record = model.workflow().record
+        self.model = model
+        tower = self._tower()
+        self.processor = load_processor(
+            record, base_files(record, folder).path, tower.num_patches, tower.preprocess
+        )
+        return model
+
+    def _folder_of(self, workflow: str) -> Path:
+        if workflow == self.plan.record.workflow:
+            return self.plan.run
+        return self.plan.run / WORKFLOWS / workflow
+
+    def _last_checkpoint(self, index: int, folder: Path) -> Path | None:
+        """The newest checkpoint of a stage that is resumed; metrics after it are dropped."""
+        plan = self.plan
+        resumed = plan.resume and index == plan.first
+        found = checkpoint.checkpoints(folder) if resumed else []
+        last = found[-1] if found else None
+        if resumed:
+            done = {stage.name for stage in plan.stages[:index]}
+            step = 0 if last is None else checkpoint.step_of(last)
+            name = plan.stages[index].name
+            metrics.trim(
+                plan.run,
+                lambda line: (
+                    line["stage"] in done or (line["stage"] == name and line["step"] <= step)
+                ),
+            )
+        return last
+
+    def _save(self, index: int, model: GraftedModel) -> None:
+        """Write the stage's graft, then note that the stage is done, then drop its checkpoints."""
+        plan, stage = self.plan, self.plan.stages[index]
+        if int(os.environ.get("RANK", "0")) != 0:
+            return
+        assert stage.workflow is not None
+        workflow = model.workflow(stage.workflow)
+        workflow.record.recipe = plan.recipe.model_dump(mode="json")
+        save_graft(model, self._folder_of(stage.workflow), stage.workflow)
+        checkpoint.write_progress(
+            plan.run,
+            {
+                "recipe": plan.recipe.name,
+                "stages": [one.name for one in plan.stages],
+                "finished": [one.name for one in plan.stages[: index + 1]],
+            },
+        )
+        checkpoint.remove(checkpoint.stage_folder(plan.run, index, stage.name))
+        self.announce(f"stage {stage.name!r} is done and saved")
+
+
+class _Batches:
+    """A collator's batches without what the model does not take."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        batch = self.collator(examples)
+        batch.pop("row_ids", None)
+        batch.pop("workflow", None)  # the trainer names every row's
+        return batch
+
+
+def _rename(model: GraftedModel, name: str) -> None:
+    """Give the model's one workflow another name, so that it goes on as another graft."""
+    (old,) = model.names
+    if old == name:
+        return
+    workflow = model.workflow(old)
+    del model.workflows[old]
+    workflow.name = name
+    workflow.record = workflow.record.model_copy(update={"workflow": name}, deep=True)
+    model.workflows[name] = workflow
+    model.default_workflow = name
+
+
+def _is_final(folder: Path) -> bool:
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"]) >= int(state["max_steps"])
+
+
+@contextmanager
+def _tracking_folder(folder: Path) -> Iterator[None]:
+    """TensorBoard's files go into the run unless the user has chosen another place."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    before = os.environ.get(name)
+    if before is None:
+        os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)

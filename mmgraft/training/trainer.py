@@ -1,0 +1,309 @@
+"""transformers' Trainer for one stage: rates by group, exact counts, graft-only checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from mmgraft.errors import MMGraftError
+from mmgraft.training.checkpoint import (
+    load_tensors,
+    rotate,
+    save_tensors,
+    write_checkpoint,
+)
+from mmgraft.training.devices import memory_in_use
+from mmgraft.training.recipe import Recipe, Stage
+from mmgraft.training.sampler import EpochSampler
+from mmgraft.training.stages import RateGroup
+
+if TYPE_CHECKING:
+    from mmgraft.model.modeling import GraftedModel
+
+_OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def training_arguments(
+    recipe: Recipe, stage: Stage, folder: Path, device: str, run_name: str
+) -> TrainingArguments:
+    """A stage's settings as transformers' Trainer takes them.
+
+    Precision is left to :class:`GraftTrainer`, which computes under autocast itself, so that no
+    model is wrapped or cast and frozen modules keep their own dtype.
+    """
+    optimizer = stage.optimizer
+    if device != "cuda" and optimizer == "paged_adamw_8bit":
+        optimizer = "adamw_8bit"  # there are no pages to move where there is no card
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        run_name=run_name,
+        use_cpu=device == "cpu",
+        num_train_epochs=stage.epochs or 1.0,
+        max_steps=stage.max_steps or -1,
+        per_device_train_batch_size=stage.batch_size,
+        per_device_eval_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.accumulate,
+        optim=_OPTIMIZERS[optimizer],
+        weight_decay=stage.weight_decay,
+        adam_beta1=stage.betas[0],
+        adam_beta2=stage.betas[1],
+        adam_epsilon=stage.eps,
+        lr_scheduler_type=_SCHEDULES[stage.schedule],
+        warmup_steps=stage.warmup_steps
+        if stage.warmup_steps is not None
+        else stage.warmup_ratio or 0,
+        max_grad_norm=stage.clip_norm,
+        seed=stage.seed or 0,
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="no" if recipe.save_every is None else "steps",
+        save_steps=recipe.save_every or 500,
+        eval_strategy="no" if recipe.eval_every is None else "steps",
+        eval_steps=recipe.eval_every,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=device == "cuda",
+        ddp_find_unused_parameters=False,
+        report_to=[] if recipe.tracking == "none" else [recipe.tracking],
+        disable_tqdm=True,
+        average_tokens_across_devices=True,
+    )
+    if arguments.world_size == 1:
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several cards want torchrun, not DataParallel
+    return arguments
+
+
+class GraftTrainer(Trainer):
+    """One stage.
+
+    Args:
+        model: The grafted model, opened for the stage.
+        args: From :func:`training_arguments`.
+        stage: Of a resolved recipe.
+        groups: Trained parameters by learning rate.
+        train_dataset: Rows.
+        data_collator: Rows to a batch.
+        keep: Checkpoints to keep.
+        eval_dataset: Rows to evaluate on.
+        callbacks: Further callbacks.
+    """
+
+    def __init__(
+        self,
+        model: GraftedModel,
+        args: TrainingArguments,
+        stage: Stage,
+        groups: Sequence[RateGroup],
+        train_dataset: Dataset[Any],
+        data_collator: Any,
+        keep: int = 2,
+        eval_dataset: Dataset[Any] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.stage = stage
+        self.groups = list(groups)
+        self.keep = keep
+        self.sampler = EpochSampler(len(train_dataset), stage.seed or 0)  # type: ignore[arg-type]
+        self._tokens = 0
+        self._since = time.perf_counter()
+        self._rates: dict[str, float] = {}
+        super().__init__(
+            model=cast(Any, model),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            callbacks=[_Epochs(self), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    # -- parameters -----------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW, a parameter group for every rate; norms and biases do not decay."""
+        if self.optimizer is None:
+            decays = set(self.get_decay_parameter_names(cast(nn.Module, self.model)))
+            parts: list[dict[str, Any]] = []
+            for group in self.groups:
+                for decay in (True, False):
+                    chosen = [p for n, p in group.parameters.items() if (n in decays) == decay]
+                    if chosen:
+                        weight = self.args.weight_decay if decay else 0.0
+                        parts.append(
+                            {"params": chosen, "lr": group.lr, "weight_decay": weight,
+                             "name": group.name}
+                        )  # fmt: skip
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
+            options.pop("lr", None)
+            self.optimizer = kind(parts, lr=self.groups[0].lr, **options)
+            self._keep_embeddings_whole(kind)
+        return self.optimizer
+
+    def _keep_embeddings_whole(self, kind: type) -> None:
+        """Embeddings keep 32-bit optimizer states: their gradients are sparse and uneven."""
+        if not kind.__module__.startswith("bitsandbytes"):
+            return
+        from bitsandbytes.optim.optimizer import GlobalOptimManager
+
+        manager = GlobalOptimManager.get_instance()
+        for module in cast(nn.Module, self.model).modules():
+            if isinstance(module, nn.Embedding) and module.weight.requires_grad:
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+    # -- data -----------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Any], device: torch.device
+    ) -> Tensor | None:
+        """Supervised tokens of a whole step, over all ranks, of rows that train something."""
+        total = torch.zeros((), dtype=torch.long)
+        for batch in batch_samples:
+            learned = (batch["labels"][:, 1:] != -100).sum(dim=1)  # (b,)
+            if self.stage.text_rows == "skip":
+                learned = learned * _has_image(batch).to(learned.device)
+            total = total + learned.sum().cpu()
+        total = total.to(device)
+        if self.args.world_size > 1:
+            total = cast(Tensor, self.accelerator.gather(total)).sum()
+        return total
+
+    def _workflows(self, inputs: Mapping[str, Any]) -> list[str]:
+        """The workflow of each row: rows without an image train what `text_rows` says."""
+        own = cast(str, self.stage.workflow)
+        if self.stage.text_rows == "graft":
+            return [own] * len(inputs["input_ids"])
+        return [own if image else "text" for image in _has_image(inputs).tolist()]
+
+    # -- the step -------------------------------------------------------------------------------
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
+        """bf16 autocast over fp32 parameters; nothing in fp32 runs."""
+        if self.stage.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(
+            self.args.device.type, dtype=torch.bfloat16, cache_enabled=bool(cache_enabled)
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss: summed over supervised tokens, divided by those of the whole step."""
+        outputs = model(
+            **inputs, workflow=self._workflows(inputs), num_items_in_batch=num_items_in_batch
+        )
+        loss = outputs.loss
+        if num_items_in_batch is not None and self.args.world_size > 1:
+            loss = loss * self.args.world_size  # ranks average their gradients
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One forward and backward pass; counts positions for the display."""
+        self._tokens += int(inputs["attention_mask"].sum())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted."""
+        return 0
+
+    # -- logs -----------------------------------------------------------------------------------
+
+    def note_rates(self) -> None:
+        """Keep the rates of the step to come, before the schedule moves on."""
+        assert self.optimizer is not None
+        self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add rates by group, speed and memory to what every tracker gets."""
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise MMGraftError(
+                    f"the loss of stage {self.stage.name!r} became {logs['loss']} at step "
+                    f"{self.state.global_step}; take a lower lr or a longer warmup and go on from "
+                    "the last checkpoint with --resume"
+                )
+            now = time.perf_counter()
+            logs["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
+            self._tokens, self._since = 0, now
+            memory = memory_in_use(self.args.device.type)
+            if memory is not None:
+                logs["memory_gb"] = memory / 1e9
+            logs.pop("learning_rate", None)
+            logs.update({f"lr/{name}": rate for name, rate in self._rates.items()})
+        super().log(logs, start_time)
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        folder = Path(cast(str, self.args.output_dir))
+        target = folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            write_checkpoint(target, self._write_state)
+            rotate(folder, self.keep)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            self._save_rng_state(str(target))  # every rank has its own random numbers
+
+    def _write_state(self, folder: Path) -> None:
+        save_tensors(cast(nn.Module, self.model), folder)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_tensors(cast(nn.Module, self.model), Path(resume_from_checkpoint))
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler its epoch and the trainer its rates, and has the last step logged."""
+
+    def __init__(self, trainer: GraftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.note_rates()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+def _has_image(batch: Mapping[str, Any]) -> Tensor:
+    """Rows with an image position, ``(b,)``."""
+    kinds = batch.get("mm_token_type_ids")
+    if kinds is None:
+        return torch.zeros(len(batch["labels"]), dtype=torch.bool)
+    return (kinds != 0).any(dim=1)
