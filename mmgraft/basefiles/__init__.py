@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmgraft.basefiles.files import ModelFiles, fetch, load_config, resolve
 from mmgraft.basefiles.fingerprint import compare_fingerprints, fingerprint
-from mmgraft.basefiles.parts import BaseParts, read_layers
+from mmgraft.basefiles.parts import BaseParts, read_layers, read_modules
 from mmgraft.basefiles.tensors import TensorReader
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "fingerprint",
     "load_config",
     "read_layers",
+    "read_modules",
     "resolve",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,16 +69,13 @@ def read_layers(
             another method than MXFP4, which is unpacked.
     """
     _refuse_quantised(config, reader.files.id)
-    config = copy.deepcopy(config)
-    blank = skeleton(config)
-    anatomy = examine(blank)
+    anatomy = examine(skeleton(config))
     tied_head = head and anatomy.tied
     wanted = {f"{anatomy.layers_path}.{index}" for index in layers}
     wanted |= {anatomy.embedding_path} if embedding or tied_head else set()
     wanted |= {anatomy.norm_path} if norm and anatomy.norm_path else set()
     wanted |= {anatomy.head_path} if head else set()
-    config.tie_word_embeddings = tied_head
-    model = _load(_reduced(type(blank), wanted), config, reader, dtype)
+    model = read_modules(reader, config, wanted, dtype, tied_head)
     loaded = get_path(model, anatomy.layers_path)
     return BaseParts(
         layers=[loaded._modules[str(index)] for index in layers],  # type: ignore[misc]
@@ -87,6 +84,32 @@ def read_layers(
         head=get_path(model, anatomy.head_path) if head else None,
         config=model.config,
     )
+
+
+def read_modules(
+    reader: TensorReader,
+    config: PreTrainedConfig,
+    paths: Collection[str],
+    dtype: torch.dtype | None = None,
+    tied: bool = False,
+) -> PreTrainedModel:
+    """Reads the modules at these paths; all others are taken out of the model that is given.
+
+    Args:
+        reader: the base's tensors.
+        config: the base's configuration; it is not changed.
+        paths: dotted names from the model itself, such as `model.layers.3`.
+        dtype: dtype of the modules; by default the one that the base itself loads in.
+        tied: the head is among them and is the embedding's tensor.
+
+    Raises:
+        UsageError: as `read_layers`.
+    """
+    _refuse_quantised(config, reader.files.id)
+    config = copy.deepcopy(config)
+    base_class = type(skeleton(config))
+    config.tie_word_embeddings = tied
+    return _load(_reduced(base_class, set(paths)), config, reader, dtype)
 
 
 def _reduced(base_class: type[PreTrainedModel], wanted: set[str]) -> type[PreTrainedModel]:
