@@ -1,0 +1,123 @@
+"""`mmgraft graft`: what it writes, and that a mistake writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tiny import save_base, tiny_clip_dir, tiny_model
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    save_base(folder / "Base-Llama", "llama")
+    tiny_clip_dir(folder / "clip")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_it_writes_a_graft_and_its_recipe_beside_it(cli, parts: Path, here: Path) -> None:
+    ran = cli("graft", parts / "Base-Llama", "--method", "iaa", "--layers", "1,3",
+              "--vision", parts / "clip")  # fmt: skip
+    assert ran.code == 0, ran.err
+    folder = here / "base-llama-iaa"
+    assert {p.name for p in folder.iterdir()} == {
+        "graft_config.json", "graft.safetensors", "recipe.yaml",
+    }  # fmt: skip
+    record = json.loads((folder / "graft_config.json").read_text())
+    assert record["config"]["layers"] == "1,3"
+    assert record["vision"]["id"] == str((parts / "clip").resolve())
+    tensors = load_file(folder / "graft.safetensors")
+    base = tiny_model("llama").state_dict()
+    copied = tensors["graft.layers.1.mlp.up_proj.weight"]
+    assert (copied == base["model.layers.3.mlp.up_proj.weight"]).all()
+    assert "method: iaa" in (folder / "recipe.yaml").read_text()
+    assert "mmgraft train base-llama-iaa" in ran.err
+
+
+def test_json_tells_what_was_added(cli, parts: Path, here: Path) -> None:
+    ran = cli("graft", parts / "Base-Llama", "--method", "wings", "--rank", "4", "--layers",
+              "every:2", "--vision", parts / "clip", "--json")  # fmt: skip
+    data = json.loads(ran.out)
+    tensors = load_file(here / "base-llama-wings" / "graft.safetensors")
+    assert data["parameters"] == sum(t.numel() for t in tensors.values())
+    assert data["config"]["rank"] == 4
+
+
+def test_dry_run_writes_nothing(cli, parts: Path, here: Path) -> None:
+    ran = cli("graft", parts / "Base-Llama", "--method", "llava", "--vision", parts / "clip",
+              "--dry-run")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--method", "iaa", "--layers", "1,9"], "layer 9"),
+        (["--method", "iaa", "--layers", "1,1"], "twice"),
+        (["--method", "iaa"], "layers"),
+        (["--method", "iia", "--layers", "1"], "iaa"),
+        (["--layers", "1"], "--method"),
+        (["--method", "wings", "--structure", "b"], "--structure"),
+        (["--method", "iaa", "--layers", "1", "--set", "structre=b"], "structure"),
+        (["--method", "iaa", "--layers", "1", "--recipe", "wings"], "wings"),
+        (["--method", "wings", "--heads", "5"], "heads"),
+        (["--method", "iaa", "--layers", "1", "--template", "no.jinja"], "no.jinja"),
+        (["--method", "iaa", "--layers", "1", "--verify", "hard"], "fast or full"),
+    ],
+)
+def test_a_mistake_is_explained_and_nothing_is_written(
+    cli, parts: Path, here: Path, arguments: list[str], says: str
+) -> None:
+    ran = cli("graft", parts / "Base-Llama", "--vision", parts / "clip", *arguments)
+    assert ran.code == 2
+    assert says in ran.err
+    assert "Traceback" not in ran.err
+    assert list(here.iterdir()) == []
+
+
+def test_a_folder_in_use_is_kept_unless_forced(cli, parts: Path, here: Path) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "notes.txt").write_text("mine")
+    arguments = ["graft", parts / "Base-Llama", "--method", "llava", "--vision", parts / "clip",
+                 "--out", "run"]  # fmt: skip
+    ran = cli(*arguments)
+    assert ran.code == 2
+    assert "--force" in ran.err
+    assert [p.name for p in (here / "run").iterdir()] == ["notes.txt"]
+    assert cli(*arguments, "--force").code == 0
+    assert (here / "run" / "notes.txt").read_text() == "mine"
+    assert (here / "run" / "graft_config.json").is_file()
+
+
+def test_a_model_that_is_no_causal_lm_is_refused(cli, parts: Path, here: Path) -> None:
+    ran = cli("graft", parts / "clip", "--method", "llava", "--vision", parts / "clip")
+    assert ran.code == 2
+    assert list(here.iterdir()) == []
+
+
+def test_a_base_without_a_chat_template_wants_one_named(cli, parts: Path, here: Path) -> None:
+    save_base(here / "bare", "llama")
+    (here / "bare" / "chat_template.jinja").unlink(missing_ok=True)
+    config = here / "bare" / "tokenizer_config.json"
+    data = json.loads(config.read_text())
+    data.pop("chat_template", None)
+    config.write_text(json.dumps(data))
+    arguments = ["graft", here / "bare", "--method", "llava", "--vision", parts / "clip",
+                 "--out", "run"]  # fmt: skip
+    ran = cli(*arguments)
+    assert ran.code == 2
+    assert "--template plain" in ran.err
+    assert cli(*arguments, "--template", "plain").code == 0
+    record = json.loads((here / "run" / "graft_config.json").read_text())
+    assert record["template"] == {"kind": "plain", "text": None}
