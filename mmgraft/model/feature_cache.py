@@ -59,7 +59,6 @@ class FeatureCache:
         name = f"{tower_fingerprint[:32]}-{str(dtype).removeprefix('torch.')}"
         self.folder = self.root / name
         self._shards: dict[Path, Tensor] = {}
-        self._unusable: set[Path] = set()
         self._rows: dict[str, tuple[Path, int]] = {}
         self._digests: dict[tuple[str, int, int], str] = {}
 
@@ -151,7 +150,7 @@ class FeatureCache:
     def _read_new_shards(self) -> None:
         """Take in the shards that this or another process has written since."""
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
-            if path in self._shards or path in self._unusable:
+            if path in self._shards:
                 continue
             try:
                 keys, features = _read_shard(path)
@@ -159,7 +158,6 @@ class FeatureCache:
                 continue  # another process evicted it
             except (SafetensorError, ValueError, KeyError, OSError) as error:
                 logger.warning("Removing the broken feature shard %s: %s", path, error)
-                self._unusable.add(path)
                 with contextlib.suppress(OSError):
                     path.unlink()
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -145,8 +146,8 @@ def _plain(value: Any) -> Any:
     return {key: _plain(item) for key, item in sorted(fields.items()) if item is not None}
 
 
-def load_processor(source: str, revision: str | None) -> Any | None:
-    """The image processor that comes with a model, or None where there is none to use.
+def load_processor(folder: Path) -> Any | None:
+    """The image processor that comes in a model's folder, or None where there is none to use.
 
     Always the PIL backend: the same pixels on every machine, with or without torchvision.
     """
@@ -154,20 +155,24 @@ def load_processor(source: str, revision: str | None) -> Any | None:
     from transformers.image_processing_backends import TorchvisionBackend
 
     try:
-        processor = AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError, ImportError):
         return None
     return None if isinstance(processor, TorchvisionBackend) else processor
 
 
-def stored_square(source: str, revision: str | None) -> SquareResize | None:
-    """A plain resize out of a stored processor that has no PIL form (DINOv3), if it is one."""
+def stored_processor(folder: Path) -> dict[str, Any] | None:
+    """The settings of the image processor in a model's folder, whether it can be loaded or not."""
     from transformers import BaseImageProcessor
 
     try:
-        stored, _ = BaseImageProcessor.get_image_processor_dict(source, revision=revision)
+        return BaseImageProcessor.get_image_processor_dict(folder)[0]
     except (OSError, ValueError):
         return None
+
+
+def plain_resize(stored: dict[str, Any]) -> SquareResize | None:
+    """What the settings of a processor without a PIL form (DINOv3) say, if a plain resize."""
     size = stored.get("size")
     mean, std = stored.get("image_mean"), stored.get("image_std")
     if not isinstance(size, dict) or stored.get("do_center_crop") or not (mean and std):

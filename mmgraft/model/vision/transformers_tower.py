@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from PIL import Image
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.model.vision.base import VisionTower, fingerprint_tensors
+from mmgraft.basefiles import fetch
+from mmgraft.errors import UsageError
+from mmgraft.model.vision.base import VisionTower
 from mmgraft.model.vision.inspection import FeatureMap, examine, skeleton, vision_config
 from mmgraft.model.vision.preprocessing import (
     Preprocessing,
     SquareResize,
     StockPreprocessing,
     load_processor,
-    stored_square,
+    plain_resize,
+    stored_processor,
 )
 from mmgraft.model.vision.registry import TowerShape
 from mmgraft.model.vision.spec import VisionSpec
 from mmgraft.strict import StrictModel
+
+_SMALL = ["config.json", "preprocessor_config.json", "processor_config.json"]
+_SAFETENSORS = ["model*.safetensors", "model*.safetensors.index.json"]
+_PICKLES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
 
 
 class TransformersOptions(StrictModel):
@@ -59,7 +60,7 @@ class TransformersTower(VisionTower):
         feature_map: Where its features are.
         preprocessing: Makes its pixels.
         spec: What loads it again.
-        untrained: Names of parameters that the checkpoint lacked and no feature needs (a pooler).
+        processor: The stored image processor, or its settings where it has no PIL form.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class TransformersTower(VisionTower):
         feature_map: FeatureMap,
         preprocessing: Preprocessing,
         spec: VisionSpec,
-        untrained: frozenset[str] = frozenset(),
+        processor: BaseImageProcessor | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -78,12 +79,12 @@ class TransformersTower(VisionTower):
         self.hidden_size = feature_map.hidden_size
         self.num_patches = feature_map.num_patches
         self.image_size = preprocessing.image_size
-        self._untrained = untrained
+        self._processor = processor
         self.freeze()
 
     @property
     def image_processor(self) -> Any | None:
-        """The stock image processor, or None where options replaced it."""
+        """The stock image processor that makes the pixels, or None where a plain resize does."""
         return getattr(self.preprocessing, "processor", None)
 
     @torch.no_grad()
@@ -116,20 +117,15 @@ class TransformersTower(VisionTower):
             "preprocessing": self.preprocessing.identity(),
         }
 
-    def fingerprint(self) -> str:
-        """As `VisionTower.fingerprint`, over the tensors that the checkpoint holds."""
-        if self._fingerprint is None:
-            tensors = self.model.state_dict()
-            kept = {name: tensors[name] for name in tensors.keys() - self._untrained}
-            self._fingerprint = fingerprint_tensors(self.identity(), kept)
-        return self._fingerprint
-
     def save(self, folder: str | Path) -> VisionSpec:
         """Write model and image processor as an ordinary transformers folder."""
         with _quietly():
             self.model.save_pretrained(folder)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(folder)
+        if isinstance(self._processor, dict):
+            text = json.dumps(self._processor, indent=2) + "\n"
+            (Path(folder) / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        elif self._processor is not None:
+            self._processor.save_pretrained(folder)
         return self.spec.model_copy(update={"id": str(folder), "revision": None})
 
 
@@ -140,19 +136,19 @@ def load(spec: VisionSpec) -> TransformersTower:
         UsageError: No such model, no vision model, or one whose patch features cannot be found.
         MMGraftError: The Hub cannot be reached.
     """
-    source, revision = locate(spec)
-    config, preprocessing, empty, feature_map = _examine(spec, source, revision)
+    folder, revision = locate(spec)
+    config, preprocessing, empty, feature_map = _examine(spec, folder)
+    if revision is not None and spec.id is not None:
+        fetch(spec.id, revision, _SAFETENSORS)
+        if not any(folder.glob(_SAFETENSORS[0])):
+            fetch(spec.id, revision, _PICKLES)
     spec = spec.model_copy(update={"revision": revision, "feature_layer": feature_map.layer})
     try:
         with _quietly():
             loaded: Any = type(empty).from_pretrained(
-                source,
-                revision=revision or "main",
-                config=config,
-                dtype="auto",
-                output_loading_info=True,
+                folder, config=config, dtype="auto", output_loading_info=True
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UsageError(
             f"The weights of vision tower {spec.name} cannot be loaded: {error}. Download the "
             "model again, or name another tower."
@@ -166,9 +162,10 @@ def load(spec: VisionSpec) -> TransformersTower:
             f"{min(needed)}. Name the checkpoint of the vision model itself."
         )
     with torch.no_grad():
-        for name in missing:  # drawn at random, without effect: zero, to be the same every time
+        for name in missing:  # a pooler drawn at random, without effect: the same every time
             model.get_parameter(name).zero_()
-    return TransformersTower(model, feature_map, preprocessing, spec, missing)
+    processor = load_processor(folder) or stored_processor(folder)
+    return TransformersTower(model, feature_map, preprocessing, spec, processor)
 
 
 def describe(spec: VisionSpec) -> TowerShape:
@@ -178,12 +175,14 @@ def describe(spec: VisionSpec) -> TowerShape:
         UsageError: As `load`.
         MMGraftError: As `load`.
     """
-    _, _, _, feature_map = _examine(spec, *locate(spec))
+    _, _, _, feature_map = _examine(spec, locate(spec)[0])
     return TowerShape(feature_map.hidden_size, feature_map.num_patches)
 
 
-def locate(spec: VisionSpec) -> tuple[str, str | None]:
-    """The folder, or the Hub id and the commit that the revision stands for now.
+def locate(spec: VisionSpec) -> tuple[Path, str | None]:
+    """The tower's folder, and the commit that its revision stands for where it is on the Hub.
+
+    Of a Hub model only config and image processor are fetched.
 
     Raises:
         UsageError: There is no such folder or Hub model.
@@ -196,39 +195,22 @@ def locate(spec: VisionSpec) -> tuple[str, str | None]:
         )
     folder = Path(spec.id).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UsageError(f"{folder} has no config.json: name the folder of a vision model.")
-        return str(folder), None
-    try:
-        config = hf_hub_download(spec.id, "config.json", revision=spec.revision)
-    except LocalEntryNotFoundError as error:
-        raise MMGraftError(
-            f"Vision tower {spec.id} is not in the local cache and the Hub cannot be reached: go "
-            "online once, or name a local folder."
-        ) from error
-    except (
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        EntryNotFoundError,
-        HFValidationError,
-    ) as error:
-        at = f" at revision {spec.revision}" if spec.revision else ""
-        raise UsageError(
-            f"No vision tower {spec.id}{at}: it is no local folder, and the Hub has no such model "
-            f"that you may read ({str(error).splitlines()[0]}). Check the id; for a gated or "
-            "private one run: hf auth login"
-        ) from error
-    except OSError as error:
-        raise MMGraftError(f"Cannot download vision tower {spec.id}: {error}") from error
-    # The cache keeps a file under snapshots/<commit>.
-    return spec.id, Path(config).parent.name
+        revision = None
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec.id):
+        folder = fetch(spec.id, spec.revision, _SMALL)
+        revision = folder.name  # the cache keeps a snapshot under the name of its commit
+    else:
+        raise UsageError(f"There is no folder {spec.id}: check the path of the vision tower.")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{spec.id} has no config.json: name a vision model, or its folder.")
+    return folder, revision
 
 
 def _examine(
-    spec: VisionSpec, source: str, revision: str | None
+    spec: VisionSpec, folder: Path
 ) -> tuple[PreTrainedConfig, Preprocessing, PreTrainedModel, FeatureMap]:
     try:
-        whole = AutoConfig.from_pretrained(source, revision=revision)
+        whole = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"The config of vision tower {spec.name} cannot be read: {error}. A model type that "
@@ -236,20 +218,18 @@ def _examine(
         ) from error
     config = vision_config(whole, spec.name)
     empty = skeleton(config, spec.name)
-    preprocessing = _preprocessing(spec, source, revision, config)
+    preprocessing = _preprocessing(spec, folder, config)
     feature_map = examine(empty, preprocessing.image_size, spec.feature_layer, spec.name)
     return config, preprocessing, empty, feature_map
 
 
-def _preprocessing(
-    spec: VisionSpec, source: str, revision: str | None, config: PreTrainedConfig
-) -> Preprocessing:
+def _preprocessing(spec: VisionSpec, folder: Path, config: PreTrainedConfig) -> Preprocessing:
     options = TransformersOptions.parse(spec.options, f"options of vision tower {spec.name}")
-    processor: Any = load_processor(source, revision)
+    processor: Any = load_processor(folder)
     if not options.model_dump(exclude_none=True):
         if processor is not None:
             return StockPreprocessing(processor, spec.name)
-        if square := stored_square(source, revision):
+        if square := plain_resize(stored_processor(folder) or {}):
             return square
     mean = options.image_mean or getattr(processor, "image_mean", None)
     std = options.image_std or getattr(processor, "image_std", None)

@@ -34,7 +34,7 @@ def test_half_transparent_is_mixed() -> None:
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+    values = np.array([[0, 257 * 100 + 50, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
     seen = np.asarray(load_image(tmp_path / "deep.png"))[0, :, 1]
     assert seen.tolist() == [0, 100, 255]

@@ -44,15 +44,15 @@ def test_identity_tells_settings_apart(tmp_path: Path) -> None:
     ]
     assert all(json.dumps(other.identity()) != json.dumps(first.identity()) for other in others)
     save_processor(tmp_path, 8)
-    stock = StockPreprocessing(load_processor(str(tmp_path), None), "tower")
+    stock = StockPreprocessing(load_processor(tmp_path), "tower")
     save_processor(tmp_path, 9)
-    other = StockPreprocessing(load_processor(str(tmp_path), None), "tower")
+    other = StockPreprocessing(load_processor(tmp_path), "tower")
     assert json.dumps(stock.identity()) != json.dumps(other.identity())
 
 
 def test_stock_processor_sees_transparency_over_white(tmp_path: Path) -> None:
     save_processor(tmp_path, 8)
-    stock = StockPreprocessing(load_processor(str(tmp_path), None), "tower")
+    stock = StockPreprocessing(load_processor(tmp_path), "tower")
     clear = stock([Image.new("RGBA", (20, 20), (0, 0, 0, 0))])
     assert torch.equal(clear, torch.ones(1, 3, 8, 8))
 
@@ -60,10 +60,10 @@ def test_stock_processor_sees_transparency_over_white(tmp_path: Path) -> None:
 def test_processor_without_one_size_is_refused(tmp_path: Path) -> None:
     values = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-    processor = load_processor(str(tmp_path), None)
+    processor = load_processor(tmp_path)
     with pytest.raises(UsageError, match="does not bring every picture to one size"):
         StockPreprocessing(processor, "tower")
 
 
 def test_no_processor(tmp_path: Path) -> None:
-    assert load_processor(str(tmp_path), None) is None
+    assert load_processor(tmp_path) is None
