@@ -1,0 +1,103 @@
+"""Invariant 2: a graft that starts at zero changes nothing on image rows against the LLaVA path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from grafting import (
+    CONFIGS,
+    batch,
+    distance,
+    every_architecture,
+    fresh,
+    graft_on,
+    grafted,
+    logits_of,
+    plain,
+    rows,
+)
+from mmgraft import GraftedModel, IAAConfig
+
+WORDS = ("ttiiiitttttttt", "iiiittiiiittt", "tttttttttiiii")
+SILENT = [method for method in CONFIGS if method in ("iaa-a", "iaa-b", "wings")]
+
+
+def inputs() -> dict[str, Tensor]:
+    return batch(rows(*WORDS), "left")
+
+
+def llava(arch: str, projector: torch.nn.Module) -> GraftedModel:
+    """The LLaVA path on a base of its own, with the same projector."""
+    model = graft_on(arch, CONFIGS["llava"])
+    model.workflow().projector.load_state_dict(projector.state_dict())
+    return model
+
+
+@every_architecture
+def test_the_llava_path_is_the_base_on_merged_embeddings(arch: str) -> None:
+    model, base, given = fresh(arch, "llava"), plain(arch), inputs()
+    embeds = base.get_input_embeddings()(given["input_ids"]).detach().clone()
+    projected = model.workflow().projector(given["image_features"]).detach()
+    embeds[given["mm_token_type_ids"] == 1] = projected.flatten(0, 1)
+    mask = given["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # Bloom's and OPT's own forwards count positions from the mask.
+    extra = {} if arch == "bloom" else {"position_ids": positions}
+    expected = logits_of(base, {"inputs_embeds": embeds, "attention_mask": mask, **extra})
+    assert torch.equal(logits_of(model, given), expected)
+
+
+@every_architecture
+def test_a_fresh_graft_is_silent(arch: str) -> None:
+    """Bit for bit for IAA; 1e-6 of the logits' size for Wings.
+
+    The tiny models' logits reach 10, where one fp32 step is 1e-6 by itself; and the router's two
+    columns widen the fused attention, whose rounding depends on the width.
+    """
+    given = inputs()
+    for method in SILENT:
+        model = fresh(arch, method)
+        expected = logits_of(llava(arch, model.workflow().projector), given)
+        found = logits_of(model, given)
+        if method == "wings":
+            assert distance(found, expected) < 1e-6 * max(1.0, expected.abs().max().item())
+        else:
+            assert torch.equal(found, expected), method
+
+
+@pytest.mark.parametrize("structure", ["a", "b"])
+def test_a_scalar_gate_is_silent_too_and_opens(structure: str) -> None:
+    config = IAAConfig(layers=[0, 2], structure=structure, gate="scalar")
+    model = graft_on("llama", config)
+    expected = logits_of(llava("llama", model.workflow().projector), inputs())
+    assert torch.equal(logits_of(model, inputs()), expected)
+    with torch.no_grad():
+        for gate in model.workflow().graft.gates:
+            gate.scale.fill_(0.5)
+    assert distance(logits_of(model, inputs()), expected) > 1e-2
+
+
+@pytest.mark.parametrize("method", ["iaa-a", "iaa-b", "iaa-c", "wings"])
+def test_the_projector_stage_is_the_llava_path(method: str) -> None:
+    """With the graft out of the path, whatever its weights, the projector alone acts."""
+    model = grafted("llama", method)
+    expected = logits_of(llava("llama", model.workflow().projector), inputs())
+    graft = model.workflow().graft
+    graft.set_state({"active": False})
+    try:
+        found = logits_of(model, inputs())
+    finally:
+        graft.set_state({"active": True})
+    assert torch.equal(found, expected)
+    assert distance(logits_of(model, inputs()), expected) > 1e-2
+
+
+@every_architecture
+def test_grafts_that_were_trained_speak(arch: str) -> None:
+    """What the other tests rely on: every method of the matrix changes image rows visibly."""
+    for method in [m for m in CONFIGS if m != "llava"]:
+        model = grafted(arch, method)
+        silent = logits_of(llava(arch, model.workflow().projector), inputs())
+        assert distance(logits_of(model, inputs()), silent) > 1e-2, method

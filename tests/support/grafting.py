@@ -1,0 +1,184 @@
+"""Grafted tiny models, and rows of text and pictures written as words of t and i.
+
+A model comes from :func:`grafted` (noise on every tensor of the workflow, as if it were trained) or
+:func:`fresh`. Both are made once a process and shared: no test may change them. A row is a word,
+``"ttiiiit"``: two text tokens, one image of four patches, one text token.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
+from mmgraft.model.loss import supervised
+from tiny import ARCHITECTURES, HIDDEN, tiny_model
+
+PATCHES = 4
+"""Positions of one image."""
+
+CONFIGS: dict[str, BaseModel] = {
+    "iaa-a": IAAConfig(layers=[0, 2], structure="a"),
+    "iaa-b": IAAConfig(layers=[1, 2], structure="b"),
+    "iaa-c": IAAConfig(layers=[0, 3]),
+    "wings": WingsConfig(rank=4),
+    "llava": LlavaConfig(),
+}
+"""The methods of the matrix. Inserted layers follow sliding and full layers, the last one too."""
+
+MATRIX = [(arch, method) for arch in ARCHITECTURES for method in CONFIGS]
+
+every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
+every_method = pytest.mark.parametrize("method", CONFIGS)
+every_pair = pytest.mark.parametrize(("arch", "method"), MATRIX)
+
+MIXTURES = {"qwen3_moe", "mixtral", "gpt_oss"}
+"""Their experts compute all tokens of a batch in one product, whose rounding depends on it."""
+
+
+@lru_cache(maxsize=None)
+def plain(arch: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The base by itself, built apart from every grafted one: same weights, no mmgraft."""
+    return tiny_model(arch, dtype=dtype)
+
+
+@lru_cache(maxsize=None)
+def fresh(arch: str, method: str) -> GraftedModel:
+    """A graft as it is made, in fp32."""
+    return graft_on(arch, CONFIGS[method])
+
+
+@lru_cache(maxsize=None)
+def grafted(arch: str, method: str, dtype: torch.dtype = torch.float32) -> GraftedModel:
+    """A graft as if it were trained."""
+    return perturb(graft_on(arch, CONFIGS[method], dtype=dtype))
+
+
+def graft_on(
+    arch: str,
+    config: BaseModel,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    workflow: str = "mm",
+    base: Mapping[str, Any] | None = None,
+) -> GraftedModel:
+    """A model of its own, which a test may change."""
+    model = tiny_model(arch, dtype=dtype, **(base or {}))
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    torch.manual_seed(zlib.crc32(arch.encode()))
+    return GraftedModel.graft(model, None, config, workflow=workflow)
+
+
+@torch.no_grad()
+def perturb(model: GraftedModel, size: float = 0.1, seed: int = 1) -> GraftedModel:
+    """Moves every tensor of the workflows: gates open, learners speak, the router prefers."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.workflows.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale = 1.0 if "router" in name else size * (3 if ".up." in name else 1)
+        parameter.add_((noise * scale).to(parameter.dtype))
+    return model
+
+
+def together(*models: GraftedModel) -> GraftedModel:
+    """One model with the workflows of several, on the first one's base (all bases are equal)."""
+    return GraftedModel(models[0].base, None, [model.workflow() for model in models])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation: `kinds (s,)` 0 text and 1 image, `ids (s,)`, `features (images, P, v)`."""
+
+    kinds: Tensor
+    ids: Tensor
+    features: Tensor
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+
+def row(word: str, seed: int = 0, vocab: int = 300, width: int = HIDDEN) -> Row:
+    """A row of random content; the same word and seed give the same row, in any batch."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{word}/{seed}".encode()))
+    kinds = torch.tensor([int(letter == "i") for letter in word])
+    ids = torch.randint(6, vocab, kinds.shape, generator=generator)
+    images, rest = divmod(int(kinds.sum()), PATCHES)
+    assert not rest, f"an image has {PATCHES} positions"
+    return Row(kinds, ids, torch.randn(images, PATCHES, width, generator=generator))
+
+
+def rows(*words: str, seed: int = 0) -> list[Row]:
+    """Rows of these words, each with content of its own."""
+    return [row(word, seed + 100 * number) for number, word in enumerate(words)]
+
+
+def batch(rows: Sequence[Row], side: str = "right", length: int | None = None) -> dict[str, Tensor]:
+    """Inputs of the forward, padded on one side to the longest row (or to `length`)."""
+    length = length or max(map(len, rows))
+
+    def padded(tensors: Sequence[Tensor]) -> Tensor:
+        gaps = [(0, length - len(t)) if side == "right" else (length - len(t), 0) for t in tensors]
+        return torch.stack(
+            [torch.nn.functional.pad(t, gap) for t, gap in zip(tensors, gaps, strict=True)]
+        )
+
+    made = {
+        "input_ids": padded([r.ids for r in rows]),
+        "attention_mask": padded([torch.ones_like(r.ids) for r in rows]),
+    }
+    features = torch.cat([r.features for r in rows])
+    if len(features):
+        made["mm_token_type_ids"] = padded([r.kinds for r in rows])
+        made["image_features"] = features
+    return made
+
+
+def text_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a base takes of a batch."""
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def logits_of(model: Any, inputs: Mapping[str, Any], **options: Any) -> Tensor:
+    """Logits ``(b, s, vocab)`` of one full forward without a cache."""
+    return model(**inputs, use_cache=False, **options).logits
+
+
+def own(logits: Tensor, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Each row's logits at its own positions, padding left out."""
+    return [each[real.bool()] for each, real in zip(logits, inputs["attention_mask"], strict=True)]
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Largest absolute difference."""
+    assert one.shape == other.shape
+    return (one.float() - other.float()).abs().max().item()
+
+
+def text_labels(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Labels that teach every text token, ``(b, s)``."""
+    kinds = inputs.get("mm_token_type_ids", torch.zeros_like(inputs["input_ids"]))
+    learned = (inputs["attention_mask"] == 1) & (kinds == 0)
+    return inputs["input_ids"].masked_fill(~learned, -100)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy from logits of all positions, the plain way."""
+    mask, targets = supervised(labels)
+    return torch.nn.functional.cross_entropy(logits[mask].float(), targets)
+
+
+def trained_groups(method: str) -> list[str]:
+    """Everything that a method may train with a frozen base."""
+    return ["projector"] if method == "llava" else ["projector", "graft"]
