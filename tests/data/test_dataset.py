@@ -18,7 +18,7 @@ from mmgraft.data.dataset import RowDataset, cut
 from mmgraft.data.images import open_image
 from mmgraft.data.masking import supervise_row
 from mmgraft.data.processor import GraftProcessor
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import Row, caption_row
 from mmgraft.errors import UsageError
 from mmgraft.model.feature_cache import FeatureCache
 from text_tokenizers import template, text_tokenizer
@@ -64,6 +64,14 @@ def test_rows_are_tokenised_and_opened_when_asked_for(
     assert example.encoded == supervise_row(processor, dataset.rows[0])
     unopened = RowDataset(dataset.rows, processor, load_images=False)[0]
     assert all(isinstance(image, str) for image in unopened.images)
+
+
+def test_a_caption_row_keeps_of_a_question_its_images(row: Callable[..., Row]) -> None:
+    plain = GraftProcessor(text_tokenizer("byte_bpe"), PATCHES, 4, "plain")
+    asked = row("1", (5, 6))
+    assert plain.prompt(caption_row(asked).messages) == "<image><image>A cat.</s>"
+    assert caption_row(asked).where == asked.where
+    assert plain.prompt(caption_row(row("2")).messages) == "A cat.</s>"
 
 
 def test_rows_without_an_image_are_skipped_and_counted(
@@ -140,9 +148,10 @@ def test_a_batch_has_all_that_the_model_takes(
     batch = Collator(processor, "base")([dataset[i] for i in range(3)])
     encoded = [supervise_row(processor, r) for r in rows]
     length = max(map(len, encoded))
+    padding = processor.tokenizer.pad_token_id
     for at, one in enumerate(encoded):
         pad = length - len(one)
-        assert batch["input_ids"][at].tolist() == one.input_ids + [processor.pad_id] * pad
+        assert batch["input_ids"][at].tolist() == one.input_ids + [padding] * pad
         assert batch["attention_mask"][at].tolist() == [1] * len(one) + [0] * pad
         assert batch["mm_token_type_ids"][at].tolist() == one.kinds + [0] * pad
         assert batch["labels"][at].tolist() == one.labels + [-100] * pad

@@ -13,6 +13,7 @@ from transformers import AddedToken, CLIPImageProcessorPil, LlavaProcessor
 
 from mmgraft.data.padding import pad
 from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.template import Template
 from mmgraft.errors import UsageError
 from text_tokenizers import KINDS, SPARE, template, text_tokenizer
 
@@ -182,6 +183,19 @@ def test_a_template_that_drops_an_image_is_refused() -> None:
     ]
     with pytest.raises(UsageError, match="row 7: the template does not write every image exactly"):
         processor.encode(messages, add_generation_prompt=False, where="row 7")
+
+
+@pytest.mark.parametrize("literal", ["", "<image>"])
+def test_words_do_not_stand_in_for_an_image_that_is_dropped(literal: str) -> None:
+    # Counting sentinels alone would take the word "<image>" for the image of the system turn.
+    text = literal + "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    processor = GraftProcessor(
+        text_tokenizer("byte_bpe"), PATCHES, PLACEHOLDER, Template("file", text)
+    )
+    said = "An <image> tag" if not literal else "Hi"
+    messages = [{"role": "system", "content": [_image()]}, {"role": "user", "content": said}]
+    with pytest.raises(UsageError, match="does not write every image"):
+        processor.encode(messages)
 
 
 def test_unknown_parts_and_empty_images_are_refused_by_turn() -> None:

@@ -162,6 +162,9 @@ def test_qwen3_keeps_the_reasoning_of_the_last_turn_only() -> None:
 def test_tool_calls_are_learnt_with_and_without_words() -> None:
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": 1}}}
     written = '<tool_call>\n{"name": "look", "arguments": {"at": 1}}\n</tool_call><|im_end|>'
+    tokenizer = text_tokenizer("byte_bpe", template("qwen3"))
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<think>", "</think>"])  # as Qwen3's
+    processor = GraftProcessor(tokenizer, PATCHES, PLACEHOLDER)
     for said, expected in (("Let me see.", "Let me see.\n" + written), ("", written)):
         messages = [
             _user("What is it?", 1),
@@ -169,10 +172,35 @@ def test_tool_calls_are_learnt_with_and_without_words() -> None:
             {"role": "tool", "content": "a cat"},
             _assistant("A cat."),
         ]
-        processor = _processor("qwen3")
         encoded = supervise(processor, messages)
         texts = _learnt(processor, messages, encoded)
         assert texts == [expected, "<think>\n\n</think>\n\nA cat.<|im_end|>"]
+
+
+def _with_file(text: str) -> GraftProcessor:
+    return GraftProcessor(
+        text_tokenizer("byte_bpe"), PATCHES, PLACEHOLDER, Template("file", text)
+    )
+
+
+def test_a_call_without_words_may_be_written_with_less_before_its_end() -> None:
+    processor = _with_file(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content %}{{ m.content }}, then "
+        "{% endif %}{% if m.tool_calls %}CALL{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [_user("Look", 1), _assistant("", tool_calls=[{"name": "f"}]), _user("Thanks")]
+    assert _learnt(processor, messages, supervise(processor, messages)) == ["CALL<|im_end|>"]
+
+
+def test_an_end_of_turn_in_words_is_learnt() -> None:
+    processor = _with_file(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} [END]\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = _dialogue(1)
+    learnt = _learnt(processor, messages, supervise(processor, messages))
+    assert learnt == [f" {FIRST} [END]", f" {SECOND} [END]"]
 
 
 def test_plain_learns_the_caption_and_its_end() -> None:
@@ -199,9 +227,7 @@ def test_a_mark_that_leaves_the_end_of_turn_out_is_completed() -> None:
         "turn['content'] -}}{%- endgeneration -%}{{- '<|im_end|>' -}}",
     )
     assert outside != template("chatml_marked")
-    processor = GraftProcessor(
-        text_tokenizer("byte_bpe"), PATCHES, PLACEHOLDER, Template("file", outside)
-    )
+    processor = _with_file(outside)
     messages = _dialogue(1)
     encoded = supervise(processor, messages)
     assert _learnt(processor, messages, encoded) == _expected("chatml_marked")
@@ -224,9 +250,7 @@ def test_a_last_answer_under_another_end_token_takes_its_own() -> None:
         "{{ '<|eot_id|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    processor = GraftProcessor(
-        text_tokenizer("byte_bpe"), PATCHES, PLACEHOLDER, Template("file", text)
-    )
+    processor = _with_file(text)
     messages = _dialogue(1)
     learnt = _learnt(processor, messages, supervise(processor, messages))
     assert learnt == [FIRST + "<|end|>", SECOND + "<|eot_id|>"]
@@ -293,7 +317,7 @@ def test_an_answer_that_melts_into_its_header_is_refused_by_turn() -> None:
 
 def test_a_template_that_writes_an_answer_twice_is_refused() -> None:
     text = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
-    processor = GraftProcessor(text_tokenizer("byte_bpe"), 3, 4, Template("file", text))
+    processor = _with_file(text)
     with pytest.raises(UsageError, match=r"turn 2: .*2 times"):
         supervise(processor, [_user("Hi"), _assistant("Ho")])
 
@@ -302,7 +326,7 @@ def test_a_template_whose_end_depends_on_the_answer_is_refused() -> None:
     text = (
         "{% for m in messages %}{{ m.content }}{{ '!' if 'Ho' in m.content else '?' }}{% endfor %}"
     )
-    processor = GraftProcessor(text_tokenizer("byte_bpe"), 3, 4, Template("file", text))
+    processor = _with_file(text)
     with pytest.raises(UsageError, match=r"turn 2: .*depends on the answer"):
         supervise(processor, [_user("Hi"), _assistant("Ho")])
 

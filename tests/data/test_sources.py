@@ -236,6 +236,7 @@ def test_a_mixture_depends_on_its_seed_alone() -> None:
     assert once != _ids(mix(parts, seed=4))
     assert once != sorted(once)
     alone = {name for name in once if name[0] == "b"}
+    assert alone != {name for name in _ids(mix(parts, seed=4)) if name[0] == "b"}
     other = mix([Part(_rows("c", 5)), parts[1]], seed=3)
     assert alone == {name for name in _ids(other) if name[0] == "b"}
     assert _ids(mix(parts, seed=3, limit=7)) == once[:7]
