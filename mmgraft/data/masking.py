@@ -134,9 +134,9 @@ def _by_prefix(transcript: Transcript, turns: Sequence[int]) -> tuple[list[int],
         if start != len(head):
             begins = whole[len(extent.head) : len(extent.head) + 8]
             raise UsageError(
-                f"{where}: the tokens of this answer do not continue those of its prompt: its "
-                f"first characters, {begins!r}, melt into the header's last; take white space off "
-                "the answer's start"
+                f"{where}: the tokens of this answer do not continue those of its prompt, for its "
+                f"first characters, {begins!r}, melt into the last ones before it; take white "
+                "space off the answer's start (in plain text also off the end of the turn before)"
             )
         end = max(start, _shared(transcript.ids(whole[: extent.end]), ids))
         if last and not extent.closed and transcript.tokenizer.eos_token_id is not None:

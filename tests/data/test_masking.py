@@ -315,6 +315,12 @@ def test_an_answer_that_melts_into_its_header_is_refused_by_turn() -> None:
         supervise(processor, messages, where="row 5")
 
 
+def test_a_question_that_ends_in_a_space_is_refused_in_plain_text() -> None:
+    processor = GraftProcessor(text_tokenizer("byte_bpe"), PATCHES, PLACEHOLDER, "plain")
+    with pytest.raises(UsageError, match=r"turn 2: .*'The squa'.*end of the turn before"):
+        supervise(processor, [_user("What? ", 1), _assistant("The square")])
+
+
 def test_a_template_that_writes_an_answer_twice_is_refused() -> None:
     text = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
     processor = _with_file(text)
