@@ -163,7 +163,7 @@ def graft(
         spec,
         config,
         target,
-        workflow=workflow or (chosen.workflow if chosen else "mm"),
+        workflow=workflow or (chosen and chosen.workflow) or "mm",
         projector=projector,
         template=_template(template),
         revision=revision,

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mmgraft.anatomy import Anatomy
@@ -104,12 +103,12 @@ class Graft(nn.Module):
     method: ClassVar[str]
     cacheable: bool = True
     trainable: bool = True
-    config: BaseModel
+    config: Any  # the method's own pydantic class
     embedding: nn.Module | None
     norm: nn.Module | None
     head: nn.Module | None
 
-    def __init__(self, config: BaseModel, anatomy: Anatomy) -> None:
+    def __init__(self, config: Any, anatomy: Anatomy) -> None:
         super().__init__()
         self.config = config
         self.anatomy = anatomy

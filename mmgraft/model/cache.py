@@ -8,6 +8,7 @@ position and the row's workflow), then the slots of every workflow in order of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
         )
 
 
-def _like(layer: CacheLayerMixin) -> CacheLayerMixin:
+def _like(layer: Any) -> CacheLayerMixin:
     """An empty cache layer of the same type and size."""
     if type(layer) is DynamicLayer:
         return DynamicLayer()
@@ -87,21 +88,25 @@ class RowSlot:
         self.cache, self.index = cache, index
 
     @property
+    def _layer(self) -> Any:
+        assert self.cache is not None
+        return self.cache.layers[self.index]
+
+    @property
     def filled(self) -> bool:
         """Whether a workflow has written to the cache."""
         if self.cache is None or len(self.cache.layers) <= self.index:
             return False
-        layer = self.cache.layers[self.index]
+        layer = self._layer
         return bool(layer.is_initialized and layer.keys is not None and layer.keys.numel())
 
     def workflows(self) -> list[int]:
         """Workflow number of every row, as written."""
-        layer = self.cache.layers[self.index]  # type: ignore[union-attr]
-        return layer.keys[:, 0, 0, 0].tolist()
+        return self._layer.keys[:, 0, 0, 0].tolist()
 
     def kinds_positions(self) -> tuple[Tensor, Tensor]:
         """Kinds and positions written so far, each ``(b, S)``."""
-        values = self.cache.layers[self.index].values  # type: ignore[union-attr]
+        values = self._layer.values
         return values[:, 0, :, 0], values[:, 0, :, 1]
 
     def write(self, kinds: Tensor, positions: Tensor, workflows: Tensor) -> tuple[Tensor, Tensor]:

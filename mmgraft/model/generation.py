@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from mmgraft.errors import UsageError
 from mmgraft.model.cache import RowSlot, extend
 from mmgraft.model.rows import sort_rows
+from mmgraft.model.training_state import TrainingState
 from mmgraft.model.workflow import TEXT_WORKFLOW
-
-if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
 
 _IMAGE_INPUTS = ("pixel_values", "image_features")
 _OWN_INPUTS = (*_IMAGE_INPUTS, "mm_token_type_ids", "workflow")
 
 
-class WorkflowGeneration(GenerationMixin):
+class WorkflowGeneration(TrainingState):
     """``generate`` for rows of any workflow, in every decoding mode of transformers."""
 
-    def generate(  # type: ignore[override]
-        self: GraftedModel,
+    def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
         inputs: Tensor | None = None,
         *,
         workflow: str | Sequence[str] | Tensor | None = None,
@@ -61,7 +58,7 @@ class WorkflowGeneration(GenerationMixin):
         )
         if rows.text_only:
             kwargs = {k: v for k, v in kwargs.items() if k not in _OWN_INPUTS}
-            return self.base.generate(ids, **kwargs)
+            return cast(Any, self.base).generate(ids, **kwargs)
         self._check_mode(kwargs)
         for name in set(rows.names) - {TEXT_WORKFLOW}:
             if not self.workflow(name).graft.cacheable:
@@ -70,9 +67,9 @@ class WorkflowGeneration(GenerationMixin):
         kwargs["workflow"] = torch.tensor(numbers, device=new.device)
         if ids is not None:
             kwargs["input_ids"] = ids
-        return super().generate(**kwargs)
+        return cast(Any, super()).generate(**kwargs)
 
-    def _check_mode(self: GraftedModel, kwargs: dict[str, Any]) -> None:
+    def _check_mode(self, kwargs: dict[str, Any]) -> None:
         config = kwargs.get("generation_config")
         implementation = kwargs.get("cache_implementation") or getattr(
             config, "cache_implementation", None
@@ -104,8 +101,8 @@ class WorkflowGeneration(GenerationMixin):
             "continuous batching has no slots for a graft; use generate() with a padded batch."
         )
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self: GraftedModel,
+    def prepare_inputs_for_generation(
+        self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Any = None,
@@ -116,7 +113,7 @@ class WorkflowGeneration(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The forward's inputs for one decoding step; images go in with the step they stand in."""
-        given = super().prepare_inputs_for_generation(
+        given = cast(Any, super()).prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -126,7 +123,7 @@ class WorkflowGeneration(GenerationMixin):
             **kwargs,
         )
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        length = ids.shape[1] if ids is not None else embeds.shape[1]  # type: ignore[union-attr]
+        length = ids.shape[1] if ids is not None else embeds.shape[1]
         continues = not is_first_iteration and kwargs.get("use_cache", True)
         if mm_token_type_ids is None or continues:
             return {k: v for k, v in given.items() if k not in _IMAGE_INPUTS}
@@ -140,43 +137,45 @@ class WorkflowGeneration(GenerationMixin):
         given["mm_token_type_ids"] = step
         return given
 
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self: GraftedModel, expand_size: int = 1, **kwargs: Any
+    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, expand_size: int = 1, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat rows for beams or samples; the images of a row are repeated with it."""
-        mask = kwargs.get("mm_token_type_ids")
+        mask: Any = kwargs.get("mm_token_type_ids")
         images = {name: kwargs.pop(name) for name in _IMAGE_INPUTS if kwargs.get(name) is not None}
-        ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        ids, kwargs = cast(Any, super())._expand_inputs_for_generation(
+            expand_size=expand_size, **kwargs
+        )
         for name, tensor in images.items():
             owners = _owners(tensor.shape[0], mask)
-            pieces = [tensor[owners == row] for row in range(int(mask.shape[0]))]  # type: ignore[union-attr]
+            pieces = [tensor[owners == row] for row in range(int(mask.shape[0]))]
             kwargs[name] = torch.cat([p for p in pieces for _ in range(expand_size)])
         return ids, kwargs
 
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self: GraftedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> Any:
-        done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        done = cast(Any, super())._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args
+        )
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
             extend(cache, self.anatomy.num_layers, slots)
         return done
 
-    def create_masks_for_generate(self: GraftedModel, config: Any, **kwargs: Any) -> Any:
+    def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
         """The base's masks, made from the base's config."""
         make = getattr(self.base, "create_masks_for_generate", create_masks_for_generate)
         return make(config=self.base.config, **kwargs)
 
-    def _get_candidate_generator(  # type: ignore[override]
-        self: GraftedModel, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """A text model that drafts gets text alone: it cannot take images or a workflow."""
         assistant = kwargs.get("assistant_model")
         if assistant is not None and not isinstance(assistant, WorkflowGeneration):
             inputs = kwargs["model_kwargs"]
             kwargs["model_kwargs"] = {k: v for k, v in inputs.items() if k not in _OWN_INPUTS}
-        return super()._get_candidate_generator(*args, **kwargs)
+        return cast(Any, super())._get_candidate_generator(*args, **kwargs)
 
 
 def _owners(images: int, mask: Tensor | None) -> Tensor:

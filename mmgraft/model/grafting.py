@@ -169,7 +169,10 @@ def _make_from_files(
     parts: BaseParts | None = None
     if copies:
         with TensorReader(files) as reader:
-            parts = ReadParts(read_layers(reader, base_config, places, **wants), places)
+            read = read_layers(
+                reader, base_config, places, wants["embedding"], wants["norm"], wants["head"]
+            )
+            parts = ReadParts(read, places)
     made = _make(config, anatomy, parts, workflow, spec, width, reference, token, chosen)
     if tower is not None:
         made.record.vision = tower.spec

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from typing_extensions import Self
 
-from mmgraft.anatomy import Anatomy, examine, get_path
+from mmgraft.anatomy import get_path
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Pass, select
 from mmgraft.model.cache import RowSlot, extend
-from mmgraft.model.config import GraftedConfig
 from mmgraft.model.generation import WorkflowGeneration
 from mmgraft.model.loss import chunked_loss, supervised
 from mmgraft.model.rows import Rows, kinds_of, sort_rows
 from mmgraft.model.running import Active, running
-from mmgraft.model.training_state import TrainingState
-from mmgraft.model.vision.base import VisionTower
-from mmgraft.model.workflow import TEXT_WORKFLOW, Workflow
+from mmgraft.model.workflow import TEXT_WORKFLOW
 
 
-class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, GenerationMixin):
+class GraftedModel(WorkflowGeneration):
     """A base that reads text exactly as before and, in its other workflows, sees images.
 
     Rows run a workflow each: ``text`` is the base alone, every graft adds one by its name. A batch
@@ -41,72 +34,6 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
         workflows: The grafts by name; more come with :meth:`add_workflow`.
     """
 
-    config_class = GraftedConfig
-    main_input_name = "input_ids"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    supports_gradient_checkpointing = True
-
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        vision_tower: VisionTower | None,
-        workflows: Sequence[Workflow] = (),
-    ) -> None:
-        config = GraftedConfig(base.config)
-        super().__init__(config)
-        self.base = base
-        self.vision_tower = vision_tower
-        self.anatomy: Anatomy = examine(base)
-        self.workflows = nn.ModuleDict()
-        self.default_workflow = workflows[0].name if workflows else "mm"
-        signature = inspect.signature(base.base_model.forward)
-        self._takes_positions = "position_ids" in signature.parameters
-        self.gradient_checkpointing = False
-        self._only_text = False
-        if base.can_generate():
-            self.generation_config = base.generation_config
-        for workflow in workflows:
-            self._attach(workflow)
-        self.eval()
-
-    # -- workflows ------------------------------------------------------------------------------
-
-    def _attach(self, workflow: Workflow) -> None:
-        self.workflows[workflow.name] = workflow
-        slot = self.anatomy.num_layers + 1
-        for other in self._workflow_list():
-            other.graft.assign_slots(slot)
-            slot += len(other.graft.slot_layers())
-
-    def _workflow_list(self) -> list[Workflow]:
-        return list(self.workflows.values())  # type: ignore[arg-type]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the workflows beside ``text``, in order."""
-        return list(self.workflows)
-
-    def workflow(self, name: str | None = None) -> Workflow:
-        """A workflow by name (default: the first)."""
-        name = name or self.default_workflow
-        if name not in self.workflows:
-            raise UsageError(
-                f"no workflow is called {name!r}; this model has: {', '.join(self.names)}."
-            )
-        return self.workflows[name]  # type: ignore[return-value]
-
-    @contextmanager
-    def text_only(self) -> Iterator[Self]:
-        """While the block lasts every row runs ``text``: the base, bit for bit."""
-        before, self._only_text = self._only_text, True
-        try:
-            yield self
-        finally:
-            self._only_text = before
-
     # -- construction, see loading.py, grafting.py and saving.py -----------------------------------
 
     @classmethod
@@ -117,15 +44,13 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
         return graft_model(base, vision, config, **options)
 
     @classmethod
-    def from_pretrained(cls, source: Any, **options: Any) -> GraftedModel:  # type: ignore[override]
+    def from_pretrained(cls, source: Any, **options: Any) -> GraftedModel:
         """Load a saved graft and its base; see :func:`mmgraft.model.loading.load_model`."""
         from mmgraft.model.loading import load_model
 
         return load_model(source, **options)
 
-    def save_pretrained(  # type: ignore[override]
-        self, folder: str | Path, workflow: str | None = None, **_: Any
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, workflow: str | None = None, **_: Any) -> None:
         """Save one workflow's graft; see :func:`mmgraft.model.saving.save_graft`."""
         from mmgraft.model.saving import save_graft
 
@@ -136,16 +61,6 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
         from mmgraft.model.loading import attach
 
         attach(self, name, source, **options)
-
-    # -- transformers' accessors -----------------------------------------------------------------
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The base's."""
-        return self.base.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The base's."""
-        return self.base.get_output_embeddings()
 
     # -- forward -------------------------------------------------------------------------------
 
@@ -263,7 +178,7 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
             return mask
         if not isinstance(cache.layers[0], StaticLayer):
             return mask
-        return self.base.create_masks_for_generate(
+        return cast(Any, self.base).create_masks_for_generate(
             config=self.base.config,
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -342,14 +257,6 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
             raise UsageError("images were given, but no row runs a workflow that sees.")
         return out
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """The tower's features: ``(images, 3, H, W) -> (images, P, tower width)``, no gradient."""
-        if self.vision_tower is None:
-            raise UsageError("this model was loaded without its vision tower: give image_features.")
-        tower = self.vision_tower
-        with torch.no_grad():
-            return tower(pixel_values.to(device=tower.device, dtype=tower.dtype))
-
     def _state(
         self,
         rows: Rows,
@@ -378,6 +285,22 @@ class GraftedModel(WorkflowGeneration, TrainingState, PreTrainedModel, Generatio
             if workflow.name in rows.names:
                 workflow.graft.check_length(longest)
         return Pass(self.anatomy, embeds, kinds, positions, key_kinds, key_positions, past, cache)
+
+    def _text_training(
+        self,
+        ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+    ) -> CausalLMOutputWithPast:
+        """A training step whose rows are all text: a zero loss unless the base is trained."""
+        if not self.base_is_trained:
+            return CausalLMOutputWithPast(loss=self.touch())
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask}
+        hidden = self.base.base_model(**given, use_cache=False).last_hidden_state
+        rows = Rows(["text"] * hidden.shape[0])
+        loss = self._loss(hidden, labels, rows, [], num_items)
+        return CausalLMOutputWithPast(loss=loss + self.touch())
 
     def _loss(
         self,

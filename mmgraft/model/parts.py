@@ -66,8 +66,7 @@ class ReadParts:
 def shape_parts(config: PreTrainedConfig, anatomy: Anatomy) -> LoadedParts:
     """Modules on the meta device: shapes to load a saved graft into."""
     plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
+    vars(plain).pop("quantization_config", None)
     return LoadedParts(skeleton(plain), anatomy)
 
 

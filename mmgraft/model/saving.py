@@ -10,7 +10,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmgraft.atomic import atomic_write
+from mmgraft.atomic import atomic_text, atomic_write
 from mmgraft.errors import UsageError
 from mmgraft.model.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, GraftFile
 from mmgraft.model.workflow import Workflow
@@ -97,7 +97,7 @@ def write_graft(
     else:
         _write(folder / WEIGHTS_NAME, tensors, metadata)
         written = {WEIGHTS_NAME}
-    atomic_write(folder / CONFIG_NAME, lambda path: path.write_text(record.dump(), "utf-8"))
+    atomic_text(folder / CONFIG_NAME, record.dump())
     for name in old - written:
         (folder / name).unlink(missing_ok=True)
 
@@ -115,7 +115,7 @@ def _write_shards(
         _write(folder / names[old], {key: tensors[key] for key in keys}, metadata)
     weight_map = {key: names[old] for key, old in split.tensor_to_filename.items()}
     text = json.dumps({"metadata": split.metadata, "weight_map": weight_map}, indent=2)
-    atomic_write(folder / INDEX_NAME, lambda path: path.write_text(text, "utf-8"))
+    atomic_text(folder / INDEX_NAME, text)
     return {INDEX_NAME, *names.values()}
 
 

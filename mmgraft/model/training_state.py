@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from typing_extensions import Self
 
 from mmgraft.errors import UsageError
-
-if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
+from mmgraft.model.core import GraftedCore
 
 BASE_GROUP = "base"
 
 
-class TrainingState:
+class TrainingState(GraftedCore):
     """Part of :class:`GraftedModel`: freezing, fp32 masters, and frozen modules in eval mode."""
 
-    def train(self: GraftedModel, mode: bool = True) -> Self:  # type: ignore[misc,override]
+    def train(self, mode: bool = True) -> Self:
         """Training mode for the parts that are trained; frozen ones stay in eval mode."""
         nn.Module.train(self, False)
         if mode:
@@ -29,27 +26,25 @@ class TrainingState:
             for part in self._parts():
                 if any(parameter.requires_grad for parameter in part.parameters()):
                     part.train(True)
-        return self  # type: ignore[return-value]
+        return self
 
-    def _parts(self: GraftedModel) -> Iterable[nn.Module]:  # type: ignore[misc]
+    def _parts(self) -> Iterable[nn.Module]:
         yield self.base
         for workflow in self._workflow_list():
             yield workflow.projector
             yield from workflow.graft.children()
 
     @property
-    def base_is_trained(self: GraftedModel) -> bool:  # type: ignore[misc]
+    def base_is_trained(self) -> bool:
         """Whether any weight of the base is trained; text then is no longer the base's."""
         return any(parameter.requires_grad for parameter in self.base.parameters())
 
-    def groups(self: GraftedModel, workflow: str | None = None) -> dict[str, list[nn.Parameter]]:  # type: ignore[misc]
+    def groups(self, workflow: str | None = None) -> dict[str, list[nn.Parameter]]:
         """Parameters by group name: ``projector``, ``graft``, the graft's own groups, ``base``."""
         found = self.workflow(workflow).groups()
         return {**found, BASE_GROUP: list(self.base.parameters())}
 
-    def set_trainable(  # type: ignore[misc]
-        self: GraftedModel, groups: Sequence[str], workflow: str | None = None
-    ) -> list[str]:
+    def set_trainable(self, groups: Sequence[str], workflow: str | None = None) -> list[str]:
         """Train exactly these groups, with fp32 parameters, and freeze the rest.
 
         Args:
@@ -92,40 +87,22 @@ class TrainingState:
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     @property
-    def quantized(self: GraftedModel) -> bool:  # type: ignore[misc]
+    def quantized(self) -> bool:
         """Whether the base is held in 4-bit."""
         return bool(getattr(self.base, "is_quantized", False))
 
-    def gradient_checkpointing_enable(self: GraftedModel, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc,override]
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute each decoder layer, with the graft's part of it, in the backward pass."""
         self.gradient_checkpointing = True
 
-    def gradient_checkpointing_disable(self: GraftedModel) -> None:  # type: ignore[misc,override]
+    def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
         self.gradient_checkpointing = False
 
-    def touch(self: GraftedModel) -> Tensor:  # type: ignore[misc]
+    def touch(self) -> Tensor:
         """A zero that depends on every trained parameter, so that every rank has all gradients."""
         total = torch.zeros((), device=self.device)
         for parameter in self.parameters():
             if parameter.requires_grad:
                 total = total + parameter.flatten()[0].float().to(total.device) * 0
         return total
-
-    def _text_training(  # type: ignore[misc]
-        self: GraftedModel,
-        ids: Tensor | None,
-        attention_mask: Tensor | None,
-        labels: Tensor,
-        num_items: Tensor | int | None,
-    ) -> CausalLMOutputWithPast:
-        """A training step whose rows are all text: a zero loss unless the base is trained."""
-        if not self.base_is_trained:
-            return CausalLMOutputWithPast(loss=self.touch())
-        from mmgraft.model.rows import Rows
-
-        given: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask}
-        hidden = self.base.base_model(**given, use_cache=False).last_hidden_state
-        rows = Rows(["text"] * hidden.shape[0])
-        loss = self._loss(hidden, labels, rows, [], num_items)
-        return CausalLMOutputWithPast(loss=loss + self.touch())

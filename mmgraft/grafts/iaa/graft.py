@@ -32,7 +32,6 @@ class IAAGraft(Graft):
     """
 
     method = "iaa"
-    config: IAAConfig
 
     def __init__(self, config: IAAConfig, anatomy: Anatomy, parts: BaseParts) -> None:
         super().__init__(config, anatomy)

@@ -46,7 +46,6 @@ class WingsGraft(Graft):
     """
 
     method = "wings"
-    config: WingsConfig
 
     def __init__(self, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> None:
         super().__init__(config, anatomy)

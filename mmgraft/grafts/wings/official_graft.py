@@ -30,7 +30,6 @@ class OfficialWingsGraft(Graft):
     """What the published code computes, so that published checkpoints load; not for training."""
 
     method = "wings"
-    config: WingsConfig
     cacheable = False
     trainable = False
 

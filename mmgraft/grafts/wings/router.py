@@ -40,7 +40,7 @@ class Router(nn.Module):
 @dataclass
 class _Job:
     implementation: str
-    columns: Tensor  # (b, S, 2)
+    columns: Callable[[int], Tensor]  # number of keys -> (b, S, 2)
     outer: _Job | None
     logits: list[Tensor] = field(default_factory=list)
 
@@ -69,7 +69,13 @@ def route(
     return (_fused if fused else _explicit)(original, attention, columns, args, kwargs)
 
 
-def _fused(original, attention, columns, args, kwargs):
+def _fused(
+    original: Callable[..., Any],
+    attention: Any,
+    columns: Callable[[int], Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Tensor]:
     config = attention.config
     job = _Job(config._attn_implementation, columns, attention.__dict__.get(_JOB))
     attention.__dict__[_JOB] = job
@@ -116,7 +122,13 @@ def _router_attention(
 AttentionInterface.register(IMPLEMENTATION, _router_attention)
 
 
-def _explicit(original, attention, columns, args, kwargs):
+def _explicit(
+    original: Callable[..., Any],
+    attention: Any,
+    columns: Callable[[int], Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Tensor]:
     with _CatchWeights() as caught:
         out = original(*args, **kwargs)
     weights = out[1] if isinstance(out, tuple) and isinstance(out[1], Tensor) else caught.weights
@@ -131,7 +143,9 @@ class _CatchWeights(TorchFunctionMode):
 
     weights: Tensor | None = None
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.weights = explicit_weights(*args[:2], **kwargs)
