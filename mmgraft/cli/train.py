@@ -81,6 +81,7 @@ def train(
     # Everything below loads torch.
     from transformers.utils import logging
 
+    from mmgraft.training.devices import is_main_rank
     from mmgraft.training.progress import ProgressDisplay
     from mmgraft.training.run import plan_training
     from mmgraft.training.run import train as train_run
@@ -107,6 +108,8 @@ def train(
         return [ProgressDisplay(stage.name, number, stages, stderr())]
 
     results = train_run(plan, announce=note, display=display)
+    if not is_main_rank():
+        return
     if json:
         print_json(
             {"run": str(folder), "device": plan.device, "stages": list(map(asdict, results))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
@@ -12,7 +13,11 @@ from mmgraft.training.recipe import Recipe
 DEVICES = ("cuda", "mps", "cpu")
 """In the order in which they are taken."""
 
-_TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+_TRACKER_PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+}
 
 
 def pick_device(wanted: str | None = None) -> str:
@@ -51,11 +56,11 @@ def check_packages(recipe: Recipe, device: str) -> None:
     for stage in recipe.stages:
         if stage.optimizer != "adamw":
             _check_bitsandbytes(f"stage {stage.name!r} with optimizer: {stage.optimizer}", device)
-    package = _TRACKER_PACKAGES.get(recipe.tracking)
-    if package is not None and importlib.util.find_spec(package) is None:
+    packages = _TRACKER_PACKAGES.get(recipe.tracking, ())
+    if packages and not any(importlib.util.find_spec(package) for package in packages):
         raise UsageError(
             f"tracking: {recipe.tracking} needs a package that is not installed: "
-            f"pip install {package}, or --set tracking=none"
+            f"pip install {packages[0]}, or --set tracking=none"
         )
 
 
@@ -64,6 +69,11 @@ def _check_bitsandbytes(what: str, device: str) -> None:
         raise UsageError(f"{what} needs bitsandbytes: pip install 'mmgraft[4bit]'")
     if device == "mps":
         raise UsageError(f"{what} does not run on MPS; use --device cpu, or a machine with CUDA")
+
+
+def is_main_rank() -> bool:
+    """Whether this process writes files and talks: the only one, or the first of torchrun's."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def memory_in_use(device: str) -> int | None:

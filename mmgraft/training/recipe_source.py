@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.grafts.registry import Method, methods
 from mmgraft.recipe_files import recipe_dir
 from mmgraft.strict import describe
 from mmgraft.training.recipe import DataEntry, Recipe
@@ -69,6 +70,18 @@ def find_recipe(name: str | Path) -> Path:
         f"no recipe {str(name)!r}; {did_you_mean(str(name), shipped_recipes())} "
         "`mmgraft recipes ls` lists them"
     )
+
+
+def method_recipe(method: Method) -> Path | None:
+    """The recipe that a method brings: a shipped one by its file name, or a file of its package.
+
+    Raises:
+        UsageError: it names a file that is not there.
+    """
+    if method.recipe is None:
+        return None
+    path = Path(method.recipe)
+    return find_recipe(path if path.is_absolute() else path.stem)
 
 
 def load_recipe(
@@ -282,8 +295,6 @@ def _shipped_for(method: str) -> list[str]:
 
 
 def _check_method(recipe: Recipe, what: str) -> None:
-    from mmgraft.grafts.registry import methods
-
     known = methods()
     if recipe.method not in known:
         raise UsageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import time
@@ -20,12 +19,13 @@ from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.graft_file import GraftFile
 from mmgraft.training import checkpoint, metrics
-from mmgraft.training.devices import check_packages, pick_device
+from mmgraft.training.devices import check_packages, is_main_rank, pick_device
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.recipe_source import (
     dump_recipe,
     find_recipe,
     load_recipe,
+    method_recipe,
     with_data,
     with_max_steps,
 )
@@ -156,9 +156,10 @@ def train(
     if plan.first >= len(plan.stages):
         announce(f"all stages of {run} are trained; --restart trains it further")
         return []
+    session = Session(plan, announce)
+    session.load()  # which checks the base, before anything of an earlier training is put away
     if not plan.resume:
         _begin(run, plan.recipe)
-    session = Session(plan, announce)
     results: list[StageResult] = []
     for index in range(plan.first, len(plan.stages)):
         stage = plan.stages[index]
@@ -185,7 +186,7 @@ def train(
 
 
 def _begin(run: Path, recipe: Recipe) -> None:
-    if not _is_main():
+    if not is_main_rank():
         return
     shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
     metrics.put_aside(run)
@@ -208,21 +209,17 @@ def versions() -> dict[str, str]:
     return {**found, "platform": platform.platform()}
 
 
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _recipe_file(run: Path, record: GraftFile, named: str | Path | None) -> Path:
     if named is not None:
         return find_recipe(named)
     if (run / RECIPE).is_file():
         return run / RECIPE
-    default = get_method(record.method).recipe
+    default = method_recipe(get_method(record.method))
     if default is None:
         raise UsageError(
             f"{run} has no {RECIPE}, and the method {record.method} brings none; give --recipe FILE"
         )
-    return find_recipe(default if Path(default).is_file() else Path(default).stem)
+    return default
 
 
 def _resumed_recipe(
@@ -245,8 +242,8 @@ def _resumed_recipe(
 
 
 def _refuse_second_training(run: Path, progress: dict[str, Any] | None) -> None:
-    if progress is None:
-        return
+    if progress is None or not is_main_rank():
+        return  # another rank may find what the first one has just begun
     finished, stages = progress["finished"], progress.get("stages", [])
     if len(finished) < len(stages):
         where = stages[len(finished)]

@@ -26,6 +26,7 @@ from mmgraft.model.loading import base_files, load_model
 from mmgraft.model.saving import save_graft
 from mmgraft.model.vision.base import VisionTower
 from mmgraft.training import checkpoint, metrics
+from mmgraft.training.devices import is_main_rank
 from mmgraft.training.features import fill_cache, open_cache
 from mmgraft.training.recipe import Stage
 from mmgraft.training.stages import open_stage
@@ -50,7 +51,7 @@ class Session:
 
     def __init__(self, plan: Plan, announce: Callable[[str], None]) -> None:
         self.plan = plan
-        self.announce = announce
+        self.announce = announce if is_main_rank() else lambda text: None
         self.stopper = Stopper()
         self.model: GraftedModel | None = None
         self.processor: GraftProcessor | None = None
@@ -67,6 +68,14 @@ class Session:
             f"stopped {where}; all is saved. Go on with: mmgraft train {self.plan.run} --resume"
         )
 
+    def load(self) -> None:
+        """Load the model for the first stage that is left; nothing is written.
+
+        Raises:
+            UsageError: A base that is not the graft's, or a graft that is damaged.
+        """
+        self._model_for(self.plan.stages[self.plan.first])
+
     def run_stage(
         self, index: int, callbacks: Sequence[TrainerCallback]
     ) -> tuple[int, float | None, int]:
@@ -78,7 +87,8 @@ class Session:
         plan, stage = self.plan, self.plan.stages[index]
         model = self._model_for(stage)
         folder = checkpoint.stage_folder(plan.run, index, stage.name)
-        checkpoint.sweep(folder)
+        if is_main_rank():
+            checkpoint.sweep(folder)
         last = self._last_checkpoint(index, folder)
         groups = open_stage(model, stage)
         if stage.gradient_checkpointing:
@@ -94,7 +104,9 @@ class Session:
             taken = 0
         else:
             taken = self._train(trainer, stage, last)
-        self._save(index, model)
+        if is_main_rank():
+            self._save(index, model)
+        trainer.accelerator.wait_for_everyone()
         return taken, log.last.get("loss"), size
 
     # -- parts of a stage -----------------------------------------------------------------------
@@ -198,7 +210,7 @@ class Session:
         if not (folder / CONFIG_NAME).is_file():
             folder = self.plan.run
         plan = self.plan
-        full = plan.recipe.base == "full" or stage.precision == "fp32"
+        full = plan.recipe.base == "full" or any(one.precision == "fp32" for one in plan.stages)
         device_map = {"": plan.device} if plan.device != "cpu" or plan.recipe.quantization else None
         self.announce(f"loading {folder} on {plan.device}")
         model = load_model(
@@ -228,7 +240,7 @@ class Session:
         resumed = plan.resume and index == plan.first
         found = checkpoint.checkpoints(folder) if resumed else []
         last = found[-1] if found else None
-        if resumed:
+        if resumed and is_main_rank():
             done = {stage.name for stage in plan.stages[:index]}
             step = 0 if last is None else checkpoint.step_of(last)
             name = plan.stages[index].name
@@ -243,8 +255,6 @@ class Session:
     def _save(self, index: int, model: GraftedModel) -> None:
         """Write the stage's graft, then note that the stage is done, then drop its checkpoints."""
         plan, stage = self.plan, self.plan.stages[index]
-        if int(os.environ.get("RANK", "0")) != 0:
-            return
         assert stage.workflow is not None
         workflow = model.workflow(stage.workflow)
         workflow.record.recipe = plan.recipe.model_dump(mode="json")

@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 from typing_extensions import Self
 
@@ -46,7 +47,11 @@ class Stopper(TrainerCallback):
         self.requested = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Ask the Trainer to save and stop."""
+        """Ask the Trainer to save and stop; all ranks do so after the same step."""
+        if args.world_size > 1:
+            flag = torch.tensor([int(self.requested)], device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.requested = bool(flag.item())
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

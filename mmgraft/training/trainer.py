@@ -220,7 +220,8 @@ class GraftTrainer(Trainer):
         )
         loss = outputs.loss
         if num_items_in_batch is not None and self.args.world_size > 1:
-            loss = loss * self.args.world_size  # ranks average their gradients
+            # Ranks average their gradients, and each must have one for every trained parameter.
+            loss = loss * self.args.world_size + cast("GraftedModel", self.model).touch()
         return (loss, outputs) if return_outputs else loss
 
     def training_step(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmgraft.aliases import resolve_alias
 from mmgraft.errors import UsageError
 from mmgraft.recipe_files import recipe_dir
 from mmgraft.training.recipe import Recipe
@@ -251,6 +254,24 @@ def test_every_value_of_a_shipped_recipe_has_its_source(name):
     assert len(valued) > 10
     for number in valued:
         assert re.search(r" # (paper|official script|ours)\b", lines[number]), lines[number]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_the_commands_at_the_top_are_about_this_recipe(name):
+    recipe = load_recipe(name)
+    text = (recipe_dir() / f"{name}.yaml").read_text().split("\n#\n")[0]
+    joined = re.sub(r"\\\n# +", "", text).removeprefix("# ")
+    commands = [shlex.split(command) for command in joined.split("\n# ")]
+    assert all(command[0] == "mmgraft" for command in commands)
+    for command in commands:
+        if command[1] == "graft":
+            assert command[2:] == [recipe.graft.base, "--recipe", name]
+            assert resolve_alias(command[2])
+        if command[1] == "train":
+            given = [b for a, b in itertools.pairwise(command) if a == "--data"]
+            assert with_data(recipe, given, None).data_to_set() == []
+        if command[1] == "demo":
+            assert command[2:] == ["--method", recipe.method]
 
 
 def test_published_numbers():
