@@ -22,7 +22,7 @@ from mmgraft.model.projector import Projector
 from mmgraft.model.saving import graft_tensors, write_graft
 from mmgraft.model.vision.base import VisionTower
 from mmgraft.model.vision.registry import describe_tower, load_tower
-from mmgraft.model.vision.spec import ProjectorSpec, VisionSpec
+from mmgraft.model.vision.spec import TRANSFORMERS_KIND, ProjectorSpec, VisionSpec
 from mmgraft.model.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ def create_graft(
     from mmgraft.basefiles import fingerprint, resolve
 
     spec = VisionSpec.from_name(vision) if isinstance(vision, str) else vision
-    if spec.id is not None and Path(spec.id).expanduser().is_dir():
-        spec = spec.model_copy(update={"id": str(Path(spec.id).expanduser().resolve())})
+    spec = _pinned(spec)
     shape = describe_tower(spec)
     files = resolve(base, revision)
     made = _make_from_files(
@@ -146,6 +145,19 @@ def create_graft(
     return made.record
 
 
+def _pinned(spec: VisionSpec) -> VisionSpec:
+    """The spec with the whole path of a local tower, and the commit of one on the Hub."""
+    if spec.id is None:
+        return spec
+    if Path(spec.id).expanduser().is_dir():
+        return spec.model_copy(update={"id": str(Path(spec.id).expanduser().resolve())})
+    if spec.kind != TRANSFORMERS_KIND:
+        return spec
+    from mmgraft.model.vision.transformers_tower import locate
+
+    return spec.model_copy(update={"revision": locate(spec)[1]})
+
+
 def _make_from_files(
     files: ModelFiles,
     config: Any,
@@ -155,7 +167,7 @@ def _make_from_files(
     template: TemplateChoice | None,
     tower: VisionTower | None,
 ) -> Workflow:
-    from mmgraft.basefiles import TensorReader, fingerprint, load_config, read_layers
+    from mmgraft.basefiles import TensorReader, fingerprint, load_config
 
     base_config = load_config(files)
     anatomy = examine_config(base_config)
@@ -164,16 +176,10 @@ def _make_from_files(
     chosen = choose_template(tokenizer, template, files.id)
     token = _image_token(tokenizer, anatomy)
     reference = BaseReference(id=files.id, revision=files.revision, fingerprint=fingerprint(files))
-    wants = {name: bool(getattr(config, name, False)) for name in ("embedding", "norm", "head")}
-    copies = config.method == "iaa" or any(wants.values())
-    parts: BaseParts | None = None
-    if copies:
-        with TensorReader(files) as reader:
-            read = read_layers(
-                reader, base_config, places, wants["embedding"], wants["norm"], wants["head"]
-            )
-            parts = ReadParts(read, places)
-    made = _make(config, anatomy, parts, workflow, spec, width, reference, token, chosen)
+    owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
+    with TensorReader(files) as reader:
+        parts = ReadParts(reader, base_config, places, owns)
+        made = _make(config, anatomy, parts, workflow, spec, width, reference, token, chosen)
     if tower is not None:
         made.record.vision = tower.spec
         made.record.vision_fingerprint = tower.fingerprint()
@@ -192,7 +198,7 @@ def _copied_layers(config: Any, anatomy: Anatomy) -> list[int]:
 def _make(
     config: Any,
     anatomy: Anatomy,
-    parts: BaseParts | None,
+    parts: BaseParts,
     workflow: str,
     spec: ProjectorSpec,
     width: int | None,

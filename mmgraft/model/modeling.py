@@ -50,7 +50,9 @@ class GraftedModel(WorkflowGeneration):
 
         return load_model(source, **options)
 
-    def save_pretrained(self, folder: str | Path, workflow: str | None = None, **_: Any) -> None:
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, folder: str | Path, workflow: str | None = None, **_: Any
+    ) -> None:
         """Save one workflow's graft; see :func:`mmgraft.model.saving.save_graft`."""
         from mmgraft.model.saving import save_graft
 

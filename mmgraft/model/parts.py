@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, decoder_layers, get_path, skeleton
-from mmgraft.basefiles import BaseParts
+from mmgraft.basefiles import BaseParts, TensorReader, read_layers
 from mmgraft.errors import UsageError
 
 
@@ -40,27 +41,47 @@ class LoadedParts:
 
 
 class ReadParts:
-    """Modules that were read from a base's files, each handed out once and not copied again."""
+    """Modules of a base's files, read all at once when a method asks for the first of them.
 
-    def __init__(self, parts: BaseParts, places: Sequence[int]) -> None:
-        self.parts = parts
-        self.layers = dict(zip(places, parts.layers, strict=True))
+    A method that copies nothing reads nothing. Each module is handed out once and not copied again.
+
+    Args:
+        reader: The base's tensors.
+        config: The base's config.
+        places: The layers that may be asked for.
+        owns: Which of ``embedding``, ``norm`` and ``head`` may be.
+    """
+
+    def __init__(
+        self,
+        reader: TensorReader,
+        config: PreTrainedConfig,
+        places: Sequence[int],
+        owns: Sequence[str],
+    ) -> None:
+        self.reader, self.config = reader, config
+        self.places, self.owns = list(places), set(owns)
+
+    @cached_property
+    def _parts(self) -> BaseParts:
+        wanted = ("embedding" in self.owns, "norm" in self.owns, "head" in self.owns)
+        return read_layers(self.reader, self.config, self.places, *wanted)
 
     def layer(self, index: int) -> nn.Module:
-        return self.layers[index]
+        return self._parts.layers[self.places.index(index)]
 
     def embedding(self) -> nn.Module:
-        assert self.parts.embedding is not None
-        return self.parts.embedding
+        assert self._parts.embedding is not None
+        return self._parts.embedding
 
     def norm(self) -> nn.Module:
-        if self.parts.norm is None:
+        if self._parts.norm is None:
             raise UsageError("this base has no final norm to copy: add --no-norm.")
-        return self.parts.norm
+        return self._parts.norm
 
     def head(self) -> nn.Module:
-        assert self.parts.head is not None
-        return self.parts.head
+        assert self._parts.head is not None
+        return self._parts.head
 
 
 def shape_parts(config: PreTrainedConfig, anatomy: Anatomy) -> LoadedParts:

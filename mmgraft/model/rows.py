@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +93,8 @@ def _asked(
         return None
     if isinstance(wanted, Tensor):
         return [TEXT_WORKFLOW if n < 0 else known[n] for n in wanted.tolist()]
-    names: list[Any] = [wanted] * size if isinstance(wanted, str) else list(wanted)
+    names: list[str] = []
+    names.extend([wanted] * size if isinstance(wanted, str) else wanted)
     if len(names) != size:
         raise UsageError(f"{len(names)} workflows were given for {size} rows; give one a row.")
     for name in names:
