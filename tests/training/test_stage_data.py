@@ -1,0 +1,108 @@
+"""Rows of stages: read once, mixed the same, their paths and their images checked."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmgraft.data.rows import Row
+from mmgraft.errors import UsageError
+from mmgraft.training import stage_data
+from mmgraft.training.features import fill_cache, open_cache
+from mmgraft.training.recipe import DataEntry, Recipe
+from mmgraft.training.stage_data import StageData, absolute, check_rows
+from tiny_towers import tiny_tower
+
+
+def entry(parts: Path, **values) -> DataEntry:
+    return DataEntry(path=str(parts / "rows.jsonl"), images=str(parts / "images"), **values)
+
+
+def test_a_file_is_read_once_for_all_stages(parts, monkeypatch):
+    calls = []
+    original = stage_data.read_rows
+    monkeypatch.setattr(
+        stage_data, "read_rows", lambda *args: calls.append(args) or original(*args)
+    )
+    reader = StageData()
+    first = reader.rows([entry(parts)], seed=1)
+    assert [row.id for row in reader.rows([entry(parts)], seed=1)] == [row.id for row in first]
+    assert len(calls) == 1
+    assert len(reader.rows([entry(parts, limit=5)], seed=1)) == 5
+    assert len(calls) == 2
+
+
+def test_weights_show_rows_more_or_less_often(parts):
+    rows = StageData().rows([entry(parts, weight=2), entry(parts, weight=0.5, limit=4)], seed=0)
+    assert len(rows) == 26
+
+
+def test_paths_are_absolute_and_templates_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage = {
+        "name": "s",
+        "train": ["projector"],
+        "lr": 1,
+        "template": "own.jinja",
+        "data": [{"path": "b.json"}],
+    }
+    recipe = Recipe.model_validate(
+        {
+            "name": "r",
+            "method": "llava",
+            "feature_cache": "cache",
+            "data": [{"path": "a.json", "images": "pics"}],
+            "stages": [stage, {**stage, "name": "t", "template": "chat", "data": None}],
+        }
+    )
+    moved = absolute(recipe)
+    assert moved.data[0].path == str(tmp_path / "a.json")
+    assert moved.data[0].images == str(tmp_path / "pics")
+    assert moved.feature_cache == str(tmp_path / "cache")
+    assert moved.stages[0].template == str(tmp_path / "own.jinja")
+    assert moved.stages[0].data[0].path == str(tmp_path / "b.json")
+    assert moved.stages[0].data[0].images is None
+    assert moved.stages[1].template == "chat"
+    assert moved.stages[1].data is None
+
+
+def test_rows_without_an_image_are_counted(parts):
+    rows = StageData().rows([entry(parts)], seed=0)
+    assert check_rows(rows, "s", "skip") == 3
+    assert check_rows(rows, "s", "graft") == 0
+    texts = [row for row in rows if not row.has_image]
+    with pytest.raises(UsageError, match="text_rows: graft"):
+        check_rows(texts, "s", "skip")
+    assert check_rows(texts, "s", "base") == 0
+
+
+# The feature cache
+
+
+def test_features_of_all_images_are_computed_once(parts, tmp_path, monkeypatch):
+    tower = tiny_tower()
+    rows = StageData().rows([entry(parts)], seed=0)
+    told: list[tuple[int, int]] = []
+    assert fill_cache(open_cache(tower, tmp_path), tower, rows, lambda *at: told.append(at)) == 9
+    monkeypatch.setattr(type(tower), "forward", lambda *_: pytest.fail("computed again"))
+    cache = open_cache(tower, tmp_path)
+    assert fill_cache(cache, tower, rows) == 9
+    assert told[-1][0] == told[-1][1] > 0
+
+
+def test_features_are_kept_in_the_towers_precision(tmp_path):
+    tower = tiny_tower()
+    assert open_cache(tower, tmp_path).dtype == torch.float32
+    assert open_cache(tower.to(torch.bfloat16), tmp_path).dtype == torch.bfloat16
+
+
+def test_an_image_inside_a_row_has_no_file_to_be_found_by(parts, tmp_path):
+    data = base64.b64encode((parts / "images" / "0.png").read_bytes()).decode()
+    part = {"type": "image", "image": f"data:image/png;base64,{data}"}
+    row = Row("r1", [{"role": "user", "content": [part]}], "f.jsonl", "line 1")
+    tower = tiny_tower()
+    with pytest.raises(UsageError, match=r"f\.jsonl, line 1.*feature_cache: false"):
+        fill_cache(open_cache(tower, tmp_path), tower, [row])
