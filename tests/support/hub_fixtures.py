@@ -38,25 +38,29 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
     Uploads go through LFS; retries wait for nothing.
     """
+    with HubServer() as server:
+        talk_to(server, tmp_path / "hf_home", monkeypatch)
+        yield server
+
+
+def talk_to(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let huggingface_hub in this process talk to `server`, keep what it fetches in `home`."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
-    with HubServer() as server:
-        home = tmp_path / "hf_home"
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(home / "hub"),
-            "HF_TOKEN_PATH": str(home / "token"),
-            "HF_HUB_DISABLE_XET": True,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        hasty = SimpleNamespace(sleep=lambda seconds: None, time=time.time)
-        monkeypatch.setattr(_http, "time", hasty)
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield server
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    hasty = SimpleNamespace(sleep=lambda seconds: None, time=time.time)
+    monkeypatch.setattr(_http, "time", hasty)
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def make_record(**values: Any) -> GraftFile:
