@@ -125,7 +125,7 @@ def graft(
     from mmgraft.errors import UsageError
     from mmgraft.grafts.registry import get_method
     from mmgraft.model.vision.spec import ProjectorSpec, VisionSpec
-    from mmgraft.training.recipe_source import find_recipe, load_recipe
+    from mmgraft.training.recipe_source import find_recipe, load_recipe, method_recipe
 
     chosen = load_recipe(recipe, method=method) if recipe is not None else None
     kind = get_method(method or (chosen.method if chosen else _missing_method()))
@@ -148,8 +148,7 @@ def graft(
     projector = defaults.projector if defaults else ProjectorSpec()
     if projector_norm is not None:
         projector = projector.model_copy(update={"norm": projector_norm})
-    named = recipe or (kind.recipe and kind.recipe.removesuffix(".yaml"))
-    written = find_recipe(named) if named else None
+    written = find_recipe(recipe) if recipe is not None else method_recipe(kind)
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
         raise UsageError(
             f"{target} is not empty; give --force to write into it, or another folder with --out"

@@ -35,7 +35,8 @@ class Method:
         paper: where it comes from, as an arXiv id or an address; empty for none.
         config_class: its settings; the field `method` holds `name`. Must import without torch.
         graft: where its graft class is, as "package.module:Class", or a callable that returns it.
-        recipe: file name of the recipe that `mmgraft graft` writes into a new run folder, if any.
+        recipe: what `mmgraft graft` writes into a new run folder as its recipe, if anything: the
+            file name of a shipped one, or the whole path of a file of the method's own package.
         origin: the package that brought it, filled in by the registry.
     """
 
