@@ -92,9 +92,8 @@ def _asked(
     if wanted is None:
         return None
     if isinstance(wanted, Tensor):
-        return [TEXT_WORKFLOW if n < 0 else known[n] for n in wanted.tolist()]
-    names: list[str] = []
-    names.extend([wanted] * size if isinstance(wanted, str) else wanted)
+        return [TEXT_WORKFLOW if n < 0 else known[int(n)] for n in wanted.tolist()]
+    names = [wanted] * size if isinstance(wanted, str) else list(wanted)
     if len(names) != size:
         raise UsageError(f"{len(names)} workflows were given for {size} rows; give one a row.")
     for name in names:
