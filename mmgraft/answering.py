@@ -14,7 +14,6 @@ from transformers.generation.streamers import TextStreamer
 from typing_extensions import Self
 
 from mmgraft.data.images import open_images
-from mmgraft.data.loading import load_processor
 from mmgraft.data.processor import Encoded, GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.model.loading import Verify, base_files, graft_folder, load_model
@@ -53,15 +52,8 @@ class Answerer:
             base=base,
             verify=verify,
         )
-        record = model.workflow().record
-        tower = model.vision_tower
-        processor = load_processor(
-            record,
-            base_files(record, folder, base).path,
-            tower.num_patches if tower is not None else 1,
-            tower.preprocess if tower is not None else None,
-        )
-        return cls(model, processor)
+        files = base_files(model.workflow().record, folder, base)
+        return cls(model, model.processor(files.path))
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Settings of ``generate`` with a padding id, without those that are None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from mmgraft.model.loss import chunked_loss, supervised
 from mmgraft.model.rows import Rows, kinds_of, sort_rows
 from mmgraft.model.running import Active, running
 from mmgraft.model.workflow import TEXT_WORKFLOW
+
+if TYPE_CHECKING:
+    from mmgraft.data.processor import GraftProcessor
 
 
 class GraftedModel(WorkflowGeneration):
@@ -63,6 +66,23 @@ class GraftedModel(WorkflowGeneration):
         from mmgraft.model.loading import attach
 
         attach(self, name, source, **options)
+
+    def processor(self, tokenizer_folder: str | Path | None = None) -> GraftProcessor:
+        """The processor of this model: conversations with images in, inputs of ``generate`` out.
+
+        Args:
+            tokenizer_folder: Where the base's tokenizer lies, when not with the base.
+        """
+        from mmgraft.data.loading import load_processor
+        from mmgraft.model.loading import base_files
+
+        workflow = self.workflow()
+        if tokenizer_folder is None:
+            origin = workflow.origin or Path()
+            tokenizer_folder = base_files(workflow.record, origin).path
+        tower = self.vision_tower
+        patches, preprocess = (1, None) if tower is None else (tower.num_patches, tower.preprocess)
+        return load_processor(workflow.record, tokenizer_folder, patches, preprocess)
 
     # -- forward -------------------------------------------------------------------------------
 
