@@ -1,14 +1,15 @@
 """Runs what the pages show, so that they stay true.
 
-Three kinds of fenced blocks mean something here; every other block is only read.
+What means something here; every other block is only read.
 
 - ``python file=NAME`` (and ``yaml``, ``toml``, ``text`` with ``file=``): written to that file
   before the page's commands run.
 - ``console``: lines that begin with ``$ `` are run from top to bottom in one empty folder, called
   ``~/work`` on the page; what stands below a command is what it prints, errors included. A command
   that must fail ends with ``# exit code N``.
+- a file ``pyproject.toml`` is installed, as ``pip install -e .`` would do.
 - ``<!-- folder: PAGE -->`` on a line of its own: the page begins in the folder in which the
-  files of that other page were written and its ``$ python`` commands were run.
+  files of that other page were written and its commands before the first ``mmgraft`` were run.
 
 ``bash`` blocks are not run: they install something or need the Hub. ``...`` at the end of a shown
 line stands for the rest of the line, alone for any number of lines. In lines that tell a speed all
@@ -106,17 +107,38 @@ def prepare(text: str, folder: Path, docs: Path = DOCS) -> None:
     for name in _FOLDER.findall(text):
         other = (docs / name).read_text(encoding="utf-8")
         prepare(other, folder, docs)
-        for block in read_blocks(other, name):
-            if block.language == "console":
-                for command in read_commands(block):
-                    if command.text.startswith("python "):
-                        ran = run_command(command.text, folder)
-                        assert ran.exit_code == 0, "\n".join(ran.printed)
+        shown = [block for block in read_blocks(other, name) if block.language == "console"]
+        for command in (command for block in shown for command in read_commands(block)):
+            if command.text.startswith("mmgraft "):
+                break
+            ran = run_command(command.text, folder)
+            assert ran.exit_code == command.exit_code, "\n".join(ran.printed)
     for block in read_blocks(text):
         if "file" in block.options:
             path = folder / block.options["file"]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text, encoding="utf-8")
+    if (folder / "pyproject.toml").is_file():
+        _install(folder)
+
+
+def _install(folder: Path) -> None:
+    """Leave what `pip install -e .` leaves for importlib.metadata; `run_command` adds the path."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    name, version = project["name"], project["version"]
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(exist_ok=True)
+    info.joinpath("METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
+    lines = []
+    for group, points in project.get("entry-points", {}).items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
+    info.joinpath("entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
 def run_command(text: str, folder: Path) -> Ran:
