@@ -65,6 +65,11 @@ class Pass:
         """Whether any key of any row is an image position."""
         return bool((self.key_kinds == IMAGE).any())
 
+    @cached_property
+    def new_image(self) -> bool:
+        """Whether any new position of any row is an image position."""
+        return bool((self.kinds == IMAGE).any())
+
     def visible(self, kind: int) -> tuple[Tensor, Tensor]:
         """Keys of one kind at or before each query.
 

@@ -110,6 +110,8 @@ def attach(
 
 
 def _same_base(first: GraftFile, second: GraftFile, source: str | Path) -> None:
+    if not first.base.fingerprint or not second.base.fingerprint:
+        return  # a base made in memory has none; the tensors' shapes must still fit
     difference = compare_fingerprints(first.base.fingerprint, second.base.fingerprint)
     if difference is not None:
         raise UsageError(f"{source} belongs to another base ({difference}); load it by itself.")
@@ -219,8 +221,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         ) from None
     except (SafetensorError, ValueError, KeyError) as error:
         raise UsageError(
-            f"the graft's weights in {folder} are corrupt ({error}): "
-            "restore them from a checkpoint, or graft again."
+            f"the graft's weights in {folder} ({WEIGHTS_NAME}) are corrupt ({error}): "
+            "copy them there once more, or graft again."
         ) from None
 
 

@@ -170,7 +170,7 @@ class WingsGraft(Graft):
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of all positions so far: each position by its own kind's learner."""
         visual = textual = None
-        if "visual" in self.running and bool((state.kinds == IMAGE).any()):
+        if "visual" in self.running and state.new_image:
             visual = wing.learner("visual").keys_values(state.features, rotation)
         if "textual" in self.running:
             textual = wing.learner("textual").keys_values(state.features, rotation)
