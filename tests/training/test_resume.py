@@ -215,6 +215,7 @@ def test_a_file_size_limit_fails_the_save_and_not_the_run_folder(parts, tmp_path
     before = (run / "graft.safetensors").read_bytes()
     script = """
 import resource, signal, sys
+sys.dont_write_bytecode = True  # it would be cut short too, and break later imports
 from mmgraft.cli.app import run
 import torch, transformers
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
