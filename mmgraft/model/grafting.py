@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from mmgraft.basefiles import ModelFiles
     from mmgraft.model.modeling import GraftedModel
 
+SEED = 0
+"""Of the new tensors that do not start as copies or zero: projector, learners."""
+
 
 def graft_model(
     base: str | PreTrainedModel,
@@ -207,8 +210,12 @@ def _make(
     template: TemplateChoice,
 ) -> Workflow:
     _copied_layers(config, anatomy)
-    graft: Graft = get_method(config.method).load_graft().build(config, anatomy, parts)
-    projector = Projector.from_spec(width or anatomy.embedding_size, anatomy.embedding_size, spec)
+    method = get_method(config.method).load_graft()
+    size = anatomy.embedding_size
+    with torch.random.fork_rng(devices=[]):  # the same graft twice, whatever was drawn before
+        torch.manual_seed(SEED)
+        graft: Graft = method.build(config, anatomy, parts)
+        projector = Projector.from_spec(width or size, size, spec)
     record = GraftFile(
         method=config.method,
         config=config.model_dump(mode="json"),
