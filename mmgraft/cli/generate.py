@@ -71,6 +71,8 @@ def generate(
     from mmgraft.answering import prompt_of
     from mmgraft.atomic import atomic_text
     from mmgraft.cli.loading import load_answerer
+    from mmgraft.data.content import images_of_all
+    from mmgraft.data.images import open_images
     from mmgraft.data.sources import read_rows
 
     read = read_rows(rows, images, limit=limit)
@@ -78,6 +80,8 @@ def generate(
     if dry_run:
         note(f"would answer {len(read)} rows of {rows} in batches of {batch_size}")
         return
+    for row, prompt in zip(read, prompts, strict=True):
+        open_images(list(images_of_all(prompt)), row.where)  # before hours of work, not after
     answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
     if seed is not None:
         import torch

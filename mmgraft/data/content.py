@@ -41,6 +41,15 @@ def has_image(messages: Iterable[Message]) -> bool:
     )
 
 
+def images_of_all(messages: Iterable[Message]) -> Iterator[Any]:
+    """What the image parts of all messages hold, in order of appearance."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list | tuple) else ():
+            if is_image(part):
+                yield image_of(part)
+
+
 def has_parts(messages: Iterable[Message]) -> bool:
     """Whether any message has a list of parts for its content."""
     return any(isinstance(message.get("content"), list | tuple) for message in messages)

@@ -52,12 +52,7 @@ def supervise(
         UsageError: for a conversation without an answer, one that the template refuses, and one
             whose answers do not continue their prompts; each names the row, the last also the turn.
     """
-    turns = [at for at, message in enumerate(messages) if _answers(message)]
-    if not turns:
-        raise UsageError(
-            f"{where}: nothing to learn, for no assistant turn says anything; add an answer, or "
-            "leave the row out"
-        )
+    turns = answer_turns(messages, where)
     transcript = processor.transcript(messages, tools, where)
     if transcript.tokenizer.is_fast and marks_answers(transcript.source):
         ids, spans = _marked(transcript)
@@ -73,6 +68,21 @@ def supervise(
     if all(label == -100 for label in encoded.labels):
         raise UsageError(f"{where}: nothing to learn is left after its template; leave the row out")
     return encoded
+
+
+def answer_turns(messages: Sequence[Message], where: str) -> list[int]:
+    """The turns in which the assistant says something.
+
+    Raises:
+        UsageError: naming the row, where there is none, so that nothing can be learnt.
+    """
+    turns = [at for at, message in enumerate(messages) if _answers(message)]
+    if not turns:
+        raise UsageError(
+            f"{where}: nothing to learn, for no assistant turn says anything; add an answer, or "
+            "leave the row out"
+        )
+    return turns
 
 
 def _answers(message: Message) -> bool:

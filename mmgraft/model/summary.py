@@ -221,6 +221,7 @@ def _tensors(folder: Path) -> dict[str, tuple[int, int]]:
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, tuple[int, int]] = {}
+    path = folder / WEIGHTS_NAME
     try:
         for path in _weight_files(folder):
             with safe_open(path, framework="np") as file:
@@ -229,13 +230,11 @@ def _tensors(folder: Path) -> dict[str, tuple[int, int]]:
                     count = prod(part.get_shape())
                     found[name] = (count, count * _BYTES.get(part.get_dtype(), 1))
     except FileNotFoundError as error:
-        raise UsageError(
-            f"{error.filename or folder} is missing: restore it from a checkpoint, or graft again"
-        ) from error
+        raise UsageError(f"{folder} lacks {path.name}: copy it there, or graft again") from error
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"the weights in {folder} are corrupt ({error}): restore them from a checkpoint, or "
-            "graft again"
+            f"the weights in {folder} ({path.name}) are corrupt ({error}): copy them there once "
+            "more, or graft again"
         ) from error
     return found
 

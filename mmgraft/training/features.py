@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mmgraft.data.images import is_data_uri
+from mmgraft.data.content import images_of_all
+from mmgraft.data.images import is_data_uri, open_image
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.model.feature_cache import FeatureCache, tower_features
@@ -31,15 +32,22 @@ def fill_cache(
     Raises:
         UsageError: A row whose image is no file, or a file that cannot be read.
     """
-    paths: set[str] = set()
+    found: dict[Path, Row] = {}  # the first row that shows a file
     for row in rows:
-        for message in row.messages:
-            content = message.get("content")
-            for part in content if isinstance(content, list) else ():
-                if part.get("type") == "image":
-                    paths.add(_file(part["image"], row))
-    cache.get_many(sorted(paths), tower_features(tower), progress=progress)
-    return len(paths)
+        for image in images_of_all(row.messages):
+            found.setdefault(Path(_file(image, row)), row)
+    plain = tower_features(tower)
+
+    def compute(paths: list[Path]) -> torch.Tensor:
+        try:
+            return plain(paths)
+        except UsageError:
+            for path in paths:
+                open_image(path, found[path].where)  # the same error, with its row
+            raise
+
+    cache.get_many(sorted(found), compute, progress=progress)
+    return len(found)
 
 
 def _file(image: object, row: Row) -> str:

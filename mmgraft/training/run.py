@@ -245,6 +245,8 @@ def _refuse_second_training(run: Path, progress: dict[str, Any] | None) -> None:
     if progress is None or not is_main_rank():
         return  # another rank may find what the first one has just begun
     finished, stages = progress["finished"], progress.get("stages", [])
+    if not finished and not any((run / checkpoint.FOLDER).glob("*/checkpoint-*")):
+        return  # it ended before anything was saved, so there is nothing to lose
     if len(finished) < len(stages):
         where = stages[len(finished)]
         raise UsageError(

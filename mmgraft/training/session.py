@@ -20,6 +20,7 @@ from mmgraft.data.loading import load_processor
 from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.data.template import resolve_template
+from mmgraft.errors import UsageError
 from mmgraft.model.feature_cache import FeatureCache, tower_features
 from mmgraft.model.graft_file import CONFIG_NAME
 from mmgraft.model.loading import base_files, load_model
@@ -121,10 +122,23 @@ class Session:
                 f"stopped at once in stage {stage.name!r}; what was saved before is whole. "
                 f"Go on with: mmgraft train {self.plan.run} --resume"
             ) from None
+        except UsageError as error:  # a row that cannot be used, found when its turn came
+            raise UsageError(_of_worker(error) + self._kept(trainer, stage, before)) from None
         done, wanted = trainer.state.global_step, trainer.state.max_steps
         if done < wanted:
             raise self.stopped(f"in stage {stage.name!r} after step {done} of {wanted}")
         return done - before
+
+    def _kept(self, trainer: GraftTrainer, stage: Stage, before: int) -> str:
+        """Save the steps that were taken before a row failed, and say how to go on."""
+        step = trainer.state.global_step
+        if step <= before or trainer.args.world_size > 1:
+            return ""
+        trainer.save_now()
+        return (
+            f"\nstage {stage.name!r} is saved after step {step}; mend this, then go on with: "
+            f"mmgraft train {self.plan.run} --resume"
+        )
 
     def _trainer(
         self, index: int, folder: Path, groups: Any, callbacks: Sequence[TrainerCallback]
@@ -295,6 +309,11 @@ def _rename(model: GraftedModel, name: str) -> None:
     workflow.record = workflow.record.model_copy(update={"workflow": name}, deep=True)
     model.workflows[name] = workflow
     model.default_workflow = name
+
+
+def _of_worker(error: UsageError) -> str:
+    """What an error says, without the traceback that a process loading rows puts before it."""
+    return str(error).rpartition(f"{UsageError.__module__}.{UsageError.__name__}: ")[2].rstrip()
 
 
 def _is_final(folder: Path) -> bool:

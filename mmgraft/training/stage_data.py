@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmgraft.data.masking import answer_turns
 from mmgraft.data.mixture import Part, mix
 from mmgraft.data.rows import Row
 from mmgraft.data.sources import read_rows
@@ -99,9 +100,13 @@ def check_rows(rows: Sequence[Row], stage: str, text_rows: str | None) -> int:
     """The number of rows that a stage leaves out because they have no image.
 
     Raises:
-        UsageError: It would leave out all of them.
+        UsageError: It would leave out all of them, or one that it keeps has no answer to learn.
     """
-    if text_rows != "skip":
+    skips = text_rows == "skip"
+    for row in rows:
+        if row.has_image or not skips:
+            answer_turns(row.messages, row.where)
+    if not skips:
         return 0
     without = sum(not row.has_image for row in rows)
     if without == len(rows):

@@ -263,6 +263,10 @@ class GraftTrainer(Trainer):
 
     # -- checkpoints ----------------------------------------------------------------------------
 
+    def save_now(self) -> None:
+        """Write a checkpoint of the last step that was taken."""
+        self._save_checkpoint(cast(nn.Module, self.model))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         folder = Path(cast(str, self.args.output_dir))
         target = folder / f"checkpoint-{self.state.global_step}"

@@ -1,5 +1,6 @@
-"""The loopback Hub."""
+"""The loopback Hub, and a graft to spoil."""
 
 from hub_fixtures import hub
+from refusals import here, parts, refused, run
 
-__all__ = ["hub"]
+__all__ = ["here", "hub", "parts", "refused", "run"]

@@ -165,7 +165,7 @@ def test_what_a_graft_does_not_promise(cli, tmp_path: Path, values: dict, lackin
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda run: (run / "graft.safetensors").unlink(), "is missing"),
+        (lambda run: (run / "graft.safetensors").unlink(), "lacks graft.safetensors"),
         (lambda run: (run / "graft.safetensors").write_bytes(b"x"), "corrupt"),
         (lambda run: (run / "graft_config.json").write_text("{"), "corrupt"),
         (lambda run: (run / "graft_config.json").write_text('{"schema_version": 99}'), "99"),
