@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import textwrap
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -116,8 +117,13 @@ def explicit_router_reason(model: nn.Module, attention: nn.Module) -> str | None
 
 
 def _sources(module: nn.Module) -> list[str]:
+    return _class_sources(type(module))
+
+
+@cache  # finding a class in its file parses the whole file
+def _class_sources(module_class: type[nn.Module]) -> list[str]:
     sources = []
-    for cls in type(module).__mro__:
+    for cls in module_class.__mro__:
         if cls is nn.Module:
             break
         try:

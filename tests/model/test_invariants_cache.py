@@ -7,25 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from grafting import (
     CONFIGS,
     batch,
     distance,
-    every_architecture,
     every_pair,
     graft_on,
     grafted,
     logits_of,
     perturb,
-    plain,
-    row,
     rows,
-    text_of,
 )
 from mmgraft import GraftedModel
-from mmgraft.errors import UsageError
 from tiny import VARIANTS
 
 # Left-padded to 19: two images, the second one in the second chunk; one image; no image at all.

@@ -55,7 +55,7 @@ def test_a_text_batch_in_bf16(arch: str) -> None:
 
 @every_pair
 def test_a_text_row_beside_rows_with_images(arch: str, method: str) -> None:
-    """Each row against the base with that row alone (GPT-2 counts padding where nobody tells it)."""
+    """Against the base with that row alone: GPT-2 counts padding where nobody tells it."""
     model, base = grafted(arch, method), plain(arch)
     mixed = rows("ttiiiitttttt", "ttttttttt", "iiiittiiiittttt", "tttttttttttttt")
     alone = [logits_of(base, text_of(batch([each])))[0] for each in mixed]

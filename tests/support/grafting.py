@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -45,19 +45,19 @@ MIXTURES = {"qwen3_moe", "mixtral", "gpt_oss"}
 """Their experts compute all tokens of a batch in one product, whose rounding depends on it."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain(arch: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The base by itself, built apart from every grafted one: same weights, no mmgraft."""
     return tiny_model(arch, dtype=dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def fresh(arch: str, method: str) -> GraftedModel:
     """A graft as it is made, in fp32."""
     return graft_on(arch, CONFIGS[method])
 
 
-@lru_cache(maxsize=None)
+@cache
 def grafted(arch: str, method: str, dtype: torch.dtype = torch.float32) -> GraftedModel:
     """A graft as if it were trained."""
     return perturb(graft_on(arch, CONFIGS[method], dtype=dtype))
