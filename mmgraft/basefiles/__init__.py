@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmgraft.basefiles.files import ModelFiles, fetch, load_config, resolve
+from mmgraft.basefiles.files import ModelFiles, copy_tokenizer, fetch, load_config, resolve
 from mmgraft.basefiles.fingerprint import compare_fingerprints, fingerprint
 from mmgraft.basefiles.parts import BaseParts, read_layers, read_modules
 from mmgraft.basefiles.tensors import TensorReader
@@ -12,6 +12,7 @@ __all__ = [
     "ModelFiles",
     "TensorReader",
     "compare_fingerprints",
+    "copy_tokenizer",
     "fetch",
     "fingerprint",
     "load_config",

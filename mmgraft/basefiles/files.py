@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,7 @@ from mmgraft.errors import MMGraftError, UsageError
 
 _SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
-_SMALL = [
-    "config.json",
-    "generation_config.json",
+_TOKENIZER = [
     "tokenizer*",
     "special_tokens*",
     "added_tokens*",
@@ -34,6 +33,7 @@ _SMALL = [
     "merges*",
     "*.model",
 ]
+_SMALL = ["config.json", "generation_config.json", *_TOKENIZER]
 # Subfolders and second copies of the same weights in other formats.
 _NOT_WANTED = ["*/*", "consolidated*", "*.fp16.*", "*adapter*"]
 
@@ -156,6 +156,14 @@ def fetch(
         raise _network(name, error) from error
     except Exception as error:  # every HTTP and disk error there is: the download has failed
         raise _network(name, error) from error
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the files of a base's tokenizer as they are, into a folder with other weights."""
+    for pattern in _TOKENIZER:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
 
 
 def _network(name: str, error: Exception) -> MMGraftError:

@@ -128,14 +128,23 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def save_base(model: GraftedModel, folder: Path, record: GraftFile) -> None:
-    """Write a trained base as an ordinary folder with its own fingerprint, and refer to it."""
+    """Write a trained base as an ordinary folder with its own fingerprint, and refer to it.
+
+    The tokenizer of the base that it was trained from goes along: without it no text can be read.
+    """
     from mmgraft.atomic import atomic_folder
-    from mmgraft.basefiles import fingerprint, resolve
+    from mmgraft.basefiles import copy_tokenizer, fingerprint, resolve
 
     if model.quantized:
         raise UsageError("a 4-bit base cannot have been trained; nothing of it is saved.")
+
+    def write(building: Path) -> None:
+        model.base.save_pretrained(building)
+        if model.base.name_or_path:  # empty for a base that was built in memory
+            copy_tokenizer(Path(model.base.name_or_path), building)
+
     target = folder / OWN_BASE
-    atomic_folder(target, model.base.save_pretrained)
+    atomic_folder(target, write)
     record.base_trained = True
     record.base.id = f"./{OWN_BASE}"
     record.base.revision = None
