@@ -149,6 +149,7 @@ class Dialogue:
             inputs["pixel_values"] = processor.pixels(open_images(encoded.images, "the dialogue"))
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         cache = self._reusable(encoded)
+        self._cache = self._seen = None  # a run that fails leaves its cache longer than was noted
         if cache is not None:
             inputs["past_key_values"] = cache
         elif self._caches(workflow):
@@ -158,10 +159,11 @@ class Dialogue:
         with torch.inference_mode():
             out = model.generate(**inputs, workflow=workflow, **self.answerer.settings(**settings))
         ids = _list(out[0])
-        self._cache = cache
-        held = int(cache.get_seq_length()) if cache is not None else 0
-        kinds = encoded.kinds + [0] * (len(ids) - len(encoded.kinds))
-        self._seen = (ids[:held], kinds[:held], list(encoded.images))
+        if cache is not None and cache.layers[0].keys.shape[0] == 1:  # else beams or samples
+            held = int(cache.get_seq_length())
+            kinds = encoded.kinds + [0] * (len(ids) - len(encoded.kinds))
+            self._cache = cache
+            self._seen = (ids[:held], kinds[:held], list(encoded.images))
         return processor.decode(ids[len(encoded.input_ids) :]).strip()
 
     def _caches(self, workflow: str | None) -> bool:

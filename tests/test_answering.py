@@ -72,6 +72,26 @@ def test_text_turns_are_the_base_itself(answerer: Answerer, folder: Path) -> Non
     assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip() == said
 
 
+def test_a_turn_that_fails_leaves_nothing_behind(answerer: Answerer, folder: Path) -> None:
+    dialogue = Dialogue(answerer)
+    dialogue.add_image(str(folder / "a.png"))
+    dialogue.say("what is it", **SETTINGS)
+
+    def stop(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dialogue.say("and is this a word or more of them", on_text=stop, **SETTINGS)
+    assert dialogue.say("which colour", **SETTINGS) == fresh(answerer, dialogue)
+
+
+def test_beams_leave_no_cache_for_the_next_turn(answerer: Answerer, folder: Path) -> None:
+    dialogue = Dialogue(answerer)
+    dialogue.add_image(str(folder / "a.png"))
+    dialogue.say("what is it", num_beams=2, **SETTINGS)
+    assert dialogue.say("which colour", **SETTINGS) == fresh(answerer, dialogue)
+
+
 def test_pieces_make_up_the_answer(answerer: Answerer, folder: Path) -> None:
     pieces: list[str] = []
     dialogue = Dialogue(answerer)
