@@ -30,7 +30,7 @@ class WingsLayer(nn.Module):
         super().__init__()
         for name in config.learners:
             self.add_module(name, Learner(anatomy.hidden_size, config.rank, heads))
-        if config.router and len(config.learners) == 2:
+        if config.routed:
             self.router = Router(length)
 
     def learner(self, name: str) -> Learner:
@@ -82,16 +82,14 @@ class WingsGraft(Graft):
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)
-        running = tuple(
-            n for n in ("visual", "textual") if n in state.get("learners", self.running)
-        )
-        missing = set(running) - set(self.config.learners)
-        if missing or not running:
+        wanted = list(state.get("learners", self.running))
+        missing = sorted(set(wanted) - set(self.config.learners))
+        if missing or not wanted:
             raise UsageError(
                 f"this graft has the learners {', '.join(self.config.learners)}; "
                 f"it cannot run {', '.join(missing) or 'none'}."
             )
-        self.running = running
+        self.running = tuple(name for name in ("visual", "textual") if name in wanted)
 
     def slot_layers(self) -> list[int]:
         return [FULL_ATTENTION] * len(self.places)
@@ -103,7 +101,7 @@ class WingsGraft(Graft):
         return str(index) in self.layers
 
     def check_length(self, length: int) -> None:
-        if length > self.length:
+        if self.config.routed and length > self.length:
             raise UsageError(
                 f"a row has {length} positions, but this graft's router knows {self.length}: "
                 "shorten the row, or graft again with a larger --max-length."
@@ -128,10 +126,11 @@ class WingsGraft(Graft):
                 out, shares = original(*args, **kwargs), None
             extra = self._learned(wing, index, hidden, state, shares)
             extra = select(gate, extra, torch.zeros((), dtype=extra.dtype, device=extra.device))
+            extra = extra / self.anatomy.residual_scale
             if self.anatomy.branch_norm is not None:
                 added.append(extra)
                 return out
-            return _add(out, extra / self.anatomy.residual_scale)
+            return _add(out, extra)
 
         def after_norm(original: Any, x: Tensor) -> Tensor:
             normed = original(x)

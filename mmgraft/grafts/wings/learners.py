@@ -64,17 +64,20 @@ class Learner(nn.Module):
 
 
 class Rotation:
-    """Rotary embedding of the tokens' own positions, unscaled, over the learner's whole head."""
+    """Rotary embedding of the tokens' own positions, unscaled, over the learner's whole head.
 
-    def __init__(self, positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> None:
+    Tables and product are fp32; a bf16 input is rounded once, at the end.
+    """
+
+    def __init__(self, positions: Tensor, size: int, theta: float) -> None:
         steps = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
         angles = positions[:, None, :, None].float() * theta ** (-steps / size)  # (b, 1, s, d/2)
         angles = torch.cat([angles, angles], dim=-1)
-        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        self.cos, self.sin = angles.cos(), angles.sin()
 
     def __call__(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
-        return x * self.cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * self.sin.to(x.dtype)
+        return (x * self.cos + torch.cat([-second, first], dim=-1) * self.sin).to(x.dtype)
 
 
 def rotation_of(state: Pass, head_size: int) -> Rotation | None:
@@ -84,7 +87,7 @@ def rotation_of(state: Pass, head_size: int) -> Rotation | None:
         return None
     key = ("rotation", head_size)
     if key not in state.shared:
-        state.shared[key] = Rotation(state.positions, head_size, theta, torch.float32)
+        state.shared[key] = Rotation(state.positions, head_size, theta)
     return state.shared[key]
 
 

@@ -230,8 +230,8 @@ class OfficialLearners(nn.Module):
         """
         size = hidden.shape[-1] // learner.heads
         index = torch.arange(hidden.shape[1], device=hidden.device)[None]  # (1, s)
-        query = learner.queries(hidden, Rotation(index, size, self.theta, torch.float32))
-        rotation = Rotation(positions, size, self.theta, torch.float32)
+        query = learner.queries(hidden, Rotation(index, size, self.theta))
+        rotation = Rotation(positions, size, self.theta)
         key, value = learner.keys_values(features, rotation)  # (b, n, k, d)
         scores = (query @ key.transpose(2, 3)).float() * size**-0.5  # (b, n, s, k)
         if mask is not None:

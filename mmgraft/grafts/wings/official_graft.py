@@ -17,14 +17,6 @@ from mmgraft.grafts.wings.router import route
 from mmgraft.layers import parse_layers
 from mmgraft.patching import patched_forward
 
-LACKS = (
-    "no position sees a later one (the textual learner leaks future text)",
-    "a row's result is independent of its neighbours and of padding",
-    "cached decoding equals the full forward (it recomputes everything for every token)",
-    "text rows asked for by workflow equal the base",
-)
-"""Invariants that this variant does not keep."""
-
 
 class OfficialWingsGraft(Graft):
     """What the published code computes, so that published checkpoints load; not for training."""
@@ -35,7 +27,8 @@ class OfficialWingsGraft(Graft):
 
     def __init__(self, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> None:
         super().__init__(config, anatomy)
-        if anatomy.rope_theta is None or anatomy.branch_norm is not None:
+        plain = anatomy.branch_norm is None and anatomy.residual_scale == 1.0
+        if anatomy.rope_theta is None or anatomy.parallel_block or not plain:
             raise UsageError(
                 f"the published Wings code knows Llama and Qwen2 only, not {anatomy.model_type}: "
                 "use --variant paper."
@@ -110,6 +103,3 @@ class OfficialWingsGraft(Graft):
 
     def layer_modules(self) -> list[tuple[int, nn.Module]]:
         return [(int(index), module) for index, module in self.layers.items()]
-
-
-__all__ = ["LACKS", "OfficialWingsGraft"]

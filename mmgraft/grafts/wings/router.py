@@ -158,9 +158,12 @@ def explicit_weights(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
     **_: Any,
 ) -> Tensor:
     """Attention weights ``(b, n, s, S)`` that torch's fused kernel would use."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     scores = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
