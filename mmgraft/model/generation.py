@@ -70,10 +70,14 @@ class WorkflowGeneration(TrainingState):
         return cast(Any, super()).generate(**kwargs)
 
     def _check_mode(self, kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config")
-        implementation = kwargs.get("cache_implementation") or getattr(
-            config, "cache_implementation", None
-        )
+        sources = (kwargs.get("generation_config"), self.generation_config)
+
+        def setting(name: str) -> Any:
+            """What `generate` will use: an argument, else what a config says."""
+            given = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
+            return next((value for value in given if value is not None), None)
+
+        implementation = setting("cache_implementation")
         if implementation in ("quantized", "paged"):
             raise UsageError(
                 f"cache_implementation={implementation!r} cannot be exact for rows with images; "
@@ -85,12 +89,12 @@ class WorkflowGeneration(TrainingState):
                 "transformers' offloaded caches copy with CUDA streams, and this model is on "
                 f"{self.device.type}; use 'dynamic' or 'static'."
             )
-        if kwargs.get("assistant_early_exit") or getattr(config, "assistant_early_exit", None):
+        if setting("assistant_early_exit"):
             raise UsageError(
                 "early-exit drafting cuts the base short, and a graft's layers with it; "
                 "use an assistant model or prompt_lookup_num_tokens."
             )
-        if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+        if setting("prefill_chunk_size"):
             raise UsageError(
                 "prefill_chunk_size cuts a prompt between images; leave it out for such rows."
             )
