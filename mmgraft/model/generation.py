@@ -11,7 +11,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from mmgraft.errors import UsageError
 from mmgraft.model.cache import RowSlot, extend
-from mmgraft.model.rows import sort_rows
+from mmgraft.model.rows import refuse_unplaced, sort_rows
 from mmgraft.model.training_state import TrainingState
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
@@ -57,6 +57,7 @@ class WorkflowGeneration(TrainingState):
             else int(cache.get_seq_length()),
         )
         if rows.text_only:
+            refuse_unplaced(*(kwargs.get(name) for name in _IMAGE_INPUTS))
             kwargs = {k: v for k, v in kwargs.items() if k not in _OWN_INPUTS}
             return cast(Any, self.base).generate(ids, **kwargs)
         self._check_mode(kwargs)

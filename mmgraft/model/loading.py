@@ -84,9 +84,21 @@ def load_model(
 
 
 def attach(
-    model: GraftedModel, name: str, source: str | Path, *, verify: Verify = "fast", **_: Any
+    model: GraftedModel,
+    name: str,
+    source: str | Path,
+    *,
+    verify: Verify = "fast",
+    revision: str | None = None,
 ) -> None:
     """Add a saved graft as a further workflow of a loaded base.
+
+    Args:
+        model: Gets the workflow.
+        name: The workflow's name there.
+        source: The graft's folder, or its Hub id.
+        verify: ``"off"`` does not compare the two grafts' bases.
+        revision: Of the graft on the Hub.
 
     Raises:
         UsageError: The graft belongs to another base or sees with another tower, or the name is
@@ -94,7 +106,7 @@ def attach(
     """
     if name in model.names:
         raise UsageError(f"a workflow is called {name!r} already; choose another name.")
-    folder = graft_folder(source)
+    folder = graft_folder(source, revision)
     record = GraftFile.read(folder)
     first = model.workflow().record
     if verify != "off":

@@ -17,7 +17,7 @@ from mmgraft.grafts.base import IMAGE, Pass, select
 from mmgraft.model.cache import RowSlot, extend
 from mmgraft.model.generation import WorkflowGeneration
 from mmgraft.model.loss import chunked_loss, supervised
-from mmgraft.model.rows import Rows, kinds_of, sort_rows
+from mmgraft.model.rows import Rows, kinds_of, refuse_unplaced, sort_rows
 from mmgraft.model.running import Active, running
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
@@ -129,7 +129,8 @@ class GraftedModel(WorkflowGeneration):
 
         Raises:
             UsageError: See :func:`mmgraft.model.rows.sort_rows`; also images that do not match the
-                image positions, and rows longer than a graft can represent.
+                image positions, rows longer than a graft can represent, and labels for a base
+                whose logits are more than its head's.
         """
         new = input_ids if input_ids is not None else inputs_embeds
         if new is None:
@@ -146,6 +147,7 @@ class GraftedModel(WorkflowGeneration):
         )
         options = dict(kwargs, use_cache=use_cache)
         if rows.text_only:
+            refuse_unplaced(pixel_values, image_features)
             if labels is not None and self.training:
                 return self._text_training(input_ids, attention_mask, labels, num_items_in_batch)
             given = {
@@ -249,7 +251,13 @@ class GraftedModel(WorkflowGeneration):
                     f"{features.shape[0]} images of {features.shape[1]} patches do not fill "
                     f"{wanted} image positions; every image of the batch needs its own positions."
                 )
-            per_row = image.sum(dim=1) // features.shape[1]  # images a row
+            per_row = image.sum(dim=1)
+            if (per_row % features.shape[1]).any():
+                raise UsageError(
+                    f"the rows have {per_row.tolist()} image positions, and an image takes "
+                    f"{features.shape[1]}: make mm_token_type_ids with the processor of this tower."
+                )
+            per_row = per_row // features.shape[1]  # images a row
             owner = torch.repeat_interleave(torch.arange(len(rows.names)), per_row.cpu())
             shown = torch.ones(features.shape[0], dtype=torch.bool)
         projected = self._project(features, rows, owner).to(embeds)  # (images, P, h)
@@ -319,7 +327,8 @@ class GraftedModel(WorkflowGeneration):
         if not self.base_is_trained:
             return CausalLMOutputWithPast(loss=self.touch())
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask}
-        hidden = self.base.base_model(**given, use_cache=False).last_hidden_state
+        with running(self.base, self.anatomy, [], None, self.gradient_checkpointing):
+            hidden = self.base.base_model(**given, use_cache=False).last_hidden_state
         rows = Rows(["text"] * hidden.shape[0])
         loss = self._loss(hidden, labels, rows, [], num_items)
         return CausalLMOutputWithPast(loss=loss + self.touch())
@@ -333,6 +342,10 @@ class GraftedModel(WorkflowGeneration):
         num_items: Tensor | int | None,
     ) -> Tensor:
         """Mean cross-entropy (nats) over the supervised tokens of rows that train something."""
+        if self.anatomy.logits_blocked is not None:
+            raise UsageError(
+                f"this base cannot be trained or scored with labels: {self.anatomy.logits_blocked}."
+            )
         mask, _ = supervised(labels)
         if self.training and not self.base_is_trained:
             learns = torch.tensor([name != TEXT_WORKFLOW for name in rows.names])

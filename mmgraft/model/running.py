@@ -27,7 +27,7 @@ class Active:
 @dataclass
 class _Run:
     active: Sequence[Active]
-    state: Pass
+    state: Pass | None
     checkpointing: bool
     carries: list[Tensor | None] = field(default_factory=list)
 
@@ -37,13 +37,13 @@ def running(
     base: nn.Module,
     anatomy: Anatomy,
     active: Sequence[Active],
-    state: Pass,
+    state: Pass | None,
     checkpointing: bool = False,
 ) -> Iterator[None]:
     """While the block lasts, ``base(...)`` runs the active grafts; afterwards it is untouched.
 
     With ``checkpointing`` each decoder layer, with what a graft adds to it, is computed again in
-    the backward pass instead of keeping its activations.
+    the backward pass instead of keeping its activations. ``state`` is None for the base alone.
     """
     active = [item for item in active if item.graft.active]
     run = _Run(active, state, checkpointing, [None] * len(active))
@@ -64,17 +64,20 @@ def _layer(
     run: _Run, index: int, layer: nn.Module, original: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """One base layer with its grafts, checkpointed or not."""
+    state = run.state
+    if state is None:
+        return checkpoint(original, *args, use_reentrant=False, **kwargs)
     if args:
         hidden, args = args[0], args[1:]
     else:
         hidden = kwargs.pop("hidden_states")
 
     def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, ...]:
-        state = run.state.on(hidden.device)
+        here = state.on(hidden.device)
         with ExitStack() as stack:
             for item in run.active:
                 if item.graft.acts_on(index):
-                    context = item.graft.layer_context(index, layer, hidden, state, item.gate)
+                    context = item.graft.layer_context(index, layer, hidden, here, item.gate)
                     stack.enter_context(context)
             out = original(hidden, *args, **kwargs)
         left, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
@@ -87,7 +90,7 @@ def _layer(
         for number, item in enumerate(run.active):
             if item.graft.acts_on(index):
                 new, carried[number] = item.graft.after_layer(
-                    index, call, hidden, left, state, carries[number]
+                    index, call, hidden, left, here, carries[number]
                 )
                 left = left if new is left else select(item.gate, new, left)
         return (left if rest is None else (left, *rest)), carried

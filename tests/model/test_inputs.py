@@ -1,0 +1,67 @@
+"""What a model refuses among its inputs, and text rows that train the base."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from grafting import CONFIGS, batch, fresh, graft_on, rows, text_labels
+from mmgraft.errors import UsageError
+from mmgraft.model import running
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_images_without_a_position_are_not_left_out_unsaid(call: str) -> None:
+    model = fresh("llama", "llava")
+    inputs = batch(rows("ttiiiitt"))
+    del inputs["mm_token_type_ids"]
+    with pytest.raises(UsageError, match="mm_token_type_ids"):
+        getattr(model, call)(**inputs)
+
+
+def test_image_positions_that_are_no_whole_images() -> None:
+    model = fresh("llama", "llava")
+    inputs = batch(rows("ttiiiitt", "ttiiiitt"))
+    inputs["mm_token_type_ids"][0, 2], inputs["mm_token_type_ids"][1, 6] = 0, 1
+    with pytest.raises(UsageError, match=r"\[3, 5\] image positions"):
+        model(**inputs)
+
+
+def test_labels_for_logits_that_are_more_than_the_heads() -> None:
+    model = graft_on("llama", CONFIGS["llava"])
+    model.anatomy = replace(model.anatomy, logits_blocked="TinyForCausalLM adds a bias of its own")
+    inputs = batch(rows("ttiiiitt"))
+    with pytest.raises(UsageError, match="adds a bias of its own"):
+        model(**inputs, labels=text_labels(inputs))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "phi"])
+def test_text_rows_that_train_the_base_are_checkpointed_too(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = graft_on(arch, CONFIGS["llava"]).train()
+    model.set_trainable(["projector", "base"])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    inputs = batch(rows("ttttttt", "ttttt"))
+    labels = text_labels(inputs)
+    model(**inputs, labels=labels).loss.backward()
+    wanted = {name: p.grad.clone() for name, p in model.base.named_parameters()}
+    model.zero_grad()
+    calls: list[int] = []
+    again = running.checkpoint
+    monkeypatch.setattr(running, "checkpoint", lambda *a, **k: calls.append(1) or again(*a, **k))
+    model.gradient_checkpointing_enable()
+    model(**inputs, labels=labels).loss.backward()
+    assert len(calls) == model.anatomy.num_layers
+    for name, parameter in model.base.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name])
+
+
+def test_an_option_that_a_second_workflow_does_not_take(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="revison"):
+        graft_on("llama", CONFIGS["llava"]).add_workflow("more", tmp_path, revison="main")
