@@ -94,12 +94,32 @@ def demo_models(hub: bool = False, announce: Announce = lambda text: None) -> De
     options = {"image_size": IMAGE_SIZE}
     if hub:
         return DemoModels(HUB_BASE, VisionSpec(id=HUB_VISION, options=options))
-    require([LANGUAGE, *VISION], "or add --hub to take both models from the Hub")
+    require([LANGUAGE, *VISION], _OTHERWISE)
     began = time.monotonic()
     fresh = not _whole(cache_folder() / "smollm2-135m-instruct", _stamp(LANGUAGE, "bfloat16"))
     base = smollm2(announce=announce)
     spent = time.monotonic() - began if fresh else 0.0
     return DemoModels(str(base), VisionSpec(kind="efficientnet-lite2", options=options), spent)
+
+
+def check_packages(hub: bool = False) -> None:
+    """Check that all packages of the demo are there, before anything is done.
+
+    Args:
+        hub: The models come from the Hub, so that the pictures alone are needed.
+
+    Raises:
+        UsageError: With the pip line for each that is missing.
+    """
+    if hub:
+        require([PICTURES])
+    else:
+        models = [LANGUAGE, *VISION]
+        lacks = any(package.folder is None for package in models)
+        require([PICTURES, *models], _OTHERWISE if lacks else "")
+
+
+_OTHERWISE = "or add --hub to take both models from the Hub"
 
 
 def require(packages: Sequence[Package], otherwise: str = "") -> None:

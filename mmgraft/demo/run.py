@@ -1,0 +1,304 @@
+"""The whole job on a small real model: graft, train, ask, chat, and prove that text is the base's.
+
+SmolLM2-135M-Instruct, EfficientNet-Lite2 and easy-VQA, on two CPU cores in under 15 minutes.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmgraft.answering import Answerer, Dialogue
+from mmgraft.atomic import atomic_json, atomic_text
+from mmgraft.demo import easy_vqa
+from mmgraft.demo.assets import DemoModels, check_packages, demo_models
+from mmgraft.demo.contact_sheet import Tile, contact_sheet, save_sheet
+from mmgraft.demo.report import DemoReport, Phase, Score, Turn
+from mmgraft.errors import UsageError
+from mmgraft.evaluation.identity import IdentityReport, load_untouched, text_identity
+from mmgraft.evaluation.vqa import Prior, accuracy, answer, by_kind, exact
+from mmgraft.grafts.registry import get_method
+from mmgraft.model.feature_cache import FeatureCache, tower_features
+from mmgraft.model.graft_file import CONFIG_NAME, GraftFile
+from mmgraft.model.grafting import create_graft
+from mmgraft.model.loading import base_files
+from mmgraft.training.devices import pick_device
+from mmgraft.training.recipe_source import find_recipe, load_recipe
+from mmgraft.training.run import Display, StageResult, plan_training, train
+
+if TYPE_CHECKING:
+    from mmgraft.demo.easy_vqa import Question
+
+METHODS = ("iaa", "wings", "llava")
+QUESTIONS = 1000
+DRAW_SEED = 2026
+"""Draws the test questions: always the same ones, whatever the seed of a training."""
+TURNS = 5
+"""Questions about one picture in a row to train on."""
+QUICK_STEPS, QUICK_QUESTIONS, QUICK_PICTURES = 2, 20, 24
+ALIGN, TUNE = "align", "tune"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a demo does.
+
+    Attributes:
+        method: `iaa`, `wings` or `llava`.
+        out: Folder of the run; it must not exist, or be empty.
+        seed: Of the graft's first values and of the order of rows.
+        questions: Test questions.
+        pictures: Training pictures, from the first; None takes all.
+        max_steps: End each stage there; None leaves it to the recipe.
+        hub: Take the models from the Hub.
+        recipe: Name or file of the recipe; None takes the method's shipped one.
+    """
+
+    method: str
+    out: Path
+    seed: int = 0
+    questions: int = QUESTIONS
+    pictures: int | None = None
+    max_steps: int | None = None
+    hub: bool = False
+    recipe: str | Path | None = None
+
+    @classmethod
+    def quick(cls, method: str, out: Path, seed: int = 0, hub: bool = False) -> DemoSettings:
+        """Every phase, none of them long enough to learn anything."""
+        return cls(method, out, seed, QUICK_QUESTIONS, QUICK_PICTURES, QUICK_STEPS, hub)
+
+
+def run_demo(
+    settings: DemoSettings,
+    announce: Callable[[str], None] = lambda text: None,
+    display: Display = lambda *_: (),
+    models: DemoModels | None = None,
+) -> DemoReport:
+    """Do the whole job and leave a trained run with its report.
+
+    Args:
+        settings: What to do.
+        announce: Told in sentences what goes on, with the clock of each phase.
+        display: Makes the callbacks that show a stage's progress; see `mmgraft.training.run`.
+        models: Used instead of the demo's own.
+
+    Returns:
+        The report, also written as `results/demo.json` in the run.
+
+    Raises:
+        UsageError: An unknown method, a missing package, or a folder that is not empty.
+        MMGraftError: A full disk, or the Hub cannot be reached.
+    """
+    return _Demo(settings, announce, display).run(models)
+
+
+def check_demo(settings: DemoSettings) -> None:
+    """Check what can be checked before anything is loaded or written.
+
+    Raises:
+        UsageError: An unknown method, or a folder that is not empty.
+    """
+    if settings.method not in METHODS:
+        raise UsageError(f"the demo has no method {settings.method!r}: choose {', '.join(METHODS)}")
+    if settings.out.exists() and (
+        not settings.out.is_dir() or next(settings.out.iterdir(), None) is not None
+    ):
+        raise UsageError(
+            f"{settings.out} is not empty: remove it, or name another folder with --out"
+        )
+
+
+class _Demo:
+    def __init__(
+        self, settings: DemoSettings, announce: Callable[[str], None], display: Display
+    ) -> None:
+        check_demo(settings)
+        self.settings = settings
+        self.announce = announce
+        self.display = display
+        self.phases: list[Phase] = []
+        self.device = pick_device(None)
+
+    def run(self, models: DemoModels | None) -> DemoReport:
+        """All phases in order."""
+        settings, began = self.settings, time.monotonic()
+        if models is None:
+            check_packages(settings.hub)
+        with self._phase("data"):
+            root = easy_vqa.folder()
+            train_set, test_set = easy_vqa.questions("train"), easy_vqa.questions("test")
+            asked = easy_vqa.draw(test_set, settings.questions, DRAW_SEED)
+            prior = Prior((question.text, question.answer) for question in train_set)
+        with self._phase("models"):
+            models = models or demo_models(settings.hub, self.announce)
+        with self._phase("graft"):
+            data = self._write_rows(train_set)
+            self._graft(models)
+        with self._phase("before training"):
+            answers, _ = self._ask(asked, root)
+            before = _score(asked, answers)
+        stages = self._train(data, root)
+        with self._phase("after training"):
+            answers, answerer = self._ask(asked, root)
+            after = _score(asked, answers)
+        with self._phase("text compared"):
+            identity = self._compare(answerer)
+        with self._phase("chat and pictures"):
+            chat = _chat(answerer, asked[0], root)
+            sheet = self._sheet(asked, answers, root)
+        report = DemoReport(
+            method=settings.method,
+            base=models.base,
+            vision=models.vision.name,
+            questions=len(asked),
+            question_only=_score(asked, [prior(question.text) for question in asked]),
+            before=before,
+            after=after,
+            identity=identity,
+            parameters=max(stage.trained_parameters for stage in stages),
+            base_parameters=sum(p.numel() for p in answerer.model.base.parameters()),
+            steps={stage.stage: stage.steps for stage in stages},
+            out=str(settings.out),
+            sheet=str(sheet),
+            chat=chat,
+            phases=self.phases,
+            seconds=time.monotonic() - began,
+        )
+        self._record(report)
+        return report
+
+    # -- phases ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._took(name, time.monotonic() - began)
+
+    def _took(self, name: str, seconds: float) -> None:
+        self.phases.append(Phase(name, seconds))
+        self.announce(f"{name}: {seconds:.0f} s")
+
+    def _write_rows(self, found: Sequence[Question]) -> dict[str, Path]:
+        """Rows for both stages: captions to align by, questions to tune by."""
+        settings = self.settings
+        if settings.pictures is not None:
+            found = [question for question in found if question.picture < settings.pictures]
+        rows = {
+            ALIGN: easy_vqa.caption_rows(found),
+            TUNE: easy_vqa.question_rows(found, TURNS, seed=settings.seed),
+        }
+        (settings.out / "data").mkdir(parents=True, exist_ok=True)
+        files = {stage: settings.out / "data" / f"{stage}.jsonl" for stage in rows}
+        for stage, file in files.items():
+            easy_vqa.write_rows(file, rows[stage])
+        return files
+
+    def _graft(self, models: DemoModels) -> None:
+        settings = self.settings
+        file = find_recipe(settings.recipe or f"demo-{settings.method}")
+        recipe = load_recipe(file, method=settings.method)
+        kind = get_method(settings.method)
+        config = kind.config_class.parse(recipe.graft.config, f"settings of {recipe.name}")
+        torch.manual_seed(settings.seed)
+        create_graft(
+            models.base, models.vision, config, settings.out, projector=recipe.graft.projector
+        )
+        atomic_text(settings.out / "recipe.yaml", file.read_text(encoding="utf-8"))
+
+    def _ask(self, asked: Sequence[Question], root: Path) -> tuple[list[str], Answerer]:
+        """The answers of the run as it is now, and the loaded model."""
+        answerer = Answerer.load(self.settings.out, device=self.device)
+        tower = answerer.model.vision_tower
+        assert tower is not None
+        # The same cache as training's, so that no picture passes through the tower twice.
+        stored = torch.bfloat16 if tower.dtype == torch.bfloat16 else torch.float32
+        cache = FeatureCache(self.settings.out / "features", tower.fingerprint(), dtype=stored)
+        compute = tower_features(tower)
+        cache.get_many([root / question.image for question in asked], compute)
+        answers = answer(
+            answerer.model,
+            answerer.processor,
+            [easy_vqa.prompt(question, root) for question in asked],
+            features=lambda paths: torch.stack(cache.get_many(paths, compute)),
+        )
+        return answers, answerer
+
+    def _train(self, data: dict[str, Path], root: Path) -> list[StageResult]:
+        gc.collect()  # the model that answered before training
+        settings, began = self.settings, time.monotonic()
+        plan = plan_training(
+            settings.out,
+            data=[f"{stage}={file}" for stage, file in data.items()],
+            images=str(root),
+            overrides=[f"seed={settings.seed}"],
+            max_steps=settings.max_steps,
+            device=self.device,
+        )
+        results = train(plan, announce=self.announce, display=self.display)
+        stages = sum(result.seconds for result in results)
+        for one in results:
+            self._took(f"training: {one.stage}", one.seconds)
+        self._took("training: reading rows", time.monotonic() - began - stages)
+        return results
+
+    def _compare(self, answerer: Answerer) -> IdentityReport:
+        record = answerer.model.workflow().record
+        folder = base_files(record, self.settings.out).path
+        untouched, tokenizer = load_untouched(folder, answerer.model.base)
+        return text_identity(answerer.model, answerer.processor, untouched, tokenizer)
+
+    def _sheet(self, asked: Sequence[Question], answers: Sequence[str], root: Path) -> Path:
+        tiles = [
+            Tile(
+                root / question.image, question.text, said, question.answer, _right(question, said)
+            )
+            for question, said in zip(asked[:24], answers, strict=False)
+        ]
+        path = self.settings.out / "results" / "contact_sheet.png"
+        path.parent.mkdir(exist_ok=True)
+        title = f"easy-VQA test pictures, {self.settings.method} on SmolLM2-135M-Instruct"
+        save_sheet(contact_sheet(tiles, title=title), path)
+        return path
+
+    def _record(self, report: DemoReport) -> None:
+        out = self.settings.out
+        atomic_json(out / "results" / "demo.json", report.as_dict())
+        record = GraftFile.read(out).model_copy(update={"results": report.results()})
+        atomic_text(out / CONFIG_NAME, record.dump())
+
+
+def _right(question: Question, said: str) -> bool:
+    return exact(said, question.answer)
+
+
+def _score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
+    right = [_right(question, said) for question, said in zip(asked, answers, strict=True)]
+    pictures = [question.picture for question in asked]
+    kinds = [question.kind for question in asked]
+    return Score(accuracy(right, groups=pictures), by_kind(right, kinds))
+
+
+def _chat(answerer: Answerer, shown: Question, root: Path) -> list[Turn]:
+    """Two turns about a test picture, and one without a picture, which the base answers."""
+    settings: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+    image = str(root / shown.image)
+    seeing = Dialogue(answerer)
+    seeing.add_image(image)
+    turns = []
+    for text, picture in (
+        ("what shape is in the image?", image),
+        ("what color is the shape?", None),
+    ):
+        turns.append(Turn(text, seeing.say(text, **settings), picture))
+    text = "What is the capital of France?"
+    turns.append(Turn(text, Dialogue(answerer).say(text, **settings), None))
+    return turns
