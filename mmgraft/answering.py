@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -159,7 +159,7 @@ class Dialogue:
         with torch.inference_mode():
             out = model.generate(**inputs, workflow=workflow, **self.answerer.settings(**settings))
         ids = _list(out[0])
-        if cache is not None and cache.layers[0].keys.shape[0] == 1:  # else beams or samples
+        if cache is not None and cast(Any, cache).layers[0].keys.shape[0] == 1:  # else beams or samples
             held = int(cache.get_seq_length())
             kinds = encoded.kinds + [0] * (len(ids) - len(encoded.kinds))
             self._cache = cache
