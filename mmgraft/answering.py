@@ -159,7 +159,8 @@ class Dialogue:
         with torch.inference_mode():
             out = model.generate(**inputs, workflow=workflow, **self.answerer.settings(**settings))
         ids = _list(out[0])
-        if cache is not None and cast(Any, cache).layers[0].keys.shape[0] == 1:  # else beams or samples
+        rows = 0 if cache is None else cast(Any, cache).layers[0].keys.shape[0]
+        if cache is not None and rows == 1:  # else beams or samples
             held = int(cache.get_seq_length())
             kinds = encoded.kinds + [0] * (len(ids) - len(encoded.kinds))
             self._cache = cache
