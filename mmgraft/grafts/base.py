@@ -52,7 +52,9 @@ class Pass:
                 name: getattr(self, name).to(device)
                 for name in ("features", "kinds", "positions", "key_kinds", "key_positions")
             }
-            self.shared[key] = replace(self, **moved, shared={})
+            other = replace(self, **moved, shared={})
+            vars(other).update(any_image=self.any_image, new_image=self.new_image)
+            self.shared[key] = other
         return self.shared[key]
 
     @cached_property
@@ -200,4 +202,4 @@ def select(gate: Tensor | None, chosen: Tensor, other: Tensor) -> Tensor:
     if gate is None:
         return chosen
     gate = gate.to(chosen.device).view(-1, *[1] * (chosen.dim() - 1))
-    return torch.where(gate, chosen, other.to(chosen.dtype))
+    return torch.where(gate, chosen, other.to(chosen))

@@ -16,7 +16,7 @@ from mmgraft.basefiles import ModelFiles, compare_fingerprints, fetch, fingerpri
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, GraftFile
-from mmgraft.model.parts import shape_parts, share_config
+from mmgraft.model.parts import execution_device, shape_parts, share_config
 from mmgraft.model.projector import Projector
 from mmgraft.model.quantization import assert_unquantized, quantization_config
 from mmgraft.model.saving import INDEX_NAME
@@ -327,6 +327,6 @@ def _fill_buffers(module: nn.Module, twin: nn.Module) -> None:
 
 
 def _to_device_of(module: nn.Module, other: nn.Module) -> None:
-    device = next((p.device for p in other.parameters()), None)
+    device = execution_device(other) or next((p.device for p in other.parameters()), None)
     if device is not None and device.type != "meta":
         module.to(device)

@@ -31,7 +31,9 @@ def chunked_loss(
     total = hidden.new_zeros((), dtype=torch.float32)
 
     def part(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+        logits = head(hidden).float()  # (c, vocab)
+        loss = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
+        return loss.to(hidden.device)
 
     for start in range(0, hidden.shape[0], length):
         piece, wanted = hidden[start : start + length], targets[start : start + length]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from functools import cached_property
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -96,6 +97,16 @@ def share_config(module: nn.Module, config: PreTrainedConfig) -> None:
     for child in module.modules():
         if isinstance(getattr(child, "config", None), PreTrainedConfig):
             child.config = config  # type: ignore[assignment]
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate runs a part of a base that is spread or offloaded; None where it is not."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
 
 
 def check_places(places: Sequence[int], anatomy: Anatomy) -> None:

@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+from accelerate.utils.operations import send_to_device
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmgraft.anatomy import Anatomy, decoder_layers, get_path
 from mmgraft.grafts.base import Graft, Pass, select
+from mmgraft.model.parts import execution_device
 from mmgraft.patching import patched_forward
 
 
@@ -71,6 +73,11 @@ def _layer(
         hidden, args = args[0], args[1:]
     else:
         hidden = kwargs.pop("hidden_states")
+    device = execution_device(layer)
+    if device is not None:  # as the base's own hook does, for the base's layer alone
+        hidden, args = hidden.to(device), cast(Any, send_to_device(args, device))
+        kwargs = cast(Any, send_to_device(kwargs, device, skip_keys="past_key_values"))
+        run.carries = [None if carry is None else carry.to(device) for carry in run.carries]
 
     def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, ...]:
         here = state.on(hidden.device)
@@ -104,9 +111,14 @@ def _layer(
 
 def _own(owners: Sequence[Active], name: str, original: Any, x: Tensor) -> Tensor:
     """A workflow's own norm or head for its rows, the base's for the others."""
+
+    def own(item: Active) -> Tensor:
+        module = getattr(item.graft, name)
+        return module(x.to(next(module.parameters()).device))
+
     if len(owners) == 1 and owners[0].gate is None:
-        return getattr(owners[0].graft, name)(x)
+        return own(owners[0])
     out = original(x)
     for item in owners:
-        out = select(item.gate, getattr(item.graft, name)(x), out)
+        out = select(item.gate, own(item), out)
     return out
