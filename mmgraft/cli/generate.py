@@ -14,7 +14,7 @@ from mmgraft.cli.options import DryRunFlag, JsonFlag, RevisionOption
 def generate(
     run: Annotated[str, typer.Argument(help="Folder or Hub id of a graft.")],
     rows: Annotated[Path, typer.Argument(help="Messages jsonl or LLaVA json.")],
-    out: Annotated[Path, typer.Option("--out", help="jsonl to write: id, answer, workflow.")],
+    out: Annotated[Path, typer.Option("--out", help="jsonl to write: id and answer.")],
     images: Annotated[
         Path | None, typer.Option("--images", help="Folder that image paths start from.")
     ] = None,
