@@ -150,6 +150,9 @@ class GraftedModel(WorkflowGeneration):
             refuse_unplaced(pixel_values, image_features)
             if labels is not None and self.training:
                 return self._text_training(input_ids, attention_mask, labels, num_items_in_batch)
+            if slot.filled and position_ids is None and self._takes_positions:
+                past = int(past_key_values.get_seq_length())  # type: ignore[union-attr]
+                position_ids = _positions(attention_mask, past, new.shape[1], new.device)
             given = {
                 "input_ids": input_ids, "attention_mask": attention_mask,
                 "position_ids": position_ids, "past_key_values": past_key_values,
@@ -299,21 +302,19 @@ class GraftedModel(WorkflowGeneration):
     ) -> Pass:
         length = embeds.shape[1]
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        elif position_ids is None:
-            position_ids = torch.arange(past, past + length, device=embeds.device)[None]
+        if position_ids is None:
+            position_ids = _positions(attention_mask, past, length, embeds.device)
         positions = position_ids.to(embeds.device).expand(embeds.shape[0], -1)
         if cache is not None:
             slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
             extend(cache, self.anatomy.num_layers, slots)
         numbers = [self.names.index(n) if n != TEXT_WORKFLOW else -1 for n in rows.names]
         workflows = torch.tensor(numbers, device=embeds.device)
-        key_kinds, key_positions = slot.write(kinds, positions, workflows)
         longest = int(positions.max()) + 1
         for workflow in self._workflow_list():
             if workflow.name in rows.names:
-                workflow.graft.check_length(longest)
+                workflow.graft.check_length(longest)  # before anything is written to the cache
+        key_kinds, key_positions = slot.write(kinds, positions, workflows)
         return Pass(self.anatomy, embeds, kinds, positions, key_kinds, key_positions, past, cache)
 
     def _text_training(
@@ -386,3 +387,10 @@ class GraftedModel(WorkflowGeneration):
             return out
 
         return logits
+
+
+def _positions(mask: Tensor | None, past: int, length: int, device: torch.device) -> Tensor:
+    """Each new token's own position in its row ``(b or 1, s)``, padding not counted."""
+    if mask is not None and mask.dim() == 2:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return torch.arange(past, past + length, device=device)[None]
