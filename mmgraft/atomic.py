@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from mmgraft.errors import MMGraftError
+
+_BUILDING, _READY, _MOVES = ".building", ".ready", "moves.json"
 
 
 def atomic_write(path: Path | str, writer: Callable[[Path], None]) -> None:
@@ -78,6 +80,7 @@ def atomic_folder(path: Path | str, writer: Callable[[Path], None]) -> None:
         writer(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(_usual_mode())
                 _sync(file)
         temporary.chmod(0o777 & ~_mask())
         shutil.rmtree(old, ignore_errors=True)
@@ -95,6 +98,96 @@ def atomic_folder(path: Path | str, writer: Callable[[Path], None]) -> None:
     _sync(path.parent)
 
 
+def replace_together(
+    folder: Path | str,
+    writers: Mapping[str, Callable[[Path], object]],
+    gone: Collection[str] = (),
+) -> None:
+    """Replaces files and folders that belong together: all are the old ones, or all the new ones.
+
+    They are written into a hidden folder, whose renaming makes them the ones that count. A kill
+    after that loses nothing: `complete`, called by who reads, moves what was not yet moved.
+
+    Args:
+        folder: where they stand; made where it is missing.
+        writers: called in order with a path each, where they write a file or make a folder. They
+            are moved in this order, too.
+        gone: names that are removed together with what is replaced.
+
+    Raises:
+        MMGraftError: the disk is full or cannot be written to; all is as it was.
+    """
+    folder = Path(folder)
+    building, ready = folder / _BUILDING, folder / _READY
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        complete(folder)
+        _remove(building)  # of a save that was killed
+        building.mkdir()
+        for name, writer in writers.items():
+            fresh = building / name
+            writer(fresh)
+            if fresh.is_file():
+                fresh.chmod(_mode_of(folder / name))
+            for file in (path for path in fresh.rglob("*") if path.is_file()):
+                file.chmod(_usual_mode())
+        atomic_json(building / _MOVES, {"put": list(writers), "gone": sorted(gone)})
+        for path in (*building.rglob("*"), building):
+            _sync(path)
+        building.rename(ready)
+        _sync(folder)
+    except BaseException as error:
+        _remove(building)
+        if isinstance(error, OSError | SafetensorError):
+            raise _failed(folder, error) from error
+        raise
+    complete(folder)
+
+
+def complete(folder: Path | str) -> None:
+    """Finishes what a killed `replace_together` had begun to move; mostly there is nothing to do.
+
+    Raises:
+        MMGraftError: it cannot be finished, for want of rights.
+    """
+    ready = Path(folder) / _READY
+    if not ready.is_dir():
+        return
+    try:
+        if (ready / _MOVES).is_file():  # else all is moved, and the folder was being removed
+            moves = json.loads((ready / _MOVES).read_text(encoding="utf-8"))
+            for name in moves["put"]:
+                _move(ready / name, Path(folder) / name)
+            for name in moves["gone"]:
+                _remove(Path(folder) / name)
+            _sync(Path(folder))
+        _remove(ready)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not ready.exists():
+            return  # another process has finished it at the same time
+        raise MMGraftError(
+            f"a save into {folder} was cut short and cannot be finished ({error}); get the right "
+            "to write there and run the command again"
+        ) from error
+
+
+def _move(fresh: Path, path: Path) -> None:
+    """Puts a fresh file or folder in its place, unless that was done already."""
+    if fresh.is_dir() and path.exists():  # a folder cannot be renamed over another one
+        old = fresh.with_name(f"{fresh.name}.old")
+        _remove(old)
+        path.replace(old)
+    if fresh.exists():
+        fresh.replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
@@ -108,8 +201,11 @@ def _failed(path: Path, error: Exception) -> MMGraftError:
 
 def _mode_of(path: Path) -> int:
     """Gives the mode of the file to be replaced, or the one a new file gets."""
-    if path.exists():
-        return path.stat().st_mode & 0o777
+    return path.stat().st_mode & 0o777 if path.exists() else _usual_mode()
+
+
+def _usual_mode() -> int:
+    """What a new file gets; safetensors gives its own to nobody but their owner."""
     return 0o666 & ~_mask()
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmgraft import __version__
+from mmgraft.atomic import complete
 from mmgraft.errors import UsageError
 from mmgraft.model.vision.spec import ProjectorSpec, VisionSpec
 
@@ -88,6 +89,7 @@ class GraftFile(_Strict):
         Raises:
             UsageError: No graft there, a corrupt file, an unknown key or a newer schema.
         """
+        complete(folder)
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
             raise UsageError(

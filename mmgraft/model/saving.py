@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmgraft.atomic import atomic_text, atomic_write
+from mmgraft.atomic import replace_together
 from mmgraft.errors import UsageError
-from mmgraft.model.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, GraftFile
+from mmgraft.model.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, BaseReference, GraftFile
 from mmgraft.model.workflow import Workflow
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
+
+Writer = Callable[[Path], object]
 
 MAX_SHARD_SIZE = "5GB"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
@@ -30,8 +34,8 @@ def save_graft(
 ) -> None:
     """Save the graft of one workflow; a base that was trained goes into ``folder/base``.
 
-    Every file is written under a temporary name, synced and renamed, so a killed save leaves the
-    earlier one whole.
+    Base, weights and config are replaced together: a killed save leaves all the earlier ones, or
+    all the new ones.
 
     Args:
         model: The model.
@@ -44,10 +48,17 @@ def save_graft(
     """
     chosen = model.workflow(workflow)
     folder = Path(folder)
-    if chosen.record.base_trained or model.base_is_trained:
-        save_base(model, folder, chosen.record)
     record = _reachable(current_record(chosen), chosen, folder)
-    write_graft(folder, record, graft_tensors(chosen), max_shard_size)
+    if not (record.base_trained or model.base_is_trained):
+        write_graft(folder, record, graft_tensors(chosen), max_shard_size)
+        return
+    if model.quantized:
+        raise UsageError("a 4-bit base cannot have been trained; nothing of it is saved.")
+    own = BaseReference(id=f"./{OWN_BASE}")
+    record = record.model_copy(update={"base": own, "base_trained": True})
+    first = {OWN_BASE: lambda path: _write_base(model, path, own)}
+    write_graft(folder, record, graft_tensors(chosen), max_shard_size, first)
+    chosen.record.base, chosen.record.base_trained = own, True
 
 
 def graft_tensors(workflow: Workflow) -> dict[str, Tensor]:
@@ -84,68 +95,47 @@ def write_graft(
     record: GraftFile,
     tensors: dict[str, Tensor],
     max_shard_size: str = MAX_SHARD_SIZE,
+    first: Mapping[str, Writer] | None = None,
 ) -> None:
-    """Write weights, then the config. ``folder`` is made if it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write weights and config in place of earlier ones. ``folder`` is made if it is missing.
+
+    Args:
+        folder: Where to.
+        record: The config; read when all else is written.
+        tensors: By their saved names.
+        max_shard_size: Split larger weights, with an index.
+        first: What else belongs to them, written before.
+
+    Raises:
+        MMGraftError: The disk is full or not writable; all is as it was.
+    """
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="graft{suffix}.safetensors", max_shard_size=max_shard_size
     )
     metadata = {"format": "pt", "method": record.method, "workflow": record.workflow}
-    old = _weight_files(folder)
+    writers = dict(first or {})
+    for name, keys in split.filename_to_tensors.items():
+        chosen = {key: tensors[key] for key in keys}
+        writers[name] = partial(save_file, chosen, metadata=metadata)
     if split.is_sharded:
-        written = _write_shards(folder, split, tensors, metadata)
-    else:
-        _write(folder / WEIGHTS_NAME, tensors, metadata)
-        written = {WEIGHTS_NAME}
-    atomic_text(folder / CONFIG_NAME, record.dump())
-    for name in old - written:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _write_shards(
-    folder: Path, split: Any, tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> set[str]:
-    """Shards under names that no earlier save uses; the index's renaming makes them the graft."""
-    taken = _weight_files(folder)
-    number = 0
-    while any(name.startswith(f"graft-{number}-") for name in taken):
-        number += 1
-    names = {old: old.replace("graft-", f"graft-{number}-", 1) for old in split.filename_to_tensors}
-    for old, keys in split.filename_to_tensors.items():
-        _write(folder / names[old], {key: tensors[key] for key in keys}, metadata)
-    weight_map = {key: names[old] for key, old in split.tensor_to_filename.items()}
-    text = json.dumps({"metadata": split.metadata, "weight_map": weight_map}, indent=2)
-    atomic_text(folder / INDEX_NAME, text)
-    return {INDEX_NAME, *names.values()}
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        writers[INDEX_NAME] = lambda path: path.write_text(json.dumps(index, indent=2), "utf-8")
+    writers[CONFIG_NAME] = lambda path: path.write_text(record.dump(), "utf-8")
+    replace_together(folder, writers, gone=_weight_files(folder) - writers.keys())
 
 
 def _weight_files(folder: Path) -> set[str]:
     return {p.name for p in folder.glob("graft*.safetensors*") if not p.name.startswith(".")}
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def save_base(model: GraftedModel, folder: Path, record: GraftFile) -> None:
-    """Write a trained base as an ordinary folder with its own fingerprint, and refer to it.
+def _write_base(model: GraftedModel, folder: Path, reference: BaseReference) -> None:
+    """Write a trained base as an ordinary folder, and note its own fingerprint.
 
     The tokenizer of the base that it was trained from goes along: without it no text can be read.
     """
-    from mmgraft.atomic import atomic_folder
     from mmgraft.basefiles import copy_tokenizer, fingerprint, resolve
 
-    if model.quantized:
-        raise UsageError("a 4-bit base cannot have been trained; nothing of it is saved.")
-
-    def write(building: Path) -> None:
-        model.base.save_pretrained(building)
-        if model.base.name_or_path:  # empty for a base that was built in memory
-            copy_tokenizer(Path(model.base.name_or_path), building)
-
-    target = folder / OWN_BASE
-    atomic_folder(target, write)
-    record.base_trained = True
-    record.base.id = f"./{OWN_BASE}"
-    record.base.revision = None
-    record.base.fingerprint = fingerprint(resolve(str(target)))
+    model.base.save_pretrained(folder)
+    if model.base.name_or_path:  # empty for a base that was built in memory
+        copy_tokenizer(Path(model.base.name_or_path), folder)
+    reference.fingerprint = fingerprint(resolve(folder))
