@@ -1,0 +1,172 @@
+"""The loss: supervised positions only, in chunks, with the base's own way of making logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from grafting import (
+    CONFIGS,
+    batch,
+    cross_entropy,
+    every_architecture,
+    every_pair,
+    graft_on,
+    grafted,
+    logits_of,
+    perturb,
+    plain,
+    rows,
+    text_labels,
+    together,
+    trained_groups,
+)
+from mmgraft.model import loss as loss_module
+from mmgraft.model.loss import chunked_loss, supervised
+
+WORDS = ("ttiiiitttttt", "iiiittiiiittt", "ttttttttt")
+
+
+def test_a_position_predicts_the_next_token() -> None:
+    labels = torch.tensor([[7, -100, 8, 9], [-100, -100, -100, 5]])
+    mask, targets = supervised(labels)
+    assert mask.tolist() == [[False, True, True, False], [False, False, True, False]]
+    assert targets.tolist() == [8, 9, 5]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 12, 100])
+def test_chunks_change_neither_loss_nor_gradients(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, 8, generator=generator, requires_grad=True)
+    head = torch.nn.Linear(8, 10)
+    targets = torch.randint(0, 10, (12,), generator=generator)
+    expected = F.cross_entropy(head(hidden), targets, reduction="sum")
+    wanted = torch.autograd.grad(expected, [hidden, *head.parameters()])
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk * 10)
+    seen: list[int] = []
+
+    def watched(piece: Tensor) -> Tensor:
+        seen.append(len(piece))
+        return head(piece)
+
+    found = chunked_loss(hidden, targets, watched, 10)
+    assert max(seen) <= chunk
+    assert sum(seen) == 12
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, [hidden, *head.parameters()]), wanted, strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_loss(hidden, targets, head, 10), expected)
+
+
+def test_half_precision_is_summed_in_fp32() -> None:
+    hidden, head = torch.randn(64, 8).bfloat16(), torch.nn.Linear(8, 10).bfloat16()
+    targets = torch.randint(0, 10, (64,))
+    found = chunked_loss(hidden, targets, head, 10)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, F.cross_entropy(head(hidden).float(), targets) * 64)
+
+
+def test_no_supervised_position_is_a_zero_with_zero_gradients() -> None:
+    hidden, head = torch.zeros(0, 8, requires_grad=True), torch.nn.Linear(8, 10)
+    assert chunked_loss(hidden, torch.zeros(0, dtype=torch.long), head, 10).item() == 0.0
+
+
+@every_pair
+def test_the_loss_is_that_of_the_logits(arch: str, method: str) -> None:
+    """Own heads, scales and soft-caps included; text rows count outside training."""
+    model, inputs = grafted(arch, method), batch(rows(*WORDS), "left")
+    labels = text_labels(inputs)
+    with torch.no_grad():
+        found = model(**inputs, labels=labels)
+    assert found.logits is None
+    expected = cross_entropy(logits_of(model, inputs), labels)
+    torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_architecture
+def test_the_loss_of_text_is_the_bases(arch: str) -> None:
+    model, base, inputs = grafted(arch, "iaa-c"), plain(arch), batch(rows("tttttttt", "tttttttt"))
+    labels = text_labels(inputs)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, labels=labels).loss, base(**inputs, labels=labels).loss)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen2"])
+def test_every_row_has_the_head_of_its_workflow(arch: str) -> None:
+    made = [
+        perturb(graft_on(arch, CONFIGS[method], workflow=name), seed=seed)
+        for seed, (name, method) in enumerate([("mm", "iaa-c"), ("grounding", "iaa-a")])
+    ]
+    model, inputs = together(*made), batch(rows(*WORDS))
+    labels, names = text_labels(inputs), ["mm", "grounding", "text"]
+    with torch.no_grad():
+        found = model(**inputs, labels=labels, workflow=names).loss
+    expected = cross_entropy(logits_of(model, inputs, workflow=names), labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_training_counts_the_rows_that_train_something(method: str) -> None:
+    model = perturb(graft_on("llama", CONFIGS[method]))
+    model.set_trainable(trained_groups(method))
+    model.train()
+    inputs = batch(rows(*WORDS), "left")
+    labels = text_labels(inputs)
+    without = labels.clone()
+    without[2] = -100
+    logits = logits_of(model, inputs)
+    found = model(**inputs, labels=labels).loss
+    torch.testing.assert_close(found, cross_entropy(logits, without), rtol=1e-5, atol=1e-5)
+    counted = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(100)).loss
+    total = cross_entropy(logits, without) * supervised(without)[0].sum() / 100
+    torch.testing.assert_close(counted, total, rtol=1e-5, atol=1e-5)
+    # A text row that was asked to run the graft trains it.
+    asked = model(**inputs, labels=labels, workflow="mm").loss
+    everywhere = cross_entropy(logits_of(model, inputs, workflow="mm"), labels)
+    torch.testing.assert_close(asked, everywhere, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_step_of_text_alone_is_zero_and_reaches_every_trained_parameter(method: str) -> None:
+    model = graft_on("llama", CONFIGS[method])
+    names = model.set_trainable(trained_groups(method))
+    model.train()
+    inputs = batch(rows("tttttttt", "ttttt"))
+    loss = model(**inputs, labels=text_labels(inputs)).loss
+    assert loss.item() == 0.0
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert set(gradients) == set(names)
+    assert all(g is not None and not g.any() for g in gradients.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_text_trains_a_base_that_is_trained(checkpointing: bool) -> None:
+    model = graft_on("llama", CONFIGS["llava"])
+    model.set_trainable(["base", "projector"])
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    inputs = batch(rows("tttttttt", "ttttt"))
+    labels = text_labels(inputs)
+    loss = model(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss, cross_entropy(logits_of(plain("llama"), inputs), labels))
+    loss.backward()
+    assert model.base.model.layers[0].mlp.up_proj.weight.grad.any()
+    mixed = batch(rows(*WORDS))
+    expected = cross_entropy(logits_of(model, mixed), text_labels(mixed))
+    torch.testing.assert_close(model(**mixed, labels=text_labels(mixed)).loss, expected)
+
+
+def test_labels_without_a_supervised_token_give_zero() -> None:
+    model, inputs = grafted("llama", "iaa-c"), batch(rows("ttiiiitt"))
+    nothing = torch.full_like(inputs["input_ids"], -100)
+    with torch.no_grad():
+        assert model(**inputs, labels=nothing).loss.item() == 0.0
