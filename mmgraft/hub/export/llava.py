@@ -76,7 +76,7 @@ def export_llava(
         found: list[float] = []
 
         def write(folder: Path) -> None:
-            say(f"writing {size / 2**30:.2f} GiB of weights")
+            say(f"writing {size / 2**20:,.1f} MiB of weights")
             write_shards(folder, "model", tensors, max_bytes=max_shard_bytes)
             plan.config.save_pretrained(folder)
             _generation_config(plan).save_pretrained(folder)

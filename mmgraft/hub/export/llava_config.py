@@ -118,8 +118,9 @@ def empty_llava(config: LlavaConfig) -> LlavaForConditionalGeneration:
 
 
 def _name(config: PreTrainedConfig, **values: Any) -> None:
-    """Set fields, and forget where a part came from and what class it was alone."""
+    """Set fields, and forget where a part came from, how it was packed and its class alone."""
     config._name_or_path = ""
+    vars(config).pop("quantization_config", None)  # MXFP4 experts are unpacked when they are read
     for key, value in {"architectures": None, **values}.items():
         setattr(config, key, value)
 

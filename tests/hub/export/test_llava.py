@@ -23,6 +23,7 @@ from mmgraft.errors import MMGraftError
 from mmgraft.hub.export import llava, llava_config, llava_tensors
 from mmgraft.hub.export.folder import sizes_in
 from mmgraft.hub.export.llava import export_llava
+from mmgraft.hub.export.llava_fit import gather
 from mmgraft.hub.export.llava_tensors import pad_rows
 from mmgraft.model.graft_file import TemplateChoice
 from mmgraft.model.saving import save_graft
@@ -178,6 +179,21 @@ def test_a_half_base_stays_half(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", dtype=torch.bfloat16)
     export_llava(make_graft(tmp_path, base=base), tmp_path / "out")
     assert stock(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_base_in_a_pickle(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "qwen2")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    assert export_llava(make_graft(tmp_path, base=base), tmp_path / "out").difference == 0
+
+
+def test_unpacked_experts_are_not_called_packed(tmp_path: Path) -> None:
+    """Of gpt-oss the experts are published in MXFP4, and written in full."""
+    made_of = gather(make_graft(tmp_path))
+    made_of.base_config.quantization_config = {"quant_method": "mxfp4"}
+    config = llava_config.llava_config(made_of, 5, 320)
+    assert "quantization_config" not in json.dumps(config.to_dict())
 
 
 def test_shards_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
