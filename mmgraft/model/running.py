@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
+import torch
 from accelerate.utils.operations import send_to_device
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, decoder_layers, get_path
 from mmgraft.grafts.base import Graft, Pass, select
@@ -36,7 +38,7 @@ class _Run:
 
 @contextmanager
 def running(
-    base: nn.Module,
+    base: PreTrainedModel,
     anatomy: Anatomy,
     active: Sequence[Active],
     state: Pass | None,
@@ -50,6 +52,7 @@ def running(
     active = [item for item in active if item.graft.active]
     run = _Run(active, state, checkpointing, [None] * len(active))
     with ExitStack() as stack:
+        stack.enter_context(_one_precision(base, active))
         for index, layer in enumerate(decoder_layers(base, anatomy)):
             if checkpointing or any(item.graft.acts_on(index) for item in active):
                 stack.enter_context(patched_forward(layer, partial(_layer, run, index, layer)))
@@ -60,6 +63,16 @@ def running(
                     patched_forward(get_path(base, path), partial(_own, owners, name))
                 )
         yield
+
+
+def _one_precision(base: PreTrainedModel, active: Sequence[Active]) -> AbstractContextManager[Any]:
+    """Autocast, where a graft in training (fp32) is asked beside a base in half precision."""
+    dtype, kind = base.dtype, base.device.type
+    if dtype == torch.float32 or torch.is_autocast_enabled(kind):
+        return nullcontext()
+    if all(p.dtype == dtype for item in active for p in item.graft.parameters()):
+        return nullcontext()
+    return torch.autocast(kind, dtype=dtype)
 
 
 def _layer(

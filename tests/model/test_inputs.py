@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from grafting import CONFIGS, batch, fresh, graft_on, rows, text_labels
+from grafting import (
+    CONFIGS,
+    batch,
+    every_method,
+    fresh,
+    graft_on,
+    logits_of,
+    perturb,
+    rows,
+    text_labels,
+    trained_groups,
+)
 from mmgraft.errors import UsageError
 from mmgraft.model import running
 
@@ -65,3 +76,17 @@ def test_text_rows_that_train_the_base_are_checkpointed_too(
 def test_an_option_that_a_second_workflow_does_not_take(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="revison"):
         graft_on("llama", CONFIGS["llava"]).add_workflow("more", tmp_path, revison="main")
+
+
+@every_method
+def test_a_graft_in_training_can_be_asked(method: str) -> None:
+    """Its parameters are fp32 then, and the base's bf16; a training step runs under autocast."""
+    model = perturb(graft_on("llama", CONFIGS[method], dtype=torch.bfloat16))
+    model.set_trainable(trained_groups(method))
+    inputs = batch(rows("ttiiiitt", "ttttt"), "left")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = logits_of(model, inputs)
+    difference = (logits_of(model, inputs).float() - wanted.float()).abs()
+    assert difference.mean() < 0.02 * wanted.float().abs().mean()  # what bf16 rounds
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 3
