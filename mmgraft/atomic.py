@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def replace_together(
     """
     folder = Path(folder)
     building, ready = folder / _BUILDING, folder / _READY
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         complete(folder)
@@ -138,6 +140,9 @@ def replace_together(
         _sync(folder)
     except BaseException as error:
         _remove(building)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
         if isinstance(error, OSError | SafetensorError):
             raise _failed(folder, error) from error
         raise
