@@ -73,9 +73,9 @@ def graft_on(
     base: Mapping[str, Any] | None = None,
 ) -> GraftedModel:
     """A model of its own, which a test may change."""
-    model = tiny_model(arch, dtype=dtype, **(base or {}))
-    if attention is not None:
-        model.set_attn_implementation(attention)
+    given = {} if attention is None else {"attn_implementation": attention}
+    model = tiny_model(arch, dtype=dtype, **given, **(base or {}))
+    assert attention in (None, model.config._attn_implementation)
     torch.manual_seed(zlib.crc32(arch.encode()))
     return GraftedModel.graft(model, None, config, workflow=workflow)
 
