@@ -12,6 +12,14 @@ from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption
 if TYPE_CHECKING:
     from mmgraft.training.recipe import Recipe
 
+_OF_A_RUN = (
+    "checkpoints",
+    "metrics.jsonl",
+    "recipe.used.yaml",
+    "text-before.safetensors",
+    "versions.json",
+    "workflows",
+)
 _IAA, _WINGS, _SEE = "Method iaa", "Method wings", "Tower, projector and text"
 
 
@@ -175,12 +183,30 @@ def graft(
             return
         note(f"would write a graft of method {kind.name} on {folder_base} into {target}")
         return
+    _put_aside(target)
     if written is not None:
         from mmgraft.atomic import atomic_text
 
         atomic_text(target / "recipe.yaml", written.read_text(encoding="utf-8"))
     summary = summarise_graft(target)
     _report(summary, target, json)
+
+
+def _put_aside(folder: Path) -> None:
+    """Move what an earlier graft's training left, so that it is not taken for the new one's."""
+    from mmgraft.cli.console import note
+
+    left = [folder / name for name in _OF_A_RUN if (folder / name).exists()]
+    if not left:
+        return
+    number = 1
+    while (folder / f"before-{number}").exists():
+        number += 1
+    aside = folder / f"before-{number}"
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
+    note(f"what an earlier training left in {folder} is in {aside.name} now")
 
 
 def _missing_method() -> str:

@@ -34,8 +34,8 @@ SEED = 0
 
 
 def graft_model(
-    base: str | PreTrainedModel,
-    vision: str | VisionSpec | VisionTower | None,
+    base: str | Path | PreTrainedModel,
+    vision: str | Path | VisionSpec | VisionTower | None,
     config: Any,
     *,
     workflow: str = "mm",
@@ -68,9 +68,10 @@ def graft_model(
     from mmgraft.model.modeling import GraftedModel
 
     spec = ProjectorSpec() if projector is None else projector
+    vision = str(vision) if isinstance(vision, Path) else vision
     tower = load_tower(vision) if isinstance(vision, str | VisionSpec) else vision
     width = tower.hidden_size if tower is not None else None
-    if isinstance(base, str):
+    if isinstance(base, str | Path):
         from mmgraft.basefiles import resolve
 
         files = resolve(base)

@@ -58,7 +58,8 @@ def save_graft(
     record = record.model_copy(update={"base": own, "base_trained": True})
     first = {OWN_BASE: lambda path: _write_base(model, path, own)}
     write_graft(folder, record, graft_tensors(chosen), max_shard_size, first)
-    chosen.record.base, chosen.record.base_trained = own, True
+    # The model stands beside its own base now; whatever lay beside the old one is named whole.
+    chosen.record, chosen.origin = record, folder
 
 
 def graft_tensors(workflow: Workflow) -> dict[str, Tensor]:

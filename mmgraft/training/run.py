@@ -18,7 +18,7 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.graft_file import GraftFile
-from mmgraft.training import checkpoint, metrics
+from mmgraft.training import checkpoint, metrics, text_change
 from mmgraft.training.devices import check_packages, is_main_rank, pick_device
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.recipe_source import (
@@ -160,6 +160,9 @@ def train(
     session.load()  # which checks the base, before anything of an earlier training is put away
     if not plan.resume:
         _begin(run, plan.recipe)
+    trains_base = any(stage.trains_base for stage in plan.stages)
+    if trains_base and is_main_rank():
+        session.remember_text()
     results: list[StageResult] = []
     for index in range(plan.first, len(plan.stages)):
         stage = plan.stages[index]
@@ -182,6 +185,8 @@ def train(
         )
         if session.stop_requested and index + 1 < len(plan.stages):
             raise session.stopped(f"after stage {stage.name!r}")
+    if trains_base and is_main_rank():
+        session.measure_text()
     return results
 
 
@@ -189,6 +194,7 @@ def _begin(run: Path, recipe: Recipe) -> None:
     if not is_main_rank():
         return
     shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
+    (run / text_change.BEFORE).unlink(missing_ok=True)
     metrics.put_aside(run)
     atomic_text(run / USED_RECIPE, dump_recipe(absolute(recipe)))
     atomic_json(run / VERSIONS, versions())

@@ -26,7 +26,7 @@ from mmgraft.model.graft_file import CONFIG_NAME
 from mmgraft.model.loading import base_files, load_model
 from mmgraft.model.saving import save_graft
 from mmgraft.model.vision.base import VisionTower
-from mmgraft.training import checkpoint, metrics
+from mmgraft.training import checkpoint, metrics, text_change
 from mmgraft.training.devices import is_main_rank
 from mmgraft.training.features import fill_cache, open_cache
 from mmgraft.training.recipe import Stage
@@ -109,6 +109,18 @@ class Session:
             self._save(index, model)
         trainer.accelerator.wait_for_everyone()
         return taken, log.last.get("loss"), size
+
+    def remember_text(self) -> None:
+        """Keep what the base says to a few prompts before it is trained."""
+        assert self.model is not None
+        assert self.processor is not None
+        text_change.remember(self.plan.run, self.model, self.processor)
+
+    def measure_text(self) -> None:
+        """Say, and record, how far text has moved."""
+        assert self.model is not None
+        assert self.processor is not None
+        self.announce(str(text_change.measure(self.plan.run, self.model, self.processor)))
 
     # -- parts of a stage -----------------------------------------------------------------------
 
@@ -225,7 +237,10 @@ class Session:
             folder = self.plan.run
         plan = self.plan
         full = plan.recipe.base == "full" or any(one.precision == "fp32" for one in plan.stages)
-        device_map = {"": plan.device} if plan.device != "cpu" or plan.recipe.quantization else None
+        device = plan.device
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"  # else every rank fills the first card
+        device_map = {"": device} if device != "cpu" or plan.recipe.quantization else None
         self.announce(f"loading {folder} on {plan.device}")
         model = load_model(
             folder,
