@@ -27,6 +27,7 @@ from mmgraft.model.workflow import Workflow
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
 
+_PROJECTOR = "projector.mlp.0.weight"
 Verify = Literal["fast", "full", "off"]
 _GRAFT_FILES = [
     "*.json",
@@ -243,6 +244,10 @@ def load_workflow(
 ) -> Workflow:
     """Build a workflow's modules on the meta device and put the saved tensors in."""
     tensors = read_tensors(folder)
+    if _PROJECTOR not in tensors:
+        raise UsageError(
+            f"{folder} does not hold what its {CONFIG_NAME} says: tensor {_PROJECTOR} is missing."
+        )
     workflow = build_workflow(record, base, vision_width(tensors))
     shared = {f"graft.{name}" for name in workflow.graft.shares()}
     wanted = {k: v for k, v in workflow.state_dict().items() if k not in shared}
@@ -270,13 +275,13 @@ def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None
 
 def vision_width(tensors: dict[str, Tensor]) -> int:
     """Width of the tower's features, as the saved projector says."""
-    return tensors["projector.mlp.0.weight"].shape[1]
+    return tensors[_PROJECTOR].shape[1]
 
 
 def build_workflow(record: GraftFile, base: PreTrainedModel, width: int) -> Workflow:
     """A workflow's modules, without values, for the base at hand."""
     method = get_method(record.method)
-    config = method.config_class.model_validate(record.config)
+    config = method.config_class.parse(record.config, f"config of {CONFIG_NAME}")
     anatomy = examine(base)
     parts = shape_parts(base.config, anatomy)
     with torch.device("meta"):
