@@ -12,12 +12,15 @@ from grafting import (
     CONFIGS,
     batch,
     distance,
+    every_architecture,
     every_pair,
     graft_on,
     grafted,
     logits_of,
     perturb,
+    plain,
     rows,
+    text_of,
 )
 from mmgraft import GraftedModel
 from tiny import VARIANTS
@@ -55,13 +58,18 @@ def in_chunks(
     return torch.cat(logits, dim=1)
 
 
-def worst(model: Any, inputs: dict[str, Tensor], **options: Any) -> float:
+def placed(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs, with the positions that a base has to be told and a grafted model finds."""
+    if isinstance(model, GraftedModel):
+        return inputs
+    return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+
+def worst(model: Any, inputs: dict[str, Tensor]) -> float:
     """Largest difference between cached decoding and the full forward at real positions."""
     real = inputs["attention_mask"].bool()
-    given = inputs
-    if not isinstance(model, GraftedModel):
-        given = {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
-    return distance(in_chunks(model, inputs, **options)[real], logits_of(model, given)[real])
+    found = in_chunks(model, inputs)[real]
+    return distance(found, logits_of(model, placed(model, inputs))[real])
 
 
 @every_pair
@@ -86,3 +94,49 @@ def test_other_forms_of_the_classes(arch: str) -> None:
 
 def _no_norm() -> Any:
     return CONFIGS["iaa-c"].model_copy(update={"norm": False})
+
+
+def differences(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Largest difference of cached decoding from the full forward at each real position."""
+    real = inputs["attention_mask"].bool()
+    found, expected = in_chunks(model, inputs)[real], logits_of(model, placed(model, inputs))[real]
+    return (found.float() - expected.float()).abs().amax(-1)
+
+
+def batches() -> list[dict[str, Tensor]]:
+    return [batch(rows(*WORDS, seed=seed), "left") for seed in (0, 1, 2)]
+
+
+@every_architecture
+def test_in_bf16_it_is_as_close_as_the_bases_own_cache(arch: str) -> None:
+    """Kernels round by the shape of what they get, so a base differs from itself when it decodes.
+
+    A graft may differ twice as much: it has up to twice as many attentions in its path (learners,
+    inserted layers). Where the base does not differ at all (explicit attention rounds each query by
+    itself, but learners are fused), the yardstick is how far bf16 takes it from fp32. Medians over
+    positions, for a rounding can send a token to another expert, in the base as in a graft.
+    """
+    base, exact = plain(arch, torch.bfloat16), plain(arch)
+    texts = [text_of(each) for each in batches()]
+    own = torch.cat([differences(base, each) for each in texts]).median()
+    rounding = []
+    for each in texts:
+        real, given = each["attention_mask"].bool(), placed(base, each)
+        moved = logits_of(base, given)[real].float() - logits_of(exact, given)[real]
+        rounding.append(moved.abs().amax(-1))
+    allowed = max(2 * own, torch.cat(rounding).median())
+    assert allowed < 0.1
+    for method in CONFIGS:
+        model = grafted(arch, method, torch.bfloat16)
+        found = torch.cat([differences(model, each) for each in batches()])
+        assert found.median() <= allowed, method
+
+
+def test_a_wrong_position_is_far_beyond_what_bf16_allows() -> None:
+    """The median above sees a mistake: here the padding of the cached steps is forgotten."""
+    model, inputs = grafted("llama", "iaa-c", torch.bfloat16), batches()[0]
+    wrong = dict(inputs)
+    wrong["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    real = inputs["attention_mask"].bool()
+    moved = in_chunks(model, wrong)[real].float() - logits_of(model, inputs)[real].float()
+    assert moved.abs().amax(-1).median() > 0.5
