@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from mmgraft.errors import UsageError
+from mmgraft.patching import patched_forward
 
 KINDS = ("nf4",)
 
@@ -47,3 +52,57 @@ def assert_unquantized(module: nn.Module, where: str) -> None:
     for name, child in module.named_modules():
         if type(child).__module__.startswith("bitsandbytes"):
             raise UsageError(f"{where}.{name} was quantised; only the base may be.")
+
+
+@contextmanager
+def gradients_through_packed(module: nn.Module) -> Iterator[None]:
+    """While the block lasts, gradients flow through 4-bit layers that bitsandbytes has packed.
+
+    On a CPU with bfloat16 instructions it packs a layer's weights for a faster kernel at the first
+    forward without gradients, an evaluation for instance. That kernel has no backward pass: a
+    training step after it would lose, without a word, every gradient that passes such a layer.
+    """
+    with ExitStack() as stack:
+        for child in module.modules():
+            if _packed(child):
+                stack.enter_context(patched_forward(child, _forward_packed(child)))
+        yield
+
+
+def _packed(module: nn.Module) -> bool:
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _forward_packed(module: nn.Module) -> Any:
+    def forward(original: Any, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return original(x)
+        return _ThroughPacked.apply(x, module, original)
+
+    return forward
+
+
+class _ThroughPacked(torch.autograd.Function):
+    """The packed kernel forwards; backwards the product with the weights that it holds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, original: Any) -> Tensor:
+        ctx.module = module
+        return original(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ _unpacked(ctx.module).to(grads[0].dtype), None, None
+
+
+def _unpacked(module: nn.Module) -> Tensor:
+    """The weights ``(out, in)`` of a packed layer, which stays as it is."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+    weight: Any = module.weight
+    state = copy.copy(weight.quant_state)
+    state.original_nested = False  # the scales are whole already
+    data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = state.absmax.t().reshape(-1).float()
+    return dequantize_4bit(data, state)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mmgraft.anatomy import Anatomy, decoder_layers, get_path
 from mmgraft.grafts.base import Graft, Pass, select
 from mmgraft.model.parts import execution_device
+from mmgraft.model.quantization import gradients_through_packed
 from mmgraft.patching import patched_forward
 
 
@@ -33,6 +34,7 @@ class _Run:
     active: Sequence[Active]
     state: Pass | None
     checkpointing: bool
+    through_4bit: bool = False
     carries: list[Tensor | None] = field(default_factory=list)
 
 
@@ -50,11 +52,13 @@ def running(
     the backward pass instead of keeping its activations. ``state`` is None for the base alone.
     """
     active = [item for item in active if item.graft.active]
-    run = _Run(active, state, checkpointing, [None] * len(active))
+    through_4bit = torch.is_grad_enabled() and bool(getattr(base, "is_quantized", False))
+    run = _Run(active, state, checkpointing, through_4bit, [None] * len(active))
+    every_layer = checkpointing or (through_4bit and state is not None)
     with ExitStack() as stack:
         stack.enter_context(_one_precision(base, active))
         for index, layer in enumerate(decoder_layers(base, anatomy)):
-            if checkpointing or any(item.graft.acts_on(index) for item in active):
+            if every_layer or any(item.graft.acts_on(index) for item in active):
                 stack.enter_context(patched_forward(layer, partial(_layer, run, index, layer)))
         for path, name in ((anatomy.norm_path, "norm"), (anatomy.head_path, "head")):
             owners = [item for item in active if getattr(item.graft, name) is not None]
@@ -95,6 +99,8 @@ def _layer(
     def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, ...]:
         here = state.on(hidden.device)
         with ExitStack() as stack:
+            if run.through_4bit:
+                stack.enter_context(gradients_through_packed(layer))
             for item in run.active:
                 if item.graft.acts_on(index):
                     context = item.graft.layer_context(index, layer, hidden, here, item.gate)
