@@ -137,6 +137,7 @@ def _facts(report: DemoReport) -> list[list[str]]:
         text = f"NO: {same.first_difference}, by up to {same.max_difference:g}"
     base = human_count(report.base_parameters)
     times = [[f"time: {phase.name}", clock(phase.seconds)] for phase in report.phases]
+    cpu = f" ({clock(report.cpu_seconds)} of processor time)"
     over = report.seconds > BUDGET_MINUTES * 60
     late = f", over the {BUDGET_MINUTES} minutes it is meant to take" if over else ""
     return [
@@ -144,5 +145,5 @@ def _facts(report: DemoReport) -> list[list[str]]:
         ["parameters trained", f"{human_count(report.parameters)} (base: 0 of {base})"],
         ["steps", ", ".join(f"{name} {count}" for name, count in report.steps.items())],
         *times,
-        ["time in all", clock(report.seconds) + late],
+        ["time in all", clock(report.seconds) + cpu + late],
     ]

@@ -24,10 +24,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the demo and how long it took, in seconds."""
+    """A part of the demo and how long it took.
+
+    Attributes:
+        name: What was done.
+        seconds: By the clock.
+        cpu_seconds: Of processor time, all threads together: what it costs whatever else runs.
+    """
 
     name: str
     seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ class DemoReport:
         steps: Of the optimizer, by stage.
         chat: A few turns.
         phases: In order, with their time.
-        seconds: All of them together.
+        seconds: All of them together, by the clock.
+        cpu_seconds: Of processor time.
         out: The run's folder.
         sheet: The contact sheet.
     """
@@ -78,6 +86,7 @@ class DemoReport:
     chat: list[Turn] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -34,12 +34,17 @@ from mmgraft.training.recipe_source import find_recipe, load_recipe
 from mmgraft.training.run import Display, StageResult, plan_training, train
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from mmgraft.demo.easy_vqa import Question
+    from mmgraft.training.recipe import Stage
 
 METHODS = ("iaa", "wings", "llava")
 QUESTIONS = 1000
 DRAW_SEED = 2026
 """Draws the test questions: always the same ones, whatever the seed of a training."""
+ANSWER_TOKENS = 3
+"""Two make the longest answer and one ends it; a model that says more is wrong by then."""
 TURNS = 5
 """Questions about one picture in a row to train on."""
 QUICK_STEPS, QUICK_QUESTIONS, QUICK_PICTURES = 2, 20, 24
@@ -126,10 +131,11 @@ class _Demo:
         self.display = display
         self.phases: list[Phase] = []
         self.device = pick_device(None)
+        self._since = time.monotonic(), time.process_time()
 
     def run(self, models: DemoModels | None) -> DemoReport:
         """All phases in order."""
-        settings, began = self.settings, time.monotonic()
+        settings = self.settings
         if models is None:
             check_packages(settings.hub)
         with self._phase("data"):
@@ -170,7 +176,8 @@ class _Demo:
             sheet=str(sheet),
             chat=chat,
             phases=self.phases,
-            seconds=time.monotonic() - began,
+            seconds=sum(phase.seconds for phase in self.phases),
+            cpu_seconds=sum(phase.cpu_seconds for phase in self.phases),
         )
         self._record(report)
         return report
@@ -179,13 +186,16 @@ class _Demo:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
         yield
-        self._took(name, time.monotonic() - began)
+        self._took(name)
 
-    def _took(self, name: str, seconds: float) -> None:
-        self.phases.append(Phase(name, seconds))
-        self.announce(f"{name}: {seconds:.0f} s")
+    def _took(self, name: str) -> None:
+        """A phase ends here, which began where the one before it ended."""
+        now = time.monotonic(), time.process_time()
+        phase = Phase(name, now[0] - self._since[0], now[1] - self._since[1])
+        self._since = now
+        self.phases.append(phase)
+        self.announce(f"{name}: {phase.seconds:.0f} s")
 
     def _write_rows(self, found: Sequence[Question]) -> dict[str, Path]:
         """Rows for both stages: captions to align by, questions to tune by."""
@@ -228,13 +238,14 @@ class _Demo:
             answerer.model,
             answerer.processor,
             [easy_vqa.prompt(question, root) for question in asked],
+            max_new_tokens=ANSWER_TOKENS,
             features=lambda paths: torch.stack(cache.get_many(paths, compute)),
         )
         return answers, answerer
 
     def _train(self, data: dict[str, Path], root: Path) -> list[StageResult]:
         gc.collect()  # the model that answered before training
-        settings, began = self.settings, time.monotonic()
+        settings = self.settings
         plan = plan_training(
             settings.out,
             data=[f"{stage}={file}" for stage, file in data.items()],
@@ -243,11 +254,14 @@ class _Demo:
             max_steps=settings.max_steps,
             device=self.device,
         )
-        results = train(plan, announce=self.announce, display=self.display)
-        stages = sum(result.seconds for result in results)
-        for one in results:
-            self._took(f"training: {one.stage}", one.seconds)
-        self._took("training: reading rows", time.monotonic() - began - stages)
+
+        def display(stage: Stage, number: int, stages: int) -> Sequence[TrainerCallback]:
+            if number > 1:
+                self._took(f"training: {plan.stages[number - 2].name}")
+            return self.display(stage, number, stages)
+
+        results = train(plan, announce=self.announce, display=display)
+        self._took(f"training: {plan.stages[-1].name}")
         return results
 
     def _compare(self, answerer: Answerer) -> IdentityReport:

@@ -164,7 +164,7 @@ def answer(
     conversations: Sequence[Sequence[Mapping[str, Any]]],
     *,
     batch_size: int = 32,
-    max_new_tokens: int = 4,
+    max_new_tokens: int = 8,
     features: Callable[[list[Path]], Tensor] | None = None,
     workflow: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,

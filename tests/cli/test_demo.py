@@ -35,8 +35,9 @@ def make_report(identical: bool = True, seconds: float = 700.0) -> DemoReport:
         out="demo-iaa",
         sheet="demo-iaa/results/contact_sheet.png",
         chat=[Turn("what [shape]?", "circle", "/pictures/7.png"), Turn("capital?", "Paris", None)],
-        phases=[Phase("graft", 5.0), Phase("training: tune", 125.0)],
+        phases=[Phase("graft", 5.0, 4.0), Phase("training: tune", 125.0, 230.0)],
         seconds=seconds,
+        cpu_seconds=1260.0,
     )
 
 
@@ -68,7 +69,7 @@ def test_the_table_has_all_that_was_promised(cli, ran) -> None:
     assert "yes, bit for bit (8 prompts, 297 positions)" in rows["text logits identical"]
     assert "8.2 M (base: 0 of 134.5 M)" in rows["parameters trained"]
     assert "2:05" in rows["time: training: tune"]
-    assert rows["time in all"].endswith("11:40") or "11:40" in rows["time in all"]
+    assert "11:40 (21:00 of processor time)" in rows["time in all"]
     assert "> what [shape]? [7.png]" in out
     assert "1000 test questions" in out
     assert "graft: 5 s" in err
@@ -78,7 +79,7 @@ def test_the_table_has_all_that_was_promised(cli, ran) -> None:
 def test_a_missed_budget_and_a_changed_text_are_said(cli, ran, monkeypatch) -> None:
     monkeypatch.setattr(demo_run, "run_demo", lambda *_, **__: make_report(False, 1000.0))
     _, out, _ = cli("demo")
-    assert "16:40, over the 15 minutes" in out
+    assert "16:40 (21:00 of processor time), over the 15 minutes" in out
     assert "NO: logits of prompts 1 to 4, by up to 0.5" in out
 
 
