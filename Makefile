@@ -19,8 +19,8 @@ demo: env
 	$(RUN)/mmgraft demo
 
 # MMGRAFT_GOLDEN, the folder of published results, is passed on; without it parity tests are skipped.
-test: env
-	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n $(JOBS) -q
+test: env $(VENV)/.test-installed
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n $(JOBS) --dist loadgroup -q
 
 lint: env
 	$(RUN)/ruff check .
@@ -37,6 +37,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt demo-packages.txt
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev,4bit,gguf]'
 	$(PIP) install -q --no-deps -r demo-packages.txt
+	@touch $@
+
+$(VENV)/.test-installed: test-packages.txt $(VENV)/.installed
+	$(PIP) install -q --no-deps -r test-packages.txt
 	@touch $@
 
 clean:

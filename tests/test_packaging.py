@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mmgraft.cli.env import DEMO_PACKAGES
+from mmgraft.demo.assets import GEMMA
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,6 +55,10 @@ def test_the_constraints_pin_what_is_declared_within_its_bounds() -> None:
 
 def test_the_demo_packages_are_those_that_env_looks_for() -> None:
     assert {pin.name for pin in requirements("demo-packages.txt")} == set(DEMO_PACKAGES)
+
+
+def test_the_test_packages_are_those_that_are_assembled() -> None:
+    assert [pin.name for pin in requirements("test-packages.txt")] == [p.name for p in GEMMA]
 
 
 def test_every_third_party_import_is_declared() -> None:

