@@ -82,9 +82,7 @@ pieces = st.lists(
         lambda parts: None in parts
     )
 )
-def test_ids_around_images_are_stock_llavas(
-    kind: str, name: str, parts: list[str | None]
-) -> None:
+def test_ids_around_images_are_stock_llavas(kind: str, name: str, parts: list[str | None]) -> None:
     processor = _processor(kind, name)
     content = [_image() if part is None else _text(part) for part in parts]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A cat"}]

@@ -178,9 +178,7 @@ def test_tool_calls_are_learnt_with_and_without_words() -> None:
 
 
 def _with_file(text: str) -> GraftProcessor:
-    return GraftProcessor(
-        text_tokenizer("byte_bpe"), PATCHES, PLACEHOLDER, Template("file", text)
-    )
+    return GraftProcessor(text_tokenizer("byte_bpe"), PATCHES, PLACEHOLDER, Template("file", text))
 
 
 def test_a_call_without_words_may_be_written_with_less_before_its_end() -> None:
