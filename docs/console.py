@@ -5,7 +5,7 @@ What means something here; every other block is only read.
 - ``python file=NAME`` (and ``yaml``, ``toml``, ``text`` with ``file=``): written to that file
   before the page's commands run.
 - ``console``: lines that begin with ``$ `` are run from top to bottom in one empty folder, called
-  ``~/work`` on the page; what stands below a command is what it prints, errors included. A command
+  ``~/play`` on the page; what stands below a command is what it prints, errors included. A command
   that must fail ends with ``# exit code N``.
 - a file ``pyproject.toml`` is installed, as ``pip install -e .`` would do.
 - ``<!-- folder: PAGE -->`` on a line of its own: the page begins in the folder in which the
@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-HOME = "~/work"
+HOME = "~/play"
 
 _FENCE = re.compile(r"^```(\S*)[ \t]*(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FOLDER = re.compile(r"^<!-- folder: (\S+) -->$", re.MULTILINE)
