@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mmgraft.evaluation.estimate import Estimate
 from mmgraft.evaluation.identity import IdentityReport
-from mmgraft.evaluation.vqa import Accuracy
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Score:
         kinds: The share for `color`, `shape` and `yes/no`.
     """
 
-    overall: Accuracy
+    overall: Estimate
     kinds: dict[str, float]
 
 

@@ -22,8 +22,9 @@ from mmgraft.demo.assets import DemoModels, check_packages, demo_models
 from mmgraft.demo.contact_sheet import Tile, contact_sheet, save_sheet
 from mmgraft.demo.report import DemoReport, Phase, Score, Turn
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.estimate import mean
 from mmgraft.evaluation.identity import IdentityReport, load_untouched, text_identity
-from mmgraft.evaluation.vqa import Prior, accuracy, answer, by_kind, exact
+from mmgraft.evaluation.vqa import Prior, answer, by_kind, exact
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.feature_cache import FeatureCache, tower_features
 from mmgraft.model.graft_file import CONFIG_NAME, GraftFile
@@ -298,7 +299,7 @@ def _score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
     right = [_right(question, said) for question, said in zip(asked, answers, strict=True)]
     pictures = [question.picture for question in asked]
     kinds = [question.kind for question in asked]
-    return Score(accuracy(right, groups=pictures), by_kind(right, kinds))
+    return Score(mean(right, groups=pictures), by_kind(right, kinds))
 
 
 def _chat(answerer: Answerer, shown: Question, root: Path) -> list[Turn]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mmgraft.errors import UsageError
 
@@ -20,27 +17,6 @@ if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
 
 Match = Callable[[str, str], bool]
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of right answers and its bootstrap interval.
-
-    Attributes:
-        value: Right answers by all, 0 to 1.
-        low: Lower end of the 95 % interval.
-        high: Upper end.
-        count: Answers.
-    """
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-    def __str__(self) -> str:
-        """`0.823 (0.800 to 0.846)`."""
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 # -- right or wrong -----------------------------------------------------------------------------
@@ -79,39 +55,6 @@ def normalised(answer: str) -> str:
 def vqa_match(given: str, truth: str) -> bool:
     """Whether two answers are the same once :func:`normalised`."""
     return normalised(given) == normalised(truth)
-
-
-def accuracy(
-    right: Sequence[bool],
-    groups: Sequence[Any] | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Accuracy:
-    """The share of right answers with a 95 % percentile bootstrap interval.
-
-    Args:
-        right: One for each answer.
-        groups: What answers belong together, such as the picture: groups are drawn whole, since
-            answers about one picture are right or wrong together. Default: each by itself.
-        resamples: How often to draw.
-        seed: Of the draws.
-
-    Raises:
-        UsageError: There is no answer.
-    """
-    if not right:
-        raise UsageError("no answers to score; give at least one")
-    names = list(range(len(right))) if groups is None else list(groups)
-    hits: dict[Any, int] = defaultdict(int)
-    sizes: dict[Any, int] = defaultdict(int)
-    for one, name in zip(right, names, strict=True):
-        hits[name] += one
-        sizes[name] += 1
-    hit, size = np.array(list(hits.values())), np.array(list(sizes.values()))  # (groups,)
-    drawn = np.random.default_rng(seed).integers(len(hit), size=(resamples, len(hit)))
-    shares = hit[drawn].sum(axis=1) / size[drawn].sum(axis=1)  # (resamples,)
-    low, high = np.quantile(shares, [0.025, 0.975])
-    return Accuracy(sum(map(bool, right)) / len(right), float(low), float(high), len(right))
 
 
 def by_kind(right: Sequence[bool], kinds: Sequence[str]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mmgraft.errors import did_you_mean
+from mmgraft.evaluation.set_spec import SetSpec
 from mmgraft.model.vision.spec import ProjectorSpec
 from mmgraft.strict import StrictModel
 
@@ -154,6 +155,9 @@ class Recipe(StrictModel):
     )
     keep_checkpoints: int = Field(default=2, ge=1)
     eval_every: int | None = Field(default=None, ge=1, description="steps; needs eval_data")
+    evaluation: list[SetSpec] = Field(
+        default_factory=list, description="sets that `mmgraft eval` asks"
+    )
     feature_cache: bool | str = Field(
         default=False,
         description="compute the tower once an image: true keeps it in the run, or a folder",

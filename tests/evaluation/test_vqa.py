@@ -8,7 +8,6 @@ from mmgraft.data.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.vqa import (
     Prior,
-    accuracy,
     answer,
     by_kind,
     exact,
@@ -57,35 +56,6 @@ def test_normalisation_follows_the_vqa_rules(given: str, clean: str) -> None:
 def test_vqa_match_compares_what_is_normalised() -> None:
     assert vqa_match("The circle.", "circle")
     assert not vqa_match("circles", "circle")
-
-
-def test_accuracy_is_the_share_and_lies_in_its_interval() -> None:
-    found = accuracy([True] * 75 + [False] * 25)
-    assert found.value == 0.75
-    assert found.count == 100
-    # Binomial: sqrt(0.75 * 0.25 / 100) = 0.043; 1.96 of them on either side.
-    assert found.low == pytest.approx(0.75 - 0.085, abs=0.02)
-    assert found.high == pytest.approx(0.75 + 0.085, abs=0.02)
-    assert str(found).startswith("0.750 (0.6")
-
-
-def test_answers_about_one_picture_are_drawn_together() -> None:
-    """Ten pictures with ten equal answers each are ten draws, not a hundred."""
-    right = [at // 10 < 7 for at in range(100)]
-    alone = accuracy(right)
-    grouped = accuracy(right, groups=[at // 10 for at in range(100)])
-    assert grouped.value == alone.value
-    assert grouped.high - grouped.low > 2 * (alone.high - alone.low)
-
-
-def test_accuracy_is_the_same_for_the_same_seed() -> None:
-    right = [True, False, True, True, False] * 8
-    assert accuracy(right, seed=1) == accuracy(right, seed=1)
-
-
-def test_no_answers_have_no_accuracy() -> None:
-    with pytest.raises(UsageError, match="no answers"):
-        accuracy([])
 
 
 def test_by_kind_splits_the_share() -> None:

@@ -1,0 +1,81 @@
+"""What a recipe says of a set to evaluate on. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from mmgraft.strict import StrictModel
+
+Metric = Literal["perplexity", "choice", "exact", "vqa", "vqa_v2", "yes_no", "caption", "box"]
+TEXT_METRICS = ("perplexity", "choice")
+VISION_METRICS = ("choice", "exact", "vqa", "vqa_v2", "yes_no", "caption", "box")
+BoxFormat = Literal["unit", "thousand", "pixel"]
+Blind = Literal["prior", "no_image"]
+
+COLUMNS = (
+    "id", "question", "answer", "answers", "options", "image", "box", "kind", "group", "text",
+)  # fmt: skip
+"""What an item may hold; `columns` of a set says under which key of its rows."""
+
+
+class SetSpec(StrictModel):
+    """One set of items and how its answers are scored.
+
+    Sets whose metric is `perplexity`, and `choice` sets marked `modality: text`, are asked of the
+    text workflow and of the untouched base; the others are asked with their images.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    path: str | None = Field(default=None, description="file of items, or a packaged set's name")
+    metric: Metric
+    modality: Literal["text", "image"] = "image"
+    images: str | None = Field(default=None, description="folder that image paths start from")
+    train: str | None = Field(
+        default=None, description="file of training rows, whose answers give the prior score"
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="keys of the rows, where they have other names"
+    )
+    prompt: str | None = Field(
+        default=None, description="what is asked, with {question} and {options}"
+    )
+    boxes: BoxFormat | None = Field(
+        default=None, description="how the model writes [x1,y1,x2,y2]; needed by `box`"
+    )
+    blind: list[Blind] = Field(default_factory=lambda: ["prior", "no_image"])
+    workflow: str | None = Field(default=None, description="of rows with images; None: the graft's")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="None: by the metric")
+    limit: int | None = Field(default=None, ge=1, description="draw so many items")
+    seed: int = Field(default=0, description="of that draw")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("metric") == "perplexity":
+            return {"modality": "text", **data}
+        return data
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.metric == "perplexity" and self.modality != "text":
+            raise ValueError(f"set {self.name!r}: perplexity is of text; leave modality out")
+        if self.modality == "text" and self.metric not in TEXT_METRICS:
+            raise ValueError(
+                f"set {self.name!r}: {self.metric} needs images; for text write one of "
+                + ", ".join(TEXT_METRICS)
+            )
+        if self.metric == "box" and self.boxes is None:
+            raise ValueError(
+                f"set {self.name!r}: say how boxes are written: boxes: unit (0 to 1), thousand "
+                "(0 to 999) or pixel"
+            )
+        unknown = sorted(set(self.columns) - set(COLUMNS))
+        if unknown:
+            raise ValueError(
+                f"set {self.name!r}: columns names {unknown[0]!r}, which no item has; choose from "
+                + ", ".join(COLUMNS)
+            )
+        return self
