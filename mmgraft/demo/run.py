@@ -19,9 +19,9 @@ from mmgraft.answering import Answerer, Dialogue
 from mmgraft.atomic import atomic_json, atomic_text
 from mmgraft.demo import easy_vqa
 from mmgraft.demo.assets import DemoModels, check_packages, demo_models
-from mmgraft.demo.contact_sheet import Tile, contact_sheet, save_sheet
 from mmgraft.demo.report import DemoReport, Phase, Score, Turn
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.contact_sheet import Tile, contact_sheet, save_sheet
 from mmgraft.evaluation.estimate import mean
 from mmgraft.evaluation.identity import IdentityReport, load_untouched, text_identity
 from mmgraft.evaluation.vqa import Prior, answer, by_kind, exact

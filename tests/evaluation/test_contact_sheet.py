@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFont
 
-from mmgraft.demo.contact_sheet import (
+from mmgraft.errors import UsageError
+from mmgraft.evaluation.contact_sheet import (
     FONT,
     MARGIN,
     PICTURE,
@@ -18,7 +19,6 @@ from mmgraft.demo.contact_sheet import (
     save_sheet,
     shorten,
 )
-from mmgraft.errors import UsageError
 
 FILL = (10, 200, 240)
 
