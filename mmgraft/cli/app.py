@@ -59,6 +59,13 @@ COMMANDS: dict[str, Command] = {
         _MAKE,
         "mmgraft recipes ls",
     ),
+    "data": Command(
+        "mmgraft.cli.data",
+        "app",
+        "List and write the data sets and models that packages carry.",
+        _MAKE,
+        "mmgraft data ls",
+    ),
     "demo": Command(
         "mmgraft.cli.demo",
         "demo",

@@ -16,7 +16,7 @@ from mmgraft.errors import MMGraftError, UsageError
 
 ISSUE_COMMANDS = {
     *("graft", "train", "chat", "generate", "export", "push", "import"),
-    *("inspect", "recipes", "methods", "env", "demo"),
+    *("inspect", "recipes", "methods", "env", "demo", "data"),
 }
 
 
@@ -91,7 +91,7 @@ def documented() -> list[list[str]]:
 )
 def test_shown_commands_use_options_that_exist(cli, words: list[str]) -> None:
     name = words[1]
-    inner = [words[2]] if name == "recipes" else []
+    inner = [words[2]] if name in ("recipes", "data") else []
     help_text = cli(name, *inner, "--help").out
     for flag in (word for word in words if word.startswith("--")):
         assert f" {flag.partition('=')[0]} " in help_text
