@@ -61,9 +61,9 @@ def read_rows(
         raise UsageError(f"no data file {path}; give a LLaVA json or a messages jsonl")
     if not folder.is_dir():
         raise UsageError(f"no image folder {folder}; give the folder that image paths start from")
-    reader = _Reader(str(path), os.path.abspath(folder), format, check_images)
+    reader = RowReader(str(path), os.path.abspath(folder), format, check_images)
     rows: list[Row] = []
-    for place, data in _records(path):
+    for place, data in records(path):
         if limit is not None and len(rows) >= limit:
             break
         rows.append(reader.row(place, data))
@@ -72,7 +72,7 @@ def read_rows(
     return rows
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
+def records(path: Path) -> Iterator[tuple[str, Any]]:
     """Every record of a file and its place, from a JSON list or from lines of JSON."""
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -84,14 +84,14 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
                 yield from _lines(path, file)
                 return
             try:
-                records = json.load(file)
+                listed = json.load(file)
             except json.JSONDecodeError as error:
                 raise UsageError(
                     f"{path}, line {error.lineno}: not JSON ({error.msg}); correct the file"
                 ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error.reason}); convert it") from error
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(listed, start=1):
         yield f"row {number}", record
 
 
@@ -108,7 +108,7 @@ def _lines(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
-class _Reader:
+class RowReader:
     """Reads the records of one file."""
 
     def __init__(self, file: str, folder: str, format: Format, check_images: bool):
@@ -116,6 +116,11 @@ class _Reader:
         self.check_images = check_images
 
     def row(self, place: str, data: Any) -> Row:
+        """One record as a row.
+
+        Raises:
+            UsageError: naming file, row and what is wrong.
+        """
         where = f"{self.file}, {place}"
         if not isinstance(data, dict):
             raise UsageError(
@@ -171,7 +176,7 @@ class _Reader:
         parts: list[dict[str, Any]] = []
         for index, piece in enumerate(pieces):
             if index and queue:
-                parts.append({"type": "image", "image": self._resolve(queue.pop(0), where)})
+                parts.append({"type": "image", "image": self.resolve(queue.pop(0), where)})
             if piece:
                 parts.append({"type": "text", "text": piece})
         return parts
@@ -209,7 +214,7 @@ class _Reader:
                     'path in the row\'s "images"'
                 )
             image = queue.pop(0) if image is None else image
-            return {"type": "image", "image": self._resolve(image, at)}
+            return {"type": "image", "image": self.resolve(image, at)}
         if (
             isinstance(part, dict)
             and part.get("type") == "text"
@@ -219,7 +224,12 @@ class _Reader:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         raise UsageError(f"{at}: a content part of type {kind!r}; write text or image parts")
 
-    def _resolve(self, image: Any, where: str) -> str:
+    def resolve(self, image: Any, where: str) -> str:
+        """An image's path as a file inside the image folder; a data URI stays as it is.
+
+        Raises:
+            UsageError: it is no path, an address, outside of the folder, or missing.
+        """
         if not isinstance(image, str) or not image:
             raise UsageError(f"{where}: an image that is no path ({image!r}); write its path")
         if is_data_uri(image):
