@@ -57,6 +57,32 @@ def vqa_match(given: str, truth: str) -> bool:
     return normalised(given) == normalised(truth)
 
 
+PEOPLE = 4
+"""With fewer answers of people not even the answer of all would count in full."""
+
+
+def vqa_v2(given: str, answers: Sequence[str]) -> float:
+    """VQAv2's accuracy of one answer: 0, 0.3, 0.6, 0.9 or 1 where ten people answered.
+
+    The mean of ``min(n / 3, 1)`` over all choices of nine of the ten people, ``n`` of whom gave
+    this answer. Answers are compared once :func:`normalised`. Source: Antol et al. 2015 (arXiv
+    1505.00468), eq. of section 3, averaged as in the evaluation at visualqa.org; here for any
+    number of people from four on.
+
+    Raises:
+        UsageError: Fewer answers of people.
+    """
+    if len(answers) < PEOPLE:
+        raise UsageError(
+            f"VQAv2's accuracy needs ten people's answers, or at least {PEOPLE}, not "
+            f"{len(answers)}; give them all, or score by exact or vqa"
+        )
+    said = normalised(given)
+    same = [normalised(answer) == said for answer in answers]
+    agreeing = sum(same)
+    return sum(min((agreeing - one) / 3, 1.0) for one in same) / len(same)
+
+
 def by_kind(right: Sequence[bool], kinds: Sequence[str]) -> dict[str, float]:
     """The share of right answers for each kind of question, kinds in order of their names."""
     found: dict[str, list[bool]] = defaultdict(list)

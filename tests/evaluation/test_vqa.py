@@ -13,6 +13,7 @@ from mmgraft.evaluation.vqa import (
     exact,
     normalised,
     vqa_match,
+    vqa_v2,
 )
 from mmgraft.grafts.llava.config import LlavaConfig
 from mmgraft.model.modeling import GraftedModel
@@ -56,6 +57,22 @@ def test_normalisation_follows_the_vqa_rules(given: str, clean: str) -> None:
 def test_vqa_match_compares_what_is_normalised() -> None:
     assert vqa_match("The circle.", "circle")
     assert not vqa_match("circles", "circle")
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "score"),
+    [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
+)
+def test_vqa_v2_averages_over_nine_of_ten_people(agreeing: int, score: float) -> None:
+    """With 3 who agree: three choices leave 2 of them (2/3), seven leave all (1): 9/10."""
+    answers = ["The cat."] * agreeing + [f"dog {at}" for at in range(10 - agreeing)]
+    assert vqa_v2("cat", answers) == pytest.approx(score)
+
+
+def test_vqa_v2_needs_people() -> None:
+    assert vqa_v2("cat", ["cat"] * 4) == 1.0
+    with pytest.raises(UsageError, match=r"ten people's answers, or at least 4, not 1"):
+        vqa_v2("cat", ["cat"])
 
 
 def test_by_kind_splits_the_share() -> None:
