@@ -66,6 +66,13 @@ COMMANDS: dict[str, Command] = {
         _MAKE,
         "mmgraft data ls",
     ),
+    "compare": Command(
+        "mmgraft.cli.compare",
+        "compare",
+        "Train several grafts alike, measure them alike, and write one report.",
+        _MAKE,
+        "mmgraft compare easy-vqa --out compare-easy-vqa",
+    ),
     "demo": Command(
         "mmgraft.cli.demo",
         "demo",

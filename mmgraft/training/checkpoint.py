@@ -152,7 +152,9 @@ def load_tensors(model: nn.Module, folder: Path) -> None:
 
 
 def read_progress(run: Path) -> dict[str, Any] | None:
-    """What a run has done so far: ``{"recipe", "stages", "finished"}``; None for a fresh run.
+    """What a run has done so far; None for a fresh run.
+
+    It has ``recipe``, ``stages``, ``finished``, and ``trained_parameters`` of finished stages.
 
     Raises:
         UsageError: The file is corrupt.

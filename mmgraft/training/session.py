@@ -106,7 +106,7 @@ class Session:
         else:
             taken = self._train(trainer, stage, last)
         if is_main_rank():
-            self._save(index, model)
+            self._save(index, model, size)
         trainer.accelerator.wait_for_everyone()
         return taken, log.last.get("loss"), size
 
@@ -281,19 +281,21 @@ class Session:
             )
         return last
 
-    def _save(self, index: int, model: GraftedModel) -> None:
+    def _save(self, index: int, model: GraftedModel, size: int) -> None:
         """Write the stage's graft, then note that the stage is done, then drop its checkpoints."""
         plan, stage = self.plan, self.plan.stages[index]
         assert stage.workflow is not None
         workflow = model.workflow(stage.workflow)
         workflow.record.recipe = plan.recipe.model_dump(mode="json")
         save_graft(model, self._folder_of(stage.workflow), stage.workflow)
+        earlier = checkpoint.read_progress(plan.run) or {}
         checkpoint.write_progress(
             plan.run,
             {
                 "recipe": plan.recipe.name,
                 "stages": [one.name for one in plan.stages],
                 "finished": [one.name for one in plan.stages[: index + 1]],
+                "trained_parameters": {**earlier.get("trained_parameters", {}), stage.name: size},
             },
         )
         checkpoint.remove(checkpoint.stage_folder(plan.run, index, stage.name))

@@ -1,0 +1,1 @@
+"""Several grafts of one base, trained alike and measured alike."""

@@ -1,0 +1,311 @@
+"""What a comparison is: arms that share base, tower, data, seed and sets. Free of torch."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.recipe_files import recipe_dir
+from mmgraft.strict import StrictModel
+from mmgraft.training.recipe import DataEntry
+from mmgraft.training.recipe_source import read_yaml
+
+FOLDER = "comparisons"
+"""Where the shipped ones lie, below the recipes."""
+ALL_STAGES = "*"
+"""Key of the data of stages that have none of their own."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class Arm(StrictModel):
+    """One graft of a comparison: a recipe, and what is set otherwise in it."""
+
+    recipe: str | None = Field(default=None, description="instead of the comparison's")
+    description: str = ""
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="keys of the recipe, such as stages.tune.lr"
+    )
+
+
+class LawsSpec(StrictModel):
+    """Which rows the attention sums are taken of."""
+
+    path: str = Field(description="file of rows or items with an image between texts")
+    images: str | None = None
+    limit: int = Field(default=64, ge=1, description="draw so many of them")
+    seed: int = Field(default=0, description="of that draw")
+
+
+class Comparison(StrictModel):
+    """Several trainings that differ in what is compared alone.
+
+    Paths are taken from `root` where they are found there, else as they are. An arm's settings are
+    those of its recipe, then `seed`, then `set`, then the arm's own `set` or the grid's values.
+    """
+
+    name: str = Field(pattern=f"^{NAME.pattern}$")
+    description: str = ""
+    base: str = Field(description="folder, alias or Hub id")
+    vision: str | VisionSpec = Field(description="Hub id, folder or registered tower, or its spec")
+    template: Literal["chat", "plain"] = "chat"
+    seed: int = 0
+    root: str | None = Field(default=None, description="folder that paths start from")
+    images: str | None = Field(default=None, description="folder of images; None: of each file")
+    data: dict[str, list[DataEntry]] = Field(
+        default_factory=dict, description="files of each stage, or of all under '*'"
+    )
+    recipe: str | None = Field(default=None, description="of arms that name none, and of a grid")
+    set: dict[str, Any] = Field(default_factory=dict, description="in the recipe of every arm")
+    arms: dict[str, Arm] = Field(default_factory=dict)
+    grid: dict[str, list[Any]] = Field(
+        default_factory=dict, description="keys of the recipe and the values that they take"
+    )
+    evaluation: list[SetSpec] = Field(default_factory=list)
+    laws: LawsSpec | None = None
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_of_stages(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not {"path"} & value.keys():
+            return {stage: _entries(one) for stage, one in value.items()}
+        return {ALL_STAGES: _entries(value)} if value else {}
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if bool(self.arms) == bool(self.grid):
+            raise ValueError(
+                "arms and grid are both there; write one of them"
+                if self.arms
+                else "nothing to compare: write arms, or a grid of keys and their values"
+            )
+        for name, arm in self.arms.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"arm {name!r}: a name has letters, digits, dot, dash, underscore")
+            if arm.recipe is None and self.recipe is None:
+                raise ValueError(f"arm {name!r} names no recipe, and neither does the comparison")
+        if self.grid and self.recipe is None:
+            raise ValueError("a grid needs a recipe to vary; write recipe: NAME")
+        for key, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid key {key!r} has no values; list at least one")
+            if any(values.count(value) > 1 for value in values):
+                raise ValueError(f"grid key {key!r} has a value twice; remove one")
+        names = [one.name for one in self.evaluation]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two evaluation sets are called {twice[0]!r}; rename one")
+        return self
+
+    def all_arms(self) -> dict[str, Arm]:
+        """The arms in order, a grid's expanded, each with its recipe and all that is set in it."""
+        shared = {"seed": self.seed, **self.set}
+        arms = self.arms or dict(self._grid_arms())
+        return {
+            name: Arm(
+                recipe=arm.recipe or self.recipe,
+                description=arm.description,
+                set={**shared, **arm.set},
+            )
+            for name, arm in arms.items()
+        }
+
+    def _grid_arms(self) -> Iterator[tuple[str, Arm]]:
+        labels = _labels(list(self.grid))
+        taken: dict[str, int] = {}
+        for values in itertools.product(*self.grid.values()):
+            chosen = dict(zip(self.grid, values, strict=True))
+            name = "_".join(f"{labels[key]}-{_word(value)}" for key, value in chosen.items())
+            taken[name] = taken.get(name, 0) + 1
+            if taken[name] > 1:
+                name = f"{name}.{taken[name]}"
+            yield name, Arm(set=chosen)
+
+    def placed(self) -> Comparison:
+        """The comparison with whole paths wherever a file is found."""
+        root = None if self.root is None else Path(self.root).expanduser()
+        images = self.images
+
+        def entry(one: DataEntry) -> DataEntry:
+            moved = {"path": _place(one.path, root), "images": _place(one.images or images, root)}
+            return one.model_copy(update=moved)
+
+        def asked(one: SetSpec) -> SetSpec:
+            moved = {name: _place(getattr(one, name), root) for name in ("path", "train")}
+            folder = images if one.modality == "image" else None
+            return one.model_copy(update={**moved, "images": _place(one.images or folder, root)})
+
+        laws = self.laws
+        if laws is not None:
+            moved = {"path": _place(laws.path, root), "images": _place(laws.images or images, root)}
+            laws = laws.model_copy(update=moved)
+        return self.model_copy(
+            update={
+                "data": {
+                    stage: [entry(one) for one in found] for stage, found in self.data.items()
+                },
+                "evaluation": [asked(one) for one in self.evaluation],
+                "laws": laws,
+                "root": None if root is None else str(root.resolve()),
+                "images": _place(images, root),
+            }
+        )
+
+
+def shipped_comparisons() -> list[str]:
+    """Names of the comparisons that come with mmgraft, sorted."""
+    return sorted(path.stem for path in (recipe_dir() / FOLDER).glob("*.yaml"))
+
+
+def find_comparison(name: str | Path) -> Path:
+    """The file of a comparison, by path or by the name of a shipped one.
+
+    Raises:
+        UsageError: with the nearest shipped name.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = recipe_dir() / FOLDER / f"{name}.yaml"
+    if path.name == str(name) and shipped.is_file():
+        return shipped
+    if path.suffix in (".yaml", ".yml") or path.name != str(name):
+        raise UsageError(f"no file {path}; `mmgraft recipes ls` lists the shipped comparisons")
+    raise UsageError(
+        f"no comparison {str(name)!r}; {did_you_mean(str(name), shipped_comparisons())} "
+        "`mmgraft recipes ls` lists them"
+    )
+
+
+def load_comparison(source: str | Path) -> Comparison:
+    """Read and check a comparison; recipes and data of its arms are checked by `make_plan`.
+
+    Args:
+        source: A path, or the name of a shipped comparison.
+
+    Raises:
+        UsageError: No such file, no YAML, unknown keys, no arms, an empty grid.
+    """
+    path = find_comparison(source)
+    data, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    if "stages" in data and "arms" not in data and "grid" not in data:
+        raise UsageError(
+            f"{path} is a recipe, and a comparison has arms or a grid; train it with `mmgraft "
+            "train`, or see `mmgraft recipes show easy-vqa`"
+        )
+    return Comparison.parse(data, str(path))
+
+
+def dump_comparison(comparison: Comparison) -> str:
+    """The comparison as YAML that :func:`load_comparison` reads back to an equal one."""
+    return yaml.safe_dump(
+        comparison.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def with_files(comparison: Comparison, data: Sequence[str], images: str | None) -> Comparison:
+    """The comparison with files from the command line.
+
+    Args:
+        comparison: What was loaded.
+        data: `FILE` for all stages, or `STAGE=FILE` for one. Several add up.
+        images: Folder of the images of these files; alone, of all files.
+    """
+    update: dict[str, Any] = {} if images is None else {"images": images}
+    given: dict[str, list[DataEntry]] = {}
+    for item in data:
+        stage, equals, path = item.partition("=")
+        if not equals or Path(item).exists():
+            stage, path = ALL_STAGES, item
+        given.setdefault(stage, []).append(DataEntry(path=path, images=images))
+    if given:
+        update["data"] = given if ALL_STAGES in given else {**comparison.data, **given}
+    return comparison.model_copy(update=update)
+
+
+def with_settings(comparison: Comparison, settings: Sequence[str]) -> Comparison:
+    """The comparison with settings from the command line, which come last.
+
+    Args:
+        comparison: What was loaded.
+        settings: `KEY=VALUE` for the recipes of all arms, `ARM:KEY=VALUE` for one arm's.
+
+    Raises:
+        UsageError: A text without `=`, or an arm that is not there.
+    """
+    if not settings:
+        return comparison
+    arms = comparison.all_arms()
+    for text in settings:
+        where, equals, value = text.partition("=")
+        if not equals or not where:
+            raise UsageError(f"--set {text}: write KEY=VALUE, or ARM:KEY=VALUE for one arm")
+        arm, colon, key = where.rpartition(":")
+        if colon and arm not in arms:
+            raise UsageError(f"--set {text}: no arm {arm!r}; {did_you_mean(arm, arms)}")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {text}: {value!r} is not a YAML value") from error
+        for name in [arm] if colon else list(arms):
+            kept = {one: old for one, old in arms[name].set.items() if one != key}
+            arms[name] = arms[name].model_copy(update={"set": {**kept, key: parsed}})
+    return comparison.model_copy(update={"arms": arms, "grid": {}})
+
+
+def overrides_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as the `key=value` texts that recipes take."""
+    texts = []
+    for key, value in settings.items():
+        dumped = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+        texts.append(f"{key}={dumped.removesuffix('...' + chr(10)).strip()}")
+    return texts
+
+
+def _entries(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"path": one} if isinstance(one, str) else one for one in items]
+
+
+def _place(path: str | None, root: Path | None) -> str | None:
+    if path is None:
+        return None
+    named = Path(path).expanduser()
+    for found in ([root / named] if root is not None else []) + [named]:
+        if found.exists():
+            return str(found.resolve())
+    return path  # the name of a packaged set, or a file that its reader will miss
+
+
+def _labels(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each key, or more of it where two keys end alike."""
+    labels: dict[str, str] = {}
+    for key in keys:
+        parts = [part for part in re.split(r"[.\[\]]+", key) if part]
+        size = 1
+        while size < len(parts) and any(
+            other != key and other.split(".")[-size:] == parts[-size:] for other in keys
+        ):
+            size += 1
+        labels[key] = ".".join(parts[-size:])
+    return labels
+
+
+def _word(value: Any) -> str:
+    """A value as part of a name: `[14, 22]` is `14-22`."""
+    if isinstance(value, Mapping):
+        text = "-".join(f"{key}-{_word(one)}" for key, one in value.items())
+    elif isinstance(value, list):
+        text = "-".join(map(_word, value))
+    else:
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-") or "none"

@@ -1,0 +1,152 @@
+"""Trains one arm in a child process, as often as it takes, and records what it cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmgraft import __version__
+from mmgraft.comparison.child import Ended, locked, measured
+from mmgraft.comparison.files import PhaseRecord, Sitting, write_phase
+from mmgraft.comparison.plan import ArmPlan
+from mmgraft.errors import MMGraftError
+from mmgraft.evaluation.results import Results, write_results
+from mmgraft.model.graft_file import GraftFile
+from mmgraft.training import checkpoint, metrics
+from mmgraft.training.run import VERSIONS
+
+LOCK = ".training.lock"
+
+
+def train_arm(
+    arm: ArmPlan, record: PhaseRecord, device: str, announce: Callable[[str], None]
+) -> PhaseRecord:
+    """Begin or go on with an arm's training, and note it as done.
+
+    Args:
+        arm: The arm; its run holds a graft and its recipe.
+        record: Of earlier sittings.
+        device: Where it is trained.
+        announce: Told what goes on.
+
+    Raises:
+        MMGraftError: The training failed; what it said stands on standard error.
+        KeyboardInterrupt: After it was saved.
+    """
+
+    def wait() -> None:
+        announce(f"{arm.name}: a training of an earlier sitting still runs; waiting for its end")
+
+    before = list(record.sittings)
+    with locked(arm.run / LOCK, waiting=wait) as lock:
+        command = training_command(arm.run, device)
+        if command is None:  # all stages are saved; the process was killed as it ended
+            record = record.model_copy(update={"done": True})
+        else:
+
+            def note(sitting: Sitting) -> None:
+                write_phase(arm.run, record.model_copy(update={"sittings": [*before, sitting]}))
+
+            if "--resume" in command:
+                announce(f"{arm.name}: going on with a training that was stopped")
+            ended = measured(command, lock, note)
+            record = record.model_copy(update={"sittings": [*before, ended.sitting]})
+            write_phase(arm.run, record)
+            _check(arm, ended)
+            record = record.model_copy(update={"done": True})
+    write_results(arm.run, training_results(arm, record, device))
+    write_phase(arm.run, record)
+    return record
+
+
+def training_command(run: Path, device: str) -> Sequence[str] | None:
+    """The command that begins or goes on with a run; None where nothing is left to train."""
+    command = [sys.executable, "-m", "mmgraft", "train", str(run), "--device", device, "--json"]
+    progress = checkpoint.read_progress(run)
+    if progress is None:
+        return command
+    finished, stages = progress["finished"], progress.get("stages", [])
+    if stages and len(finished) >= len(stages):
+        return None
+    saved = finished or any((run / checkpoint.FOLDER).glob("*/checkpoint-*"))
+    return [*command, "--resume"] if saved else command
+
+
+def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
+    """The section `training`: what it cost and where it ended. See docs/comparing.md."""
+    graft = GraftFile.read(arm.run)
+    lines = _metrics(arm.run)
+    progress = checkpoint.read_progress(arm.run) or {}
+    parameters: dict[str, int] = progress.get("trained_parameters", {})
+    stages: list[dict[str, Any]] = []
+    for stage in arm.stages:
+        own = [line for line in lines if line.get("stage") == stage.name and "loss" in line]
+        stages.append(
+            {
+                "name": stage.name,
+                "trains": list(stage.trains),
+                "rows": stage.rows,
+                "rows_a_step": stage.rows_a_step,
+                "steps": stage.steps,
+                "trained_parameters": parameters.get(stage.name),
+                "final_loss": own[-1]["loss"] if own else None,
+            }
+        )
+    on_card = [line["memory_gb"] for line in lines if "memory_gb" in line and device != "cpu"]
+    versions = json.loads((arm.run / VERSIONS).read_text(encoding="utf-8"))
+    return Results(
+        section="training",
+        mmgraft_version=__version__,
+        versions=versions,
+        graft={
+            "method": graft.method,
+            "workflow": graft.workflow,
+            "base": graft.base.id,
+            "vision": graft.vision.name,
+        },
+        details={
+            "arm": arm.name,
+            "recipe": arm.recipe.name,
+            "device": device,
+            "base_trained": graft.base_trained,
+            "seconds": record.seconds,
+            "cpu_seconds": record.cpu_seconds,
+            "sittings": len(record.sittings),
+            "peak_memory_mb": record.peak_memory_mb,
+            "peak_card_memory_mb": max(on_card) * 1e9 / 2**20 if on_card else None,
+            "trained_parameters": max(parameters.values(), default=None),
+            "steps": {stage["name"]: stage["steps"] for stage in stages},
+            "final_losses": {stage["name"]: stage["final_loss"] for stage in stages},
+            "stages": stages,
+        },
+    )
+
+
+def _check(arm: ArmPlan, ended: Ended) -> None:
+    if ended.code == 0:
+        return
+    if ended.code < 0:
+        why = f"was killed by signal {-ended.code} (9 is often too little memory)"
+    elif ended.code == 130:
+        why = "was stopped, and has saved"
+    else:
+        why = f"ended with code {ended.code}; what it said stands above"
+    raise MMGraftError(
+        f"the training of arm {arm.name!r} {why}. The same command goes on where it stopped"
+    )
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / metrics.FILE
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue  # a line that a kill cut short
+    return lines
