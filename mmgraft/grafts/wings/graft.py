@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -43,9 +43,13 @@ class WingsGraft(Graft):
 
     Attributes:
         running: The learners that act now: stage 1 runs the visual one alone, with weight 1.
+        watch: Told of every learner's attention, for measurements: base layer, queries and keys
+            ``(b, heads, s, d)``, the mask, the queries that see a key ``(b, s, 1)``, and the
+            router's share ``(b, s)`` or None for 1.
     """
 
     method = "wings"
+    watch: Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor | None], None] | None = None
 
     def __init__(self, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> None:
         super().__init__(config, anatomy)
@@ -156,12 +160,13 @@ class WingsGraft(Graft):
             learner = wing.learner(name)
             queries = learner.queries(hidden.to(state.features.dtype), rotation)
             mask, seen = state.visible(_KIND_OF[name])
+            share = None if shares is None else shares[..., column]  # (b, s)
+            if self.watch is not None:
+                self.watch(index, queries, keys.to(queries.dtype), mask, seen, share)
             out = learner.attend(
                 queries, keys.to(queries.dtype), values.to(queries.dtype), mask, seen
             )
-            total = total + (
-                out if shares is None else shares[..., column, None].to(out.dtype) * out
-            )
+            total = total + (out if share is None else share[..., None].to(out.dtype) * out)
         return total
 
     def _keys_values(
