@@ -38,14 +38,14 @@ def test_scores_of_a_hand_worked_table() -> None:
             "recall": 3 / 5,
             "f1": 2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5),
             "yes_ratio": 4 / 10,
-            "neither": 0.0,
+            "unread": 0.0,
         }
     )
 
 
 def test_an_answer_that_says_neither_counts_as_a_yes_and_is_counted() -> None:
     found = measure_yes_no(["a dog", "a dog", "no", "yes"], [True, False, False, True]).values()
-    assert found["neither"] == 0.5
+    assert found["unread"] == 0.5
     assert found["yes_ratio"] == 0.75
     assert found["accuracy"] == 0.75
     assert found["precision"] == pytest.approx(2 / 3)
@@ -55,7 +55,7 @@ def test_always_right_and_always_yes_score_what_they_must() -> None:
     truth = [True, False] * 20
     right = measure_yes_no(["yes", "no"] * 20, truth)
     assert right.values() == {
-        "accuracy": 1, "precision": 1, "recall": 1, "f1": 1, "yes_ratio": 0.5, "neither": 0,
+        "accuracy": 1, "precision": 1, "recall": 1, "f1": 1, "yes_ratio": 0.5, "unread": 0,
     }  # fmt: skip
     scores = right.scores()
     assert (scores["f1"].low, scores["f1"].high) == (1.0, 1.0)
