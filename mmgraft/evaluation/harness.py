@@ -133,13 +133,24 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
         given = str(include_path)
     mine = TaskManager(include_path=given, include_defaults=False)
     wanted = [name for name in names if not Path(name).is_file()]
-    if set(wanted) <= set(mine.all_subtasks):
+    if all(_whole(mine.task_index, name) for name in wanted):
         return mine
     manager = TaskManager(include_path=given)
     for name in wanted:
         if name not in manager.all_tasks:
             raise UsageError(_unknown(name, manager.all_tasks, mine, given))
     return manager
+
+
+def _whole(index: dict[str, Any], name: str) -> bool:
+    """Whether an index holds a task, or a group and all its tasks; of a tag no index can say."""
+    entry = index.get(name)
+    if entry is None or entry.cfg is None:
+        return False
+    members = entry.cfg.get("task")
+    if isinstance(members, str):
+        return True
+    return all(isinstance(one, str) and _whole(index, one) for one in members or ())
 
 
 def _unknown(name: str, known: Sequence[str], mine: Any, include_path: str | None) -> str:
