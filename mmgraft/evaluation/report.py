@@ -45,9 +45,8 @@ from mmgraft.evaluation.pages.words import (
 from mmgraft.evaluation.results import (
     FOLDER,
     SCHEMA_VERSION,
-    SECTIONS,
     Results,
-    read_results,
+    measured,
 )
 from mmgraft.evaluation.score_tables import (
     NOTHING,
@@ -122,16 +121,6 @@ def write_report(run: Path) -> dict[str, Path]:
         repeat=commands(run, record, sections),
     )
     return write_page(run / FOLDER, page, report.model_dump(mode="json"))
-
-
-def measured(run: Path) -> list[Results]:
-    """The sections that a run has, in their order.
-
-    Raises:
-        UsageError: One is damaged or of a newer schema.
-    """
-    found = (read_results(run, section) for section in SECTIONS)
-    return [one for one in found if one is not None]
 
 
 def write_page(folder: Path, page: Page, data: dict[str, Any]) -> dict[str, Path]:

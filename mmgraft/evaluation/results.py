@@ -111,3 +111,13 @@ def read_results(run: Path, section: Section) -> Results | None:
             "measure again, or use the mmgraft that wrote it"
         )
     return Results.parse(data, str(path))
+
+
+def measured(run: Path) -> list[Results]:
+    """The sections that a run has, in their order.
+
+    Raises:
+        UsageError: One is damaged or of a newer schema.
+    """
+    found = (read_results(run, section) for section in SECTIONS)
+    return [one for one in found if one is not None]

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from importlib.resources import files
-from pathlib import PurePath
 from typing import Any
 
 import yaml
 
+from mmgraft.evaluation.about_run import data_rows, in_words, method_title
+from mmgraft.evaluation.pages.markdown import block_lines, fenced
+from mmgraft.evaluation.pages.page import Block, Paragraph
+from mmgraft.evaluation.results import FOLDER, Results
+from mmgraft.evaluation.score_tables import (
+    grid_table,
+    identity_sentence,
+    kinds_tables,
+    text_table,
+    vision_table,
+)
+from mmgraft.hub.model_index import model_index
 from mmgraft.model.graft_file import GraftFile
 
 MARKER = "<!-- mmgraft: `push` rewrites this card; delete this line to keep what you write -->"
@@ -32,6 +43,14 @@ single prompts or right padding), there is exactly one image of a fixed number o
 recomputes everything for every token, and it cannot be trained further."""
 
 
+_PICTURES = (
+    ("contact_sheet.png", "Test pictures with what was asked and what the model answered"),
+    ("laws.png", "Attention weights of each layer before, on and after the image"),
+    ("curves.png", "Training loss by step"),
+)
+_REPORTS = ("report.md", "report.html", "report.json")
+
+
 def is_ours(text: str) -> bool:
     """Whether a README is a card that :func:`render_card` wrote and nobody took over."""
     return _MARKED.search(text) is not None
@@ -43,6 +62,8 @@ def render_card(
     parameters: dict[str, int],
     recipe: str | None = None,
     license: str | None = None,
+    measured: Sequence[Results] = (),
+    files_there: Collection[str] = (),
 ) -> str:
     """The card as Markdown with its YAML front matter.
 
@@ -52,6 +73,9 @@ def render_card(
         parameters: numbers in each part of the graft.
         recipe: text of ``recipe.yaml``; shown as it is.
         license: identifier such as ``apache-2.0``, where the owner gave one.
+        measured: the sections of ``results/``; they become tables, and metadata of the Hub.
+        files_there: names of the repository's other files; pictures and reports among them are
+            shown and linked.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -66,7 +90,7 @@ def render_card(
         recipe = yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True, width=100)
     return template.render(
         front_matter=yaml.safe_dump(
-            _front_matter(record, license), sort_keys=False, allow_unicode=True
+            _front_matter(record, repo_id, license, measured), sort_keys=False, allow_unicode=True
         ),
         marker=MARKER,
         title=repo_id.rpartition("/")[2],
@@ -78,14 +102,18 @@ def render_card(
         parameters=list(parameters.items()),
         total=sum(parameters.values()),
         trained=record.recipe is not None,
-        data=[tuple(map(_cell, row)) for row in _data(record.recipe or {})],
-        recipe=recipe.rstrip("\n") if recipe else None,
-        fence=_fence(recipe or ""),
+        data=[tuple(map(_cell, row)) for row in data_rows(record.recipe or {})],
+        recipe="\n".join(fenced(recipe, "yaml")) if recipe else None,
         results=[(_cell(name), _cell(value)) for name, value in _flat(record.results or {})],
+        measured=_measured(measured),
+        pictures=[one for one in _PICTURES if f"{FOLDER}/{one[0]}" in files_there],
+        reports=[one for one in _REPORTS if f"{FOLDER}/{one}" in files_there],
     )
 
 
-def _front_matter(record: GraftFile, license: str | None) -> dict[str, Any]:
+def _front_matter(
+    record: GraftFile, repo_id: str, license: str | None, measured: Sequence[Results]
+) -> dict[str, Any]:
     data: dict[str, Any] = {"library_name": "mmgraft", "pipeline_tag": "image-text-to-text"}
     if license is not None:
         data["license"] = license
@@ -93,12 +121,15 @@ def _front_matter(record: GraftFile, license: str | None) -> dict[str, Any]:
         data["base_model"] = record.base.id
         data["base_model_relation"] = "adapter"
     data["tags"] = ["mmgraft", record.method, "vision-language", "multimodal"]
+    index = model_index(repo_id.rpartition("/")[2], measured)
+    if index:
+        data["model-index"] = index
     return data
 
 
 def _facts(record: GraftFile) -> Iterator[tuple[str, str]]:
     yield "base", _with_revision(record.base.id, record.base.revision)
-    yield "method", _method(record)
+    yield "method", method_title(record.method)
     if "layers" in record.config:
         layers = record.config["layers"]
         yield "layers", layers if isinstance(layers, str) else ", ".join(map(str, layers))
@@ -109,7 +140,10 @@ def _facts(record: GraftFile) -> Iterator[tuple[str, str]]:
     }
     if settings.get("structure") == "c":
         settings.pop("gate", None)  # it has none
-    yield "settings", ", ".join(f"{key}: {_plain(value)}" for key, value in settings.items()) or "-"
+    yield (
+        "settings",
+        ", ".join(f"{key}: {in_words(value)}" for key, value in settings.items()) or "-",
+    )
     vision = record.vision
     tower = _with_revision(vision.id, vision.revision) if vision.id else f"`{vision.kind}`"
     if vision.feature_layer is not None:
@@ -120,18 +154,6 @@ def _facts(record: GraftFile) -> Iterator[tuple[str, str]]:
     yield "written by", f"mmgraft {record.mmgraft_version}"
 
 
-def _method(record: GraftFile) -> str:
-    from mmgraft.errors import UsageError
-    from mmgraft.grafts.registry import get_method
-
-    try:
-        method = get_method(record.method)
-    except UsageError:
-        return f"`{record.method}`"
-    paper = f" ({method.paper})" if method.paper else ""
-    return f"`{record.method}`: {method.title}{paper}"
-
-
 def _kept(record: GraftFile) -> str:
     told = [_TRAINED if record.base_trained else _FROZEN]
     if record.method == "wings" and record.config.get("variant") == "official":
@@ -139,19 +161,24 @@ def _kept(record: GraftFile) -> str:
     return "\n\n".join(told)
 
 
-def _data(recipe: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    stages = recipe.get("stages") or [{}]
-    for stage in stages:
-        for entry in stage.get("data") or recipe.get("data") or []:
-            if not entry.get("path"):
-                continue
-            notes = []
-            if entry.get("limit"):
-                notes.append(f"first {entry['limit']} rows")
-            if entry.get("weight", 1.0) != 1.0:
-                notes.append(f"weight {entry['weight']:g}")
-            # The last part only: the folders above it are nobody's business.
-            yield stage.get("name", "-"), PurePath(entry["path"]).name, ", ".join(notes)
+def _measured(sections: Sequence[Results]) -> list[tuple[str, str]]:
+    """Headings and Markdown of the sections that have scores for a reader of the card."""
+    titles = {"text": "Text", "vision": "Vision", "iit": "Interleaved dialogues"}
+    shown = []
+    for section in sections:
+        blocks: list[Block] = []
+        if section.identity is not None:
+            blocks.append(Paragraph(identity_sentence(section.identity)))
+        if section.section == "text" and section.sets:
+            blocks.append(text_table(section.sets))
+        elif section.section == "vision" and section.sets:
+            blocks += [vision_table(section.sets), *kinds_tables(section.sets)]
+        elif section.section == "iit" and section.sets:
+            blocks.append(grid_table("The last question of each shape", section.sets, "shape"))
+        if blocks:
+            text = "\n\n".join("\n".join(block_lines(block)) for block in blocks)
+            shown.append((titles[section.section], text))
+    return shown
 
 
 def _flat(results: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -160,15 +187,7 @@ def _flat(results: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, dict):
             yield from _flat(value, f"{name}, ")
         elif not isinstance(value, list):
-            yield name, _plain(value)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)
+            yield name, in_words(value)
 
 
 def _with_revision(name: str, revision: str | None) -> str:
@@ -183,8 +202,3 @@ def _link(name: str) -> str:
 
 def _cell(value: str) -> str:
     return " ".join(value.split()).replace("|", "\\|")
-
-
-def _fence(text: str) -> str:
-    """A fence longer than any run of backticks inside."""
-    return "`" * max([2, *map(len, re.findall(r"`+", text))]) + "`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -35,7 +36,8 @@ _PROCESSOR = (
     "processor_config.json",
     "generation_config.json",
 )
-_RECORDS = (RECIPE, "results.json", "results/*.json", "results/*.md", "results/*.png")
+_RESULTS = ("results/*.json", "results/*.md", "results/*.html", "results/*.png")
+_RECORDS = (RECIPE, "results.json", *_RESULTS)
 _LEGAL = ("LICENSE*", "NOTICE*", "licenses/*")
 _MANAGED = ("graft*.safetensors", INDEX_NAME, *_RECORDS, "base/*")
 _NEVER_IN_A_MODEL = ("checkpoint*", "optimizer*", "scheduler*", "rng_state*", "*.pt", "*.pth")
@@ -122,6 +124,15 @@ def graft_parameters(run: Path) -> dict[str, int]:
             part = _part(name)
             parts[part] = parts.get(part, 0) + size
     return parts
+
+
+def folder_named(file: UploadFile) -> str | None:
+    """The first path of this machine that a file of results names, or None."""
+    if not isinstance(file.content, Path) or not _matches(file.name, ("results/*.json",)):
+        return None
+    text = file.content.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r'"(/[^"/]+/[^"]*|~/[^"]+|[A-Za-z]:\\[^"]+)"', text)
+    return found.group(1) if found else None
 
 
 def managed(name: str) -> bool:

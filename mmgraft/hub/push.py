@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmgraft import __version__
 from mmgraft.atomic import atomic_text
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.evaluation.results import measured
 from mmgraft.hub.card import is_ours, render_card
 from mmgraft.hub.client_errors import LOGIN, hub_errors
 from mmgraft.hub.contents import (
@@ -18,6 +19,7 @@ from mmgraft.hub.contents import (
     RECIPE,
     UploadFile,
     belonging,
+    folder_named,
     graft_parameters,
     managed,
 )
@@ -69,6 +71,8 @@ class PushPlan:
             graft_parameters(self.run),
             recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
             self.license,
+            measured(self.run),
+            [file.name for file in self.files],
         )
 
 
@@ -148,7 +152,7 @@ def plan_push(
     files = belonging(run, portable.folders)
     readme = run / README
     own = readme.is_file() and not is_ours(readme.read_text(encoding="utf-8", errors="replace"))
-    warnings = list(_doubts(portable.record, own))
+    warnings = [*_doubts(portable.record, own), *_doubts_of_results(files)]
     named = tuple(name for name in (base_id, vision_id) if name is not None)
     return PushPlan(run, portable.record, files, own, warnings, license, named)
 
@@ -253,6 +257,17 @@ def _doubts(record: GraftFile, own_readme: bool) -> Iterator[str]:
         yield (
             f"the recipe names folders of this machine, such as {private[0]}; "
             "they will be seen by whoever sees the repository"
+        )
+
+
+def _doubts_of_results(files: list[UploadFile]) -> Iterator[str]:
+    found = {file.name: path for file in files if (path := folder_named(file)) is not None}
+    if found:
+        name, path = next(iter(found.items()))
+        more = f" (and so do {len(found) - 1} more files)" if len(found) > 1 else ""
+        yield (
+            f"{name} names a folder of this machine, {path}{more}; it will be seen by whoever "
+            "sees the repository"
         )
 
 

@@ -6,11 +6,22 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hub_fixtures import RECIPE, make_record
+from mmgraft.evaluation.results import Results
 from mmgraft.hub.card import MARKER, is_ours, render_card
 from mmgraft.model.graft_file import BaseReference
 from mmgraft.model.vision.spec import VisionSpec
+from report_example import (
+    a_set,
+    laws_section,
+    score,
+    section,
+    text_section,
+    training_section,
+    vision_section,
+)
 
 PARTS = {"projector": 4160, "layers": 8192}
 
@@ -149,3 +160,57 @@ def test_no_hole_is_left_in_the_text(recipe: str | None) -> None:
     assert "None" not in text.replace("None of", "")
     assert "\n\n\n" not in text
     assert text.endswith("| accuracy | 0.5 |\n")
+
+
+def measured_card(*sections: Results, files: tuple[str, ...] = ()) -> str:
+    record = make_record(results={"accuracy": 0.5})
+    return render_card(record, "me/x", PARTS, measured=sections, files_there=files)
+
+
+def test_what_was_measured_becomes_tables_with_intervals() -> None:
+    text = measured_card(training_section(), text_section(), vision_section(), laws_section())
+    assert "| accuracy | 0.5 |" in text
+    for line in (
+        "### Text",
+        "The text workflow is the base bit for bit: on 8 prompts",
+        "| wiki | perplexity | 20 | **28.40** (27.60 to 29.20) | 28.40 (27.60 to 29.20) | "
+        "0 (exactly) | the same | 0 |",
+        "### Vision",
+        "| easy-vqa | accuracy | 1,000 | **0.871** (0.851 to 0.891) | 0.670 (0.650 to 0.690) | "
+        "0.610 (0.590 to 0.630) |",
+        "| color | 300 | 0.950 (0.930 to 0.970) |",
+    ):
+        assert line in text
+    assert text.index("## Results") < text.index("### Text") < text.index("### Vision")
+    assert "### Interleaved" not in text
+    assert "\n\n\n" not in text
+
+
+def test_pictures_and_reports_are_shown_where_they_go_along() -> None:
+    files = ("results/laws.png", "results/report.html", "results/other.png")
+    text = measured_card(vision_section(), files=files)
+    assert "](results/laws.png)" in text
+    assert "- [report.html](results/report.html)" in text
+    for absent in ("curves.png", "report.md", "other.png"):
+        assert absent not in text
+    assert "results/" not in measured_card(vision_section())
+
+
+def test_the_hubs_metadata_reads_back() -> None:
+    data = front_matter(measured_card(training_section(), text_section(), vision_section()))
+    name, results = model_index_to_eval_results(data["model-index"])
+    assert name == "x"
+    found = {(one.dataset_name, one.metric_type): one for one in results}
+    asked = found["easy-vqa", "accuracy"]
+    assert asked.metric_value == 0.871
+    assert asked.task_type == "visual-question-answering"
+    assert asked.metric_name == "accuracy, 1,000 items (95 % interval 0.851 to 0.891)"
+    assert found["stamps", "precision_at_0.5"].task_type == "image-text-to-text"
+    assert found["mmlu", "accuracy"].task_type == "text-generation"
+    assert len(results) == 7
+
+
+def test_a_number_that_is_none_is_not_told_to_the_hub() -> None:
+    one = a_set("x", "exact", "accuracy", scores={"accuracy": score(float("inf"), 0)})
+    assert "model-index" not in front_matter(measured_card(section("vision", [one])))
+    assert "model-index" not in front_matter(measured_card(laws_section()))

@@ -12,11 +12,13 @@ from hub_fixtures import contents, make_record, make_run
 from hub_server import HubServer
 from hub_store import Blob
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.evaluation.results import write_results
 from mmgraft.hub.card import MARKER
 from mmgraft.hub.contents import UploadFile, graft_parameters
 from mmgraft.hub.push import find_target, plan_push, push, send
 from mmgraft.model.graft_file import BaseReference, GraftFile
 from mmgraft.model.vision.spec import VisionSpec
+from report_example import text_section, vision_section
 
 SENT = [
     "README.md",
@@ -319,6 +321,57 @@ def test_the_plan_tells_of_paths_in_the_recipe(run: Path) -> None:
     plan = plan_push(run)
     assert len(plan.warnings) == 1
     assert "/home/me/x.json" in plan.warnings[0]
+
+
+def test_what_was_measured_goes_along_and_into_the_card(hub: HubServer, run: Path) -> None:
+    write_results(run, vision_section())
+    kept = {
+        "report.md": b"# report",
+        "report.html": b"<h1>",
+        "report.json": b"{}",
+        "laws.png": b"x",
+    }
+    for name, content in kept.items():
+        (run / "results" / name).write_bytes(content)
+    answers = run / "results" / "predictions" / "easy-vqa.jsonl"
+    answers.parent.mkdir()
+    answers.write_text("{}\n")
+    push(run)
+    repo = hub.repos["tester/my-iaa"]
+    sent = {name.removeprefix("results/") for name in repo.names if name.startswith("results/")}
+    assert sent == {*kept, "vision.json"}
+    card = repo.read("README.md").decode()
+    assert "| easy-vqa | accuracy | 1,000 | **0.871** (0.851 to 0.891) |" in card
+    assert "](results/laws.png)" in card
+    assert "(results/report.html)" in card
+    for name in ("report.html", "laws.png"):
+        (run / "results" / name).unlink()
+    push(run)
+    assert "results/report.html" not in repo.names
+    assert "results/laws.png" not in repo.read("README.md").decode()
+
+
+def test_a_damaged_section_never_reaches_the_hub(hub: HubServer, run: Path) -> None:
+    write_results(run, vision_section()).write_text("{")
+    with pytest.raises(UsageError, match=r"vision\.json is damaged .*measure again"):
+        push(run)
+    assert hub.repos == {}
+
+
+def test_the_plan_tells_of_folders_in_the_results(run: Path) -> None:
+    write_results(run, vision_section())
+    assert plan_push(run).warnings == []
+    there = vision_section()
+    for folder in ("/home/me/llama", "~/llama", "C:\\Users\\me"):
+        there.graft["base"] = folder
+        write_results(run, there)
+        (warning,) = plan_push(run).warnings
+        assert "results/vision.json names a folder of this machine" in warning
+    write_results(run, text_section())
+    for fine in ("acme/llama", "/", "and/or", "w/o"):
+        there.graft["base"] = fine
+        write_results(run, there)
+        assert plan_push(run).warnings == []
 
 
 def test_parts_of_a_graft_are_counted_by_name(run: Path) -> None:

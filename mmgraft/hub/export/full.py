@@ -78,7 +78,7 @@ def export_full(
             update={"base": reference, "vision": vision, "vision_fingerprint": seen}
         )
         write_files(folder, own)
-        write_record(folder, run, whole, out.name)
+        write_record(folder, run, whole, out.name, [file.name for file in own])
         say("checking the copy")
         check_base(whole, resolve(folder / OWN_BASE), "fast")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmgraft.atomic import atomic_folder, atomic_text
+from mmgraft.evaluation.results import measured
 from mmgraft.hub.card import is_ours, render_card
 from mmgraft.hub.contents import README, RECIPE, UploadFile, belonging, graft_parameters
 from mmgraft.hub.export.folder import Exported, copy_file, sizes_in
@@ -42,7 +43,7 @@ def export_graft(
         if say is not None:
             say(f"copying {len(files)} files")
         write_files(folder, files)
-        write_record(folder, run, record, out.name)
+        write_record(folder, run, record, out.name, [file.name for file in files])
 
     atomic_folder(out, write)
     return Exported("graft", out, record.workflow, sizes_in(out), notes)
@@ -55,7 +56,9 @@ def write_files(folder: Path, files: list[UploadFile]) -> None:
         copy_file(file.content, folder / file.name)
 
 
-def write_record(folder: Path, run: Path, record: GraftFile, name: str) -> None:
+def write_record(
+    folder: Path, run: Path, record: GraftFile, name: str, files: Sequence[str] = ()
+) -> None:
     """Write ``graft_config.json`` and the card; a README of the user's own is kept."""
     atomic_text(folder / CONFIG_NAME, record.dump())
     readme, recipe = run / README, run / RECIPE
@@ -63,7 +66,10 @@ def write_record(folder: Path, run: Path, record: GraftFile, name: str) -> None:
         copy_file(readme, folder / README)
         return
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    atomic_text(folder / README, render_card(record, name, graft_parameters(run), text))
+    card = render_card(
+        record, name, graft_parameters(run), text, measured=measured(run), files_there=files
+    )
+    atomic_text(folder / README, card)
 
 
 def _settled(record: GraftFile, run: Path) -> tuple[GraftFile, list[str], list[str]]:
