@@ -90,7 +90,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_carries_its_data(installed: Path) -> None:
-    for name in ("aliases.toml", "py.typed", "hub/card.md.jinja"):
+    for name in ("aliases.toml", "py.typed", "hub/card.md.jinja", "evaluation/pages/page.css"):
         assert (installed / "mmgraft" / name).is_file(), name
     shipped = {path.name for path in (installed / "mmgraft" / "recipes").iterdir()}
     assert shipped == {path.name for path in (ROOT / "recipes").iterdir()}
