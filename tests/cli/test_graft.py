@@ -121,3 +121,25 @@ def test_a_base_without_a_chat_template_wants_one_named(cli, parts: Path, here: 
     assert cli(*arguments, "--template", "plain").code == 0
     record = json.loads((here / "run" / "graft_config.json").read_text())
     assert record["template"] == {"kind": "plain", "text": None}
+
+
+def test_a_recipe_sets_the_towers_options(cli, parts: Path, here: Path, monkeypatch) -> None:
+    from mmgraft.model import grafting, summary
+
+    made = []
+
+    def create(base, spec, *args, **kwargs):
+        made.append(spec)
+        return type("Record", (), {})()
+
+    monkeypatch.setattr(grafting, "create_graft", create)
+    monkeypatch.setattr(summary, "summarise_graft", lambda folder: None)
+    (here / "r.yaml").write_text(
+        "name: r\nmethod: llava\ngraft: {vision: efficientnet-lite2, vision_options: "
+        "{image_size: 160}}\nstages: [{name: a, train: [projector], lr: 0.001}]\n"
+    )
+    asked = ["graft", parts / "Base-Llama", "--recipe", "r.yaml", "--dry-run"]
+    assert cli(*asked).code == 0
+    assert cli(*asked, "--vision", parts / "clip").code == 0
+    assert (made[0].kind, made[0].options) == ("efficientnet-lite2", {"image_size": 160})
+    assert made[1].options == {}, "another tower does not get the options of the recipe's"
