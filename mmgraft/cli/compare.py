@@ -99,10 +99,11 @@ def compare(
     from mmgraft.cli.console import note, print_json, stderr, stdout
     from mmgraft.comparison.spec import load_comparison, with_files, with_settings
 
-    comparison = with_settings(load_comparison(recipe), set_ or [])
+    comparison = load_comparison(recipe)
     shared: dict[str, Any] = {"base": base, "vision": vision, "root": root, "seed": seed}
     given = {key: value for key, value in shared.items() if value is not None}
     comparison = with_files(comparison.model_copy(update=given), data or [], images)
+    comparison = with_settings(comparison, set_ or [])
     folder = out or Path(f"compare-{comparison.name}")
     # Everything below loads torch.
     from transformers.utils import logging

@@ -23,8 +23,8 @@ from mmgraft.strict import StrictModel
 
 COMPARISON = "comparison.yaml"
 ARMS, FEATURES, BASE, PHASES_FOLDER = "arms", "features", "base", "phases"
-Phase = Literal["graft", "train", "text", "vision", "laws"]
-PHASES: tuple[Phase, ...] = ("graft", "train", "text", "vision", "laws")
+Phase = Literal["graft", "features", "train", "text", "vision", "laws"]
+PHASES: tuple[Phase, ...] = ("graft", "features", "train", "text", "vision", "laws")
 
 
 def arm_folder(out: Path, name: str) -> Path:

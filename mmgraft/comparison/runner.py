@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from mmgraft.atomic import atomic_text
 from mmgraft.comparison.child import check_platform, locked
 from mmgraft.comparison.evaluations import measure
+from mmgraft.comparison.features import fill_features, link_features
 from mmgraft.comparison.files import (
     COMPARISON,
+    FEATURES,
     PHASES,
     Phase,
     PhaseRecord,
@@ -34,6 +36,8 @@ from mmgraft.training.run import RECIPE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pydantic import BaseModel
 
     from mmgraft.answering import Answerer
 
@@ -100,24 +104,24 @@ def compare(
 def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: Phase) -> dict[str, Any] | None:
     """What a phase depends on, as plain data; None where there is nothing to do in it."""
     spec = plan.comparison
-    recipe = arm.recipe.model_dump(mode="json")
+    recipe = _plain(arm.recipe)
     if phase == "graft":
         return {
             "base": plan.base,
-            "vision": plan.vision.model_dump(mode="json"),
+            "vision": _plain(plan.vision),
             "template": spec.template,
-            "method": recipe["method"],
-            "workflow": recipe["workflow"],
-            "graft": recipe["graft"],
+            **{key: recipe[key] for key in ("method", "workflow", "graft") if key in recipe},
         }
+    if phase == "features":
+        return (
+            {"data": [stage["data"] for stage in recipe["stages"]]} if _shares(plan, arm) else None
+        )
     if phase == "train":
         return {key: value for key, value in recipe.items() if key not in _NOT_OF_TRAINING}
     if phase == "laws":
-        return None if spec.laws is None else spec.laws.model_dump(mode="json")
+        return None if spec.laws is None else _plain(spec.laws)
     asked = [
-        one.model_dump(mode="json")
-        for one in spec.evaluation
-        if (one.modality == "text") == (phase == "text")
+        _plain(one) for one in spec.evaluation if (one.modality == "text") == (phase == "text")
     ]
     # The text section also proves identity, for which it needs no set.
     return {"sets": asked} if asked or phase == "text" else None
@@ -165,6 +169,8 @@ class _Arm:
                 continue
             if phase == "graft":
                 self._graft(settings)
+            elif phase == "features":
+                self._features(settings)
             elif phase == "train":
                 self._train(settings)
             elif not train_only:
@@ -178,6 +184,12 @@ class _Arm:
         with self._sitting(PhaseRecord(phase="graft", settings=settings)):
             make_graft(self.plan, arm.recipe, arm.run)
             atomic_text(arm.run / RECIPE, dump_recipe(arm.recipe))
+            if _shares(self.plan, arm):
+                link_features(arm.run, self.plan.out / FEATURES)
+
+    def _features(self, settings: dict[str, Any]) -> None:
+        with self._sitting(PhaseRecord(phase="features", settings=settings)):
+            fill_features(self.arm, self.plan.device, self.announce)
 
     def _train(self, settings: dict[str, Any]) -> None:
         record = read_phase(self.arm.run, "train")
@@ -226,6 +238,16 @@ class _Arm:
             write_phase(
                 self.arm.run, record.model_copy(update={"done": done, "sittings": sittings})
             )
+
+
+def _shares(plan: ComparisonPlan, arm: ArmPlan) -> bool:
+    """Whether the arm keeps its features where all arms do."""
+    return arm.recipe.feature_cache == str(plan.out.resolve() / FEATURES)
+
+
+def _plain(model: BaseModel) -> dict[str, Any]:
+    """What is set, as plain data: a key that a later mmgraft adds changes no arm that has begun."""
+    return model.model_dump(mode="json", exclude_defaults=True)
 
 
 def _is_done(run: Path, phase: Phase) -> bool:

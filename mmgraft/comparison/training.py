@@ -10,7 +10,7 @@ from typing import Any
 
 from mmgraft import __version__
 from mmgraft.comparison.child import Ended, locked, measured
-from mmgraft.comparison.files import PhaseRecord, Sitting, write_phase
+from mmgraft.comparison.files import PhaseRecord, Sitting, read_phase, write_phase
 from mmgraft.comparison.plan import ArmPlan
 from mmgraft.errors import MMGraftError
 from mmgraft.evaluation.results import Results, write_results
@@ -96,6 +96,7 @@ def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
             }
         )
     on_card = [line["memory_gb"] for line in lines if "memory_gb" in line and device != "cpu"]
+    features = read_phase(arm.run, "features")
     versions = json.loads((arm.run / VERSIONS).read_text(encoding="utf-8"))
     return Results(
         section="training",
@@ -115,6 +116,7 @@ def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
             "seconds": record.seconds,
             "cpu_seconds": record.cpu_seconds,
             "sittings": len(record.sittings),
+            "feature_seconds": None if features is None else features.seconds,
             "peak_memory_mb": record.peak_memory_mb,
             "peak_card_memory_mb": max(on_card) * 1e9 / 2**20 if on_card else None,
             "trained_parameters": max(parameters.values(), default=None),
