@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,7 +135,11 @@ def caption_rows(found: Iterable[Question]) -> list[dict[str, Any]]:
 
 
 def question_rows(
-    found: Iterable[Question], turns: int, rounds: int = 1, seed: int = 0
+    found: Iterable[Question],
+    turns: int,
+    rounds: int = 1,
+    seed: int = 0,
+    balanced: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows of several questions about one picture.
 
@@ -147,13 +152,19 @@ def question_rows(
         turns: Questions in a row, at most.
         rounds: Rows a picture.
         seed: Of the draw.
+        balanced: Of the yes/no questions take first one whose answer is the rarer one to its
+            words, then others by turns; and put yes/no before shape and colour, so that no answer
+            earlier in the row gives them away. Without it, answering as most pictures would have
+            it is right for five of six.
     """
     rng = random.Random(seed)
+    found = list(found)
     by_picture = pictures(found)
+    usual = _usual_answers(found) if balanced else None
     rows = []
     for again in range(rounds):
         for number, asked in by_picture.items():
-            chosen = _choose(asked, turns, rng)
+            chosen = _choose(asked, turns, rng, usual)
             pairs = [(question.text, question.answer) for question in chosen]
             rows.append(_row(f"questions-{number}-{again}", chosen[0].image, pairs))
     return rows
@@ -178,13 +189,31 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     atomic_text(path, "\n".join(lines) + "\n")
 
 
-def _choose(asked: Sequence[Question], turns: int, rng: random.Random) -> list[Question]:
+def _usual_answers(found: Iterable[Question]) -> dict[str, str]:
+    """The more frequent answer to each yes/no question."""
+    yes: Counter[str] = Counter()
+    for question in found:
+        if question.kind == "yes/no":
+            yes[question.text] += 1 if question.answer == "yes" else -1
+    return {text: "yes" if more > 0 else "no" for text, more in yes.items()}
+
+
+def _choose(
+    asked: Sequence[Question], turns: int, rng: random.Random, usual: Mapping[str, str] | None
+) -> list[Question]:
     shuffled = rng.sample(list(asked), len(asked))
     telling = [question for question in shuffled if question.kind != "yes/no"]
     yes_no = [question for question in shuffled if question.kind == "yes/no"]
     size = min(turns, len(shuffled))
-    count = min(len(telling), max(round(size / 2), size - len(yes_no)))
-    return rng.sample([*telling[:count], *yes_no[: size - count]], size)
+    if usual is None:
+        count = min(len(telling), max(round(size / 2), size - len(yes_no)))
+        return rng.sample([*telling[:count], *yes_no[: size - count]], size)
+    count = min(len(telling), max(size // 2, size - len(yes_no)))
+    rare = [question for question in yes_no if usual[question.text] != question.answer]
+    others = [question for question in yes_no if usual[question.text] == question.answer]
+    mixed = [one for pair in zip_longest(rare, others) for one in pair if one is not None]
+    chosen = mixed[: size - count]
+    return [*rng.sample(chosen, len(chosen)), *telling[:count]]
 
 
 def _row(name: str, image: str, pairs: Sequence[tuple[str, str | None]]) -> dict[str, Any]:

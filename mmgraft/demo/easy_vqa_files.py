@@ -35,7 +35,7 @@ def draft(seed: int = 0) -> Draft:
     train, test = easy_vqa.questions("train"), easy_vqa.questions("test")
     rows = {
         "align.jsonl": _moved(easy_vqa.caption_rows(train)),
-        "tune.jsonl": _moved(easy_vqa.question_rows(train, TURNS, seed=seed)),
+        "tune.jsonl": _moved(easy_vqa.question_rows(train, TURNS, seed=seed, balanced=True)),
         "train.jsonl": single_rows(train),
         "test.jsonl": single_rows(test),
     }

@@ -183,3 +183,19 @@ def test_question_only_scores_what_it_is_known_to_score() -> None:
     test = easy_vqa.questions("test")
     right = sum(prior(question.text) == question.answer for question in test)
     assert right / len(test) == pytest.approx(0.670, abs=0.001)
+
+
+def test_balanced_rows_ask_the_rarer_answer_first_and_yes_no_before_what_tells() -> None:
+    common = [Question("is there a circle?", "no", number, "train") for number in range(1, 5)]
+    shown = [
+        Question("what shape is present?", "circle", 0, "train"),
+        Question("is there a circle?", "yes", 0, "train"),
+        Question("is there a triangle?", "no", 0, "train"),
+        Question("is there a rectangle?", "no", 0, "train"),
+        Question("what color is the shape?", "red", 0, "train"),
+    ]
+    for seed in range(8):
+        row = question_rows([*shown, *common], turns=3, seed=seed, balanced=True)[0]
+        said = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+        assert sorted(said[:2]) == ["no", "yes"]  # the rare yes and one of the others
+        assert said[2] in ("circle", "red")
