@@ -144,7 +144,8 @@ def ask(
 
 
 def _line(item: Item, text: str) -> dict[str, Any]:
-    return {"id": item.id, "question": item.question, "answer": text}
+    truth = list(item.answers) if item.box is None else list(item.box)
+    return {"id": item.id, "question": item.question, "truth": truth, "answer": text}
 
 
 class _Batch:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from mmgraft.data.content import images_of_all
 from mmgraft.data.images import is_data_uri, open_image
-from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.model.feature_cache import FeatureCache, tower_features
 from mmgraft.model.vision.base import VisionTower
+
+
+class Shown(Protocol):
+    """A row to train on, or an item to evaluate on."""
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]:
+        """The conversation."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Its name in errors."""
+        ...
 
 
 def open_cache(tower: VisionTower, folder: Path) -> FeatureCache:
@@ -24,7 +38,7 @@ def open_cache(tower: VisionTower, folder: Path) -> FeatureCache:
 def fill_cache(
     cache: FeatureCache,
     tower: VisionTower,
-    rows: Sequence[Row],
+    rows: Sequence[Shown],
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Compute what is missing, in one go; gives the number of different image files.
@@ -32,7 +46,7 @@ def fill_cache(
     Raises:
         UsageError: A row whose image is no file, or a file that cannot be read.
     """
-    found: dict[Path, Row] = {}  # the first row that shows a file
+    found: dict[Path, Shown] = {}  # the first row that shows a file
     for row in rows:
         for image in images_of_all(row.messages):
             found.setdefault(Path(_file(image, row)), row)
@@ -50,7 +64,7 @@ def fill_cache(
     return len(found)
 
 
-def _file(image: object, row: Row) -> str:
+def _file(image: object, row: Shown) -> str:
     if isinstance(image, str) and not is_data_uri(image):
         return image
     raise UsageError(
