@@ -1,0 +1,67 @@
+"""What was measured, by which software: what every section of a run's results says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmgraft.evaluation.estimate import Estimate
+from mmgraft.evaluation.item_files import file_sha256
+from mmgraft.evaluation.results import Score
+from mmgraft.model.graft_file import CONFIG_NAME, WEIGHTS_NAME
+
+if TYPE_CHECKING:
+    from mmgraft.model.modeling import GraftedModel
+
+
+def software(*packages: str) -> dict[str, str]:
+    """Versions of torch, transformers and of further packages, those that are installed."""
+    found = {}
+    for name in ("torch", "transformers", *packages):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def described_graft(model: GraftedModel, run: Path, workflow: str | None = None) -> dict[str, str]:
+    """Method, workflow, base, vision tower, and the SHA-256 of the graft's weights."""
+    flow = model.workflow(workflow)
+    record = flow.record
+    return {
+        "method": record.method,
+        "workflow": flow.name,
+        "base": record.base.id,
+        "vision": record.vision.name,
+        "sha256": weights_sha256(run),
+    }
+
+
+def weights_sha256(run: Path) -> str:
+    """Of all weights that a run's folder holds, a trained base's too, and of its config.
+
+    What training writes into the config beside the graft (recipe, results) does not count.
+    """
+    digest = hashlib.sha256()
+    record = json.loads((run / CONFIG_NAME).read_text(encoding="utf-8"))
+    for key in ("recipe", "results", "mmgraft_version"):
+        record.pop(key, None)
+    digest.update(json.dumps(record, sort_keys=True).encode())
+    stem = Path(WEIGHTS_NAME).stem
+    for path in sorted([*run.glob(f"{stem}*.safetensors"), *run.glob("base/*.safetensors")]):
+        digest.update(f"{path.relative_to(run).as_posix()} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def as_score(found: Estimate) -> Score:
+    """An estimate as results keep it."""
+    return Score(value=found.value, low=found.low, high=found.high, count=found.count)
+
+
+def as_scores(found: dict[str, Estimate]) -> dict[str, Score]:
+    """Estimates by name as results keep them."""
+    return {name: as_score(one) for name, one in found.items()}
