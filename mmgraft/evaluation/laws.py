@@ -12,13 +12,13 @@ loss of text ability.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mmgraft import __version__
@@ -27,11 +27,14 @@ from mmgraft.data.content import images_of_all
 from mmgraft.data.images import open_images
 from mmgraft.data.processor import Encoded
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.estimate import Estimate, mean, paired
+from mmgraft.evaluation.estimate import estimate, paired
 from mmgraft.evaluation.item_files import file_sha256
 from mmgraft.evaluation.layer_sums import PROJECTOR_ONLY, SIDES, layer_sums
+from mmgraft.evaluation.origin import as_score, described_graft, software
 from mmgraft.evaluation.results import Results, Score, SetResult
-from mmgraft.model.modeling import GraftedModel
+
+LEFT_OUT = ("no_image", "no_text_before", "no_text_after", "no_variance")
+"""Why a sample has no attention shift."""
 
 _CONSTANT = 1e-6  # a curve that varies by less, of its largest value, is rounding
 
@@ -75,7 +78,7 @@ def _varies(curve: np.ndarray) -> np.ndarray:
 def evaluate_laws(
     answerer: Answerer,
     samples: Sequence[Sample],
-    run: Path | None = None,
+    run: Path,
     *,
     file: Path,
     name: str = "laws",
@@ -94,7 +97,7 @@ def evaluate_laws(
     Args:
         answerer: The grafted model and its processor.
         samples: Rows (with their answers, where they have them) or items.
-        run: The run folder, for its weights' SHA-256.
+        run: Its folder.
         file: Where the samples were read; its name and SHA-256 are noted.
         name: Of the set.
         workflow: Default: the graft's.
@@ -114,70 +117,61 @@ def evaluate_laws(
         UsageError: No sample is left, an image that cannot be read, or an attention whose weights
             cannot be found out.
     """
-    model = answerer.model
-    flow = model.workflow(workflow)
+    began = time.monotonic()
+    flow = answerer.model.workflow(workflow)
     encoded = [_encode(answerer, sample) for sample in samples]
     reasons = [_lacks(row) for row in encoded]
-    kept = [at for at, reason in enumerate(reasons) if reason is None]
     left_out = Counter(reason for reason in reasons if reason is not None)
+    kept = [at for at, reason in enumerate(reasons) if reason is None]
     order = sorted(kept, key=lambda at: len(encoded[at]))
     announce(f"attention of {len(order)} of {len(samples)} samples by layer")
     parts: dict[str, list[np.ndarray]] = {}
     layers: dict[str, tuple[str, ...]] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        inputs = _inputs(answerer, [samples[at] for at in chosen], [encoded[at] for at in chosen],
-                         features)  # fmt: skip
-        for series, found in layer_sums(model, inputs, flow.name).items():
+        rows = [encoded[at] for at in chosen]
+        inputs = _inputs(answerer, [samples[at] for at in chosen], rows, features)
+        for series, found in layer_sums(answerer.model, inputs, flow.name).items():
             parts.setdefault(series, []).append(found.sums)
             layers[series] = found.layers
         progress(start + len(chosen), len(order))
     sums = {series: np.concatenate(found) for series, found in parts.items()}
     shifts = {series: attention_shift(found) for series, found in sums.items()}
-    whole = np.ones(len(order), dtype=bool)
-    for found in shifts.values():
-        whole &= ~np.isnan(found)
-    if len(order) - whole.sum():
-        left_out["no_variance"] = int(len(order) - whole.sum())
+    whole = ~np.isnan(sum(shifts.values(), np.zeros(len(order))))
+    if not whole.all():
+        left_out["no_variance"] = int((~whole).sum())
     _refuse_empty(int(whole.sum()), left_out, file)
     used = [at for at, keep in zip(order, whole, strict=True) if keep]
     lengths = np.array([len(encoded[at]) for at in used], dtype=np.float64)[:, None, None]
-    groups = [_group(samples[at]) for at in used]
-    details = {
+    curves = {
         series: {"layers": list(layers[series]), **_curves(found[whole] / lengths)}
         for series, found in sums.items()
     }
-    measured = {series: found[whole] for series, found in shifts.items()}
+    scores, change = _scores(
+        {series: found[whole] for series, found in shifts.items()},
+        [_group(samples[at]) for at in used],
+    )
+    result = SetResult(
+        name=name,
+        metric="attention_shift",
+        main=list(scores)[-1],
+        file=file.name,
+        sha256=file_sha256(file),
+        items=len(used),
+        scores=scores,
+        change=change,
+        settings={"batch_size": batch_size, "workflow": flow.name, **(settings or {})},
+        seconds=time.monotonic() - began,
+    )
+    left = {reason: left_out[reason] for reason in LEFT_OUT}
+    details = {"samples": len(samples), "used": len(used), "left_out": left, "series": curves}
     return Results(
         section="laws",
         mmgraft_version=__version__,
-        versions=_versions(),
-        graft=_graft(model, flow.name, run),
-        sets=[
-            SetResult(
-                name=name,
-                metric="attention_shift",
-                main=f"shift_{list(measured)[-1]}",
-                file=file.name,
-                sha256=file_sha256(file),
-                items=len(used),
-                scores={f"shift_{k}": _score(mean(v, groups)) for k, v in measured.items()},
-                change={
-                    f"shift_{k}": _score(_difference(v, measured[PROJECTOR_ONLY], groups))
-                    for k, v in measured.items()
-                    if k != PROJECTOR_ONLY
-                },
-                settings={"batch_size": batch_size, "workflow": flow.name, **(settings or {})},
-            )
-        ],
-        details={
-            name: {
-                "samples": len(samples),
-                "used": len(used),
-                "left_out": dict(left_out),
-                "series": details,
-            }
-        },
+        versions=software(),
+        graft=described_graft(answerer.model, run, flow.name),
+        sets=[result],
+        details={name: details},
     )
 
 
@@ -242,32 +236,19 @@ def _curves(shares: np.ndarray) -> dict[str, list[float]]:
     return {side: [float(x) for x in average[:, at]] for at, side in enumerate(SIDES)}
 
 
-def _difference(after: np.ndarray, before: np.ndarray, groups: Sequence[Any]) -> Estimate:
-    ones = np.ones_like(after)
-    return paired(
-        np.stack([after, ones], axis=-1), np.stack([before, ones], axis=-1), groups=groups
-    )
-
-
-def _score(found: Estimate) -> Score:
-    return Score(value=found.value, low=found.low, high=found.high, count=found.count)
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
-
-
-def _graft(model: GraftedModel, workflow: str, run: Path | None) -> dict[str, str]:
-    record = model.workflow(workflow).record
-    found = {
-        "method": record.method,
-        "workflow": workflow,
-        "base": record.base.id,
-        "vision": record.vision.id,
+def _scores(
+    shifts: Mapping[str, np.ndarray], groups: Sequence[Any]
+) -> tuple[dict[str, Score], dict[str, Score]]:
+    """Mean shifts, and how each differs from that of the base with the projector."""
+    columns = {
+        f"shift_{series}": np.stack([found, np.ones_like(found)], axis=-1)
+        for series, found in shifts.items()
     }
-    weights = None if run is None else run / "graft.safetensors"
-    if weights is not None and weights.is_file():
-        found["sha256"] = file_sha256(weights)
-    return found
+    before = columns[f"shift_{PROJECTOR_ONLY}"]
+    scores = {name: as_score(estimate(found, groups=groups)) for name, found in columns.items()}
+    change = {
+        name: as_score(paired(found, before, groups=groups))
+        for name, found in columns.items()
+        if found is not before
+    }
+    return scores, change
