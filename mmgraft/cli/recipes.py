@@ -1,4 +1,4 @@
-"""`mmgraft recipes`: list, show, copy and check training recipes."""
+"""`mmgraft recipes`: list, show, copy and check training recipes and comparisons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ app = typer.Typer(
     help="List, show, copy and check training recipes.",
 )
 
-Name = Annotated[str, typer.Argument(help="A shipped recipe, or the path of a YAML file.")]
+Name = Annotated[
+    str, typer.Argument(help="A shipped recipe or comparison, or the path of a YAML file.")
+]
 
 
 @app.command("ls", epilog="Example: mmgraft recipes ls")
@@ -25,8 +27,9 @@ def list_recipes(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """List the recipes that come with mmgraft."""
+    """List the recipes that come with mmgraft, and the comparisons for `mmgraft compare`."""
     from mmgraft.cli.console import print_json, stdout, table
+    from mmgraft.comparison.spec import load_comparison, shipped_comparisons
     from mmgraft.grafts.registry import get_method
     from mmgraft.training.recipe_source import load_recipe, shipped_recipes
 
@@ -34,6 +37,8 @@ def list_recipes(
         get_method(method)
     recipes = [load_recipe(name) for name in shipped_recipes()]
     recipes = [recipe for recipe in recipes if method in (None, recipe.method)]
+    names = shipped_comparisons() if method is None else []
+    comparisons = {name: load_comparison(name) for name in names}
     if json:
         rows = [
             {
@@ -46,9 +51,14 @@ def list_recipes(
             }
             for recipe in recipes
         ]
-        print_json({"recipes": rows})
+        listed = [
+            {"name": name, "arms": list(one.all_arms()), "description": one.description}
+            for name, one in comparisons.items()
+        ]
+        print_json({"recipes": rows, "comparisons": listed})
         return
-    stdout().print(
+    out = stdout()
+    out.print(
         table(
             ["recipe", "method", "base", "stages", "what it is"],
             [
@@ -63,18 +73,42 @@ def list_recipes(
             ],
         )
     )
+    if comparisons:
+        out.print()
+        out.print(
+            table(
+                ["comparison", "arms", "what it is"],
+                [
+                    [name, ", ".join(one.all_arms()), one.description]
+                    for name, one in comparisons.items()
+                ],
+            )
+        )
 
 
 @app.command("show", epilog="Example: mmgraft recipes show iaa-24gb")
 def show(name: Name, json: JsonFlag = False) -> None:
     """Print a recipe as it is written, comments and all."""
     from mmgraft.cli.console import print_json
-    from mmgraft.training.recipe_source import find_recipe, load_recipe
+    from mmgraft.comparison.spec import is_comparison, load_comparison
+    from mmgraft.training.recipe_source import load_recipe
 
+    path = _find(name)
     if json:
-        print_json(load_recipe(name).model_dump(mode="json"))
+        found = load_comparison(path) if is_comparison(path) else load_recipe(path)
+        print_json(found.model_dump(mode="json"))
         return
-    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(path.read_text(encoding="utf-8"), nl=False)
+
+
+def _find(name: str) -> Path:
+    """The file of a recipe or a comparison; no two shipped ones have one name."""
+    from mmgraft.comparison.spec import find_comparison, shipped_comparisons
+    from mmgraft.training.recipe_source import find_recipe
+
+    if name in shipped_comparisons() and not Path(name).is_file():
+        return find_comparison(name)
+    return find_recipe(name)
 
 
 @app.command("cp", epilog="Example: mmgraft recipes cp iaa-24gb my-recipe.yaml")
@@ -92,9 +126,8 @@ def copy(
     """Copy a recipe, to change it."""
     from mmgraft.cli.console import note, print_json
     from mmgraft.errors import UsageError
-    from mmgraft.training.recipe_source import find_recipe
 
-    source = find_recipe(name)
+    source = _find(name)
     target = Path(source.name) if to is None else to.expanduser()
     if target.is_dir():
         target = target / source.name
@@ -122,9 +155,14 @@ def validate(
 ) -> None:
     """Check a recipe: every key, every value, and what a stage may train."""
     from mmgraft.cli.console import print_json, stdout, table
-    from mmgraft.training.recipe_source import find_recipe, load_recipe
+    from mmgraft.comparison.spec import is_comparison
+    from mmgraft.training.recipe_source import load_recipe
 
-    recipe = load_recipe(name, method=method)
+    path = _find(name)
+    if is_comparison(path):
+        _validate_comparison(path, method, json)
+        return
+    recipe = load_recipe(path, method=method)
     missing = list(recipe.data_to_set())
     recipe = recipe.resolved()
     if json:
@@ -148,9 +186,31 @@ def validate(
             ]
         )
     out = stdout()
-    out.print(f"{find_recipe(name).name} is a right recipe for {recipe.method}")
+    out.print(f"{path.name} is a right recipe for {recipe.method}")
     out.print(
         table(["stage", "trains", "learning rate", "rows a step", "length", "text rows"], rows)
     )
     if missing:
         out.print(f"still to set: {', '.join(missing)} (or give --data to `mmgraft train`)")
+
+
+def _validate_comparison(path: Path, method: str | None, json: bool) -> None:
+    from mmgraft.cli.console import print_json, stdout, table
+    from mmgraft.comparison.spec import arm_recipe, load_comparison
+    from mmgraft.errors import UsageError
+
+    if method is not None:
+        raise UsageError(f"{path} is a comparison, which has no one method; leave --method out")
+    comparison = load_comparison(path)
+    arms = comparison.all_arms()
+    recipes = {name: arm_recipe(name, arm) for name, arm in arms.items()}
+    if json:
+        print_json({"valid": True, "comparison": comparison.model_dump(mode="json")})
+        return
+    out = stdout()
+    out.print(f"{path.name} is a right comparison of {len(arms)} arms")
+    rows = [
+        [name, recipe.method, arms[name].recipe, ", ".join(stage.name for stage in recipe.stages)]
+        for name, recipe in recipes.items()
+    ]
+    out.print(table(["arm", "method", "recipe", "stages"], rows))

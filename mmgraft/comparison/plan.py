@@ -11,7 +11,7 @@ from typing import Any
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.comparison.files import FEATURES, PHASES, Phase, arm_folder, read_phase
-from mmgraft.comparison.spec import ALL_STAGES, Arm, Comparison, overrides_of
+from mmgraft.comparison.spec import ALL_STAGES, Comparison, arm_recipe
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.graft_file import TemplateChoice
@@ -19,7 +19,7 @@ from mmgraft.model.grafting import create_graft
 from mmgraft.model.vision.spec import VisionSpec
 from mmgraft.training.devices import check_packages, pick_device
 from mmgraft.training.recipe import Recipe, Stage
-from mmgraft.training.recipe_source import load_recipe, with_max_steps
+from mmgraft.training.recipe_source import with_max_steps
 from mmgraft.training.stage_data import StageData, absolute, check_rows
 
 
@@ -132,9 +132,10 @@ def make_plan(
     vision = comparison.vision
     if isinstance(vision, str):
         vision = VisionSpec.from_name(vision)
+    raw = {name: arm_recipe(name, arm) for name, arm in arms.items()}
     recipes = {
-        name: _in_arm(name, lambda arm=arm: _recipe(arm, settled, out, max_steps))
-        for name, arm in arms.items()
+        name: _in_arm(name, lambda name=name: _recipe(raw[name], settled, out, max_steps))
+        for name in arms
     }
     _check_stages(settled, recipes)
     plan = ComparisonPlan(out, settled, base, vision, chosen, (), tuple(only) or tuple(arms))
@@ -189,10 +190,8 @@ def make_graft(plan: ComparisonPlan, recipe: Recipe, run: Path, *, dry_run: bool
     )
 
 
-def _recipe(arm: Arm, comparison: Comparison, out: Path, max_steps: int | None) -> Recipe:
-    """The arm's recipe with its settings, the shared data and the shared tower features."""
-    assert arm.recipe is not None
-    recipe = load_recipe(arm.recipe, overrides=overrides_of(arm.set))
+def _recipe(recipe: Recipe, comparison: Comparison, out: Path, max_steps: int | None) -> Recipe:
+    """An arm's recipe with the shared data, sets and tower features."""
     if max_steps is not None:
         recipe = with_max_steps(recipe, max_steps)
     if comparison.data:
@@ -271,5 +270,4 @@ def _in_arm(name: str, work: Any) -> Any:
     try:
         return work()
     except UsageError as error:
-        text = str(error).removeprefix("--set ")
-        raise UsageError(f"arm {name!r}: {text}") from error
+        raise UsageError(f"arm {name!r}: {error}") from error

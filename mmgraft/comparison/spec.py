@@ -17,8 +17,8 @@ from mmgraft.evaluation.set_spec import SetSpec
 from mmgraft.model.vision.spec import VisionSpec
 from mmgraft.recipe_files import recipe_dir
 from mmgraft.strict import StrictModel
-from mmgraft.training.recipe import DataEntry
-from mmgraft.training.recipe_source import read_yaml
+from mmgraft.training.recipe import DataEntry, Recipe
+from mmgraft.training.recipe_source import load_recipe, read_yaml
 
 FOLDER = "comparisons"
 """Where the shipped ones lie, below the recipes."""
@@ -203,6 +203,25 @@ def load_comparison(source: str | Path) -> Comparison:
             "train`, or see `mmgraft recipes show easy-vqa`"
         )
     return Comparison.parse(data, str(path))
+
+
+def arm_recipe(name: str, arm: Arm) -> Recipe:
+    """The recipe of an arm, with what is set in it.
+
+    Raises:
+        UsageError: With the arm's name: no such recipe, or a key or value that it does not take.
+    """
+    assert arm.recipe is not None
+    try:
+        return load_recipe(arm.recipe, overrides=overrides_of(arm.set))
+    except UsageError as error:
+        raise UsageError(f"arm {name!r}: {str(error).removeprefix('--set ')}") from error
+
+
+def is_comparison(path: Path) -> bool:
+    """Whether a YAML file is a comparison and not a recipe."""
+    data, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    return "arms" in data or "grid" in data
 
 
 def dump_comparison(comparison: Comparison) -> str:
