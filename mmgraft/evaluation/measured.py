@@ -40,6 +40,21 @@ class Measured:
         """The same of some of the items, by position."""
         return Measured(self.columns[list(places)], self.statistics, self.main)
 
+    def beside(self, other: Measured) -> Measured:
+        """These scores and those of another metric on the same items."""
+        width = self.columns.shape[1]
+
+        def moved(statistic: Statistic) -> Statistic:
+            return lambda sums: statistic(sums[..., width:])
+
+        def kept(statistic: Statistic) -> Statistic:
+            return lambda sums: statistic(sums[..., :width])
+
+        statistics = {name: kept(one) for name, one in self.statistics.items()}
+        statistics.update((name, moved(one)) for name, one in other.statistics.items())
+        columns = np.concatenate([self.columns, other.columns], axis=1)
+        return Measured(columns, statistics, self.main)
+
     def values(self) -> dict[str, float]:
         """The scores alone, without intervals."""
         sums = self.columns.sum(axis=0)

@@ -22,6 +22,16 @@ def test_a_part_has_the_scores_of_its_items_alone() -> None:
     assert found.of([2, 3]).values() == {"right": 1.0}
 
 
+def test_two_metrics_stand_beside_each_other() -> None:
+    """Columns are named from their end too, which moves."""
+    one = Measured.means(right=[True, False, True, True])
+    other = Measured.means(read=[False, False, True, False], overlap=[0.5, 0.5, 0.0, 0.0])
+    both = one.beside(other)
+    assert both.main == "right"
+    assert both.values() == {"right": 0.75, "read": 0.25, "overlap": 0.25}
+    assert both.scores()["read"] == other.scores()["read"]
+
+
 def test_a_change_is_after_minus_before_of_the_same_items() -> None:
     after = Measured.means(right=[True] * 30 + [False] * 10)
     before = Measured.means(right=[True] * 10 + [False] * 30)
