@@ -75,7 +75,7 @@ def answer(
     batches = [
         (kind, part)
         for kind, places in _by_workflow(model, encoded, workflow).items()
-        for part in _batches(encoded, places, batch_size)
+        for part in _batches(encoded, places, batch_size, not _pads(model, kind))
     ]
     texts = [""] * len(encoded)
     done = 0
@@ -229,8 +229,22 @@ def _by_workflow(
     return found
 
 
-def _batches(rows: Sequence[Encoded], places: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Rows of like length together, those about one picture after one another."""
+def _pads(model: GraftedModel, workflow: str) -> bool:
+    """Whether rows may be padded on the left; the official variant of Wings takes none."""
+    return workflow == TEXT_WORKFLOW or model.workflow(workflow).graft.cacheable
+
+
+def _batches(
+    rows: Sequence[Encoded], places: Sequence[int], batch_size: int, even: bool
+) -> list[list[int]]:
+    """Rows of like length together, those about one picture after one another.
+
+    Args:
+        rows: All.
+        places: Those to put into batches.
+        batch_size: The most rows of a batch.
+        even: Of rows of one length only, so that none is padded.
+    """
     numbers: dict[Any, int] = {}
     longest: dict[int, int] = {}
     picture: dict[int, int] = {}
@@ -239,4 +253,12 @@ def _batches(rows: Sequence[Encoded], places: Sequence[int], batch_size: int) ->
         picture[at] = numbers.setdefault(key, len(numbers))
         longest[picture[at]] = max(longest.get(picture[at], 0), len(rows[at]))
     order = sorted(places, key=lambda at: (longest[picture[at]], picture[at], len(rows[at])))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    made: list[list[int]] = []
+    if even:
+        order.sort(key=lambda at: len(rows[at]))
+    for at in order:
+        full = not made or len(made[-1]) == batch_size
+        if full or (even and len(rows[made[-1][0]]) != len(rows[at])):
+            made.append([])
+        made[-1].append(at)
+    return made
