@@ -108,6 +108,12 @@ def test_a_groups_interval_is_of_its_own_kind_of_mean(weighted: bool) -> None:
     assert (score.high - score.low) / (2 * 1.96) == pytest.approx(error, rel=0.15)
 
 
+def test_a_task_that_a_draw_misses_is_not_a_task_of_wrong_answers() -> None:
+    leaves = [leaf(name, acc=(metrics.mean, [1.0] * size)) for name, size in (("a", 30), ("b", 1))]
+    found = {"results": {"group": {"acc,none": 1.0}}}
+    assert grouped(group(False), leaves, found, nothing)["acc"].low == 1
+
+
 def test_a_group_of_what_is_no_mean_is_left_to_its_tasks() -> None:
     said: list[str] = []
     one = leaf("one", ppl=(metrics.perplexity, [-1.0, -2.0]))
