@@ -18,7 +18,15 @@ from PIL import Image
 
 from mmgraft.demo.draft import Draft, rows_writer
 from mmgraft.demo.photographs import backdrop, find_photographs, open_photograph
-from mmgraft.demo.stamps import SOURCE, SYMBOLS, Stamp, cut_out, read_stamps, split_by_phrase
+from mmgraft.demo.stamps import (
+    SMALLEST,
+    SOURCE,
+    SYMBOLS,
+    Stamp,
+    cut_out,
+    read_stamps,
+    split_by_phrase,
+)
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.boxes import format_box
 from mmgraft.evaluation.set_spec import BoxFormat
@@ -31,7 +39,6 @@ TEST_SHARE = 0.2
 
 _NARROWEST = 1 / 3  # shorter by longer side: a thin box is missed by a pixel
 _QUALITY = 92
-_SMALLEST = 64  # pixels
 _TRIES = 200
 
 IntBox = tuple[int, int, int, int]
@@ -67,9 +74,9 @@ class GroundingSettings:
             raise _wrong_count(self.stamps)
         if self.boxes not in get_args(BoxFormat):
             raise UsageError(f"--boxes {self.boxes}: choose {', '.join(get_args(BoxFormat))}")
-        if self.size < _SMALLEST:
+        if self.size < SMALLEST:
             raise UsageError(
-                f"--size {self.size}: stamps cannot be told apart; give {_SMALLEST} or more"
+                f"--size {self.size}: stamps cannot be told apart; give {SMALLEST} or more"
             )
         if min(self.pictures, self.test_pictures) < 1:
             raise UsageError("--pictures and --test-pictures: give 1 or more")

@@ -115,6 +115,13 @@ def _text(name: str) -> Callable[..., Draft]:
     return draft
 
 
+def _stamps(seed: int, announce: Announce, **options: Any) -> Draft:
+    from mmgraft.demo import stamp_files
+
+    announce("reading stamps")
+    return stamp_files.draft(stamp_files.StampSettings(seed=seed, **options))
+
+
 def _grounding(seed: int, announce: Announce, **options: Any) -> Draft:
     from mmgraft.demo import grounding_set
 
@@ -130,6 +137,15 @@ _OFFERS = (
         "MIT",
         (assets.PICTURES,),
         _easy_vqa,
+    ),
+    Offer(
+        "stamps",
+        "images",
+        "Tux Paint stamps: captions, categories and letters",
+        "GPL-2; not to be passed on without its notices",
+        (),
+        _stamps,
+        frozenset({"source", "size"}),
     ),
     Offer(
         "stamps-grounding",

@@ -23,6 +23,9 @@ PACKAGE = "tuxpaint-stamps-default"
 SYMBOLS = "symbols"
 """The category of letters, digits and coins: printed signs rather than things."""
 
+SMALLEST = 64
+"""Side in pixels of the smallest picture that is made of stamps."""
+
 OPAQUE = 32
 """Alpha from which a pixel belongs to a stamp, of 255."""
 
@@ -98,6 +101,21 @@ def read_stamps(source: Path) -> list[Stamp]:
     return stamps
 
 
+def open_stamp(stamp: Stamp) -> Image.Image:
+    """A stamp's picture as RGBA.
+
+    Raises:
+        UsageError: The file cannot be read as a picture.
+    """
+    try:
+        with Image.open(stamp.path) as opened:
+            return opened.convert("RGBA")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the stamp {stamp.path} cannot be read ({error}); install {PACKAGE} again"
+        ) from error
+
+
 def cut_out(stamp: Stamp, longest: int) -> Image.Image | None:
     """A stamp without the clear margin around it.
 
@@ -112,13 +130,7 @@ def cut_out(stamp: Stamp, longest: int) -> Image.Image | None:
     Raises:
         UsageError: The file cannot be read as a picture.
     """
-    try:
-        with Image.open(stamp.path) as opened:
-            picture = opened.convert("RGBA")
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the stamp {stamp.path} cannot be read ({error}); install {PACKAGE} again"
-        ) from error
+    picture = open_stamp(stamp)
     if picture.getchannel("A").getextrema()[0] == 255:
         return None
     picture = _trimmed(picture)
