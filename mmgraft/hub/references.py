@@ -66,7 +66,11 @@ def make_portable(
         inside = _inside(folder, run, _WHAT["vision"], "--vision-id")
         vision = vision.model_copy(update={"id": f"./{inside}"})
         folders.append(inside)
-    return Portable(record.model_copy(update={"base": base, "vision": vision}), folders)
+    original = record.trained_from
+    if original is not None and local_folder(original.id, original.revision, run) is not None:
+        original = None  # a folder of this machine, which only evaluation reads
+    update = {"base": base, "vision": vision, "trained_from": original}
+    return Portable(record.model_copy(update=update), folders)
 
 
 def local_folder(name: str, revision: str | None, run: Path) -> Path | None:

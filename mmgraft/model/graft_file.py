@@ -58,6 +58,7 @@ class GraftFile(_Strict):
     Attributes:
         state: What of the graft runs now (``active``, ``learners``): a stage may run a part of it.
         base_trained: Text is then the trained base's, not the original's.
+        trained_from: The original of a trained base, to compare with.
         recipe: The resolved recipe of the last training.
         results: Measured results, for the model card.
     """
@@ -75,6 +76,7 @@ class GraftFile(_Strict):
     template: TemplateChoice = TemplateChoice()
     state: dict[str, Any] = Field(default_factory=dict)
     base_trained: bool = False
+    trained_from: BaseReference | None = None
     recipe: dict[str, Any] | None = None
     results: dict[str, Any] | None = None
 

@@ -55,7 +55,9 @@ def save_graft(
     if model.quantized:
         raise UsageError("a 4-bit base cannot have been trained; nothing of it is saved.")
     own = BaseReference(id=f"./{OWN_BASE}")
-    record = record.model_copy(update={"base": own, "base_trained": True})
+    beside = chosen.record.base.id == own.id
+    original = record.trained_from or (None if beside else record.base)
+    record = record.model_copy(update={"base": own, "base_trained": True, "trained_from": original})
     first = {OWN_BASE: lambda path: _write_base(model, path, own)}
     write_graft(folder, record, graft_tensors(chosen), max_shard_size, first)
     # The model stands beside its own base now; whatever lay beside the old one is named whole.

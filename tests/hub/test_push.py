@@ -220,7 +220,11 @@ def test_a_tower_on_this_machine_is_refused_or_renamed(hub: HubServer, tmp_path:
 
 
 def test_a_trained_base_inside_the_run_goes_along(hub: HubServer, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", base=BaseReference(id="./base"), base_trained=True)
+    original = BaseReference(id=str(tmp_path))
+    run = make_run(
+        tmp_path / "run",
+        base=BaseReference(id="./base"), base_trained=True, trained_from=original,
+    )  # fmt: skip
     with pytest.raises(UsageError, match="holds no model"):
         push(run)
     (run / "base" / "checkpoint-5").mkdir(parents=True)
@@ -230,6 +234,7 @@ def test_a_trained_base_inside_the_run_goes_along(hub: HubServer, tmp_path: Path
     push(run)
     sent = hub.repos["tester/run"].names
     assert [n for n in sent if "/" in n] == ["base/config.json", "base/model.safetensors"]
+    assert str(tmp_path).encode() not in hub.repos["tester/run"].read("graft_config.json")
     (run / "base" / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UsageError, match=r"base/model.safetensors cannot be read"):
         push(run)

@@ -171,7 +171,10 @@ def test_a_trained_base_brings_its_tokenizer(parts: Path, tmp_path: Path) -> Non
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(parts / "base").chat_template
     record = GraftFile.read(tmp_path / "other")
     assert (record.base.id, record.base_trained) == ("./base", True)
+    assert record.trained_from == GraftFile.read(run).base
     assert GraftFile.read(run).base_trained is False
+    save_graft(load_model(tmp_path / "other"), tmp_path / "again")
+    assert GraftFile.read(tmp_path / "again").trained_from == record.trained_from
 
 
 def test_a_base_held_in_4_bit_is_not_saved(parts: Path, tmp_path: Path) -> None:
