@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ DEFAULT_LENGTH = 2048
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 _UNSET = 1e29  # transformers' own word for a tokenizer without a length
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
-_LOGITS = 1 << 27
+LOGITS_AT_ONCE = 1 << 27
 """Logits that one pass may give; a batch is made smaller until it fits."""
 
 
@@ -94,7 +94,7 @@ class Likelihoods:
         A batch has ``batch_size`` requests at most, and as few as its logits ask for.
         """
         order = sorted(range(len(requests)), key=lambda at: (-requests[at].longest, at))
-        most = _LOGITS // int(self.config.get_text_config().vocab_size)
+        most = LOGITS_AT_ONCE // int(self.config.get_text_config().vocab_size)
         made: list[list[int]] = []
         rows = width = 0
         for at in order:
@@ -200,7 +200,8 @@ class Likelihoods:
             given["workflow"] = self.workflow
             if self.workflow != TEXT_WORKFLOW:
                 given["mm_token_type_ids"] = kinds
-        return self.model(**given).logits  # (b, s, vocab)
+        run: Callable[..., Any] = self.model
+        return run(**given).logits  # (b, s, vocab)
 
     def _images(self, requests: Sequence[Request]) -> dict[str, Tensor]:
         images = [image for request in requests for image in request.images]
@@ -216,12 +217,16 @@ class Likelihoods:
         return padded.to(self.model.device)
 
     def _cacheable(self) -> bool:
-        """Whether going on from a cache gives what a full pass gives, to float rounding."""
-        sees = isinstance(self.model, GraftedModel) and self.workflow != TEXT_WORKFLOW
-        if sees and not self.model.workflow(self.workflow).graft.cacheable:
-            return False
-        types = getattr(self.config.get_text_config(), "layer_types", None)
-        return types is None or _PLAIN_LAYERS.issuperset(types)
+        if isinstance(self.model, GraftedModel) and self.workflow != TEXT_WORKFLOW:
+            cacheable = self.model.workflow(self.workflow).graft.cacheable
+            return cacheable and can_go_on(self.config)
+        return can_go_on(self.config)
+
+
+def can_go_on(config: Any) -> bool:
+    """Whether a base that goes on from a cache gives what a full pass gives, to float rounding."""
+    types = getattr(config.get_text_config(), "layer_types", None)
+    return types is None or _PLAIN_LAYERS.issuperset(types)
 
 
 def context_length(config: Any, tokenizer: Any = None) -> int:
@@ -256,24 +261,5 @@ def _log_probabilities(logits: Tensor) -> Tensor:
 
 def _sum(logits: Tensor, ids: Sequence[int]) -> float:
     """The log-probability of ids, from the logits at the positions before them ``(n, vocab)``."""
-    return float(sum(token_log_probabilities(logits, ids)))
-
-
-def token_log_probabilities(logits: Tensor, ids: Sequence[int]) -> list[float]:
-    """Each id's log-probability in fp32, from the logits at the position before it.
-
-    Args:
-        logits: ``(n, vocab)``.
-        ids: n of them.
-    """
-    found: list[float] = []
-    for start, part in _parts(logits):
-        wanted = torch.tensor(ids[start : start + len(part)], device=part.device)
-        found += _log_probabilities(part).gather(-1, wanted[:, None])[:, 0].tolist()
-    return found
-
-
-def _parts(logits: Tensor, size: int = 256) -> Iterator[tuple[int, Tensor]]:
-    """Positions a few at a time, so that fp32 copies of them stay small."""
-    for start in range(0, len(logits), size):
-        yield start, logits[start : start + size]
+    wanted = torch.tensor(ids, device=logits.device)
+    return float(_log_probabilities(logits).gather(-1, wanted[:, None]).double().sum())
