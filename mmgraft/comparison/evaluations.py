@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.comparison.files import BASE, Phase
@@ -77,10 +78,21 @@ def _laws(
     announce: Announce,
     sizes: dict[str, Any],
 ) -> Results:
-    from mmgraft.data.sources import read_rows
+    from mmgraft.evaluation.item_files import read_items
     from mmgraft.evaluation.laws import evaluate_laws
+    from mmgraft.evaluation.run_features import run_features
+    from mmgraft.evaluation.set_spec import SetSpec
 
     laws = plan.comparison.laws
     assert laws is not None
-    rows = read_rows(laws.path, laws.images)
-    return evaluate_laws(answerer, rows, arm.run, announce=announce)
+    items = read_items(SetSpec(name="laws", metric="exact", **laws.model_dump()))
+    return evaluate_laws(
+        answerer,
+        items,
+        arm.run,
+        file=Path(laws.path),
+        features=run_features(answerer.model, arm.run, items, announce),
+        settings=laws.model_dump(mode="json", exclude={"path", "images"}),
+        announce=announce,
+        **sizes,
+    )

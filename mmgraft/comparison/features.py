@@ -42,15 +42,3 @@ def fill_features(arm: ArmPlan, device: str, announce: Callable[[str], None]) ->
     rows = [row for stage in recipe.stages for row in reader.rows(stage.data or [], recipe.seed)]
     count = fill_cache(cache, tower, rows)
     announce(f"{arm.name}: features of {count} images are in {cache.folder}")
-
-
-def link_features(run: Path, shared: Path) -> None:
-    """Let what looks for features in a run find the shared ones; without links it has its own."""
-    link = run / shared.name
-    if link.exists() or link.is_symlink():
-        return
-    shared.mkdir(parents=True, exist_ok=True)
-    try:
-        link.symlink_to(Path("..", "..", shared.name), target_is_directory=True)
-    except OSError:
-        return  # a file system without links

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmgraft.atomic import atomic_text
 from mmgraft.comparison.child import check_platform, locked
 from mmgraft.comparison.evaluations import measure
-from mmgraft.comparison.features import fill_features, link_features
+from mmgraft.comparison.features import fill_features
 from mmgraft.comparison.files import (
     COMPARISON,
     FEATURES,
@@ -184,8 +184,6 @@ class _Arm:
         with self._sitting(PhaseRecord(phase="graft", settings=settings)):
             make_graft(self.plan, arm.recipe, arm.run)
             atomic_text(arm.run / RECIPE, dump_recipe(arm.recipe))
-            if _shares(self.plan, arm):
-                link_features(arm.run, self.plan.out / FEATURES)
 
     def _features(self, settings: dict[str, Any]) -> None:
         with self._sitting(PhaseRecord(phase="features", settings=settings)):
@@ -258,4 +256,4 @@ def _is_done(run: Path, phase: Phase) -> bool:
 def _report(out: Path) -> list[Path]:
     from mmgraft.comparison.report import write_comparison_report
 
-    return list(write_comparison_report(out))
+    return list(write_comparison_report(out).values())

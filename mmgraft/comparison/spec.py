@@ -121,13 +121,15 @@ class Comparison(StrictModel):
 
     def _grid_arms(self) -> Iterator[tuple[str, Arm]]:
         labels = _labels(list(self.grid))
-        taken: dict[str, int] = {}
+        taken: set[str] = set()
         for values in itertools.product(*self.grid.values()):
             chosen = dict(zip(self.grid, values, strict=True))
-            name = "_".join(f"{labels[key]}-{_word(value)}" for key, value in chosen.items())
-            taken[name] = taken.get(name, 0) + 1
-            if taken[name] > 1:
-                name = f"{name}.{taken[name]}"
+            name = word = "_".join(f"{labels[key]}-{_word(one)}" for key, one in chosen.items())
+            again = 1
+            while name in taken:
+                again += 1
+                name = f"{word}.{again}"
+            taken.add(name)
             yield name, Arm(set=chosen)
 
     def placed(self) -> Comparison:
@@ -326,5 +328,5 @@ def _word(value: Any) -> str:
     elif isinstance(value, list):
         text = "-".join(map(_word, value))
     else:
-        text = str(value).lower() if isinstance(value, bool) else str(value)
+        text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-") or "none"
