@@ -17,16 +17,18 @@ import torch
 
 from mmgraft.answering import Answerer, Dialogue
 from mmgraft.atomic import atomic_json, atomic_text
+from mmgraft.data.rows import Row
 from mmgraft.demo import easy_vqa
 from mmgraft.demo.assets import DemoModels, check_packages, demo_models
 from mmgraft.demo.report import DemoReport, Phase, Score, Turn
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.asking import answer
 from mmgraft.evaluation.contact_sheet import Tile, contact_sheet, save_sheet
 from mmgraft.evaluation.estimate import mean
 from mmgraft.evaluation.identity import IdentityReport, load_untouched, text_identity
-from mmgraft.evaluation.vqa import Prior, answer, by_kind, exact
+from mmgraft.evaluation.run_features import run_features
+from mmgraft.evaluation.vqa import Prior, by_kind, exact
 from mmgraft.grafts.registry import get_method
-from mmgraft.model.feature_cache import FeatureCache, tower_features
 from mmgraft.model.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.model.grafting import create_graft
 from mmgraft.model.loading import base_files
@@ -228,19 +230,18 @@ class _Demo:
     def _ask(self, asked: Sequence[Question], root: Path) -> tuple[list[str], Answerer]:
         """The answers of the run as it is now, and the loaded model."""
         answerer = Answerer.load(self.settings.out, device=self.device)
-        tower = answerer.model.vision_tower
-        assert tower is not None
+        rows = [
+            Row(str(number), easy_vqa.prompt(question, root))
+            for number, question in enumerate(asked, start=1)
+        ]
         # The same cache as training's, so that no picture passes through the tower twice.
-        stored = torch.bfloat16 if tower.dtype == torch.bfloat16 else torch.float32
-        cache = FeatureCache(self.settings.out / "features", tower.fingerprint(), dtype=stored)
-        compute = tower_features(tower)
-        cache.get_many([root / question.image for question in asked], compute)
+        features = run_features(answerer.model, self.settings.out, rows)
         answers = answer(
             answerer.model,
             answerer.processor,
-            [easy_vqa.prompt(question, root) for question in asked],
+            [row.messages for row in rows],
             max_new_tokens=ANSWER_TOKENS,
-            features=lambda paths: torch.stack(cache.get_many(paths, compute)),
+            features=features,
         )
         return answers, answerer
 

@@ -1,20 +1,12 @@
-"""Visual question answering: answers of a model, and how many of them are right."""
+"""Visual question answering: which answers are right, and what asking blindly gives."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mmgraft.data.processor import GraftProcessor
-    from mmgraft.model.modeling import GraftedModel
 
 Match = Callable[[str, str], bool]
 
@@ -122,71 +114,3 @@ class Prior:
 
 def _most_frequent(counts: Counter[str]) -> str:
     return min(counts, key=lambda answer: (-counts[answer], answer))
-
-
-# -- a model's answers --------------------------------------------------------------------------
-
-
-def answer(
-    model: GraftedModel,
-    processor: GraftProcessor,
-    conversations: Sequence[Sequence[Mapping[str, Any]]],
-    *,
-    batch_size: int = 32,
-    max_new_tokens: int = 8,
-    features: Callable[[list[Path]], Tensor] | None = None,
-    workflow: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[str]:
-    """Greedy answers of a model, in batches of rows of like length.
-
-    Args:
-        model: With a workflow that sees, where conversations have images.
-        processor: The model's.
-        conversations: Messages, each ending with a question.
-        batch_size: Conversations at a time.
-        max_new_tokens: An answer is cut there.
-        features: The tower's features of image files, ``(n, P, tower width)``, such as a cache
-            gives; by default images are opened and run through the tower.
-        workflow: For all rows; by default rows without an image run ``text``.
-        progress: Told how many are answered, and of how many.
-
-    Returns:
-        Texts without special tokens, in the order of the conversations.
-
-    Raises:
-        UsageError: An image that cannot be read, or a conversation that the template refuses.
-    """
-    import torch
-
-    from mmgraft.data.images import open_images
-
-    encoded = [
-        processor.encode(messages, where=f"conversation {number}")
-        for number, messages in enumerate(conversations, start=1)
-    ]
-    order = sorted(range(len(encoded)), key=lambda at: len(encoded[at]))
-    texts = [""] * len(encoded)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        rows = [encoded[at] for at in chosen]
-        inputs: dict[str, Any] = processor.collate(rows, "left")
-        images = [image for row in rows for image in row.images]
-        if images and features is not None:
-            inputs["image_features"] = features([Path(image) for image in images])
-        elif images:
-            inputs["pixel_values"] = processor.pixels(open_images(images, "an answer's prompt"))
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        with torch.no_grad():
-            made = model.generate(
-                **inputs,
-                workflow=workflow,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=processor.pad_id,
-            )
-        length = inputs["input_ids"].shape[1]
-        for at, ids in zip(chosen, made, strict=True):
-            texts[at] = processor.decode(ids[length:]).strip()
-        progress(start + len(chosen), len(order))
-    return texts
