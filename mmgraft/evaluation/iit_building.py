@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.choice import shows_options
 from mmgraft.evaluation.iit_dialogues import (
     SHAPES,
     WORDS,
@@ -33,9 +36,6 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 EMBEDDING = "mean of the base's last hidden states"
 COUNT = 100
 """Dialogues a shape."""
-
-PROMPT = "{question}\n{options}"
-"""What is asked where a set has no prompt of its own."""
 
 _LONGEST = 512  # ids of a question that are read for its meaning, from its end
 _BATCH = 16  # questions read together; fixed, since rounding depends on it
@@ -90,7 +90,9 @@ def build_iit(
 ) -> dict[str, list[Item]]:
     """The dialogues of a folder, built and saved there unless they are there already.
 
-    Questions too long for a dialogue of the longest shape are left out, and counted.
+    Every question is asked as its set asks it, and answered by the text of the right option; where
+    its prompt shows the options with letters, the letters are the options. Questions too long for
+    a dialogue of the longest shape are left out, and counted.
 
     Args:
         answerer: Whose base says which questions are alike.
@@ -117,21 +119,17 @@ def build_iit(
             "no multiple-choice set to build dialogues of; give at least one set with metric: "
             "choice (modality: text, or with images)"
         )
-    asked = [
-        spec if spec.prompt is not None else spec.model_copy(update={"prompt": PROMPT})
-        for spec in chosen
-    ]
     made_of = {
         "seed": seed,
         "count": count,
         "shapes": None if shapes is None else list(shapes),
         "embedding": embedding,
         "base": _base_sha256(answerer),
-        "sets": [_source(spec, root) for spec in asked],
+        "sets": [_source(spec, root) for spec in chosen],
     }
     if not is_made_of(folder, made_of):
         parts = max(map(len, shapes or SHAPES))
-        read = [(spec.name, read_items(spec, root)) for spec in asked]
+        read = [(spec.name, _answerable(spec, read_items(spec, root))) for spec in chosen]
         fitting = [(name, _short(answerer, items, parts, announce)) for name, items in read]
         pools = _pools(fitting, embed or (lambda texts: question_vectors(answerer, texts)))
         sizes = {letter: len(pool) for letter, pool in pools.items()}
@@ -146,6 +144,13 @@ def build_iit(
         save_dialogues(folder, built, made_of)
         announce(f"built {sum(map(len, built.values()))} dialogues in {folder}")
     return read_dialogues(folder)
+
+
+def _answerable(spec: SetSpec, items: Sequence[Item]) -> list[Item]:
+    """Items whose options are what may be answered: their texts, or the letters shown."""
+    if not shows_options(spec.prompt):
+        return list(items)
+    return [replace(item, options=tuple(ascii_uppercase[: len(item.options)])) for item in items]
 
 
 def _short(

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmgraft.evaluation.about_run import shown_name
 from mmgraft.evaluation.estimate import Estimate
 from mmgraft.evaluation.item_files import file_sha256
 from mmgraft.evaluation.results import Score
@@ -29,14 +30,17 @@ def software(*packages: str) -> dict[str, str]:
 
 
 def described_graft(model: GraftedModel, run: Path, workflow: str | None = None) -> dict[str, str]:
-    """Method, workflow, base, vision tower, and the SHA-256 of the graft's weights."""
+    """Method, workflow, base, vision tower, and the SHA-256 of the graft's weights.
+
+    Of a base or tower in a folder the folder's name: results are shown to others.
+    """
     flow = model.workflow(workflow)
     record = flow.record
     return {
         "method": record.method,
         "workflow": flow.name,
-        "base": record.base.id,
-        "vision": record.vision.name,
+        "base": shown_name(record.base.id),
+        "vision": shown_name(record.vision.name),
         "sha256": weights_sha256(run),
     }
 

@@ -10,7 +10,6 @@ import torch
 from mmgraft.answering import Answerer
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.iit_building import build_iit, question_vectors
-from mmgraft.evaluation.iit_files import read_dialogues
 from tiny_choice import choice_sets
 from tiny_runs import make_parts, make_run
 
@@ -82,14 +81,27 @@ def _rows(folder: Path) -> bytes:
     return (folder / "dialogues.jsonl").read_bytes()
 
 
-def test_options_are_shown_and_a_prompt_of_the_set_is_kept(answerer, tmp_path: Path) -> None:
+def test_each_set_is_asked_as_it_asks_and_letters_answer_where_they_are_shown(
+    answerer, tmp_path: Path
+) -> None:
     text, seen = choice_sets(tmp_path)
-    seen = seen.model_copy(update={"prompt": None})
-    build_iit(answerer, [text, seen], tmp_path / "iit", shapes=["TV"], embed=letters, count=1)
-    items = read_dialogues(tmp_path / "iit")["TV"]
-    before, last = items[0].messages[0]["content"], items[0].messages[-1]["content"][-1]["text"]
-    assert before.endswith("?")
-    assert last.endswith("?\nA. blue\nB. green\nC. red")
+    text = text.model_copy(update={"prompt": "{question}\n{options}"})
+
+    def built(name: str, *shapes: str):
+        folder = tmp_path / name
+        return build_iit(answerer, [text, seen], folder, shapes=shapes, embed=letters, count=1)
+
+    (item,) = built("seen", "TV")["TV"]
+    assert [turn["role"] for turn in item.messages] == ["user", "assistant", "user"]
+    assert item.messages[0]["content"].endswith("?\nA. yes\nB. no\nC. or so")
+    assert item.messages[1]["content"] in ("A", "B", "C")
+    assert item.messages[2]["content"][-1]["text"].endswith("?")
+    assert item.options == ("blue", "green", "red")
+    (alone,) = built("alone", "T")["T"]
+    right = {row["id"]: row["answer"] for row in map(json.loads, (tmp_path / "text.jsonl").open())}
+    (row,) = map(json.loads, (tmp_path / "alone/dialogues.jsonl").open())
+    assert alone.options == ("A", "B", "C")
+    assert alone.gold == right[row["from"][0]["id"]]
 
 
 def test_questions_too_long_for_a_dialogue_are_left_out(answerer, tmp_path: Path) -> None:
