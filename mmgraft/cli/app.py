@@ -122,6 +122,13 @@ COMMANDS: dict[str, Command] = {
         _LOOK,
         "mmgraft inspect smollm2-135m",
     ),
+    "laws": Command(
+        "mmgraft.cli.laws",
+        "laws",
+        "Show how much each layer attends to the image and to the text around it.",
+        _LOOK,
+        "mmgraft laws qwen2-7b-iaa rows.jsonl --images photos",
+    ),
     "methods": Command(
         "mmgraft.cli.methods",
         "methods",

@@ -12,6 +12,7 @@ loss of text ability.
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,12 @@ from mmgraft.answering import Answerer
 from mmgraft.data.content import images_of_all
 from mmgraft.data.images import open_images
 from mmgraft.data.processor import Encoded
+from mmgraft.data.rows import Row
+from mmgraft.data.sources import read_rows
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.estimate import estimate, paired
 from mmgraft.evaluation.item_files import file_sha256
-from mmgraft.evaluation.layer_sums import PROJECTOR_ONLY, SIDES, layer_sums
+from mmgraft.evaluation.layer_sums import PROJECTOR_ONLY, SIDES, LayerSums, layer_sums
 from mmgraft.evaluation.origin import as_score, described_graft, software
 from mmgraft.evaluation.results import Results, Score, SetResult
 
@@ -46,6 +49,8 @@ class Sample(Protocol):
     def id(self) -> str: ...
     @property
     def messages(self) -> Sequence[Any]: ...
+    @property
+    def file(self) -> str: ...
     @property
     def where(self) -> str: ...
 
@@ -75,12 +80,26 @@ def _varies(curve: np.ndarray) -> np.ndarray:
 # -- many samples -------------------------------------------------------------------------------
 
 
+def read_samples(
+    path: str | Path, images: str | Path | None = None, limit: int | None = None, seed: int = 0
+) -> list[Row]:
+    """Rows of a file, or so many of them drawn by a seed, in the file's order.
+
+    Raises:
+        UsageError: See :func:`mmgraft.data.sources.read_rows`.
+    """
+    rows = read_rows(path, images)
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[at] for at in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+
+
 def evaluate_laws(
     answerer: Answerer,
     samples: Sequence[Sample],
     run: Path,
     *,
-    file: Path,
+    file: Path | None = None,
     name: str = "laws",
     workflow: str | None = None,
     batch_size: int = 8,
@@ -98,7 +117,8 @@ def evaluate_laws(
         answerer: The grafted model and its processor.
         samples: Rows (with their answers, where they have them) or items.
         run: Its folder.
-        file: Where the samples were read; its name and SHA-256 are noted.
+        file: Where the samples were read, by default as the first one says; its name and SHA-256
+            are noted.
         name: Of the set.
         workflow: Default: the graft's.
         batch_size: Samples run together, of like length.
@@ -111,13 +131,19 @@ def evaluate_laws(
         The section ``laws``: one set whose scores are the mean shifts of every series
         (``shift_SERIES``), ``change`` the paired differences to the base with the projector, and
         in ``details[name]`` the curves: for every series its layers and each side's share of a
-        query's attention, averaged over queries and samples.
+        query's attention, averaged over queries and samples. For Wings ``learners_change`` there
+        is the paired difference that adding the learners to the main branch makes.
 
     Raises:
         UsageError: No sample is left, an image that cannot be read, or an attention whose weights
             cannot be found out.
     """
     began = time.monotonic()
+    if not samples:
+        raise UsageError("no samples to measure; give rows with an image between text")
+    file = file or Path(samples[0].file)
+    if not file.is_file():
+        raise UsageError(f"no file {str(file)!r} that the samples come from; say where they do")
     flow = answerer.model.workflow(workflow)
     encoded = [_encode(answerer, sample) for sample in samples]
     reasons = [_lacks(row) for row in encoded]
@@ -125,18 +151,8 @@ def evaluate_laws(
     kept = [at for at, reason in enumerate(reasons) if reason is None]
     order = sorted(kept, key=lambda at: len(encoded[at]))
     announce(f"attention of {len(order)} of {len(samples)} samples by layer")
-    parts: dict[str, list[np.ndarray]] = {}
-    layers: dict[str, tuple[str, ...]] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        rows = [encoded[at] for at in chosen]
-        inputs = _inputs(answerer, [samples[at] for at in chosen], rows, features)
-        for series, found in layer_sums(answerer.model, inputs, flow.name).items():
-            parts.setdefault(series, []).append(found.sums)
-            layers[series] = found.layers
-        progress(start + len(chosen), len(order))
-    sums = {series: np.concatenate(found) for series, found in parts.items()}
-    shifts = {series: attention_shift(found) for series, found in sums.items()}
+    found = _all_sums(answerer, samples, encoded, order, flow.name, batch_size, features, progress)
+    shifts = {series: attention_shift(one.sums) for series, one in found.items()}
     whole = ~np.isnan(sum(shifts.values(), np.zeros(len(order))))
     if not whole.all():
         left_out["no_variance"] = int((~whole).sum())
@@ -144,13 +160,20 @@ def evaluate_laws(
     used = [at for at, keep in zip(order, whole, strict=True) if keep]
     lengths = np.array([len(encoded[at]) for at in used], dtype=np.float64)[:, None, None]
     curves = {
-        series: {"layers": list(layers[series]), **_curves(found[whole] / lengths)}
-        for series, found in sums.items()
+        series: {"layers": list(one.layers), **_curves(one.sums[whole] / lengths)}
+        for series, one in found.items()
     }
-    scores, change = _scores(
-        {series: found[whole] for series, found in shifts.items()},
-        [_group(samples[at]) for at in used],
-    )
+    groups = [_group(samples[at]) for at in used]
+    columns = {
+        f"shift_{series}": np.stack([shift[whole], np.ones(len(used))], axis=-1)
+        for series, shift in shifts.items()
+    }
+    scores = {key: as_score(estimate(column, groups=groups)) for key, column in columns.items()}
+
+    def change(key: str, before: str) -> Score:
+        return as_score(paired(columns[key], columns[before], groups=groups))
+
+    alone = f"shift_{PROJECTOR_ONLY}"
     result = SetResult(
         name=name,
         metric="attention_shift",
@@ -159,12 +182,17 @@ def evaluate_laws(
         sha256=file_sha256(file),
         items=len(used),
         scores=scores,
-        change=change,
+        change={key: change(key, alone) for key in columns if key != alone},
         settings={"batch_size": batch_size, "workflow": flow.name, **(settings or {})},
         seconds=time.monotonic() - began,
     )
     left = {reason: left_out[reason] for reason in LEFT_OUT}
-    details = {"samples": len(samples), "used": len(used), "left_out": left, "series": curves}
+    details: dict[str, Any] = {
+        "samples": len(samples), "used": len(used), "left_out": left, "series": curves,
+    }  # fmt: skip
+    if "shift_main_and_learners" in columns:
+        added = change("shift_main_and_learners", "shift_main")
+        details["learners_change"] = added.model_dump()
     return Results(
         section="laws",
         mmgraft_version=__version__,
@@ -173,6 +201,31 @@ def evaluate_laws(
         sets=[result],
         details={name: details},
     )
+
+
+def _all_sums(
+    answerer: Answerer,
+    samples: Sequence[Sample],
+    encoded: Sequence[Encoded],
+    order: Sequence[int],
+    workflow: str,
+    batch_size: int,
+    features: Callable[[list[Path]], Tensor] | None,
+    progress: Callable[[int, int], None],
+) -> dict[str, LayerSums]:
+    """Every series of the samples at ``order``, in that order."""
+    found: dict[str, list[LayerSums]] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [encoded[at] for at in chosen]
+        inputs = _inputs(answerer, [samples[at] for at in chosen], rows, features)
+        for series, sums in layer_sums(answerer.model, inputs, workflow).items():
+            found.setdefault(series, []).append(sums)
+        progress(start + len(chosen), len(order))
+    return {
+        series: LayerSums(parts[0].layers, np.concatenate([part.sums for part in parts]))
+        for series, parts in found.items()
+    }
 
 
 def _encode(answerer: Answerer, sample: Sample) -> Encoded:
@@ -218,7 +271,7 @@ def _inputs(
 def _refuse_empty(left: int, left_out: Mapping[str, int], file: Path) -> None:
     if left:
         return
-    told = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "it is empty"
+    told = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
     raise UsageError(
         f"{file} leaves no sample to measure ({told}): give rows with an image between text; a "
         "system prompt counts as text before it, the question as text after it"
@@ -234,21 +287,3 @@ def _curves(shares: np.ndarray) -> dict[str, list[float]]:
     """``(samples, layers, 3)`` to a list over layers for each side."""
     average = shares.mean(axis=0)
     return {side: [float(x) for x in average[:, at]] for at, side in enumerate(SIDES)}
-
-
-def _scores(
-    shifts: Mapping[str, np.ndarray], groups: Sequence[Any]
-) -> tuple[dict[str, Score], dict[str, Score]]:
-    """Mean shifts, and how each differs from that of the base with the projector."""
-    columns = {
-        f"shift_{series}": np.stack([found, np.ones_like(found)], axis=-1)
-        for series, found in shifts.items()
-    }
-    before = columns[f"shift_{PROJECTOR_ONLY}"]
-    scores = {name: as_score(estimate(found, groups=groups)) for name, found in columns.items()}
-    change = {
-        name: as_score(paired(found, before, groups=groups))
-        for name, found in columns.items()
-        if found is not before
-    }
-    return scores, change
