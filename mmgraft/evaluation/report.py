@@ -230,17 +230,17 @@ def shift_table(arms: dict[str, Results]) -> Table:
 
 def _curve(run: Path) -> Picture | None:
     path = run / METRICS
-    if not path.is_file():
+    last = last_losses(path) if path.is_file() else []
+    if not last:
         return None
     from mmgraft.evaluation.plots import training_curves
 
-    last = last_losses(path)
     told = ", ".join(f"stage {plain(stage)} ended at {number(loss)}" for stage, loss in last)
     return Picture(
         "curves",
         training_curves({run.resolve().name: path}),
-        f"Training loss by step: {told}." if told else "Training loss by step.",
-        f"Training loss by step; {told}." if told else "Training loss by step.",
+        f"Training loss by step: {told}.",
+        f"Training loss by step; {told}.",
     )
 
 

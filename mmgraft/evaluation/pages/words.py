@@ -84,10 +84,8 @@ def places_for(*values: float) -> int:
 
 
 def interval(score: WithInterval) -> str:
-    """`0.800 to 0.846`; one number where the ends are the same."""
+    """`0.800 to 0.846`."""
     places = places_for(score.value, score.low, score.high)
-    if score.low == score.high:
-        return number(score.low, places)
     return f"{number(score.low, places)} to {number(score.high, places)}"
 
 

@@ -48,7 +48,7 @@ def test_numbers_have_the_places_that_their_size_asks_for(value: float, text: st
 def test_a_number_and_its_interval_have_the_same_places() -> None:
     assert str(score_cell(found(0.8, 0.78, 0.82))) == "0.800 (0.780 to 0.820)"
     assert str(score_cell(found(28.41, 28.4099, 28.4101))) == "28.41000 (28.40990 to 28.41010)"
-    assert interval(found(0.5, 0.5, 0.5)) == "0.500"
+    assert interval(found(0.5, 0.5, 0.5)) == "0.500 to 0.500"
 
 
 def test_changes_have_signs_and_zero_says_that_it_is_exact() -> None:

@@ -1,0 +1,266 @@
+"""The report of a comparison, from arms whose answers are known."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from comparison_example import (
+    SAID,
+    add_arm,
+    example_comparison,
+    keep_answers,
+    make_spec,
+    write_questions,
+)
+from mmgraft.comparison.answers import SetAnswers, read_answers
+from mmgraft.comparison.files import read_comparison
+from mmgraft.comparison.report import ComparisonReport, write_comparison_report
+from mmgraft.comparison.report_arms import read_arms
+from mmgraft.comparison.report_sheet import sheet_blocks
+from mmgraft.errors import UsageError
+from mmgraft.evaluation.item_files import file_sha256, read_items
+from mmgraft.evaluation.pages.page import Table
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison with its report, which no test changes."""
+    out = example_comparison(tmp_path_factory.mktemp("comparison") / "out")
+    write_comparison_report(out)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take seconds and have tests of their own; the module's fixture has real ones."""
+    data = io.BytesIO()
+    Image.new("RGB", (4, 3)).save(data, "PNG")
+    plots = SimpleNamespace(
+        training_curves=lambda _: data.getvalue(), laws_plot=lambda _: data.getvalue()
+    )
+    monkeypatch.setitem(sys.modules, "mmgraft.evaluation.plots", plots)
+
+
+@pytest.fixture
+def changed(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(whole, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def markdown(out: Path) -> str:
+    return (out / "report.md").read_text()
+
+
+def lines_of(text: str, start: str) -> list[str]:
+    return [line for line in text.split("\n") if line.startswith(start)]
+
+
+def answers_of(out: Path) -> SetAnswers:
+    comparison = read_comparison(out)
+    found = read_answers(comparison.evaluation[0], read_arms(out, comparison))
+    assert found is not None
+    return found
+
+
+def test_the_table_has_the_base_and_every_arm(whole: Path) -> None:
+    text = markdown(whole)
+    (header,) = lines_of(text, "| arm | text is")
+    assert header == (
+        "| arm | text is the base's | wiki, perplexity | mmlu, accuracy | KL, wiki | "
+        "colours, accuracy | prior | no image | parameters trained | training | peak memory |"
+    )
+    (base,) = lines_of(text, "| the base, untouched |")
+    assert base.startswith("| the base, untouched | - | **28.40** (27.60 to 29.20) | **0.281** (")
+    full = lines_of(text, "| llava-full | no, it was trained |")[0]
+    assert "**31.50** (30.60 to 32.40)" in full
+    assert "| 0.210 (0.200 to 0.220) | **0.950** (" in full
+    assert full.endswith("| 12,352 | 17 min | 3.1 GB |")
+    assert "**1.000** (1.000 to 1.000)" in lines_of(text, "| iaa | bit for bit |")[0]
+    assert lines_of(text, "| late | - |")[0].replace("-", "").replace("|", "").strip() == "late"
+
+
+def test_worse_text_is_marked_in_the_page(whole: Path) -> None:
+    html = (whole / "report.html").read_text()
+    assert 'class="number bad"><strong>31.50</strong>' in html
+    assert 'class="number "><strong>0.270</strong>' in html  # not resolved: no colour
+
+
+def test_arms_are_compared_on_the_same_items(whole: Path) -> None:
+    text = markdown(whole)
+    assert lines_of(text, "| iaa | llava | +")[0].endswith("| better |")
+    assert lines_of(text, "| llava | llava-full |")[0].endswith("| worse |")
+    assert "- colours: late is left out of these: it was not asked" in text
+    assert lines_of(text, "| llava | no image | 0 (exactly) | the same |")
+    assert lines_of(text, "| near | 20 |")
+
+
+def test_differences_are_those_of_the_answers(whole: Path) -> None:
+    found = answers_of(whole)
+    items = found.items
+    share = sum(item.answers[0] == "red" for item in items) / len(items)
+    change = found.difference("iaa", "llava")
+    assert change.value == pytest.approx(1 - share)
+    assert change.count == len(items)
+    assert found.pairs() == [("llava", "llava-full"), ("iaa", "llava-full"), ("iaa", "llava")]
+    blind = found.over_blind("llava")
+    assert set(blind) == {"prior", "no_image"}
+    assert (blind["no_image"].value, blind["no_image"].high) == (0, 0)
+
+
+def test_many_arms_are_compared_with_the_best(changed: Path) -> None:
+    found = answers_of(changed)
+    many = {f"arm{n}": found.measured["llava"] for n in range(5)} | {"iaa": found.measured["iaa"]}
+    pairs = SetAnswers(found.spec, found.items, {}, many, {}, None, {}).pairs()
+    assert pairs == [(f"arm{n}", "iaa") for n in range(5)]
+
+
+def test_claims_are_sentences_with_a_verdict(whole: Path) -> None:
+    text = markdown(whole)
+    (line,) = lines_of(text, "| Inserted layers see more than a projector alone. |")
+    assert line.startswith(
+        "| Inserted layers see more than a projector alone. | IAA | iaa, llava |"
+    )
+    assert line.endswith("| holds |")
+    (line,) = lines_of(text, "| Training the base costs text: accuracy falls. |")
+    assert line.endswith("| not resolved |")
+
+
+def test_the_json_holds_arms_differences_and_claims(whole: Path) -> None:
+    data = json.loads((whole / "report.json").read_text())
+    report = ComparisonReport.parse(data, "report.json")
+    assert list(report.arms) == ["llava-full", "llava", "iaa", "late"]
+    assert report.arms["late"].method is None
+    assert report.arms["iaa"].done == ["graft", "features", "train", "text", "vision", "laws"]
+    assert set(report.arms["iaa"].sections) == {"training", "text", "vision", "laws"}
+    pairs = [(one.first, one.second) for one in report.differences]
+    assert pairs[:3] == [("llava", "llava-full"), ("iaa", "llava-full"), ("iaa", "llava")]
+    assert ("iaa", "no_image") in pairs
+    assert report.notes == ["colours: late is left out of these: it was not asked"]
+    assert len(report.claims) == 13
+
+
+def test_pictures_lie_beside_the_markdown(whole: Path) -> None:
+    written = {path.name for path in whole.iterdir() if path.name.endswith(".png")}
+    assert written == {"answers-colours.png", "laws.png", "curves.png"}
+    text = markdown(whole)
+    assert all(f"]({name})" in text for name in written)
+    assert (whole / "report.html").read_text().count('src="data:image/png') == 3
+
+
+def test_the_sheet_says_in_words_what_it_shows(whole: Path) -> None:
+    found = answers_of(whole)
+    picture, table = sheet_blocks(found, shown=5)
+    assert isinstance(table, Table)
+    assert len(table.rows) == 5
+    assert table.columns == ["question", "truth", "llava-full", "llava", "iaa"]
+    for question, truth, _, llava, iaa in table.rows:
+        assert question.text == "which colour is | it?"
+        assert (iaa.text, iaa.detail, iaa.tone) == (truth.text, "right", "good")
+        right = truth.text == "red"
+        assert (llava.text, llava.detail) == ("red", "right" if right else "wrong")
+    again, _ = sheet_blocks(found, shown=5)
+    assert again == picture
+
+
+def test_no_folder_of_the_machine_is_in_the_page(whole: Path) -> None:
+    for name in ("report.md", "report.html"):
+        assert str(whole.parent) not in (whole / name).read_text()
+
+
+def test_answers_that_are_not_whole_are_left_out_by_name(changed: Path) -> None:
+    file = changed / "arms" / "iaa" / "results" / "predictions" / "colours.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    write_comparison_report(changed)
+    text = markdown(changed)
+    assert "iaa is left out of these: its answers are not whole" in text
+    assert not lines_of(text, "| iaa | llava | +")
+    assert lines_of(text, "| iaa | bit for bit |")  # its own results still stand
+
+
+def test_a_set_that_changed_since_is_not_compared(whole: Path, tmp_path: Path) -> None:
+    data = tmp_path / "questions"
+    out = example_comparison(tmp_path / "own", arms=("llava",))
+    write_questions(data, count=41)
+    add_arm(out, "iaa", make_spec(data))
+    write_comparison_report(out)
+    text = markdown(out)
+    assert "llava is left out of these: the set's file has changed since" in text
+    assert not lines_of(text, "| iaa | llava | +")
+
+
+def test_a_set_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    out = example_comparison(tmp_path / "out")
+    (tmp_path / "questions" / "test.jsonl").unlink()
+    report = json.loads(write_comparison_report(out)["json"].read_text())
+    assert report["differences"] == []
+    assert "colours: arms cannot be compared item by item" in report["notes"][0]
+    assert "arms cannot be compared item by item" in markdown(out)
+
+
+def test_multiple_choice_is_scored_again_from_log_probabilities(tmp_path: Path) -> None:
+    out = example_comparison(tmp_path / "out", arms=("llava", "iaa"))
+    spec = make_spec(tmp_path / "questions")
+    items = read_items(spec)
+    comparison = read_comparison(out)
+    arms = read_arms(out, comparison)
+    options = ["red", "green", "blue"]
+    choice = spec.model_copy(update={"metric": "choice", "path": str(tmp_path / "choice.jsonl")})
+    rows = [
+        {"id": item.id, "question": "which?", "options": options, "answer": item.answers[0],
+         "image": str(next(iter(item.messages[0]["content"]))["image"])}
+        for item in items
+    ]  # fmt: skip
+    Path(str(choice.path)).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for arm in arms[1:3]:
+        results = arm.sections["vision"]
+        results.sets[0].sha256 = file_sha256(Path(str(choice.path)))
+        kept = arm.run / str(results.sets[0].predictions)
+        told = [json.loads(line) for line in kept.read_text().splitlines()]
+        for row in told[1:]:
+            row |= {
+                "sums": [-1.0 if option == row["answer"] else -2.0 for option in options],
+                "tokens": [1, 1, 1],
+                "characters": [3, 5, 4],
+            }
+        kept.write_text("".join(json.dumps(row) + "\n" for row in told))
+    found = read_answers(choice.model_copy(update={"blind": ["prior"]}), arms)
+    assert found is not None
+    assert found.measured["iaa"].values()["accuracy"] == 1
+    share = sum(item.answers[0] == "red" for item in items) / len(items)
+    assert found.difference("iaa", "llava").value == pytest.approx(1 - share)
+    assert 0 < found.over_blind("iaa")["prior"].value < 1
+
+
+def test_an_answer_with_markup_stays_an_answer(changed: Path) -> None:
+    comparison = read_comparison(changed)
+    spec = comparison.evaluation[0]
+    items = read_items(spec)
+    run = changed / "arms" / "iaa"
+    keep_answers(run, spec, items, ["<b>x</b> | `y`"] * len(items), spec.name)
+    write_comparison_report(changed)
+    assert "<b>x</b>" not in (changed / "report.html").read_text()
+    assert "\\<b\\>x\\</b\\> \\| 'y' (wrong)" in markdown(changed)
+
+
+def test_a_comparison_of_which_nothing_is_done_still_has_a_report(tmp_path: Path) -> None:
+    out = example_comparison(tmp_path / "out", arms=())
+    write_comparison_report(out)
+    text = markdown(out)
+    assert "No claim was tested yet." in text
+    assert len(lines_of(text, "| iaa |")) == 2
+    assert set(SAID) <= set(text.replace(",", " ").split())
+
+
+def test_a_folder_without_a_comparison_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="mmgraft compare"):
+        write_comparison_report(tmp_path)
