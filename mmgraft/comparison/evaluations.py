@@ -54,7 +54,13 @@ def _text(
 
     sets = [one for one in plan.comparison.evaluation if one.modality == "text"]
     return evaluate_text(
-        answerer, arm.run, sets, announce=announce, base_cache=plan.out / BASE, **sizes
+        answerer,
+        arm.run,
+        sets,
+        untouched=plan.base,
+        base_cache=plan.out / BASE,
+        announce=announce,
+        **sizes,
     )
 
 
@@ -68,7 +74,7 @@ def _vision(
     from mmgraft.evaluation.vision import evaluate_vision
 
     sets = [one for one in plan.comparison.evaluation if one.modality == "image"]
-    return evaluate_vision(answerer, arm.run, sets, announce=announce, root=None, **sizes)
+    return evaluate_vision(answerer, arm.run, sets, announce=announce, **sizes)
 
 
 def _laws(

@@ -138,18 +138,18 @@ class Comparison(StrictModel):
         images = self.images
 
         def entry(one: DataEntry) -> DataEntry:
-            moved = {"path": _place(one.path, root), "images": _place(one.images or images, root)}
-            return one.model_copy(update=moved)
+            folder = _folder(one.images or images, root)
+            return one.model_copy(update={"path": _file(one.path, root), "images": folder})
 
         def asked(one: SetSpec) -> SetSpec:
-            moved = {name: _place(getattr(one, name), root) for name in ("path", "train")}
+            moved = {name: _file(getattr(one, name), root) for name in ("path", "train")}
             folder = images if one.modality == "image" else None
-            return one.model_copy(update={**moved, "images": _place(one.images or folder, root)})
+            return one.model_copy(update={**moved, "images": _folder(one.images or folder, root)})
 
         laws = self.laws
         if laws is not None:
-            moved = {"path": _place(laws.path, root), "images": _place(laws.images or images, root)}
-            laws = laws.model_copy(update=moved)
+            folder = _folder(laws.images or images, root)
+            laws = laws.model_copy(update={"path": _file(laws.path, root), "images": folder})
         return self.model_copy(
             update={
                 "data": {
@@ -158,7 +158,7 @@ class Comparison(StrictModel):
                 "evaluation": [asked(one) for one in self.evaluation],
                 "laws": laws,
                 "root": None if root is None else str(root.resolve()),
-                "images": _place(images, root),
+                "images": _folder(images, root),
             }
         )
 
@@ -297,14 +297,22 @@ def _entries(value: Any) -> Any:
     return [{"path": one} if isinstance(one, str) else one for one in items]
 
 
-def _place(path: str | None, root: Path | None) -> str | None:
+def _file(path: str | None, root: Path | None) -> str | None:
+    """A file's whole path; the name of a packaged set, and what no one has, stay as they are."""
+    found = [one for one in _places(path, root) if one.is_file()]
+    return str(found[0].resolve()) if found else path
+
+
+def _folder(path: str | None, root: Path | None) -> str | None:
+    found = [one for one in _places(path, root) if one.is_dir()]
+    return str(found[0].resolve()) if found else path
+
+
+def _places(path: str | None, root: Path | None) -> list[Path]:
     if path is None:
-        return None
+        return []
     named = Path(path).expanduser()
-    for found in ([root / named] if root is not None else []) + [named]:
-        if found.exists():
-            return str(found.resolve())
-    return path  # the name of a packaged set, or a file that its reader will miss
+    return [named] if root is None else [root / named, named]
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:

@@ -47,7 +47,8 @@ def write(parts: Path, tmp_path: Path):
             **changes,
         }
         path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in spec.items() if v is not None}))
+        kept = {key: value for key, value in spec.items() if value is not None}
+        path.write_text(yaml.safe_dump(kept, sort_keys=False))
         return path
 
     return make

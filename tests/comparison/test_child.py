@@ -99,9 +99,9 @@ def test_ctrl_c_waits_for_the_child_that_saves(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_is_held_is_refused_or_waited_for(tmp_path: Path) -> None:
-    with locked(tmp_path / "lock"), pytest.raises(UsageError, match="another process is at work"):
-        with locked(tmp_path / "lock"):
-            pass
+    busy = pytest.raises(UsageError, match="another process is at work")
+    with locked(tmp_path / "lock"), busy, locked(tmp_path / "lock"):
+        raise AssertionError("two at a time")
     with locked(tmp_path / "lock"):
         pass  # free again
 

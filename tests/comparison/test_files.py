@@ -46,7 +46,7 @@ def test_a_phase_is_done_only_with_just_these_settings(tmp_path: Path) -> None:
 def test_a_damaged_record_says_what_to_do(tmp_path: Path) -> None:
     write_phase(tmp_path, PhaseRecord(phase="graft"))
     phase_file(tmp_path, "graft").write_text("{")
-    with pytest.raises(UsageError, match="is damaged.*remove"):
+    with pytest.raises(UsageError, match=r"is damaged.*remove"):
         read_phase(tmp_path, "graft")
 
 

@@ -183,6 +183,7 @@ def test_a_setting_survives_its_way_through_text(value) -> None:
 
 def test_paths_are_taken_from_root_where_they_are_there(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "root").mkdir()
+    (tmp_path / "mmlu").mkdir()  # a folder is not the set of that name
     for name in ("root/rows.jsonl", "root/test.jsonl", "elsewhere.jsonl"):
         (tmp_path / name).write_text("")
     monkeypatch.chdir(tmp_path)

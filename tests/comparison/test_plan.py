@@ -1,0 +1,157 @@
+"""Arms are resolved and checked before anything is trained, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmgraft.comparison.files import PhaseRecord, arm_folder, write_phase
+from mmgraft.comparison.plan import make_plan
+from mmgraft.comparison.spec import Comparison, load_comparison
+from mmgraft.errors import UsageError
+
+
+def test_arms_share_base_tower_data_and_seed(write, parts: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    spec = load_comparison(write(seed=5, set={"stages.tune.batch_size": 2}))
+    out = tmp_path / "out"
+    plan = make_plan(spec, out, device="cpu")
+    assert [arm.name for arm in plan.arms] == ["llava", "iaa"] == list(plan.chosen)
+    assert plan.base == str(parts / "base")
+    for arm in plan.arms:
+        (entry,) = arm.recipe.stages[0].data or []
+        assert entry.path == str(parts / "rows.jsonl")
+        assert entry.images == str(parts / "images")
+        assert arm.recipe.seed == 5
+        (stage,) = arm.stages
+        assert (stage.rows, stage.steps, stage.rows_a_step) == (9, 2, 2)
+        assert not arm.own_budget
+        assert arm.run == out / "arms" / arm.name
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "tiny.yaml"])
+
+
+def test_the_odd_one_out_has_a_budget_of_its_own(write, parts: Path, tmp_path: Path) -> None:
+    recipe = str(parts / "llava.yaml")
+    spec = load_comparison(
+        write(
+            arms={
+                "more": {"recipe": recipe, "set": {"stages.tune.max_steps": 3}},
+                "usual": {"recipe": recipe},
+                "other": {"recipe": recipe, "set": {"stages.tune.lr": 1.0}},
+                "wider": {"recipe": recipe, "set": {"stages.tune.accumulate": 2}},
+            }
+        )
+    )
+    arms = make_plan(spec, tmp_path / "out").arms
+    assert {arm.name: arm.own_budget for arm in arms} == {
+        "more": True,
+        "usual": False,
+        "other": False,
+        "wider": True,
+    }
+
+
+def test_epochs_become_steps_and_max_steps_ends_them(write, parts: Path, tmp_path: Path) -> None:
+    spec = load_comparison(write(set={"stages.tune.max_steps": None, "stages.tune.epochs": 2}))
+    (stage,) = make_plan(spec, tmp_path / "out").arms[0].stages
+    assert stage.steps == 6  # 9 rows are 3 batches of 4, twice
+    (stage,) = make_plan(spec, tmp_path / "out", max_steps=1).arms[0].stages
+    assert stage.steps == 1
+
+
+def test_limit_draws_fewer_items_never_more(write, tmp_path: Path) -> None:
+    sets = [
+        {"name": "few", "metric": "exact", "path": "x", "limit": 2},
+        {"name": "all", "metric": "exact", "path": "x"},
+    ]
+    spec = load_comparison(write(evaluation=sets, laws={"path": "x"}))
+    found = make_plan(spec, tmp_path / "out", limit=10).comparison
+    assert [one.limit for one in found.evaluation] == [2, 10]
+    assert found.laws is not None
+    assert found.laws.limit == 10
+
+
+def test_what_is_written_down_plans_the_same_again(write, tmp_path: Path) -> None:
+    spec = load_comparison(
+        write(
+            arms=None,
+            recipe=load_comparison(write()).arms["iaa"].recipe,
+            grid={"graft.config.structure": ["a", "c"]},
+        )
+    )
+    plan = make_plan(spec, tmp_path / "out")
+    again = make_plan(
+        Comparison.parse(json.loads(plan.comparison.model_dump_json()), "again"), tmp_path / "out"
+    )
+    assert [arm.name for arm in plan.arms] == ["structure-a", "structure-c"]
+    assert [arm.recipe for arm in again.arms] == [arm.recipe for arm in plan.arms]
+    assert again.base == plan.base
+    assert again.vision == plan.vision
+
+
+def test_features_are_shared_where_a_recipe_keeps_them(write, tmp_path: Path) -> None:
+    spec = load_comparison(write(set={"feature_cache": True}))
+    arms = make_plan(spec, tmp_path / "out").arms
+    assert {arm.recipe.feature_cache for arm in arms} == {str(tmp_path / "out/features")}
+    own = load_comparison(write(set={"feature_cache": False}))
+    assert make_plan(own, tmp_path / "out").arms[0].recipe.feature_cache is False
+
+
+def test_only_names_arms_and_finds_the_nearest(write, tmp_path: Path) -> None:
+    spec = load_comparison(write())
+    plan = make_plan(spec, tmp_path / "out", only=["iaa"])
+    assert plan.chosen == ("iaa",)
+    assert len(plan.arms) == 2
+    with pytest.raises(UsageError, match="did you mean 'iaa'"):
+        make_plan(spec, tmp_path / "out", only=["iia"])
+
+
+def test_phases_that_are_done_are_told(write, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_phase(arm_folder(out, "iaa"), PhaseRecord(phase="graft", done=True))
+    write_phase(arm_folder(out, "iaa"), PhaseRecord(phase="train"))
+    plan = make_plan(load_comparison(write()), out)
+    assert {arm.name: arm.done for arm in plan.arms} == {"llava": (), "iaa": ("graft",)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data": {}}, "no data for data[0].path"),
+        ({"data": {"align": "rows.jsonl"}}, "no data for stage 'tune'"),
+        ({"data": {"*": "rows.jsonl", "tun": "x"}}, "which no arm has; did you mean 'tune'"),
+        ({"data": {"tune": "gone.jsonl"}}, "gone.jsonl; give a LLaVA json"),
+        ({"set": {"stages.tune.lr": -1}}, "arm 'llava': "),
+        ({"set": {"graft.config.layers": [9]}}, "unknown key 'graft.config.layers'"),
+        ({"set": {"method": "nope"}}, "arm 'llava': "),
+        ({"base": "nowhere"}, "unknown model 'nowhere'"),
+    ],
+)
+def test_refusals_name_the_arm(write, tmp_path: Path, changes, says) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_plan(load_comparison(write(**changes)), tmp_path / "out")
+    assert says in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_arm_that_cannot_be_grafted_is_refused_before_the_first_is_trained(
+    write, parts: Path, tmp_path: Path
+) -> None:
+    arms = {
+        "good": {"recipe": str(parts / "iaa.yaml")},
+        "bad": {"recipe": str(parts / "iaa.yaml"), "set": {"graft.config.layers": [99]}},
+    }
+    spec = load_comparison(write(arms=arms))
+    with pytest.raises(UsageError, match=r"arm 'bad': .*99"):
+        make_plan(spec, tmp_path / "out")
+    make_plan(spec, tmp_path / "out", only=["good"])
+
+
+def test_the_runs_recipe_has_the_sets_that_are_asked(write, tmp_path: Path) -> None:
+    sets = [{"name": "seen", "metric": "exact", "path": "x"}]
+    (first, _) = make_plan(load_comparison(write(evaluation=sets)), tmp_path / "out").arms
+    assert [one.name for one in first.recipe.evaluation] == ["seen"]
+    assert yaml.safe_dump(first.recipe.model_dump(mode="json"))
