@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grafting import (
     CONFIGS,
@@ -266,6 +267,35 @@ def test_a_graft_that_a_stage_left_out_has_the_projector_series_alone() -> None:
     assert list(without) == [PROJECTOR_ONLY]
     assert (without[PROJECTOR_ONLY].sums == with_graft[PROJECTOR_ONLY].sums).all()
     assert abs(with_graft["base_layers"].sums - without[PROJECTOR_ONLY].sums).max() > 1e-3
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operation gives, in numbers."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(one, Tensor):
+                self.size = max(self.size, one.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("arch", "attention", "most"),
+    [("llama", None, 0.1), ("llama", "eager", 1), ("gemma2", None, 1)],
+)
+def test_no_map_is_ever_held(arch: str, attention: str | None, most: float) -> None:
+    """In maps of one head: eager bases make a mask of that size, weights would be four of them."""
+    model = graft_on(arch, METHODS["iaa-c"], attention=attention,
+                     base={"max_position_embeddings": 1024})  # fmt: skip
+    word = "t" * 500 + "iiii" + "t" * 520
+    inputs = batch([row(word)])
+    del inputs["attention_mask"]
+    with _Largest() as largest:
+        layer_sums(model, inputs)
+    assert largest.size <= most * len(word) ** 2
 
 
 def test_an_attention_that_hides_its_weights_is_refused() -> None:
