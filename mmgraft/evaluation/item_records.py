@@ -40,8 +40,7 @@ def item_records(path: Path, known: Sequence[str] = ()) -> list[tuple[str, dict[
     for place, record in found:
         if not isinstance(record, dict):
             raise UsageError(
-                f"{path}, {place}: a {type(record).__name__}, not an object; write one object "
-                "for each item"
+                f"{path}, {place}: {str(record)[:40]!r} is no object; write one for each item"
             )
     if not found:
         raise UsageError(f"{path} has no items; give a file with at least one")

@@ -124,7 +124,12 @@ def test_a_trained_base_is_compared_with_what_it_was(trained: Path, parts: Path)
     assert results.identity["max_difference"] > 0
     choice, texts = results.sets
     assert choice.settings["base"] == texts.settings["base"] == "measured"
-    assert 0 <= choice.settings["same_option_as_base"] < 1
+    folder = trained / "results" / "predictions"
+    said_by = [read_predictions(folder / f"choice{name}.jsonl") for name in ("", ".base")]
+    answers = [{line["id"]: line["answer"] for line in lines} for lines in said_by]
+    alike = sum(answers[0][name] == answers[1][name] for name in answers[0])
+    assert choice.settings["same_option_as_base"] == alike / 12
+    assert said_by[0] != said_by[1]
     assert texts.scores["kl_to_base"].value > 0.001
     assert "kl_to_base" not in texts.base
     change = texts.scores["perplexity"].value - texts.base["perplexity"].value
