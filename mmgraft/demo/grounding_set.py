@@ -61,8 +61,8 @@ class GroundingSettings:
 
     source: Path = SOURCE
     photos: Path | None = None
-    size: int = 192
-    boxes: BoxFormat = "thousand"
+    size: int = 160
+    boxes: BoxFormat = "unit"
     stamps: str = "2"
     pictures: int = 3000
     test_pictures: int = 250

@@ -212,7 +212,7 @@ def test_unknown_recipe_name():
 # Shipped recipes
 
 EXPECTED = {
-    "iaa": "iaa iaa-8b-14 iaa-24gb iaa-cpu demo-iaa",
+    "iaa": "iaa iaa-8b-14 iaa-24gb iaa-cpu grounding demo-iaa",
     "wings": "wings wings-1.8b wings-1.8b-full wings-base wings-base-full wings-pro "
     "wings-pro-full wings-24gb demo-wings",
     "llava": "llava llava-full demo-llava",
