@@ -115,6 +115,13 @@ COMMANDS: dict[str, Command] = {
         _SHARE,
         "mmgraft import AIDC-AI/Wings-Qwen1_5-8B --dry-run",
     ),
+    "eval": Command(
+        "mmgraft.cli.eval",
+        "evaluate",
+        "Measure what a graft keeps of text, and what it sees.",
+        _LOOK,
+        "mmgraft eval qwen2-7b-iaa --text --vision",
+    ),
     "inspect": Command(
         "mmgraft.cli.inspect",
         "inspect",

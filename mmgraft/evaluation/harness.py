@@ -70,10 +70,7 @@ def evaluate_harness(
             this workflow; its file or data are not there; the harness refuses it.
         MMGraftError: A task's data could not be fetched.
     """
-    if find_spec("lm_eval") is None:
-        raise UsageError(
-            "tasks of lm-evaluation-harness need a package more: pip install 'mmgraft[eval]'"
-        )
+    require_harness()
     if not tasks:
         raise UsageError("no task to run; name at least one")
     if workflow not in (None, TEXT_WORKFLOW):
@@ -117,6 +114,18 @@ def evaluate_harness(
         sets = _sets(name, loaded[name], after, before, settings, announce)
         results += [one.model_copy(update={"seconds": seconds / len(sets)}) for one in sets]
     return results
+
+
+def require_harness() -> None:
+    """Refuse tasks where the harness is not installed.
+
+    Raises:
+        UsageError: It is not; the message has the line that installs it.
+    """
+    if find_spec("lm_eval") is None:
+        raise UsageError(
+            "tasks of lm-evaluation-harness need a package more: pip install 'mmgraft[eval]'"
+        )
 
 
 # -- what to run --------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def read_vision_sets(
         if spec.metric != "choice":
             measure_answers(spec, items, [""] * len(items))  # refuses what it could not score
         prior = None
-        if "prior" in spec.blind and (spec.train is not None or "blind" in spec.model_fields_set):
+        if "prior" in spec.blind and spec.train is not None:
             prior = measure_prior(spec, items, read_training_answers(spec, root))
         elif "prior" in spec.blind:
             announce(f"{spec.name}: no training rows (train: FILE), so no prior score")

@@ -11,6 +11,7 @@ from mmgraft.data.mixture import Part, mix
 from mmgraft.data.rows import Row
 from mmgraft.data.sources import read_rows
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.set_spec import SetSpec
 from mmgraft.recipe_files import recipe_dir
 from mmgraft.training.recipe import DataEntry, Recipe
 
@@ -66,8 +67,21 @@ def absolute(recipe: Recipe) -> Recipe:
         "data": moved(recipe.data),
         "eval_data": moved(recipe.eval_data),
         "feature_cache": _absolute(cache) if isinstance(cache, str) else cache,
+        "evaluation": [_whole_paths(one) for one in recipe.evaluation],
     }
     return recipe.model_copy(update=update)
+
+
+def _whole_paths(spec: SetSpec) -> SetSpec:
+    """A set with whole paths wherever one is found; a packaged set has a name instead."""
+    paths = {"path": spec.path, "images": spec.images, "train": spec.train}
+    return spec.model_copy(
+        update={
+            key: _absolute(path)
+            for key, path in paths.items()
+            if path is not None and Path(path).expanduser().exists()
+        }
+    )
 
 
 def _absolute(path: str | None) -> str | None:

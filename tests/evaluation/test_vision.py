@@ -192,7 +192,7 @@ def test_a_graft_that_needs_a_picture_in_every_row_is_asked_blindly_as_text(
         ({"workflow": "text"}, "cannot see"),
         ({"path": "nowhere.jsonl"}, r"nowhere\.jsonl"),
         ({"columns": {"answer": "label"}}, "'label'"),
-        ({"blind": ["prior"], "train": None}, "train: FILE"),
+        ({"train": "nowhere.jsonl"}, r"nowhere\.jsonl"),
         ({"metric": "yes_no"}, "yes or no"),
         ({"metric": "vqa_v2"}, r"exact\.jsonl, line 1"),
         ({"metric": "box", "boxes": "unit"}, r"exact\.jsonl, line 1"),

@@ -106,3 +106,21 @@ def test_an_image_inside_a_row_has_no_file_to_be_found_by(parts, tmp_path):
     tower = tiny_tower()
     with pytest.raises(UsageError, match=r"f\.jsonl, line 1.*feature_cache: false"):
         fill_cache(open_cache(tower, tmp_path), tower, [row])
+
+
+def test_sets_to_evaluate_on_get_whole_paths_where_one_is_found(tmp_path, monkeypatch):
+    """Else a run could be evaluated from the folder it was trained in alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test.jsonl").write_text("{}")
+    stage = {"name": "s", "train": ["projector"], "lr": 1}
+    sets = [
+        {"name": "asked", "metric": "exact", "path": "test.jsonl", "train": "gone.jsonl"},
+        {"name": "mmlu", "metric": "choice", "modality": "text", "path": "mmlu"},
+    ]
+    recipe = Recipe.model_validate(
+        {"name": "r", "method": "llava", "stages": [stage], "evaluation": sets}
+    )
+    asked, packaged = absolute(recipe).evaluation
+    assert asked.path == str(tmp_path / "test.jsonl")
+    assert asked.train == "gone.jsonl"
+    assert packaged.path == "mmlu"
