@@ -20,14 +20,21 @@ from mmgraft.evaluation.item_files import (
 )
 from mmgraft.evaluation.items import Item
 from mmgraft.evaluation.measured import Measured
+from mmgraft.evaluation.pages.words import direction
+from mmgraft.evaluation.perplexity import TextScore, WindowScore, measure_texts
 from mmgraft.evaluation.predictions import read_predictions
-from mmgraft.evaluation.results import SetResult
+from mmgraft.evaluation.results import Section, SetResult
 from mmgraft.evaluation.scoring import groups_of, measure_answers, measure_choices, measure_prior
 from mmgraft.evaluation.set_spec import SetSpec
 
 NO_IMAGE, PRIOR = "no_image", "prior"
 ALL_PAIRS = 5
 """So many arms are compared each with each; more of them each with the best."""
+
+_NEEDED = {
+    "choice": {"answer", "sums", "tokens", "characters"},
+    "perplexity": {"words", "bytes", "windows"},
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class SetAnswers:
     Attributes:
         spec: The set.
         items: In the order of the file.
-        said: Each arm's answer to every item, in words.
+        groups: What the bootstrap draws together, one a row of what was measured.
+        said: Each arm's answer to every item, in words; of perplexity there are none.
         measured: Each arm's answers, scored.
         no_image: The same without the image, of arms that were asked so.
         prior: The most frequent training answers, scored.
@@ -46,6 +54,7 @@ class SetAnswers:
 
     spec: SetSpec
     items: list[Item]
+    groups: list[str | int]
     said: dict[str, list[str]]
     measured: dict[str, Measured]
     no_image: dict[str, Measured]
@@ -75,19 +84,19 @@ class SetAnswers:
         names = list(self.measured)
         if len(names) <= ALL_PAIRS:
             return [(second, first) for first, second in itertools.combinations(names, 2)]
-        best = max(names, key=lambda name: self.measured[name].values()[self.main])
+        sense = direction(self.main) or 1
+        best = max(names, key=lambda name: sense * self.measured[name].values()[self.main])
         return [(name, best) for name in names if name != best]
 
     def _change(self, after: Measured, before: Measured) -> Estimate:
         """Of the main score alone: blind answers may have fewer scores, so fewer columns."""
-        groups = groups_of(self.items)
         one, two = (
             Measured(each.columns, {self.main: each.statistics[self.main]}, self.main)
             for each in (after, before)
         )
         if one.columns.shape != two.columns.shape:
             one, two = _alone(one), _alone(two)
-        return one.change(two, groups)[self.main]
+        return one.change(two, self.groups)[self.main]
 
 
 def read_answers(spec: SetSpec, arms: Sequence[MeasuredArm]) -> SetAnswers | None:
@@ -105,6 +114,7 @@ def read_answers(spec: SetSpec, arms: Sequence[MeasuredArm]) -> SetAnswers | Non
         return None
     items = read_items(spec)
     sha256 = file_sha256(data_file(spec))
+    groups: list[str | int] = []
     said: dict[str, list[str]] = {}
     measured: dict[str, Measured] = {}
     no_image: dict[str, Measured] = {}
@@ -112,21 +122,22 @@ def read_answers(spec: SetSpec, arms: Sequence[MeasuredArm]) -> SetAnswers | Non
     for arm, found in asked:
         why = _why_not(found, sha256)
         rows = None if found is None or why else _rows(arm.run, found.predictions, spec, items)
-        if rows is None:
+        if found is None or rows is None:
             missing[arm.name] = why or "its answers are not whole"
             continue
-        said[arm.name] = [str(row["answer"]) for row in rows]
-        measured[arm.name] = _measure(spec, items, rows)
-        assert found is not None
+        if spec.metric != "perplexity":
+            said[arm.name] = [str(row["answer"]) for row in rows]
+        measured[arm.name], groups = _measure(spec, items, rows)
         blind = _rows(arm.run, _without_image(found.predictions), spec, items)
         if blind is not None and NO_IMAGE in found.blind:
-            no_image[arm.name] = _measure(spec, items, blind)
+            no_image[arm.name], _ = _measure(spec, items, blind)
     if not measured:
         return None
-    return SetAnswers(spec, items, said, measured, no_image, _prior(spec, items), missing)
+    prior = _prior(spec, items)
+    return SetAnswers(spec, items, groups, said, measured, no_image, prior, missing)
 
 
-def _section(spec: SetSpec) -> Any:
+def _section(spec: SetSpec) -> Section:
     return "text" if spec.modality == "text" else "vision"
 
 
@@ -148,22 +159,38 @@ def _rows(
     """One row an item, in their order; None where one is missing, or was scored otherwise."""
     if name is None:
         return None
-    needed = {"answer", "sums", "tokens", "characters"} if spec.metric == "choice" else {"answer"}
+    needed = _NEEDED.get(spec.metric, {"answer"})
     found = read_predictions(run / name)
     kept = {str(row["id"]): row for row in found if needed <= row.keys()}
     return [kept[item.id] for item in items] if all(one.id in kept for one in items) else None
 
 
-def _measure(spec: SetSpec, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> Measured:
+def _measure(
+    spec: SetSpec, items: Sequence[Item], rows: Sequence[dict[str, Any]]
+) -> tuple[Measured, list[str | int]]:
+    """What the rows are worth, and the groups to draw."""
+    if spec.metric == "perplexity":
+        # Tokens and log-likelihood alone: not every arm was measured beside its base.
+        texts = [
+            TextScore(
+                str(row["id"]),
+                row["words"],
+                row["bytes"],
+                tuple(WindowScore(*window[:2]) for window in row["windows"]),
+            )
+            for row in rows
+        ]
+        return measure_texts(texts)
+    groups: list[str | int] = [*groups_of(items)]
     if spec.metric != "choice":
-        return measure_answers(spec, items, [str(row["answer"]) for row in rows])
+        return measure_answers(spec, items, [str(row["answer"]) for row in rows]), groups
     scores = [
         ChoiceScore(
             str(row["id"]), tuple(row["sums"]), tuple(row["tokens"]), tuple(row["characters"])
         )
         for row in rows
     ]
-    return measure_choices(items, scores)
+    return measure_choices(items, scores), groups
 
 
 def _prior(spec: SetSpec, items: Sequence[Item]) -> Measured | None:

@@ -26,7 +26,7 @@ from mmgraft.evaluation.pages.words import (
     score_name,
 )
 from mmgraft.evaluation.results import SetResult
-from mmgraft.evaluation.score_tables import BLIND_NAMES, KL
+from mmgraft.evaluation.score_tables import BLIND_NAMES, KL, sense_of
 from mmgraft.strict import StrictModel
 
 IAA, WINGS = "IAA", "Wings"
@@ -77,14 +77,15 @@ def _trained_bases_lose_text(arms: Sequence[MeasuredArm]) -> Iterator[Claim]:
                 )  # fmt: skip
             change = one.change.get(one.main)
             if change is not None and one.main != KL:
+                verdict = _sided(change, sense_of(one, one.main), better=False)
                 yield _claim(
                     BOTH, f"Training the base costs text: {_lost(one)}.", [arm],
-                    one.name, _told(one.main, change), _sided(change, one.main, better=False),
+                    one.name, _told(one.main, change), verdict,
                 )  # fmt: skip
 
 
 def _lost(one: SetResult) -> str:
-    worse = "rises" if direction(one.main) < 0 else "falls"
+    worse = "rises" if sense_of(one, one.main) < 0 else "falls"
     return f"{score_name(one.main)} {worse}"
 
 
@@ -124,7 +125,7 @@ def _arms_see(arms: Sequence[MeasuredArm], answers: Sequence[SetAnswers]) -> Ite
                     [arm],
                     one.spec.name,
                     _told(one.main, change),
-                    _sided(change, one.main, better=True),
+                    _sided(change, direction(one.main), better=True),
                 )
 
 
@@ -200,7 +201,7 @@ def _arms_against_each_other(
                     if contest.alike and not _alike(first, second):
                         continue
                     change = one.difference(first.name, second.name)
-                    verdict = _sided(change, one.main, better=True)
+                    verdict = _sided(change, direction(one.main), better=True)
                     if contest.no_less and is_zero(change):
                         verdict = "holds"
                     yield _claim(
@@ -237,7 +238,7 @@ def _attention(arms: Sequence[MeasuredArm]) -> Iterator[Claim]:
                     [arm],
                     one.name,
                     _told("shift_main_and_learners", change),
-                    _sided(change, "shift", better=True),
+                    _sided(change, -1, better=True),
                 )
 
 
@@ -273,11 +274,11 @@ def _above(score: WithInterval) -> Verdict:
     return "holds" if score.low > 0 else UNRESOLVED
 
 
-def _sided(change: WithInterval, name: str, better: bool) -> Verdict:
-    """Whether a difference is resolved on the claimed side."""
+def _sided(change: WithInterval, sense: int, better: bool) -> Verdict:
+    """Whether a difference is resolved on the claimed side, `sense` saying which is better."""
     if is_zero(change):
         return "does not hold"
     if not is_resolved(change):
         return UNRESOLVED
-    sense = (direction(name) or 1) * (1 if better else -1)
-    return "holds" if sense * change.value > 0 else "does not hold"
+    claimed = (sense or 1) * (1 if better else -1)
+    return "holds" if claimed * change.value > 0 else "does not hold"

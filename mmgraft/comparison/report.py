@@ -100,7 +100,7 @@ def write_comparison_report(out: Path) -> dict[str, Path]:
     comparison = read_comparison(out)
     arms = read_arms(out, comparison)
     answers, problems = _answers(comparison, arms)
-    found = claims(arms, answers)
+    found = claims(arms, [one for one in answers if one.spec.modality == "image"])
     report = ComparisonReport(
         name=comparison.name,
         description=comparison.description,
@@ -137,7 +137,7 @@ def comparison_page(
     parts = [
         Part("The table", [main_table(arms)]),
         Part("Claims", [claims_table(found)] if found else [_not_yet("No claim was tested yet.")]),
-        Part("Text", list(_text(arms))),
+        Part("Text", list(_text(arms, answers))),
         Part("Vision", list(_vision(arms, answers, problems))),
         *_attention(arms),
         *_curves(arms),
@@ -159,12 +159,10 @@ def comparison_page(
 def _answers(
     comparison: Comparison, arms: Sequence[MeasuredArm]
 ) -> tuple[list[SetAnswers], list[str]]:
-    """Kept answers to every set with images, and which sets cannot be compared, and why."""
+    """Kept answers to every set, and which sets cannot be compared, and why."""
     answers: list[SetAnswers] = []
     problems: list[str] = []
     for spec in comparison.evaluation:
-        if spec.modality == "text":
-            continue
         try:
             found = read_answers(spec, arms)
         except UsageError as error:
@@ -195,21 +193,23 @@ def _differences(answers: SetAnswers) -> Iterator[Difference]:
         )
 
 
-def _text(arms: Sequence[MeasuredArm]) -> Iterator[Block]:
+def _text(arms: Sequence[MeasuredArm], answers: Sequence[SetAnswers]) -> Iterator[Block]:
     proofs = [
         f"{as_code(arm.name)}: {identity_sentence(arm.identity)}" for arm in arms if arm.identity
     ]
     if proofs:
         yield Points(proofs)
-    table = text_changes(arms)
-    if table is not None:
-        yield table
+    tables = [text_changes(arms)]
+    tables += [differences_table(one) for one in answers if one.spec.modality == "text"]
+    yield from (table for table in tables if table is not None)
 
 
 def _vision(
     arms: Sequence[MeasuredArm], answers: Sequence[SetAnswers], problems: Sequence[str]
 ) -> Iterator[Block]:
     for each in answers:
+        if each.spec.modality == "text":
+            continue
         for table in (differences_table(each), over_blind_table(each)):
             if table is not None:
                 yield table

@@ -22,7 +22,7 @@ from mmgraft.evaluation.pages.words import (
     verdict_cell,
 )
 from mmgraft.evaluation.results import Score, Section, SetResult
-from mmgraft.evaluation.score_tables import BLIND_NAMES, INTERVALS, KL, NOTHING
+from mmgraft.evaluation.score_tables import BLIND_NAMES, INTERVALS, KL, NOTHING, sense_of
 
 UNTOUCHED = "the base, untouched"
 TONES: dict[str, Tone] = {"holds": "good", "does not hold": "bad", "not resolved": "unsure"}
@@ -98,7 +98,7 @@ def text_changes(arms: Sequence[MeasuredArm]) -> Table | None:
                         NOTHING if base is None else score_cell(base),
                         score_cell(one.scores[name], strong=name == one.main),
                         change_cell(change),
-                        verdict_cell(change, name),
+                        verdict_cell(change, name, sense_of(one, name)),
                     ]
                 )
     columns = ["arm", "set", "score", "before", "after", "change", "verdict"]
@@ -123,7 +123,8 @@ def differences_table(answers: SetAnswers) -> Table | None:
     name = plain(answers.spec.name)
     note = f"Paired: {len(answers.items):,} items, the same ones. {INTERVALS}"
     columns = ["arm", "minus", score_name(answers.main), "verdict"]
-    return Table(f"{name}: differences between arms", columns, rows, note)
+    folded = answers.spec.modality == "text"  # the changes to the base are beside it
+    return Table(f"{name}: differences between arms", columns, rows, note, folded)
 
 
 def over_blind_table(answers: SetAnswers) -> Table | None:
@@ -245,7 +246,9 @@ def _after_cell(one: SetResult | None) -> Cell:
     cell = score_cell(one.scores[one.main], strong=True)
     if change is None or not is_resolved(change):
         return cell
-    return Cell(cell.text, cell.detail, verdict(change, one.main)[1], strong=True)
+    return Cell(
+        cell.text, cell.detail, verdict(change, one.main, sense_of(one, one.main))[1], strong=True
+    )
 
 
 def _named(one: SetResult | None, name: str) -> Cell:

@@ -73,6 +73,8 @@ def facts_table(record: GraftFile, parameters: dict[str, int], training: Results
         base += f" at {as_code(record.base.revision[:12])}"
     if record.base_trained or record.base.id == f"./{OWN_BASE}":
         base = "its own, in the run's folder"
+        if record.trained_from is not None:
+            base += f"; trained from {shown_name(record.trained_from.id)}"
     vision = shown_name(record.vision.name)
     if record.vision.feature_layer is not None:
         vision += f", hidden state {record.vision.feature_layer}"
@@ -144,14 +146,15 @@ def versions_table(sections: Sequence[Results]) -> Table:
 def commands(run: Path, record: GraftFile, sections: Sequence[Results]) -> list[str]:
     """Commands that make and measure the run again, beside its `recipe.yaml`."""
     name = run.resolve().name
-    vision = f" --vision {shown_name(record.vision.name)}"
+    start = record.trained_from or record.base
     lines = []
-    if not record.base.id.startswith("./"):
+    if not start.id.startswith("./"):
         lines.append(
-            f"mmgraft graft {shown_name(record.base.id)}{vision} --recipe recipe.yaml --out {name}"
+            f"mmgraft graft {shown_name(start.id)} --vision {shown_name(record.vision.name)} "
+            f"--recipe recipe.yaml --out {name}"
         )
     if record.recipe is not None:
-        lines.append(f"mmgraft train {name}")
+        lines.append(f"mmgraft train {name}{_given_data(run, record.recipe)}")
     measured = [one.section for one in sections]
     flags = [f"--{section}" for section in ("text", "vision", "iit") if section in measured]
     if flags:
@@ -159,3 +162,23 @@ def commands(run: Path, record: GraftFile, sections: Sequence[Results]) -> list[
     if "laws" in measured:
         lines.append(f"mmgraft laws {name}")
     return lines
+
+
+def sets_given(record: GraftFile, sections: Sequence[Results]) -> list[str]:
+    """Sets of text and vision that were asked and that the recipe does not name."""
+    named = {one.get("name") for one in (record.recipe or {}).get("evaluation") or []}
+    return [
+        plain(one.name)
+        for section in sections
+        if section.section in ("text", "vision")
+        for one in section.sets
+        if one.name not in named
+    ]
+
+
+def _given_data(run: Path, recipe: dict[str, Any]) -> str:
+    """Options for data that the run's recipe leaves open, and a command had filled in."""
+    file = run / "recipe.yaml"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    given = {stage: name for stage, name, _ in data_rows(recipe) if name not in text}
+    return "".join(f" --data {stage}={name}" for stage, name in given.items())

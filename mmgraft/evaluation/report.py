@@ -16,6 +16,7 @@ from mmgraft.evaluation.about_run import (
     commands,
     facts_table,
     method_title,
+    sets_given,
     shown_name,
     stages_table,
     versions_table,
@@ -38,6 +39,7 @@ from mmgraft.evaluation.pages.page import (
 from mmgraft.evaluation.pages.words import (
     change_cell,
     difference_word,
+    listed,
     number,
     score_cell,
     score_name,
@@ -50,6 +52,7 @@ from mmgraft.evaluation.results import (
 )
 from mmgraft.evaluation.score_tables import (
     NOTHING,
+    against_alone_table,
     every_score,
     grid_table,
     identity_sentence,
@@ -189,7 +192,13 @@ def _iit(run: Path, results: Results) -> Part:
     told = Paragraph(
         "Dialogues of text turns (T) and turns with an image (V); the last question is scored."
     )
-    return Part("Interleaved dialogues", [told, grid_table("Each shape", results.sets, "shape")])
+    blocks: list[Block] = [told]
+    if results.sets:
+        blocks.append(grid_table("Each shape", results.sets, "shape"))
+    alone = against_alone_table(results.details)
+    if alone is not None:
+        blocks.append(alone)
+    return Part("Interleaved dialogues", blocks)
 
 
 def _laws(run: Path, results: Results) -> Part:
@@ -265,11 +274,17 @@ def _details(sections: Sequence[Results]) -> Part:
 
 
 def _repeat(run: Path, record: GraftFile, sections: Sequence[Results]) -> Part:
-    blocks: list[Block] = [
-        Paragraph("Every number here comes from these commands, with the recipe below them."),
-        Code("\n".join(commands(run, record, sections))),
-    ]
     recipe = run / RECIPE
+    told = "These commands make the run and measure it again"
+    told += ", with the recipe below them." if recipe.is_file() else "."
+    others = sets_given(record, sections)
+    if others:
+        told += (
+            f" The recipe does not name the sets {listed([as_code(name) for name in others])}: "
+            "they were given to `mmgraft eval` by `--sets`, `--data` or `--harness`; their files "
+            "and settings stand above."
+        )
+    blocks: list[Block] = [Paragraph(told), Code("\n".join(commands(run, record, sections)))]
     if recipe.is_file():
         blocks.append(Code(recipe.read_text(encoding="utf-8").rstrip(), "yaml"))
     return Part("How to repeat it", blocks)

@@ -9,6 +9,7 @@ from mmgraft.evaluation.pages.page import Cell, Table, as_code, plain, row
 from mmgraft.evaluation.pages.words import (
     MINUS,
     change_cell,
+    direction,
     number,
     score_cell,
     score_name,
@@ -23,6 +24,9 @@ INTERVALS = (
     "together."
 )
 SHOWN_DIGITS = 16
+EQUAL = "equal by identity"
+"""What a set's settings say of a base that was not asked again."""
+
 BLIND_NAMES = {"prior": "prior", "no_image": "no image"}
 
 
@@ -30,10 +34,13 @@ def identity_sentence(identity: dict[str, Any]) -> str:
     """What the proof of the text section found, in a sentence, with both fingerprints.
 
     Args:
-        identity: `IdentityReport.as_dict()`; further keys are left to the JSON.
+        identity: `identity` of the text section.
     """
-    ours, theirs = (str(identity.get(name, ""))[:SHOWN_DIGITS] for name in ("grafted", "base"))
-    prints = f"SHA-256 of all logits: graft {as_code(ours)}, base {as_code(theirs)}"
+    prints = f"SHA-256 of all logits: graft {_digits(identity, 'grafted')}, base "
+    prints += _digits(identity, "base")
+    if identity.get("graft_sha256") and identity.get("base_fingerprint"):
+        prints += f"; of the weights: graft {_digits(identity, 'graft_sha256')}, base "
+        prints += _digits(identity, "base_fingerprint")
     where = f"{identity['prompts']} prompts ({identity['positions']:,} positions)"
     if identity["identical"]:
         return (
@@ -45,6 +52,17 @@ def identity_sentence(identity: dict[str, Any]) -> str:
         f"{number(identity['max_difference'])}, first in {plain(identity['first_difference'])} "
         f"({prints})."
     )
+
+
+def _digits(identity: dict[str, Any], name: str) -> str:
+    return as_code(str(identity.get(name, "-"))[:SHOWN_DIGITS])
+
+
+def sense_of(one: SetResult, name: str) -> int:
+    """1 where more of a set's score is better, -1 where less is; a harness task says it itself."""
+    said = one.settings.get("higher_is_better")
+    told = said.get(name.partition(",")[0]) if isinstance(said, dict) else None
+    return direction(name) if not isinstance(told, bool) else 1 if told else -1
 
 
 def text_table(sets: Sequence[SetResult]) -> Table:
@@ -61,7 +79,7 @@ def text_table(sets: Sequence[SetResult]) -> Table:
             score_cell(one.scores[one.main], strong=True),
             _score(one.base.get(one.main)),
             change_cell(change) if change else NOTHING,
-            verdict_cell(change, one.main) if change else NOTHING,
+            verdict_cell(change, one.main, sense_of(one, one.main)) if change else NOTHING,
         ]
         if with_kl:
             cells.append(_score(one.scores.get(KL)))
@@ -69,6 +87,8 @@ def text_table(sets: Sequence[SetResult]) -> Table:
     if with_kl:
         columns.append("KL to the base")
     note = f"Differences are paired: both models answer the same items. {INTERVALS}"
+    if any(one.settings.get("base") == EQUAL for one in sets):
+        note += " Where the logits were proved to be the base's, one measurement serves both."
     return Table("Text, with the graft and of the untouched base", columns, rows, note)
 
 
@@ -112,19 +132,22 @@ def kinds_tables(sets: Iterable[SetResult]) -> list[Table]:
 
 
 def grid_table(caption: str, sets: Sequence[SetResult], first: str = "set") -> Table:
-    """Sets down, all their scores across."""
+    """Sets down, all their scores across, and the main one of answering blind."""
     names: list[str] = []
     for one in sets:
         names += [name for name in one.scores if name not in names]
+    blind = [name for name in BLIND_NAMES if any(name in one.blind for one in sets)]
     rows = [
         [
             Cell(plain(one.name)),
             Cell(f"{one.items:,}"),
             *(_score(one.scores.get(name), strong=name == one.main) for name in names),
+            *(_score(one.blind.get(name, {}).get(one.main)) for name in blind),
         ]
         for one in sets
     ]
-    return Table(caption, [first, "items", *map(score_name, names)], rows, INTERVALS)
+    shown = [f"{score_name(sets[0].main)}, {BLIND_NAMES[name]}" for name in blind]
+    return Table(caption, [first, "items", *map(score_name, names), *shown], rows, INTERVALS)
 
 
 def every_score(sections: Sequence[Results]) -> Table:
@@ -162,6 +185,19 @@ def sources_table(sections: Sequence[Results]) -> Table:
             )  # fmt: skip
     columns = ["set", "metric", "file", "SHA-256", "settings"]
     return Table("Items and settings", columns, rows, folded=True)
+
+
+def against_alone_table(details: dict[str, Any]) -> Table | None:
+    """How what stands before the last question of a dialogue changes its scores."""
+    rows = []
+    for shape, changes in (details.get("against_the_question_alone") or {}).items():
+        for name, found in changes.items():
+            change = Score.parse(found, shape)
+            cells = [Cell(plain(shape)), Cell(score_name(name)), change_cell(change)]
+            rows.append([*cells, verdict_cell(change, name)])
+    columns = ["shape", "score", "change", "verdict"]
+    note = "Paired: the same last question, with what stands before it and without."
+    return Table("Against the question alone", columns, rows, note) if rows else None
 
 
 def _setting(value: Any) -> str:

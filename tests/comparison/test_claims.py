@@ -36,6 +36,7 @@ def answered(no_image: dict[str, float] | None = None, **shares: float) -> SetAn
     return SetAnswers(
         spec=SPEC,
         items=[Item(str(at), (), "?") for at in range(COUNT)],
+        groups=[str(at) for at in range(COUNT)],
         said={},
         measured={name: measured(share) for name, share in shares.items()},
         no_image={name: measured(share) for name, share in (no_image or {}).items()},

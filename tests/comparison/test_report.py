@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -25,9 +26,11 @@ from mmgraft.comparison.files import read_comparison
 from mmgraft.comparison.report import ComparisonReport, write_comparison_report
 from mmgraft.comparison.report_arms import read_arms
 from mmgraft.comparison.report_sheet import sheet_blocks
+from mmgraft.comparison.report_tables import differences_table
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.item_files import file_sha256, read_items
 from mmgraft.evaluation.pages.page import Table
+from mmgraft.evaluation.set_spec import SetSpec
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def test_differences_are_those_of_the_answers(whole: Path) -> None:
 def test_many_arms_are_compared_with_the_best(changed: Path) -> None:
     found = answers_of(changed)
     many = {f"arm{n}": found.measured["llava"] for n in range(5)} | {"iaa": found.measured["iaa"]}
-    pairs = SetAnswers(found.spec, found.items, {}, many, {}, None, {}).pairs()
+    pairs = SetAnswers(found.spec, found.items, found.groups, {}, many, {}, None, {}).pairs()
     assert pairs == [(f"arm{n}", "iaa") for n in range(5)]
 
 
@@ -239,6 +242,33 @@ def test_multiple_choice_is_scored_again_from_log_probabilities(tmp_path: Path) 
     share = sum(item.answers[0] == "red" for item in items) / len(items)
     assert found.difference("iaa", "llava").value == pytest.approx(1 - share)
     assert 0 < found.over_blind("iaa")["prior"].value < 1
+
+
+def test_perplexities_are_compared_text_by_text(tmp_path: Path) -> None:
+    out = example_comparison(tmp_path / "out", arms=("llava-full", "iaa"))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(8)))
+    spec = SetSpec(name="wiki", metric="perplexity", path=str(texts))
+    ids = [item.id for item in read_items(spec)]
+    arms = read_arms(out, read_comparison(out))
+    for arm, loss, beside in ((arms[0], 2.0, True), (arms[2], 1.0, False)):
+        found = arm.sections["text"].sets[0]
+        found.sha256 = file_sha256(texts)
+        found.predictions = "results/predictions/wiki.jsonl"
+        rows = [
+            {"id": one, "words": 2, "bytes": 6,
+             "windows": [[10, -10 * loss, -10.0, 0.1] if beside else [10, -10 * loss, None, None]]}
+            for one in ids
+        ]  # fmt: skip
+        lines = [{"mmgraft_predictions": 1}, *rows]
+        (arm.run / found.predictions).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    found = read_answers(spec, arms)
+    assert found is not None
+    assert found.said == {}
+    change = found.difference("iaa", "llava-full")
+    assert change.value == pytest.approx(math.e - math.e**2)
+    (row,) = differences_table(found).rows  # type: ignore[union-attr]
+    assert [cell.text for cell in row] == ["iaa", "llava-full", "−4.671", "better"]
 
 
 def test_an_answer_with_markup_stays_an_answer(changed: Path) -> None:

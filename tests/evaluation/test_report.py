@@ -15,10 +15,11 @@ from PIL import Image
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.report import RunReport, last_losses, write_report
 from mmgraft.evaluation.results import Results
-from mmgraft.model.graft_file import BaseReference
+from mmgraft.model.graft_file import BaseReference, GraftFile
 from report_example import (
     a_set,
     example_run,
+    iit_section,
     laws_section,
     score,
     section,
@@ -94,7 +95,8 @@ def test_identity_is_one_sentence_with_both_fingerprints(tmp_path: Path) -> None
     assert (
         "The text workflow is the base bit for bit: on 8 prompts (1,234 positions) every id and "
         "every logit is the same as of the base loaded without mmgraft (SHA-256 of all logits: "
-        "graft `aa11aa11aa11aa11`, base `aa11aa11aa11aa11`)."
+        "graft `aa11aa11aa11aa11`, base `aa11aa11aa11aa11`; of the weights: graft "
+        "`dd44dd44dd44dd44`, base `cc33cc33cc33cc33`)."
     ) in text
     assert "| 0 (exactly) | the same | 0 |" in lines_of(text, "| wiki | perp")[0]
 
@@ -138,10 +140,15 @@ def test_a_base_in_a_folder_is_called_by_its_last_name(tmp_path: Path) -> None:
 
 def test_a_trained_base_is_said_to_be_one(tmp_path: Path) -> None:
     base = BaseReference(id="./base")
-    run = example_run(tmp_path / "run", text_section(True), base=base, base_trained=True)
-    text = markdown(run)
+    trained = {"base": base, "base_trained": True}
+    text = markdown(example_run(tmp_path / "run", text_section(True), **trained))
     assert "| base trained | yes: text may change |" in text
     assert "mmgraft graft" not in text
+    before = BaseReference(id="acme/first")
+    run = example_run(tmp_path / "other", text_section(True), **trained, trained_from=before)
+    text = markdown(run)
+    assert "| base | its own, in the run's folder; trained from acme/first |" in text
+    assert "mmgraft graft acme/first --vision acme/tiny-clip --recipe" in text
 
 
 def test_the_json_holds_every_section_whole(tmp_path: Path) -> None:
@@ -177,6 +184,47 @@ def test_attention_shift_is_compared_with_the_projector_alone(tmp_path: Path) ->
     assert lines_of(text, "| run | all layers")[0].endswith(
         "| **0.300** (0.270 to 0.330) | −0.200 (−0.500 to +0.100) | not resolved |"
     )
+
+
+def test_dialogues_are_shown_with_their_blind_scores(tmp_path: Path) -> None:
+    text = markdown(example_run(tmp_path / "run", iit_section()))
+    assert "| shape | items | accuracy | accuracy generated | accuracy, no image |" in text
+    assert lines_of(text, "| (T) |")[0].endswith("| 0.440 (0.350 to 0.530) | - |")
+    assert lines_of(text, "| (T,V) |")[0].endswith("| 0.200 (0.180 to 0.220) |")
+    assert "| (T,T) | accuracy | −0.050 (−0.070 to −0.030) | worse |" in text
+
+
+def test_a_task_of_the_harness_says_itself_what_is_better(tmp_path: Path) -> None:
+    one = a_set(
+        "odd", "word_loss", "word_loss,none", scores={"word_loss,none": score(2.0)},
+        base={"word_loss,none": score(1.0)}, change={"word_loss,none": score(1.0, 0.5)},
+        settings={"higher_is_better": {"word_loss": True}},
+    )  # fmt: skip
+    text = markdown(example_run(tmp_path / "run", section("text", [one])))
+    line = lines_of(text, "| odd | word loss | 1,000 |")[0]
+    assert "| +1.000 (+0.500 to +1.500) | better |" in line
+
+
+def test_sets_and_data_that_the_recipe_does_not_name_are_told(tmp_path: Path) -> None:
+    run = example_run(tmp_path / "run", vision_section())
+    text = markdown(run)
+    assert "does not name the sets `easy-vqa` and `stamps`: they were given" in text
+    assert "mmgraft train run --data align=captions.jsonl --data tune=vqa.jsonl\n" in text
+    record = GraftFile.read(run)
+    assert record.recipe is not None
+    recipe = {**record.recipe, "evaluation": [{"name": "easy-vqa"}, {"name": "stamps"}]}
+    (run / "graft_config.json").write_text(record.model_copy(update={"recipe": recipe}).dump())
+    (run / "recipe.yaml").write_text("data: [captions.jsonl, vqa.jsonl]\n")
+    text = markdown(run)
+    assert "does not name" not in text
+    assert "mmgraft train run\n" in text
+
+
+def test_one_measurement_for_both_is_told(tmp_path: Path) -> None:
+    results = text_section()
+    assert "serves both" not in markdown(example_run(tmp_path / "a", results))
+    results.sets[0].settings["base"] = "equal by identity"
+    assert "one measurement serves both" in markdown(example_run(tmp_path / "b", results))
 
 
 def test_a_name_with_markup_stays_a_name(tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ def identity(identical: bool = True) -> dict[str, Any]:
         "positions": 1234,
         "grafted": "aa11" * 16 if identical else "bb22" * 16,
         "base": "aa11" * 16,
+        "base_trained": not identical,
+        "base_fingerprint": "cc33" * 16,
+        "graft_sha256": "dd44" * 16,
     }
 
 
@@ -103,13 +106,16 @@ def vision_section(accuracy: float = 0.871) -> Results:
 
 
 def iit_section() -> Results:
-    """The six shapes, scored twice."""
-    return section("iit", [
-        a_set(shape, "choice", "accuracy", items=120,
+    """The six shapes, scored twice, those with an image without it too."""
+    shapes = [
+        a_set(f"({shape})", "choice", "accuracy", items=120,
               scores={"accuracy": score(0.5 - place / 20, 0.09),
-                      "generated_accuracy": score(0.44 - place / 20, 0.09)})
-        for place, shape in enumerate(["T", "T-T", "T-T-T", "T-T-V", "T-V", "V"])
-    ])  # fmt: skip
+                      "accuracy_generated": score(0.44 - place / 20, 0.09)},
+              blind={"no_image": {"accuracy": score(0.2)}} if "V" in shape else {})
+        for place, shape in enumerate(SHAPES)
+    ]  # fmt: skip
+    alone = {"(T,T)": {"accuracy": score(-0.05, 0.02).model_dump()}}
+    return section("iit", shapes, details={"against_the_question_alone": alone})
 
 
 def laws_section(layers: int = 30) -> Results:

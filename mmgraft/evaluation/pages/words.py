@@ -32,8 +32,10 @@ class WithInterval(Protocol):
 
 
 def score_name(name: str) -> str:
-    """A score's name as people write it."""
-    return _NAMES.get(name, name.replace("_", " "))
+    """A score's name as people write it; lm-evaluation-harness has a filter's after a comma."""
+    name, _, filtered = name.partition(",")
+    shown = _NAMES.get(name, name.replace("_", " "))
+    return f"{shown} ({filtered})" if filtered not in ("", "none") else shown
 
 
 def direction(name: str) -> int:
@@ -116,13 +118,19 @@ def is_resolved(change: WithInterval) -> bool:
     return change.low > 0 or change.high < 0
 
 
-def verdict(change: WithInterval, name: str) -> tuple[str, Tone]:
-    """What a difference of a score comes to, in a word, and the tone of it."""
+def verdict(change: WithInterval, name: str, sense: int | None = None) -> tuple[str, Tone]:
+    """What a difference of a score comes to, in a word, and the tone of it.
+
+    Args:
+        change: The difference.
+        name: Of the score.
+        sense: 1 where more is better, -1 where less is, 0 where neither; default: by the name.
+    """
     if is_zero(change):
         return "the same", ""
     if not is_resolved(change):
         return UNRESOLVED, "unsure"
-    sense = direction(name)
+    sense = direction(name) if sense is None else sense
     if sense == 0:
         return difference_word(change), ""
     return ("better", "good") if sense * change.value > 0 else ("worse", "bad")
@@ -137,9 +145,9 @@ def difference_word(change: WithInterval) -> str:
     return "higher" if change.value > 0 else "lower"
 
 
-def verdict_cell(change: WithInterval, name: str) -> Cell:
+def verdict_cell(change: WithInterval, name: str, sense: int | None = None) -> Cell:
     """The verdict as a cell."""
-    text, tone = verdict(change, name)
+    text, tone = verdict(change, name, sense)
     return Cell(text, tone=tone)
 
 
