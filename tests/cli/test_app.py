@@ -16,7 +16,7 @@ from mmgraft.errors import MMGraftError, UsageError
 
 ISSUE_COMMANDS = {
     *("graft", "train", "chat", "generate", "export", "push", "import"),
-    *("inspect", "recipes", "methods", "env", "demo", "data", "compare", "laws"),
+    *("inspect", "recipes", "methods", "env", "demo", "data", "compare", "laws", "eval"),
 }
 
 
