@@ -53,7 +53,7 @@ def main_table(arms: Sequence[MeasuredArm]) -> Table:
     asked = {name: _found(arms, "text", name) for name in text}
     with_kl = [name for name in text if any(KL in one.scores for one in asked[name])]
     blind = {name: _blind_scores(_found(arms, "vision", name)) for name in vision}
-    columns = ["arm", "text is the base's"]
+    columns = ["arm", "identity"]
     before: list[Cell] = [Cell(UNTOUCHED), NOTHING]
     for name in text:
         columns.append(_titled(arms, "text", name))
@@ -77,8 +77,9 @@ def main_table(arms: Sequence[MeasuredArm]) -> Table:
             cells += [_blind_cell(one, key) for key in blind[name]]
         rows.append([*cells, *_cost_cells(arm)])
     note = (
-        "Text in red is worse than the untouched base's, the paired difference being resolved; "
-        f"the columns after a vision set are its blind scores. {INTERVALS}"
+        "Identity: whether every logit of text is the base's. Text in red is worse than the "
+        "untouched base's, the paired difference being resolved. The columns after a vision set "
+        f"are its blind scores. {INTERVALS}"
     )
     return Table("What each arm keeps, sees and costs", columns, rows, note)
 
@@ -166,15 +167,15 @@ def claims_table(found: Sequence[Claim]) -> Table:
     rows = [
         [
             Cell(claim.sentence),
-            Cell(claim.source),
+            Cell(claim.verdict, tone=TONES[claim.verdict]),
+            Cell(claim.measured),
             Cell(plain(", ".join(claim.arms))),
             Cell(plain(claim.set or "-")),
-            Cell(claim.measured),
-            Cell(claim.verdict, tone=TONES[claim.verdict]),
+            Cell(claim.source),
         ]
         for claim in found
     ]
-    columns = ["claim", "paper", "arms", "set", "measured", "verdict"]
+    columns = ["claim", "verdict", "measured", "arms", "set", "paper"]
     note = (
         "A claim holds where the 95 % interval of the paired difference (first arm minus second) "
         "leaves zero out on the claimed side; where the interval holds zero, it is not resolved. "
@@ -236,7 +237,7 @@ def _identity_cell(arm: MeasuredArm) -> Cell:
         return NOTHING
     if arm.identity["identical"]:
         return Cell("bit for bit", tone="good")
-    return Cell("no, it was trained") if arm.base_trained else Cell("no", tone="bad")
+    return Cell("no: trained") if arm.base_trained else Cell("no", tone="bad")
 
 
 def _after_cell(one: SetResult | None) -> Cell:

@@ -18,6 +18,7 @@ from mmgraft.evaluation.pages.words import (
 from mmgraft.evaluation.results import Results, Score, SetResult
 
 NOTHING = Cell("-")
+DIFFERENCE = f"graft\N{NO-BREAK SPACE}{MINUS}\N{NO-BREAK SPACE}base"
 KL = "kl_to_base"
 INTERVALS = (
     "Ranges are 95 % bootstrap intervals over the items; items about one picture are drawn "
@@ -68,7 +69,7 @@ def sense_of(one: SetResult, name: str) -> int:
 def text_table(sets: Sequence[SetResult]) -> Table:
     """The graft's text beside the untouched base's: the main score of every set."""
     with_kl = any(KL in one.scores for one in sets)
-    columns = ["set", "score", "items", "graft", "base", f"graft {MINUS} base", "verdict"]
+    columns = ["set", "score", "items", "graft", "base", DIFFERENCE, "verdict"]
     rows = []
     for one in sets:
         change = one.change.get(one.main)
@@ -167,7 +168,7 @@ def every_score(sections: Sequence[Results]) -> Table:
                         *(_score(one.blind.get(blind, {}).get(name)) for blind in BLIND_NAMES),
                     ]
                 )
-    columns = ["set", "score", "graft", "base", f"graft {MINUS} base", *BLIND_NAMES.values()]
+    columns = ["set", "score", "graft", "base", DIFFERENCE, *BLIND_NAMES.values()]
     return Table("Every score of every set", columns, rows, INTERVALS, folded=True)
 
 

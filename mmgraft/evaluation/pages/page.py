@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Tone = Literal["", "good", "bad", "unsure"]
+SENTENCE = 40
+"""Characters from which on a cell's text is a sentence, and not a name or a number."""
+
 _UNIT = "%|s|min|h|h [0-9]+ min|MB|GB"
 _NUMBER = re.compile(rf"[+−-]?[0-9][0-9,]*(\.[0-9]+)?(e[+−-]?[0-9]+)?( ({_UNIT}))?")
 
@@ -86,6 +89,13 @@ class Table:
             and all(text in ("", "-") or _NUMBER.fullmatch(text) for text in texts)
             for texts in columns
         ]
+        return found or [False] * len(self.columns)
+
+    @property
+    def long(self) -> list[bool]:
+        """Which columns hold sentences, and are not to be squeezed."""
+        columns = zip(*([cell.text for cell in cells] for cells in self.rows), strict=True)
+        found = [any(len(text) > SENTENCE for text in texts) for texts in columns]
         return found or [False] * len(self.columns)
 
 

@@ -99,7 +99,7 @@ def test_a_table_in_html_names_rows_and_columns() -> None:
     assert [one["scope"] for one in read.all("th")] == ["col"] * 3 + ["row"] * 2
     assert "Scores" in read.text
     assert "0.871 0.850 to 0.890" in read.text
-    assert [one["class"] for one in read.all("td")] == ["number ", " bad", "number ", " "]
+    assert [one.get("class") for one in read.all("td")] == ["number", "bad", "number", None]
     region = next(one for one in read.all("div") if one.get("role") == "region")
     assert (region["tabindex"], region["aria-label"]) == ("0", "Scores")
 
@@ -125,6 +125,13 @@ def test_a_table_without_column_names_has_no_empty_heads() -> None:
 def test_columns_of_numbers_stand_on_the_right(texts: list[str], numeric: bool) -> None:
     table = Table("x", ["a", "b"], [row("r", text) for text in texts])
     assert table.numeric == [False, numeric]
+
+
+def test_a_column_of_sentences_is_not_squeezed() -> None:
+    table = Table("x", ["a", "b"], [row("a sentence of more than forty characters, it is", "0.1")])
+    assert table.long == [True, False]
+    assert Reader(render_html(page(table))).all("th")[2]["class"] == "long"
+    assert Table("x", ["a"], []).long == Table("x", ["a"], []).numeric == [False]
 
 
 def test_a_picture_is_inside_the_page_and_beside_the_markdown() -> None:
