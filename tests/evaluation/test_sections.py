@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmgraft.errors import UsageError
+from mmgraft.evaluation.results import Results, Score, SetResult, read_results, results_file
+from mmgraft.evaluation.sections import save_sets
+
+
+def a_set(name: str, value: float = 0.5) -> SetResult:
+    score = Score(value=value, low=value, high=value, count=1)
+    return SetResult(
+        name=name, metric="exact", main="accuracy", file="f", sha256="s", items=1,
+        scores={"accuracy": score},
+    )  # fmt: skip
+
+
+def section(*sets: SetResult, sha256: str = "a", **more: Any) -> Results:
+    values = {"section": "text", "mmgraft_version": "1", "graft": {"sha256": sha256}, **more}
+    return Results(sets=list(sets), **values)
+
+
+def read(run: Path) -> Results:
+    found = read_results(run, "text")
+    assert found is not None
+    return found
+
+
+def test_a_set_measured_anew_takes_its_place_among_the_others(tmp_path: Path) -> None:
+    save_sets(tmp_path, section(a_set("one"), a_set("two"), identity={"identical": True}))
+    save_sets(tmp_path, section(a_set("three"), a_set("one", 0.9), versions={"lm-eval": "1"}))
+    found = read(tmp_path)
+    assert [(one.name, one.scores["accuracy"].value) for one in found.sets] == [
+        ("one", 0.9),
+        ("two", 0.5),
+        ("three", 0.5),
+    ]
+    assert found.identity == {"identical": True}, "tasks of the harness prove nothing anew"
+    assert found.versions == {"lm-eval": "1"}
+
+
+def test_nothing_of_another_graft_is_kept(tmp_path: Path) -> None:
+    save_sets(tmp_path, section(a_set("one"), identity={"identical": True}))
+    save_sets(tmp_path, section(a_set("two"), sha256="b"))
+    assert [one.name for one in read(tmp_path).sets] == ["two"]
+    assert read(tmp_path).identity is None
+
+
+def test_a_damaged_section_is_not_written_over_unsaid(tmp_path: Path) -> None:
+    path = results_file(tmp_path, "text")
+    path.parent.mkdir()
+    path.write_text('{"schema_version": 1, "sect')
+    with pytest.raises(UsageError, match="damaged"):
+        save_sets(tmp_path, section(a_set("one")))
+    assert path.read_text().endswith('"sect')
