@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mmgraft.errors import UsageError
+from mmgraft.evaluation import measuring
+from mmgraft.evaluation.measuring import Asked, check, measure
+from mmgraft.evaluation.results import Results, read_results
+from mmgraft.evaluation.set_spec import SetSpec
+
+TEXT = SetSpec(name="facts", metric="choice", modality="text")
+SEEN = SetSpec(name="seen", metric="exact")
+
+
+@pytest.mark.parametrize(
+    ("specs", "parts", "found"),
+    [
+        ([TEXT], {}, (True, False)),
+        ([SEEN], {}, (False, True)),
+        ([TEXT, SEEN], {}, (True, True)),
+        ([TEXT, SEEN], {"iit": True}, (False, False)),
+        ([SEEN], {"text": True}, (True, False)),
+    ],
+)
+def test_sets_bring_their_parts_where_none_is_named(
+    specs: list[SetSpec], parts: dict[str, bool], found: tuple[bool, bool]
+) -> None:
+    asked = Asked(Path(), specs, **parts).with_parts_of_sets()
+    assert (asked.text, asked.vision) == found
+
+
+def test_a_missing_harness_is_said_before_a_model_is_loaded(monkeypatch) -> None:
+    monkeypatch.setattr("mmgraft.evaluation.harness.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'mmgraft\[eval\]'"):
+        check(Asked(Path(), tasks=["hellaswag"]))
+
+
+def test_each_part_is_on_the_disk_before_the_next_begins(tmp_path: Path, monkeypatch) -> None:
+    """A part that fails costs none of those before it."""
+
+    def part(section: str) -> Any:
+        return lambda *_: Results(section=section, mmgraft_version="1")  # type: ignore[arg-type]
+
+    def fail(*_: Any) -> Any:
+        assert read_results(tmp_path, "text") is not None
+        raise UsageError("no such set; name another")
+
+    monkeypatch.setattr(measuring, "_text", part("text"))
+    monkeypatch.setattr(measuring, "_vision", fail)
+    asked = Asked(tmp_path, text=True, vision=True)
+    answerer: Any = SimpleNamespace()
+    parts = measure(answerer, asked)
+    assert next(parts).section == "text"
+    with pytest.raises(UsageError, match="no such set"):
+        next(parts)
+    assert read_results(tmp_path, "vision") is None
