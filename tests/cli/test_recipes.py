@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmgraft.cli.app import run
+from mmgraft.comparison.spec import FOLDER, shipped_comparisons
 from mmgraft.recipe_files import recipe_dir
 from mmgraft.training.recipe_source import shipped_recipes
 
@@ -16,6 +17,43 @@ def test_ls_lists_every_recipe(capsys):
     assert run(["recipes", "ls"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in shipped_recipes())
+
+
+def test_comparisons_are_listed_shown_and_copied_by_name(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["recipes", "ls"]) == 0
+    out = capsys.readouterr().out
+    assert "llava-full, llava, iaa, wings" in out
+    assert all(name in out for name in shipped_comparisons())
+    assert run(["recipes", "ls", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["comparisons"]
+    assert [one["name"] for one in listed] == shipped_comparisons()
+    assert run(["recipes", "show", "easy-vqa"]) == 0
+    written = (recipe_dir() / FOLDER / "easy-vqa.yaml").read_text()
+    assert capsys.readouterr().out == written
+    assert run(["recipes", "show", "easy-vqa", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "easy-vqa"
+    assert run(["recipes", "cp", "easy-vqa"]) == 0
+    assert (tmp_path / "easy-vqa.yaml").read_text() == written
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", shipped_comparisons())
+def test_validate_passes_the_comparisons_that_ship(name, capsys):
+    assert run(["recipes", "validate", name]) == 0
+    assert "is a right comparison of" in capsys.readouterr().out
+
+
+def test_validate_refuses_an_arm_that_cannot_be(tmp_path: Path, capsys):
+    text = (recipe_dir() / FOLDER / "easy-vqa.yaml").read_text()
+    path = tmp_path / "c.yaml"
+    path.write_text(text.replace("stages.tune.batch_size", "stages.tune.batchsize"))
+    assert run(["recipes", "validate", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert "arm 'llava-full'" in err
+    assert "did you mean 'batch_size'" in err
+    assert run(["recipes", "validate", "easy-vqa", "--method", "iaa"]) == 2
+    assert "leave --method out" in capsys.readouterr().err
 
 
 def test_ls_json_can_be_narrowed_to_a_method(capsys):
