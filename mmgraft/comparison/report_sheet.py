@@ -10,6 +10,7 @@ from mmgraft.evaluation.answer_sheet import Asked, Said, answer_sheet, sheet_png
 from mmgraft.evaluation.boxes import parse_box
 from mmgraft.evaluation.items import Item
 from mmgraft.evaluation.pages.page import Block, Cell, Picture, Table, plain
+from mmgraft.evaluation.pages.words import listed
 from mmgraft.evaluation.scoring import measure_answers
 from mmgraft.evaluation.set_spec import SetSpec
 
@@ -39,7 +40,7 @@ def sheet_blocks(answers: SetAnswers, shown: int = SHOWN) -> list[Block]:
         f"answers-{answers.spec.name}",
         sheet_png(answer_sheet(asked)),
         f"{len(asked)} pictures of {name} with the question, the true answer and the answers of "
-        f"{len(arms)} arms; the table below it says the same in words.",
+        f"{listed([plain(arm) for arm in arms])}; the table below it says the same in words.",
         f"{len(asked)} of {len(answers.items):,} items of {name}, drawn by chance whatever was "
         "answered. A tick is a right answer, a cross a wrong one"
         + ("; the true box is green." if answers.spec.metric == "box" else "."),
