@@ -122,7 +122,8 @@ def evaluate_laws(
         name: Of the set.
         workflow: Default: the graft's.
         batch_size: Samples run together, of like length.
-        features: The tower's features of image files, as for :func:`mmgraft.evaluation.vqa.answer`.
+        features: The tower's features of image files; see
+            :func:`mmgraft.evaluation.asking.answer`.
         settings: Noted in the result.
         announce: Told in a sentence what is done.
         progress: Told how many samples are done, and of how many.
