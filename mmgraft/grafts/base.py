@@ -28,6 +28,24 @@ FULL_ATTENTION = -1
 
 
 @dataclass
+class Packed:
+    """The positions of one kind, moved together: row by row the ``K`` columns that hold it.
+
+    Rows with fewer than ``K`` are filled with other columns, which no query may look at.
+    """
+
+    columns: Tensor  # (b, K) ascending
+    features: Tensor  # (b, K, h) initial features there
+    positions: Tensor  # (b, K) own positions there
+    mask: Tensor  # (b, 1, s, K) as from Pass.visible
+    seen: Tensor  # (b, s, 1) likewise
+
+    def on(self, device: torch.device) -> Packed:
+        """The same on another device."""
+        return Packed(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+@dataclass
 class Pass:
     """One forward pass over new positions ``s``, with all positions so far ``S`` as keys."""
 
@@ -41,6 +59,7 @@ class Pass:
     cache: Any = None
     images: Tensor | None = None  # (b, P, h) one dummy image a row, official Wings only
     shared: dict[Any, Any] = field(default_factory=dict)  # computed once, used by every layer
+    packed: dict[int, Packed] = field(default_factory=dict)  # by kind, where a graft asked for it
 
     def on(self, device: torch.device) -> Pass:
         """This pass with its tensors on a layer's device (itself where they are there already)."""
@@ -52,7 +71,8 @@ class Pass:
                 name: getattr(self, name).to(device)
                 for name in ("features", "kinds", "positions", "key_kinds", "key_positions")
             }
-            other = replace(self, **moved, shared={})
+            packed = {kind: chosen.on(device) for kind, chosen in self.packed.items()}
+            other = replace(self, **moved, shared={}, packed=packed)
             vars(other).update(any_image=self.any_image, new_image=self.new_image)
             self.shared[key] = other
         return self.shared[key]
@@ -86,6 +106,30 @@ class Pass:
             seen = mask.any(-1, keepdim=True)
             self.shared[kind] = ((mask | ~seen)[:, None], seen)
         return self.shared[kind]
+
+    def pack(self, kind: int) -> None:
+        """Fill :attr:`packed` for a kind, in a pass without a cache.
+
+        Called before the first layer: what a checkpointed layer computed here for all of them would
+        not be computed again in the backward pass.
+        """
+        chosen = self.kinds == kind  # (b, s)
+        counts = chosen.sum(-1)
+        width = int(counts.max())
+        if width == 0 or kind in self.packed:
+            return
+        columns = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+        there = torch.arange(width, device=columns.device) < counts[:, None]
+        mask = there[:, None, :] & (columns[:, None, :] <= self.columns[:, None])  # (b, s, K)
+        seen = mask.any(-1, keepdim=True)
+        wide = columns[..., None].expand(-1, -1, self.features.shape[-1])
+        self.packed[kind] = Packed(
+            columns=columns,
+            features=self.features.gather(1, wide),
+            positions=self.positions.gather(1, columns),
+            mask=(mask | ~seen)[:, None],
+            seen=seen,
+        )
 
 
 class BaseParts(Protocol):
@@ -152,6 +196,9 @@ class Graft(nn.Module):
 
     def assign_slots(self, first: int) -> None:
         """Tell the graft the cache index of its first slot."""
+
+    def begin(self, state: Pass) -> None:
+        """Compute what all layers of a pass share, before the first of them."""
 
     def layer_context(
         self, index: int, layer: nn.Module, hidden: Tensor, state: Pass, gate: Tensor | None

@@ -104,6 +104,12 @@ class WingsGraft(Graft):
     def acts_on(self, index: int) -> bool:
         return str(index) in self.layers
 
+    def begin(self, state: Pass) -> None:
+        """Without a cache each learner reads the keys of its own kind alone."""
+        if state.cache is None and self.watch is None:
+            for name in self.running:
+                state.pack(_KIND_OF[name])
+
     def check_length(self, length: int) -> None:
         if self.config.routed and length > self.length:
             raise UsageError(
@@ -151,21 +157,29 @@ class WingsGraft(Graft):
         self, wing: WingsLayer, index: int, hidden: Tensor, state: Pass, shares: Tensor | None
     ) -> Tensor:
         """The routed sum of the learners at one layer, ``(b, s, h)``."""
-        rotation = rotation_of(state, hidden.shape[-1] // self.heads)
-        keys, values = self._keys_values(wing, index, state, rotation)
+        size = hidden.shape[-1] // self.heads
+        rotation = rotation_of(state, size)
+        everything = None if state.packed else self._keys_values(wing, index, state, rotation)
         total = torch.zeros_like(hidden)
         for column, name in enumerate(("visual", "textual")):
             if name not in self.running or (name == "visual" and not state.any_image):
                 continue
-            learner = wing.learner(name)
+            learner, kind = wing.learner(name), _KIND_OF[name]
+            if everything is None and kind not in state.packed:
+                continue  # no row has such a position
             queries = learner.queries(hidden.to(state.features.dtype), rotation)
-            mask, seen = state.visible(_KIND_OF[name])
+            if everything is None:
+                packed = state.packed[kind]
+                keys, values = learner.keys_values(packed.features, rotation_of(state, size, kind))
+                mask, seen = packed.mask, packed.seen
+            else:
+                keys, values = everything
+                mask, seen = state.visible(kind)
+            keys, values = keys.to(queries.dtype), values.to(queries.dtype)
             share = None if shares is None else shares[..., column]  # (b, s)
             if self.watch is not None:
-                self.watch(index, queries, keys.to(queries.dtype), mask, seen, share)
-            out = learner.attend(
-                queries, keys.to(queries.dtype), values.to(queries.dtype), mask, seen
-            )
+                self.watch(index, queries, keys, mask, seen, share)
+            out = learner.attend(queries, keys, values, mask, seen)
             total = total + (out if share is None else share[..., None].to(out.dtype) * out)
         return total
 

@@ -80,14 +80,15 @@ class Rotation:
         return (x * self.cos + torch.cat([-second, first], dim=-1) * self.sin).to(x.dtype)
 
 
-def rotation_of(state: Pass, head_size: int) -> Rotation | None:
-    """The pass's rotation, or None for a base without rotary positions."""
+def rotation_of(state: Pass, head_size: int, kind: int | None = None) -> Rotation | None:
+    """The pass's rotation (of one kind's packed positions), or None for a base without rotary."""
     theta = state.anatomy.rope_theta
     if theta is None:
         return None
-    key = ("rotation", head_size)
+    key = ("rotation", head_size, kind)
     if key not in state.shared:
-        state.shared[key] = Rotation(state.positions, head_size, theta)
+        positions = state.positions if kind is None else state.packed[kind].positions
+        state.shared[key] = Rotation(positions, head_size, theta)
     return state.shared[key]
 
 
