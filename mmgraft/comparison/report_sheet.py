@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import random
-
 from mmgraft.comparison.answers import SetAnswers
 from mmgraft.data.content import images_of_all
 from mmgraft.evaluation.answer_sheet import Asked, Said, answer_sheet, sheet_png
-from mmgraft.evaluation.boxes import parse_box
+from mmgraft.evaluation.box_sheet import SHOWN, drawn_places, said_box
+from mmgraft.evaluation.item_files import data_file
 from mmgraft.evaluation.items import Item
 from mmgraft.evaluation.pages.page import Block, Cell, Picture, Table, plain
 from mmgraft.evaluation.pages.words import listed
 from mmgraft.evaluation.scoring import measure_answers
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.source_licence import none_forbids, stated_licences
 
-SHOWN = 12
-SEED = 0
 RIGHT, WRONG = "right", "wrong"
 
 
@@ -29,21 +26,30 @@ def sheet_blocks(answers: SetAnswers, shown: int = SHOWN) -> list[Block]:
     Raises:
         UsageError: A picture that cannot be read.
     """
-    places = [at for at, item in enumerate(answers.items) if item.has_image]
-    places = sorted(random.Random(SEED).sample(places, min(shown, len(places))))
+    places = drawn_places(answers.items, shown)
     if not places:
         return []
     asked = [_asked(answers, at) for at in places]
     name = plain(answers.spec.name)
     arms = list(answers.said)
+    licences = stated_licences(data_file(answers.spec), [answers.items[at] for at in places])
+    told = (
+        "; the true box has an unbroken green line, each arm's a dashed one in its colour; a "
+        "crossed square marks an answer that is no box."
+        if answers.spec.metric == "box"
+        else ". A tick is a right answer, a cross a wrong one."
+    )
+    embedded = none_forbids(licences)
+    if not embedded:
+        told += " The picture is a file beside this page and does not go along with it."
     picture = Picture(
         f"answers-{answers.spec.name}",
         sheet_png(answer_sheet(asked)),
         f"{len(asked)} pictures of {name} with the question, the true answer and the answers of "
         f"{listed([plain(arm) for arm in arms])}; the table below it says the same in words.",
         f"{len(asked)} of {len(answers.items):,} items of {name}, drawn by chance whatever was "
-        "answered. A tick is a right answer, a cross a wrong one"
-        + ("; the true box is green." if answers.spec.metric == "box" else "."),
+        f"answered{told}",
+        embedded=embedded,
     )
     rows = [
         [Cell(plain(one.question)), Cell(plain(one.truth)), *map(_cell, one.said)] for one in asked
@@ -55,7 +61,9 @@ def sheet_blocks(answers: SetAnswers, shown: int = SHOWN) -> list[Block]:
 def _asked(answers: SetAnswers, at: int) -> Asked:
     spec, item = answers.spec, answers.items[at]
     said = [
-        Said(arm, texts[at], _is_right(answers, arm, at), _box(spec, item, texts[at]))
+        said_box(arm, spec, item, texts[at])
+        if spec.metric == "box"
+        else Said(arm, texts[at], _is_right(answers, arm, at))
         for arm, texts in answers.said.items()
     ]
     image = next(iter(images_of_all(item.messages)))
@@ -81,14 +89,9 @@ def _truth(item: Item) -> str:
     return max(item.answers, key=item.answers.count, default="-")
 
 
-def _box(spec: SetSpec, item: Item, text: str) -> tuple[float, float, float, float] | None:
-    if spec.metric != "box" or spec.boxes is None or item.size is None:
-        return None
-    return parse_box(text, spec.boxes, item.size)
-
-
 def _cell(said: Said) -> Cell:
     text = plain(said.text) or "(nothing)"
     if said.right is None:
         return Cell(text)
-    return Cell(text, RIGHT if said.right else WRONG, "good" if said.right else "bad")
+    worth = ", ".join(word for word in (RIGHT if said.right else WRONG, said.note) if word)
+    return Cell(text, worth, "good" if said.right else "bad")

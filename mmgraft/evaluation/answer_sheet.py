@@ -31,7 +31,9 @@ PICTURE = 200  # pixels, the longer side; as are all sizes below
 WIDTH = PICTURE + 2 * MARGIN
 MARK = 9
 MODELS = ("#1f77b4", "#e6761e", "#b2387f", "#7a5cc7", "#17a2b8", "#8a6d3b", "#666666")
-"""Colours of predicted boxes, by model; the true box is green on white."""
+"""Colours of predicted boxes, by model; the true box is green."""
+DASHES = ((7, 5), (3, 3), (12, 4))
+"""Pixels of line and gap of predicted boxes, by model; the true box has an unbroken line."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,26 @@ class Said:
     """What one model answered.
 
     Attributes:
-        model: Its label.
+        model: Its label; empty where there is one model alone.
         text: The answer.
         right: Whether it is right; None where there is no right or wrong, as of captions.
         box: In pixels of the image, of an answer that is one.
+        note: What a box is worth; the sheet says it instead of the box's numbers.
     """
 
     model: str
     text: str
     right: bool | None = None
     box: Box | None = None
+    note: str = ""
+
+    @property
+    def line(self) -> str:
+        """What the sheet says of it."""
+        words = [self.note] if self.note else []
+        if self.box is None or not self.note:
+            words.append(self.text or "(nothing)")
+        return ": ".join([self.model, *words] if self.model else words)
 
 
 @dataclass(frozen=True)
@@ -123,12 +135,11 @@ def _answers(pen: ImageDraw.ImageDraw, font: Font, asked: Asked, left: int, top:
     for number, said in enumerate(asked.said):
         y = top + (number + 1) * LINE
         if asked.box is not None:
-            pen.rectangle(_mark_box(left, y), fill=_color(number))
+            _mark_color(pen, left, y, number, said.box is not None)
         elif said.right is not None:
             _mark(pen, left, y, said.right)
         ink = INK if said.right is None else RIGHT if said.right else WRONG
-        text = f"{said.model}: {said.text or '(nothing)'}"
-        text = shorten(text, PICTURE - MARK - 6, font)
+        text = shorten(said.line, PICTURE - MARK - 6, font)
         pen.text((left + MARK + 6, y), text, fill=ink, font=font)
 
 
@@ -140,16 +151,33 @@ def _with_boxes(asked: Asked) -> Image.Image:
     picture = picture.resize((size[0], size[1]))
     pen = ImageDraw.Draw(picture)
 
-    def draw(box: Box, color: str | tuple[int, int, int], width: int) -> None:
-        pen.rectangle([round(value * scale) for value in box], outline=color, width=width)
+    def scaled(box: Box) -> tuple[int, int, int, int]:
+        x1, y1, x2, y2 = (round(value * scale) for value in box)
+        return x1, y1, min(x2, size[0] - 1), min(y2, size[1] - 1)
 
+    predicted = [(number, said.box) for number, said in enumerate(asked.said) if said.box]
+    # White below all lines, so that none is lost in the picture, and no line lies below white.
+    for box in [asked.box, *(box for _, box in predicted)]:
+        if box is not None:
+            pen.rectangle(scaled(box), outline=BACKGROUND, width=4)
     if asked.box is not None:
-        draw(asked.box, BACKGROUND, 4)
-        draw(asked.box, RIGHT, 2)
-    for number, said in enumerate(asked.said):
-        if said.box is not None:
-            draw(said.box, _color(number), 2)
+        pen.rectangle(scaled(asked.box), outline=RIGHT, width=2)
+    for number, box in predicted:
+        _dashed(pen, scaled(box), _color(number), *DASHES[number % len(DASHES)])
     return picture
+
+
+def _dashed(
+    pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: str, line: int, gap: int
+) -> None:
+    """A box of dashes two pixels wide; each side begins with a dash."""
+    x1, y1, x2, y2 = box
+    for x in range(x1, x2 + 1, line + gap):
+        for y in (y1, max(y1, y2 - 1)):
+            pen.rectangle((x, y, min(x + line - 1, x2), min(y + 1, y2)), fill=color)
+    for y in range(y1, y2 + 1, line + gap):
+        for x in (x1, max(x1, x2 - 1)):
+            pen.rectangle((x, y, min(x + 1, x2), min(y + line - 1, y2)), fill=color)
 
 
 def _color(number: int) -> str:
@@ -158,6 +186,19 @@ def _color(number: int) -> str:
 
 def _mark_box(left: int, y: int) -> tuple[int, int, int, int]:
     return left, y + 3, left + MARK, y + 3 + MARK
+
+
+def _mark_color(
+    pen: ImageDraw.ImageDraw, left: int, y: int, number: int, well_formed: bool
+) -> None:
+    """A square in the colour of the model's boxes; an empty, crossed one where there is no box."""
+    box = _mark_box(left, y)
+    if well_formed:
+        pen.rectangle(box, fill=_color(number))
+        return
+    pen.rectangle(box, outline=_color(number))
+    pen.line([box[:2], box[2:]], fill=WRONG)
+    pen.line([(box[0], box[3]), (box[2], box[1])], fill=WRONG)
 
 
 def _mark(pen: ImageDraw.ImageDraw, left: int, y: int, right: bool) -> None:

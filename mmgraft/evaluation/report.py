@@ -21,6 +21,7 @@ from mmgraft.evaluation.about_run import (
     stages_table,
     versions_table,
 )
+from mmgraft.evaluation.box_sheet import stays_home
 from mmgraft.evaluation.pages.html import render_html
 from mmgraft.evaluation.pages.markdown import render_markdown
 from mmgraft.evaluation.pages.page import (
@@ -48,6 +49,7 @@ from mmgraft.evaluation.results import (
     FOLDER,
     SCHEMA_VERSION,
     Results,
+    SetResult,
     measured,
 )
 from mmgraft.evaluation.score_tables import (
@@ -185,7 +187,32 @@ def _text(run: Path, results: Results) -> Part:
 def _vision(run: Path, results: Results) -> Part:
     blocks: list[Block] = [vision_table(results.sets) if results.sets else _empty()]
     blocks += kinds_tables(results.sets)
+    blocks += [
+        _sheet(run, one) for one in results.sets if one.sheet and (run / one.sheet).is_file()
+    ]
     return Part("Vision", blocks)
+
+
+def _sheet(run: Path, one: SetResult) -> Picture:
+    """A contact sheet of boxes; in the page itself only where its pictures may go along."""
+    assert one.sheet is not None
+    path, home = run / one.sheet, stays_home(one.sheet)
+    name = plain(one.name)
+    told = (
+        f"Items of {name}, drawn by chance whatever was answered. The true box has an unbroken "
+        "green line, the answered one a dashed blue line; a crossed square marks an answer that "
+        "is no box."
+    )
+    if home:
+        told += " The picture is a file beside this page and does not go along with it."
+    return Picture(
+        path.relative_to(run / FOLDER).with_suffix("").as_posix(),
+        path.read_bytes(),
+        f"Pictures of {name} with the true box and the answered one, the question and the IoU; "
+        "the scores above are of all items.",
+        told,
+        embedded=not home,
+    )
 
 
 def _iit(run: Path, results: Results) -> Part:

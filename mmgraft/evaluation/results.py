@@ -58,6 +58,11 @@ class SetResult(StrictModel):
     kinds: dict[str, dict[str, Score]] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     predictions: str | None = Field(default=None, description="jsonl, relative to the run")
+    sheet: str | None = Field(
+        default=None,
+        pattern=r"^results/(boxes-|sheets/)[A-Za-z0-9][A-Za-z0-9_.-]*\.png$",
+        description="PNG of some boxes, relative to the run; in results/sheets it is not pushed",
+    )
     seconds: float = 0.0
 
 

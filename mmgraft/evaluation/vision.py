@@ -12,6 +12,7 @@ from mmgraft import __version__
 from mmgraft.data.content import is_image
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.asking import Features
+from mmgraft.evaluation.box_sheet import write_box_sheet
 from mmgraft.evaluation.choice import shows_options
 from mmgraft.evaluation.item_files import (
     data_file,
@@ -23,6 +24,7 @@ from mmgraft.evaluation.items import Item
 from mmgraft.evaluation.kept_answers import KeptAnswers
 from mmgraft.evaluation.measured import Measured
 from mmgraft.evaluation.origin import as_scores, described_graft, software
+from mmgraft.evaluation.predictions import read_predictions
 from mmgraft.evaluation.results import Results, SetResult
 from mmgraft.evaluation.run_features import run_features
 from mmgraft.evaluation.scoring import (
@@ -233,8 +235,16 @@ class _Eye:
             kinds=scores_by_kind(measured, items),
             settings={name: value for name, value in settings.items() if value is not None},
             predictions=self.kept.file(spec.name).relative_to(self.kept.run).as_posix(),
+            sheet=self._sheet(each) if spec.metric == "box" else None,
             seconds=time.monotonic() - start,
         )
+
+    def _sheet(self, each: VisionSet) -> str | None:
+        """The contact sheet of boxes, from the answers that were kept."""
+        rows = read_predictions(self.kept.file(each.spec.name))
+        said = {str(row["id"]): str(row["answer"]) for row in rows}
+        answers = [said[item.id] for item in each.items]
+        return write_box_sheet(self.kept.run, each.spec, each.file, each.items, answers)
 
     def _measured(
         self,

@@ -1,4 +1,4 @@
-"""A page as one HTML file: nothing is fetched, nothing runs, pictures are inside."""
+"""A page as one HTML file: nothing is fetched, nothing runs, pictures are inside unless marked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def render_html(page: Page) -> str:
-    """The page. Every text is escaped; a picture is a data URI."""
+    """The page. Every text is escaped; a picture is a data URI where it is embedded."""
     style = _source("page.css")
     return _environment().from_string(_source("page.html.jinja")).render(page=page, style=style)
 

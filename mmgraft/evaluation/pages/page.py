@@ -101,12 +101,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG; `name` is its file beside the Markdown, `alt` what it shows, in words."""
+    """A PNG; `name` is its file beside the Markdown, `alt` what it shows, in words.
+
+    `embedded` puts it into the HTML page; else the page shows the file by a link, and whoever gets
+    the page alone does not get the picture.
+    """
 
     name: str
     png: bytes = field(repr=False)
     alt: str
     caption: str = ""
+    embedded: bool = True
 
 
 @dataclass(frozen=True)
