@@ -29,6 +29,7 @@ from mmgraft.model.vision.base import VisionTower
 from mmgraft.training import checkpoint, metrics, text_change
 from mmgraft.training.devices import is_main_rank
 from mmgraft.training.features import fill_cache, open_cache
+from mmgraft.training.finite import NotFinite, is_finite
 from mmgraft.training.recipe import Stage
 from mmgraft.training.stages import open_stage
 from mmgraft.training.stopping import Stopper, TrainingStopped
@@ -136,6 +137,8 @@ class Session:
             ) from None
         except UsageError as error:  # a row that cannot be used, found when its turn came
             raise UsageError(_of_worker(error) + self._kept(trainer, stage, before)) from None
+        except NotFinite as error:  # on all ranks at once
+            raise NotFinite(str(error) + self._kept_finite(trainer, stage)) from None
         done, wanted = trainer.state.global_step, trainer.state.max_steps
         if done < wanted:
             raise self.stopped(f"in stage {stage.name!r} after step {done} of {wanted}")
@@ -150,6 +153,24 @@ class Session:
         return (
             f"\nstage {stage.name!r} is saved after step {step}; mend this, then go on with: "
             f"mmgraft train {self.plan.run} --resume"
+        )
+
+    def _kept_finite(self, trainer: GraftTrainer, stage: Stage) -> str:
+        """Save the steps before the one that failed, and say how to go on."""
+        step, run = trainer.state.global_step, self.plan.run
+        again = f"or begin anew with --restart and a lower lr: --set stages.{stage.name}.lr=NUMBER"
+        if not is_finite(cast(nn.Module, self.model)):
+            return (
+                f"\nweights of stage {stage.name!r} are not finite either, so they are not saved; "
+                f"go on from the last checkpoint with: mmgraft train {run} --resume\n{again}"
+            )
+        folder = Path(cast(str, trainer.args.output_dir))
+        if step and not (folder / f"checkpoint-{step}").is_dir():
+            trainer.save_now()
+        state = f"is saved after step {step}" if step else "is as it was before its first step"
+        return (
+            f"\nstage {stage.name!r} {state}; look at these rows, mend what is odd, and go on, "
+            f"from that batch, with: mmgraft train {run} --resume\n{again}"
         )
 
     def _trainer(
@@ -310,7 +331,8 @@ class _Batches:
 
     def __call__(self, examples: Any) -> dict[str, Any]:
         batch = self.collator(examples)
-        batch.pop("row_ids", None)
+        del batch["row_ids"]
+        batch["rows"] = [example.where for example in examples]  # names more than an id does
         batch.pop("workflow", None)  # the trainer names every row's
         return batch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mmgraft.errors import MMGraftError
 from mmgraft.training.checkpoint import (
     load_tensors,
     rotate,
@@ -22,6 +20,7 @@ from mmgraft.training.checkpoint import (
     write_checkpoint,
 )
 from mmgraft.training.devices import memory_in_use
+from mmgraft.training.finite import FiniteWatch, RandomState
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.sampler import EpochSampler
 from mmgraft.training.stages import RateGroup
@@ -123,6 +122,9 @@ class GraftTrainer(Trainer):
         self._tokens = 0
         self._since = time.perf_counter()
         self._rates: dict[str, float] = {}
+        self._watch = FiniteWatch(stage.name)
+        self._random: RandomState | None = None
+        self._rows: Sequence[str] = ()
         super().__init__(
             model=cast(Any, model),
             args=args,
@@ -195,6 +197,11 @@ class GraftTrainer(Trainer):
             return [own] * len(inputs["input_ids"])
         return [own if image else "text" for image in _has_image(inputs).tolist()]
 
+    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = dict(inputs)
+        self._rows = inputs.pop("rows", ())
+        return super()._prepare_inputs(inputs)
+
     # -- the step -------------------------------------------------------------------------------
 
     def autocast_smart_context_manager(
@@ -219,6 +226,8 @@ class GraftTrainer(Trainer):
             **inputs, workflow=self._workflows(inputs), num_items_in_batch=num_items_in_batch
         )
         loss = outputs.loss
+        note = self._watch.note if torch.is_grad_enabled() else self._watch.note_evaluated
+        note(self._rows, loss)
         if num_items_in_batch is not None and self.args.world_size > 1:
             # Ranks average their gradients, and each must have one for every trained parameter.
             loss = loss * self.args.world_size + cast("GraftedModel", self.model).touch()
@@ -230,6 +239,15 @@ class GraftTrainer(Trainer):
         """One forward and backward pass; counts positions for the display."""
         self._tokens += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._watch.check_step(self.state.global_step + 1, norm, self.args.world_size)
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._random = RandomState.now(self.state.global_step)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted."""
@@ -243,14 +261,15 @@ class GraftTrainer(Trainer):
         self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add rates by group, speed and memory to what every tracker gets."""
+        """Add rates by group, speed and memory to what every tracker gets.
+
+        Raises:
+            NotFinite: The loss of an evaluation is nan or inf.
+        """
+        if "eval_loss" in logs:
+            step, ranks = self.state.global_step, self.args.world_size
+            self._watch.check_evaluation(step, logs["eval_loss"], ranks)
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise MMGraftError(
-                    f"the loss of stage {self.stage.name!r} became {logs['loss']} at step "
-                    f"{self.state.global_step}; take a lower lr or a longer warmup and go on from "
-                    "the last checkpoint with --resume"
-                )
             now = time.perf_counter()
             logs["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
             self._tokens, self._since = 0, now
@@ -264,7 +283,9 @@ class GraftTrainer(Trainer):
     # -- checkpoints ----------------------------------------------------------------------------
 
     def save_now(self) -> None:
-        """Write a checkpoint of the last step that was taken."""
+        """Write a checkpoint of the last step that was taken, as it would have been then."""
+        if self._random is not None and self._random.step == self.state.global_step:
+            self._random.restore()
         self._save_checkpoint(cast(nn.Module, self.model))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
