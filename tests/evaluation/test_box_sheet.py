@@ -32,7 +32,7 @@ def spec(tmp_path: Path) -> SetSpec:
     return make_boxes(tmp_path / "set")
 
 
-def write(run: Path, spec: SetSpec, name: str | None = None) -> str | None:
+def write(run: Path, spec: SetSpec) -> str | None:
     items = read_items(spec)
     return write_box_sheet(run, spec, Path(str(spec.path)), items, ANSWERS)
 
