@@ -96,9 +96,9 @@ class Fields:
             return []
         listed = value if isinstance(value, list) else [value]
         plain = [one.get("answer") if isinstance(one, dict) else one for one in listed]
-        for one in plain:
+        for one, given in zip(plain, listed, strict=True):
             if isinstance(one, bool) or not isinstance(one, str | int | float):
-                raise UsageError(f"{where}: an answer that is no text ({one!r}); write texts")
+                raise UsageError(f"{where}: an answer that is no text ({given!r}); write texts")
         return plain
 
     def options(self, record: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ def read_training_answers(spec: SetSpec, root: Path | None = None) -> list[tuple
     looked for.
 
     Raises:
-        UsageError: The set has no `train`, or a row has no answer.
+        UsageError: The set has no `train`, a row has no answer, or there is no row.
     """
     if spec.train is None:
         raise UsageError(
@@ -146,6 +146,8 @@ def read_training_answers(spec: SetSpec, root: Path | None = None) -> list[tuple
         pairs.append(
             (question or "", options[gold_of(first, options, where)] if options else str(first))
         )
+    if not pairs:
+        raise UsageError(f"{path} has no question with an answer after it to count; give such rows")
     return pairs
 
 

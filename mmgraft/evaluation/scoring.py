@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.boxes import measure_boxes
-from mmgraft.evaluation.captions import CiderD, measure_captions
+from mmgraft.evaluation.captions import CiderD, measure_captions, words_of
 from mmgraft.evaluation.choice import By, ChoiceScore
 from mmgraft.evaluation.items import Item
 from mmgraft.evaluation.measured import Measured
@@ -40,7 +40,7 @@ def measure_answers(spec: SetSpec, items: Sequence[Item], answers: Sequence[str]
         UsageError: An item lacks what the metric needs; names file and row.
     """
     if spec.metric == "caption":
-        return measure_captions(answers, CiderD([item.answers for item in items]))
+        return measure_captions(answers, _cider(items))
     if spec.metric == "yes_no":
         truth = [truth_of(_first(item), item.where) for item in items]
         return measure_yes_no(answers, truth)
@@ -132,6 +132,18 @@ def groups_of(items: Sequence[Item]) -> list[str]:
 
 
 _MATCHES: Mapping[str, Callable[[str, str], bool]] = {"exact": exact, "vqa": vqa_match}
+
+
+def _cider(items: Sequence[Item]) -> CiderD:
+    for item in items:
+        if not any(map(words_of, item.answers)):
+            raise UsageError(f"{item.where}: no caption with a word in it; write one")
+    if len(items) == 1:
+        raise UsageError(
+            f"{items[0].file}: CIDEr weighs words by how few items use them, and there is one; "
+            "give at least two"
+        )
+    return CiderD([item.answers for item in items])
 
 
 def _first(item: Item) -> str:

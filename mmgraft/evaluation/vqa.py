@@ -27,19 +27,20 @@ _NUMBERS = {
     )
 } | {"none": "0"}
 _IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
-_FULL_STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")
-_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`,?!:]")
+_FULL_STOP = re.compile(r"\.(?!\d)")
+_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`,?!]")
 
 
 def normalised(answer: str) -> str:
     """An answer as the VQA challenge compares it.
 
-    Lower case, one line, no articles, no punctuation but an apostrophe or a decimal point, numbers
-    up to ten as digits. Source: the evaluation rules of the VQA challenge (visualqa.org); its table
-    of misspelt contractions is left out.
+    Lower case, one line, no articles, numbers up to ten as digits, no punctuation but apostrophes,
+    colons, and a full stop before a digit; other full stops leave no space ("u.s." is "us").
+    Source: the evaluation rules of the VQA challenge (visualqa.org); its table of misspelt
+    contractions is left out.
     """
     text = _IN_NUMBER.sub("", answer.lower().strip())
-    text = _PUNCTUATION.sub(" ", _FULL_STOP.sub(" ", text))
+    text = _PUNCTUATION.sub(" ", _FULL_STOP.sub("", text))
     words = (_NUMBERS.get(word, word) for word in text.split())
     return " ".join(word for word in words if word not in _ARTICLES)
 

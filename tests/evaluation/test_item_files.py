@@ -331,6 +331,20 @@ def test_sets_that_cannot_be_are_refused(folder: Path) -> None:
 # -- the prior's rows ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\x1c"])
+def test_a_table_has_rows_where_lines_end_and_nowhere_else(folder: Path, mark: str) -> None:
+    """Such marks end a line for `str.splitlines`, and none for CSV."""
+    (one,) = _read(folder, f"what{mark}is it,x,y,A\n", name="set.csv")
+    assert one.question == f"what{mark}is it"
+    assert one.place == "line 1"
+
+
+def test_an_answer_that_is_an_object_is_shown_as_it_is(folder: Path) -> None:
+    row = {"question": "x", "options": ["a", "b"], "answer": {"text": "a"}}
+    with pytest.raises(UsageError, match=r"no text \(\{'text': 'a'\}\)"):
+        _read(folder, [row])
+
+
 def test_training_answers_of_every_kind_of_row(folder: Path) -> None:
     rows = [
         {
@@ -352,6 +366,10 @@ def test_training_answers_of_every_kind_of_row(folder: Path) -> None:
     ]  # fmt: skip
     (folder / "train.jsonl").write_text('{"question": "x"}')
     with pytest.raises(UsageError, match=r"train.jsonl, line 1: no answer to count"):
+        read_training_answers(spec, folder)
+    asked = {"messages": [{"role": "user", "content": "x"}]}
+    (folder / "train.jsonl").write_text(json.dumps(asked))
+    with pytest.raises(UsageError, match=r"train.jsonl has no question with an answer"):
         read_training_answers(spec, folder)
     with pytest.raises(UsageError, match="no training rows"):
         read_training_answers(_spec("exact"), folder)

@@ -193,3 +193,11 @@ def test_what_the_data_cannot_give_is_refused(metric: str, bad: Item) -> None:
 def test_multiple_choice_is_not_scored_by_words() -> None:
     with pytest.raises(UsageError, match="choice does not score"):
         measure_answers(spec("choice"), [item(0, options=("a", "b"), gold=0)], ["a"])
+
+
+def test_captions_that_cannot_be_scored_are_named_with_file_and_row() -> None:
+    two = [item(1, answers=("a dog",)), item(2, answers=("!",))]
+    with pytest.raises(UsageError, match=r"set.jsonl, line 1 \(id 2\): no caption with a word"):
+        measure_answers(spec("caption"), two, ["", ""])
+    with pytest.raises(UsageError, match=r"set.jsonl: .* give at least two"):
+        measure_answers(spec("caption"), two[:1], [""])
