@@ -200,6 +200,7 @@ def _source(spec: SetSpec, root: Path | None) -> dict[str, Any]:
         "columns": spec.columns,
         "limit": spec.limit,
         "seed": spec.seed,
+        "images": None if spec.images is None else Path(spec.images).name,
     }
 
 

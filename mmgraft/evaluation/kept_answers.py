@@ -84,10 +84,10 @@ class KeptAnswers:
             letters=letters,
             batch_size=self.batch_size,
             features=features,
-            on_result=lambda scores: kept.add(_line(by_id[one.id], one) for one in scores),
+            on_result=lambda scores: kept.add(choice_row(by_id[one.id], one) for one in scores),
             progress=lambda done, _: self.progress(before + done, len(items)),
         )
-        return [_read(kept.done[item.id]) for item in items]
+        return [read_choice_row(kept.done[item.id]) for item in items]
 
     def file(self, name: str) -> Path:
         """Where a set's predictions lie."""
@@ -96,12 +96,7 @@ class KeptAnswers:
     @property
     def numbers(self) -> dict[str, str]:
         """What numbers are computed in."""
-        base = self.model.base
-        quantized = getattr(base.config, "quantization_config", None) is not None
-        return {
-            "dtype": str(base.dtype).removeprefix("torch."),
-            **({"base": "quantized"} if quantized else {}),
-        }
+        return numbers_of(self.model)
 
     def _kept(
         self, name: str, items: Sequence[Item], workflow: str, settings: Mapping[str, Any]
@@ -122,7 +117,18 @@ class KeptAnswers:
         return kept
 
 
-def _line(item: Item, score: ChoiceScore) -> dict[str, Any]:
+def numbers_of(model: GraftedModel) -> dict[str, str]:
+    """What a graft's numbers are computed in."""
+    base = model.base
+    quantized = getattr(base.config, "quantization_config", None) is not None
+    return {
+        "dtype": str(base.dtype).removeprefix("torch."),
+        **({"weights": "quantized"} if quantized else {}),
+    }
+
+
+def choice_row(item: Item, score: ChoiceScore) -> dict[str, Any]:
+    """A line of a file of scored options."""
     return {
         "id": item.id,
         "question": item.question,
@@ -134,5 +140,6 @@ def _line(item: Item, score: ChoiceScore) -> dict[str, Any]:
     }
 
 
-def _read(row: Mapping[str, Any]) -> ChoiceScore:
+def read_choice_row(row: Mapping[str, Any]) -> ChoiceScore:
+    """The scores that :func:`choice_row` wrote."""
     return ChoiceScore(row["id"], *(tuple(row[key]) for key in ("sums", "tokens", "characters")))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmgraft.evaluation.choice import ChoiceScore, score_choices
 from mmgraft.evaluation.items import Item
+from mmgraft.evaluation.kept_answers import choice_row, numbers_of, read_choice_row
 from mmgraft.evaluation.perplexity import TextScore, WindowScore, score_texts
 from mmgraft.evaluation.predictions import FOLDER as PREDICTIONS
 from mmgraft.evaluation.predictions import Predictions, fingerprint_items
@@ -68,7 +69,7 @@ class KeptScores:
         kept = self._kept(name, items, {"letters": letters}, {"graft": self.graft})
         if same and self.base_cache is not None:
             known = self.base_choices(name, items, letters)
-            _add(kept, items, (_choice_row(*pair) for pair in zip(items, known, strict=True)))
+            _add(kept, items, (choice_row(*pair) for pair in zip(items, known, strict=True)))
         return self._choices(self.model, kept, items, letters)
 
     def base_choices(self, name: str, items: Sequence[Item], letters: bool) -> list[ChoiceScore]:
@@ -103,12 +104,7 @@ class KeptScores:
     @property
     def numbers(self) -> dict[str, str]:
         """What numbers are computed in."""
-        base = self.model.base
-        quantized = getattr(base.config, "quantization_config", None) is not None
-        return {
-            "dtype": str(base.dtype).removeprefix("torch."),
-            **({"weights": "quantized"} if quantized else {}),
-        }
+        return numbers_of(self.model)
 
     # -- asking ---------------------------------------------------------------------------------
 
@@ -138,10 +134,10 @@ class KeptScores:
             chat=False,
             letters=letters,
             batch_size=self.batch_size,
-            on_result=lambda scores: kept.add(_choice_row(by_id[one.id], one) for one in scores),
+            on_result=lambda scores: kept.add(choice_row(by_id[one.id], one) for one in scores),
             progress=self._progress(len(items) - len(left), len(items)),
         )
-        return [_choice(kept.done[item.id]) for item in items]
+        return [read_choice_row(kept.done[item.id]) for item in items]
 
     def _texts(
         self,
@@ -203,22 +199,6 @@ def _add(kept: Predictions, items: Sequence[Item], rows: Iterable[dict[str, Any]
 
 
 # -- lines of the files -------------------------------------------------------------------------
-
-
-def _choice_row(item: Item, score: ChoiceScore) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "question": item.question,
-        "truth": list(item.answers),
-        "answer": item.options[score.prediction()],
-        "sums": score.sums,
-        "tokens": score.tokens,
-        "characters": score.characters,
-    }
-
-
-def _choice(row: Mapping[str, Any]) -> ChoiceScore:
-    return ChoiceScore(row["id"], *(tuple(row[key]) for key in ("sums", "tokens", "characters")))
 
 
 def _text_row(score: TextScore) -> dict[str, Any]:
