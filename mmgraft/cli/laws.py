@@ -91,6 +91,7 @@ def laws(
     from mmgraft.cli.loading import load_answerer
     from mmgraft.evaluation.laws import evaluate_laws
     from mmgraft.evaluation.plots import laws_plot
+    from mmgraft.evaluation.sections import put_aside
 
     answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
     results = evaluate_laws(
@@ -107,6 +108,8 @@ def laws(
     )
     picture = laws_plot({folder.resolve().name if local else run: results})
     target.mkdir(parents=True, exist_ok=True)
+    for path in put_aside(folder, results) if out is None else ():
+        note(f"results of the graft as it was before are {path.name} now")
     atomic_write(target / PNG_NAME, partial(_put, picture))
     atomic_json(target / JSON_NAME, results.model_dump(mode="json"))
     if json:
@@ -155,12 +158,9 @@ def _set(folder: Path, name: str | None) -> SetSpec:
         UsageError: The run has no recipe, or its recipe no such set.
     """
     from mmgraft.errors import UsageError, did_you_mean
-    from mmgraft.training.recipe_source import load_recipe
-    from mmgraft.training.run import RECIPE, USED_RECIPE
+    from mmgraft.evaluation.set_files import run_sets
 
-    files = [folder / RECIPE, folder / USED_RECIPE]
-    recipe = next((load_recipe(file) for file in files if file.is_file()), None)
-    sets = {} if recipe is None else {one.name: one for one in recipe.evaluation}
+    sets = {one.name: one for one in run_sets(folder)}
     shown = {key: one for key, one in sets.items() if one.modality == "image"}
     if not shown:
         raise UsageError(

@@ -128,6 +128,16 @@ def require_harness() -> None:
         )
 
 
+def require_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
+    """Refuse tasks that the harness does not have, before anything is asked.
+
+    Raises:
+        UsageError: It is not installed; a task is unknown, and near ones are named.
+    """
+    require_harness()
+    _manager(list(tasks), include_path)
+
+
 # -- what to run --------------------------------------------------------------------------------
 
 

@@ -82,7 +82,7 @@ def check(asked: Asked) -> dict[str, list[str]]:
 
     Raises:
         UsageError: Nothing is asked; a set that cannot be asked, named with file and row; a package
-            that is missing.
+            that is missing; a task that is unknown; a workflow that the graft does not have.
     """
     plan: dict[str, list[str]] = {}
     if asked.text:
@@ -103,18 +103,50 @@ def check(asked: Asked) -> dict[str, list[str]]:
                 "--dialogues FOLDER"
             )
         named = [str(asked.dialogues)] if asked.dialogues else [one.name for one in asked.choices]
+        _read_dialogues(asked)
         plan["iit"] = named
     if asked.tasks:
-        from mmgraft.evaluation.harness import require_harness
+        from mmgraft.evaluation.harness import require_tasks
 
-        require_harness()
+        require_tasks(asked.tasks, asked.include_path)
         plan["harness"] = list(asked.tasks)
     if not plan:
         raise UsageError(
             "say what to measure: --text, --vision, --iit, --harness TASK, or a set: --data FILE "
             "--metric exact"
         )
+    _refuse_workflows(asked)
     return plan
+
+
+def _read_dialogues(asked: Asked) -> None:
+    """Read what dialogues are made of, or saved ones, so that their mistakes are told."""
+    from mmgraft.evaluation.iit_files import read_dialogues
+    from mmgraft.evaluation.item_files import read_items
+
+    if asked.dialogues is not None:
+        read_dialogues(asked.dialogues)
+        return
+    for spec in asked.choices:
+        read_items(spec, asked.root)
+
+
+def _refuse_workflows(asked: Asked) -> None:
+    """Refuse a workflow that the graft's record does not have.
+
+    Raises:
+        UsageError: It is named.
+    """
+    from mmgraft.evaluation.vision import seeing_workflow
+    from mmgraft.model.graft_file import GraftFile
+    from mmgraft.model.workflow import TEXT_WORKFLOW
+
+    own = GraftFile.read(asked.run).workflow
+    for spec in asked.of("image") if asked.vision else ():
+        seeing_workflow(spec, asked.workflow, own, [own])
+    allowed = {None, own} if asked.iit else {None, own, TEXT_WORKFLOW}
+    if (asked.iit or asked.tasks) and asked.workflow not in allowed:
+        raise UsageError(f"workflow {asked.workflow!r} is not there; this graft has: {own}")
 
 
 def _named(spec: SetSpec, items: int) -> str:
@@ -142,7 +174,7 @@ def measure(
         UsageError: A set that cannot be asked, or a workflow that the graft does not have.
         MMGraftError: The disk is full; what was measured is kept.
     """
-    from mmgraft.evaluation.sections import save_sets
+    from mmgraft.evaluation.sections import put_aside, save_sets
 
     told: dict[str, Any] = {"announce": announce, "progress": progress, "root": asked.root}
     parts: list[tuple[bool, Callable[[], list[Results]]]] = [
@@ -153,6 +185,8 @@ def measure(
     ]
     for wanted, part in parts:
         for results in part() if wanted else ():
+            for path in put_aside(asked.run, results):
+                announce(f"results of the graft as it was before are {path.name} now")
             save_sets(asked.run, results)
             yield results
 
@@ -205,17 +239,22 @@ def _harness(answerer: Answerer, asked: Asked, announce: Announce) -> list[Resul
     from mmgraft.evaluation.harness import evaluate_harness
     from mmgraft.evaluation.origin import described_graft, software
     from mmgraft.evaluation.results import Results
+    from mmgraft.evaluation.untouched import base_trained, untouched_base
     from mmgraft.model.workflow import TEXT_WORKFLOW
 
+    model = answerer.model
+    base = untouched_base(model, asked.run, asked.untouched) if base_trained(model) else None
     sets = evaluate_harness(
         answerer,
         list(asked.tasks),
         workflow=asked.workflow,
         limit=asked.limit,
         include_path=asked.include_path,
+        untouched=None if base is None else base.model,
         announce=announce,
         **asked.sizes(),
     )
+    own = None if asked.workflow == TEXT_WORKFLOW else asked.workflow  # text is the base alone
     sections: dict[Section, list[Any]] = {"text": [], "vision": []}
     for one in sets:
         section = "text" if one.settings.get("workflow") == TEXT_WORKFLOW else "vision"
@@ -225,7 +264,7 @@ def _harness(answerer: Answerer, asked: Asked, announce: Announce) -> list[Resul
             section=section,
             mmgraft_version=__version__,
             versions=software("lm-eval"),
-            graft=described_graft(answerer.model, asked.run, asked.workflow),
+            graft=described_graft(model, asked.run, own),
             sets=found,
         )
         for section, found in sections.items()

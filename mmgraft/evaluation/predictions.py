@@ -72,7 +72,7 @@ class Predictions:
             self.path.unlink()
             return False
         if header != self._header:
-            self.put_aside = _free_name(self.path)
+            self.put_aside = free_name(self.path)
             self.path.replace(self.put_aside)
             return False
         self.done = found
@@ -137,7 +137,8 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]],
     return header, found, whole
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
+    """A name beside a file that is put aside: `x.stale-1.jsonl` of `x.jsonl`."""
     number = 1
     while (name := path.with_suffix(f".stale-{number}{path.suffix}")).exists():
         number += 1

@@ -4,7 +4,40 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmgraft.evaluation.results import Results, read_results, write_results
+from mmgraft.evaluation.predictions import free_name
+from mmgraft.evaluation.results import (
+    SECTIONS,
+    Results,
+    SetResult,
+    read_results,
+    results_file,
+    write_results,
+)
+
+
+def put_aside(run: Path, results: Results) -> list[Path]:
+    """Rename the sections that were measured of another graft, such as before more training.
+
+    They would stand in the report and in the model card as if they were of this one.
+
+    Args:
+        run: Its folder.
+        results: What was measured just now.
+
+    Returns:
+        Their new names, `text.stale-1.old`, under which they are not pushed.
+
+    Raises:
+        UsageError: A section is damaged.
+    """
+    now = results.graft.get("sha256")
+    moved = []
+    for section in SECTIONS:
+        found = read_results(run, section)
+        if found is not None and now and found.graft.get("sha256", now) != now:
+            path = results_file(run, section)
+            moved.append(path.replace(free_name(path.with_suffix(".old"))))
+    return moved
 
 
 def save_sets(run: Path, results: Results) -> Path:
@@ -22,8 +55,8 @@ def save_sets(run: Path, results: Results) -> Path:
     before = read_results(run, results.section)
     if before is None or before.graft.get("sha256") != results.graft.get("sha256"):
         return write_results(run, results)
-    fresh = {one.name: one for one in results.sets}
-    sets = [fresh.pop(one.name, one) for one in before.sets]
+    fresh = {_called(one): one for one in results.sets}
+    sets = [fresh.pop(_called(one), one) for one in before.sets]
     merged = results.model_copy(
         update={
             "sets": [*sets, *fresh.values()],
@@ -33,3 +66,8 @@ def save_sets(run: Path, results: Results) -> Path:
         }
     )
     return write_results(run, merged)
+
+
+def _called(one: SetResult) -> tuple[str, bool]:
+    """A task of lm-evaluation-harness may have the name of a set of the recipe."""
+    return one.name, "harness" in one.settings

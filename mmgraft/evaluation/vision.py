@@ -175,19 +175,29 @@ def blind_workflow(model: GraftedModel, workflow: str) -> str:
     return workflow if model.workflow(workflow).graft.cacheable else TEXT_WORKFLOW
 
 
-def _seeing(model: GraftedModel, spec: SetSpec, workflow: str | None) -> str:
+def seeing_workflow(spec: SetSpec, given: str | None, default: str, names: Sequence[str]) -> str:
     """The workflow of a set.
+
+    Args:
+        spec: The set.
+        given: Of all sets that name none.
+        default: The graft's own.
+        names: All that the graft has.
 
     Raises:
         UsageError: The graft does not have it, or it cannot see.
     """
-    name = spec.workflow or workflow or model.default_workflow
-    if name not in model.names:
+    name = spec.workflow or given or default
+    if name not in names:
         why = "is the base alone, which cannot see" if name == TEXT_WORKFLOW else "is not there"
         raise UsageError(
-            f"set {spec.name!r}: workflow {name!r} {why}; this graft has: {', '.join(model.names)}"
+            f"set {spec.name!r}: workflow {name!r} {why}; this graft has: {', '.join(names)}"
         )
     return name
+
+
+def _seeing(model: GraftedModel, spec: SetSpec, workflow: str | None) -> str:
+    return seeing_workflow(spec, workflow, model.default_workflow, model.names)
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,11 @@ def test_a_set_by_itself_is_of_text_where_its_metric_or_flag_says_so(
         (["--vision", "--sets", "sets.yaml", "--workflow", "grounding"], "this graft has: mm"),
         (["--vision", "--sets", "sets.yaml", "--workflow", "text"], "cannot see"),
         (["--iit"], "metric choice"),
+        (["--iit", "--data", "pink.jsonl", "--metric", "choice", "--images", "pictures"],
+         "pink.jsonl, line 1"),
+        (["--iit", "--dialogues", "nowhere"], "no dialogues in nowhere"),
+        (["--iit", "--sets", "sets.yaml", "--workflow", "grounding"], "this graft has: mm"),
+        (["--text", "--sets", "sets.yaml", "--harness", "helaswag"], "hellaswag"),
         (["--text", "--dtype", "int8"], "bfloat16"),
         (["--text", "--device", "tpu"], "cpu"),
     ],
@@ -152,7 +157,11 @@ def test_mistakes_write_nothing(
     refused, run: Path, sets: Path, arguments: list[str], says: str
 ) -> None:
     (sets / "empty.jsonl").write_text("")
+    pink = {"image": "0.png", "question": "?", "options": COLOURS, "answer": "pink"}
+    (sets / "pink.jsonl").write_text(json.dumps(pink))
     assert says in refused("eval", run, *arguments)
+    if says != "bfloat16" and says != "cpu":
+        assert says in refused("eval", run, *arguments, "--dry-run"), "found before a model loads"
 
 
 def test_a_broken_picture_is_found_before_a_question_is_asked(

@@ -9,7 +9,7 @@ import pytest
 from mmgraft.errors import UsageError
 from mmgraft.evaluation import measuring
 from mmgraft.evaluation.measuring import Asked, check, measure
-from mmgraft.evaluation.results import Results, read_results
+from mmgraft.evaluation.results import Results, Score, SetResult, read_results
 from mmgraft.evaluation.set_spec import SetSpec
 
 TEXT = SetSpec(name="facts", metric="choice", modality="text")
@@ -58,3 +58,34 @@ def test_each_part_is_on_the_disk_before_the_next_begins(tmp_path: Path, monkeyp
     with pytest.raises(UsageError, match="no such set"):
         next(parts)
     assert read_results(tmp_path, "vision") is None
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_tasks_are_asked_of_the_untouched_base_where_the_base_was_trained(
+    tmp_path: Path, monkeypatch, trained: bool
+) -> None:
+    """A frozen base answers as the graft does; asking it again would only cost time."""
+    given: list[Any] = []
+
+    def ask(*_: Any, untouched: Any, **__: Any) -> list[Any]:
+        given.append(untouched)
+        return [one]
+
+    one = SetResult(
+        name="piqa", metric="acc", main="acc", file="f", sha256="s", items=1,
+        scores={"acc": Score(value=1, low=1, high=1, count=1)}, settings={"workflow": "text"},
+    )  # fmt: skip
+
+    base = SimpleNamespace(model="the base")
+    monkeypatch.setattr("mmgraft.evaluation.harness.evaluate_harness", ask)
+    monkeypatch.setattr("mmgraft.evaluation.untouched.base_trained", lambda _: trained)
+    monkeypatch.setattr("mmgraft.evaluation.untouched.untouched_base", lambda *_: base)
+    monkeypatch.setattr("mmgraft.evaluation.origin.weights_sha256", lambda _: "a")
+    record = SimpleNamespace(
+        method="iaa", base=SimpleNamespace(id="base"), vision=SimpleNamespace(name="tower")
+    )
+    graft = {None: SimpleNamespace(name="mm", record=record)}  # `text` is none of a model's
+    answerer: Any = SimpleNamespace(model=SimpleNamespace(workflow=graft.__getitem__))
+    (found,) = measure(answerer, Asked(tmp_path, tasks=["piqa"], workflow="text"))
+    assert found.graft["workflow"] == "mm", "what stands in the section is the graft"
+    assert given == ["the base" if trained else None]

@@ -7,7 +7,7 @@ import pytest
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.results import Results, Score, SetResult, read_results, results_file
-from mmgraft.evaluation.sections import save_sets
+from mmgraft.evaluation.sections import put_aside, save_sets
 
 
 def a_set(name: str, value: float = 0.5) -> SetResult:
@@ -19,7 +19,8 @@ def a_set(name: str, value: float = 0.5) -> SetResult:
 
 
 def section(*sets: SetResult, sha256: str = "a", **more: Any) -> Results:
-    values = {"section": "text", "mmgraft_version": "1", "graft": {"sha256": sha256}, **more}
+    values: dict[str, Any] = {"section": "text", "mmgraft_version": "1"}
+    values |= {"graft": {"sha256": sha256}, **more}
     return Results(sets=list(sets), **values)
 
 
@@ -56,3 +57,26 @@ def test_a_damaged_section_is_not_written_over_unsaid(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="damaged"):
         save_sets(tmp_path, section(a_set("one")))
     assert path.read_text().endswith('"sect')
+
+
+def test_a_task_of_the_harness_and_a_set_of_one_name_both_stay(tmp_path: Path) -> None:
+    task = a_set("piqa", 0.7).model_copy(update={"settings": {"harness": "lm-eval 0"}})
+    save_sets(tmp_path, section(a_set("piqa", 0.5)))
+    save_sets(tmp_path, section(task))
+    save_sets(tmp_path, section(a_set("piqa", 0.6)))
+    assert [one.scores["accuracy"].value for one in read(tmp_path).sets] == [0.6, 0.7]
+
+
+def test_other_sections_of_weights_that_are_gone_are_put_aside(tmp_path: Path) -> None:
+    """Else a report after more training has the proof of before beside the answers of now."""
+    save_sets(tmp_path, section(a_set("old")))
+    training = section(section="training", graft={"method": "iaa"})
+    save_sets(tmp_path, training)
+    now = section(a_set("new"), section="vision", sha256="b")
+    (aside,) = put_aside(tmp_path, now)
+    assert aside.name == "text.stale-1.old"
+    assert Results.model_validate_json(aside.read_text()).sets[0].name == "old"
+    assert read_results(tmp_path, "text") is None
+    assert read_results(tmp_path, "training") is not None, "it names no weights"
+    save_sets(tmp_path, now)
+    assert put_aside(tmp_path, now) == []
