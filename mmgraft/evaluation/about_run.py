@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,12 +14,19 @@ from mmgraft.evaluation.results import Results
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.graft_file import OWN_BASE, GraftFile
 
+_WHOLE_PATH = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s/'"`,;]+/)+([^\s/'"`,;]+)""")
+
 
 def shown_name(name: str | None) -> str:
     """A base's or tower's name as a report has it: folders of a machine are nobody's business."""
     if name is None:
         return "-"
     return PurePath(name).name if name.startswith(("/", "~", ".")) or "\\" in name else name
+
+
+def without_folders(text: str) -> str:
+    """A text in which every whole path of a machine is its last part alone; addresses stay."""
+    return _WHOLE_PATH.sub(r"\1", text)
 
 
 def method_title(name: str) -> str:

@@ -20,6 +20,7 @@ from mmgraft.evaluation.about_run import (
     shown_name,
     stages_table,
     versions_table,
+    without_folders,
 )
 from mmgraft.evaluation.box_sheet import stays_home
 from mmgraft.evaluation.pages.html import render_html
@@ -313,7 +314,8 @@ def _repeat(run: Path, record: GraftFile, sections: Sequence[Results]) -> Part:
         )
     blocks: list[Block] = [Paragraph(told), Code("\n".join(commands(run, record, sections)))]
     if recipe.is_file():
-        blocks.append(Code(recipe.read_text(encoding="utf-8").rstrip(), "yaml"))
+        text = without_folders(recipe.read_text(encoding="utf-8"))
+        blocks.append(Code(text.rstrip(), "yaml"))
     return Part("How to repeat it", blocks)
 
 

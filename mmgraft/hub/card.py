@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mmgraft.evaluation.about_run import data_rows, in_words, method_title
+from mmgraft.evaluation.about_run import data_rows, in_words, method_title, without_folders
 from mmgraft.evaluation.pages.markdown import block_lines, fenced
 from mmgraft.evaluation.pages.page import Block, Paragraph
 from mmgraft.evaluation.results import FOLDER, Results
@@ -71,7 +71,7 @@ def render_card(
         record: what ``graft_config.json`` of the repository says.
         repo_id: where it is pushed to.
         parameters: numbers in each part of the graft.
-        recipe: text of ``recipe.yaml``; shown as it is.
+        recipe: text of ``recipe.yaml``; of whole paths in it the last part is shown.
         license: identifier such as ``apache-2.0``, where the owner gave one.
         measured: the sections of ``results/``; they become tables, and metadata of the Hub.
         files_there: names of the repository's other files; pictures and reports among them are
@@ -103,7 +103,7 @@ def render_card(
         total=sum(parameters.values()),
         trained=record.recipe is not None,
         data=[tuple(map(_cell, row)) for row in data_rows(record.recipe or {})],
-        recipe="\n".join(fenced(recipe, "yaml")) if recipe else None,
+        recipe="\n".join(fenced(without_folders(recipe), "yaml")) if recipe else None,
         results=[(_cell(name), _cell(value)) for name, value in _flat(record.results or {})],
         measured=_measured(measured),
         pictures=[one for one in _PICTURES if f"{FOLDER}/{one[0]}" in files_there],

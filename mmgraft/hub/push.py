@@ -251,7 +251,10 @@ def _doubts(record: GraftFile, own_readme: bool) -> Iterator[str]:
     entries = [*recipe.get("data", []), *recipe.get("eval_data", [])]
     for stage in recipe.get("stages", []):
         entries += stage.get("data") or []
-    paths = {str(entry.get(key) or "") for entry in entries for key in ("path", "images")}
+    entries += recipe.get("evaluation") or []
+    keys = ("path", "images", "train")
+    paths = {str(entry.get(key) or "") for entry in entries for key in keys}
+    paths.add(str(recipe.get("feature_cache") or ""))
     private = sorted(path for path in paths if path.startswith(("/", "~")))
     if private:
         yield (

@@ -138,6 +138,19 @@ def test_a_base_in_a_folder_is_called_by_its_last_name(tmp_path: Path) -> None:
     assert "mmgraft graft llama-small --vision" in files["md"].read_text()
 
 
+def test_a_recipe_with_whole_paths_is_shown_without_them(tmp_path: Path) -> None:
+    run = example_run(tmp_path / "run", text_section())
+    recipe = (
+        "# see https://example.org/a/b\ndata: [{path: /home/someone/data/vqa.jsonl}, {path: a/b}]\n"
+    )
+    (run / "recipe.yaml").write_text(recipe)
+    files = write_report(run)
+    for kind in ("md", "html", "json"):
+        assert "someone" not in files[kind].read_text()
+    text = files["md"].read_text()
+    assert "# see https://example.org/a/b\ndata: [{path: vqa.jsonl}, {path: a/b}]" in text
+
+
 def test_a_trained_base_is_said_to_be_one(tmp_path: Path) -> None:
     base = BaseReference(id="./base")
     trained = {"base": base, "base_trained": True}

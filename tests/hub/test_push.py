@@ -389,3 +389,17 @@ def test_sizes_are_those_of_the_files(run: Path) -> None:
     assert sizes["graft.safetensors"] == (run / "graft.safetensors").stat().st_size
     assert sizes["graft_config.json"] == len((run / "graft_config.json").read_bytes())
     assert UploadFile("x", b"four").size == 4
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"evaluation": [{"name": "s", "metric": "exact", "path": "/home/me/test.jsonl"}]},
+        {"evaluation": [{"name": "s", "metric": "exact", "train": "/home/me/train.jsonl"}]},
+        {"feature_cache": "/home/me/features"},
+    ],
+)
+def test_the_plan_tells_of_folders_in_all_of_the_recipe(tmp_path: Path, more) -> None:
+    run = make_run(tmp_path / "run", recipe={"name": "r", "stages": [], **more})
+    (warning,) = plan_push(run).warnings
+    assert "the recipe names folders of this machine, such as /home/me/" in warning
