@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ from mmgraft.evaluation.pages.words import (
     score_cell,
     score_name,
 )
-from mmgraft.evaluation.results import SetResult
+from mmgraft.evaluation.results import Score, SetResult
 from mmgraft.evaluation.score_tables import BLIND_NAMES, KL, sense_of
 from mmgraft.strict import StrictModel
 
@@ -102,8 +102,9 @@ def _frozen_bases_lose_nothing(arms: Sequence[MeasuredArm]) -> Iterator[Claim]:
             if not is_zero(change)
         ]
         same = bool(identity["identical"]) and not moved
+        scored = ", and every text score" if arm.sets("text") else ""
         told = (
-            f"every logit of {identity['positions']:,} positions the same, and every text score"
+            f"every logit of {identity['positions']:,} positions the same{scored}"
             if same
             else "; ".join(moved) or f"logits differ, {plain(identity['first_difference'])}"
         )
@@ -211,15 +212,27 @@ def _arms_against_each_other(
 
 
 _COMPARED = ("structure", "gate", "learners", "router")
+_BUDGET = ("max_steps", "epochs", "batch_size", "accumulate")
 
 
 def _alike(first: MeasuredArm, second: MeasuredArm) -> bool:
-    """Whether two arms' methods are set alike but for what an ablation compares."""
+    """Whether two arms' methods and stages are set alike but for what an ablation compares."""
     one, two = (
         {name: value for name, value in arm.config.items() if name not in _COMPARED}
         for arm in (first, second)
     )
-    return one == two
+    return one == two and _stages(first) == _stages(second)
+
+
+def _stages(arm: MeasuredArm) -> list[tuple[Any, ...]]:
+    """Length, batch and learning rates of each stage; groups that are trained may be others."""
+    recipe = (None if arm.record is None else arm.record.recipe) or {}
+    found = []
+    for stage in recipe.get("stages") or []:
+        lr = stage.get("lr")
+        rates = set(lr.values() if isinstance(lr, dict) else [lr])
+        found.append((rates, *(stage.get(key) for key in _BUDGET)))
+    return found
 
 
 # -- attention ----------------------------------------------------------------------------------
@@ -230,14 +243,15 @@ def _attention(arms: Sequence[MeasuredArm]) -> Iterator[Claim]:
         if arm.method != "wings":
             continue
         for one in arm.sets("laws"):
-            change = one.change.get("shift_main_and_learners")
-            if change is not None:
+            found = arm.sections["laws"].details.get(one.name, {}).get("learners_change")
+            if found is not None:
+                change = Score.parse(found, f"learners_change of {one.name}")
                 yield _claim(
                     WINGS,
-                    "With the routed learners the attention shift is smaller than without them.",
+                    "With the learners beside it the attention shifts less than without them.",
                     [arm],
                     one.name,
-                    _told("shift_main_and_learners", change),
+                    _told("attention_shift", change),
                     _sided(change, -1, better=True),
                 )
 

@@ -5,6 +5,7 @@ OUT/arms/NAME/            a run as any other: graft, recipe.yaml, metrics.jsonl,
 OUT/arms/NAME/phases/     PHASE.json: what it was done with, its sittings, whether it is done
 OUT/features/             the tower's features, shared by the arms
 OUT/base/                 scores of the untouched base, shared by the arms
+OUT/dialogues/            interleaved dialogues, the same for all arms
 OUT/report.*              written by `mmgraft.comparison.report`
 """
 
@@ -23,8 +24,9 @@ from mmgraft.strict import StrictModel
 
 COMPARISON = "comparison.yaml"
 ARMS, FEATURES, BASE, PHASES_FOLDER = "arms", "features", "base", "phases"
-Phase = Literal["graft", "features", "train", "text", "vision", "laws"]
-PHASES: tuple[Phase, ...] = ("graft", "features", "train", "text", "vision", "laws")
+DIALOGUES = "dialogues"
+Phase = Literal["graft", "features", "train", "text", "vision", "iit", "laws"]
+PHASES: tuple[Phase, ...] = ("graft", "features", "train", "text", "vision", "iit", "laws")
 
 
 def arm_folder(out: Path, name: str) -> Path:

@@ -13,6 +13,10 @@ from mmgraft.aliases import resolve_alias
 from mmgraft.comparison.files import FEATURES, PHASES, Phase, arm_folder, read_phase
 from mmgraft.comparison.spec import ALL_STAGES, Comparison, arm_recipe
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.evaluation.iit_files import read_dialogues
+from mmgraft.evaluation.item_files import read_items
+from mmgraft.evaluation.text import read_text_sets
+from mmgraft.evaluation.vision import read_vision_sets
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.graft_file import TemplateChoice
 from mmgraft.model.grafting import create_graft
@@ -114,7 +118,8 @@ def make_plan(
         out: The comparison's folder.
         only: Names of the arms to run; default: all.
         max_steps: End every stage after so many steps.
-        limit: Draw at most so many items of each evaluation set, and for the attention sums.
+        limit: Draw at most so many items of each evaluation set, and for the attention sums, and
+            build at most so many dialogues of each shape.
         device: `cuda`, `mps` or `cpu`; default: the first that is there.
 
     Raises:
@@ -138,6 +143,8 @@ def make_plan(
         for name in arms
     }
     _check_stages(settled, recipes)
+    _check_alike(recipes)
+    _check_sets(settled, recipes)
     plan = ComparisonPlan(out, settled, base, vision, chosen, (), tuple(only) or tuple(arms))
     reader = StageData()
     stages: dict[str, tuple[StagePlan, ...]] = {}
@@ -230,6 +237,39 @@ def _check_stages(comparison: Comparison, recipes: dict[str, Recipe]) -> None:
             )
 
 
+def _check_alike(recipes: dict[str, Recipe]) -> None:
+    """Refuse arms that differ in nothing, as those of a grid whose key is set over do."""
+    seen: list[tuple[str, dict[str, Any]]] = []
+    for name, recipe in recipes.items():
+        trained = recipe.model_dump(exclude={"name", "description"})
+        for other, before in seen:
+            if trained == before:
+                raise UsageError(
+                    f"arms {other!r} and {name!r} would be trained exactly alike; set something "
+                    "otherwise in one of them (another key, or --set, may come after theirs)"
+                )
+        seen.append((name, trained))
+
+
+def _check_sets(comparison: Comparison, recipes: dict[str, Recipe]) -> None:
+    """Read all that will be asked, so that nothing is trained for a set that cannot be asked."""
+    seeing = [one for one in comparison.evaluation if one.modality == "image"]
+    read_text_sets([one for one in comparison.evaluation if one.modality == "text"])
+    if seeing:
+        read_vision_sets(seeing)
+    for one in seeing:
+        for name, recipe in recipes.items():
+            if one.workflow not in (None, recipe.workflow or "mm"):
+                raise UsageError(
+                    f"set {one.name!r} asks workflow {one.workflow!r}, and arm {name!r} has "
+                    f"{recipe.workflow or 'mm'!r}; leave workflow out of the set"
+                )
+    if comparison.iit is not None and comparison.iit.path is not None:
+        read_dialogues(Path(comparison.iit.path))
+    if comparison.laws is not None:
+        read_items(comparison.laws.items())
+
+
 def _stages(recipe: Recipe, reader: StageData) -> tuple[StagePlan, ...]:
     planned = []
     for stage in recipe.stages:
@@ -258,7 +298,10 @@ def _limited(comparison: Comparison, limit: int | None) -> Comparison:
     laws = comparison.laws
     if laws is not None:
         laws = laws.model_copy(update={"limit": min(limit, laws.limit)})
-    return comparison.model_copy(update={"evaluation": sets, "laws": laws})
+    iit = comparison.iit
+    if iit is not None:
+        iit = iit.model_copy(update={"count": min(limit, iit.count)})
+    return comparison.model_copy(update={"evaluation": sets, "iit": iit, "laws": laws})
 
 
 def _done(run: Path) -> tuple[Phase, ...]:

@@ -17,6 +17,7 @@ from mmgraft.comparison.report_tables import (
     arms_table,
     claims_table,
     costs_table,
+    dialogues_table,
     differences_table,
     kinds_table,
     main_table,
@@ -25,7 +26,7 @@ from mmgraft.comparison.report_tables import (
 )
 from mmgraft.comparison.spec import Comparison
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.about_run import shown_name, versions_table
+from mmgraft.evaluation.about_run import shown_name, versions_table, without_folders
 from mmgraft.evaluation.origin import as_score
 from mmgraft.evaluation.pages.page import (
     Block,
@@ -100,6 +101,7 @@ def write_comparison_report(out: Path) -> dict[str, Path]:
     comparison = read_comparison(out)
     arms = read_arms(out, comparison)
     answers, problems = _answers(comparison, arms)
+    problems += _asked_otherwise(arms)
     found = claims(arms, [one for one in answers if one.spec.modality == "image"])
     report = ComparisonReport(
         name=comparison.name,
@@ -139,6 +141,7 @@ def comparison_page(
         Part("Claims", [claims_table(found)] if found else [_not_yet("No claim was tested yet.")]),
         Part("Text", list(_text(arms, answers))),
         Part("Vision", list(_vision(arms, answers, problems))),
+        *_dialogues(arms),
         *_attention(arms),
         *_curves(arms),
         Part("What was compared", list(_compared(comparison, arms))),
@@ -166,11 +169,27 @@ def _answers(
         try:
             found = read_answers(spec, arms)
         except UsageError as error:
-            problems.append(f"{spec.name}: arms cannot be compared item by item: {error}")
+            told = without_folders(str(error))
+            problems.append(f"{spec.name}: arms cannot be compared item by item: {told}")
             continue
         if found is not None:
             answers.append(found)
     return answers, problems
+
+
+def _asked_otherwise(arms: Sequence[MeasuredArm]) -> Iterator[str]:
+    """Sets of which not all arms were asked the same items, as after a trial of one arm."""
+    sections: tuple[Section, ...] = ("text", "vision", "iit")
+    for section in sections:
+        for name in set_names(arms, section):
+            found = {arm.name: arm.set_named(section, name) for arm in arms}
+            items = {arm: (one.sha256, one.items) for arm, one in found.items() if one is not None}
+            if len(set(items.values())) > 1:
+                told = ", ".join(f"{arm} {count:,}" for arm, (_, count) in items.items())
+                yield (
+                    f"{name}: the arms were not asked the same items ({told}), so their scores in "
+                    "the table do not compare; the same command without --only asks them alike"
+                )
 
 
 def _left_out(answers: SetAnswers) -> list[str]:
@@ -222,6 +241,12 @@ def _vision(
             yield table
     if problems:
         yield Points([plain(problem) for problem in problems])
+
+
+def _dialogues(arms: Sequence[MeasuredArm]) -> Iterator[Part]:
+    table = dialogues_table(arms)
+    if table is not None:
+        yield Part("Interleaved dialogues", [table])
 
 
 def _attention(arms: Sequence[MeasuredArm]) -> Iterator[Part]:

@@ -162,6 +162,20 @@ def kinds_table(arms: Sequence[MeasuredArm], name: str) -> Table | None:
     return Table(f"{plain(name)}: {score_name(main)} by kind of question", columns, rows)
 
 
+def dialogues_table(arms: Sequence[MeasuredArm]) -> Table | None:
+    """The last question of each shape of dialogue, arms across."""
+    asked = [arm for arm in arms if arm.sets("iit")]
+    rows = []
+    for shape in set_names(asked, "iit"):
+        found = [arm.set_named("iit", shape) for arm in asked]
+        one = next(each for each in found if each is not None)
+        cells = [_named(each, one.main) for each in found]
+        rows.append([*row(plain(shape), one.items), *cells])
+    columns = ["shape", "dialogues", *(plain(arm.name) for arm in asked)]
+    note = f"Accuracy of the last question, the same dialogues for all arms. {INTERVALS}"
+    return Table("Dialogues of text (T) and images (V)", columns, rows, note) if rows else None
+
+
 def claims_table(found: Sequence[Claim]) -> Table:
     """Each claim with what was measured and what it comes to."""
     rows = [

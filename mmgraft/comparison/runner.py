@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmgraft.atomic import atomic_text
 from mmgraft.comparison.child import check_platform, locked
-from mmgraft.comparison.evaluations import measure
+from mmgraft.comparison.evaluations import dialogue_settings, measure
 from mmgraft.comparison.features import fill_features
 from mmgraft.comparison.files import (
     COMPARISON,
@@ -120,6 +120,8 @@ def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: Phase) -> dict[str, A
         return {key: value for key, value in recipe.items() if key not in _NOT_OF_TRAINING}
     if phase == "laws":
         return None if spec.laws is None else _plain(spec.laws)
+    if phase == "iit":
+        return None if spec.iit is None else dialogue_settings(spec)
     asked = [
         _plain(one) for one in spec.evaluation if (one.modality == "text") == (phase == "text")
     ]

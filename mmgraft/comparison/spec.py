@@ -45,6 +45,21 @@ class LawsSpec(StrictModel):
     limit: int = Field(default=64, ge=1, description="draw so many of them")
     seed: int = Field(default=0, description="of that draw")
 
+    def items(self) -> SetSpec:
+        """How they are read."""
+        return SetSpec(name="laws", metric="exact", **self.model_dump())
+
+
+class DialoguesSpec(StrictModel):
+    """Interleaved dialogues, built once of the `choice` sets and asked of every arm."""
+
+    path: str | None = Field(default=None, description="folder of saved ones, instead of new ones")
+    count: int = Field(default=100, ge=1, description="dialogues of each shape")
+    shapes: list[str] | None = Field(
+        default=None, description="such as [T, TV, V]; None: all that the sets give"
+    )
+    seed: int = Field(default=0, description="of the draw")
+
 
 class Comparison(StrictModel):
     """Several trainings that differ in what is compared alone.
@@ -71,6 +86,7 @@ class Comparison(StrictModel):
         default_factory=dict, description="keys of the recipe and the values that they take"
     )
     evaluation: list[SetSpec] = Field(default_factory=list)
+    iit: DialoguesSpec | None = None
     laws: LawsSpec | None = None
 
     @field_validator("data", mode="before")
@@ -104,7 +120,17 @@ class Comparison(StrictModel):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two evaluation sets are called {twice[0]!r}; rename one")
+        if self.iit is not None and self.iit.path is None and not self.choices:
+            raise ValueError(
+                "iit builds dialogues of multiple choice, and no set of evaluation has metric: "
+                "choice; write one, or name saved dialogues: iit: {path: FOLDER}"
+            )
         return self
+
+    @property
+    def choices(self) -> list[SetSpec]:
+        """What dialogues are built of."""
+        return [one for one in self.evaluation if one.metric == "choice"]
 
     def all_arms(self) -> dict[str, Arm]:
         """The arms in order, a grid's expanded, each with its recipe and all that is set in it."""
@@ -114,7 +140,7 @@ class Comparison(StrictModel):
             name: Arm(
                 recipe=arm.recipe or self.recipe,
                 description=arm.description,
-                set={**shared, **arm.set},
+                set=_over(shared, arm.set),
             )
             for name, arm in arms.items()
         }
@@ -146,7 +172,9 @@ class Comparison(StrictModel):
             folder = images if one.modality == "image" else None
             return one.model_copy(update={**moved, "images": _folder(one.images or folder, root)})
 
-        laws = self.laws
+        iit, laws = self.iit, self.laws
+        if iit is not None:
+            iit = iit.model_copy(update={"path": _folder(iit.path, root)})
         if laws is not None:
             folder = _folder(laws.images or images, root)
             laws = laws.model_copy(update={"path": _file(laws.path, root), "images": folder})
@@ -156,6 +184,7 @@ class Comparison(StrictModel):
                     stage: [entry(one) for one in found] for stage, found in self.data.items()
                 },
                 "evaluation": [asked(one) for one in self.evaluation],
+                "iit": iit,
                 "laws": laws,
                 "root": None if root is None else str(root.resolve()),
                 "images": _folder(images, root),
@@ -278,8 +307,8 @@ def with_settings(comparison: Comparison, settings: Sequence[str]) -> Comparison
         except yaml.YAMLError as error:
             raise UsageError(f"--set {text}: {value!r} is not a YAML value") from error
         for name in [arm] if colon else list(arms):
-            kept = {one: old for one, old in arms[name].set.items() if one != key}
-            arms[name] = arms[name].model_copy(update={"set": {**kept, key: parsed}})
+            settings_now = _over(arms[name].set, {key: parsed})
+            arms[name] = arms[name].model_copy(update={"set": settings_now})
     return comparison.model_copy(update={"arms": arms, "grid": {}})
 
 
@@ -290,6 +319,11 @@ def overrides_of(settings: Mapping[str, Any]) -> list[str]:
         dumped = yaml.safe_dump(value, default_flow_style=True, width=10**6)
         texts.append(f"{key}={dumped.removesuffix('...' + chr(10)).strip()}")
     return texts
+
+
+def _over(settings: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the later ones last: `stages.*.lr` takes the place of an earlier `stages.tune.lr`."""
+    return {**{key: one for key, one in settings.items() if key not in later}, **later}
 
 
 def _entries(value: Any) -> Any:

@@ -13,6 +13,7 @@ from mmgraft.comparison.child import Ended, locked, measured
 from mmgraft.comparison.files import PhaseRecord, Sitting, read_phase, write_phase
 from mmgraft.comparison.plan import ArmPlan
 from mmgraft.errors import MMGraftError
+from mmgraft.evaluation.about_run import shown_name
 from mmgraft.evaluation.origin import weights_sha256
 from mmgraft.evaluation.results import Results, write_results
 from mmgraft.model.graft_file import GraftFile
@@ -106,8 +107,8 @@ def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
         graft={
             "method": graft.method,
             "workflow": graft.workflow,
-            "base": graft.base.id,
-            "vision": graft.vision.name,
+            "base": shown_name(graft.base.id),
+            "vision": shown_name(graft.vision.name),
             "sha256": weights_sha256(arm.run),
         },
         details={

@@ -18,6 +18,7 @@ TRAINS = {"llava": ["projector"], "iaa": ["projector", "layers"], "wings": ["lea
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a tower and rows."""
     folder = make_parts(tmp_path_factory.mktemp("parts"))
+    (folder / "read.csv").write_text("which?,one,two,three,four,B\nwhat?,one,two,three,four,A\n")
     for method, config in CONFIGS.items():
         recipe = {
             "name": f"tiny-{method}",

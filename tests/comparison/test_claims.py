@@ -142,14 +142,43 @@ def test_ablations_compare_arms_that_are_alike_otherwise() -> None:
     assert not about(found, "structure b")
 
 
-def test_wings_shift_is_held_against_its_own_base() -> None:
-    def laws(change: Score) -> Results:
-        scores = {"shift_main_and_learners": score(0.2)}
-        one = a_set("laws", "attention_shift", "shift_main_and_learners", scores=scores,
-                    change={"shift_main_and_learners": change})  # fmt: skip
-        return section("laws", [one])
+def test_what_the_learners_change_of_the_shift_is_held_against_the_main_branch() -> None:
+    def laws(added: Score) -> Results:
+        series = "shift_main_and_learners"
+        against_the_projector = {series: score(-0.5, 0.1)}  # resolved, and not what is claimed
+        one = a_set("laws", "attention_shift", series, scores={series: score(0.2)},
+                    change=against_the_projector)  # fmt: skip
+        return section("laws", [one], details={"laws": {"learners_change": added.model_dump()}})
 
-    smaller, larger = laws(score(-0.2, 0.1)), laws(score(0.2, 0.1))
-    found = claims([arm("w", "wings", smaller), arm("v", "wings", larger)], [])
-    assert about(found, "attention shift") == [(["w"], "holds"), (["v"], "does not hold")]
-    assert not claims([arm("iaa", "iaa", smaller)], [])
+    smaller, larger, neither = score(-0.2, 0.1), score(0.2, 0.1), score(-0.01, 0.1)
+    arms = [
+        arm(name, "wings", laws(change))
+        for name, change in (("w", smaller), ("v", larger), ("u", neither))
+    ]
+    found = claims(arms, [])
+    assert about(found, "attention shifts less") == [
+        (["w"], "holds"), (["v"], "does not hold"), (["u"], "not resolved"),
+    ]  # fmt: skip
+    assert found[0].measured.startswith("attention shift −0.200")
+    assert not claims([arm("iaa", "iaa", laws(smaller))], [])
+
+
+def test_a_proof_without_sets_speaks_of_logits_alone() -> None:
+    (claim,) = claims([arm("iaa", "iaa", section("text", [], identity=identity(True)))], [])
+    assert claim.measured == "every logit of 1,234 positions the same"
+
+
+def test_an_ablation_is_no_ablation_where_rates_or_steps_differ() -> None:
+    def trained(name: str, structure: str, **stage: Any) -> MeasuredArm:
+        made = arm(name, "iaa", structure=structure)
+        made.record.recipe = {"stages": [{"lr": 1e-3, "max_steps": 9, **stage}]}
+        return made
+
+    arms = [
+        trained("c", "c", lr={"projector": 1e-3, "layers": 1e-3}),
+        trained("a", "a"),
+        trained("a-rate", "a", lr=2e-3),
+        trained("a-steps", "a", max_steps=10),
+    ]
+    found = claims(arms, [answered(**{one.name: 0.5 for one in arms})])
+    assert [names for names, _ in about(found, "structure a")] == [["c", "a"]]

@@ -10,7 +10,7 @@ import yaml
 
 from mmgraft.comparison.files import PhaseRecord, arm_folder, write_phase
 from mmgraft.comparison.plan import make_plan
-from mmgraft.comparison.spec import Comparison, load_comparison
+from mmgraft.comparison.spec import Comparison, load_comparison, with_settings
 from mmgraft.errors import UsageError
 
 
@@ -64,14 +64,48 @@ def test_epochs_become_steps_and_max_steps_ends_them(write, parts: Path, tmp_pat
 
 def test_limit_draws_fewer_items_never_more(write, tmp_path: Path) -> None:
     sets = [
-        {"name": "few", "metric": "exact", "path": "x", "limit": 2},
-        {"name": "all", "metric": "exact", "path": "x"},
+        {"name": "few", "metric": "exact", "path": "rows.jsonl", "limit": 2},
+        {"name": "all", "metric": "exact", "path": "rows.jsonl"},
     ]
-    spec = load_comparison(write(evaluation=sets, laws={"path": "x"}))
+    spec = load_comparison(write(evaluation=sets, laws={"path": "rows.jsonl"}))
     found = make_plan(spec, tmp_path / "out", limit=10).comparison
     assert [one.limit for one in found.evaluation] == [2, 10]
     assert found.laws is not None
     assert found.laws.limit == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"evaluation": [{"name": "s", "metric": "exact", "path": "gone.jsonl"}]}, "gone.jsonl"),
+        (
+            {"evaluation": [
+                {"name": "s", "metric": "perplexity", "path": "read.csv", "columns": {"text": "x"}},
+            ]},
+            "read.csv",
+        ),
+        (
+            {"evaluation": [
+                {"name": "s", "metric": "exact", "path": "rows.jsonl", "workflow": "boxes"},
+            ]},
+            "asks workflow 'boxes', and arm 'llava' has 'mm'",
+        ),
+        ({"laws": {"path": "gone.jsonl"}}, "gone.jsonl"),
+        ({"iit": {"path": "nowhere"}}, "no dialogues in nowhere"),
+    ],
+)  # fmt: skip
+def test_nothing_is_trained_for_a_set_that_cannot_be_asked(write, tmp_path, changes, says) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_plan(load_comparison(write(**changes)), tmp_path / "out")
+    assert says in str(caught.value)
+
+
+def test_arms_that_are_alike_are_refused(write, tmp_path: Path) -> None:
+    recipe = load_comparison(write()).arms["iaa"].recipe
+    spec = load_comparison(write(arms=None, recipe=recipe, grid={"stages.tune.lr": [0.1, 0.2]}))
+    assert len(make_plan(spec, tmp_path / "out").arms) == 2
+    with pytest.raises(UsageError, match=r"'lr-0.1' and 'lr-0.2' would be trained exactly alike"):
+        make_plan(with_settings(spec, ["stages.tune.lr=0.3"]), tmp_path / "out")
 
 
 def test_what_is_written_down_plans_the_same_again(write, tmp_path: Path) -> None:
@@ -151,7 +185,7 @@ def test_an_arm_that_cannot_be_grafted_is_refused_before_the_first_is_trained(
 
 
 def test_the_runs_recipe_has_the_sets_that_are_asked(write, tmp_path: Path) -> None:
-    sets = [{"name": "seen", "metric": "exact", "path": "x"}]
+    sets = [{"name": "seen", "metric": "exact", "path": "rows.jsonl"}]
     (first, _) = make_plan(load_comparison(write(evaluation=sets)), tmp_path / "out").arms
     assert [one.name for one in first.recipe.evaluation] == ["seen"]
     assert yaml.safe_dump(first.recipe.model_dump(mode="json"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from comparison_example import (
     write_questions,
 )
 from mmgraft.comparison.answers import SetAnswers, read_answers
-from mmgraft.comparison.files import read_comparison
+from mmgraft.comparison.files import PHASES, read_comparison
 from mmgraft.comparison.report import ComparisonReport, write_comparison_report
 from mmgraft.comparison.report_arms import read_arms
 from mmgraft.comparison.report_sheet import sheet_blocks
@@ -30,7 +31,9 @@ from mmgraft.comparison.report_tables import differences_table
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.item_files import file_sha256, read_items
 from mmgraft.evaluation.pages.page import Table
+from mmgraft.evaluation.results import write_results
 from mmgraft.evaluation.set_spec import SetSpec
+from report_example import iit_section
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +143,7 @@ def test_the_json_holds_arms_differences_and_claims(whole: Path) -> None:
     report = ComparisonReport.parse(data, "report.json")
     assert list(report.arms) == ["llava-full", "llava", "iaa", "late"]
     assert report.arms["late"].method is None
-    assert report.arms["iaa"].done == ["graft", "features", "train", "text", "vision", "laws"]
+    assert report.arms["iaa"].done == [*PHASES]
     assert set(report.arms["iaa"].sections) == {"training", "text", "vision", "laws"}
     pairs = [(one.first, one.second) for one in report.differences]
     assert pairs[:3] == [("llava", "llava-full"), ("iaa", "llava-full"), ("iaa", "llava")]
@@ -292,3 +295,34 @@ def test_a_comparison_of_which_nothing_is_done_still_has_a_report(tmp_path: Path
 def test_a_folder_without_a_comparison_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="mmgraft compare"):
         write_comparison_report(tmp_path)
+
+
+def test_arms_that_were_asked_other_items_are_named(changed: Path) -> None:
+    file = changed / "arms" / "llava" / "results" / "vision.json"
+    data = json.loads(file.read_text())
+    data["sets"][0]["items"] = 7
+    file.write_text(json.dumps(data))
+    write_comparison_report(changed)
+    assert "not asked the same items (llava-full 40, llava 7, iaa 40)" in markdown(changed)
+
+
+def test_a_set_that_is_gone_is_told_without_its_folder(changed: Path) -> None:
+    text = (changed / "comparison.yaml").read_text()
+    folder = "/home/someone/data"
+    (changed / "comparison.yaml").write_text(
+        re.sub(r"path: \S+/test.jsonl", f"path: {folder}/test.jsonl", text)
+    )
+    write_comparison_report(changed)
+    assert "arms cannot be compared item by item" in markdown(changed)
+    for name in ("report.md", "report.html", "report.json"):
+        assert folder not in (changed / name).read_text()
+
+
+def test_dialogues_stand_shape_by_shape_with_arms_across(changed: Path) -> None:
+    for name in ("llava", "iaa"):
+        write_results(changed / "arms" / name, iit_section())
+    write_comparison_report(changed)
+    text = markdown(changed)
+    assert lines_of(text, "| shape | dialogues | llava | iaa |")
+    (line,) = lines_of(text, "| (T,T,V) |")
+    assert line.startswith("| (T,T,V) | 120 | 0.350 (0.260 to 0.440) | 0.350 (")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.comparison import runner
+from mmgraft.comparison import evaluations, runner
 from mmgraft.comparison.child import locked
 from mmgraft.comparison.files import (
     COMPARISON,
@@ -26,11 +26,15 @@ from mmgraft.comparison.plan import ArmPlan, ComparisonPlan, make_plan
 from mmgraft.comparison.runner import LOCK, compare, settings_of
 from mmgraft.comparison.spec import load_comparison
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.evaluation.results import read_results
+from mmgraft.evaluation import iit, iit_building
+from mmgraft.evaluation.results import Results, read_results
 from tiny_runs import losses
 
 SEEN = {"name": "seen", "metric": "exact", "path": "rows.jsonl"}
-READ = {"name": "read", "metric": "choice", "modality": "text", "path": "x"}
+READ = {"name": "read", "metric": "choice", "modality": "text", "path": "read.csv"}
+
+
+USUAL = {"shapes": None, "seed": 0}
 
 
 class Steps:
@@ -191,6 +195,37 @@ def test_a_new_key_of_a_later_mmgraft_is_no_change(plan, steps: Steps) -> None:
     assert found["stages"][0]["lr"] == 1e-3
 
 
+def test_all_arms_are_asked_the_dialogues_that_the_first_one_built(
+    plan, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+    asked: list[tuple[str, Path]] = []
+
+    def build(answerer, specs, folder: Path, **settings) -> None:
+        assert [one.name for one in specs] == ["read"]
+        assert settings == {"announce": settings["announce"], "count": 3 if built else 2, **USUAL}
+        folder.mkdir(parents=True)
+        built.append(folder)
+
+    def evaluate(answerer, run: Path, *, dialogues: Path, **_) -> Results:
+        asked.append((run.name, dialogues))
+        return Results(section="iit", mmgraft_version="0")
+
+    monkeypatch.setattr(iit_building, "build_iit", build)
+    monkeypatch.setattr(iit, "evaluate_iit", evaluate)
+    monkeypatch.setattr(
+        runner, "measure", lambda phase, *rest: phase == "iit" and evaluations.measure(phase, *rest)
+    )
+    compare(plan(iit={"count": 2}))
+    assert len(built) == 1
+    assert asked == [("llava", built[0]), ("iaa", built[0])]
+    compare(plan(iit={"count": 2}))
+    assert len(asked) == 2
+    compare(plan(iit={"count": 3}))
+    assert len(set(built)) == 2
+    assert asked[2:] == [("llava", built[1]), ("iaa", built[1])]
+
+
 def test_two_comparisons_in_one_folder_are_refused(plan, steps: Steps) -> None:
     made = plan()
     busy = pytest.raises(UsageError, match="--out")
@@ -202,7 +237,7 @@ def test_two_comparisons_in_one_folder_are_refused(plan, steps: Steps) -> None:
 CALL = """
 import sys
 from mmgraft.cli.app import run
-from mmgraft.comparison import runner
+from mmgraft.comparison import evaluations, runner
 runner.measure = lambda *_: None
 runner._Arm._loaded = lambda arm: None
 runner._report = lambda out: []

@@ -53,6 +53,21 @@ def test_what_is_set_later_and_nearer_wins() -> None:
     assert (recipe.method, recipe.seed, recipe.log_every, recipe.save_every) == ("llava", 9, 7, 50)
 
 
+def test_a_later_key_wins_also_where_an_earlier_one_names_all_stages() -> None:
+    spec = small(
+        set={"stages.tune.lr": 0.1, "stages.*.lr": 0.2},
+        arms={"one": {}, "two": {"set": {"stages.tune.lr": 0.3}}},
+    )
+
+    def rates(name: str, of: Comparison) -> list:
+        return [stage.lr for stage in arm_recipe(name, of.all_arms()[name]).stages]
+
+    assert rates("one", spec) == [0.2, 0.2]
+    assert rates("two", spec) == [0.2, 0.3]
+    told = with_settings(spec, ["two:stages.*.lr=0.4", "one:stages.tune.lr=0.5"])
+    assert (rates("one", told), rates("two", told)) == ([0.2, 0.5], [0.4, 0.4])
+
+
 def test_a_grid_is_every_combination_in_order_with_names_to_read() -> None:
     spec = small(grid={"graft.config.structure": ["a", "b"], "stages.tune.lr": [1e-3, 5e-5]})
     assert list(spec.all_arms()) == [
@@ -96,6 +111,7 @@ def test_arms_of_a_grid_never_share_a_name() -> None:
         ({"grid": {"seed": [1]}, "recipe": None}, "a grid needs a recipe"),
         ({"arms": {"a/b": {}}}, "arm 'a/b'"),
         ({"arms": {"a": {"sett": {}}}}, "did you mean 'set'"),
+        ({"arms": {"a": {}}, "iit": {}}, "no set of evaluation has metric: choice"),
         ({"arms": {"a": {}}, "stage": 1}, "unknown key 'stage'"),
         ({"arms": {"a": {}}, "data": {"tune": [{"pth": "x"}]}}, "did you mean 'path'"),
         (

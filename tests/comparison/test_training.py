@@ -60,6 +60,9 @@ def test_an_arm_is_trained_and_what_it_cost_is_recorded(arm: ArmPlan) -> None:
     assert len(losses(arm.run)) == 2
     section = read_results(arm.run, "training")
     assert section is not None
+    assert section.graft["base"] == "base"  # the folder's name alone: results are pushed
+    section = read_results(arm.run, "training")
+    assert section is not None
     details = section.details
     assert details["sittings"] == 2
     assert details["seconds"] == 100.0 + record.sittings[1].seconds
