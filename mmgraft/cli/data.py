@@ -1,20 +1,28 @@
-"""`mmgraft data`: list and write the sets and models that packages carry."""
+"""`mmgraft data`: sets and models that packages carry, and a look at rows before a training."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmgraft.cli.options import DryRunFlag, JsonFlag
+from mmgraft.errors import UsageError
+
+if TYPE_CHECKING:
+    from mmgraft.data.checking import Report
+    from mmgraft.data.preview import Preview
+    from mmgraft.training.views import View
 
 _STAMPS = "Pictures of stamps"
+_READS = "What reads the rows"
+_SHOWN = 10  # bad rows, rows that are cut, and rows that come twice; --json has all
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="List and write the data sets and models that packages carry.",
+    help="Look at rows as a model sees them; list and write the sets that packages carry.",
 )
 
 
@@ -141,3 +149,237 @@ def prepare(
     if not done.files:
         note(f"would write {done.name} to {done.out}")
     note(f"licence: {done.licence}")
+
+
+_Target = Annotated[
+    Path, typer.Argument(metavar="FILE|RUN", help="A file of rows, or the folder of a graft.")
+]
+_Run = Annotated[
+    Path | None,
+    typer.Option("--run", help="Read a file as this run does.", rich_help_panel=_READS),
+]
+_Base = Annotated[
+    str | None,
+    typer.Option("--base", help="Its tokenizer and template; no run.", rich_help_panel=_READS),
+]
+_Vision = Annotated[
+    str | None,
+    typer.Option("--vision", help="The tower beside --base.", rich_help_panel=_READS),
+]
+_Recipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="YAML file or shipped name.", rich_help_panel=_READS),
+]
+_Stage = Annotated[
+    str | None, typer.Option("--stage", help="Only this one.", rich_help_panel=_READS)
+]
+_Template = Annotated[
+    str | None,
+    typer.Option("--template", help="chat, plain or a jinja file.", rich_help_panel=_READS),
+]
+_MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", min=8, help="Where rows are cut.", rich_help_panel=_READS),
+]
+_Images = Annotated[
+    Path | None, typer.Option("--images", help="Folder that image paths start from.")
+]
+
+
+@app.command("check", epilog="Example: mmgraft data check rows.jsonl --run qwen2-7b-iaa")
+def check(
+    target: _Target,
+    images: _Images = None,
+    run: _Run = None,
+    base: _Base = None,
+    vision: _Vision = None,
+    recipe: _Recipe = None,
+    stage: _Stage = None,
+    template: _Template = None,
+    max_length: _MaxLength = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Look at both ends of a picture; do not decode it."),
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Look at all rows of a file or a run: counts, lengths, pictures, rows that are no good.
+
+    Exit code 2 where a row is bad. A run's rows are read as its stages read them; a file's are
+    tokenised with --run, or with --base and --vision.
+    """
+    from mmgraft.cli.console import print_json
+    from mmgraft.data.bad_rows import BadRow
+    from mmgraft.data.checking import Checker
+    from mmgraft.data.sources import read_rows
+    from mmgraft.training.views import Asked, views
+
+    asked = Asked(target, run, base, vision, recipe, stage, images, template, max_length)
+    found: list[tuple[View, Report]] = []
+    for view in views(asked):
+        bad: list[BadRow] = []
+        rows = [
+            row
+            for entry in view.entries
+            for row in read_rows(
+                str(entry.path), entry.images, entry.format, entry.limit, False, bad.append
+            )
+        ]
+        checker = Checker(view.processor, view.max_length, view.skip_text, quick)
+        found.append((view, checker.check(rows, bad)))
+    count = len({row.key for _, report in found for row in report.bad})
+    if json:
+        print_json(
+            {
+                "ok": not count,
+                "checks": [
+                    {
+                        "files": [entry.path for entry in view.entries],
+                        "stages": list(view.stages),
+                        **report.as_dict(),
+                    }
+                    for view, report in found
+                ],
+            }
+        )
+    else:
+        for view, report in found:
+            _show_report(view, report)
+    if count:
+        raise UsageError(
+            f"{count} row{' is' if count == 1 else 's are'} bad; mend or remove them, or write "
+            "on_bad_row: skip in the recipe to train without them"
+        )
+
+
+@app.command("preview", epilog="Example: mmgraft data preview rows.jsonl --run qwen2-7b-iaa")
+def preview(
+    target: _Target,
+    row: Annotated[int, typer.Option("--row", min=1, help="Which, counted from 1.")] = 1,
+    images: _Images = None,
+    run: _Run = None,
+    base: _Base = None,
+    vision: _Vision = None,
+    recipe: _Recipe = None,
+    stage: _Stage = None,
+    template: _Template = None,
+    max_length: _MaxLength = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show one row as the model sees it: what is trained stands out, pictures are folded.
+
+    Without colour, what is trained stands between ⟦ and ⟧.
+    """
+    from mmgraft.cli.console import note, print_json
+    from mmgraft.data.preview import preview_row
+    from mmgraft.data.sources import row_at
+    from mmgraft.runs import find_run
+    from mmgraft.training.views import Asked, views
+
+    if target.is_file() and run is base is recipe is None:
+        run = find_run(None, announce=note)
+    asked = Asked(target, run, base, vision, recipe, stage, images, template, max_length)
+    shown: list[tuple[View, Preview]] = []
+    for view in views(asked):
+        if view.processor is None:
+            raise UsageError("no base is known to read the row; give --run, or --base and --vision")
+        entry = view.entries[0]
+        one = row_at(str(entry.path), row, entry.images, entry.format)
+        shown.append((view, preview_row(view.processor, one, view.max_length)))
+    if json:
+        print_json(
+            {"previews": [{"stages": list(view.stages), **one.as_dict()} for view, one in shown]}
+        )
+        return
+    for number, (view, one) in enumerate(shown):
+        _show_preview(view, one, first=number == 0)
+
+
+def _show_report(view: View, report: Report) -> None:
+    from rich.markup import escape
+
+    from mmgraft.cli.console import stdout
+
+    out = stdout()
+    lines = [
+        ("rows", f"{report.rows:,}"),
+        ("bad", _faults(report)),
+        ("no image", _text_rows(view, report)),
+        ("twice", f"{len(report.twice):,} rows, {report.ids_twice:,} ids"),
+        ("images", _pictures(report)),
+        ("positions", _positions(report)),
+    ]
+    if report.max_length is not None:
+        lines.append(("cut", f"{len(report.cut):,} rows, at {report.max_length:,} positions"))
+    files = ", ".join(str(entry.path) for entry in view.entries)
+    stages = f", as {', '.join(view.stages)} reads it" if view.stages else ""
+    out.print(f"[bold]{escape(files + stages)}[/]")
+    for name, text in lines:
+        out.print(f"{name:<10} {escape(text)}")
+    kept = f"(the first {_SHOWN}; --json has all)"
+    for title, items in (
+        ("longest", [f"{count:,}  {where}" for count, where in report.longest[:3]]),
+        ("cut", report.cut),
+        ("twice", [f"{where}, as {first}" for where, first in report.twice]),
+        ("bad", [bad.reason for bad in report.bad]),
+    ):
+        if items:
+            out.print(f"[bold]{title}[/]" + (f" {kept}" if len(items) > _SHOWN else ""))
+            for item in items[:_SHOWN]:
+                out.print(f"  {escape(item)}")
+
+
+def _faults(report: Report) -> str:
+    parts = [f"{count:,} {fault}" for fault, count in report.faults().items() if count]
+    return f"{len(report.bad):,}" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _text_rows(view: View, report: Report) -> str:
+    left_out = " (left out, by text_rows: skip)" if view.skip_text and report.text_rows else ""
+    return f"{report.text_rows:,}{left_out}"
+
+
+def _pictures(report: Report) -> str:
+    text = f"{report.images:,} in {report.files:,} files"
+    if report.largest is not None:
+        width, height, name = report.largest
+        text += f", the largest {width:,} x {height:,} ({name})"
+    return text
+
+
+def _positions(report: Report) -> str:
+    numbers = report.positions()
+    if numbers is None:
+        return "not counted; give --run, or --base and --vision"
+    return (
+        f"{numbers['shortest']:,} to {numbers['longest']:,} a row, half of the rows up to "
+        f"{numbers['median']:,g}, 95 % up to {numbers['p95']:,}; in all {numbers['all']:,}: "
+        f"{numbers['of_images']:,} of images, {numbers['learned']:,} learned"
+    )
+
+
+def _show_preview(view: View, one: Preview, first: bool) -> None:
+    from rich.text import Text
+
+    from mmgraft.cli.console import stdout
+
+    out = stdout()
+    coloured = out.is_terminal and not out.no_color
+    stages = f", as {', '.join(view.stages)} reads it" if view.stages else ""
+    cut = f" of {one.whole:,}, where it is cut" if one.whole > one.count() else ""
+    left_out = view.skip_text and not one.count("image")
+    out.print(Text(("" if first else "\n") + one.row + stages, style="bold"))
+    out.print(
+        f"{one.count():,} positions{cut}: {one.count('image'):,} of images, "
+        f"{one.count('learned'):,} learned"
+        + ("; left out, for it has no image (text_rows: skip)" if left_out else "")
+    )
+    text = Text()
+    for piece in one.pieces:
+        if piece.kind == "image":
+            text.append(f"‹{piece.positions} image positions›", style="cyan")
+        elif piece.kind == "learned":
+            text.append(piece.text if coloured else f"⟦{piece.text}⟧", style="bold green")
+        else:
+            text.append(piece.text)
+    out.print(text)

@@ -144,16 +144,19 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "precision": plan.recipe.precision,
         "quantization": plan.recipe.quantization,
+        "bad_rows": [row.as_dict() for row in plan.bad],
         "stages": stages,
     }
 
 
 def _show(summary: dict[str, Any], json: bool) -> None:
-    from mmgraft.cli.console import print_json, stdout, table
+    from mmgraft.cli.console import note, print_json, stdout, table
 
     if json:
         print_json(summary)
         return
+    for row in summary["bad_rows"]:
+        note(f"would leave out: {row['reason']}")
     out = stdout()
     out.print(
         f"would train {summary['run']} by {summary['recipe']} on {summary['device']}, "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
 
+from mmgraft.data.bad_rows import BadRow, OnBadRow, key_of
+from mmgraft.data.content import strings_in
 from mmgraft.data.images import open_images
 from mmgraft.data.masking import supervise_row
 from mmgraft.data.processor import Encoded, GraftProcessor
@@ -17,7 +19,6 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 
 TextRows = Literal["skip", "graft", "base"]
-BadRows = Literal["stop", "skip"]
 
 _CUT, _SKIPPED = 1, 2
 _log = logging.getLogger(__name__)
@@ -32,12 +33,15 @@ class Example:
         images: opened images, or what the row says of them where a feature cache will be asked.
         row_id: the row's.
         where: names the row in errors.
+        skipped: rows that could not be used and in whose place this one stands, as far as they
+            were not known before.
     """
 
     encoded: Encoded
     images: Sequence[Any]
     row_id: str
     where: str
+    skipped: tuple[BadRow, ...] = ()
 
     def __len__(self) -> int:
         """Positions, an image's counted."""
@@ -61,8 +65,9 @@ class RowDataset(Dataset[Example]):
         processor: GraftProcessor,
         max_length: int | None = None,
         text_rows: TextRows = "skip",
-        bad_rows: BadRows = "stop",
+        on_bad_row: OnBadRow = "error",
         load_images: bool = True,
+        known_bad: Collection[tuple[str, str]] = (),
     ):
         """Take rows; nothing is tokenised yet.
 
@@ -72,9 +77,12 @@ class RowDataset(Dataset[Example]):
             max_length: positions of a row, an image's counted; None cuts nothing.
             text_rows: "skip" leaves rows without an image out, as nothing of theirs can be trained
                 beside a frozen base; "graft" and "base" keep them.
-            bad_rows: what a row does that cannot be used: "stop" raises, "skip" puts the next good
-                row in its place, so that batches keep their size.
+            on_bad_row: what a row does that cannot be used: "error" raises, "skip" puts the next
+                good row in its place, so that batches keep their size, and which row stands where
+                does not depend on what was met before.
             load_images: open images at access; false where a feature cache will be asked.
+            known_bad: keys (see `BadRow.key`) of rows that count as bad without being looked at;
+                for "skip".
 
         Raises:
             UsageError: where no row is left.
@@ -97,9 +105,12 @@ class RowDataset(Dataset[Example]):
         self.rows = kept
         self.processor = processor
         self.max_length = max_length
-        self.bad_rows = bad_rows
+        self.on_bad_row = on_bad_row
         self.load_images = load_images
         self._flags = torch.zeros(len(kept), dtype=torch.uint8).share_memory_()
+        if known_bad:
+            for at, row in enumerate(kept):
+                self._flags[at] = _SKIPPED if key_of(row) in known_bad else 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,19 +119,46 @@ class RowDataset(Dataset[Example]):
         """Tokenise a row and open its images.
 
         Raises:
-            UsageError: for a row that cannot be used; with `bad_rows` "skip", where all cannot.
+            UsageError: for a row that cannot be used; with `on_bad_row` "skip", where all cannot.
         """
+        skipped: list[BadRow] = []
         for step in range(len(self.rows)):
             at = (index + step) % len(self.rows)
+            if self._flags[at] & _SKIPPED:
+                continue
             try:
-                return self._example(at)
+                return replace(self._example(at), skipped=tuple(skipped))
             except UsageError as error:
-                if self.bad_rows == "stop":
+                if self.on_bad_row == "error":
                     raise
-                if not self._flags[at] & _SKIPPED:
-                    _log.warning("skipped a row: %s", error)
                 self._flags[at] |= _SKIPPED
-        raise UsageError("not one row of the data can be used; the log says why of each")
+                skipped.append(BadRow.of(self.rows[at], error))
+        last = f"; the last one: {skipped[-1].reason}" if skipped else ""
+        raise UsageError(
+            f"not one of {len(self.rows)} rows can be used{last}\nlook at all of them with: "
+            "mmgraft data check"
+        )
+
+    def check(self, most: int = 1000) -> None:
+        """Tokenise rows before any of them is needed; no image is opened.
+
+        Of a set larger than `most`, half of these are its longest rows, which a `max_length` would
+        leave nothing to learn of, and half stand evenly in the rest.
+
+        Raises:
+            UsageError: for the first row that cannot be used.
+        """
+        for at in self._sample(most):
+            self._encoded(self.rows[at])
+
+    def _sample(self, most: int) -> Iterator[int]:
+        places = range(len(self.rows))
+        if len(self.rows) <= most:
+            yield from places
+            return
+        letters = [sum(map(len, strings_in(list(row.messages)))) for row in self.rows]
+        longest = sorted(places, key=lambda at: -letters[at])[: most // 2]
+        yield from sorted({*longest, *places[:: -(-len(places) // (most // 2))]})
 
     @property
     def counts(self) -> dict[str, int]:
@@ -132,12 +170,18 @@ class RowDataset(Dataset[Example]):
 
     def _example(self, index: int) -> Example:
         row = self.rows[index]
-        encoded = supervise_row(self.processor, row)
-        if self.max_length is not None and len(encoded) > self.max_length:
-            encoded = cut(encoded, self.max_length, self.processor.num_patches, row.where)
+        encoded, shorter = self._encoded(row)
+        if shorter:
             self._flags[index] |= _CUT
         images = open_images(encoded.images, row.where) if self.load_images else encoded.images
         return Example(encoded, images, row.id, row.where)
+
+    def _encoded(self, row: Row) -> tuple[Encoded, bool]:
+        """A row as it is trained on, and whether it had to be cut."""
+        encoded = supervise_row(self.processor, row)
+        if self.max_length is None or len(encoded) <= self.max_length:
+            return encoded, False
+        return cut(encoded, self.max_length, self.processor.num_patches, row.where), True
 
 
 def cut(encoded: Encoded, max_length: int, num_patches: int, where: str) -> Encoded:

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from mmgraft.errors import UsageError
-from mmgraft.model.vision.images import load_image, to_rgb
+from mmgraft.model.vision.images import BadImage, decode, load_image, look_at, to_rgb
 
 _DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
@@ -38,8 +38,24 @@ def open_image(image: Any, where: str) -> Image.Image:
     refuse_web(name, where)
     try:
         return load_image(name.removeprefix("file://"))
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
+    except BadImage as error:
+        raise BadImage(f"{where}: {error}", error.fault) from error
+
+
+def check_image(image: Any, where: str) -> tuple[int, int]:
+    """Width and height of what an image part holds, looked at and not decoded; see `look_at`.
+
+    Raises:
+        UsageError: as `open_image`.
+    """
+    if not isinstance(image, str | os.PathLike) or is_data_uri(os.fspath(image)):
+        return open_image(image, where).size
+    name = os.fspath(image)
+    refuse_web(name, where)
+    try:
+        return look_at(name.removeprefix("file://"))
+    except BadImage as error:
+        raise BadImage(f"{where}: {error}", error.fault) from error
 
 
 def is_data_uri(name: str) -> bool:
@@ -62,11 +78,14 @@ def _open_data_uri(uri: str, where: str) -> Image.Image:
         raise UsageError(f"{where}: a data URI ({uri[:40]}...) not in base64; write ;base64, in it")
     try:
         data = base64.b64decode(uri[head.end() :], validate=True)
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return to_rgb(image)
+        return decode(io.BytesIO(data))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadImage(
+            f"{where}: a data URI ({uri[:40]}...) of an image too large ({error}); scale it down",
+            "enormous",
+        ) from error
     # Decoders raise nearly anything on broken bytes.
     except Exception as error:
-        raise UsageError(
+        raise BadImage(
             f"{where}: a data URI ({uri[:40]}...) that is no image ({error}); encode the file again"
         ) from error

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from mmgraft.data.bad_rows import BadRow, absolute, fault_of
 from mmgraft.data.content import image_of, is_image
 from mmgraft.data.images import is_data_uri, refuse_web
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.model.vision.images import BadImage
 
+OnBad = Callable[[BadRow], None]
 Format = Literal["auto", "llava", "messages"]
 
 LLAVA_IMAGE = "<image>"
@@ -33,6 +36,9 @@ def read_rows(
     format: Format = "auto",
     limit: int | None = None,
     check_images: bool = True,
+    on_bad: OnBad | None = None,
+    leave_out: Collection[tuple[str, str]] = (),
+    accept: Callable[[Row], object] = lambda row: None,
 ) -> list[Row]:
     """Read a file of rows.
 
@@ -51,6 +57,9 @@ def read_rows(
         format: "auto" tells the two kinds of rows apart by their keys.
         limit: read this many rows, from the first.
         check_images: refuse a row whose image file is missing now, not when it is used.
+        on_bad: told of each row that cannot be used, which is left out; None raises instead.
+        leave_out: keys (see `BadRow.key`) of rows that are not looked at.
+        accept: raises UsageError for a row that shall count as bad.
 
     Raises:
         UsageError: naming file, row and what is wrong.
@@ -63,17 +72,34 @@ def read_rows(
         raise UsageError(f"no image folder {folder}; give the folder that image paths start from")
     reader = RowReader(str(path), os.path.abspath(folder), format, check_images)
     rows: list[Row] = []
-    for place, data in records(path):
+    whole = absolute(str(path))
+    for place, data in records(path, on_bad):
         if limit is not None and len(rows) >= limit:
             break
-        rows.append(reader.row(place, data))
+        if (whole, place) in leave_out:
+            continue
+        try:
+            row = reader.row(place, data)
+            accept(row)
+        except UsageError as error:
+            if on_bad is None:
+                raise
+            index = data.get("id") if isinstance(data, dict) else None
+            index = None if index is None else str(index)
+            on_bad(BadRow(whole, place, index, fault_of(error), str(error)))
+            continue
+        rows.append(row)
     if not rows and limit != 0:
         raise UsageError(f"{path} has no rows; give a file with at least one")
     return rows
 
 
-def records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every record of a file and its place, from a JSON list or from lines of JSON."""
+def records(path: Path, on_bad: OnBad | None = None) -> Iterator[tuple[str, Any]]:
+    """Every record of a file and its place, from a JSON list or from lines of JSON.
+
+    Raises:
+        UsageError: for what is not JSON; of lines `on_bad` is told instead, where it is given.
+    """
     try:
         with path.open(encoding="utf-8-sig") as file:
             start = file.read(1)
@@ -81,7 +107,7 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
                 start = file.read(1)
             file.seek(0)
             if start != "[":
-                yield from _lines(path, file)
+                yield from _lines(path, file, on_bad)
                 return
             try:
                 listed = json.load(file)
@@ -95,17 +121,41 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"row {number}", record
 
 
-def _lines(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, file: Any, on_bad: OnBad | None) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
+        place = f"line {number}"
         try:
-            yield f"line {number}", json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UsageError(
-                f"{path}, line {number}: not JSON ({error.msg}); write one object a line, or the "
-                "whole file as one list"
-            ) from error
+            reason = (
+                f"{path}, {place}: not JSON ({error.msg}); write one object a line, or the whole "
+                "file as one list"
+            )
+            if on_bad is None:
+                raise UsageError(reason) from error
+            on_bad(BadRow(absolute(str(path)), place, None, "row", reason))
+            continue
+        yield place, record
+
+
+def row_at(
+    path: str | Path, number: int, images: str | Path | None = None, format: Format = "auto"
+) -> Row:
+    """One row of a file, counted from 1; the others are not looked at.
+
+    Raises:
+        UsageError: as `read_rows`, for this row; or there are fewer.
+    """
+    path = Path(path)
+    folder = Path(images) if images is not None else path.parent
+    reader = RowReader(str(path), os.path.abspath(folder), format, check_images=False)
+    count = 0
+    for count, (place, data) in enumerate(records(path), start=1):
+        if count == number:
+            return reader.row(place, data)
+    raise UsageError(f"{path} has {count} rows, so none is number {number}; ask for one up to that")
 
 
 class RowReader:
@@ -237,14 +287,16 @@ class RowReader:
         refuse_web(image, where)
         path = os.path.normpath(os.path.join(self.folder, image.removeprefix("file://")))
         if os.path.commonpath([self.folder, path]) != self.folder:
-            raise UsageError(
+            raise BadImage(
                 f"{where}: the image {image} lies outside of the image folder {self.folder}; set "
-                "the image folder to one that holds it"
+                "the image folder to one that holds it",
+                "outside",
             )
         if self.check_images and not os.path.isfile(path):
-            raise UsageError(
+            raise BadImage(
                 f"{where}: image file not found: {path}; set the folder that image paths start "
-                "from, or leave the row out"
+                "from, or leave the row out",
+                "missing",
             )
         return path
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
+from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.content import images_of_all
 from mmgraft.data.images import is_data_uri, open_image
+from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.model.feature_cache import FeatureCache, tower_features
 from mmgraft.model.vision.base import VisionTower
+from mmgraft.model.vision.images import BadImage, load_image
 
 
 class Shown(Protocol):
@@ -40,16 +43,29 @@ def fill_cache(
     tower: VisionTower,
     rows: Sequence[Shown],
     progress: Callable[[int, int], None] | None = None,
+    bad: list[BadRow] | None = None,
 ) -> int:
     """Compute what is missing, in one go; gives the number of different image files.
+
+    Args:
+        cache: To fill.
+        tower: Computes.
+        rows: Whose pictures are wanted.
+        progress: See :meth:`FeatureCache.get_many`.
+        bad: Takes rows whose pictures cannot be used; None raises instead.
 
     Raises:
         UsageError: A row whose image is no file, or a file that cannot be read.
     """
     found: dict[Path, Shown] = {}  # the first row that shows a file
     for row in rows:
-        for image in images_of_all(row.messages):
-            found.setdefault(Path(_file(image, row)), row)
+        try:
+            for path in [Path(_file(image, row)) for image in images_of_all(row.messages)]:
+                found.setdefault(path, row)
+        except UsageError as error:
+            if bad is None:
+                raise
+            bad.append(BadRow.of(cast(Row, row), error))
     plain = tower_features(tower)
 
     def compute(paths: list[Path]) -> torch.Tensor:
@@ -60,8 +76,41 @@ def fill_cache(
                 open_image(path, found[path].where)  # the same error, with its row
             raise
 
-    cache.get_many(sorted(found), compute, progress=progress)
+    try:
+        cache.get_many(sorted(found), compute, progress=progress)
+    except UsageError:
+        if bad is None:
+            raise
+        unusable = _unusable(found)
+        bad += [
+            BadRow.of(cast(Row, row), _named(unusable[path], row))
+            for row in rows
+            for path in dict.fromkeys(map(_path, images_of_all(row.messages)))
+            if path in unusable
+        ]
+        left = sorted(path for path in found if path not in unusable)
+        cache.get_many(left, compute, progress=progress)
+        return len(left)
     return len(found)
+
+
+def _unusable(paths: Iterable[Path]) -> dict[Path, BadImage]:
+    """Every file that cannot be opened, and why; all are decoded, so only once one has failed."""
+    errors: dict[Path, BadImage] = {}
+    for path in paths:
+        try:
+            load_image(path)
+        except BadImage as error:
+            errors[path] = error
+    return errors
+
+
+def _named(error: BadImage, row: Shown) -> BadImage:
+    return BadImage(f"{row.where}: {error}", error.fault)
+
+
+def _path(image: object) -> Path | None:
+    return Path(image) if isinstance(image, str) and not is_data_uri(image) else None
 
 
 def _file(image: object, row: Shown) -> str:

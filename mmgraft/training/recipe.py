@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
+from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.errors import did_you_mean
 from mmgraft.evaluation.set_spec import SetSpec
 from mmgraft.model.vision.spec import ProjectorSpec
@@ -166,6 +167,10 @@ class Recipe(StrictModel):
         description="compute the tower once an image: true keeps it in the run, or a folder",
     )
     workers: int = Field(default=0, ge=0, description="processes that load rows")
+    on_bad_row: OnBadRow = Field(
+        default="error",
+        description="error names a row that cannot be used; skip leaves it out and logs it",
+    )
 
     @field_validator("precision", mode="before")
     @classmethod

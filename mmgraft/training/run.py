@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import mmgraft
 from mmgraft.atomic import atomic_json, atomic_text
+from mmgraft.data import bad_rows
+from mmgraft.data.bad_rows import BadRow, BadRowLog
 from mmgraft.data.rows import Row
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.grafts.registry import get_method
@@ -29,7 +31,13 @@ from mmgraft.training.recipe_source import (
     with_data,
     with_max_steps,
 )
-from mmgraft.training.stage_data import StageData, absolute, check_data_is_set, check_rows
+from mmgraft.training.stage_data import (
+    StageData,
+    absolute,
+    check_data_is_set,
+    check_pictures,
+    check_rows,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -55,6 +63,7 @@ class StageResult:
     rows: int
     text_rows_skipped: int
     trained_parameters: int
+    bad_rows: int
 
 
 @dataclass
@@ -68,6 +77,7 @@ class Plan:
     rows: list[list[Row]]
     skipped: list[int]
     eval_rows: list[Row] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)  # left out, and in no log yet
     first: int = 0
     resume: bool = False
 
@@ -114,7 +124,7 @@ def plan_training(
         loaded, file = _resumed_recipe(run, record, progress, recipe, overrides, max_steps)
     else:
         _refuse_second_training(run, progress)
-        file = _recipe_file(run, record, recipe)
+        file = recipe_file(run, record, recipe)
         loaded = load_recipe(file, method=record.method, overrides=overrides)
     loaded = with_data(loaded, data, images)
     if max_steps is not None:
@@ -124,7 +134,8 @@ def plan_training(
     check_packages(loaded, chosen)
     _check_graft(record, loaded)
     resolved = loaded.resolved(record.workflow)
-    reader = StageData()
+    left_out = BadRowLog(run).left_out(None) if resume else None
+    reader = StageData(resolved.on_bad_row, left_out)
     rows, skipped = [], []
     for stage in resolved.stages:
         found = reader.rows(stage.data or [], resolved.seed)
@@ -132,7 +143,9 @@ def plan_training(
         rows.append(found)
     evaluated = reader.rows(resolved.eval_data, 0) if resolved.eval_every else []
     first = len(progress["finished"]) if resume and progress is not None else 0
-    return Plan(run, record, resolved, chosen, rows, skipped, evaluated, first, resume)
+    if resolved.on_bad_row == "error":
+        check_pictures([row for found in (*rows[first:], evaluated) for row in found])
+    return Plan(run, record, resolved, chosen, rows, skipped, evaluated, reader.bad, first, resume)
 
 
 def train(
@@ -160,6 +173,8 @@ def train(
     session.load()  # which checks the base, before anything of an earlier training is put away
     if not plan.resume:
         _begin(run, plan.recipe)
+    if is_main_rank():
+        session.bad_rows.put(plan.bad)
     trains_base = any(stage.trains_base for stage in plan.stages)
     if trains_base and is_main_rank():
         session.remember_text()
@@ -181,6 +196,7 @@ def train(
                 len(plan.rows[index]) - plan.skipped[index],
                 plan.skipped[index],
                 parameters,
+                session.bad_rows.count(stage.name),
             )
         )
         if session.stop_requested and index + 1 < len(plan.stages):
@@ -196,6 +212,7 @@ def _begin(run: Path, recipe: Recipe) -> None:
     shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
     (run / text_change.BEFORE).unlink(missing_ok=True)
     metrics.put_aside(run)
+    (run / bad_rows.FILE).unlink(missing_ok=True)
     atomic_text(run / USED_RECIPE, dump_recipe(absolute(recipe)))
     atomic_json(run / VERSIONS, versions())
     checkpoint.write_progress(
@@ -215,7 +232,8 @@ def versions() -> dict[str, str]:
     return {**found, "platform": platform.platform()}
 
 
-def _recipe_file(run: Path, record: GraftFile, named: str | Path | None) -> Path:
+def recipe_file(run: Path, record: GraftFile, named: str | Path | None) -> Path:
+    """The recipe of a run: the one that is named, else its own, else its method's."""
     if named is not None:
         return find_recipe(named)
     if (run / RECIPE).is_file():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from mmgraft.data.bad_rows import BadRow, key_of
 from mmgraft.data.collate import Collator
 from mmgraft.data.dataset import RowDataset
 from mmgraft.data.loading import load_processor
@@ -27,6 +28,7 @@ from mmgraft.model.loading import base_files, load_model
 from mmgraft.model.saving import save_graft
 from mmgraft.model.vision.base import VisionTower
 from mmgraft.training import checkpoint, metrics, text_change
+from mmgraft.training.bad_rows import BadRows
 from mmgraft.training.devices import is_main_rank
 from mmgraft.training.features import fill_cache, open_cache
 from mmgraft.training.finite import NotFinite, is_finite
@@ -58,6 +60,7 @@ class Session:
         self.model: GraftedModel | None = None
         self.processor: GraftProcessor | None = None
         self._features: FeatureCache | None = None
+        self.bad_rows = BadRows(plan.run, self.announce, plan.resume)
 
     @property
     def stop_requested(self) -> bool:
@@ -71,12 +74,21 @@ class Session:
         )
 
     def load(self) -> None:
-        """Load the model for the first stage that is left; nothing is written.
+        """Load the model for the first stage that is left, and check the rows of all that are.
+
+        Nothing is written.
 
         Raises:
-            UsageError: A base that is not the graft's, or a graft that is damaged.
+            UsageError: A base that is not the graft's, a graft that is damaged, or, where the
+                recipe does not skip such rows, one that its template or its length spoils.
         """
-        self._model_for(self.plan.stages[self.plan.first])
+        plan = self.plan
+        self._model_for(plan.stages[plan.first])
+        if plan.recipe.on_bad_row == "error":
+            for index, stage in enumerate(plan.stages[plan.first :], start=plan.first):
+                rows = (plan.rows[index], plan.eval_rows)
+                for each in filter(None, rows):
+                    self._dataset(each, self._processor(stage), stage, False).check()
 
     def run_stage(
         self, index: int, callbacks: Sequence[TrainerCallback]
@@ -179,7 +191,7 @@ class Session:
         plan, stage = self.plan, self.plan.stages[index]
         assert self.model is not None
         processor = self._processor(stage)
-        features = self._cached_features(plan.rows[index])
+        features = self._cached_features([*plan.rows[index], *plan.eval_rows], stage)
         rows = self._dataset(plan.rows[index], processor, stage, features is None)
         evaluated = None
         if plan.eval_rows:
@@ -206,6 +218,7 @@ class Session:
             keep=plan.recipe.keep_checkpoints,
             eval_dataset=evaluated,
             callbacks=callbacks,
+            on_bad=lambda bad, step: self.bad_rows.put(bad, stage.name, step),
         )
 
     def _dataset(
@@ -216,8 +229,14 @@ class Session:
             processor,
             max_length=stage.max_length,
             text_rows=cast(Any, stage.text_rows),
+            on_bad_row=self.plan.recipe.on_bad_row,
             load_images=load_images,
+            known_bad=self._known_bad(stage),
         )
+
+    def _known_bad(self, stage: Stage) -> set[tuple[str, str]]:
+        skips = self.plan.recipe.on_bad_row == "skip"
+        return self.bad_rows.left_out(stage.name) if skips else set()
 
     def _processor(self, stage: Stage) -> GraftProcessor:
         assert self.processor is not None
@@ -227,7 +246,7 @@ class Session:
             resolve_template(stage.template, self.processor.tokenizer)
         )
 
-    def _cached_features(self, rows: Sequence[Row]) -> FeatureCache | None:
+    def _cached_features(self, rows: Sequence[Row], stage: Stage) -> FeatureCache | None:
         wanted = self.plan.recipe.feature_cache
         if wanted is False:
             return None
@@ -235,7 +254,11 @@ class Session:
         if self._features is None:
             folder = self.plan.run / "features" if wanted is True else Path(str(wanted))
             self._features = open_cache(tower, folder.expanduser())
-        count = fill_cache(self._features, tower, rows)
+        bad: list[BadRow] | None = [] if self.plan.recipe.on_bad_row == "skip" else None
+        known = self._known_bad(stage)
+        rows = [row for row in rows if key_of(row) not in known] if known else rows
+        count = fill_cache(self._features, tower, rows, bad=bad)
+        self.bad_rows.put(bad or [], stage.name, 0)
         self.announce(f"features of {count} images are in {self._features.folder}")
         return self._features
 
@@ -333,6 +356,7 @@ class _Batches:
         batch = self.collator(examples)
         del batch["row_ids"]
         batch["rows"] = [example.where for example in examples]  # names more than an id does
+        batch["bad_rows"] = [row for example in examples for row in example.skipped]
         batch.pop("workflow", None)  # the trainer names every row's
         return batch
 
@@ -352,7 +376,8 @@ def _rename(model: GraftedModel, name: str) -> None:
 
 def _of_worker(error: UsageError) -> str:
     """What an error says, without the traceback that a process loading rows puts before it."""
-    return str(error).rpartition(f"{UsageError.__module__}.{UsageError.__name__}: ")[2].rstrip()
+    name = type(error)
+    return str(error).rpartition(f"{name.__module__}.{name.__name__}: ")[2].rstrip()
 
 
 def _is_final(folder: Path) -> bool:

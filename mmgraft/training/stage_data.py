@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmgraft.data.bad_rows import BadRow, OnBadRow
+from mmgraft.data.content import images_of_all
+from mmgraft.data.images import check_image
 from mmgraft.data.masking import answer_turns
 from mmgraft.data.mixture import Part, mix
 from mmgraft.data.rows import Row
@@ -88,10 +91,31 @@ def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().resolve())
 
 
-class StageData:
-    """Reads files once, however many stages use them."""
+_LOOKED_AT = 10_000
+"""Picture files whose two ends are looked at before a training."""
 
-    def __init__(self) -> None:
+
+class StageData:
+    """Reads files once, however many stages use them.
+
+    Args:
+        on_bad_row: "error" raises for a row that cannot be used, "skip" leaves it out.
+        left_out: Keys of rows that an earlier sitting left out. Then these are left out again,
+            mended or not, and a picture that is missing now is found when its turn comes: the same
+            rows stand in the same order as before.
+
+    Attributes:
+        bad: Rows that were left out, those of `left_out` not counted.
+    """
+
+    def __init__(
+        self,
+        on_bad_row: OnBadRow = "error",
+        left_out: Collection[tuple[str, str]] | None = None,
+    ) -> None:
+        self.on_bad_row = on_bad_row
+        self.bad: list[BadRow] = []
+        self._left_out = left_out
         self._read: dict[tuple[Any, ...], list[Row]] = {}
 
     def rows(self, entries: Sequence[DataEntry], seed: int) -> list[Row]:
@@ -106,7 +130,17 @@ class StageData:
         assert entry.path is not None
         key = (entry.path, entry.images, entry.format, entry.limit)
         if key not in self._read:
-            self._read[key] = read_rows(entry.path, entry.images, entry.format, entry.limit)
+            given = (entry.path, entry.images, entry.format, entry.limit)
+            if self.on_bad_row == "error":
+                self._read[key] = read_rows(*given)
+            else:
+                self._read[key] = read_rows(
+                    *given,
+                    check_images=self._left_out is None,
+                    on_bad=self.bad.append,
+                    leave_out=self._left_out or (),
+                    accept=lambda row: answer_turns(row.messages, row.where),
+                )
         return self._read[key]
 
 
@@ -130,3 +164,23 @@ def check_rows(rows: Sequence[Row], stage: str, text_rows: str | None) -> int:
             "write text_rows: graft"
         )
     return without
+
+
+def check_pictures(rows: Sequence[Row], most: int = _LOOKED_AT) -> int:
+    """Look at the two ends of the pictures of rows; gives the number of files looked at.
+
+    Of more than `most` files an even sample is looked at, so that it takes seconds however many
+    there are; the others are found when their turn comes, or by ``mmgraft data check``.
+
+    Raises:
+        UsageError: For one that is missing, no picture, cut short or enormous, with its row.
+    """
+    found: dict[str, Row] = {}
+    for row in rows:
+        for image in images_of_all(row.messages):
+            found.setdefault(str(image), row)
+    images = sorted(found) if len(found) > most else list(found)
+    looked = images[:: -(-len(images) // most) or 1]
+    for image in looked:
+        check_image(image, found[image].where)
+    return len(looked)

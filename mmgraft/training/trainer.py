@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from mmgraft.data.bad_rows import BadRow
 from mmgraft.training.checkpoint import (
     load_tensors,
     rotate,
@@ -101,6 +102,7 @@ class GraftTrainer(Trainer):
         keep: Checkpoints to keep.
         eval_dataset: Rows to evaluate on.
         callbacks: Further callbacks.
+        on_bad: Told of rows that could not be used when the batch without them is, and the step.
     """
 
     def __init__(
@@ -114,7 +116,9 @@ class GraftTrainer(Trainer):
         keep: int = 2,
         eval_dataset: Dataset[Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        on_bad: Callable[[Sequence[BadRow], int], None] = lambda rows, step: None,
     ) -> None:
+        self.on_bad = on_bad
         self.stage = stage
         self.groups = list(groups)
         self.keep = keep
@@ -200,6 +204,8 @@ class GraftTrainer(Trainer):
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         inputs = dict(inputs)
         self._rows = inputs.pop("rows", ())
+        if bad := inputs.pop("bad_rows", ()):
+            self.on_bad(bad, self.state.global_step + cast(nn.Module, self.model).training)
         return super()._prepare_inputs(inputs)
 
     # -- the step -------------------------------------------------------------------------------

@@ -38,6 +38,9 @@ def rows(here: Path, parts: Path) -> Callable[..., Path]:
         images.mkdir()
         shutil.copy(parts / "images" / "0.png", images / "good.png")
         (images / "broken.png").write_bytes((images / "good.png").read_bytes()[:60])
+        whole = bytearray((images / "good.png").read_bytes())
+        whole[whole.index(b"IDAT") + 6] ^= 255  # both ends are in order
+        (images / "spoilt.png").write_bytes(whole)
         (images / "page.png").write_text("<html>not found</html>")
         lines = [row(number, image("good.png")) for number in range(good)]
         lines.insert(good // 2, bad)
@@ -64,6 +67,8 @@ def test_a_broken_image_names_the_row(refused, run, rows, name) -> None:
     said = refused("generate", run, data, "--images", "images", "--out", "out.jsonl")
     assert "line 4 (id row7)" in said
     assert name in said
+    said = refused("train", run, "--data", data, "--images", "images")
+    assert f"{data}, line 4 (id row7): " in said
     assert name in refused("chat", run, "what", "--image", f"images/{name}")
     assert "nowhere.png" in refused("chat", run, "what", "--image", "nowhere.png")
 
@@ -71,13 +76,13 @@ def test_a_broken_image_names_the_row(refused, run, rows, name) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_stops_at_a_broken_image_and_keeps_what_it_has(cli, run, rows, workers) -> None:
     """It is found when its turn comes: the graft stays, the steps before are saved."""
-    data = rows(row(7, image("broken.png")), good=12)
+    data = rows(row(7, image("spoilt.png")), good=12)
     graft = (run / "graft.safetensors").read_bytes()
     more = ["--set", f"workers={workers}", "--set", "stages.0.batch_size=1"]
     ran = cli("train", run, "--data", data, "--images", "images", "--max-steps", 13, *more)
     assert ran.code == 2
     assert f"{data}, line 7 (id row7): " in ran.err
-    assert "broken.png" in ran.err
+    assert "spoilt.png" in ran.err
     assert "Traceback" not in ran.err
     assert (run / "graft.safetensors").read_bytes() == graft
     kept = [path.name for path in (run / "checkpoints" / "1-align").iterdir()]
@@ -85,20 +90,20 @@ def test_training_stops_at_a_broken_image_and_keeps_what_it_has(cli, run, rows, 
     steps = kept[0].removeprefix("checkpoint-")
     assert f"saved after step {steps}" in ran.err
     assert f"mmgraft train {run} --resume" in ran.err
-    shutil.copy("images/good.png", "images/broken.png")
+    shutil.copy("images/good.png", "images/spoilt.png")
     again = cli("train", run, "--resume")
     assert again.code == 0, again.err
     assert (run / "graft.safetensors").read_bytes() != graft
 
 
 def test_the_feature_cache_finds_it_before_the_training(cli, run, rows) -> None:
-    data = rows(row(7, image("broken.png")))
+    data = rows(row(7, image("spoilt.png")))
     options = ["--data", data, "--images", "images", "--set", "feature_cache=true"]
     ran = cli("train", run, *options)
     assert ran.code == 2
-    assert "broken.png" in ran.err
+    assert "spoilt.png" in ran.err
     assert "id row7" in ran.err
-    shutil.copy("images/good.png", "images/broken.png")
+    shutil.copy("images/good.png", "images/spoilt.png")
     again = cli("train", run, *options)  # nothing was trained, so nothing is in the way
     assert again.code == 0, again.err
 

@@ -110,3 +110,98 @@ def test_options_that_do_not_fit_exit_2(cli, tmp_path: Path, words: list[str], s
     assert ran.code == 2
     assert said in ran.err
     assert not (tmp_path / "out").exists()
+
+
+# Rows
+
+
+@pytest.fixture
+def rows(parts: Path, here: Path) -> Path:
+    """Three good rows, and one whose picture is missing."""
+    lines = (parts / "rows.jsonl").read_text().splitlines()[:4]
+    bad = json.loads(lines[0].replace("0.png", "x.png")) | {"id": "x"}
+    (here / "rows.jsonl").write_text("\n".join([*lines, json.dumps(bad)]) + "\n")
+    (here / "good.jsonl").write_text("\n".join(lines) + "\n")
+    return here / "rows.jsonl"
+
+
+def test_check_counts_and_ends_with_2_where_a_row_is_bad(cli, parts, rows) -> None:
+    given = ["data", "check", rows, "--images", parts / "images"]
+    ran = cli(*given)
+    assert ran.code == 2
+    assert "error: 1 row is bad" in ran.err
+    assert "on_bad_row: skip" in ran.err
+    assert f"{rows}, line 5 (id x): Image file not found" in ran.out
+    assert "positions  not counted; give --run" in ran.out
+    said = json.loads(cli(*given, "--json").out)
+    assert said["ok"] is False
+    (check,) = said["checks"]
+    assert (check["rows"], check["text_rows"], check["images"]) == (5, 1, 4)
+    assert check["bad"][0]["id"] == "x"
+    assert check["faults"]["missing"] == 1
+    assert check["positions"] is None
+
+
+def test_check_with_a_run_reads_as_its_stages_do(cli, parts, run, rows) -> None:
+    good = ["data", "check", rows.parent / "good.jsonl", "--images", parts / "images"]
+    ran = cli(*good, "--run", run, "--max-length", 48)
+    assert ran.code == 0, ran.err
+    assert "as align reads it" in ran.out
+    assert "1 (left out, by text_rows: skip)" in ran.out
+    (check,) = json.loads(cli(*good, "--run", run, "--json").out)["checks"]
+    assert check["stages"] == ["align"]
+    assert check["positions"]["of_images"] == 3 * 4
+    whole = cli("data", "check", run, "--json")  # its own rows
+    assert whole.code == 0, whole.err
+    assert json.loads(whole.out)["checks"][0]["rows"] == 12
+    named = ["--base", parts / "base", "--vision", parts / "tower"]
+    (other,) = json.loads(cli(*good, *named, "--json").out)["checks"]
+    assert other["longest"][0] == check["longest"][0]
+    assert len(other["longest"]) == 4  # a file alone leaves no text row out
+
+
+def test_preview_marks_what_is_trained_and_folds_the_picture(cli, parts, run, rows) -> None:
+    given = ["data", "preview", rows, "--images", parts / "images"]
+    ran = cli(*given, "--row", 2)  # the only graft here reads it
+    assert ran.code == 0, ran.err
+    assert "taking the only graft here" in ran.err
+    assert f"{rows}, line 2 (id 1), as align reads it" in ran.out
+    shown = json.loads(cli(*given, "--row", 2, "--json", "--run", run).out)["previews"][0]
+    learned = [piece["text"] for piece in shown["pieces"] if piece["kind"] == "learned"]
+    assert f"\u27e6{learned[0]}\u27e7" in ran.out
+    assert "\u20394 image positions\u203a" in ran.out
+    assert f"{shown['positions']} positions: 4 of images, {shown['learned']} learned" in ran.out
+    text = cli(*given, "--row", 4)
+    assert "left out, for it has no image" in text.out
+
+
+def test_preview_colours_on_a_terminal(parts, run, capsys) -> None:
+    from rich.console import Console
+
+    from mmgraft.cli import console, data
+
+    terminal = Console(force_terminal=True, color_system="standard", width=200, no_color=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "stdout", lambda: terminal)
+        data.preview(parts / "rows.jsonl", 1, parts / "images", run)
+    out = capsys.readouterr().out
+    assert "\x1b[1;32m" in out
+    assert "\u27e6" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["check", "nowhere.jsonl"], "no file and no run nowhere.jsonl"),
+        (["check", "."], "neither a file of rows nor the folder of a graft"),
+        (["check", "run", "--run", "run"], "is a run itself"),
+        (["check", "good.jsonl", "--base", "b", "--run", "run"], "leave --base and --vision out"),
+        (["check", "good.jsonl", "--base", "b"], "--base without --vision"),
+        (["check", "good.jsonl", "--stage", "align"], "--stage is of a recipe"),
+        (["check", "run", "--stage", "allign"], "did you mean 'align'"),
+        (["preview", "good.jsonl", "--row", "9"], "good.jsonl has 4 rows"),
+        (["preview", "rows.jsonl", "--row", "5", "--max-length", "8"], "line 5 (id x)"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused(refused, run, rows, words, said) -> None:
+    assert said in refused("data", *words)

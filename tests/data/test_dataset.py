@@ -126,18 +126,43 @@ def test_cut_and_skipped_rows_are_counted_once_over_all_workers(
     bad = Row("bad", [{"role": "user", "content": [{"type": "image", "image": "none.png"}]},
                       {"role": "assistant", "content": "Yes"}])  # fmt: skip
     rows = [long, bad, row("good", (6,))]
-    dataset = RowDataset(rows, processor, max_length=100, bad_rows="skip")
+    dataset = RowDataset(rows, processor, max_length=100, on_bad_row="skip")
     loader = DataLoader(dataset, batch_size=3, num_workers=1, collate_fn=list)
-    for _ in range(2):
+    for time in range(2):
         (batch,) = list(loader)
+        skipped = [row.id for example in batch for row in example.skipped]
+        assert skipped == (["bad"] if time == 0 else [])  # told once, not once a worker or epoch
         assert [example.row_id for example in batch] == ["long", "good", "good"]
         assert len(batch[0]) == 100
     assert dataset.counts == {"cut": 1, "skipped": 1}
     strict = RowDataset(rows, processor)
     with pytest.raises(UsageError, match=r"row bad: .*none\.png"):
         strict[1]
-    with pytest.raises(UsageError, match="not one row of the data can be used"):
-        RowDataset([bad], processor, bad_rows="skip")[0]
+    with pytest.raises(UsageError, match="not one of 1 rows can be used; the last one: row bad"):
+        RowDataset([bad], processor, on_bad_row="skip")[0]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
+def test_what_stands_in_a_bad_rows_place_does_not_depend_on_what_was_met_before(
+    processor: GraftProcessor, row: Callable[..., Row], order: list[int]
+) -> None:
+    bad = Row("bad", [{"role": "user", "content": "What?"}], "data.json", "row bad")
+    rows = [row("0"), bad, row("known"), row("3")]
+    known = {(str(Path.cwd() / "data.json"), "row known")}
+    dataset = RowDataset(rows, processor, text_rows="base", on_bad_row="skip", known_bad=known)
+    found = {at: dataset[at].row_id for at in order}
+    assert found == {0: "0", 1: "3", 2: "3", 3: "3"}
+
+
+def test_the_longest_rows_are_among_those_that_are_checked(
+    processor: GraftProcessor, row: Callable[..., Row]
+) -> None:
+    rows = [row(str(number), answer="A cat. " * (60 if number == 7 else 1)) for number in range(30)]
+    bad = Row("long", [{"role": "user", "content": "What? " * 60}, *row("31").messages[1:]])
+    dataset = RowDataset([*rows, bad], processor, max_length=100, text_rows="base")
+    with pytest.raises(UsageError, match=r"row long: .* nothing to learn"):
+        dataset.check(4)
+    RowDataset(rows, processor, max_length=100, text_rows="base").check(4)  # is cut, and is fine
 
 
 def test_a_batch_has_all_that_the_model_takes(

@@ -2,41 +2,103 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from mmgraft.errors import UsageError
 
+Fault = Literal["missing", "broken", "enormous", "outside"]
+
+_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
+"""Last bytes of a whole file. One that ends otherwise may be whole, or cut short."""
+
+T = TypeVar("T")
+
+
+class BadImage(UsageError):
+    """A picture that cannot be used.
+
+    Attributes:
+        fault: in one word.
+    """
+
+    def __init__(self, message: str, fault: Fault = "broken") -> None:
+        super().__init__(message)
+        self.fault: Fault = fault
+
 
 def load_image(path: str | Path) -> Image.Image:
     """Read an image file whole and make it RGB, turned upright as its EXIF data says.
 
     Raises:
-        UsageError: No such file, not an image, a broken one, or one so large that decoding it
+        BadImage: No such file, not an image, a broken one, or one so large that decoding it
             could exhaust the memory (Pillow's limit, 89 million pixels); names the file.
     """
+    return _with_file(path, decode)
+
+
+def look_at(path: str | Path) -> tuple[int, int]:
+    """Width and height of an image file, without decoding it where its two ends are in order.
+
+    The head says that it is a picture, and how large; the end, whether it was cut short. Only a
+    file whose end is odd, or that ends in no known way, is decoded. Bytes that are wrong in between
+    are not seen: only `load_image` finds them.
+
+    Raises:
+        BadImage: As `load_image`.
+    """
+
+    def look(file: IO[bytes]) -> tuple[int, int]:
+        with _no_bombs(), Image.open(file) as image:
+            size, ending = image.size, _ENDS.get(str(image.format))
+        file.seek(-min(16, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        if ending is None or not file.read().endswith(ending):
+            file.seek(0)
+            decode(file)
+        return size
+
+    return _with_file(path, look)
+
+
+def decode(file: IO[bytes]) -> Image.Image:
+    """A picture's bytes as upright RGB; raises whatever the decoder does, for a bomb Pillow's."""
+    with _no_bombs(), Image.open(file) as image:
+        image.load()
+        return to_rgb(image)
+
+
+@contextmanager
+def _no_bombs() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _with_file(path: str | Path, read: Callable[[IO[bytes]], T]) -> T:
     path = Path(path)
     if not path.is_file():
-        raise UsageError(
+        raise BadImage(
             f"Image file not found: {path}. Check the path (relative ones count from the folder of "
-            "the data file) or leave the row out."
+            "the data file) or leave the row out.",
+            "missing",
         )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return to_rgb(image)
+        with path.open("rb") as file:
+            return read(file)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UsageError(
-            f"Image file too large: {path} ({error}). Scale it down before using it."
+        raise BadImage(
+            f"Image file too large: {path} ({error}). Scale it down before using it.", "enormous"
         ) from error
     # Decoders raise nearly anything on broken bytes: SyntaxError, struct.error, zlib.error ...
     except Exception as error:
-        raise UsageError(
+        raise BadImage(
             f"Image file cannot be read: {path} ({type(error).__name__}: {error}). Replace it with "
             "a PNG, JPEG, WebP or another format that Pillow reads, or leave the row out."
         ) from error

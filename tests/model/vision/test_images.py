@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmgraft.errors import UsageError
-from mmgraft.model.vision.images import load_image, to_rgb
+from mmgraft.model.vision.images import BadImage, load_image, look_at, to_rgb
 from tiny_towers import picture
 
 
@@ -76,3 +76,28 @@ def test_decompression_bomb_is_refused(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(UsageError, match=r"too large: .*bomb\.png .* Scale it down"):
         load_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
+def test_a_look_at_both_ends_finds_a_cut_and_decodes_nothing_whole(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    picture(48, 32).save(whole, format=format)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+    with pytest.raises(BadImage, match=f"cannot be read: {cut}"):
+        look_at(cut)
+    if format in ("PNG", "JPEG", "GIF"):
+        monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    assert look_at(whole) == (48, 32)
+
+
+def test_what_is_wrong_is_told_in_one_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(10, 10).save(tmp_path / "bomb.png")
+    (tmp_path / "empty.png").touch()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    names = {"bomb.png": "enormous", "none.png": "missing", "empty.png": "broken"}
+    for name, fault in names.items():
+        with pytest.raises(BadImage) as caught:
+            look_at(tmp_path / name)
+        assert caught.value.fault == fault

@@ -1,0 +1,136 @@
+"""Rows that cannot be used: what is said of each, and the log of a run that leaves them out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmgraft.data.rows import Row
+from mmgraft.errors import UsageError
+
+OnBadRow = Literal["error", "skip"]
+FILE = "bad_rows.jsonl"
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """One row, and why it cannot be used.
+
+    Attributes:
+        file: where it was read, as a whole path.
+        place: where in the file: "line 12" or "row 12".
+        id: the row's, None where it has none that can be read.
+        fault: "missing", "broken", "enormous" or "outside" of a picture; "row" of a row that is
+            not written as one should be; "empty" of one with nothing to learn.
+        reason: the whole message.
+    """
+
+    file: str
+    place: str
+    id: str | None
+    fault: str
+    reason: str
+
+    @classmethod
+    def of(cls, row: Row, error: UsageError, fault: str = "row") -> BadRow:
+        """A row that was read, and the error that it gave."""
+        return cls(absolute(row.file), row.place, row.id, fault_of(error, fault), str(error))
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells rows apart: file and place."""
+        return self.file, self.place
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is written."""
+        return {
+            "file": self.file,
+            "place": self.place,
+            "id": self.id,
+            "fault": self.fault,
+            "reason": self.reason,
+        }
+
+
+def fault_of(error: UsageError, otherwise: str = "row") -> str:
+    """What an error says is wrong, in one word."""
+    return getattr(error, "fault", otherwise)
+
+
+def absolute(file: str) -> str:
+    """A file by a path that means the same from any folder."""
+    return os.path.abspath(file)
+
+
+def key_of(row: Row) -> tuple[str, str]:
+    """The key of a row that was read, as `BadRow.key`."""
+    return absolute(row.file), row.place
+
+
+class BadRowLog:
+    """`bad_rows.jsonl` of a run: each bad row once a stage, in the order in which they were met.
+
+    A line has what a `BadRow` has, and `stage` and `step`: both null for a row that was left out
+    before the training began, else where the next good row first took its place. A run that goes on
+    leaves out exactly the rows of its log, and those that it meets itself.
+
+    Args:
+        run: the run folder.
+        new: begin as an empty log, whatever an earlier training left there.
+    """
+
+    def __init__(self, run: Path, new: bool = False) -> None:
+        self.path = run / FILE
+        self._seen: dict[tuple[str | None, tuple[str, str]], BadRow] = {}
+        if not new and self.path.is_file():
+            for text in self.path.read_text(encoding="utf-8").splitlines():
+                self._read(text)
+
+    def _read(self, text: str) -> None:
+        try:
+            line = json.loads(text)
+            names = ("file", "place", "id", "fault", "reason")
+            row = BadRow(**{name: line[name] for name in names})
+            self._seen[(line["stage"], row.key)] = row
+        except (ValueError, KeyError, TypeError):
+            pass  # a line that a kill cut short; its row is met again
+
+    def add(
+        self, rows: Iterable[BadRow], stage: str | None = None, step: int | None = None
+    ) -> list[BadRow]:
+        """Write the rows that are new; gives these."""
+        new: list[BadRow] = []
+        for row in rows:
+            if (stage, row.key) not in self._seen:
+                self._seen[(stage, row.key)] = row
+                new.append(row)
+        if new:
+            lines = [
+                json.dumps({**row.as_dict(), "stage": stage, "step": step}, ensure_ascii=False)
+                for row in new
+            ]
+            text = "".join(f"{line}\n" for line in lines)
+            if _torn(self.path):
+                text = "\n" + text
+            # One write at the end of the file: ranks share it.
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        return new
+
+    def left_out(self, stage: str | None) -> set[tuple[str, str]]:
+        """Keys of the rows of a stage; None: of those left out before the training began."""
+        return {key for of, key in self._seen if of == stage}
+
+
+def _torn(path: Path) -> bool:
+    """Whether a kill cut the last line short."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except OSError:
+        return False

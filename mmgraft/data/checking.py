@@ -1,0 +1,220 @@
+"""A look at all rows before a training: how many, how long, and which of them are no good."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.content import images_of_all
+from mmgraft.data.dataset import cut
+from mmgraft.data.images import check_image, is_data_uri, open_image
+from mmgraft.data.masking import answer_turns, supervise_row
+from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.rows import Row
+from mmgraft.errors import UsageError
+from mmgraft.model.vision.images import BadImage
+
+FAULTS = ("missing", "broken", "enormous", "outside", "empty", "row")
+"""What can be wrong with a row; see `BadRow`."""
+
+_KEPT = 10
+
+
+@dataclass
+class Report:
+    """What was found in some rows.
+
+    Attributes:
+        rows: all, bad ones counted.
+        text_rows: rows without an image.
+        bad: rows that cannot be used, one fault each.
+        images: image parts of all rows.
+        files: different pictures among them.
+        largest: width, height and name of the picture with most pixels.
+        lengths: positions of every row before a cut; empty without a tokenizer.
+        image_positions: of all rows.
+        learned: positions that are learned, of all rows.
+        longest: positions and name of the longest rows.
+        max_length: where rows are cut.
+        cut: names of the rows that are longer.
+        twice: names of rows that say the same as an earlier one, and that one's.
+        ids_twice: ids that several rows have.
+    """
+
+    rows: int = 0
+    text_rows: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+    images: int = 0
+    files: int = 0
+    largest: tuple[int, int, str] | None = None
+    lengths: array[int] = field(default_factory=lambda: array("L"))
+    image_positions: int = 0
+    learned: int = 0
+    longest: list[tuple[int, str]] = field(default_factory=list)
+    max_length: int | None = None
+    cut: list[str] = field(default_factory=list)
+    twice: list[tuple[str, str]] = field(default_factory=list)
+    ids_twice: int = 0
+
+    def faults(self) -> dict[str, int]:
+        """Bad rows by what is wrong with them."""
+        return {fault: sum(row.fault == fault for row in self.bad) for fault in FAULTS}
+
+    def positions(self) -> dict[str, float] | None:
+        """Shortest, median, mean, 95th percentile, longest and sum of all lengths."""
+        if not self.lengths:
+            return None
+        ordered = sorted(self.lengths)
+        count = len(ordered)
+        return {
+            "shortest": ordered[0],
+            "median": median(ordered),
+            "mean": sum(ordered) / count,
+            "p95": ordered[-(-95 * count // 100) - 1],
+            "longest": ordered[-1],
+            "all": sum(ordered),
+            "of_images": self.image_positions,
+            "learned": self.learned,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is printed with --json."""
+        largest = None
+        if self.largest is not None:
+            width, height, name = self.largest
+            largest = {"width": width, "height": height, "file": name}
+        return {
+            "rows": self.rows,
+            "text_rows": self.text_rows,
+            "bad": [row.as_dict() for row in self.bad],
+            "faults": self.faults(),
+            "images": self.images,
+            "image_files": self.files,
+            "largest_image": largest,
+            "positions": self.positions(),
+            "longest": [{"positions": count, "row": where} for count, where in self.longest],
+            "max_length": self.max_length,
+            "cut": self.cut,
+            "duplicates": [{"row": row, "first": first} for row, first in self.twice],
+            "ids_twice": self.ids_twice,
+        }
+
+
+class Checker:
+    """Looks at rows one after another.
+
+    Args:
+        processor: for lengths; without one rows are not tokenised.
+        max_length: where rows are cut.
+        skip_text: rows without an image are counted and not looked at further.
+        quick: look at the two ends of a picture instead of decoding it.
+    """
+
+    def __init__(
+        self,
+        processor: GraftProcessor | None = None,
+        max_length: int | None = None,
+        skip_text: bool = False,
+        quick: bool = False,
+    ) -> None:
+        self.processor = processor
+        self.max_length = max_length
+        self.skip_text = skip_text
+        self.quick = quick
+        self._pictures: dict[str, tuple[int, int] | UsageError] = {}
+
+    def check(self, rows: Sequence[Row], unread: Sequence[BadRow] = ()) -> Report:
+        """Look at all rows.
+
+        Args:
+            rows: that could be read.
+            unread: that could not.
+        """
+        report = Report(
+            rows=len(rows) + len(unread),
+            text_rows=sum(not row.has_image for row in rows),
+            bad=list(unread),
+            max_length=self.max_length,
+        )
+        shown: set[str] = set()
+        lengths: list[tuple[int, str]] = []
+        for row in rows:
+            images = [str(image) for image in images_of_all(row.messages)]
+            shown.update(images)
+            report.images += len(images)
+            if not images and self.skip_text:
+                continue
+            fault = "empty"
+            try:
+                answer_turns(row.messages, row.where)
+                fault = "row"
+                for image in images:
+                    self._look(image, row.where, report)
+                if self.processor is not None:
+                    lengths.append((self._encode(row, report), row.where))
+            except UsageError as error:
+                if "hold nothing to learn" in str(error):
+                    fault = "empty"
+                report.bad.append(BadRow.of(row, error, fault))
+        report.files = len(shown)
+        report.longest = sorted(lengths, key=lambda pair: -pair[0])[:_KEPT]
+        _find_twice(rows, report)
+        return report
+
+    def _look(self, image: str, where: str, report: Report) -> None:
+        """Look at a picture, once however many rows show it."""
+        key = hashlib.sha256(image.encode()).hexdigest() if is_data_uri(image) else image
+        if key not in self._pictures:
+            try:
+                size = (check_image if self.quick else _decoded)(
+                    image, ""
+                )  # each row adds its name
+            except UsageError as error:
+                self._pictures[key] = error
+            else:
+                self._pictures[key] = size
+                if report.largest is None or size[0] * size[1] > _pixels(report.largest):
+                    report.largest = (*size, "a data URI" if key != image else image)
+        found = self._pictures[key]
+        if isinstance(found, BadImage):
+            raise BadImage(f"{where}{found}", found.fault)
+        if isinstance(found, UsageError):
+            raise UsageError(f"{where}{found}")
+
+    def _encode(self, row: Row, report: Report) -> int:
+        assert self.processor is not None
+        encoded = supervise_row(self.processor, row)
+        if self.max_length is not None and len(encoded) > self.max_length:
+            cut(encoded, self.max_length, self.processor.num_patches, row.where)
+            report.cut.append(row.where)
+        report.lengths.append(len(encoded))
+        report.image_positions += sum(encoded.kinds)
+        report.learned += sum(label != -100 for label in encoded.labels)
+        return len(encoded)
+
+
+def _decoded(image: str, where: str) -> tuple[int, int]:
+    return open_image(image, where).size
+
+
+def _pixels(largest: tuple[int, int, str]) -> int:
+    return largest[0] * largest[1]
+
+
+def _find_twice(rows: Sequence[Row], report: Report) -> None:
+    """Rows that say the same as an earlier one, and ids that come again."""
+    said: dict[bytes, int] = {}
+    ids: dict[str, int] = {}
+    for at, row in enumerate(rows):
+        text = json.dumps([list(row.messages), row.tools], sort_keys=True, default=str)
+        first = said.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), at)
+        if first != at:
+            report.twice.append((row.where, rows[first].where))
+        ids[row.id] = ids.get(row.id, 0) + 1
+    report.ids_twice = sum(count > 1 for count in ids.values())

@@ -1,0 +1,47 @@
+"""Bad rows of a training that skips them: each is logged and said, none is lost in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmgraft.data.bad_rows import FILE, BadRow, BadRowLog
+
+_SAID = 5
+"""Rows that are said one by one; the others are in the log alone."""
+
+
+class BadRows:
+    """The log of a run, and what a person is told of it.
+
+    Args:
+        run: The run folder.
+        announce: Told of the first few.
+        resume: Go on with the log that is there.
+    """
+
+    def __init__(self, run: Path, announce: Callable[[str], None], resume: bool) -> None:
+        self.run = run
+        self.announce = announce
+        self.log = BadRowLog(run, new=not resume)
+        self._said = 0
+
+    def put(
+        self, rows: Sequence[BadRow], stage: str | None = None, step: int | None = None
+    ) -> None:
+        """Log rows that are new, and say so; see :class:`BadRowLog`."""
+        new = self.log.add(rows, stage, step) if rows else []
+        for row in new[: max(0, _SAID - self._said)]:
+            self.announce(f"left out: {row.reason}")
+        if self._said < _SAID <= self._said + len(new):
+            self.announce(f"further bad rows are only in {self.run / FILE}")
+        self._said += len(new)
+
+    def left_out(self, stage: str) -> set[tuple[str, str]]:
+        """Keys of the rows that a stage has met and does without."""
+        return self.log.left_out(stage)
+
+    def count(self, stage: str) -> int:
+        """Rows that a stage did without, those that were left out before it began counted."""
+        log = BadRowLog(self.run)  # of all ranks
+        return len(log.left_out(None) | log.left_out(stage))
