@@ -144,7 +144,16 @@ def make_plan(
     }
     _check_stages(settled, recipes)
     _check_alike(recipes)
-    _check_sets(settled, recipes)
+    try:
+        _check_sets(settled, recipes)
+    except UsageError as error:
+        root = settled.root
+        if root is None or Path(root).is_dir():
+            raise
+        raise UsageError(
+            f"{error} (paths of the comparison start from {root}, and there is no such folder: "
+            "write it with `mmgraft data prepare`, or name another with --root)"
+        ) from error
     plan = ComparisonPlan(out, settled, base, vision, chosen, (), tuple(only) or tuple(arms))
     reader = StageData()
     stages: dict[str, tuple[StagePlan, ...]] = {}

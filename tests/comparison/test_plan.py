@@ -91,6 +91,7 @@ def test_limit_draws_fewer_items_never_more(write, tmp_path: Path) -> None:
             "asks workflow 'boxes', and arm 'llava' has 'mm'",
         ),
         ({"laws": {"path": "gone.jsonl"}}, "gone.jsonl"),
+        ({"laws": {"path": "x.jsonl"}, "root": "unprepared"}, "mmgraft data prepare"),
         ({"iit": {"path": "nowhere"}}, "no dialogues in nowhere"),
     ],
 )  # fmt: skip
