@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmgraft.evaluation.predictions import free_name
 from mmgraft.evaluation.results import (
+    FOLDER,
     SECTIONS,
     Results,
     SetResult,
@@ -35,9 +36,24 @@ def put_aside(run: Path, results: Results) -> list[Path]:
     for section in SECTIONS:
         found = read_results(run, section)
         if found is not None and now and found.graft.get("sha256", now) != now:
-            path = results_file(run, section)
-            moved.append(path.replace(free_name(path.with_suffix(".old"))))
+            moved.append(_aside(results_file(run, section)))
     return moved
+
+
+def put_all_aside(run: Path) -> list[Path]:
+    """Rename every section of a run whose graft is about to be trained; its report goes.
+
+    Returns:
+        Their new names, under which they are not pushed.
+    """
+    for ending in ("json", "md", "html"):
+        (run / FOLDER / f"report.{ending}").unlink(missing_ok=True)
+    there = [results_file(run, section) for section in SECTIONS]
+    return [_aside(path) for path in there if path.is_file()]
+
+
+def _aside(path: Path) -> Path:
+    return path.replace(free_name(path.with_suffix(".old")))
 
 
 def save_sets(run: Path, results: Results) -> Path:

@@ -7,7 +7,7 @@ import pytest
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.results import Results, Score, SetResult, read_results, results_file
-from mmgraft.evaluation.sections import put_aside, save_sets
+from mmgraft.evaluation.sections import put_all_aside, put_aside, save_sets
 
 
 def a_set(name: str, value: float = 0.5) -> SetResult:
@@ -80,3 +80,12 @@ def test_other_sections_of_weights_that_are_gone_are_put_aside(tmp_path: Path) -
     assert read_results(tmp_path, "training") is not None, "it names no weights"
     save_sets(tmp_path, now)
     assert put_aside(tmp_path, now) == []
+
+
+def test_before_a_training_every_section_steps_aside_and_the_report_goes(tmp_path: Path) -> None:
+    save_sets(tmp_path, section(a_set("one"), section="vision"))
+    (tmp_path / "results" / "report.md").write_text("the old graft's")
+    (aside,) = put_all_aside(tmp_path)
+    assert aside.name == "vision.stale-1.old"
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [aside.name]
+    assert put_all_aside(tmp_path) == []
