@@ -158,6 +158,16 @@ def fetch(
         raise _network(name, error) from error
 
 
+def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
+    """Fetches config and tokenizer of a base on the Hub, and no weights.
+
+    Raises:
+        UsageError: as `fetch`.
+        MMGraftError: as `fetch`.
+    """
+    return fetch(name, revision, _SMALL)
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies the files of a base's tokenizer as they are, into a folder with other weights."""
     for pattern in _TOKENIZER:

@@ -122,6 +122,13 @@ COMMANDS: dict[str, Command] = {
         _LOOK,
         "mmgraft eval qwen2-7b-iaa --text --vision",
     ),
+    "estimate": Command(
+        "mmgraft.cli.estimate",
+        "estimate",
+        "Say what memory a training takes, which card is enough, and what saves.",
+        _LOOK,
+        "mmgraft estimate iaa --base qwen2-7b --set graft.config.layers=22,24",
+    ),
     "inspect": Command(
         "mmgraft.cli.inspect",
         "inspect",

@@ -30,7 +30,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             "Check the network and HF_ENDPOINT, then run the same command again.",
             MMGraftError.exit_code,
         )
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
+    no_room = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds or no_room:
         return (
             f"out of memory: {_first_line(error)}\n"
             "Use a smaller batch, --quantization nf4, or gradient checkpointing in the recipe.",

@@ -82,6 +82,7 @@ def train(
     from transformers.utils import logging
 
     from mmgraft.training.devices import is_main_rank
+    from mmgraft.training.memory.shortage import warning
     from mmgraft.training.progress import ProgressDisplay
     from mmgraft.training.run import plan_training
     from mmgraft.training.run import train as train_run
@@ -107,6 +108,8 @@ def train(
     def display(stage: Stage, number: int, stages: int) -> list[ProgressDisplay]:
         return [ProgressDisplay(stage.name, number, stages, stderr())]
 
+    if is_main_rank() and (too_much := warning(plan)) is not None:
+        note(f"warning: {too_much}")
     results = train_run(plan, announce=note, display=display)
     if not is_main_rank():
         return

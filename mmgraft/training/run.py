@@ -22,6 +22,7 @@ from mmgraft.grafts.registry import get_method
 from mmgraft.model.graft_file import GraftFile
 from mmgraft.training import checkpoint, metrics, text_change
 from mmgraft.training.devices import check_packages, is_main_rank, pick_device
+from mmgraft.training.memory.shortage import is_out_of_memory, out_of_memory
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.recipe_source import (
     dump_recipe,
@@ -161,7 +162,8 @@ def train(
 
     Raises:
         TrainingStopped: Ctrl-C; a checkpoint is written.
-        MMGraftError: A full disk, or a loss that is not finite; what was saved is whole.
+        MMGraftError: A full disk, too little memory, or a loss that is not finite; what was saved
+            is whole.
     """
     from mmgraft.training.session import Session
 
@@ -186,7 +188,12 @@ def train(
             callbacks = list(display(stage, index + 1, len(plan.stages)))
             for callback in callbacks:
                 stack.callback(getattr(callback, "close", lambda: None))
-            steps, loss, parameters = session.run_stage(index, callbacks)
+            try:
+                steps, loss, parameters = session.run_stage(index, callbacks)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise out_of_memory(plan.recipe, stage, error) from error
         results.append(
             StageResult(
                 stage.name,

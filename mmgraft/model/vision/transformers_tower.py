@@ -179,6 +179,17 @@ def describe(spec: VisionSpec) -> TowerShape:
     return TowerShape(feature_map.hidden_size, feature_map.num_patches)
 
 
+def outline(spec: VisionSpec) -> tuple[PreTrainedModel, FeatureMap, tuple[int, int]]:
+    """The vision model on the meta device, where its features are, and its (height, width).
+
+    Raises:
+        UsageError: As `load`.
+        MMGraftError: As `load`.
+    """
+    _, preprocessing, empty, feature_map = _examine(spec, locate(spec)[0])
+    return empty, feature_map, preprocessing.image_size
+
+
 def locate(spec: VisionSpec) -> tuple[Path, str | None]:
     """The tower's folder, and the commit that its revision stands for where it is on the Hub.
 

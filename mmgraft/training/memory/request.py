@@ -1,0 +1,146 @@
+"""What `mmgraft estimate` is asked: a run or a recipe, with changes, and rows or their length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmgraft.basefiles import ModelFiles
+from mmgraft.basefiles.files import fetch_tokenizer
+from mmgraft.data.loading import load_processor
+from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.rows import Row
+from mmgraft.data.template import resolve_template
+from mmgraft.errors import UsageError
+from mmgraft.grafts.registry import get_method
+from mmgraft.training.memory.estimate import Estimator
+from mmgraft.training.memory.rows import RowSizes, assumed, measured
+from mmgraft.training.memory.subject import Subject, subject_of_recipe, subject_of_run
+from mmgraft.training.recipe import Recipe, Stage
+from mmgraft.training.recipe_source import find_recipe, load_recipe, method_recipe, with_data
+from mmgraft.training.stage_data import StageData
+
+if TYPE_CHECKING:
+    from mmgraft.training.run import Plan
+
+_RUN_RECIPES = ("recipe.yaml", "recipe.used.yaml")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A recipe that is to be estimated, resolved, with all that the estimate needs."""
+
+    recipe: Recipe
+    subject: Subject
+    rows: list[RowSizes]
+    device: str
+
+    def estimator(self) -> Estimator:
+        """Ready to estimate the recipe and its variations."""
+        return Estimator(self.subject, self.rows, self.device)
+
+
+def read_request(
+    target: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    base: str | None = None,
+    vision: str | None = None,
+    data: Sequence[str] = (),
+    images: str | None = None,
+    overrides: Sequence[str] = (),
+    length: int | None = None,
+    device: str = "cuda",
+) -> Request:
+    """Find out what is asked; of base and tower only configs and tokenizer are read.
+
+    Args:
+        target: The folder of a graft, or a recipe's file or shipped name.
+        recipe: For a run, instead of its own.
+        base: Alias, Hub id or folder, instead of the graft's or the recipe's.
+        vision: A tower, likewise.
+        data: ``FILE`` or ``STAGE=FILE``, instead of the recipe's.
+        images: Folder that image paths start from.
+        overrides: ``key=value`` texts for the recipe.
+        length: Positions of a row, images counted; then no data are read.
+        device: ``cuda`` or ``cpu``.
+
+    Raises:
+        UsageError: Anything that is not there or does not fit, with what to do instead.
+    """
+    path = Path(target).expanduser()
+    if path.is_dir():
+        subject = subject_of_run(path, base, vision)
+        method = subject.record.method
+        loaded = load_recipe(_recipe_of(path, method, recipe), method=method, overrides=overrides)
+    else:
+        if recipe is not None:
+            raise UsageError(f"{target} is a recipe itself; leave --recipe out, or name a run")
+        loaded = load_recipe(find_recipe(target), overrides=overrides)
+        subject = subject_of_recipe(loaded, base, vision)
+    resolved = with_data(loaded, data, images).resolved(subject.record.workflow)
+    reader = _Reader(subject)
+    rows = [reader.sizes(stage, length, resolved.seed) for stage in resolved.stages]
+    return Request(resolved, subject, rows, device)
+
+
+def estimator_of_plan(plan: Plan) -> Estimator:
+    """For a training that is about to begin, whose rows are read already."""
+    subject = subject_of_run(plan.run)
+    reader = _Reader(subject)
+    sizes = [
+        measured(rows, reader.processor(stage), stage.max_length, stage.text_rows)
+        for stage, rows in zip(plan.stages, plan.rows, strict=True)
+    ]
+    return Estimator(subject, sizes, plan.device)
+
+
+def _recipe_of(run: Path, method: str, named: str | Path | None) -> Path:
+    if named is not None:
+        return find_recipe(named)
+    for name in _RUN_RECIPES:
+        if (run / name).is_file():
+            return run / name
+    default = method_recipe(get_method(method))
+    if default is None:
+        raise UsageError(f"{run} has no recipe.yaml; give --recipe FILE")
+    return default
+
+
+class _Reader:
+    """Sizes of rows, from data where a stage names them."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.data = StageData()
+        self._plain: GraftProcessor | None = None
+
+    def sizes(self, stage: Stage, length: int | None, seed: int) -> RowSizes:
+        if length is not None:
+            return assumed(length, self.subject.patches, "--length")
+        entries = stage.data or []
+        if entries and all(entry.path for entry in entries):
+            rows: list[Row] = self.data.rows(entries, seed)
+            return measured(rows, self.processor(stage), stage.max_length, stage.text_rows)
+        if stage.max_length is not None:
+            return assumed(stage.max_length, self.subject.patches, "max_length; no data are named")
+        raise UsageError(
+            f"stage {stage.name!r} names neither data nor max_length: give --length, the positions "
+            "of a row with its image, or --data FILE"
+        )
+
+    def processor(self, stage: Stage) -> GraftProcessor:
+        if self._plain is None:
+            folder = _tokenizer_folder(self.subject.files)
+            self._plain = load_processor(self.subject.record, folder, self.subject.patches, None)
+        if stage.template is None:
+            return self._plain
+        return self._plain.with_template(resolve_template(stage.template, self._plain.tokenizer))
+
+
+def _tokenizer_folder(files: ModelFiles) -> Path:
+    if Path(files.id).is_absolute() or files.id.startswith("./"):
+        return files.path
+    return fetch_tokenizer(files.id, files.revision)

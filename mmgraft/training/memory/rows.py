@@ -1,0 +1,83 @@
+"""How long the rows of a stage are, as far as memory asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmgraft.data.content import images_of_all
+from mmgraft.data.dataset import cut
+from mmgraft.data.masking import supervise_row
+from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.rows import Row
+from mmgraft.errors import UsageError
+
+TOKENISED = 64
+"""Rows of a stage that are tokenised: those with the most letters and images."""
+_LETTERS = 3  # a position, about
+
+
+@dataclass(frozen=True)
+class RowSizes:
+    """The largest row of a stage.
+
+    Attributes:
+        length: Positions, images counted.
+        images: Pictures in it.
+        supervised: Positions that are learned.
+        uneven: Rows differ in length.
+        source: Where the numbers come from, in words.
+    """
+
+    length: int
+    images: int
+    supervised: int
+    uneven: bool
+    source: str
+
+
+def measured(
+    rows: Sequence[Row], processor: GraftProcessor, max_length: int | None, text_rows: str | None
+) -> RowSizes:
+    """The sizes of a stage's rows, by tokenising the longest ones.
+
+    Raises:
+        UsageError: A row that cannot be used.
+    """
+    kept = [row for row in rows if row.has_image] if text_rows == "skip" else list(rows)
+    by_size = sorted(kept, key=lambda row: _guess(row, processor.num_patches), reverse=True)
+    longest = by_size[:TOKENISED]
+    lengths, images, learned = [], [], []
+    for row in longest:
+        encoded = supervise_row(processor, row)
+        if max_length is not None and len(encoded) > max_length:
+            encoded = cut(encoded, max_length, processor.num_patches, row.where)
+        lengths.append(len(encoded))
+        images.append(len(encoded.images))
+        learned.append(sum(label != -100 for label in encoded.labels))
+    uneven = len(kept) > len(longest) or len(set(lengths)) > 1
+    source = f"longest of {len(kept)} rows"
+    return RowSizes(max(lengths), max(images), max(learned), uneven, source)
+
+
+def assumed(length: int, patches: int, source: str) -> RowSizes:
+    """Sizes of rows of one length with one image, all the rest of it learned.
+
+    Raises:
+        UsageError: An image does not fit into the row.
+    """
+    if length <= patches + 1:
+        raise UsageError(
+            f"a row of {length} positions has no room for an image, which takes {patches} with "
+            f"this tower, and an answer; give --length {patches + 64} or more"
+        )
+    return RowSizes(length, 1, length - patches - 1, True, source)
+
+
+def _guess(row: Row, patches: int) -> int:
+    letters = 0
+    for message in row.messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list | tuple) else [{"text": content}]
+        letters += sum(len(str(part.get("text") or "")) for part in parts)
+    return letters + _LETTERS * patches * len(list(images_of_all(row.messages)))

@@ -1,0 +1,89 @@
+"""Too little memory: told before a training begins, and when it ends one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmgraft.errors import MMGraftError
+from mmgraft.training.memory.switches import SWITCHES, peak_of
+from mmgraft.training.recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    from mmgraft.training.run import Plan
+
+_SIGNS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: on a card, or in a processor's allocator."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def out_of_memory(recipe: Recipe, stage: Stage, error: BaseException) -> MMGraftError:
+    """The error that ends a training for want of memory: it names what to set."""
+    first = str(error).strip().partition("\n")[0] or type(error).__name__
+    return MMGraftError(f"out of memory in stage {stage.name!r}: {first}\n{advice(recipe, stage)}")
+
+
+def advice(recipe: Recipe, stage: Stage) -> str:
+    """What to set, of the switches that are not set yet; what changes least first."""
+    alone = recipe.model_copy(update={"stages": [stage]})
+    left = [one for one in SWITCHES if one.change(alone) != alone and one.name != "feature_cache"]
+    if not left:
+        return "All that saves memory is set: take a shorter max_length, a smaller graft or base."
+    first, *others = [switch.text for switch in left]
+    more = f" (then: {'; '.join(others)})" if others else ""
+    return f"Set {first}{more}, for instance with --set; `mmgraft estimate` says what each saves."
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that a training can have now: of the card on CUDA, else of main memory.
+
+    A container's own limit counts where it is lower. None where it cannot be known.
+    """
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free: int | None = None
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no container, or no limit
+        return free
+    return limit - used if free is None else min(free, limit - used)
+
+
+def warning(plan: Plan) -> str | None:
+    """What to say before a training that needs more memory than is free; None where it fits.
+
+    A base whose memory cannot be estimated is trained without a word of warning.
+    """
+    from mmgraft.training.memory.request import estimator_of_plan
+
+    free = free_memory(plan.device)
+    if free is None or plan.first >= len(plan.stages):
+        return None
+    try:
+        stages = estimator_of_plan(plan).stages(plan.recipe, plan.first)
+    except MMGraftError:
+        return None
+    if peak_of(stages) <= free:
+        return None
+    worst = max(stages, key=lambda stage: stage.peak)
+    stage = next(one for one in plan.stages if one.name == worst.stage)
+    return (
+        f"stage {worst.stage!r} needs about {worst.peak / 1e9:.1f} GB, and {free / 1e9:.1f} GB of "
+        f"{'the card' if plan.device == 'cuda' else 'main memory'} are free. "
+        f"{advice(plan.recipe, stage)}"
+    )

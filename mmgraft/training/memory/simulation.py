@@ -1,0 +1,166 @@
+"""One training step with shapes alone: the real code runs, and only bytes are counted."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmgraft.anatomy import decoder_layers
+from mmgraft.errors import MMGraftError
+from mmgraft.model.modeling import GraftedModel
+from mmgraft.training.memory.ledger import Ledger
+from mmgraft.training.memory.stand_in import Outline, without_values
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one forward pass is given.
+
+    Attributes:
+        rows: In the batch.
+        length: Positions of the longest row, images counted.
+        images: Of one row.
+        patches: Positions of one image.
+        supervised: Positions of a row that are learned.
+        padded: Rows differ in length, so that attention gets a mask.
+    """
+
+    rows: int
+    length: int
+    images: int
+    patches: int
+    supervised: int
+    padded: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes of one forward and backward pass, beside the weights.
+
+    Attributes:
+        kept: Held when the forward is done, for the backward to use.
+        layers: Of these, what each decoder layer holds, with what the graft adds to it.
+        peak: The most that is held at once, gradients with it.
+        gradients: Held when the backward is done.
+    """
+
+    kept: int
+    layers: list[int]
+    peak: int
+    gradients: int
+
+
+def simulate(
+    model: GraftedModel,
+    workflow: str,
+    load: Load,
+    *,
+    width: int,
+    feature_dtype: torch.dtype,
+    precision: str,
+    checkpointing: bool,
+    accumulates: bool,
+) -> Step:
+    """Run one step of a stage's model, opened for the stage; its parameters become fake ones.
+
+    Args:
+        model: On the meta device.
+        workflow: Which one every row runs.
+        load: The batch.
+        width: Of the tower's features.
+        feature_dtype: Theirs.
+        precision: ``bf16`` computes under autocast.
+        checkpointing: Recompute layers in the backward pass.
+        accumulates: Gradients of an earlier pass are held already.
+
+    Raises:
+        MMGraftError: This base computes sizes from values, so that it cannot run without them.
+    """
+    layers: list[int] = []
+    try:
+        with without_values(model):
+            model.gradient_checkpointing = checkpointing
+            trained = [p for p in model.parameters() if p.requires_grad]
+            ledger = Ledger([*model.parameters(), *model.buffers()])
+            with ledger, contextlib.ExitStack() as hooks:
+                if accumulates:
+                    for parameter in trained:
+                        parameter.grad = torch.empty_like(parameter)
+                for layer in decoder_layers(model.base, model.anatomy):
+                    _watch(layer, ledger, layers, hooks)
+                with _autocast(precision):
+                    loss = _loss(model, workflow, load, width, feature_dtype)
+                kept = ledger.now
+                loss.backward()
+                del loss
+            gradients = sum(p.numel() * 4 for p in trained)
+            return Step(kept, layers, ledger.peak, gradients)
+    except (RuntimeError, NotImplementedError) as error:
+        raise MMGraftError(
+            f"the memory of {model.anatomy.class_name} cannot be estimated: "
+            f"it does not run without values ({str(error).strip().partition(chr(10))[0]})"
+        ) from error
+
+
+def simulate_tower(outline: Outline, images: int, dtype: torch.dtype) -> int:
+    """Bytes that the tower needs at once to see some images, beside its weights."""
+    module = outline.module
+    with without_values(module, dtype):
+        with Ledger([*module.parameters(), *module.buffers()]) as ledger, torch.no_grad():
+            pixels = torch.empty(images, 3, *outline.image_size)
+            outline.features(module, pixels.to(dtype))  # both live: pixels come in fp32
+        return ledger.peak
+
+
+def _autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
+    if precision != "bf16":
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def _watch(
+    layer: torch.nn.Module, ledger: Ledger, kept: list[int], hooks: contextlib.ExitStack
+) -> None:
+    before = [0]
+
+    def enter(*_: Any) -> None:
+        before[0] = ledger.now
+
+    def leave(*_: Any) -> None:
+        kept.append(ledger.now - before[0])
+
+    for handle in (
+        layer.register_forward_pre_hook(enter),
+        layer.register_forward_hook(leave),
+    ):
+        hooks.callback(handle.remove)
+
+
+def _loss(
+    model: GraftedModel, name: str, load: Load, width: int, feature_dtype: torch.dtype
+) -> Tensor:
+    shape = (load.rows, load.length)
+    shown = load.images * load.patches
+    real = torch.ones(shape, dtype=torch.long)
+    if load.padded:
+        real[1:, -1] = 0
+    kinds = torch.zeros(shape, dtype=torch.long)
+    kinds[:, :shown] = 1
+    labels = torch.full(shape, -100)
+    labels[:, max(1, load.length - load.supervised) :] = 0
+    features = None
+    if shown:
+        features = torch.empty(load.rows * load.images, load.patches, width, dtype=feature_dtype)
+    out = model(
+        input_ids=torch.zeros(shape, dtype=torch.long),
+        attention_mask=real,
+        mm_token_type_ids=kinds,
+        labels=labels,
+        image_features=features,
+        workflow=name,
+    )
+    return out.loss

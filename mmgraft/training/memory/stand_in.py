@@ -1,0 +1,180 @@
+"""A grafted model of the right shapes without values, and its base as if in 4-bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from mmgraft.anatomy import get_path, skeleton
+from mmgraft.model.graft_file import GraftFile
+from mmgraft.model.loading import build_workflow
+from mmgraft.model.modeling import GraftedModel
+
+_BLOCK, _NESTED = 64, 256  # numbers that share a constant; constants that share one
+_TABLES = 16 * 4 + 256 * 4 + 4  # the two code tables of a layer, and the constants' offset
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A tower without weights: the module on the meta device and what it is run on."""
+
+    module: nn.Module
+    image_size: tuple[int, int]
+    features: Any  # (module, pixels (n, 3, H, W)) -> (n, P, width)
+
+
+def meta_model(
+    record: GraftFile,
+    config: PreTrainedConfig,
+    width: int,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+) -> GraftedModel:
+    """The model that training loads, on the meta device: base in `dtype`, graft in fp32.
+
+    Args:
+        record: The graft's.
+        config: The base's.
+        width: Of the tower's features.
+        dtype: Of the base.
+        quantization: ``nf4`` replaces the base's linear layers as bitsandbytes does.
+    """
+    base = skeleton(config).to(dtype)  # pyright: ignore[reportArgumentType]
+    base.requires_grad_(False)
+    workflow = build_workflow(record, base, width).float().requires_grad_(False)
+    model = GraftedModel(base, None, [workflow])
+    if quantization is not None:
+        _hold_in_4bit(model, dtype)
+    return model
+
+
+def weights_of(module: nn.Module) -> dict[str, int]:
+    """Bytes of parameters by their dtype, each tensor once; of 4-bit layers all under ``nf4``."""
+    found: dict[str, int] = {}
+    packed: set[int] = set()
+    for part in module.modules():
+        if isinstance(part, FourBitLinear):
+            packed |= {id(part.weight), id(part.constants), id(part.scales)}
+            found["nf4"] = found.get("nf4", 0) + part.nbytes
+    for parameter in module.parameters():
+        if id(parameter) in packed:
+            continue
+        name = str(parameter.dtype).removeprefix("torch.")
+        found[name] = found.get(name, 0) + parameter.numel() * parameter.element_size()
+    return found
+
+
+def count_of(module: nn.Module) -> int:
+    """Numbers in all parameters, those of 4-bit layers counted as the numbers they stand for."""
+    packed = {
+        id(part): part.in_features * part.out_features
+        for part in module.modules()
+        if isinstance(part, FourBitLinear)
+    }
+    own = {
+        id(parameter)
+        for part in module.modules()
+        if isinstance(part, FourBitLinear)
+        for parameter in (part.weight, part.constants, part.scales)
+    }
+    rest = sum(one.numel() for one in module.parameters() if id(one) not in own)
+    return rest + sum(packed.values())
+
+
+class FourBitLinear(nn.Module):
+    """Takes the memory of bitsandbytes' nf4 layer with double quantisation, and computes nothing.
+
+    Two numbers a byte, a one-byte constant for 64 numbers, an fp32 one for 256 of these. Forwards
+    and backwards the weights are unpacked for the product and thrown away again.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        blocks = -(-in_features * out_features // _BLOCK)
+        self.weight = _frozen(-(-in_features * out_features // 2), torch.uint8)
+        self.constants = _frozen(blocks, torch.uint8)
+        self.scales = _frozen(-(-blocks // _NESTED), torch.float32)
+        self.bias = bias
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights with their constants."""
+        own = (self.weight, self.constants, self.scales)
+        return sum(one.numel() * one.element_size() for one in own) + _TABLES
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in) -> (..., out)``."""
+        out: Tensor = _FourBit.apply(x.to(self.dtype), self).to(x.dtype)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def unpacked(self) -> Tensor:
+        """The weights ``(out, in)``."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype)
+
+
+def _frozen(size: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+
+
+class _FourBit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FourBitLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.unpacked())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.layer.unpacked().to(grads[0].dtype), None
+
+
+def _hold_in_4bit(model: GraftedModel, dtype: torch.dtype) -> None:
+    head = get_path(model.base, model.anatomy.head_path)
+    for name, part in list(model.base.named_modules()):
+        if part is head or not isinstance(part, nn.Linear | Conv1D):
+            continue
+        turned = isinstance(part, Conv1D)
+        rows, columns = part.weight.shape
+        sizes = (rows, columns) if turned else (columns, rows)
+        owner, _, leaf = name.rpartition(".")
+        bias = part.bias
+        setattr(model.base.get_submodule(owner), leaf, FourBitLinear(*sizes, bias, dtype))
+
+
+@contextmanager
+def without_values(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """While the block lasts, tensors are fake ones of the CPU; those of the module from then on.
+
+    ``dtype`` is what its floating point tensors get; None leaves theirs.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made: dict[int, nn.Parameter] = {}
+        for part in module.modules():
+            _empty(part, made, dtype)
+        yield
+
+
+def _empty(part: nn.Module, made: dict[int, nn.Parameter], dtype: torch.dtype | None) -> None:
+    def like(tensor: Tensor) -> Tensor:
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=wanted)
+
+    for name, parameter in part._parameters.items():
+        if parameter is None:
+            continue
+        if id(parameter) not in made:
+            made[id(parameter)] = nn.Parameter(like(parameter), parameter.requires_grad)
+            made[id(made[id(parameter)])] = made[id(parameter)]  # met again where it is tied
+        part._parameters[name] = made[id(parameter)]
+    for name, buffer in part._buffers.items():
+        if buffer is not None:
+            part._buffers[name] = like(buffer)

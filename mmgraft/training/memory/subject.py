@@ -1,0 +1,134 @@
+"""What is to be trained, as far as configs tell: a run's graft, or a recipe's that is not made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from mmgraft.aliases import default_tower, resolve_alias
+from mmgraft.basefiles import ModelFiles, load_config
+from mmgraft.errors import UsageError
+from mmgraft.grafts.registry import get_method
+from mmgraft.model.graft_file import OWN_BASE, BaseReference, GraftFile, ImageToken
+from mmgraft.model.loading import local_tower
+from mmgraft.model.summary import locate
+from mmgraft.model.vision.registry import describe_tower, load_tower
+from mmgraft.model.vision.spec import TRANSFORMERS_KIND, VisionSpec
+from mmgraft.training.memory.stand_in import Outline
+from mmgraft.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A graft, its base and its tower, without weights.
+
+    Attributes:
+        record: The graft's.
+        files: The base's, of which config and tokenizer are read.
+        config: The base's.
+        vision: The tower's spec, its path that of this machine.
+        width: Of the tower's features.
+        patches: Positions of one image.
+    """
+
+    record: GraftFile
+    files: ModelFiles
+    config: PreTrainedConfig
+    vision: VisionSpec
+    width: int
+    patches: int
+
+    def outline(self) -> Outline:
+        """The tower's module without weights; of a registered kind, which has no config, loaded."""
+        if self.vision.kind != TRANSFORMERS_KIND:
+            tower = load_tower(self.vision)
+            return Outline(tower, tower.image_size, lambda module, pixels: module(pixels))
+        from mmgraft.model.vision.transformers_tower import outline
+
+        module, features, size = outline(self.vision)
+        return Outline(module, size, features.features)
+
+
+def subject_of_run(run: Path, base: str | None = None, vision: str | None = None) -> Subject:
+    """The graft in a folder, on its own base and tower or on others.
+
+    Raises:
+        UsageError: No graft there, or no such base or tower.
+    """
+    record = GraftFile.read(run)
+    if base is None and record.base.id.startswith(f"./{OWN_BASE}"):
+        files = ModelFiles(record.base.id, (run / record.base.id).resolve())
+    else:
+        revision = record.base.revision if base is None else None
+        files = _base(resolve_alias(base) if base else record.base.id, revision)
+    spec = VisionSpec.from_name(vision) if vision else local_tower(record, run)
+    return _subject(record, files, spec)
+
+
+def subject_of_recipe(
+    recipe: Recipe, base: str | None = None, vision: str | None = None
+) -> Subject:
+    """The graft that `mmgraft graft --recipe` would make.
+
+    Raises:
+        UsageError: The recipe names no base and none is given, or settings that do not fit.
+    """
+    name = base or recipe.graft.base
+    if name is None:
+        raise UsageError(
+            f"the recipe {recipe.name} names no base: give --base, such as --base qwen2-7b"
+        )
+    spec = VisionSpec.from_name(vision or recipe.graft.vision or default_tower())
+    if vision is None and recipe.graft.vision_options:
+        spec = spec.model_copy(update={"options": dict(recipe.graft.vision_options)})
+    if recipe.graft.feature_layer is not None:
+        spec = spec.model_copy(update={"feature_layer": recipe.graft.feature_layer})
+    config = _method_config(recipe)
+    record = GraftFile(
+        method=recipe.method,
+        config=config,
+        workflow=recipe.workflow or "mm",
+        base=BaseReference(id=name),
+        vision=spec,
+        projector=recipe.graft.projector,
+        image_token=ImageToken(id=0),
+    )
+    return _subject(record, _base(resolve_alias(name), None), spec)
+
+
+def _method_config(recipe: Recipe) -> dict[str, Any]:
+    kind = get_method(recipe.method).config_class
+    try:
+        return kind.parse(dict(recipe.graft.config), "graft.config").model_dump(mode="json")
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; set it in the recipe, or here with --set graft.config.KEY=VALUE, such as "
+            "--set graft.config.layers=last:2"
+        ) from None
+
+
+def _base(name: str, revision: str | None) -> ModelFiles:
+    folder = Path(name).expanduser().absolute()
+    if (folder / "config.json").is_file():
+        return ModelFiles(str(folder), folder)  # with weights or without
+    found = locate(name, revision)
+    if isinstance(found, Path):
+        raise UsageError(f"{name} is a graft, not a base; name a model with --base")
+    return found
+
+
+def _subject(record: GraftFile, files: ModelFiles, spec: VisionSpec) -> Subject:
+    shape = describe_tower(spec)
+    config = load_config(files)
+    vars(config).pop("quantization_config", None)
+    return Subject(record, files, config, spec, shape.hidden_size, shape.num_patches)
+
+
+def loaded_dtype(recipe: Recipe) -> torch.dtype:
+    """In what a training holds its base: fp32 where it is trained or computed in fp32."""
+    whole = recipe.base == "full" or any(stage.precision == "fp32" for stage in recipe.stages)
+    return torch.float32 if whole else torch.bfloat16

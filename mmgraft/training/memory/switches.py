@@ -1,0 +1,164 @@
+"""Settings of a recipe that save memory, what each saves, and which make a smaller card do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mmgraft.training.memory.cards import Card, cards
+from mmgraft.training.recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    from mmgraft.training.memory.estimate import Estimator, StageEstimate
+
+_WORTH = 0.01  # a saving under this share of the peak is none
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One setting.
+
+    Attributes:
+        name: The key of the recipe.
+        text: What to write.
+        costs: What is lost by it, in words.
+        change: The recipe with it set; the same recipe where it is set already or cannot be.
+    """
+
+    name: str
+    text: str
+    costs: str
+    change: Callable[[Recipe], Recipe]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a switch saves at the recipe's peak when it alone is set."""
+
+    switch: str
+    write: str
+    costs: str
+    saves: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A card that is enough once some switches are set."""
+
+    card: Card
+    write: list[str]
+    peak: int
+
+
+def _every_stage(change: Callable[[Stage], dict[str, object]]) -> Callable[[Recipe], Recipe]:
+    def changed(recipe: Recipe) -> Recipe:
+        stages = [stage.model_copy(update=change(stage)) for stage in recipe.stages]
+        return recipe.model_copy(update={"stages": stages})
+
+    return changed
+
+
+def _one_row(stage: Stage) -> dict[str, object]:
+    return {"batch_size": 1, "accumulate": stage.accumulate * stage.batch_size}
+
+
+def _in_8bit(stage: Stage) -> dict[str, object]:
+    return {"optimizer": "adamw_8bit"} if stage.optimizer == "adamw" else {}
+
+
+def _cached(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"feature_cache": recipe.feature_cache or True})
+
+
+def _in_4bit(recipe: Recipe) -> Recipe:
+    if recipe.base == "full":
+        return recipe
+    return recipe.model_copy(update={"quantization": "nf4"})
+
+
+SWITCHES: tuple[Switch, ...] = (
+    Switch(
+        "feature_cache",
+        "feature_cache: true",
+        "disk space for the features",
+        _cached,
+    ),
+    Switch(
+        "gradient_checkpointing",
+        "gradient_checkpointing: true",
+        "a second forward pass of every layer",
+        _every_stage(lambda stage: {"gradient_checkpointing": True}),
+    ),
+    Switch(
+        "batch_size",
+        "batch_size: 1, with accumulate times the batch_size of now",
+        "speed; the steps stay the same",
+        _every_stage(_one_row),
+    ),
+    Switch(
+        "optimizer",
+        "optimizer: adamw_8bit",
+        "rounded moments; needs bitsandbytes",
+        _every_stage(_in_8bit),
+    ),
+    Switch(
+        "quantization",
+        "quantization: nf4",
+        "a base with rounded weights; needs bitsandbytes",
+        _in_4bit,
+    ),
+)
+"""In the order in which they are tried: what changes least first."""
+
+
+def peak_of(stages: Sequence[StageEstimate]) -> int:
+    """The recipe's peak: its largest stage's."""
+    return max(stage.peak for stage in stages)
+
+
+def savings(estimator: Estimator, recipe: Recipe, first: int = 0) -> list[Saving]:
+    """What each switch saves by itself, the largest saving first; those that save nothing not."""
+    before = peak_of(estimator.stages(recipe, first))
+    found: list[Saving] = []
+    for switch in SWITCHES:
+        changed = switch.change(recipe)
+        if changed == recipe:
+            continue
+        peak = peak_of(estimator.stages(changed, first))
+        if before - peak > _WORTH * before:
+            found.append(Saving(switch.name, switch.text, switch.costs, before - peak, peak))
+    return sorted(found, key=lambda saving: -saving.saves)
+
+
+def smaller_cards(estimator: Estimator, recipe: Recipe) -> list[Fit]:
+    """Cards too small for the recipe as it is, the largest first, with switches that are enough.
+
+    Switches are set one after another until the recipe fits, then those that it fits without are
+    taken back. A card that all of them together do not make do is left out.
+    """
+    now = peak_of(estimator.stages(recipe))
+    useful = [switch for switch in SWITCHES if switch.change(recipe) != recipe]
+    found: list[Fit] = []
+    for card in reversed([card for card in cards() if card.usable < now]):
+        chosen: list[Switch] = []
+        for switch in useful:
+            chosen.append(switch)
+            if _peak(estimator, recipe, chosen) <= card.usable:
+                break
+        else:
+            break  # no smaller one does either
+        for switch in chosen[:-1]:
+            fewer = [one for one in chosen if one is not switch]
+            if _peak(estimator, recipe, fewer) <= card.usable:
+                chosen = fewer
+        peak = _peak(estimator, recipe, chosen)
+        found.append(Fit(card, [switch.text for switch in chosen], peak))
+    return found
+
+
+def _peak(estimator: Estimator, recipe: Recipe, chosen: Sequence[Switch]) -> int:
+    for switch in chosen:
+        recipe = switch.change(recipe)
+    return peak_of(estimator.stages(recipe))

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.rows import Row
+from mmgraft.errors import UsageError
+from mmgraft.training.memory.rows import TOKENISED, assumed, measured
+from tiny_tokenizer import tiny_tokenizer
+
+
+def row(words: int, images: int = 1) -> Row:
+    question = [{"type": "image", "image": "a.png"}] * images + [{"type": "text", "text": "what?"}]
+    turns = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "blue " * words},
+    ]
+    return Row(str(words), turns)
+
+
+@pytest.fixture(scope="module")
+def processor() -> GraftProcessor:
+    return GraftProcessor(tiny_tokenizer(), 9, 5)
+
+
+def test_the_longest_row_counts_wherever_it_is(processor):
+    rows = [row(2) for _ in range(2 * TOKENISED)]
+    rows[100] = row(50)
+    sizes = measured(rows, processor, None, "skip")
+    alone = measured([row(50)], processor, None, "skip")
+    assert (sizes.length, sizes.supervised) == (alone.length, alone.supervised)
+    assert sizes.uneven
+    assert not alone.uneven
+    assert sizes.source == f"longest of {2 * TOKENISED} rows"
+
+
+def test_images_count_with_all_their_positions(processor):
+    one, two = (measured([row(3, images=n)], processor, None, "skip") for n in (1, 2))
+    assert (one.images, two.images) == (1, 2)
+    assert two.length - one.length == 9
+
+
+def test_a_row_is_cut_as_training_cuts_it(processor):
+    assert measured([row(50)], processor, 60, "skip").length == 60
+
+
+def test_text_rows_count_where_they_are_trained(processor):
+    rows = [row(3), row(60, images=0)]
+    short, long = (measured(rows, processor, None, kind) for kind in ("skip", "graft"))
+    assert short.length < long.length
+
+
+def test_an_assumed_row_has_one_image_and_learns_the_rest():
+    sizes = assumed(100, 9, "--length")
+    assert (sizes.length, sizes.images, sizes.supervised) == (100, 1, 90)
+    with pytest.raises(UsageError, match=r"give --length 73"):
+        assumed(10, 9, "--length")

@@ -1,0 +1,141 @@
+"""A step with shapes alone, against explicit counts and against the same step in earnest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from grafting import graft_on
+from mmgraft import IAAConfig, LlavaConfig, WingsConfig
+from mmgraft.errors import MMGraftError
+from mmgraft.training.memory.simulation import Load, Step, simulate
+from mmgraft.training.memory.stand_in import meta_model
+from mmgraft.training.recipe import Stage
+from mmgraft.training.stages import open_stage
+from tiny import HIDDEN, LAYERS, tiny_config
+from tiny_records import tiny_record
+
+PATCHES, LENGTH, LEARNED = 4, 40, 12
+CONFIGS = {
+    "iaa": IAAConfig(layers=[0, 3]),
+    "wings": WingsConfig(rank=4),
+    "llava": LlavaConfig(),
+}
+
+
+def step(method: str, arch: str = "llama", **changes) -> Step:
+    """One step of two equal rows in fp32 of everything that a method trains."""
+    base = changes.pop("base", {})
+    model = meta_model(
+        tiny_record(**CONFIGS[method].model_dump(mode="json")),
+        tiny_config(arch, **base),
+        HIDDEN,
+        torch.float32,
+        changes.pop("quantization", None),
+    )
+    open_stage(model, stage(method))
+    load = Load(2, LENGTH, 1, PATCHES, LEARNED, padded=changes.pop("padded", False))
+    options = {"precision": "fp32", "checkpointing": False, "accumulates": False, **changes}
+    model.train()
+    return simulate(model, "mm", load, width=HIDDEN, feature_dtype=torch.float32, **options)
+
+
+def stage(method: str) -> Stage:
+    train = ["projector"] if method == "llava" else ["projector", "graft"]
+    return Stage(name="only", train=train, lr=1.0, workflow="mm")
+
+
+def earnest(method: str) -> int:
+    """Bytes that autograd saves in the same step computed in earnest, parameters left out."""
+    model = graft_on("llama", CONFIGS[method])
+    open_stage(model, stage(method))
+    model.train()
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    kinds = torch.zeros(2, LENGTH, dtype=torch.long)
+    kinds[:, :PATCHES] = 1
+    labels = torch.full((2, LENGTH), -100)
+    labels[:, LENGTH - LEARNED :] = 0
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(
+            input_ids=torch.zeros(2, LENGTH, dtype=torch.long),
+            attention_mask=torch.ones(2, LENGTH, dtype=torch.long),
+            mm_token_type_ids=kinds,
+            labels=labels,
+            image_features=torch.zeros(2, PATCHES, HIDDEN),
+            workflow="mm",
+        )
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_what_is_kept_is_what_autograd_saves_in_earnest(method):
+    counted, real = step(method).kept, earnest(method)
+    assert counted == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_with_checkpointing_a_layer_keeps_its_output_alone(method):
+    plain, light = step(method), step(method, checkpointing=True)
+    state = 2 * LENGTH * HIDDEN * 4
+    assert len(plain.layers) == len(light.layers) == LAYERS
+    assert all(kept <= 2 * state for kept in light.layers)
+    assert min(plain.layers) > 8 * state
+    assert light.peak < plain.peak
+
+
+def test_an_inserted_layer_counts_with_the_layer_before_it():
+    layers = step("iaa").layers
+    assert 2 * layers[1] < layers[0] < 3 * layers[1]  # it is trained, so it keeps its inputs too
+    assert layers[1] == layers[2]
+
+
+def test_gradients_that_add_up_are_there_all_the_time():
+    once, adding = step("iaa"), step("iaa", accumulates=True)
+    assert adding.kept - once.kept == once.gradients
+    model = meta_model(
+        tiny_record(**CONFIGS["iaa"].model_dump(mode="json")), tiny_config("llama"), HIDDEN,
+        torch.float32,
+    )  # fmt: skip
+    open_stage(model, stage("iaa"))
+    assert once.gradients == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_logits_of_a_row_do_not_grow_what_is_kept():
+    assert step("llava", base={"vocab_size": 5000}).kept == step("llava").kept
+
+
+def test_a_padding_mask_costs_a_square_of_the_length_a_layer():
+    plain, padded = step("llava"), step("llava", padded=True)
+    square = 2 * LENGTH * LENGTH * 4
+    assert padded.kept - plain.kept >= LAYERS * square
+
+
+def test_a_4bit_base_trains_its_graft_through_layers_without_values():
+    assert step("iaa", quantization="nf4").gradients == step("iaa").gradients
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gpt_oss", "bloom", "opt", "qwen3_moe"])
+@pytest.mark.parametrize("method", ["iaa", "wings"])
+def test_other_architectures_run_without_values(arch, method):
+    found = step(method, arch)
+    assert found.peak > found.kept > sum(found.layers) > 0
+
+
+def test_a_base_that_asks_for_values_is_refused_by_name(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self, x):
+        return self.down_proj(self.up_proj(x)) * float(x.detach().sum())
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(MMGraftError, match="LlamaForCausalLM cannot be estimated"):
+        step("llava")

@@ -1,0 +1,92 @@
+"""What switches save, and which of them make a smaller card do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+from mmgraft.training.memory.cards import cards
+from mmgraft.training.memory.switches import SWITCHES, peak_of, savings, smaller_cards
+from mmgraft.training.recipe import Recipe, Stage
+
+
+@dataclass
+class Plain:
+    """A memory that each switch makes smaller by its own amount, in GB."""
+
+    base: float
+    off: dict[str, float]
+
+    def stages(self, recipe: Recipe, first: int = 0) -> list[Any]:
+        stage = recipe.stages[0]
+        on = {
+            "gradient_checkpointing": stage.gradient_checkpointing,
+            "batch_size": stage.batch_size == 1,
+            "optimizer": stage.optimizer == "adamw_8bit",
+            "quantization": recipe.quantization == "nf4",
+            "feature_cache": bool(recipe.feature_cache),
+        }
+        saved = sum(size for name, size in self.off.items() if on[name])
+        return [SimpleNamespace(peak=int((self.base - saved) * 1e9))]
+
+
+def recipe(**changes: Any) -> Recipe:
+    stage = {"name": "s", "train": ["projector"], "lr": 1.0, "batch_size": 4, "accumulate": 2}
+    return Recipe.model_validate(
+        {"name": "r", "method": "llava", "stages": [stage], **changes}
+    ).resolved()
+
+
+def estimator(base: float, **off: float) -> Any:
+    return cast(Any, Plain(base, off))
+
+
+def test_each_saving_is_that_of_its_switch_alone_and_the_largest_comes_first():
+    found = savings(
+        estimator(20, gradient_checkpointing=8, quantization=9, optimizer=0.1), recipe()
+    )
+    assert [(one.switch, one.saves, one.peak) for one in found] == [
+        ("quantization", int(9e9), int(11e9)),
+        ("gradient_checkpointing", int(8e9), int(12e9)),
+    ]  # the 8-bit optimizer saves less than a hundredth, the others nothing
+
+
+def test_a_switch_that_is_set_or_cannot_be_is_not_named():
+    quiet = recipe(quantization="nf4", feature_cache=True)
+    names = {switch.name for switch in SWITCHES if switch.change(quiet) != quiet}
+    assert names == {"gradient_checkpointing", "batch_size", "optimizer"}
+    stage = {"name": "s", "train": ["base"], "lr": 1.0}
+    full = recipe(base="full", stages=[stage])
+    assert "quantization" not in {s.name for s in SWITCHES if s.change(full) != full}
+
+
+def test_one_row_at_a_time_keeps_the_step():
+    switch = next(one for one in SWITCHES if one.name == "batch_size")
+    (stage,) = switch.change(recipe()).stages
+    assert (stage.batch_size, stage.accumulate) == (1, 8)
+
+
+def test_smaller_cards_get_no_more_switches_than_they_need():
+    fits = smaller_cards(
+        estimator(20, gradient_checkpointing=8, batch_size=1, optimizer=1, quantization=5), recipe()
+    )
+    # 20 GB want the card of 24; those of 16, 12, 11 and 8 give 14.2, 10.4, 9.45 and 6.6.
+    assert [(fit.card.gb, len(fit.write), fit.peak / 1e9) for fit in fits] == [
+        (16, 1, 12.0),
+        (12, 3, 10.0),
+        (11, 2, 7.0),
+        (8, 3, 6.0),
+    ]
+    assert fits[2].write == ["gradient_checkpointing: true", "quantization: nf4"]
+
+
+def test_where_nothing_helps_no_card_is_named():
+    assert smaller_cards(estimator(20, batch_size=0.1), recipe()) == []
+    assert cards()[0].gb == 8
+
+
+def test_the_peak_is_that_of_the_largest_stage():
+    stages = [SimpleNamespace(peak=peak) for peak in (3, 7, 5)]
+    assert peak_of(cast(Any, stages)) == 7
+    assert isinstance(recipe().stages[0], Stage)
