@@ -215,8 +215,9 @@ def _make(
     size = anatomy.embedding_size
     with torch.random.fork_rng(devices=[]):  # the same graft twice, whatever was drawn before
         torch.manual_seed(SEED)
-        graft: Graft = method.build(config, anatomy, parts)
+        # The projector first: the same one whatever the method, so that methods compare.
         projector = Projector.from_spec(width or size, size, spec)
+        graft: Graft = method.build(config, anatomy, parts)
     record = GraftFile(
         method=config.method,
         config=config.model_dump(mode="json"),

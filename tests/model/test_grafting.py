@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from grafting import CONFIGS, batch, graft_on, logits_of, rows, text_of
-from mmgraft import GraftedModel, IAAConfig, WingsConfig
+from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
 from mmgraft.basefiles import TensorReader
 from mmgraft.errors import UsageError
 from mmgraft.model.graft_file import TemplateChoice
@@ -205,3 +205,13 @@ def test_the_same_graft_twice_is_the_same() -> None:
     for method in ("iaa-b", "wings", "llava"):
         one, other = (graft_on("llama", CONFIGS[method]).workflows.state_dict() for _ in range(2))
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_the_projector_begins_alike_whatever_the_method() -> None:
+    """Else a comparison of methods would also compare two draws of the projector."""
+    states = [
+        graft_on("llama", config).workflow().projector.state_dict()
+        for config in (LlavaConfig(), WingsConfig(rank=4), IAAConfig(layers=[1], structure="b"))
+    ]
+    for other in states[1:]:
+        assert all(torch.equal(other[key], value) for key, value in states[0].items())
