@@ -18,6 +18,7 @@ from mmgraft.data import bad_rows
 from mmgraft.data.bad_rows import BadRow, BadRowLog
 from mmgraft.data.rows import Row
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.evaluation.sections import put_all_aside
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.graft_file import GraftFile
 from mmgraft.training import checkpoint, metrics, text_change
@@ -219,6 +220,7 @@ def _begin(run: Path, recipe: Recipe) -> None:
     shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
     (run / text_change.BEFORE).unlink(missing_ok=True)
     metrics.put_aside(run)
+    put_all_aside(run)  # they measured the graft as it was
     (run / bad_rows.FILE).unlink(missing_ok=True)
     atomic_text(run / USED_RECIPE, dump_recipe(absolute(recipe)))
     atomic_json(run / VERSIONS, versions())
