@@ -16,7 +16,18 @@ from mmgraft.errors import MMGraftError, UsageError
 
 ISSUE_COMMANDS = {
     *("graft", "train", "chat", "generate", "export", "push", "import"),
-    *("inspect", "recipes", "methods", "env", "demo", "data", "compare", "laws", "eval"),
+    *(
+        "inspect",
+        "recipes",
+        "methods",
+        "env",
+        "demo",
+        "data",
+        "compare",
+        "laws",
+        "estimate",
+        "eval",
+    ),
 }
 
 
