@@ -2,7 +2,7 @@
 
     python benchmarks/estimate_memory.py [--only NAME] [--json]
 
-Each configuration trains a random Llama of 20 to 80 million parameters for a few steps, in a
+Each configuration trains a random Llama of 16 or 67 million parameters for a few steps, in a
 process of its own that is forked after all imports. Measured is its peak resident memory above what
 it had after them.
 """
