@@ -244,8 +244,10 @@ def _attention(arms: Sequence[MeasuredArm]) -> Iterator[Claim]:
             continue
         for one in arm.sets("laws"):
             found = arm.sections["laws"].details.get(one.name, {}).get("learners_change")
-            if found is not None:
-                change = Score.parse(found, f"learners_change of {one.name}")
+            if found is None:
+                continue
+            change = Score.parse(found, f"learners_change of {one.name}")
+            if change.low or change.high:  # a visual learner alone adds to neither text: exactly 0
                 yield _claim(
                     WINGS,
                     "With the learners beside it the attention shifts less than without them.",

@@ -161,6 +161,7 @@ def test_what_the_learners_change_of_the_shift_is_held_against_the_main_branch()
     ]  # fmt: skip
     assert found[0].measured.startswith("attention shift −0.200")
     assert not claims([arm("iaa", "iaa", laws(smaller))], [])
+    assert not claims([arm("seeing", "wings", laws(score(0.0, 0.0)))], []), "0 by construction"
 
 
 def test_a_proof_without_sets_speaks_of_logits_alone() -> None:
