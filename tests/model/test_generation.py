@@ -142,7 +142,7 @@ def test_workflows_are_chosen_row_by_row(method: str) -> None:
     """Two grafts and the base in one batch of `generate`."""
     made = [
         perturb(graft_on("gemma2", CONFIGS[m], workflow=name), seed=seed)
-        for seed, (name, m) in enumerate([("mm", "iaa-c"), ("grounding", method)])
+        for seed, (name, m) in enumerate([("mm", "iaa-c"), ("grounding", method)], start=2)
     ]
     model = together(*made)
     inputs, names = mixed(), ["grounding", "mm", "text"]

@@ -272,4 +272,4 @@ def test_every_shipped_recipe_trains(parts, tmp_path, name):
     ]
     assert all(result.loss is not None and 0 < result.loss < 20 for result in results)
     assert (run / "base").exists() == (recipe.base == "full")
-    assert (run / "workflows" / "grounding").exists() == (name == "iaa-8b-14")
+    assert (run / "workflows" / "grounding").exists() == (name in ("iaa-8b-14", "grounding"))
