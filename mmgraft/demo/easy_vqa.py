@@ -153,9 +153,8 @@ def question_rows(
         rounds: Rows a picture.
         seed: Of the draw.
         balanced: Of the yes/no questions take first one whose answer is the rarer one to its
-            words, then others by turns; and put yes/no before shape and colour, so that no answer
-            earlier in the row gives them away. Without it, answering as most pictures would have
-            it is right for five of six.
+            words, then others by turns. Without it, answering as most pictures would have it is
+            right for five of six.
     """
     rng = random.Random(seed)
     found = list(found)
@@ -212,8 +211,7 @@ def _choose(
     rare = [question for question in yes_no if usual[question.text] != question.answer]
     others = [question for question in yes_no if usual[question.text] == question.answer]
     mixed = [one for pair in zip_longest(rare, others) for one in pair if one is not None]
-    chosen = mixed[: size - count]
-    return [*rng.sample(chosen, len(chosen)), *telling[:count]]
+    return rng.sample([*mixed[: size - count], *telling[:count]], size)
 
 
 def _row(name: str, image: str, pairs: Sequence[tuple[str, str | None]]) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def test_question_only_scores_what_it_is_known_to_score() -> None:
     assert right / len(test) == pytest.approx(0.670, abs=0.001)
 
 
-def test_balanced_rows_ask_the_rarer_answer_first_and_yes_no_before_what_tells() -> None:
+def test_balanced_rows_ask_for_the_rarer_answer_and_in_any_order() -> None:
     common = [Question("is there a circle?", "no", number, "train") for number in range(1, 5)]
     shown = [
         Question("what shape is present?", "circle", 0, "train"),
@@ -194,8 +194,12 @@ def test_balanced_rows_ask_the_rarer_answer_first_and_yes_no_before_what_tells()
         Question("is there a rectangle?", "no", 0, "train"),
         Question("what color is the shape?", "red", 0, "train"),
     ]
-    for seed in range(8):
+    kinds = set()
+    for seed in range(16):
         row = question_rows([*shown, *common], turns=3, seed=seed, balanced=True)[0]
         said = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
-        assert sorted(said[:2]) == ["no", "yes"]  # the rare yes and one of the others
-        assert said[2] in ("circle", "red")
+        told = [answer for answer in said if answer in ("circle", "red")]
+        assert len(told) == 1
+        assert sorted(set(said) - set(told)) == ["no", "yes"]  # the rare yes, one of the others
+        kinds.add(said.index(told[0]))
+    assert kinds == {0, 1, 2}
