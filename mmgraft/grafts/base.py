@@ -60,6 +60,7 @@ class Pass:
     images: Tensor | None = None  # (b, P, h) one dummy image a row, official Wings only
     shared: dict[Any, Any] = field(default_factory=dict)  # computed once, used by every layer
     packed: dict[int, Packed] = field(default_factory=dict)  # by kind, where a graft asked for it
+    segments: Tensor | None = None  # (b, s) which of a sequence's rows, where it holds several
 
     def on(self, device: torch.device) -> Pass:
         """This pass with its tensors on a layer's device (itself where they are there already)."""
@@ -72,7 +73,8 @@ class Pass:
                 for name in ("features", "kinds", "positions", "key_kinds", "key_positions")
             }
             packed = {kind: chosen.on(device) for kind, chosen in self.packed.items()}
-            other = replace(self, **moved, shared={}, packed=packed)
+            segments = None if self.segments is None else self.segments.to(device)
+            other = replace(self, **moved, shared={}, packed=packed, segments=segments)
             vars(other).update(any_image=self.any_image, new_image=self.new_image)
             self.shared[key] = other
         return self.shared[key]
@@ -103,6 +105,8 @@ class Pass:
         if kind not in self.shared:
             keys = torch.arange(self.key_kinds.shape[1], device=self.key_kinds.device)
             mask = (self.key_kinds == kind)[:, None, :] & (keys <= self.columns[:, None])[None]
+            if self.segments is not None:
+                mask = mask & (self.segments[:, :, None] == self.segments[:, None, :])
             seen = mask.any(-1, keepdim=True)
             self.shared[kind] = ((mask | ~seen)[:, None], seen)
         return self.shared[kind]
@@ -121,6 +125,9 @@ class Pass:
         columns = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
         there = torch.arange(width, device=columns.device) < counts[:, None]
         mask = there[:, None, :] & (columns[:, None, :] <= self.columns[:, None])  # (b, s, K)
+        if self.segments is not None:
+            theirs = self.segments.gather(1, columns)  # (b, K)
+            mask = mask & (self.segments[:, :, None] == theirs[:, None, :])
         seen = mask.any(-1, keepdim=True)
         wide = columns[..., None].expand(-1, -1, self.features.shape[-1])
         self.packed[kind] = Packed(

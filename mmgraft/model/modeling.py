@@ -19,6 +19,7 @@ from mmgraft.model.generation import WorkflowGeneration
 from mmgraft.model.loss import chunked_loss, supervised
 from mmgraft.model.rows import Rows, kinds_of, refuse_unplaced, sort_rows
 from mmgraft.model.running import Active, running
+from mmgraft.model.segments import learned_within, number, packing_blocked, refuse_beside
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class GraftedModel(WorkflowGeneration):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        segments: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run a batch whose rows may run different workflows.
@@ -122,15 +124,19 @@ class GraftedModel(WorkflowGeneration):
             logits_to_keep: Compute logits of the last positions only.
             num_items_in_batch: Supervised tokens that the summed loss is divided by; by default
                 those of this batch.
+            segments: ``(b, s)``, for several rows in one sequence: 0 at padding, another number
+                for each row than its neighbours'. No row sees another, positions begin anew with
+                each, and all rows of a sequence run its one workflow; mask, positions and cache are
+                not taken beside it.
             **kwargs: For the base.
 
         Returns:
             Loss, logits ``(b, s, vocab)`` and cache.
 
         Raises:
-            UsageError: See :func:`mmgraft.model.rows.sort_rows`; also images that do not match the
-                image positions, rows longer than a graft can represent, and labels for a base
-                whose logits are more than its head's.
+            UsageError: See :func:`mmgraft.model.rows.sort_rows` and :meth:`check_packing`; also
+                images that do not match the image positions, rows longer than a graft can
+                represent, and labels for a base whose logits are more than its head's.
         """
         new = input_ids if input_ids is not None else inputs_embeds
         if new is None:
@@ -145,11 +151,19 @@ class GraftedModel(WorkflowGeneration):
             slot,
             int(past_key_values.get_seq_length()) if past_key_values is not None else 0,
         )
+        if segments is not None:
+            refuse_beside(segments, new.shape[:2], past_key_values)
+            self.check_packing()
+            segments, position_ids = number(segments.to(new.device))
+            labels = None if labels is None else learned_within(labels, segments)
+            attention_mask, use_cache = None, False
         options = dict(kwargs, use_cache=use_cache)
         if rows.text_only:
             refuse_unplaced(pixel_values, image_features)
             if labels is not None and self.training:
-                return self._text_training(input_ids, attention_mask, labels, num_items_in_batch)
+                return self._text_training(
+                    input_ids, attention_mask, position_ids, labels, num_items_in_batch
+                )
             if slot.filled and position_ids is None and self._takes_positions:
                 past = int(past_key_values.get_seq_length())  # type: ignore[union-attr]
                 position_ids = _positions(attention_mask, past, new.shape[1], new.device)
@@ -175,12 +189,13 @@ class GraftedModel(WorkflowGeneration):
         if features is None and pixel_values is not None:
             features = self.image_features(pixel_values)
         batch = (new.shape[0], new.shape[1])
-        kinds = kinds_of(batch, mm_token_type_ids, attention_mask, embeds.device)
+        real = attention_mask if segments is None else segments
+        kinds = kinds_of(batch, mm_token_type_ids, real, embeds.device)
         embeds, images = self._merge(embeds, rows, kinds, features)
         state = self._state(
             rows, embeds, kinds, attention_mask, position_ids, past_key_values, slot
         )
-        state.images = images
+        state.images, state.segments = images, segments
         given = {
             "inputs_embeds": embeds,
             "attention_mask": self._static_mask(embeds, attention_mask, past_key_values),
@@ -211,6 +226,22 @@ class GraftedModel(WorkflowGeneration):
             attention_mask=mask,
             past_key_values=cache,
         )
+
+    def check_packing(self) -> None:
+        """Try, once for each kernel of attention, whether the base keeps rows of a sequence apart.
+
+        Raises:
+            UsageError: It does not, with the reason.
+        """
+        kernel = str(self.base.config._attn_implementation)
+        if kernel not in self._packs:
+            self._packs[kernel] = packing_blocked(self.base, self.anatomy, self._takes_positions)
+        why = self._packs[kernel]
+        if why is not None:
+            raise UsageError(
+                f"{self.anatomy.class_name} cannot hold several rows in one sequence: {why}. Leave "
+                "packing out; group_by: length saves padding too."
+            )
 
     # -- steps of the forward -------------------------------------------------------------------
 
@@ -321,6 +352,7 @@ class GraftedModel(WorkflowGeneration):
         self,
         ids: Tensor | None,
         attention_mask: Tensor | None,
+        position_ids: Tensor | None,
         labels: Tensor,
         num_items: Tensor | int | None,
     ) -> CausalLMOutputWithPast:
@@ -328,6 +360,8 @@ class GraftedModel(WorkflowGeneration):
         if not self.base_is_trained:
             return CausalLMOutputWithPast(loss=self.touch())
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask}
+        if position_ids is not None and self._takes_positions:
+            given["position_ids"] = position_ids
         with running(self.base, self.anatomy, [], None, self.gradient_checkpointing):
             hidden = self.base.base_model(**given, use_cache=False).last_hidden_state
         rows = Rows(["text"] * hidden.shape[0])

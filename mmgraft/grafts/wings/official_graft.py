@@ -91,6 +91,10 @@ class OfficialWingsGraft(Graft):
                     "the official Wings variant cannot use a cache (later tokens change earlier "
                     "outputs): pass use_cache=False."
                 )
+            if state.segments is not None:
+                raise UsageError(
+                    "the official Wings variant takes one row a sequence: leave segments out."
+                )
             width = self.config.router_width if self.config.routed else None
             state.shared["official"] = plan_official(
                 state.features,

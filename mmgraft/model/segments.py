@@ -1,0 +1,103 @@
+"""Several rows in one sequence: where each begins, and whether a base keeps them apart.
+
+A packed batch says with `segments (b, s)` which row of its sequence every position belongs to. Its
+positions begin anew with each row, and transformers makes a mask from them in which no token
+attends to another row's (`masking_utils`, where no attention mask is given).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from mmgraft.anatomy import Anatomy, get_path
+from mmgraft.errors import UsageError
+
+IGNORED = -100
+"""A label that nothing is learned from."""
+_PROBE = (5, 6)  # positions of the two rows that a base is tried with
+_NEAR = {torch.float32: 1e-3}  # of the states' own size: rounding is below, another row above
+_NEAR_IN_HALF = 0.1
+
+
+def begins(segments: Tensor) -> Tensor:
+    """True at the first position of every row and of the padding, ``(b, s)``."""
+    return F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+
+
+def number(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows by number and positions within them.
+
+    Args:
+        segments: ``(b, s)``, 0 at padding; neighbours in a sequence have different numbers.
+
+    Returns:
+        Row numbers ``(b, s)`` that no two rows of a sequence share, 0 at padding, and the
+        positions ``(b, s)``, which begin at 0 with every row.
+    """
+    first = begins(segments)
+    columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    start = torch.where(first, columns, 0).cummax(dim=-1).values
+    return first.long().cumsum(-1).masked_fill(segments == 0, 0), columns - start
+
+
+def learned_within(labels: Tensor, segments: Tensor) -> Tensor:
+    """The labels ``(b, s)`` without those that the row before would have to predict."""
+    return labels.masked_fill(begins(segments).to(labels.device), IGNORED)
+
+
+def refuse_beside(segments: Tensor, shape: Sequence[int], cache: Any) -> None:
+    """Refuse what does not go with a packed batch.
+
+    Raises:
+        UsageError: Segments of another shape than the ids, or a cache.
+    """
+    if segments.shape != torch.Size(shape):
+        raise UsageError(
+            f"segments have the shape {tuple(segments.shape)} and the ids {tuple(shape)}; give "
+            "every position the number of its row, 0 at padding."
+        )
+    if cache is not None:
+        raise UsageError("a packed batch takes no cache: give one row a sequence to decode.")
+
+
+def packing_blocked(base: PreTrainedModel, anatomy: Anatomy, takes_positions: bool) -> str | None:
+    """Why rows in one sequence of this base would not be what they are alone; None if they are.
+
+    The base is tried: a row behind another one in a sequence against the same row alone.
+    """
+    if not takes_positions:
+        return "it takes no positions, which tell rows apart"
+    kernel = str(base.config._attn_implementation)
+    near = _NEAR.get(base.dtype, _NEAR_IN_HALF)
+    before, length = _PROBE
+    embedding = get_path(base, anatomy.embedding_path)
+    device = next(embedding.parameters()).device
+    ids = torch.arange(1, before + length + 3, device=device)[None] % anatomy.vocab_size
+    segments = torch.ones_like(ids).index_fill(1, torch.arange(before, ids.shape[1]).to(device), 2)
+    segments[:, before + length :] = 0
+    alone = slice(before, before + length)
+    trains = base.training
+    base.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            whole = _states(base, ids, number(segments)[1])[:, alone]
+            one = _states(base, ids[:, alone], torch.arange(length, device=device)[None])
+    finally:
+        base.train(trains)
+    off = ((whole - one).norm() / one.norm()).item()
+    if off < near:
+        return None
+    running = next((why for why in anatomy.blocked.values() if "running state" in why), None)
+    return running or f"with {kernel} attention a row changes by what stands before it"
+
+
+def _states(base: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
+    """Final hidden states ``(1, s, h)`` in fp32."""
+    out = base.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    return out.last_hidden_state.float()
