@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from mmgraft.data.images import is_data_uri
 from mmgraft.data.padding import pad
 from mmgraft.data.processor import GraftProcessor
 from mmgraft.errors import UsageError
-from mmgraft.model.feature_cache import FeatureCache
+from mmgraft.model.feature_cache import FeatureCache, Picture
+from mmgraft.model.vision.stored import StoredImage
 
 
 class Collator:
@@ -31,7 +31,7 @@ class Collator:
         processor: GraftProcessor,
         text_rows: TextRows = "skip",
         features: FeatureCache | None = None,
-        compute: Callable[[list[Path]], Tensor] | None = None,
+        compute: Callable[[list[Picture]], Tensor] | None = None,
         workflow: str = "mm",
         multiple: int = 1,
     ):
@@ -77,8 +77,10 @@ class Collator:
         return batch
 
 
-def _paths(example: Example) -> list[str]:
+def _paths(example: Example) -> list[str | StoredImage]:
     for image in example.images:
+        if isinstance(image, StoredImage):
+            continue
         if not isinstance(image, str) or is_data_uri(image):
             raise UsageError(
                 f"{example.where}: a feature cache finds images by their files, and this one is "
@@ -87,7 +89,7 @@ def _paths(example: Example) -> list[str]:
     return list(example.images)
 
 
-def _not_cached(paths: list[Path]) -> Tensor:
+def _not_cached(paths: list[Picture]) -> Tensor:
     raise UsageError(
         f"the feature cache does not hold {paths[0]}; compute the features of all images first"
     )

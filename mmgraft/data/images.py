@@ -6,13 +6,16 @@ import base64
 import io
 import os
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from mmgraft.errors import UsageError
 from mmgraft.model.vision.images import BadImage, decode, load_image, look_at, to_rgb
+from mmgraft.model.vision.stored import StoredImage
+
+T = TypeVar("T")
 
 _DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
@@ -27,19 +30,18 @@ def open_images(images: Sequence[Any], where: str) -> list[Image.Image]:
 
 
 def open_image(image: Any, where: str) -> Image.Image:
-    """Open one path, data URI or PIL image as RGB; see `open_images`."""
+    """Open one path, data URI, stored or PIL image as RGB; see `open_images`."""
     if isinstance(image, Image.Image):
         return to_rgb(image)
+    if isinstance(image, StoredImage):
+        return _named(load_image, image, where)
     if not isinstance(image, str | os.PathLike):
         raise UsageError(f"{where}: an image of type {type(image).__name__}; give a path")
     name = os.fspath(image)
     if is_data_uri(name):
         return _open_data_uri(name, where)
     refuse_web(name, where)
-    try:
-        return load_image(name.removeprefix("file://"))
-    except BadImage as error:
-        raise BadImage(f"{where}: {error}", error.fault) from error
+    return _named(load_image, name.removeprefix("file://"), where)
 
 
 def check_image(image: Any, where: str) -> tuple[int, int]:
@@ -48,12 +50,19 @@ def check_image(image: Any, where: str) -> tuple[int, int]:
     Raises:
         UsageError: as `open_image`.
     """
+    if isinstance(image, StoredImage):
+        return _named(look_at, image, where)
     if not isinstance(image, str | os.PathLike) or is_data_uri(os.fspath(image)):
         return open_image(image, where).size
     name = os.fspath(image)
     refuse_web(name, where)
+    return _named(look_at, name.removeprefix("file://"), where)
+
+
+def _named(read: Callable[[Any], T], image: Any, where: str) -> T:
+    """What a reader gives; its error names the row as well."""
     try:
-        return look_at(name.removeprefix("file://"))
+        return read(image)
     except BadImage as error:
         raise BadImage(f"{where}: {error}", error.fault) from error
 

@@ -21,11 +21,15 @@ from torch import Tensor
 from mmgraft.errors import MMGraftError
 from mmgraft.model.vision.base import VisionTower
 from mmgraft.model.vision.images import load_image
+from mmgraft.model.vision.stored import StoredImage
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 _STALE_SECONDS = 3600
+
+Picture = Path | StoredImage
+"""An image file, or a picture inside another file."""
 
 
 class FeatureCache:
@@ -64,8 +68,8 @@ class FeatureCache:
 
     def get_many(
         self,
-        paths: Sequence[str | Path],
-        compute: Callable[[list[Path]], Tensor],
+        paths: Sequence[str | Picture],
+        compute: Callable[[list[Picture]], Tensor],
         batch_size: int = 32,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
@@ -75,7 +79,7 @@ class FeatureCache:
         shares shards.
 
         Args:
-            paths: Image files; equal pictures are computed once.
+            paths: Image files, or pictures inside others; equal pictures are computed once.
             compute: Features of some files: k paths -> (k, P, hidden). See `tower_features`.
             batch_size: Files that `compute` gets at a time.
             progress: Called with (computed, to compute) after every batch.
@@ -87,19 +91,20 @@ class FeatureCache:
         Raises:
             UsageError: From `load_image`, for a missing or broken file.
         """
-        keys = [self._digest(Path(path)) for path in paths]
+        pictures = [Path(path) if isinstance(path, str) else path for path in paths]
+        keys = [self._digest(picture) for picture in pictures]
         if any(key not in self._rows for key in keys):
             self._read_new_shards()
         found: dict[str, Tensor] = {}
-        missing: dict[str, Path] = {}
+        missing: dict[str, Picture] = {}
         used: set[Path] = set()
-        for key, path in zip(keys, paths, strict=True):
+        for key, picture in zip(keys, pictures, strict=True):
             if key in self._rows:
                 shard, row = self._rows[key]
                 found[key] = self._shards[shard][row]
                 used.add(shard)
             else:
-                missing[key] = Path(path)
+                missing[key] = picture
         for shard in used:
             with contextlib.suppress(OSError):
                 os.utime(shard)
@@ -111,8 +116,8 @@ class FeatureCache:
 
     def _compute(
         self,
-        missing: dict[str, Path],
-        compute: Callable[[list[Path]], Tensor],
+        missing: dict[str, Picture],
+        compute: Callable[[list[Picture]], Tensor],
         batch_size: int,
         progress: Callable[[int, int], None] | None,
     ) -> Iterator[tuple[list[str], Tensor]]:
@@ -136,13 +141,15 @@ class FeatureCache:
         if parts:
             yield keys, torch.cat(parts)
 
-    def _digest(self, path: Path) -> str:
+    def _digest(self, path: Picture) -> str:
         try:
+            if isinstance(path, StoredImage):
+                return path.digest()
             stat = path.stat()
             known = (str(path), stat.st_mtime_ns, stat.st_size)
             if known not in self._digests:
                 self._digests[known] = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError:
+        except (OSError, EOFError):
             load_image(path)  # says what is wrong with the file
             raise
         return self._digests[known]
@@ -212,7 +219,7 @@ class FeatureCache:
             total -= size
 
 
-def tower_features(tower: VisionTower) -> Callable[[list[Path]], Tensor]:
+def tower_features(tower: VisionTower) -> Callable[[list[Picture]], Tensor]:
     """A `compute` for `FeatureCache.get_many`: read, preprocess, run the tower.
 
     Raises:
@@ -220,7 +227,7 @@ def tower_features(tower: VisionTower) -> Callable[[list[Path]], Tensor]:
         MMGraftError: From the returned function, where the features are not finite.
     """
 
-    def compute(paths: list[Path]) -> Tensor:
+    def compute(paths: list[Picture]) -> Tensor:
         features = tower(tower.preprocess([load_image(path) for path in paths]))
         if not torch.isfinite(features).all():
             raise MMGraftError(

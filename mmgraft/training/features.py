@@ -13,9 +13,10 @@ from mmgraft.data.content import images_of_all
 from mmgraft.data.images import is_data_uri, open_image
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
-from mmgraft.model.feature_cache import FeatureCache, tower_features
+from mmgraft.model.feature_cache import FeatureCache, Picture, tower_features
 from mmgraft.model.vision.base import VisionTower
 from mmgraft.model.vision.images import BadImage, load_image
+from mmgraft.model.vision.stored import StoredImage
 
 
 class Shown(Protocol):
@@ -57,27 +58,27 @@ def fill_cache(
     Raises:
         UsageError: A row whose image is no file, or a file that cannot be read.
     """
-    found: dict[Path, Shown] = {}  # the first row that shows a file
-    for row in rows:
+    found: dict[Picture, int] = {}  # the first row that shows a file
+    for at, row in enumerate(rows):
         try:
-            for path in [Path(_file(image, row)) for image in images_of_all(row.messages)]:
-                found.setdefault(path, row)
+            for path in [_file(image, row) for image in images_of_all(row.messages)]:
+                found.setdefault(path, at)
         except UsageError as error:
             if bad is None:
                 raise
             bad.append(BadRow.of(cast(Row, row), error))
     plain = tower_features(tower)
 
-    def compute(paths: list[Path]) -> torch.Tensor:
+    def compute(paths: list[Picture]) -> torch.Tensor:
         try:
             return plain(paths)
         except UsageError:
             for path in paths:
-                open_image(path, found[path].where)  # the same error, with its row
+                open_image(path, rows[found[path]].where)  # the same error, with its row
             raise
 
     try:
-        cache.get_many(sorted(found), compute, progress=progress)
+        cache.get_many(sorted(found, key=str), compute, progress=progress)
     except UsageError:
         if bad is None:
             raise
@@ -88,15 +89,15 @@ def fill_cache(
             for path in dict.fromkeys(map(_path, images_of_all(row.messages)))
             if path in unusable
         ]
-        left = sorted(path for path in found if path not in unusable)
+        left = sorted((path for path in found if path not in unusable), key=str)
         cache.get_many(left, compute, progress=progress)
         return len(left)
     return len(found)
 
 
-def _unusable(paths: Iterable[Path]) -> dict[Path, BadImage]:
+def _unusable(paths: Iterable[Picture]) -> dict[Picture, BadImage]:
     """Every file that cannot be opened, and why; all are decoded, so only once one has failed."""
-    errors: dict[Path, BadImage] = {}
+    errors: dict[Picture, BadImage] = {}
     for path in paths:
         try:
             load_image(path)
@@ -109,13 +110,15 @@ def _named(error: BadImage, row: Shown) -> BadImage:
     return BadImage(f"{row.where}: {error}", error.fault)
 
 
-def _path(image: object) -> Path | None:
+def _path(image: object) -> Picture | None:
+    if isinstance(image, StoredImage):
+        return image
     return Path(image) if isinstance(image, str) and not is_data_uri(image) else None
 
 
-def _file(image: object, row: Shown) -> str:
-    if isinstance(image, str) and not is_data_uri(image):
-        return image
+def _file(image: object, row: Shown) -> Picture:
+    if (path := _path(image)) is not None:
+        return path
     raise UsageError(
         f"{row.where}: the row holds its image in itself, and feature_cache keeps features of "
         "image files; write the image as a file, or set feature_cache: false"

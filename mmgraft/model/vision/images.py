@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmgraft.errors import UsageError
+from mmgraft.model.vision.stored import StoredImage
 
 Fault = Literal["missing", "broken", "enormous", "outside"]
 
@@ -34,7 +35,7 @@ class BadImage(UsageError):
         self.fault: Fault = fault
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path | StoredImage) -> Image.Image:
     """Read an image file whole and make it RGB, turned upright as its EXIF data says.
 
     Raises:
@@ -44,7 +45,7 @@ def load_image(path: str | Path) -> Image.Image:
     return _with_file(path, decode)
 
 
-def look_at(path: str | Path) -> tuple[int, int]:
+def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
     """Width and height of an image file, without decoding it where its two ends are in order.
 
     The head says that it is a picture, and how large; the end, whether it was cut short. Only a
@@ -58,7 +59,7 @@ def look_at(path: str | Path) -> tuple[int, int]:
     def look(file: IO[bytes]) -> tuple[int, int]:
         with _no_bombs(), Image.open(file) as image:
             size, ending = image.size, _ENDS.get(str(image.format))
-        file.seek(-min(16, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        file.seek(-min(16, file.seek(0, os.SEEK_END)), os.SEEK_END)
         if ending is None or not file.read().endswith(ending):
             file.seek(0)
             decode(file)
@@ -81,16 +82,16 @@ def _no_bombs() -> Iterator[None]:
         yield
 
 
-def _with_file(path: str | Path, read: Callable[[IO[bytes]], T]) -> T:
-    path = Path(path)
-    if not path.is_file():
+def _with_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) -> T:
+    path = path if isinstance(path, StoredImage) else Path(path)
+    if isinstance(path, Path) and not path.is_file():
         raise BadImage(
             f"Image file not found: {path}. Check the path (relative ones count from the folder of "
             "the data file) or leave the row out.",
             "missing",
         )
     try:
-        with path.open("rb") as file:
+        with path.open() if isinstance(path, StoredImage) else path.open("rb") as file:
             return read(file)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(

@@ -1,0 +1,56 @@
+"""A picture inside a file of many: a member of a tar, a cell of a table."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """Where a picture's bytes lie; they are read when they are asked for.
+
+    Two are the same where their names are.
+
+    Attributes:
+        name: as an error says it: "shard.tar/0001.jpg".
+        data: the bytes, or a buffer of a file that is mapped into memory; None: they are in `file`.
+        file: that holds them.
+        offset: of the first byte in `file`.
+        size: in bytes.
+    """
+
+    name: str
+    data: Any = field(default=None, compare=False, repr=False)
+    file: str = field(default="", compare=False)
+    offset: int = field(default=0, compare=False)
+    size: int = field(default=0, compare=False)
+
+    def read(self) -> bytes:
+        """The bytes of the picture.
+
+        Raises:
+            OSError: the file cannot be read; EOFError, if it has become shorter.
+        """
+        if self.data is not None:
+            return bytes(self.data)
+        with Path(self.file).open("rb") as file:
+            file.seek(self.offset)
+            found = file.read(self.size)
+        if len(found) < self.size:
+            raise EOFError(f"{self.file} is shorter than it was")
+        return found
+
+    def open(self) -> io.BytesIO:
+        """The bytes as a file."""
+        return io.BytesIO(self.read())
+
+    def digest(self) -> str:
+        """SHA-256 of the bytes, which is the same in whatever file they lie."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+    def __str__(self) -> str:
+        return self.name
