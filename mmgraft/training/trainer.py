@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,12 +23,14 @@ from mmgraft.training.checkpoint import (
 )
 from mmgraft.training.devices import memory_in_use
 from mmgraft.training.finite import FiniteWatch, RandomState
+from mmgraft.training.loss_log import LossSum
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.sampler import EpochSampler
 from mmgraft.training.stages import RateGroup
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
+    from mmgraft.training.grouping import Order
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -103,6 +106,7 @@ class GraftTrainer(Trainer):
         eval_dataset: Rows to evaluate on.
         callbacks: Further callbacks.
         on_bad: Told of rows that could not be used when the batch without them is, and the step.
+        sampler: The order of the rows; by default all of them, drawn anew every epoch.
     """
 
     def __init__(
@@ -117,16 +121,19 @@ class GraftTrainer(Trainer):
         eval_dataset: Dataset[Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         on_bad: Callable[[Sequence[BadRow], int], None] = lambda rows, step: None,
+        sampler: Order | None = None,
     ) -> None:
         self.on_bad = on_bad
         self.stage = stage
         self.groups = list(groups)
         self.keep = keep
-        self.sampler = EpochSampler(len(train_dataset), stage.seed or 0)  # type: ignore[arg-type]
+        count = len(cast(Any, train_dataset))
+        self.sampler: Order = sampler or EpochSampler(count, stage.seed or 0)
         self._tokens = 0
         self._since = time.perf_counter()
         self._rates: dict[str, float] = {}
         self._watch = FiniteWatch(stage.name)
+        self._losses = LossSum()
         self._random: RandomState | None = None
         self._rows: Sequence[str] = ()
         super().__init__(
@@ -176,7 +183,7 @@ class GraftTrainer(Trainer):
 
     # -- data -----------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self.sampler
 
     def _get_num_items_in_batch(
@@ -244,7 +251,9 @@ class GraftTrainer(Trainer):
     ) -> Tensor:
         """One forward and backward pass; counts positions for the display."""
         self._tokens += int(inputs["attention_mask"].sum())
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses.add(loss)
+        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -253,6 +262,7 @@ class GraftTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._losses.keep(self.state.global_step)
         self._random = RandomState.now(self.state.global_step)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -276,6 +286,7 @@ class GraftTrainer(Trainer):
             step, ranks = self.state.global_step, self.args.world_size
             self._watch.check_evaluation(step, logs["eval_loss"], ranks)
         if "loss" in logs:
+            logs["loss"] = self._mean_loss()
             now = time.perf_counter()
             logs["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
             self._tokens, self._since = 0, now
@@ -286,34 +297,62 @@ class GraftTrainer(Trainer):
             logs.update({f"lr/{name}": rate for name, rate in self._rates.items()})
         super().log(logs, start_time)
 
+    def _mean_loss(self) -> float:
+        """Of a step since the last log, over all ranks; a resumed run knows of those before it."""
+        step, steps = self.state.global_step, self.state.global_step - self._losses.step
+        mean = float(self._loss_sums().mean()) / steps
+        self._losses.begin(step)
+        return mean
+
+    def _loss_sums(self) -> Tensor:
+        """Losses since the last log, one sum a rank."""
+        own = self._losses.value().to(self.args.device)
+        return own if self.args.world_size == 1 else cast(Tensor, self.accelerator.gather(own))
+
     # -- checkpoints ----------------------------------------------------------------------------
 
     def save_now(self) -> None:
         """Write a checkpoint of the last step that was taken, as it would have been then."""
         if self._random is not None and self._random.step == self.state.global_step:
             self._random.restore()
+        self._losses.restore(self.state.global_step)
         self._save_checkpoint(cast(nn.Module, self.model))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         folder = Path(cast(str, self.args.output_dir))
         target = folder / f"checkpoint-{self.state.global_step}"
+        sums, states = self._loss_sums(), self._random_states()
         if self.args.should_save:
-            write_checkpoint(target, self._write_state)
+            write_checkpoint(target, lambda path: self._write_state(path, sums, states))
             rotate(folder, self.keep)
         self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            self._save_rng_state(str(target))  # every rank has its own random numbers
 
-    def _write_state(self, folder: Path) -> None:
+    def _write_state(self, folder: Path, sums: Tensor, states: Mapping[str, bytes]) -> None:
         save_tensors(cast(nn.Module, self.model), folder)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_rng_state(str(folder))
+        for name, state in states.items():
+            (folder / name).write_bytes(state)
+        self._losses.write(folder, sums)
         self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _random_states(self) -> dict[str, bytes]:
+        """Random numbers to come of all ranks, by file: one checkpoint holds them, whole."""
+        if self.args.world_size == 1:
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            found = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        parts: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(parts, found)
+        return {name: state for part in parts for name, state in part.items()}
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        load_tensors(cast(nn.Module, self.model), Path(resume_from_checkpoint))
+        folder, args = Path(resume_from_checkpoint), self.args
+        load_tensors(cast(nn.Module, self.model), folder)
+        self._losses.read(folder, args.process_index, args.world_size, args.device)
 
 
 class _Epochs(TrainerCallback):
