@@ -123,21 +123,41 @@ class RowDataset(Dataset[Example]):
         """
         skipped: list[BadRow] = []
         for step in range(len(self.rows)):
-            at = (index + step) % len(self.rows)
-            if self._flags[at] & _SKIPPED:
-                continue
-            try:
-                return replace(self._example(at), skipped=tuple(skipped))
-            except UsageError as error:
-                if self.on_bad_row == "error":
-                    raise
-                self._flags[at] |= _SKIPPED
-                skipped.append(BadRow.of(self.rows[at], error))
+            example = self._usable((index + step) % len(self.rows), skipped)
+            if example is not None:
+                return replace(example, skipped=tuple(skipped))
         last = f"; the last one: {skipped[-1].reason}" if skipped else ""
         raise UsageError(
             f"not one of {len(self.rows)} rows can be used{last}\nlook at all of them with: "
             "mmgraft data check"
         )
+
+    def together(self, indices: Sequence[int]) -> list[Example]:
+        """Rows that were chosen to go together, without those that cannot be used.
+
+        Where none is left, the next good row stands for all.
+
+        Raises:
+            UsageError: as for one row.
+        """
+        skipped: list[BadRow] = []
+        found = [self._usable(index, skipped) for index in indices]
+        good = [example for example in found if example is not None] or [self[indices[0]]]
+        return [replace(good[0], skipped=(*skipped, *good[0].skipped)), *good[1:]]
+
+    def length(self, index: int) -> int | BadRow:
+        """Positions of a row as it is trained on, or why it cannot be used; no image is opened.
+
+        Raises:
+            UsageError: for a row that cannot be used, where such rows are not skipped.
+        """
+        try:
+            return len(self._encoded(self.rows[index])[0])
+        except UsageError as error:
+            if self.on_bad_row == "error":
+                raise
+            self._flags[index] |= _SKIPPED
+            return BadRow.of(self.rows[index], error)
 
     def check(self, most: int = 1000) -> None:
         """Tokenise rows before any of them is needed; no image is opened.
@@ -167,6 +187,19 @@ class RowDataset(Dataset[Example]):
             "cut": int((self._flags & _CUT).ne(0).sum()),
             "skipped": int((self._flags & _SKIPPED).ne(0).sum()),
         }
+
+    def _usable(self, index: int, skipped: list[BadRow]) -> Example | None:
+        """A row, or None, noted in `skipped`, where it cannot be used and such rows are skipped."""
+        if self._flags[index] & _SKIPPED:
+            return None
+        try:
+            return self._example(index)
+        except UsageError as error:
+            if self.on_bad_row == "error":
+                raise
+            self._flags[index] |= _SKIPPED
+            skipped.append(BadRow.of(self.rows[index], error))
+            return None
 
     def _example(self, index: int) -> Example:
         row = self.rows[index]

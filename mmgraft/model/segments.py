@@ -94,7 +94,7 @@ def packing_blocked(base: PreTrainedModel, anatomy: Anatomy, takes_positions: bo
     if off < near:
         return None
     running = next((why for why in anatomy.blocked.values() if "running state" in why), None)
-    return running or f"with {kernel} attention a row changes by what stands before it"
+    return running or f"with {kernel} attention its code in transformers lets one row see another"
 
 
 def _states(base: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:

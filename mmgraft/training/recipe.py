@@ -24,6 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 TextRows = Literal["skip", "graft", "base"]
 Precision = Literal["bf16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 
 
 class DataEntry(StrictModel):
@@ -91,6 +92,12 @@ class Stage(StrictModel):
         default=None, ge=8, description="positions in a row, images counted"
     )
     gradient_checkpointing: bool = False
+    packing: bool = Field(
+        default=False, description="several rows in a sequence of up to max_length positions"
+    )
+    group_by: Literal["length", "modality"] | None = Field(
+        default=None, description="rows of a batch alike in length, or all with or without an image"
+    )
     template: str | None = Field(
         default=None, description="chat, plain or a jinja file; None: the graft's own"
     )
@@ -119,6 +126,15 @@ class Stage(StrictModel):
             raise ValueError(f"stage {self.name!r}: give epochs or max_steps, not both")
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             raise ValueError(f"stage {self.name!r}: give warmup_ratio or warmup_steps, not both")
+        if self.packing and self.max_length is None:
+            raise ValueError(
+                f"stage {self.name!r}: packing fills sequences of max_length positions; give "
+                "max_length"
+            )
+        if self.packing and self.group_by is not None:
+            raise ValueError(
+                f"stage {self.name!r}: packing leaves nothing to group; give packing or group_by"
+            )
         if isinstance(self.lr, dict) and "default" not in self.lr:
             missing = [group for group in self.train if group not in self.lr]
             if missing:
@@ -166,6 +182,9 @@ class Recipe(StrictModel):
         default=False,
         description="compute the tower once an image: true keeps it in the run, or a folder",
     )
+    attention: Attention | None = Field(
+        default=None, description="kernel of the base's attention; None: the one transformers takes"
+    )
     workers: int = Field(default=0, ge=0, description="processes that load rows")
     on_bad_row: OnBadRow = Field(
         default="error",
@@ -196,6 +215,7 @@ class Recipe(StrictModel):
         for stage in self.stages:
             self._check_groups(stage)
             self._check_text_rows(stage)
+            self._check_batches(stage)
             self._check_path(stage)
         return self
 
@@ -248,6 +268,20 @@ class Recipe(StrictModel):
         if wanted == "base" and self.base != "full":
             raise ValueError("text_rows: base needs base: full; write skip or graft")
 
+    def _check_batches(self, stage: Stage) -> None:
+        if stage.group_by == "modality" and self._text_rows_of(stage) == "skip":
+            raise ValueError(
+                f"stage {stage.name!r}: group_by: modality tells rows with an image from those "
+                "without, and text_rows: skip leaves the latter out; write group_by: length, or "
+                "text_rows: graft"
+            )
+        flash = self.attention is not None and self.attention.startswith("flash")
+        if stage.packing and flash and stage.batch_size > 1:
+            raise ValueError(
+                f"stage {stage.name!r}: {self.attention} keeps packed rows apart in one sequence "
+                "only; write batch_size: 1 and a larger max_length or accumulate"
+            )
+
     def _check_path(self, stage: Stage) -> None:
         where = f"stage {stage.name!r}"
         if self.method != "wings" and (stage.learners is not None or stage.router is not None):
@@ -273,20 +307,23 @@ class Recipe(StrictModel):
         """
         stages = []
         for stage in self.stages:
-            rows = stage.text_rows or self.text_rows
-            if rows is None or (rows == "base" and not stage.trains_base):
-                rows = "base" if stage.trains_base else "skip"
             epochs = 1.0 if stage.epochs is None and stage.max_steps is None else stage.epochs
             settings = {
                 "data": stage.data if stage.data is not None else self.data,
                 "workflow": stage.workflow or self.workflow or workflow,
-                "text_rows": rows,
+                "text_rows": self._text_rows_of(stage),
                 "precision": stage.precision or self.precision,
                 "seed": self.seed if stage.seed is None else stage.seed,
                 "epochs": epochs,
             }
             stages.append(stage.model_copy(update=settings))
         return self.model_copy(update={"stages": stages})
+
+    def _text_rows_of(self, stage: Stage) -> TextRows:
+        rows = stage.text_rows or self.text_rows
+        if rows is None or (rows == "base" and not stage.trains_base):
+            return "base" if stage.trains_base else "skip"
+        return rows
 
     def data_to_set(self) -> Sequence[str]:
         """Keys of data that is still empty, as a user writes them: ``stages[0].data[0].path``."""

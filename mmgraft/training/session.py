@@ -18,6 +18,7 @@ from mmgraft.data.bad_rows import BadRow, key_of
 from mmgraft.data.collate import Collator
 from mmgraft.data.dataset import RowDataset
 from mmgraft.data.loading import load_processor
+from mmgraft.data.packing import PackCollator, examples_of
 from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.data.template import resolve_template
@@ -32,6 +33,7 @@ from mmgraft.training.bad_rows import BadRows
 from mmgraft.training.devices import is_main_rank
 from mmgraft.training.features import fill_cache, open_cache
 from mmgraft.training.finite import NotFinite, is_finite
+from mmgraft.training.grouping import arrange
 from mmgraft.training.recipe import Stage
 from mmgraft.training.stages import open_stage
 from mmgraft.training.stopping import Stopper, TrainingStopped
@@ -207,18 +209,30 @@ class Session:
             features,
             compute=None if features is None else tower_features(self._tower()),
         )
+        if stage.packing:
+            self.model.check_packing()
+            collator = PackCollator(collator)
         name = f"{plan.run.resolve().name}-{stage.name}"
+        arguments = training_arguments(plan.recipe, stage, folder, plan.device, name)
+        kept = plan.resume and index == plan.first
+        arranged = arrange(
+            rows, stage, folder, arguments.world_size, plan.recipe.workers, kept=kept
+        )
+        self.bad_rows.put(arranged.bad, stage.name, 0)
+        if arranged.says is not None:
+            self.announce(arranged.says)
         return GraftTrainer(
             self.model,
-            training_arguments(plan.recipe, stage, folder, plan.device, name),
+            arguments,
             stage,
             groups,
-            rows,
+            arranged.dataset,
             _Batches(collator),
             keep=plan.recipe.keep_checkpoints,
             eval_dataset=evaluated,
             callbacks=callbacks,
             on_bad=lambda bad, step: self.bad_rows.put(bad, stage.name, step),
+            sampler=arranged.sampler,
         )
 
     def _dataset(
@@ -291,6 +305,7 @@ class Session:
             dtype=torch.float32 if full else torch.bfloat16,
             device_map=device_map,
             quantization=plan.recipe.quantization,
+            attn_implementation=plan.recipe.attention,
             graft_dtype=torch.float32,
         )
         _rename(model, stage.workflow)
@@ -349,11 +364,11 @@ class Session:
 class _Batches:
     """A collator's batches without what the model does not take."""
 
-    def __init__(self, collator: Collator) -> None:
+    def __init__(self, collator: Collator | PackCollator) -> None:
         self.collator = collator
 
-    def __call__(self, examples: Any) -> dict[str, Any]:
-        batch = self.collator(examples)
+    def __call__(self, items: Any) -> dict[str, Any]:
+        batch, examples = self.collator(items), examples_of(items)
         del batch["row_ids"]
         batch["rows"] = [example.where for example in examples]  # names more than an id does
         batch["bad_rows"] = [row for example in examples for row in example.skipped]
