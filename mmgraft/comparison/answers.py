@@ -180,7 +180,7 @@ def _measure(
             )
             for row in rows
         ]
-        return measure_texts(texts)
+        return measure_texts(texts, together=groups_of(items) if spec.chat else None)
     groups: list[str | int] = [*groups_of(items)]
     if spec.metric != "choice":
         return measure_answers(spec, items, [str(row["answer"]) for row in rows]), groups

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.set_spec import SetSpec, dialogue_sets
 from mmgraft.model.vision.spec import VisionSpec
 from mmgraft.recipe_files import recipe_dir
 from mmgraft.strict import StrictModel
@@ -130,7 +130,7 @@ class Comparison(StrictModel):
     @property
     def choices(self) -> list[SetSpec]:
         """What dialogues are built of."""
-        return [one for one in self.evaluation if one.metric == "choice"]
+        return dialogue_sets(self.evaluation)
 
     def all_arms(self) -> dict[str, Arm]:
         """The arms in order, a grid's expanded, each with its recipe and all that is set in it."""

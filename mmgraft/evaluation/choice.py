@@ -186,7 +186,7 @@ def _plain(
     if item.has_image or len(item.messages) != 1:
         raise UsageError(
             f"{item.where}: {'an image' if item.has_image else 'several turns'} cannot be asked as "
-            "plain text; ask through the chat template"
+            "plain text; ask through the chat template (chat: true in a set of text)"
         )
     tokenizer = processor.tokenizer
     question = str(item.messages[0]["content"])

@@ -71,7 +71,7 @@ def read_items(spec: SetSpec, root: Path | None = None) -> list[Item]:
     Records are objects of a JSON list or of lines of JSON, or lines of a CSV file. One is either a
     LLaVA row or messages, whose last assistant turn is the answer, or has keys of its own: see
     :data:`mmgraft.evaluation.set_spec.COLUMNS`, and `columns` for other names. A `passage` or
-    `context` goes before the question. For `perplexity` any other file is one text.
+    `context` goes before the question. For `perplexity` of plain text any other file is one text.
 
     `options` are a list, an object, lettered lines ("A. one") or columns A, B, C; the answer is an
     option, its letter or its number from 0. A `box` is in pixels of its image.
@@ -81,8 +81,8 @@ def read_items(spec: SetSpec, root: Path | None = None) -> list[Item]:
         root: What relative paths start from; default: the working folder.
 
     Returns:
-        Items with what the metric needs. For `perplexity` the text is the item's `question`, and
-        it has no messages.
+        Items with what the metric needs. For `perplexity` of plain text the text is the item's
+        `question`, and it has no messages; of chats it is the first of its `answers`.
 
     Raises:
         UsageError: It names file and row: a missing image, an empty set, an unknown column, an
@@ -100,7 +100,7 @@ def read_items(spec: SetSpec, root: Path | None = None) -> list[Item]:
         found = [(place, record) for place, record in found if place not in damaged]
     keys = list(dict.fromkeys(key for _, record in found for key in record))
     reader.fields.check(keys, str(path))
-    if spec.metric == "perplexity":
+    if spec.metric == "perplexity" and not spec.chat:
         found = reader.texts(found)
     chosen = reader.named(found)
     if spec.limit is not None and spec.limit < len(chosen):
@@ -158,7 +158,8 @@ class _ItemReader:
         self.spec, self.file, self.fields = spec, str(path), fields
         self.rows = RowReader(self.file, images, "auto", check_images=True)
         self.prompt = spec.prompt
-        if spec.prompt is None and spec.metric == "choice" and spec.modality == "text":
+        plain = spec.modality == "text" and not spec.chat
+        if spec.prompt is None and spec.metric == "choice" and plain:
             self.prompt = TEXT_CHOICE_PROMPT
         if spec.prompt is not None and spec.metric != "caption" and "{question}" not in spec.prompt:
             raise UsageError(
@@ -208,7 +209,7 @@ class _ItemReader:
         kind, group = self.fields.get(record, "kind"), self.fields.get(record, "group")
         kind = None if kind is None else str(kind)
         named: dict[str, Any] = {"id": index, "kind": kind, "file": self.file, "place": place}
-        if self.spec.metric == "perplexity":
+        if self.spec.metric == "perplexity" and not self.spec.chat:
             text = self.fields.get(record, "text")
             return Item(messages=(), question=text, group=str(group or index), **named)
         options = self.fields.options(record, where)
@@ -295,6 +296,8 @@ class _ItemReader:
             raise UsageError(
                 f"{where}: no answer to compare with; name its column (columns: answer: ...)"
             )
+        if metric == "perplexity" and not answers[0]:
+            raise UsageError(f"{where}: an empty answer; write one, or leave the row out")
         if metric == "yes_no" and answers[0].lower().strip(" .!") not in ("yes", "no"):
             raise UsageError(
                 f"{where}: the answer is {answers[0]!r}, and yes_no needs yes or no; write "

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmgraft.data.template import source_of
 from mmgraft.evaluation.choice import ChoiceScore, score_choices
 from mmgraft.evaluation.items import Item
 from mmgraft.evaluation.kept_answers import choice_row, numbers_of, read_choice_row
-from mmgraft.evaluation.perplexity import TextScore, WindowScore, score_texts
+from mmgraft.evaluation.perplexity import TextScore, WindowScore, conversation, score_texts
 from mmgraft.evaluation.predictions import FOLDER as PREDICTIONS
 from mmgraft.evaluation.predictions import Predictions, fingerprint_items
 from mmgraft.evaluation.results import FOLDER as RESULTS
@@ -56,7 +59,7 @@ class KeptScores:
     progress: Callable[[int, int], None] = lambda done, total: None
 
     def choices(
-        self, name: str, items: Sequence[Item], letters: bool, same: bool
+        self, name: str, items: Sequence[Item], letters: bool, same: bool, chat: bool = False
     ) -> list[ChoiceScore]:
         """The graft's scores of options.
 
@@ -65,34 +68,49 @@ class KeptScores:
             items: Its items.
             letters: See :func:`mmgraft.evaluation.choice.score_choices`.
             same: The base is known to give the same: what is kept of it is taken.
+            chat: Ask through the graft's template; else as plain text.
         """
-        kept = self._kept(name, items, {"letters": letters}, {"graft": self.graft})
+        settings = {"letters": letters, **self._chat(chat)}
+        kept = self._kept(name, items, settings, {"graft": self.graft})
         if same and self.base_cache is not None:
-            known = self.base_choices(name, items, letters)
+            known = self.base_choices(name, items, letters, chat)
             _add(kept, items, (choice_row(*pair) for pair in zip(items, known, strict=True)))
-        return self._choices(self.model, kept, items, letters)
+        return self._choices(self.model, kept, items, letters, chat)
 
-    def base_choices(self, name: str, items: Sequence[Item], letters: bool) -> list[ChoiceScore]:
-        """The base's scores of options."""
+    def base_choices(
+        self, name: str, items: Sequence[Item], letters: bool, chat: bool = False
+    ) -> list[ChoiceScore]:
+        """The base's scores of options, asked the same ids."""
         base = self._base
-        kept = self._kept(name, items, {"letters": letters}, {_BASE: base.fingerprint})
-        return self._choices(base.model, kept, items, letters)
+        settings = {"letters": letters, **self._chat(chat)}
+        kept = self._kept(name, items, settings, {_BASE: base.fingerprint})
+        return self._choices(base.model, kept, items, letters, chat)
 
-    def texts(self, name: str, items: Sequence[Item], same: bool) -> list[TextScore]:
-        """The graft's scores of texts, and in the same pass the base's unless it is the same."""
+    def texts(
+        self, name: str, items: Sequence[Item], same: bool, chat: bool = False
+    ) -> list[TextScore]:
+        """The graft's scores of texts, and in the same pass the base's unless it is the same.
+
+        Args:
+            name: Of the set.
+            items: Its items.
+            same: The base is known to give the same: what is kept of it is taken.
+            chat: They are chats, whose answers are predicted.
+        """
+        settings, whole = self._chat(chat), _chats(items) if chat else items
         if self.base is None or same:
-            kept = self._kept(name, items, {}, {"graft": self.graft})
+            kept = self._kept(name, whole, settings, {"graft": self.graft})
             if same and self.base_cache is not None:
-                known = self._base_texts(name, items)
+                known = self._base_texts(name, items, chat)
                 _add(kept, items, map(_text_row, known))
-            return self._texts(self.model, None, kept, items)
+            return self._texts(self.model, None, kept, items, chat)
         asked = {"graft": self.graft, _BASE: self._base.fingerprint}
-        kept = self._kept(name, items, {}, asked)
-        return self._texts(self.model, self._base.model, kept, items)
+        kept = self._kept(name, whole, settings, asked)
+        return self._texts(self.model, self._base.model, kept, items, chat)
 
-    def compared(self, items: Sequence[Item]) -> list[TextScore]:
+    def compared(self, items: Sequence[Item], chat: bool = False) -> list[TextScore]:
         """Texts asked of both, whatever is kept."""
-        return score_texts(self.model, self.processor, items, base=self._base.model)
+        return score_texts(self.model, self.processor, items, base=self._base.model, chat=chat)
 
     def file(self, name: str, of_base: bool = False) -> Path:
         """Where a set's scores lie."""
@@ -113,9 +131,19 @@ class KeptScores:
         assert self.base is not None
         return self.base
 
-    def _base_texts(self, name: str, items: Sequence[Item]) -> list[TextScore]:
-        kept = self._kept(name, items, {}, {_BASE: self._base.fingerprint})
-        return self._texts(self._base.model, None, kept, items)
+    def _chat(self, chat: bool) -> dict[str, str]:
+        """What chats depend on beside their items: the template, as a digest."""
+        if not chat:
+            return {}  # as it was recorded before there were chats
+        template = self.processor.template
+        text = source_of(template, self.processor.tokenizer)
+        written = json.dumps([template.kind, text, self.processor.options], default=str)
+        return {"chat": hashlib.sha256(written.encode()).hexdigest()}
+
+    def _base_texts(self, name: str, items: Sequence[Item], chat: bool) -> list[TextScore]:
+        whole = _chats(items) if chat else items
+        kept = self._kept(name, whole, self._chat(chat), {_BASE: self._base.fingerprint})
+        return self._texts(self._base.model, None, kept, items, chat)
 
     def _choices(
         self,
@@ -123,6 +151,7 @@ class KeptScores:
         kept: Predictions,
         items: Sequence[Item],
         letters: bool,
+        chat: bool,
     ) -> list[ChoiceScore]:
         left = [item for item in items if item.id not in kept.done]
         by_id = {item.id: item for item in left}
@@ -131,7 +160,7 @@ class KeptScores:
             self.processor,
             left,
             workflow=TEXT_WORKFLOW,
-            chat=False,
+            chat=chat,
             letters=letters,
             batch_size=self.batch_size,
             on_result=lambda scores: kept.add(choice_row(by_id[one.id], one) for one in scores),
@@ -145,6 +174,7 @@ class KeptScores:
         base: PreTrainedModel | None,
         kept: Predictions,
         items: Sequence[Item],
+        chat: bool,
     ) -> list[TextScore]:
         left = [item for item in items if item.id not in kept.done]
         score_texts(
@@ -153,6 +183,7 @@ class KeptScores:
             left,
             base=base,
             batch_size=self.batch_size,
+            chat=chat,
             on_result=lambda score: kept.add([_text_row(score)]),
             progress=self._progress(len(items) - len(left), len(items)),
         )
@@ -189,6 +220,11 @@ class KeptScores:
         elif kept.done:
             self.announce(f"{len(kept.done)} of {len(items)} scores are in {path.name}")
         return kept
+
+
+def _chats(items: Sequence[Item]) -> list[Item]:
+    """Items whose messages have the answer too, for it is part of what is asked."""
+    return [replace(item, messages=conversation(item)) for item in items]
 
 
 def _add(kept: Predictions, items: Sequence[Item], rows: Iterable[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.set_spec import SetSpec, dialogue_sets
 
 if TYPE_CHECKING:
     from mmgraft.answering import Answerer
@@ -61,7 +61,7 @@ class Asked:
     @property
     def choices(self) -> list[SetSpec]:
         """What dialogues are built of."""
-        return [spec for spec in self.specs if spec.metric == "choice"]
+        return dialogue_sets(self.specs)
 
     def with_parts_of_sets(self) -> Asked:
         """The parts that the sets belong to, where none is named."""

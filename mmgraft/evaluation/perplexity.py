@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mmgraft.data.masking import supervise
 from mmgraft.data.padding import pad
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.estimate import Statistic, ratio
@@ -54,13 +55,13 @@ class WindowScore:
 
 @dataclass(frozen=True)
 class TextScore:
-    """One text.
+    """One text, or the answer of one chat.
 
     Attributes:
         id: The item's.
         words: Pieces between white space.
         bytes: In UTF-8.
-        windows: In the order of the text.
+        windows: In the order of the text; one of a chat.
     """
 
     id: str
@@ -106,6 +107,37 @@ def rolling_windows(ids: Sequence[int], prefix: int, length: int) -> list[Window
     return windows
 
 
+def conversation(item: Item) -> list[dict[str, Any]]:
+    """A chat's messages, its answer last."""
+    asked = [dict(message) for message in item.messages]
+    return [*asked, {"role": "assistant", "content": item.answers[0]}]
+
+
+def answer_window(processor: GraftProcessor, item: Item, length: int) -> Window:
+    """The ids of a chat, of which the last answer is predicted, as training learns it.
+
+    That is its text and the token that ends the turn. A chat that is longer than ``length`` loses
+    its beginning.
+
+    Args:
+        processor: Its template writes the chat.
+        item: With messages up to the question, and an answer.
+        length: Ids that a window reads.
+
+    Raises:
+        UsageError: The template refuses the chat, or its answer alone is too long.
+    """
+    encoded = supervise(processor, conversation(item), where=item.where)
+    start, end = encoded.spans[-1]
+    if end - start > length:
+        raise UsageError(
+            f"{item.where}: the answer has {end - start} tokens, and the base reads {length}; "
+            "shorten it, or leave the row out"
+        )
+    ids = encoded.input_ids[max(0, end - 1 - length) : end]
+    return Window(ids[:-1], ids[start - end :])
+
+
 @torch.inference_mode()
 def score_texts(
     model: GraftedModel | PreTrainedModel,
@@ -115,31 +147,41 @@ def score_texts(
     base: PreTrainedModel | None = None,
     batch_size: int = 16,
     length: int | None = None,
+    chat: bool = False,
     on_result: Callable[[TextScore], None] = lambda score: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TextScore]:
     """Log-likelihood of texts, and in the same pass KL(base || model) at every token predicted.
 
-    Equal to lm-evaluation-harness's rolling log-likelihood.
+    Of plain texts equal to lm-evaluation-harness's rolling log-likelihood.
 
     Args:
         model: A graft, whose text workflow is asked, or a base by itself; in eval mode.
-        processor: The graft's; only its tokenizer is used, and no template.
-        items: Texts, as their `question`.
+        processor: The graft's. Of plain texts only its tokenizer is used, and no template.
+        items: Texts, as their `question`; or chats.
         base: What to compare with.
         batch_size: Windows at a time, of like length; fewer where their logits would be many.
         length: Ids that a window reads; default: what the base was made for.
+        chat: Items are questions, and of each chat its answer is predicted.
         on_result: Given each text's score when it is whole, to be kept.
         progress: Told how many texts are scored, and of how many.
 
     Returns:
         Scores in the order of the items.
+
+    Raises:
+        UsageError: See :func:`answer_window`.
     """
     stock = model.base if isinstance(model, GraftedModel) else model
     tokenizer, config = processor.tokenizer, stock.config
     length = length or context_length(config, tokenizer)
-    first = prefix_id(tokenizer)
-    cut = [rolling_windows(plain_ids(tokenizer, item.question), first, length) for item in items]
+    if chat:
+        cut = [[answer_window(processor, item, length)] for item in items]
+    else:
+        first = prefix_id(tokenizer)
+        ids = [plain_ids(tokenizer, item.question) for item in items]
+        cut = [rolling_windows(each, first, length) for each in ids]
+    texts = [item.answers[0] if chat else item.question for item in items]
     places = [(at, number) for at, windows in enumerate(cut) for number in range(len(windows))]
     found: dict[tuple[int, int], WindowScore] = {}
     whole: dict[int, TextScore] = {}
@@ -153,18 +195,20 @@ def score_texts(
         for at in dict.fromkeys(at for at, _ in chosen):
             if not left[at]:
                 scores = tuple(found[at, number] for number in range(len(cut[at])))
-                whole[at] = _text_score(items[at], scores)
+                whole[at] = _text_score(items[at].id, texts[at], scores)
                 on_result(whole[at])
         progress(len(whole), len(items))
     for at, windows in enumerate(cut):
         if not windows:  # nothing that the tokenizer knows
-            whole[at] = _text_score(items[at], ())
+            whole[at] = _text_score(items[at].id, texts[at], ())
             on_result(whole[at])
     return [whole[at] for at in range(len(items))]
 
 
 def measure_texts(
-    scores: Sequence[TextScore], of_base: bool = False
+    scores: Sequence[TextScore],
+    of_base: bool = False,
+    together: Sequence[str] | None = None,
 ) -> tuple[Measured, list[str | int]]:
     """Perplexities, and KL to the base where it was measured.
 
@@ -175,6 +219,7 @@ def measure_texts(
     Args:
         scores: Of the texts.
         of_base: Measure the base's own log-likelihoods instead.
+        together: What each text is drawn with; by default each by itself.
 
     Returns:
         The measured, one row a window, and the groups to draw: the texts, or the windows where
@@ -185,7 +230,8 @@ def measure_texts(
     """
     rows: list[list[float]] = []
     groups: list[str | int] = []
-    for score in scores:
+    names = [score.id for score in scores] if together is None else list(together)
+    for score, name in zip(scores, names, strict=True):
         total = sum(window.tokens for window in score.windows)
         for number, window in enumerate(score.windows):
             likelihood = window.base_log_likelihood if of_base else window.log_likelihood
@@ -198,7 +244,7 @@ def measure_texts(
                 [-likelihood, window.tokens, score.words * share, score.bytes * share]
                 + ([] if of_base or window.kl is None else [window.kl])
             )
-            groups.append(score.id if len(scores) > 1 else number)
+            groups.append(name if len(scores) > 1 else number)
     if not rows:
         raise UsageError("the tokenizer finds no token in these texts; give others")
     statistics: dict[str, Statistic] = {
@@ -216,9 +262,8 @@ def _exponential(above: int, below: int) -> Statistic:
     return lambda sums: np.exp(ratio(sums[..., [above, below]]))
 
 
-def _text_score(item: Item, windows: tuple[WindowScore, ...]) -> TextScore:
-    text = item.question
-    return TextScore(item.id, len(re.split(r"\s+", text)), len(text.encode()), windows)
+def _text_score(name: str, text: str, windows: tuple[WindowScore, ...]) -> TextScore:
+    return TextScore(name, len(re.split(r"\s+", text)), len(text.encode()), windows)
 
 
 # -- one batch ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -25,13 +26,17 @@ class SetSpec(StrictModel):
     """One set of items and how its answers are scored.
 
     Sets whose metric is `perplexity`, and `choice` sets marked `modality: text`, are asked of the
-    text workflow and of the untouched base; the others are asked with their images.
+    text workflow and of the untouched base; the others are asked with their images. With `chat` a
+    set of text has questions and answers: perplexity is then of the answers.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     path: str | None = Field(default=None, description="file of items, or a packaged set's name")
     metric: Metric
     modality: Literal["text", "image"] = "image"
+    chat: bool = Field(
+        default=False, description="ask a set of text through the chat template, not as plain text"
+    )
     images: str | None = Field(default=None, description="folder that image paths start from")
     train: str | None = Field(
         default=None, description="file of training rows, whose answers give the prior score"
@@ -67,6 +72,11 @@ class SetSpec(StrictModel):
                 f"set {self.name!r}: {self.metric} needs images; for text write one of "
                 + ", ".join(TEXT_METRICS)
             )
+        if self.chat and self.modality != "text":
+            raise ValueError(
+                f"set {self.name!r}: questions with images are always chats; leave chat out, or "
+                "write modality: text"
+            )
         if self.metric == "box" and self.boxes is None:
             raise ValueError(
                 f"set {self.name!r}: say how boxes are written: boxes: unit (0 to 1), thousand "
@@ -79,3 +89,14 @@ class SetSpec(StrictModel):
                 + ", ".join(COLUMNS)
             )
         return self
+
+
+def dialogue_sets(specs: Sequence[SetSpec]) -> list[SetSpec]:
+    """The sets that dialogues are built of: multiple choice, each question once.
+
+    Dialogues are chats whatever a set says, so that one asked as a chat adds nothing to the same
+    file as plain text.
+    """
+    choices = [spec for spec in specs if spec.metric == "choice"]
+    plain = {spec.path or spec.name for spec in choices if not spec.chat}
+    return [spec for spec in choices if not (spec.chat and (spec.path or spec.name) in plain)]

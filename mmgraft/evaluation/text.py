@@ -30,6 +30,9 @@ BATCH_SIZE = 16
 EQUAL = "equal by identity"
 """What settings say of a base whose scores are the graft's own."""
 
+CHAT = "chat, through the graft's template"
+"""What settings say of a set that is not asked as plain text."""
+
 _CHECKED = 4  # items of each set that are asked of both, whatever is known
 _CHARACTERS = 600  # of a text whose logits are compared bit for bit
 _ROUNDING = 1e-6  # nats: what equal weights at other places of the memory may differ by
@@ -48,9 +51,14 @@ class TextSet:
     def opening(self) -> list[str]:
         """What the first items say, to compare logits on."""
         first = self.items[:_CHECKED]
-        if self.spec.metric == "perplexity":
+        if self.plain_texts:
             return [item.question[:_CHARACTERS] for item in first]
-        return [str(item.messages[0]["content"]) for item in first]
+        return [str(item.messages[-1]["content"]) for item in first]
+
+    @property
+    def plain_texts(self) -> bool:
+        """Whether items are texts, and not questions with answers."""
+        return self.spec.metric == "perplexity" and not self.spec.chat
 
 
 def read_text_sets(specs: Sequence[SetSpec], root: Path | None = None) -> list[TextSet]:
@@ -69,9 +77,10 @@ def read_text_sets(specs: Sequence[SetSpec], root: Path | None = None) -> list[T
     found = [TextSet(spec, data_file(spec, root), read_items(spec, root)) for spec in specs]
     for each in found:
         for item in each.items:
-            if each.spec.metric == "choice" and len(item.messages) != 1:
+            if not each.spec.chat and len(item.messages) > 1:
                 raise UsageError(
-                    f"{item.where}: several turns; text sets ask one question by itself"
+                    f"{item.where}: several turns, and plain text is one question by itself; write "
+                    "chat: true"
                 )
     return found
 
@@ -173,7 +182,7 @@ class _Measurer:
         start = time.monotonic()
         result = self._texts(each) if each.spec.metric == "perplexity" else self._choices(each)
         settings = {
-            "asked": "plain text, as in lm-evaluation-harness",
+            "asked": CHAT if each.spec.chat else "plain text, as in lm-evaluation-harness",
             "batch_size": self.kept.batch_size,
             "limit": each.spec.limit,
             "seed": None if each.spec.limit is None else each.spec.seed,
@@ -191,15 +200,15 @@ class _Measurer:
     def _choices(self, each: TextSet) -> SetResult:
         spec, items = each.spec, each.items
         letters = shows_options(spec.prompt)
-        found = self.kept.choices(spec.name, items, letters, self.same)
+        found = self.kept.choices(spec.name, items, letters, self.same, spec.chat)
         measured = measure_choices(items, found)
         settings: dict[str, Any] = {
-            "prompt": spec.prompt or TEXT_CHOICE_PROMPT,
+            "prompt": spec.prompt or ("{question}" if spec.chat else TEXT_CHOICE_PROMPT),
             "scored": "letters" if letters else "options",
         }
         before = measured if self.same else None
         if not self.same and self.base is not None:
-            theirs = self.kept.base_choices(spec.name, items, letters)
+            theirs = self.kept.base_choices(spec.name, items, letters, spec.chat)
             before = measure_choices(items, theirs)
             alike = [
                 one.prediction() == other.prediction()
@@ -213,15 +222,17 @@ class _Measurer:
     def _texts(self, each: TextSet) -> SetResult:
         divergence = self._divergence(each) if self.same else None
         same = divergence is not None and divergence.value <= _ROUNDING
-        found = self.kept.texts(each.spec.name, each.items, same)
-        measured, groups = measure_texts(found)
+        found = self.kept.texts(each.spec.name, each.items, same, each.spec.chat)
+        together = None if each.plain_texts else groups_of(each.items)
+        measured, groups = measure_texts(found, together=together)
         before = measured if same else None
         if not same and self.base is not None:
-            before, _ = measure_texts(found, of_base=True)
+            before, _ = measure_texts(found, of_base=True, together=together)
             divergence = as_score(measured.scores(groups)["kl_to_base"])
             width = before.columns.shape[1]
             measured = Measured(measured.columns[:, :width], before.statistics, measured.main)
         settings = {
+            "prompt": (each.spec.prompt or "{question}") if each.spec.chat else None,
             "tokens": sum(window.tokens for one in found for window in one.windows),
             "base": _of_base(before, same),
         }
@@ -232,7 +243,8 @@ class _Measurer:
 
     def _divergence(self, each: TextSet) -> Score:
         """KL to the base on a few texts, where all logits are expected to be the base's."""
-        measured, groups = measure_texts(self.kept.compared(each.items[: _CHECKED // 2]))
+        compared = self.kept.compared(each.items[: _CHECKED // 2], each.spec.chat)
+        measured, groups = measure_texts(compared)
         return as_score(measured.scores(groups)["kl_to_base"])
 
     def _result(

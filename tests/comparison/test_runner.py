@@ -185,6 +185,18 @@ def test_sets_that_changed_are_asked_again_and_no_others(plan, steps: Steps) -> 
     assert any("vision is measured anew" in text for text in told)
 
 
+def test_a_set_that_is_added_later_trains_nothing_anew(plan, steps: Steps) -> None:
+    """Arms that are trained, and measured or not, are asked what the recipe has now."""
+    compare(plan(only=("iaa",)))
+    compare(plan(), train_only=True)
+    steps.taken()
+    chat = {"name": "chat", "metric": "perplexity", "chat": True, "path": "read.csv"}
+    done = compare(plan(evaluation=[SEEN, READ, chat]))
+    asked = [("llava", "text"), ("llava", "vision"), ("iaa", "text")]
+    assert steps.taken() == asked, "the pictures were asked of iaa before"
+    assert [one.name for one in read_comparison(done.out).evaluation] == ["seen", "read", "chat"]
+
+
 def test_a_new_key_of_a_later_mmgraft_is_no_change(plan, steps: Steps) -> None:
     """Settings at their defaults are not recorded, so that a key may be added later."""
     made = plan()

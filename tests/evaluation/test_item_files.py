@@ -204,6 +204,27 @@ def test_texts_for_perplexity(folder: Path) -> None:
     assert [(item.id, item.question) for item in items] == [("x", "d")]
 
 
+def test_chats_for_perplexity_have_a_question_and_an_answer(folder: Path) -> None:
+    """No prompt of plain text, the right option as the answer, and several turns as they are."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"question": "q", "passage": "p", "options": ["x", "y"], "answer": "B"},
+        {"question": "q", "answer": " long answer "},
+        {"messages": [*turns, *turns]},
+    ]
+    items = _read(folder, rows, "perplexity", chat=True)
+    assert [item.answers[0] for item in items] == ["y", "long answer", "b"]
+    assert items[0].messages == [{"role": "user", "content": "p\nq"}]
+    assert [len(item.messages) for item in items] == [1, 1, 3]
+    assert items[0].group == "p"
+    (choice,) = _read(folder, rows[:1], chat=True)
+    assert choice.messages == items[0].messages
+    with pytest.raises(UsageError, match=r"line 1 .*empty answer"):
+        _read(folder, [{"question": "q", "answer": " "}], "perplexity", chat=True)
+    with pytest.raises(UsageError, match="no question but 'text'"):
+        _read(folder, [{"text": "a"}], "perplexity", chat=True)
+
+
 # -- draws --------------------------------------------------------------------------------------
 
 
@@ -320,6 +341,8 @@ def test_sets_that_cannot_be_are_refused(folder: Path) -> None:
         _read(folder, "question,A,answer\nx,y\n", name="set.csv")
     with pytest.raises(UsageError, match="3 columns and no heading"):
         _read(folder, "x,y,A\n", name="set.csv")
+    with pytest.raises(ValueError, match="images are always chats"):
+        SetSpec(name="seen", metric="exact", chat=True)
     with pytest.raises(UsageError, match="no image folder"):
         _read(folder, [SEEN], "exact", images="nowhere")
     with pytest.raises(UsageError, match="no data file"):

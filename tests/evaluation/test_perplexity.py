@@ -19,6 +19,7 @@ from mmgraft.evaluation.perplexity import (
     TextScore,
     Window,
     WindowScore,
+    answer_window,
     measure_texts,
     rolling_windows,
     score_texts,
@@ -144,6 +145,60 @@ def test_kl_is_the_mean_over_positions_of_base_from_model() -> None:
     assert before.values()["perplexity"] == pytest.approx(math.exp(-likelihood / positions))
     assert "kl_to_base" not in before.values()
     assert expected > 0.1
+
+
+def test_of_a_chat_the_answer_alone_is_predicted_with_the_end_of_its_turn() -> None:
+    """A slow reference: the chat rendered by the tokenizer itself, the sums written out."""
+    model, base, processor = tiny_model("llama", seed=1), tiny_model("llama"), _processor()
+    tokenizer: Any = processor.tokenizer
+    chats = [
+        Item("a", [{"role": "user", "content": "What colour?"}], "What colour?", ("no idea",)),
+        Item("b", [{"role": "user", "content": "Is there a dog? " * 3}], "x", ("yes",)),
+        Item(
+            "c",
+            [
+                {"role": "user", "content": "Is there"},
+                {"role": "assistant", "content": "a dog and a circle"},
+                {"role": "user", "content": "What colour?"},
+            ],
+            "x",
+            ("the dog",),
+        ),
+    ]
+    found = score_texts(model, processor, chats, base=base, batch_size=2, chat=True)
+    for score, item in zip(found, chats, strict=True):
+        messages: Any = list(item.messages)
+        head = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        said = f"{item.answers[0]}<|im_end|>"
+        start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
+        ids = tokenizer(head + said, add_special_tokens=False)["input_ids"]
+        (window,) = score.windows
+        assert window.tokens == len(ids) - start
+        with torch.no_grad():
+            q, p = (one(torch.tensor([ids])).logits[0].log_softmax(-1) for one in (model, base))
+        for name, logits in (("log_likelihood", q), ("base_log_likelihood", p)):
+            expected = sum(float(logits[at - 1, ids[at]]) for at in range(start, len(ids)))
+            assert getattr(window, name) == pytest.approx(expected, abs=1e-4)
+        kl = (p.exp() * (p - q)).sum(-1)[start - 1 : len(ids) - 1].sum()
+        assert window.kl == pytest.approx(float(kl), abs=1e-4)
+        assert (score.words, score.bytes) == (len(item.answers[0].split()), len(item.answers[0]))
+    measured, groups = measure_texts(found, together=["one", "two", "one"])
+    assert groups == ["one", "two", "one"]
+    assert measured.values()["kl_to_base"] > 0.01
+
+
+def test_a_chat_longer_than_the_context_loses_its_beginning() -> None:
+    processor = _processor()
+    item = Item("a", [{"role": "user", "content": "What colour? " * 9}], "x", ("a dog",))
+    whole = answer_window(processor, item, 500)
+    short = answer_window(processor, item, 12)
+    assert len(whole.given) > 20
+    assert short == Window(whole.given[-12:], whole.wanted)
+    assert whole.given[-len(whole.wanted) + 1 :] == whole.wanted[:-1]
+    with pytest.raises(
+        UsageError, match=r"item a: the answer has \d+ tokens, and the base reads 1"
+    ):
+        answer_window(processor, item, 1)
 
 
 def test_a_frozen_bases_text_is_exactly_its_own() -> None:

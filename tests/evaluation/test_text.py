@@ -14,10 +14,11 @@ from mmgraft.evaluation import kept_scores
 from mmgraft.evaluation.choice import score_choices
 from mmgraft.evaluation.identity import PROMPTS
 from mmgraft.evaluation.item_files import read_items
+from mmgraft.evaluation.perplexity import measure_texts, score_texts
 from mmgraft.evaluation.predictions import read_predictions
 from mmgraft.evaluation.results import read_results, write_results
 from mmgraft.evaluation.set_spec import SetSpec
-from mmgraft.evaluation.text import EQUAL, evaluate_text
+from mmgraft.evaluation.text import CHAT, EQUAL, evaluate_text
 from mmgraft.model.saving import save_graft
 from tiny_runs import make_parts, make_run
 
@@ -159,6 +160,83 @@ def test_a_trained_base_whose_original_is_gone_is_measured_alone(
     assert named.sets[1].scores["kl_to_base"].value > 0.001
 
 
+def _chats(parts: Path) -> list[SetSpec]:
+    path = str(parts / "choice.jsonl")
+    return [
+        SetSpec(name="choice-chat", metric="choice", modality="text", chat=True, path=path),
+        SetSpec(name="answers", metric="perplexity", chat=True, path=path),
+    ]
+
+
+def test_chats_are_asked_through_the_template_of_both(
+    frozen: Path, trained: Path, parts: Path
+) -> None:
+    """The base reads the same ids, and a frozen one is asked once."""
+    choice, answers = _evaluate(trained, _chats(parts)).sets
+    assert choice.settings["asked"] == answers.settings["asked"] == CHAT
+    assert choice.settings["prompt"] == answers.settings["prompt"] == "{question}"
+    answerer = Answerer.load(trained)
+    items = read_items(_chats(parts)[0])
+    found = score_choices(answerer.model, answerer.processor, items, workflow="text")
+    lines = read_predictions(trained / choice.predictions)
+    assert {one["id"]: one["sums"] for one in lines} == {
+        one.id: pytest.approx(list(one.sums), abs=1e-5) for one in found
+    }
+    untouched = Answerer.load(frozen).model.base
+    theirs = measure_texts(
+        score_texts(untouched, answerer.processor, read_items(_chats(parts)[1]), chat=True)
+    )[0].values()
+    assert answers.base["perplexity"].value == pytest.approx(theirs["perplexity"], rel=1e-5)
+    assert answers.scores["kl_to_base"].value > 0.001
+    assert answers.scores["perplexity"].count == 12
+    same = _evaluate(frozen, _chats(parts)).sets
+    assert [one.settings["base"] for one in same] == [EQUAL, EQUAL]
+    assert same[0].scores["accuracy"].value == choice.base["accuracy"].value
+    assert same[1].scores["kl_to_base"].value == 0
+
+
+def test_a_set_added_later_leaves_those_before_as_they_were(
+    trained: Path, parts: Path, monkeypatch: Any
+) -> None:
+    before = _evaluate(trained, _sets(parts)).sets
+    asked: list[str] = []
+    for name in ("score_choices", "score_texts"):
+        real = getattr(kept_scores, name)
+
+        def counting(*given: Any, real: Any = real, name: str = name, **settings: Any) -> Any:
+            if given[2] and not settings["chat"]:
+                asked.append(name)
+            return real(*given, **settings)
+
+        monkeypatch.setattr(kept_scores, name, counting)
+    after = _evaluate(trained, [*_sets(parts), *_chats(parts)]).sets
+    assert [one.scores for one in after[:2]] == [one.scores for one in before]
+    assert not asked, "what was asked before was asked again"
+
+
+def test_another_answer_of_a_chat_is_asked_anew(trained: Path, parts: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"Is there {at}", "answer": "a dog"} for at in range(3)]
+    path = tmp_path / "chats.jsonl"
+    spec = SetSpec(name="anew", metric="perplexity", chat=True, path=str(path))
+    scores = []
+    for answer in ("a dog", "the lazy circle"):
+        rows[1]["answer"] = answer
+        path.write_text("\n".join(map(json.dumps, rows)))
+        scores.append(_evaluate(trained, [spec]).sets[0].scores["perplexity"].value)
+    assert scores[0] != scores[1]
+
+
+def test_turns_before_the_question_need_a_chat(trained: Path, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "yes"} for role in ("user", "assistant") * 2]
+    path = tmp_path / "turns.jsonl"
+    path.write_text(json.dumps({"messages": turns, "options": ["yes", "no"]}))
+    plain = SetSpec(name="turns", metric="choice", modality="text", path=str(path))
+    with pytest.raises(UsageError, match="chat: true"):
+        _evaluate(trained, [plain])
+    (found,) = _evaluate(trained, [plain.model_copy(update={"chat": True})]).sets
+    assert found.items == 1
+
+
 def test_another_base_than_the_recorded_one_is_refused(trained: Path, frozen: Path) -> None:
     with pytest.raises(UsageError, match="not the base that this graft was made for"):
         _evaluate(frozen, [], untouched=trained / "base")
@@ -231,10 +309,10 @@ def test_a_base_that_is_not_quite_equal_is_measured(
     """Where equal prompts hide unequal texts, the set is asked of both."""
     real = kept_scores.KeptScores.compared
 
-    def off(self: Any, items: Any) -> Any:
+    def off(self: Any, items: Any, chat: bool) -> Any:
         from dataclasses import replace
 
-        scores = real(self, items)
+        scores = real(self, items, chat)
         return [
             replace(one, windows=tuple(replace(w, kl=0.5) for w in one.windows)) for one in scores
         ]
