@@ -141,6 +141,8 @@ class GraftedModel(WorkflowGeneration):
         new = input_ids if input_ids is not None else inputs_embeds
         if new is None:
             raise UsageError("give input_ids or inputs_embeds.")
+        if segments is not None:
+            refuse_beside(segments, new.shape[:2], past_key_values)
         slot = RowSlot(past_key_values, self.anatomy.num_layers)
         rows = sort_rows(
             (new.shape[0], new.shape[1]),
@@ -152,7 +154,6 @@ class GraftedModel(WorkflowGeneration):
             int(past_key_values.get_seq_length()) if past_key_values is not None else 0,
         )
         if segments is not None:
-            refuse_beside(segments, new.shape[:2], past_key_values)
             self.check_packing()
             segments, position_ids = number(segments.to(new.device))
             labels = None if labels is None else learned_within(labels, segments)
