@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.quantization_config import Mxfp4Config
 
-from mmgraft.anatomy import examine, get_path, skeleton
+from mmgraft.anatomy import Anatomy, examine, get_path, skeleton
 from mmgraft.basefiles.tensors import TensorReader
 from mmgraft.errors import UsageError
 
@@ -47,6 +47,7 @@ def read_layers(
     norm: bool = False,
     head: bool = False,
     dtype: torch.dtype | None = None,
+    anatomy: Anatomy | None = None,
 ) -> BaseParts:
     """Reads chosen parts of a base, and of its tensors only theirs.
 
@@ -63,19 +64,21 @@ def read_layers(
         norm: read the final norm.
         head: read the head; of a tied base that is the embedding's tensor.
         dtype: dtype of the parts; by default the one that the base itself loads in.
+        anatomy: of the same configuration, where it was examined before.
 
     Raises:
         UsageError: the base lacks tensors of these parts, or its checkpoint is quantised by
             another method than MXFP4, which is unpacked.
     """
     _refuse_quantised(config, reader.files.id)
-    anatomy = examine(skeleton(config))
+    empty = skeleton(config)
+    anatomy = examine(empty) if anatomy is None else anatomy
     tied_head = head and anatomy.tied
     wanted = {f"{anatomy.layers_path}.{index}" for index in layers}
     wanted |= {anatomy.embedding_path} if embedding or tied_head else set()
     wanted |= {anatomy.norm_path} if norm and anatomy.norm_path else set()
     wanted |= {anatomy.head_path} if head else set()
-    model = read_modules(reader, config, wanted, dtype, tied_head)
+    model = _read(type(empty), reader, config, wanted, dtype, tied_head)
     loaded = get_path(model, anatomy.layers_path)
     return BaseParts(
         layers=[loaded._modules[str(index)] for index in layers],  # type: ignore[misc]
@@ -106,8 +109,18 @@ def read_modules(
         UsageError: as `read_layers`.
     """
     _refuse_quantised(config, reader.files.id)
+    return _read(type(skeleton(config)), reader, config, paths, dtype, tied)
+
+
+def _read(
+    base_class: type[PreTrainedModel],
+    reader: TensorReader,
+    config: PreTrainedConfig,
+    paths: Collection[str],
+    dtype: torch.dtype | None,
+    tied: bool,
+) -> PreTrainedModel:
     config = copy.deepcopy(config)
-    base_class = type(skeleton(config))
     config.tie_word_embeddings = tied
     return _load(_reduced(base_class, set(paths)), config, reader, dtype)
 

@@ -182,7 +182,7 @@ def _make_from_files(
     reference = BaseReference(id=files.id, revision=files.revision, fingerprint=fingerprint(files))
     owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
     with TensorReader(files) as reader:
-        parts = ReadParts(reader, base_config, places, owns)
+        parts = ReadParts(reader, base_config, places, owns, anatomy)
         made = _make(config, anatomy, parts, workflow, spec, width, reference, token, chosen)
     if tower is not None:
         made.record.vision = tower.spec

@@ -51,6 +51,7 @@ class ReadParts:
         config: The base's config.
         places: The layers that may be asked for.
         owns: Which of ``embedding``, ``norm`` and ``head`` may be.
+        anatomy: Of the config, where it was examined before.
     """
 
     def __init__(
@@ -59,14 +60,15 @@ class ReadParts:
         config: PreTrainedConfig,
         places: Sequence[int],
         owns: Sequence[str],
+        anatomy: Anatomy | None = None,
     ) -> None:
-        self.reader, self.config = reader, config
+        self.reader, self.config, self.anatomy = reader, config, anatomy
         self.places, self.owns = list(places), set(owns)
 
     @cached_property
     def _parts(self) -> BaseParts:
         wanted = ("embedding" in self.owns, "norm" in self.owns, "head" in self.owns)
-        return read_layers(self.reader, self.config, self.places, *wanted)
+        return read_layers(self.reader, self.config, self.places, *wanted, anatomy=self.anatomy)
 
     def layer(self, index: int) -> nn.Module:
         return self._parts.layers[self.places.index(index)]

@@ -60,9 +60,9 @@ def test_nothing_is_read_before_it_is_asked_for(
     reads: list[list[int]] = []
     real = parts_module.read_layers
 
-    def counted(reader, config, places, *wanted):
+    def counted(reader, config, places, *wanted, **known):
         reads.append(list(places))
-        return real(reader, config, places, *wanted)
+        return real(reader, config, places, *wanted, **known)
 
     monkeypatch.setattr(parts_module, "read_layers", counted)
     with TensorReader(files) as reader:
