@@ -152,7 +152,10 @@ def prepare(
 
 
 _Target = Annotated[
-    Path, typer.Argument(metavar="FILE|RUN", help="A file of rows, or the folder of a graft.")
+    Path,
+    typer.Argument(
+        metavar="ROWS|RUN", help="A file or shards of rows, hub:OWNER/NAME, or a graft's folder."
+    ),
 ]
 _Run = Annotated[
     Path | None,
@@ -211,20 +214,17 @@ def check(
     from mmgraft.cli.console import print_json
     from mmgraft.data.bad_rows import BadRow
     from mmgraft.data.checking import Checker
-    from mmgraft.data.sources import read_rows
+    from mmgraft.data.indexed import Joined
+    from mmgraft.data.sources import Checks, index_rows
+    from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Asked, views
 
     asked = Asked(target, run, base, vision, recipe, stage, images, template, max_length)
     found: list[tuple[View, Report]] = []
     for view in views(asked):
         bad: list[BadRow] = []
-        rows = [
-            row
-            for entry in view.entries
-            for row in read_rows(
-                str(entry.path), entry.images, entry.format, entry.limit, False, bad.append
-            )
-        ]
+        checks = Checks(images=False, on_bad=bad.append)
+        rows = Joined([index_rows(source_of(entry), checks) for entry in view.entries])
         checker = Checker(view.processor, view.max_length, view.skip_text, quick)
         found.append((view, checker.check(rows, bad)))
     count = len({row.key for _, report in found for row in report.bad})
@@ -272,19 +272,20 @@ def preview(
     """
     from mmgraft.cli.console import note, print_json
     from mmgraft.data.preview import preview_row
+    from mmgraft.data.shards import is_there
     from mmgraft.data.sources import row_at
-    from mmgraft.runs import find_run
+    from mmgraft.runs import find_run, is_graft
+    from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Asked, views
 
-    if target.is_file() and run is base is recipe is None:
+    if is_there(str(target)) and not is_graft(target) and run is base is recipe is None:
         run = find_run(None, announce=note)
     asked = Asked(target, run, base, vision, recipe, stage, images, template, max_length)
     shown: list[tuple[View, Preview]] = []
     for view in views(asked):
         if view.processor is None:
             raise UsageError("no base is known to read the row; give --run, or --base and --vision")
-        entry = view.entries[0]
-        one = row_at(str(entry.path), row, entry.images, entry.format)
+        one = row_at(source_of(view.entries[0]), row)
         shown.append((view, preview_row(view.processor, one, view.max_length)))
     if json:
         print_json(

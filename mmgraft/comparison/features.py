@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mmgraft.comparison.plan import ArmPlan
+from mmgraft.data.indexed import Joined
 from mmgraft.model.graft_file import GraftFile
 from mmgraft.model.loading import local_tower
 from mmgraft.model.vision.registry import load_tower
@@ -39,6 +40,6 @@ def fill_features(arm: ArmPlan, device: str, announce: Callable[[str], None]) ->
     )
     cache = open_cache(tower, Path(recipe.feature_cache))
     reader = StageData()
-    rows = [row for stage in recipe.stages for row in reader.rows(stage.data or [], recipe.seed)]
+    rows = Joined([reader.rows(stage.data or [], recipe.seed) for stage in recipe.stages])
     count = fill_cache(cache, tower, rows)
     announce(f"{arm.name}: features of {count} images are in {cache.folder}")

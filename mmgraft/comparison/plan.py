@@ -282,7 +282,7 @@ def _check_sets(comparison: Comparison, recipes: dict[str, Recipe]) -> None:
 def _stages(recipe: Recipe, reader: StageData) -> tuple[StagePlan, ...]:
     planned = []
     for stage in recipe.stages:
-        found = reader.rows(stage.data or [], recipe.seed)
+        found = reader.rows(stage.data or [], recipe.seed, stage.image_share)
         rows = len(found) - check_rows(found, stage.name, stage.text_rows)
         an_epoch = ceil(ceil(rows / stage.batch_size) / stage.accumulate)
         planned.append(

@@ -14,6 +14,8 @@ from mmgraft.errors import UsageError
 
 OnBadRow = Literal["error", "skip"]
 FILE = "bad_rows.jsonl"
+HUB = "hub:"
+"""What the name of a data set of the Hub begins with: hub:OWNER/NAME."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def fault_of(error: UsageError, otherwise: str = "row") -> str:
 
 
 def absolute(file: str) -> str:
-    """A file by a path that means the same from any folder."""
-    return os.path.abspath(file)
+    """A file by a path that means the same from any folder; a set of the Hub by its name."""
+    return file if file.startswith(HUB) else os.path.abspath(file)
 
 
 def key_of(row: Row) -> tuple[str, str]:

@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.content import images_of_all
 from mmgraft.data.dataset import cut
 from mmgraft.data.images import check_image, is_data_uri, open_image
+from mmgraft.data.indexed import facts_of
 from mmgraft.data.masking import answer_turns, supervise_row
 from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.model.vision.images import BadImage
+from mmgraft.model.vision.stored import StoredImage
 
 FAULTS = ("missing", "broken", "enormous", "outside", "empty", "row")
 """What can be wrong with a row; see `BadRow`."""
@@ -138,15 +142,17 @@ class Checker:
         """
         report = Report(
             rows=len(rows) + len(unread),
-            text_rows=sum(not row.has_image for row in rows),
+            text_rows=len(rows) - int(facts_of(rows).with_image.sum()),
             bad=list(unread),
             max_length=self.max_length,
         )
         shown: set[str] = set()
-        lengths: list[tuple[int, str]] = []
-        for row in rows:
-            images = [str(image) for image in images_of_all(row.messages)]
-            shown.update(images)
+        measured = array("q")  # which rows have a length
+        same = _Same(len(rows))
+        for at, row in enumerate(rows):
+            same.note(at, row)
+            images = list(images_of_all(row.messages))
+            shown.update(map(_name, images))
             report.images += len(images)
             if not images and self.skip_text:
                 continue
@@ -157,19 +163,22 @@ class Checker:
                 for image in images:
                     self._look(image, row.where, report)
                 if self.processor is not None:
-                    lengths.append((self._encode(row, report), row.where))
+                    self._encode(row, report)
+                    measured.append(at)
             except UsageError as error:
                 if "hold nothing to learn" in str(error):
                     fault = "empty"
                 report.bad.append(BadRow.of(row, error, fault))
         report.files = len(shown)
-        report.longest = sorted(lengths, key=lambda pair: -pair[0])[:_KEPT]
-        _find_twice(rows, report)
+        lengths = np.array(report.lengths, dtype=np.int64)
+        for place in np.argsort(-lengths, kind="stable")[:_KEPT].tolist():
+            report.longest.append((int(lengths[place]), rows[measured[place]].where))
+        same.report(rows, report)
         return report
 
-    def _look(self, image: str, where: str, report: Report) -> None:
+    def _look(self, image: Any, where: str, report: Report) -> None:
         """Look at a picture, once however many rows show it."""
-        key = hashlib.sha256(image.encode()).hexdigest() if is_data_uri(image) else image
+        key = _name(image)
         if key not in self._pictures:
             try:
                 size = (check_image if self.quick else _decoded)(
@@ -180,14 +189,14 @@ class Checker:
             else:
                 self._pictures[key] = size
                 if report.largest is None or size[0] * size[1] > _pixels(report.largest):
-                    report.largest = (*size, "a data URI" if key != image else image)
+                    report.largest = (*size, "a data URI" if key != str(image) else key)
         found = self._pictures[key]
         if isinstance(found, BadImage):
             raise BadImage(f"{where}{found}", found.fault)
         if isinstance(found, UsageError):
             raise UsageError(f"{where}{found}")
 
-    def _encode(self, row: Row, report: Report) -> int:
+    def _encode(self, row: Row, report: Report) -> None:
         assert self.processor is not None
         encoded = supervise_row(self.processor, row)
         if self.max_length is not None and len(encoded) > self.max_length:
@@ -196,7 +205,6 @@ class Checker:
         report.lengths.append(len(encoded))
         report.image_positions += sum(encoded.kinds)
         report.learned += sum(label != -100 for label in encoded.labels)
-        return len(encoded)
 
 
 def _decoded(image: str, where: str) -> tuple[int, int]:
@@ -207,14 +215,36 @@ def _pixels(largest: tuple[int, int, str]) -> int:
     return largest[0] * largest[1]
 
 
-def _find_twice(rows: Sequence[Row], report: Report) -> None:
-    """Rows that say the same as an earlier one, and ids that come again."""
-    said: dict[bytes, int] = {}
-    ids: dict[str, int] = {}
-    for at, row in enumerate(rows):
-        text = json.dumps([list(row.messages), row.tools], sort_keys=True, default=str)
-        first = said.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), at)
-        if first != at:
-            report.twice.append((row.where, rows[first].where))
-        ids[row.id] = ids.get(row.id, 0) + 1
-    report.ids_twice = sum(count > 1 for count in ids.values())
+def _name(image: Any) -> str:
+    """What tells pictures apart; a data URI's is short."""
+    name = str(image)
+    return hashlib.sha256(name.encode()).hexdigest() if is_data_uri(name) else name
+
+
+class _Same:
+    """Finds rows that say the same, and ids that come again, by eight bytes of each."""
+
+    def __init__(self, rows: int) -> None:
+        self.said, self.ids = np.zeros(rows, dtype=np.uint64), np.zeros(rows, dtype=np.uint64)
+
+    def note(self, at: int, row: Row) -> None:
+        text = json.dumps([list(row.messages), row.tools], sort_keys=True, default=_content)
+        self.said[at], self.ids[at] = _hash(text), _hash(row.id)
+
+    def report(self, rows: Sequence[Row], report: Report) -> None:
+        _, first, of = np.unique(self.said, return_index=True, return_inverse=True)
+        for at in np.flatnonzero(first[of] != np.arange(len(of))).tolist():
+            report.twice.append((rows[at].where, rows[int(first[of[at]])].where))
+        report.ids_twice = int((np.unique(self.ids, return_counts=True)[1] > 1).sum())
+
+
+def _content(value: Any) -> str:
+    """What a row shows, for JSON: a picture inside another file by its bytes."""
+    try:
+        return value.digest() if isinstance(value, StoredImage) else str(value)
+    except (OSError, EOFError):
+        return str(value)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

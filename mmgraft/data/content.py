@@ -50,6 +50,20 @@ def images_of_all(messages: Iterable[Message]) -> Iterator[Any]:
                 yield image_of(part)
 
 
+def answering(messages: Iterable[Message]) -> list[int]:
+    """The turns in which the assistant says something, or calls a tool."""
+    return [at for at, message in enumerate(messages) if _answers(message)]
+
+
+def _answers(message: Message) -> bool:
+    if message["role"] != "assistant":
+        return False
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        content = "".join(str(part.get("text") or "") for part in content)
+    return bool(str(content or "").strip() or message.get("tool_calls"))
+
+
 def has_parts(messages: Iterable[Message]) -> bool:
     """Whether any message has a list of parts for its content."""
     return any(isinstance(message.get("content"), list | tuple) for message in messages)

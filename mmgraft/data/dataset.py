@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmgraft.data.bad_rows import BadRow, OnBadRow, key_of
-from mmgraft.data.content import strings_in
+from mmgraft.data.bad_rows import BadRow, OnBadRow
 from mmgraft.data.images import open_images
+from mmgraft.data.indexed import facts_of, key_at, select
 from mmgraft.data.masking import supervise_row
 from mmgraft.data.processor import Encoded, GraftProcessor
 from mmgraft.data.rows import Row
@@ -87,7 +88,7 @@ class RowDataset(Dataset[Example]):
         Raises:
             UsageError: where no row is left.
         """
-        kept = [row for row in rows if row.has_image] if text_rows == "skip" else list(rows)
+        kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
         self.dropped_text_rows = len(rows) - len(kept)
         if not kept:
             raise UsageError(
@@ -109,8 +110,8 @@ class RowDataset(Dataset[Example]):
         self.load_images = load_images
         self._flags = torch.zeros(len(kept), dtype=torch.uint8).share_memory_()
         if known_bad:
-            for at, row in enumerate(kept):
-                self._flags[at] = _SKIPPED if key_of(row) in known_bad else 0
+            for at in range(len(kept)):
+                self._flags[at] = _SKIPPED if key_at(kept, at) in known_bad else 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -176,8 +177,8 @@ class RowDataset(Dataset[Example]):
         if len(self.rows) <= most:
             yield from places
             return
-        letters = [sum(map(len, strings_in(list(row.messages)))) for row in self.rows]
-        longest = sorted(places, key=lambda at: -letters[at])[: most // 2]
+        letters = facts_of(self.rows).letters.astype(np.int64)
+        longest = np.argsort(-letters, kind="stable")[: most // 2].tolist()
         yield from sorted({*longest, *places[:: -(-len(places) // (most // 2))]})
 
     @property

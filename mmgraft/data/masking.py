@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmgraft.data.closing import MARKER, closing_of, split_at
-from mmgraft.data.content import Message
+from mmgraft.data.content import Message, answering
 from mmgraft.data.processor import Encoded, GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.data.template import marks_answers
@@ -76,22 +76,13 @@ def answer_turns(messages: Sequence[Message], where: str) -> list[int]:
     Raises:
         UsageError: naming the row, where there is none, so that nothing can be learnt.
     """
-    turns = [at for at, message in enumerate(messages) if _answers(message)]
+    turns = answering(messages)
     if not turns:
         raise UsageError(
             f"{where}: nothing to learn, for no assistant turn says anything; add an answer, or "
             "leave the row out"
         )
     return turns
-
-
-def _answers(message: Message) -> bool:
-    if message["role"] != "assistant":
-        return False
-    content = message.get("content")
-    if isinstance(content, list | tuple):
-        content = "".join(str(part.get("text") or "") for part in content)
-    return bool(str(content or "").strip() or message.get("tool_calls"))
 
 
 # The template's own marks

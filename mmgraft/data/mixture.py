@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mmgraft.data.indexed import Joined, RowIndex, Selected
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 
@@ -18,8 +24,13 @@ class Part:
     weight: float = 1.0
 
 
-def mix(parts: Sequence[Part], seed: int = 0, limit: int | None = None) -> list[Row]:
-    """Put sources together and shuffle them.
+def mix(
+    parts: Sequence[Part],
+    seed: int = 0,
+    limit: int | None = None,
+    image_share: float | None = None,
+) -> RowIndex:
+    """Put sources together and shuffle them; no row is read.
 
     A source of n rows and weight w gives round(n w) rows: every row floor(w) times, and a drawn
     sample for the rest. What is drawn of a source depends on the seed and on its place in the list,
@@ -29,22 +40,56 @@ def mix(parts: Sequence[Part], seed: int = 0, limit: int | None = None) -> list[
         parts: the sources.
         seed: decides what is drawn and the order.
         limit: keep this many rows of the shuffled mixture.
+        image_share: how much of the rows have an image, above 0 and below 1. As many rows are
+            shown as without it: rows of the one kind more often, of the other less often, as a
+            weight would.
 
     Raises:
-        UsageError: for a weight that is not above 0, or a mixture without rows.
+        UsageError: for a weight that is not above 0, a mixture without rows, or a share of rows of
+            which there are none.
     """
-    mixed: list[Row] = []
+    rows = Joined([part.rows for part in parts])
+    chosen: list[NDArray[Any]] = []
+    first = 0
     for index, part in enumerate(parts):
         if part.weight <= 0:
             raise UsageError(f"a data weight of {part.weight}; write one above 0, or leave it out")
+        places = np.arange(first, first + len(part.rows))
         wanted = round(len(part.rows) * part.weight)
-        whole, rest = divmod(wanted, len(part.rows)) if part.rows else (0, 0)
-        mixed += list(part.rows) * whole
-        drawn = random.Random(f"{seed} {index}").sample(range(len(part.rows)), rest)
-        mixed += [part.rows[at] for at in sorted(drawn)]
-    random.Random(f"{seed} order").shuffle(mixed)
-    if limit is not None:
-        mixed = mixed[:limit]
-    if not mixed:
+        chosen.append(_drawn(places, wanted, random.Random(f"{seed} {index}")))
+        first += len(part.rows)
+    places = np.concatenate(chosen) if chosen else np.arange(0)
+    if image_share is not None and len(places):
+        places = _shared(places, rows.facts.with_image[places], image_share, seed)
+    order = array("q", places.astype(np.int64).tobytes())
+    random.Random(f"{seed} order").shuffle(order)
+    places = np.array(order, dtype=np.int64)[:limit]
+    if not len(places):
         raise UsageError("the data has no rows; set the files, weights and limits to give some")
-    return mixed
+    return Selected(rows, places)
+
+
+def _drawn(places: NDArray[Any], wanted: int, draw: random.Random) -> NDArray[Any]:
+    """So many of some places: each as often as it goes, and a sample for the rest."""
+    whole, rest = divmod(wanted, len(places)) if len(places) else (0, 0)
+    sample = draw.sample(range(len(places)), rest)
+    return np.concatenate([np.tile(places, whole), places[np.sort(np.array(sample, dtype=int))]])
+
+
+def _shared(
+    places: NDArray[Any], with_image: NDArray[np.bool_], share: float, seed: int
+) -> NDArray[Any]:
+    """As many places, of which a share has an image."""
+    images = round(share * len(places))
+    found: list[NDArray[Any]] = []
+    for name, kind, wanted in (
+        ("with an image", with_image, images),
+        ("without an image", ~with_image, len(places) - images),
+    ):
+        if wanted and not kind.any():
+            raise UsageError(
+                f"image_share: {share:g} wants {wanted} of {len(places)} rows {name}, and the data "
+                "has none; add such rows, or leave image_share out"
+            )
+        found.append(_drawn(places[kind], wanted, random.Random(f"{seed} {name}")))
+    return np.concatenate(found)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmgraft.atomic import atomic_write
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.dataset import RowDataset
+from mmgraft.data.indexed import facts_of
 from mmgraft.data.packing import Packs, fill
 from mmgraft.errors import UsageError
 from mmgraft.training.devices import is_main_rank
@@ -73,7 +74,7 @@ def arrange(
     """
     seed, together = stage.seed or 0, stage.batch_size * ranks
     if stage.group_by == "modality":
-        kinds = torch.tensor([row.has_image for row in rows.rows])
+        kinds = torch.from_numpy(facts_of(rows.rows).with_image)
         return Arranged(rows, GroupSampler(kinds.long(), together, seed, sort=False))
     if not stage.packing and stage.group_by is None:
         return Arranged(rows, EpochSampler(len(rows), seed))
@@ -83,7 +84,7 @@ def arrange(
     assert stage.max_length is not None
     apart = None
     if stage.text_rows == "base":  # rows of a sequence run one workflow
-        apart = torch.tensor([row.has_image for row in rows.rows])
+        apart = torch.from_numpy(facts_of(rows.rows).with_image)
     sampler = PackSampler(lengths, stage.max_length, seed, apart)
     share = int(lengths.sum()) / (len(sampler) * stage.max_length)
     says = (

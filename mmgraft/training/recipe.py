@@ -28,10 +28,12 @@ Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 
 
 class DataEntry(StrictModel):
-    """One file of rows."""
+    """Rows that belong together: one file, or the shards of one set."""
 
     path: str | None = Field(
-        default=None, description="LLaVA json or messages jsonl; empty until set"
+        default=None,
+        description="json, jsonl, parquet, tar, a folder or pattern of them, or hub:OWNER/NAME; "
+        "empty until set",
     )
     images: str | None = Field(default=None, description="folder that image paths start from")
     format: Literal["auto", "llava", "messages"] = "auto"
@@ -39,6 +41,9 @@ class DataEntry(StrictModel):
         default=1.0, gt=0, description="2 shows every row twice an epoch, 0.5 every other"
     )
     limit: int | None = Field(default=None, ge=1, description="use the first rows only")
+    split: str = Field(default="train", description="of a set of the Hub, or that datasets saved")
+    subset: str | None = Field(default=None, description="configuration of a set of the Hub")
+    revision: str | None = Field(default=None, description="branch, tag or commit of that set")
 
 
 class GraftDefaults(StrictModel):
@@ -102,6 +107,9 @@ class Stage(StrictModel):
         default=None, description="chat, plain or a jinja file; None: the graft's own"
     )
     text_rows: TextRows | None = None
+    image_share: float | None = Field(
+        default=None, gt=0, lt=1, description="how much of the rows shown have an image"
+    )
     precision: Precision | None = None
     seed: int | None = None
 
@@ -166,6 +174,9 @@ class Recipe(StrictModel):
     eval_data: list[DataEntry] = Field(default_factory=list)
     stages: list[Stage] = Field(min_length=1)
     text_rows: TextRows | None = None
+    image_share: float | None = Field(
+        default=None, gt=0, lt=1, description="how much of the rows shown have an image"
+    )
     precision: Precision = "bf16"
     seed: int = 0
     tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -269,6 +280,12 @@ class Recipe(StrictModel):
             raise ValueError("text_rows: base needs base: full; write skip or graft")
 
     def _check_batches(self, stage: Stage) -> None:
+        share = stage.image_share or self.image_share
+        if share is not None and self._text_rows_of(stage) == "skip":
+            raise ValueError(
+                f"stage {stage.name!r}: image_share: {share:g} mixes rows without an image in, and "
+                "text_rows: skip leaves them out; write text_rows: graft, or leave image_share out"
+            )
         if stage.group_by == "modality" and self._text_rows_of(stage) == "skip":
             raise ValueError(
                 f"stage {stage.name!r}: group_by: modality tells rows with an image from those "
@@ -312,6 +329,7 @@ class Recipe(StrictModel):
                 "data": stage.data if stage.data is not None else self.data,
                 "workflow": stage.workflow or self.workflow or workflow,
                 "text_rows": self._text_rows_of(stage),
+                "image_share": stage.image_share or self.image_share,
                 "precision": stage.precision or self.precision,
                 "seed": self.seed if stage.seed is None else stage.seed,
                 "epochs": epochs,

@@ -16,6 +16,7 @@ import mmgraft
 from mmgraft.atomic import atomic_json, atomic_text
 from mmgraft.data import bad_rows
 from mmgraft.data.bad_rows import BadRow, BadRowLog
+from mmgraft.data.indexed import Joined
 from mmgraft.data.rows import Row
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.evaluation.sections import put_all_aside
@@ -76,9 +77,9 @@ class Plan:
     record: GraftFile
     recipe: Recipe  # resolved
     device: str
-    rows: list[list[Row]]
+    rows: list[Sequence[Row]]
     skipped: list[int]
-    eval_rows: list[Row] = field(default_factory=list)
+    eval_rows: Sequence[Row] = ()
     bad: list[BadRow] = field(default_factory=list)  # left out, and in no log yet
     first: int = 0
     resume: bool = False
@@ -138,15 +139,16 @@ def plan_training(
     resolved = loaded.resolved(record.workflow)
     left_out = BadRowLog(run).left_out(None) if resume else None
     reader = StageData(resolved.on_bad_row, left_out)
-    rows, skipped = [], []
+    rows: list[Sequence[Row]] = []
+    skipped: list[int] = []
     for stage in resolved.stages:
-        found = reader.rows(stage.data or [], resolved.seed)
+        found = reader.rows(stage.data or [], resolved.seed, stage.image_share)
         skipped.append(check_rows(found, stage.name, stage.text_rows))
         rows.append(found)
     evaluated = reader.rows(resolved.eval_data, 0) if resolved.eval_every else []
     first = len(progress["finished"]) if resume and progress is not None else 0
     if resolved.on_bad_row == "error":
-        check_pictures([row for found in (*rows[first:], evaluated) for row in found])
+        check_pictures(Joined([*rows[first:], evaluated]))
     return Plan(run, record, resolved, chosen, rows, skipped, evaluated, reader.bad, first, resume)
 
 

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from mmgraft.data.bad_rows import BadRow, key_of
+from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.collate import Collator
 from mmgraft.data.dataset import RowDataset
+from mmgraft.data.indexed import Joined, key_at, select
 from mmgraft.data.loading import load_processor
 from mmgraft.data.packing import PackCollator, examples_of
 from mmgraft.data.processor import GraftProcessor
@@ -193,7 +195,7 @@ class Session:
         plan, stage = self.plan, self.plan.stages[index]
         assert self.model is not None
         processor = self._processor(stage)
-        features = self._cached_features([*plan.rows[index], *plan.eval_rows], stage)
+        features = self._cached_features(Joined([plan.rows[index], plan.eval_rows]), stage)
         rows = self._dataset(plan.rows[index], processor, stage, features is None)
         evaluated = None
         if plan.eval_rows:
@@ -270,7 +272,9 @@ class Session:
             self._features = open_cache(tower, folder.expanduser())
         bad: list[BadRow] | None = [] if self.plan.recipe.on_bad_row == "skip" else None
         known = self._known_bad(stage)
-        rows = [row for row in rows if key_of(row) not in known] if known else rows
+        if known:
+            good = [key_at(rows, at) not in known for at in range(len(rows))]
+            rows = select(rows, np.array(good))
         count = fill_cache(self._features, tower, rows, bad=bad)
         self.bad_rows.put(bad or [], stage.name, 0)
         self.announce(f"features of {count} images are in {self._features.folder}")

@@ -6,13 +6,16 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmgraft.data.bad_rows import BadRow, OnBadRow
+import numpy as np
+
+from mmgraft.data.bad_rows import HUB, BadRow, OnBadRow
 from mmgraft.data.content import images_of_all
 from mmgraft.data.images import check_image
+from mmgraft.data.indexed import RowIndex, facts_of, select
 from mmgraft.data.masking import answer_turns
 from mmgraft.data.mixture import Part, mix
 from mmgraft.data.rows import Row
-from mmgraft.data.sources import read_rows
+from mmgraft.data.sources import Checks, Source, index_rows
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.set_spec import SetSpec
 from mmgraft.recipe_files import recipe_dir
@@ -88,11 +91,24 @@ def _whole_paths(spec: SetSpec) -> SetSpec:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().resolve())
+    if path is None or path.startswith(HUB):
+        return path
+    return str(Path(path).expanduser().resolve())
+
+
+def source_of(entry: DataEntry) -> Source:
+    """The files of an entry that is set."""
+    assert entry.path is not None
+    path = entry.path if entry.path.startswith(HUB) else str(Path(entry.path).expanduser())
+    return Source(
+        path, entry.images, entry.format, entry.limit, entry.split, entry.subset, entry.revision
+    )
 
 
 _LOOKED_AT = 10_000
-"""Picture files whose two ends are looked at before a training."""
+"""Pictures whose two ends are looked at before a training."""
+_READ_FOR_EACH = 10
+"""Rows that are read for each of these, for several may show one picture."""
 
 
 class StageData:
@@ -116,32 +132,31 @@ class StageData:
         self.on_bad_row = on_bad_row
         self.bad: list[BadRow] = []
         self._left_out = left_out
-        self._read: dict[tuple[Any, ...], list[Row]] = {}
+        self._read: dict[Source, RowIndex] = {}
 
-    def rows(self, entries: Sequence[DataEntry], seed: int) -> list[Row]:
-        """The mixture of some entries, the same for the same seed.
+    def rows(
+        self, entries: Sequence[DataEntry], seed: int, image_share: float | None = None
+    ) -> RowIndex:
+        """The mixture of some entries, the same for the same seed; see `mix`.
 
         Raises:
             UsageError: A file or row that cannot be used.
         """
-        return mix([Part(self._rows(entry), entry.weight) for entry in entries], seed)
+        parts = [Part(self._rows(source_of(entry)), entry.weight) for entry in entries]
+        return mix(parts, seed, image_share=image_share)
 
-    def _rows(self, entry: DataEntry) -> list[Row]:
-        assert entry.path is not None
-        key = (entry.path, entry.images, entry.format, entry.limit)
-        if key not in self._read:
-            given = (entry.path, entry.images, entry.format, entry.limit)
-            if self.on_bad_row == "error":
-                self._read[key] = read_rows(*given)
-            else:
-                self._read[key] = read_rows(
-                    *given,
-                    check_images=self._left_out is None,
+    def _rows(self, source: Source) -> RowIndex:
+        if source not in self._read:
+            checks = Checks()
+            if self.on_bad_row == "skip":
+                checks = Checks(
+                    images=self._left_out is None,
                     on_bad=self.bad.append,
                     leave_out=self._left_out or (),
                     accept=lambda row: answer_turns(row.messages, row.where),
                 )
-        return self._read[key]
+            self._read[source] = index_rows(source, checks)
+        return self._read[source]
 
 
 def check_rows(rows: Sequence[Row], stage: str, text_rows: str | None) -> int:
@@ -150,37 +165,41 @@ def check_rows(rows: Sequence[Row], stage: str, text_rows: str | None) -> int:
     Raises:
         UsageError: It would leave out all of them, or one that it keeps has no answer to learn.
     """
-    skips = text_rows == "skip"
-    for row in rows:
-        if row.has_image or not skips:
-            answer_turns(row.messages, row.where)
-    if not skips:
-        return 0
-    without = sum(not row.has_image for row in rows)
-    if without == len(rows):
+    facts = facts_of(rows)
+    kept = facts.with_image if text_rows == "skip" else np.ones(len(rows), dtype=np.bool_)
+    for at in np.flatnonzero(kept & ~facts.answers)[:1]:
+        answer_turns(rows[int(at)].messages, rows[int(at)].where)
+    if not kept.any() and len(rows):
         raise UsageError(
             f"stage {stage!r}: not one of {len(rows)} rows has an image, and text_rows: skip "
             "leaves such rows out, for they reach nothing that is trained; give image rows, or "
             "write text_rows: graft"
         )
-    return without
+    return len(rows) - int(kept.sum())
 
 
 def check_pictures(rows: Sequence[Row], most: int = _LOOKED_AT) -> int:
-    """Look at the two ends of the pictures of rows; gives the number of files looked at.
+    """Look at the two ends of the pictures of rows; gives the number of pictures looked at.
 
-    Of more than `most` files an even sample is looked at, so that it takes seconds however many
+    Of more than `most` pictures an even sample is looked at, so that it takes seconds however many
     there are; the others are found when their turn comes, or by ``mmgraft data check``.
 
     Raises:
         UsageError: For one that is missing, no picture, cut short or enormous, with its row.
     """
-    found: dict[str, Row] = {}
-    for row in rows:
+    facts = facts_of(rows)
+    shown = np.flatnonzero(facts.with_image)
+    shown = shown[:: -(-int(facts.pictures.sum(dtype=np.int64)) // (_READ_FOR_EACH * most)) or 1]
+    found: dict[str, int] = {}  # the first row that shows a picture
+    for at, row in zip(shown.tolist(), select(rows, shown), strict=True):
         for image in images_of_all(row.messages):
-            found.setdefault(str(image), row)
+            found.setdefault(str(image), at)
     images = sorted(found) if len(found) > most else list(found)
     looked = images[:: -(-len(images) // most) or 1]
-    for image in looked:
-        check_image(image, found[image].where)
+    for name in looked:
+        row = rows[found[name]]
+        for image in images_of_all(row.messages):
+            if str(image) == name:
+                check_image(image, row.where)
+                break
     return len(looked)

@@ -12,6 +12,7 @@ from mmgraft.basefiles import resolve
 from mmgraft.data.loading import load_processor
 from mmgraft.data.placeholder import choose_placeholder
 from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.shards import is_there
 from mmgraft.data.template import resolve_template
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.model.graft_file import GraftFile
@@ -113,14 +114,17 @@ def views(asked: Asked) -> list[View]:
 
 def _run_and_file(asked: Asked) -> tuple[Path | None, Path | None]:
     target = asked.target
-    if target.is_dir():
+    if target.is_dir() and not (is_there(str(target)) and not is_graft(target)):
         if not is_graft(target):
-            raise UsageError(f"{target} is neither a file of rows nor the folder of a graft")
+            raise UsageError(
+                f"{target} is neither a file of rows nor the folder of a graft or of shards; give "
+                "one of them, or a pattern of files"
+            )
         if asked.run is not None:
             raise UsageError(f"{target} is a run itself; give --run beside a file of rows")
         run, file = target, None
     else:
-        if not target.is_file():
+        if not is_there(str(target)):
             raise UsageError(
                 f"no file and no run {target}; give a LLaVA json, a messages jsonl, or the folder "
                 "of a graft"

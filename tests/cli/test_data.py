@@ -193,7 +193,7 @@ def test_preview_colours_on_a_terminal(parts, run, capsys) -> None:
     ("words", "said"),
     [
         (["check", "nowhere.jsonl"], "no file and no run nowhere.jsonl"),
-        (["check", "."], "neither a file of rows nor the folder of a graft"),
+        (["check", "images"], "neither a file of rows nor the folder of a graft"),
         (["check", "run", "--run", "run"], "is a run itself"),
         (["check", "good.jsonl", "--base", "b", "--run", "run"], "leave --base and --vision out"),
         (["check", "good.jsonl", "--base", "b"], "--base without --vision"),

@@ -187,7 +187,7 @@ def test_missing_images_can_wait_but_the_folder_is_kept_to(folder: Path) -> None
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('[{"a": 1},\n{]', r"line 2: not JSON"),
+        ('[{"messages": [{"role": "user", "content": "a"}]},\n{]', r"line 2: not JSON"),
         ('{"messages": []}\n{"messages"', r"line 2: not JSON|row 1|line 1"),
         ('{\n "messages": []\n}', r"line 1: not JSON .* one object a line"),
         ("", "has no rows"),

@@ -23,9 +23,9 @@ def entry(parts: Path, **values) -> DataEntry:
 
 def test_a_file_is_read_once_for_all_stages(parts, monkeypatch):
     calls = []
-    original = stage_data.read_rows
+    original = stage_data.index_rows
     monkeypatch.setattr(
-        stage_data, "read_rows", lambda *args: calls.append(args) or original(*args)
+        stage_data, "index_rows", lambda *args: calls.append(args) or original(*args)
     )
     reader = StageData()
     first = reader.rows([entry(parts)], seed=1)

@@ -11,7 +11,6 @@ from mmgraft.basefiles import ModelFiles
 from mmgraft.basefiles.files import fetch_tokenizer
 from mmgraft.data.loading import load_processor
 from mmgraft.data.processor import GraftProcessor
-from mmgraft.data.rows import Row
 from mmgraft.data.template import resolve_template
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
@@ -122,7 +121,7 @@ class _Reader:
             return assumed(length, self.subject.patches, "--length")
         entries = stage.data or []
         if entries and all(entry.path for entry in entries):
-            rows: list[Row] = self.data.rows(entries, seed)
+            rows = self.data.rows(entries, seed, stage.image_share)
             return measured(rows, self.processor(stage), stage.max_length, stage.text_rows)
         if stage.max_length is not None:
             return assumed(stage.max_length, self.subject.patches, "max_length; no data are named")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmgraft.data.content import images_of_all
+import numpy as np
+
 from mmgraft.data.dataset import cut
+from mmgraft.data.indexed import facts_of, select
 from mmgraft.data.masking import supervise_row
 from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
@@ -44,9 +46,11 @@ def measured(
     Raises:
         UsageError: A row that cannot be used.
     """
-    kept = [row for row in rows if row.has_image] if text_rows == "skip" else list(rows)
-    by_size = sorted(kept, key=lambda row: _guess(row, processor.num_patches), reverse=True)
-    longest = by_size[:TOKENISED]
+    kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
+    facts = facts_of(kept)
+    sizes = facts.letters.astype(np.int64)
+    sizes += _LETTERS * processor.num_patches * facts.pictures.astype(np.int64)
+    longest = [kept[int(at)] for at in np.argsort(-sizes, kind="stable")[:TOKENISED]]
     lengths, images, learned = [], [], []
     for row in longest:
         encoded = supervise_row(processor, row)
@@ -72,12 +76,3 @@ def assumed(length: int, patches: int, source: str) -> RowSizes:
             f"this tower, and an answer; give --length {patches + 64} or more"
         )
     return RowSizes(length, 1, length - patches - 1, True, source)
-
-
-def _guess(row: Row, patches: int) -> int:
-    letters = 0
-    for message in row.messages:
-        content = message.get("content")
-        parts = content if isinstance(content, list | tuple) else [{"text": content}]
-        letters += sum(len(str(part.get("text") or "")) for part in parts)
-    return letters + _LETTERS * patches * len(list(images_of_all(row.messages)))

@@ -1,0 +1,224 @@
+"""Tables of rows: parquet shards, and data sets that the `datasets` package keeps as Arrow files.
+
+A table lies memory-mapped on disk, so that any row is read without the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmgraft.data.bad_rows import HUB
+from mmgraft.data.record_files import Found, Record
+from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.model.vision.stored import StoredImage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SLICE = 256
+_REOPEN = 100
+"""Slices after which a table is mapped anew, so that its pages do not count as memory in use."""
+_TURNS = ("messages", "conversations", "tools")
+
+
+class TableFile:
+    """A table with a row a record; a record's position is its index."""
+
+    unit = "row"
+
+    def __init__(self, file: str, table: Dataset) -> None:
+        self.file = file
+        self.table = table.with_format("arrow")
+
+    def scan(self) -> Iterator[Found]:
+        """All rows."""
+        table = self.table
+        for count, start in enumerate(range(0, len(table), _SLICE)):
+            if count % _REOPEN == 0:
+                table = pickle.loads(pickle.dumps(self.table))
+            rows = table[start : start + _SLICE]
+            for number, record in enumerate(self._records(rows, start + 1), start=start + 1):
+                yield Found(number - 1, number, record)
+
+    def read(self, position: int, number: int) -> Record:
+        """One row."""
+        (found,) = self._records(self.table[position : position + 1], number)
+        if isinstance(found, UsageError):
+            raise found
+        return found
+
+    def _records(self, rows: Any, first: int) -> Iterator[Record | UsageError]:
+        names = rows.column_names
+        columns = [_values(rows.column(name)) for name in names]
+        for number, cells in enumerate(zip(*columns, strict=True), start=first):
+            count = itertools.count(1)
+
+            def named(number: int = number, count: Iterator[int] = count) -> str:
+                return f"{self.file}, row {number}, picture {next(count)}"
+
+            data = {
+                name: _plain(cell, named)
+                for name, cell in zip(names, cells, strict=True)
+                if cell is not None
+            }
+            try:
+                yield Record(_parsed(data))
+            except ValueError as error:
+                yield UsageError(f"{self.file}, row {number}: {error}; correct it")
+
+
+def _values(column: Any) -> list[Any]:
+    """Cells of a column as Python values; only where there are bytes, as Arrow's own."""
+    return list(column) if "binary" in str(column.type) else column.to_pylist()
+
+
+def _plain(value: Any, name: Callable[[], str]) -> Any:
+    """A cell as JSON would have it: keys without a value are left out, bytes are pictures.
+
+    Every row of a table has all keys, so that nothing is said by one that is empty; the content of
+    a message alone is kept.
+    """
+    import pyarrow as pa
+
+    if isinstance(value, pa.Scalar):
+        if not value.is_valid:
+            return None
+        if isinstance(value, pa.StructScalar):
+            value = dict(value.items())
+        elif isinstance(value, pa.ListScalar):  # and its subclasses
+            value = list(value)
+        elif isinstance(value, pa.BinaryScalar | pa.LargeBinaryScalar):
+            return StoredImage(name(), value.as_buffer())
+        else:
+            return value.as_py()
+    if isinstance(value, dict):
+        if value.keys() == {"bytes", "path"}:
+            held = _plain(value["bytes"], name)
+            return held if held is not None else _plain(value["path"], name)
+        cells = {key: _plain(one, name) for key, one in value.items()}
+        return {key: one for key, one in cells.items() if one is not None or key == "content"}
+    if isinstance(value, list):
+        return [_plain(one, name) for one in value]
+    return value
+
+
+def _parsed(data: dict[str, Any]) -> dict[str, Any]:
+    """The record with turns that are written as JSON text read."""
+    for key in _TURNS:
+        value = data.get(key)
+        if isinstance(value, str):
+            try:
+                data[key] = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"its {key!r} is a text that is not JSON ({error.msg})") from None
+    return data
+
+
+# -- opening ------------------------------------------------------------------------------------
+
+
+def parquet_table(file: str) -> TableFile:
+    """A parquet file; `datasets` keeps a copy that can be mapped in its cache.
+
+    Raises:
+        UsageError: no parquet, or `datasets` is not installed.
+    """
+    datasets = _datasets(file)
+
+    def load() -> Any:
+        return datasets.Dataset.from_parquet(file)
+
+    return TableFile(file, _loaded(file, load))
+
+
+def saved_table(folder: str, split: str) -> TableFile:
+    """A folder that `save_to_disk` wrote.
+
+    Raises:
+        UsageError: it is damaged, has no such split, or `datasets` is not installed.
+    """
+    datasets = _datasets(folder)
+    found = _loaded(folder, lambda: datasets.load_from_disk(folder))
+    return TableFile(folder, _of_split(found, folder, split))
+
+
+def hub_table(name: str, split: str, subset: str | None, revision: str | None) -> TableFile:
+    """A data set of the Hub, downloaded whole into the cache of `datasets`.
+
+    Args:
+        name: `hub:OWNER/NAME`.
+        split: as `datasets` writes it: "train", "train[:1000]".
+        subset: the configuration, of a set that has several.
+        revision: a branch, tag or commit.
+
+    Raises:
+        UsageError: no such set, split or subset, or `datasets` is not installed.
+        MMGraftError: it cannot be downloaded.
+    """
+    datasets = _datasets(name)
+    where = name.removeprefix(HUB)
+
+    def load() -> Any:
+        return datasets.load_dataset(where, subset, split=split, revision=revision)
+
+    return TableFile(name, _loaded(name, load))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is what `save_to_disk` writes."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _of_split(found: Any, where: str, split: str) -> Any:
+    if not hasattr(found, "keys"):
+        return found  # one table
+    if split not in found:
+        raise UsageError(f"{where}: no split {split!r} but {', '.join(found)}; set split to one")
+    return found[split]
+
+
+def _datasets(where: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"{where} needs datasets to be read: pip install 'mmgraft[data]'"
+        ) from None
+    return datasets
+
+
+def _loaded(where: str, load: Callable[[], Any]) -> Any:
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        return load()
+    except (ConnectionError, TimeoutError) as error:
+        raise MMGraftError(f"{where} cannot be downloaded ({_said(error)}); try again") from error
+    # What is no table, no split, or no name is told by nearly any exception.
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in ("httpx", "requests", "urllib3"):
+            raise MMGraftError(
+                f"{where} cannot be downloaded ({_said(error)}); try again"
+            ) from error
+        if (
+            isinstance(error, OSError)
+            and error.errno is not None
+            and not isinstance(error, FileNotFoundError)
+        ):
+            raise MMGraftError(f"{where} cannot be kept on disk ({error}); make room") from error
+        why = _said(error.__cause__ or error)
+        raise UsageError(f"{where} cannot be read as a table ({why}); correct it") from error
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
