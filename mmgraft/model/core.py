@@ -54,6 +54,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         self._takes_positions = "position_ids" in signature.parameters
         self._packs: dict[str, str | None] = {}  # why rows cannot be packed, by attention kernel
         self.gradient_checkpointing = False
+        self.lockstep = False  # see mmgraft.model.lockstep
         self._only_text = False
         if base.can_generate():
             self.generation_config = base.generation_config

@@ -16,6 +16,7 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Pass, select
 from mmgraft.model.cache import RowSlot, extend
 from mmgraft.model.generation import WorkflowGeneration
+from mmgraft.model.lockstep import join, outside_layers
 from mmgraft.model.loss import chunked_loss, supervised
 from mmgraft.model.rows import Rows, kinds_of, refuse_unplaced, sort_rows
 from mmgraft.model.running import Active, running
@@ -159,7 +160,7 @@ class GraftedModel(WorkflowGeneration):
             labels = None if labels is None else learned_within(labels, segments)
             attention_mask, use_cache = None, False
         options = dict(kwargs, use_cache=use_cache)
-        if rows.text_only:
+        if rows.text_only and not (self.lockstep and labels is not None):
             refuse_unplaced(pixel_values, image_features)
             if labels is not None and self.training:
                 return self._text_training(
@@ -193,6 +194,7 @@ class GraftedModel(WorkflowGeneration):
         real = attention_mask if segments is None else segments
         kinds = kinds_of(batch, mm_token_type_ids, real, embeds.device)
         embeds, images = self._merge(embeds, rows, kinds, features)
+        embeds = self._joined(embeds, first=True)
         state = self._state(
             rows, embeds, kinds, attention_mask, position_ids, past_key_values, slot
         )
@@ -205,12 +207,24 @@ class GraftedModel(WorkflowGeneration):
         if self._takes_positions:
             given["position_ids"] = state.positions
         checkpointing = self.gradient_checkpointing and self.training
-        with running(self.base, self.anatomy, active, state, checkpointing):
+        with running(self.base, self.anatomy, active, state, checkpointing, self.lockstep):
             if labels is None:
                 return self.base(**given, logits_to_keep=logits_to_keep)
             hidden = self.base.base_model(**given).last_hidden_state  # (b, s, h)
+        hidden = self._joined(hidden, first=False)
         loss = self._loss(hidden, labels, rows, active, num_items_in_batch)
+        if self.lockstep:
+            loss = join(loss, [hidden]).clone()  # no view: torch hangs a hook on what is returned
         return CausalLMOutputWithPast(loss=loss)
+
+    def _joined(self, x: Tensor, first: bool) -> Tensor:
+        """In lockstep, ``x`` with what stands before the layers, or with the heads, behind it."""
+        if not self.lockstep:
+            return x
+        before, heads = outside_layers(self._workflow_list())
+        if not first and self.anatomy.head_path is not None:
+            heads += get_path(self.base, self.anatomy.head_path).parameters()
+        return join(x, before if first else heads)
 
     def _static_mask(
         self, embeds: Tensor, mask: Tensor | None, cache: Cache | None
@@ -247,7 +261,7 @@ class GraftedModel(WorkflowGeneration):
     # -- steps of the forward -------------------------------------------------------------------
 
     def _active(self, rows: Rows, device: torch.device) -> list[Active]:
-        used = [w for w in self._workflow_list() if w.name in rows.names]
+        used = [w for w in self._workflow_list() if self.lockstep or w.name in rows.names]
         return [Active(w.graft, rows.gate(w.name, device)) for w in used]
 
     def _embed(self, ids: Tensor | None, embeds: Tensor | None, active: list[Active]) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, decoder_layers, get_path
 from mmgraft.grafts.base import Graft, Pass, select
+from mmgraft.model.lockstep import join
 from mmgraft.model.parts import execution_device
 from mmgraft.model.quantization import gradients_through_packed
 from mmgraft.patching import patched_forward
@@ -35,6 +36,7 @@ class _Run:
     state: Pass | None
     checkpointing: bool
     through_4bit: bool = False
+    lockstep: bool = False
     carries: list[Tensor | None] = field(default_factory=list)
 
 
@@ -45,15 +47,17 @@ def running(
     active: Sequence[Active],
     state: Pass | None,
     checkpointing: bool = False,
+    lockstep: bool = False,
 ) -> Iterator[None]:
     """While the block lasts, ``base(...)`` runs the active grafts; afterwards it is untouched.
 
     With ``checkpointing`` each decoder layer, with what a graft adds to it, is computed again in
     the backward pass instead of keeping its activations. ``state`` is None for the base alone.
+    ``lockstep``: see :mod:`mmgraft.model.lockstep`.
     """
     active = [item for item in active if item.graft.active]
     through_4bit = torch.is_grad_enabled() and bool(getattr(base, "is_quantized", False))
-    run = _Run(active, state, checkpointing, through_4bit, [None] * len(active))
+    run = _Run(active, state, checkpointing, through_4bit, lockstep, [None] * len(active))
     if state is not None:
         for item in active:
             item.graft.begin(state)
@@ -99,6 +103,9 @@ def _layer(
         kwargs = cast(Any, send_to_device(kwargs, device, skip_keys="past_key_values"))
         run.carries = [None if carry is None else carry.to(device) for carry in run.carries]
 
+    if run.lockstep:  # outside the part that is computed again: its gradients come after all others
+        hidden = join(hidden, _parameters_at(run, index))
+
     def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, ...]:
         here = state.on(hidden.device)
         with ExitStack() as stack:
@@ -129,6 +136,17 @@ def _layer(
     else:
         out, run.carries = forward(hidden, *run.carries)
     return out
+
+
+def _parameters_at(run: _Run, index: int) -> list[nn.Parameter]:
+    """Of what the active grafts run at a layer."""
+    return [
+        parameter
+        for item in run.active
+        for place, piece in item.graft.layer_modules()
+        if place == index
+        for parameter in piece.parameters()
+    ]
 
 
 def _own(owners: Sequence[Active], name: str, original: Any, x: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""Processes that hold a model in pieces must run all of it together, whatever rows each has.
+
+Every piece is gathered from all processes before it runs, and its gradients are handed out to all
+of them afterwards. A process whose rows leave a part out (no image, so no projector) would leave
+the others waiting. So in lockstep every part runs in every pass, for no row where no row wants it
+(a gate that is false everywhere), and what cannot run for no row is joined here: it gets a gradient
+of zeros at its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mmgraft.model.workflow import Workflow
+
+
+def join(x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """``x`` itself, which the backward pass reaches all ``parameters`` through.
+
+    A parameter that has a gradient by then keeps it as it is; the others get zeros, without a look
+    at their values. So nothing changes, but that none is without a gradient.
+
+    Args:
+        x: Any tensor; where it is used, so must the parameters have been.
+        parameters: Those that require no gradient are left out.
+    """
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    if not wanted or not torch.is_grad_enabled():
+        return x
+    return cast(Tensor, _Joined.apply(x, *wanted))
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (
+            grads[0],
+            *(
+                None if one.is_leaf and one.grad is not None else torch.zeros_like(one)
+                for one in ctx.parameters
+            ),
+        )
+
+
+def outside_layers(workflows: Iterable[Workflow]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of workflows that stand before the layers, and those of their heads.
+
+    A head shares its tensor with an embedding where the base ties them; such a tensor is the
+    head's.
+    """
+    before: dict[int, nn.Parameter] = {}
+    heads: dict[int, nn.Parameter] = {}
+    inside: set[int] = set()
+    for workflow in workflows:
+        graft = workflow.graft
+        if graft.head is not None:
+            heads.update((id(p), p) for p in graft.head.parameters())
+        inside.update(id(p) for _, piece in graft.layer_modules() for p in piece.parameters())
+        before.update((id(p), p) for p in workflow.parameters())
+    first = [p for key, p in before.items() if key not in inside and key not in heads]
+    return first, list(heads.values())
