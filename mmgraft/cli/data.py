@@ -91,7 +91,7 @@ def prepare(
         str | None,
         typer.Option(
             "--boxes",
-            help="How boxes are written: unit, thousand or pixel.",
+            help="How boxes are written: unit, thousand, ten or pixel.",
             rich_help_panel=_STAMPS,
         ),
     ] = None,

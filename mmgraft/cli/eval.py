@@ -81,7 +81,7 @@ def evaluate(
     ] = None,
     boxes: Annotated[
         str | None,
-        typer.Option("--boxes", help="unit, thousand or pixel.", rich_help_panel=_ONE),
+        typer.Option("--boxes", help="unit, thousand, ten or pixel.", rich_help_panel=_ONE),
     ] = None,
     columns: Annotated[
         list[str] | None,

@@ -12,7 +12,7 @@ from mmgraft.evaluation.measured import Measured
 from mmgraft.evaluation.set_spec import BoxFormat
 
 THRESHOLD = 0.5
-_STEPS: dict[BoxFormat, int] = {"unit": 100, "thousand": 999}
+_STEPS: dict[BoxFormat, int] = {"unit": 100, "thousand": 999, "ten": 9}
 _NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
 _BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
 
@@ -21,7 +21,8 @@ def format_box(box: Box, boxes: BoxFormat, size: tuple[int, int]) -> str:
     """A box as text, `[x1,y1,x2,y2]`.
 
     `unit` writes shares of width and height with two decimals, as LLaVA's instruction data do;
-    `thousand` whole numbers from 0 to 999, 999 being the far edge; `pixel` whole pixels. A box
+    `thousand` whole numbers from 0 to 999, 999 being the far edge; `ten` the same from 0 to 9, one
+    digit each, for models that learn no finer ones; `pixel` whole pixels. A box
     that rounding would leave without an area is widened to the nearest step on both sides.
 
     Args:
@@ -69,7 +70,7 @@ def parse_box(text: str, boxes: BoxFormat, size: tuple[int, int]) -> Box | None:
         return None
     x1, y1, x2, y2 = (float(number) for number in found.groups())
     if boxes != "pixel":
-        scale = 1.0 if boxes == "unit" else 999.0
+        scale = 1.0 if boxes == "unit" else float(_STEPS[boxes])
         x1, x2 = x1 / scale * size[0], x2 / scale * size[0]
         y1, y2 = y1 / scale * size[1], y2 / scale * size[1]
     return _clipped((x1, y1, x2, y2), size)

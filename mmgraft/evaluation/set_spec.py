@@ -13,7 +13,7 @@ from mmgraft.strict import StrictModel
 Metric = Literal["perplexity", "choice", "exact", "vqa", "vqa_v2", "yes_no", "caption", "box"]
 TEXT_METRICS = ("perplexity", "choice")
 VISION_METRICS = ("choice", "exact", "vqa", "vqa_v2", "yes_no", "caption", "box")
-BoxFormat = Literal["unit", "thousand", "pixel"]
+BoxFormat = Literal["unit", "thousand", "ten", "pixel"]
 Blind = Literal["prior", "no_image"]
 
 COLUMNS = (
@@ -80,7 +80,7 @@ class SetSpec(StrictModel):
         if self.metric == "box" and self.boxes is None:
             raise ValueError(
                 f"set {self.name!r}: say how boxes are written: boxes: unit (0 to 1), thousand "
-                "(0 to 999) or pixel"
+                "(0 to 999), ten (0 to 9) or pixel"
             )
         unknown = sorted(set(self.columns) - set(COLUMNS))
         if unknown:

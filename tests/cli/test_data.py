@@ -101,7 +101,7 @@ def test_options_of_stamps_reach_the_pictures(cli, tmp_path: Path) -> None:
     [
         (["easy-vqa", "--size", "64"], "easy-vqa has no --size"),
         (["siqa", "--test-pictures", "4"], "siqa has no --test-pictures"),
-        (["stamps-grounding", "--boxes", "percent"], "choose unit, thousand, pixel"),
+        (["stamps-grounding", "--boxes", "percent"], "choose unit, thousand, ten, pixel"),
         (["stamps", "--source", "nowhere"], "--source"),
     ],
 )
@@ -122,6 +122,7 @@ def rows(parts: Path, here: Path) -> Path:
     bad = json.loads(lines[0].replace("0.png", "x.png")) | {"id": "x"}
     (here / "rows.jsonl").write_text("\n".join([*lines, json.dumps(bad)]) + "\n")
     (here / "good.jsonl").write_text("\n".join(lines) + "\n")
+    (here / "images").mkdir()
     return here / "rows.jsonl"
 
 
