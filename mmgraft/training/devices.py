@@ -19,6 +19,12 @@ _TRACKER_PACKAGES = {
     "trackio": ("trackio",),
 }
 
+_FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+"""What is imported and what is installed."""
+
 
 def pick_device(wanted: str | None = None) -> str:
     """The device that was asked for, else the first that is there: CUDA, MPS, CPU.
@@ -49,8 +55,11 @@ def check_packages(recipe: Recipe, device: str) -> None:
 
     Raises:
         UsageError: 4-bit or an 8-bit optimizer without bitsandbytes or on a device that it does
-            not run on; a tracker whose package is missing.
+            not run on; flash attention without its package or a card; a tracker whose package is
+            missing.
     """
+    if recipe.attention in _FLASH_PACKAGES:
+        _check_flash(recipe.attention, device)
     if recipe.quantization is not None:
         _check_bitsandbytes(f"quantization: {recipe.quantization}", device)
     for stage in recipe.stages:
@@ -61,6 +70,19 @@ def check_packages(recipe: Recipe, device: str) -> None:
         raise UsageError(
             f"tracking: {recipe.tracking} needs a package that is not installed: "
             f"pip install {packages[0]}, or --set tracking=none"
+        )
+
+
+def _check_flash(name: str, device: str) -> None:
+    module, package = _FLASH_PACKAGES[name]
+    if device != "cuda":
+        raise UsageError(
+            f"attention: {name} needs a CUDA card, and this is {device}; write attention: sdpa"
+        )
+    if importlib.util.find_spec(module) is None:
+        raise UsageError(
+            f"attention: {name} needs a package that is not installed: pip install {package}, or "
+            "--set attention=sdpa"
         )
 
 

@@ -244,6 +244,9 @@ class GraftTrainer(Trainer):
         if num_items_in_batch is not None and self.args.world_size > 1:
             # Ranks average their gradients, and each must have one for every trained parameter.
             loss = loss * self.args.world_size + cast("GraftedModel", self.model).touch()
+        elif torch.is_grad_enabled() and not loss.requires_grad:
+            # Rows without an image alone, where only a projector is trained.
+            loss = loss + cast("GraftedModel", self.model).touch()
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
