@@ -12,9 +12,18 @@ from torch import Tensor, nn
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
-from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, TEXT, BaseParts, Graft, Pass, select
+from mmgraft.grafts.base import (
+    FULL_ATTENTION,
+    IMAGE,
+    TEXT,
+    BaseParts,
+    Graft,
+    Packed,
+    Pass,
+    select,
+)
 from mmgraft.grafts.wings.config import WingsConfig
-from mmgraft.grafts.wings.learners import Learner, learner_heads, rotation_of
+from mmgraft.grafts.wings.learners import Learner, attend, learner_heads, rotation_of
 from mmgraft.grafts.wings.router import Router, route
 from mmgraft.layers import parse_layers
 from mmgraft.patching import patched_forward
@@ -105,8 +114,8 @@ class WingsGraft(Graft):
         return str(index) in self.layers
 
     def begin(self, state: Pass) -> None:
-        """Without a cache each learner reads the keys of its own kind alone."""
-        if state.cache is None and self.watch is None:
+        """From the first position on, each learner reads the keys of its own kind alone."""
+        if state.start == 0 and self.watch is None:
             for name in self.running:
                 state.pack(_KIND_OF[name])
 
@@ -157,51 +166,84 @@ class WingsGraft(Graft):
         self, wing: WingsLayer, index: int, hidden: Tensor, state: Pass, shares: Tensor | None
     ) -> Tensor:
         """The routed sum of the learners at one layer, ``(b, s, h)``."""
-        size = hidden.shape[-1] // self.heads
+        size, inner = hidden.shape[-1] // self.heads, hidden.to(state.features.dtype)
         rotation = rotation_of(state, size)
-        everything = None if state.packed else self._keys_values(wing, index, state, rotation)
+        names = [n for n in self.running if n != "visual" or state.any_image]
+        if state.packed:
+            names = [n for n in names if _KIND_OF[n] in state.packed]
+        queries = [wing.learner(name).queries(inner, rotation) for name in names]
+        read = self._read_packed if state.packed else self._read_all
+        mixed = read(wing, index, state, names, queries, shares)  # each (b, heads, s, d)
         total = torch.zeros_like(hidden)
-        for column, name in enumerate(("visual", "textual")):
-            if name not in self.running or (name == "visual" and not state.any_image):
-                continue
-            learner, kind = wing.learner(name), _KIND_OF[name]
-            if everything is None and kind not in state.packed:
-                continue  # no row has such a position
-            queries = learner.queries(hidden.to(state.features.dtype), rotation)
-            if everything is None:
-                packed = state.packed[kind]
-                keys, values = learner.keys_values(packed.features, rotation_of(state, size, kind))
-                mask, seen = packed.mask, packed.seen
-            else:
-                keys, values = everything
-                mask, seen = state.visible(kind)
-            keys, values = keys.to(queries.dtype), values.to(queries.dtype)
-            share = None if shares is None else shares[..., column]  # (b, s)
-            if self.watch is not None:
-                self.watch(index, queries, keys, mask, seen, share)
-            out = learner.attend(queries, keys, values, mask, seen)
+        for name, values in zip(names, mixed, strict=True):
+            kind = _KIND_OF[name]
+            seen = state.packed[kind].seen if state.packed else state.visible(kind)[1]
+            out = wing.learner(name).finish(values, seen)
+            share = _share(shares, name)
             total = total + (out if share is None else share[..., None].to(out.dtype) * out)
         return total
 
-    def _keys_values(
-        self, wing: WingsLayer, index: int, state: Pass, rotation: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of all positions so far: each position by its own kind's learner."""
+    def _read_packed(
+        self,
+        wing: WingsLayer,
+        index: int,
+        state: Pass,
+        names: list[str],
+        queries: list[Tensor],
+        shares: Tensor | None,
+    ) -> list[Tensor]:
+        """Values ``(b, heads, s, d)`` for each learner's queries, from keys of its own kind."""
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        mixed = []
+        for name, query in zip(names, queries, strict=True):
+            packed = state.packed[_KIND_OF[name]]
+            rotation = rotation_of(state, query.shape[-1], _KIND_OF[name])
+            pairs[name] = wing.learner(name).keys_values(packed.features, rotation)
+            mixed.append(attend(query, *pairs[name], packed.mask))
+        if state.cache is not None and pairs:
+            spread = {
+                name: tuple(_spread(state.packed[_KIND_OF[name]], part, state) for part in pair)
+                for name, pair in pairs.items()
+            }
+            keys, values = _by_kind(spread.get("visual"), spread.get("textual"), state)
+            self._remember(index, state, keys, values)
+        return mixed
+
+    def _read_all(
+        self,
+        wing: WingsLayer,
+        index: int,
+        state: Pass,
+        names: list[str],
+        queries: list[Tensor],
+        shares: Tensor | None,
+    ) -> list[Tensor]:
+        """The same from keys of all positions so far: one reading of them serves both learners."""
+        rotation = rotation_of(state, self.anatomy.hidden_size // self.heads)
         visual = textual = None
-        if "visual" in self.running and state.new_image:
+        if "visual" in self.running and (state.new_image or "textual" not in self.running):
             visual = wing.learner("visual").keys_values(state.features, rotation)
         if "textual" in self.running:
             textual = wing.learner("textual").keys_values(state.features, rotation)
-        if visual is not None and textual is not None:
-            image = (state.kinds == IMAGE)[:, None, :, None]
-            keys, values = (torch.where(image, v, t) for v, t in zip(visual, textual, strict=True))
-        else:
-            pair = visual or textual
-            if pair is None:  # no image position is new, and only the visual learner runs
-                pair = wing.learner("visual").keys_values(state.features, rotation)
-            keys, values = pair
-        if state.cache is None:
-            return keys, values
+        keys, values = _by_kind(visual, textual, state)
+        if state.cache is not None:
+            keys, values = self._remember(index, state, keys, values)
+        if not names:
+            return []
+        masks = [state.visible(_KIND_OF[name]) for name in names]
+        if self.watch is not None:
+            for name, query, (mask, seen) in zip(names, queries, masks, strict=True):
+                self.watch(index, query, keys.to(query.dtype), mask, seen, _share(shares, name))
+        together = ("masks", *names)
+        if together not in state.shared:
+            state.shared[together] = torch.cat([mask for mask, _ in masks], dim=2)
+        mixed = attend(torch.cat(queries, dim=2), keys, values, state.shared[together])
+        return list(mixed.chunk(len(names), dim=2))
+
+    def _remember(
+        self, index: int, state: Pass, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put new keys and values into the layer's slot; gives those of all positions so far."""
         return state.cache.update(keys, values, self._first_slot + self.places.index(index))
 
     def groups(self) -> dict[str, Iterable[nn.Parameter]]:
@@ -237,6 +279,29 @@ def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
     if missing:
         positions = torch.nn.functional.pad(positions, (0, missing))
     return router.columns(positions)
+
+
+def _share(shares: Tensor | None, name: str) -> Tensor | None:
+    """One learner's share of every query ``(b, s)``; None for 1."""
+    return None if shares is None else shares[..., 0 if name == "visual" else 1]
+
+
+def _by_kind(
+    visual: tuple[Tensor, ...] | None, textual: tuple[Tensor, ...] | None, state: Pass
+) -> tuple[Tensor, Tensor]:
+    """Keys and values ``(b, heads, s, d)`` of each position by its own kind's learner."""
+    if visual is not None and textual is not None:
+        image = (state.kinds == IMAGE)[:, None, :, None]
+        keys, values = (torch.where(image, v, t) for v, t in zip(visual, textual, strict=True))
+    else:
+        keys, values = visual or textual or ()
+    return keys, values
+
+
+def _spread(packed: Packed, part: Tensor, state: Pass) -> Tensor:
+    """Packed keys or values ``(b, heads, K, d)`` at their columns, ``(b, heads, s, d)``."""
+    everywhere = part.new_zeros(*part.shape[:2], state.kinds.shape[1], part.shape[3])
+    return everywhere.scatter(2, packed.columns[:, None, :, None].expand_as(part), part)
 
 
 def _add(out: Any, extra: Tensor) -> Any:

@@ -56,11 +56,17 @@ class Learner(nn.Module):
         v = self.split(features + self.value(features))
         return (k if rotation is None else rotation(k)), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
-        """Output ``(b, s, h)``; exactly 0, with a zero gradient, for a query that sees no key."""
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (b, heads, s, d)
-        out = self.output(out.transpose(1, 2).flatten(2))
-        return torch.where(seen, out, 0.0)
+    def finish(self, mixed: Tensor, seen: Tensor) -> Tensor:
+        """Output ``(b, s, h)`` of the mixed values ``(b, heads, s, d)``.
+
+        Exactly 0, with a zero gradient, for a query that sees no key.
+        """
+        return torch.where(seen, self.output(mixed.transpose(1, 2).flatten(2)), 0.0)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Values mixed for queries ``(b, heads, q, d)``; the mask is true where one may look."""
+    return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
 
 
 class Rotation:

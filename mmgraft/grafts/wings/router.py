@@ -34,7 +34,8 @@ class Router(nn.Module):
 
     def columns(self, positions: Tensor) -> Tensor:
         """Columns of the keys' own positions: ``(b, S) -> (b, S, 2)``."""
-        return F.embedding(positions.clamp(min=0), self.weight.t())
+        chosen = self.weight.index_select(1, positions.clamp(min=0).flatten())
+        return chosen.view(2, *positions.shape).movedim(0, -1)
 
 
 @dataclass
@@ -103,6 +104,10 @@ def _router_attention(
     size, heads = value.shape[-1], key.shape[1]
     kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
     columns = job.columns(key.shape[2]).to(value.dtype)  # (b, S, 2)
+    if job.implementation == "sdpa" and query.shape[2] == 1 and not kwargs.get("dropout"):
+        out, _ = inner(module, query, key, value, attention_mask, **kwargs)
+        job.logits.append(_one_query(query, key, attention_mask, columns, kwargs["scaling"]))
+        return out, None
     columns = columns[:, None].expand(-1, heads, -1, -1)  # (b, kv heads, S, 2)
     width = -(-(max(size, query.shape[-1]) + 2) // 8) * 8
     if query.is_cuda and width > _WIDEST_FUSED:
@@ -117,6 +122,22 @@ def _router_attention(
         out, routed = both[..., :size], both[..., size : size + 2]
     job.logits.append(routed[..., :2].float().sum(dim=2))
     return out.contiguous(), None
+
+
+def _one_query(
+    query: Tensor, key: Tensor, mask: Tensor | None, columns: Tensor, scaling: float
+) -> Tensor:
+    """Logits ``(b, 1, 2)`` of a single new token: its weights are few, and no key is copied."""
+    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (b, kv heads, group, d)
+    scores = (grouped @ key.transpose(-1, -2)).float() * scaling  # (b, kv heads, group, S)
+    if mask is not None:
+        mask = mask if mask.shape[1] == 1 else mask.unflatten(1, scores.shape[1:3]).squeeze(3)
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
+    summed = scores.softmax(-1).sum((1, 2))[:, None]  # (b, 1, S)
+    return summed @ columns.float()
 
 
 AttentionInterface.register(IMPLEMENTATION, _router_attention)

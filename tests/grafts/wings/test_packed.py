@@ -62,9 +62,10 @@ def test_what_is_packed_is_as_wide_as_the_longest_row_needs() -> None:
     graft.begin = lambda state: (original(state), seen.append(state))  # type: ignore[method-assign]
     with torch.no_grad():
         model(**inputs, workflow="mm", use_cache=False)
-        model(**inputs, workflow="mm", use_cache=True)
-    assert {kind: one.features.shape[1] for kind, one in seen[0].packed.items()} == {
-        IMAGE: 8,
-        TEXT: 8,
-    }
-    assert seen[1].packed == {}  # a cache holds every position, whatever its kind
+        cache = model(**inputs, workflow="mm", use_cache=True).past_key_values
+        more = torch.cat([inputs["attention_mask"], torch.ones(4, 1, dtype=torch.long)], dim=1)
+        model(torch.full((4, 1), 7), attention_mask=more, past_key_values=cache)
+    for state in seen[:2]:
+        widths = {kind: one.features.shape[1] for kind, one in state.packed.items()}
+        assert widths == {IMAGE: 8, TEXT: 8}
+    assert seen[2].packed == {}  # a cache holds every position, whatever its kind
