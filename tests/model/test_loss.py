@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from grafting import (
     CONFIGS,
@@ -27,6 +32,35 @@ from mmgraft.model import loss as loss_module
 from mmgraft.model.loss import chunked_loss, supervised
 
 WORDS = ("ttiiiitttttt", "iiiittiiiittt", "ttttttttt")
+
+
+class LargestLive(TorchDispatchMode):
+    """Counts the numbers in tensors that are alive, of those made inside, at their most."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.now, self.most = dtype, 0, 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.dtype == self.dtype:
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes() // self.dtype.itemsize
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
 
 
 def test_a_position_predicts_the_next_token() -> None:
@@ -71,6 +105,44 @@ def test_half_precision_is_summed_in_fp32() -> None:
     found = chunked_loss(hidden, targets, head, 10)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, F.cross_entropy(head(hidden).float(), targets) * 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [1, 25, 1000])
+def test_the_lean_cross_entropy_is_torchs(
+    dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "BLOCK_LOGITS", block)
+    generator = torch.Generator().manual_seed(0)
+    logits = (30 * torch.randn(7, 10, generator=generator)).to(dtype)
+    logits[2, 3] = -torch.inf  # a base may rule an id out
+    logits.requires_grad_(True)
+    targets = torch.tensor([0, 9, 4, 4, 1, 2, 3])
+    weight = torch.tensor(0.37)
+    expected = F.cross_entropy(logits.float(), targets, reduction="sum")
+    found = loss_module._CrossEntropy.apply(logits, targets)
+    assert found is not None
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    (wanted,) = torch.autograd.grad(weight * expected, logits)
+    kept = logits.detach().clone()
+    (mine,) = torch.autograd.grad(weight * found, logits)
+    torch.testing.assert_close(mine, wanted)
+    assert torch.equal(logits, kept)  # what a head keeps of them stays as it was
+
+
+def test_the_loss_holds_two_tensors_of_a_chunk_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the size of a chunk's logits: they themselves and their gradient, whatever the rows."""
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 50_000)
+    monkeypatch.setattr(loss_module, "BLOCK_LOGITS", 1_000)
+    hidden = torch.randn(400, 4, requires_grad=True)
+    head = torch.nn.Linear(4, 1_000, bias=False).requires_grad_(False)
+    targets = torch.randint(0, 1_000, (400,))
+    with LargestLive(torch.float32) as live:
+        chunked_loss(hidden, targets, head, 1_000).backward()
+    assert live.most < 2.2 * 50_000
 
 
 def test_no_supervised_position_is_a_zero_with_zero_gradients() -> None:
