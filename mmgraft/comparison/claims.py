@@ -287,7 +287,7 @@ def _above(score: WithInterval) -> Verdict:
     """Whether a number that cannot be negative is above zero."""
     if is_zero(score):
         return "does not hold"
-    return "holds" if score.low > 0 else UNRESOLVED
+    return "holds" if is_resolved(score) else UNRESOLVED
 
 
 def _sided(change: WithInterval, sense: int, better: bool) -> Verdict:

@@ -23,23 +23,27 @@ class Estimate:
         low: Lower end of the interval.
         high: Upper end.
         count: Items.
+        groups: What was drawn: the items themselves, or what they belong to. Of one group nothing
+            else can be drawn, so that its interval has no width and says nothing. None: not known.
     """
 
     value: float
     low: float
     high: float
     count: int
+    groups: int | None = None
 
     def __str__(self) -> str:
         """`0.823 (0.800 to 0.846)`."""
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        ends = f"{self.low:.3f} to {self.high:.3f}" if self.groups != 1 else "one group"
+        return f"{self.value:.3f} ({ends})"
 
     @property
     def resolved(self) -> bool:
-        """For a difference: whether the interval leaves zero out."""
-        return self.low > 0 or self.high < 0
+        """For a difference: whether the interval leaves zero out, and is of several groups."""
+        return self.groups != 1 and (self.low > 0 or self.high < 0)
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, float | int | None]:
         """Plain data for a report."""
         return asdict(self)
 
@@ -83,7 +87,8 @@ def estimate(
     values = statistic(drawn @ sums)  # (resamples,)
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
-    return Estimate(float(statistic(table.sum(0))), float(low), float(high), len(table))
+    whole = float(statistic(table.sum(0)))
+    return Estimate(whole, float(low), float(high), len(table), len(sums))
 
 
 def mean(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.estimate import LEVEL, Estimate, Statistic, estimate, paired, ratio
+from mmgraft.evaluation.origin import as_score
 from mmgraft.evaluation.results import Score
 
 Announce = Callable[[str], None]
@@ -81,7 +82,7 @@ def score_leaf(leaf: Leaf, announce: Announce) -> dict[str, Score]:
         if found is None:
             announce(f"{leaf.name}: {key} has no interval and is left out")
             continue
-        scores[key] = Score(value=float(number), low=found.low, high=found.high, count=found.count)
+        scores[key] = as_score(replace(found, value=float(number)))
     return scores
 
 
@@ -98,7 +99,7 @@ def grouped(
             announce(f"{group.name}: {key} is no mean over documents; see its tasks")
             continue
         one = estimate(*sums)
-        scores[key] = Score(value=float(number), low=one.low, high=one.high, count=one.count)
+        scores[key] = as_score(replace(one, value=float(number)))
     return scores
 
 
@@ -230,4 +231,4 @@ def _drawn(leaf: Leaf, key: str) -> Estimate | None:
         return None
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(found, [tail, 1 - tail])
-    return Estimate(float("nan"), float(low), float(high), len(values))
+    return Estimate(float("nan"), float(low), float(high), len(values), len(values))

@@ -63,7 +63,9 @@ def weights_sha256(run: Path) -> str:
 
 def as_score(found: Estimate) -> Score:
     """An estimate as results keep it."""
-    return Score(value=found.value, low=found.low, high=found.high, count=found.count)
+    return Score(
+        value=found.value, low=found.low, high=found.high, count=found.count, groups=found.groups
+    )
 
 
 def as_scores(found: dict[str, Estimate]) -> dict[str, Score]:

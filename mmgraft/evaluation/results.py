@@ -25,10 +25,14 @@ class Score(StrictModel):
     low: float
     high: float
     count: int
+    groups: int | None = Field(
+        default=None, description="what was drawn for the interval; of one there is none"
+    )
 
     def __str__(self) -> str:
         """`0.823 (0.800 to 0.846)`."""
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        ends = f"{self.low:.3f} to {self.high:.3f}" if self.groups != 1 else "one group"
+        return f"{self.value:.3f} ({ends})"
 
 
 class SetResult(StrictModel):

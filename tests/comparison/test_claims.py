@@ -62,6 +62,7 @@ def text_of(change: Score, name: str = "accuracy", kl: Score | None = None) -> R
         ("accuracy", score(0.1, 0.05), "does not hold"),
         ("accuracy", score(-0.01, 0.05), "not resolved"),
         ("accuracy", same(), "does not hold"),
+        ("accuracy", Score(value=-0.1, low=-0.1, high=-0.1, count=9, groups=1), "not resolved"),
         ("perplexity", score(3.0, 1.0), "holds"),
         ("perplexity", score(-3.0, 1.0), "does not hold"),
     ],

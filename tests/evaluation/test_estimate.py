@@ -65,3 +65,17 @@ def test_no_items_are_refused() -> None:
         mean([])
     with pytest.raises(UsageError, match="measure the same items"):
         paired([[1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]])
+
+
+def test_one_group_has_no_interval_and_resolves_nothing() -> None:
+    """Of one group each draw is the whole set: a width of zero would pass for certainty."""
+    before = np.stack([np.zeros(9), np.ones(9)], axis=1)
+    after = before + np.array([0.1, 0.0])
+    several = paired(after, before, groups=[at // 3 for at in range(9)])
+    assert (several.groups, several.resolved) == (3, True)
+    alone = paired(after, before, groups=["one"] * 9)
+    assert (alone.count, alone.groups) == (9, 1)
+    assert alone.low == alone.high == pytest.approx(0.1)
+    assert not alone.resolved
+    assert str(alone) == "0.100 (one group)"
+    assert not paired(after[:1], before[:1]).resolved  # an item is a group

@@ -9,6 +9,7 @@ from mmgraft.evaluation.pages.page import Cell, Tone
 
 MINUS = "−"  # read aloud as minus, which a hyphen is not
 UNRESOLVED = "not resolved"
+NO_INTERVAL = "one group, no interval"
 _LOWER = ("perplexity", "kl", "loss", "nll", "bits", "shift", "malformed", "unread")
 _NEITHER = ("yes_ratio", "kept")
 _NAMES = {
@@ -29,6 +30,8 @@ class WithInterval(Protocol):
     def low(self) -> float: ...
     @property
     def high(self) -> float: ...
+    @property
+    def groups(self) -> int | None: ...
 
 
 def score_name(name: str) -> str:
@@ -86,7 +89,9 @@ def places_for(*values: float) -> int:
 
 
 def interval(score: WithInterval) -> str:
-    """`0.800 to 0.846`."""
+    """`0.800 to 0.846`, or that there is none."""
+    if is_alone(score):
+        return NO_INTERVAL
     places = places_for(score.value, score.low, score.high)
     return f"{number(score.low, places)} to {number(score.high, places)}"
 
@@ -104,8 +109,15 @@ def change_cell(change: WithInterval) -> Cell:
     if is_zero(change):
         return Cell("0", "exactly")
     places = places_for(change.value, change.low, change.high)
+    if is_alone(change):
+        return Cell(signed(change.value, places), NO_INTERVAL)
     ends = f"{signed(change.low, places)} to {signed(change.high, places)}"
     return Cell(signed(change.value, places), ends)
+
+
+def is_alone(score: WithInterval) -> bool:
+    """Whether all items are of one group, so that nothing else could be drawn."""
+    return score.groups == 1
 
 
 def is_zero(change: WithInterval) -> bool:
@@ -114,8 +126,8 @@ def is_zero(change: WithInterval) -> bool:
 
 
 def is_resolved(change: WithInterval) -> bool:
-    """Whether the interval leaves zero out."""
-    return change.low > 0 or change.high < 0
+    """Whether the interval leaves zero out; one of a single group says nothing."""
+    return not is_alone(change) and (change.low > 0 or change.high < 0)
 
 
 def verdict(change: WithInterval, name: str, sense: int | None = None) -> tuple[str, Tone]:

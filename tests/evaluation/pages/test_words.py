@@ -109,3 +109,11 @@ def test_durations_sizes_and_lists() -> None:
 def test_names_of_scores() -> None:
     assert score_name("precision_at_0.5") == "precision at IoU 0.5"
     assert score_name("accuracy_per_token") == "accuracy per token"
+
+
+def test_one_group_is_told_and_never_resolved() -> None:
+    alone = Estimate(0.2, 0.2, 0.2, 50, groups=1)
+    assert str(score_cell(alone)) == "0.200 (one group, no interval)"
+    assert str(change_cell(alone)) == "+0.200 (one group, no interval)"
+    assert verdict(alone, "accuracy") == ("not resolved", "unsure")
+    assert verdict(Estimate(0.2, 0.2, 0.2, 50, groups=2), "accuracy") == ("better", "good")
