@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BEFORE = "text-before.safetensors"
 """The base's log-probabilities before training, so that a resumed run has them too."""
+_KEY = "text_change"
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,22 @@ def remember(run: Path, model: GraftedModel, processor: GraftProcessor) -> None:
         atomic_write(run / BEFORE, lambda path: save_file(tensors, path))
 
 
+def is_due(run: Path) -> bool:
+    """Whether text was remembered, but the run's results do not say how far it has moved."""
+    return (run / BEFORE).is_file() and _KEY not in (GraftFile.read(run).results or {})
+
+
+def forgotten(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Results of a graft without what an earlier training had done to its text."""
+    return {key: value for key, value in (results or {}).items() if key != _KEY} or None
+
+
 def measure(run: Path, model: GraftedModel, processor: GraftProcessor) -> TextChange:
     """Compare with what was remembered, and write it into the graft's results."""
     before = load_file(run / BEFORE)
     change = compare(before, _log_probabilities(model, processor))
     record = GraftFile.read(run)
-    results = {**(record.results or {}), "text_change": asdict(change)}
+    results = {**(record.results or {}), _KEY: asdict(change)}
     atomic_text(run / CONFIG_NAME, record.model_copy(update={"results": results}).dump())
     return change
 
