@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import torch
 
@@ -55,11 +56,13 @@ def check_packages(recipe: Recipe, device: str) -> None:
 
     Raises:
         UsageError: 4-bit or an 8-bit optimizer without bitsandbytes or on a device that it does
-            not run on; flash attention without its package or a card; a tracker whose package is
-            missing.
+            not run on; flash attention without its package or a card; torch.compile without a
+            compiler; a tracker whose package is missing.
     """
     if recipe.attention in _FLASH_PACKAGES:
         _check_flash(recipe.attention, device)
+    if recipe.compile:
+        _check_compiler(device)
     if recipe.quantization is not None:
         _check_bitsandbytes(f"quantization: {recipe.quantization}", device)
     for stage in recipe.stages:
@@ -83,6 +86,18 @@ def _check_flash(name: str, device: str) -> None:
         raise UsageError(
             f"attention: {name} needs a package that is not installed: pip install {package}, or "
             "--set attention=sdpa"
+        )
+
+
+def _check_compiler(device: str) -> None:
+    if device == "mps":
+        raise UsageError("compile: true is not built for MPS; leave compile out")
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UsageError("compile: true needs triton: pip install triton, or --set compile=false")
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    if device == "cpu" and not any(shutil.which(name) for name in names if name):
+        raise UsageError(
+            "compile: true needs a C++ compiler on a CPU: install g++, or --set compile=false"
         )
 
 

@@ -196,6 +196,7 @@ class Recipe(StrictModel):
     attention: Attention | None = Field(
         default=None, description="kernel of the base's attention; None: the one transformers takes"
     )
+    compile: bool = Field(default=False, description="decoder layers through torch.compile")
     workers: int = Field(default=0, ge=0, description="processes that load rows")
     on_bad_row: OnBadRow = Field(
         default="error",
@@ -238,6 +239,11 @@ class Recipe(StrictModel):
             )
         if self.base == "full" and self.method == "iaa":
             raise ValueError("IAA keeps its base frozen in every stage; write base: frozen")
+        if self.compile and self.quantization is not None:
+            raise ValueError(
+                f"compile: true and quantization: {self.quantization} together are not built; "
+                "remove one of the two"
+            )
         trains = [stage.name for stage in self.stages if stage.trains_base]
         if trains and self.base != "full":
             raise ValueError(
@@ -293,6 +299,11 @@ class Recipe(StrictModel):
                 "text_rows: graft"
             )
         flash = self.attention is not None and self.attention.startswith("flash")
+        if flash and (stage.precision or self.precision) == "fp32":
+            raise ValueError(
+                f"stage {stage.name!r}: {self.attention} computes in bf16; write precision: bf16, "
+                "or attention: sdpa"
+            )
         if stage.packing and flash and stage.batch_size > 1:
             raise ValueError(
                 f"stage {stage.name!r}: {self.attention} keeps packed rows apart in one sequence "

@@ -6,7 +6,7 @@ import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +25,7 @@ from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.data.template import resolve_template
 from mmgraft.errors import UsageError
+from mmgraft.model.compiling import compiled_layers
 from mmgraft.model.feature_cache import FeatureCache, tower_features
 from mmgraft.model.graft_file import CONFIG_NAME
 from mmgraft.model.loading import base_files, load_model
@@ -144,7 +145,7 @@ class Session:
     def _train(self, trainer: GraftTrainer, stage: Stage, last: Path | None) -> int:
         before = 0 if last is None else checkpoint.step_of(last)
         try:
-            with self.stopper:
+            with self.stopper, self._compiled():
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except KeyboardInterrupt:
             raise TrainingStopped(
@@ -159,6 +160,12 @@ class Session:
         if done < wanted:
             raise self.stopped(f"in stage {stage.name!r} after step {done} of {wanted}")
         return done - before
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        model = self.model
+        if model is None or not self.plan.recipe.compile:
+            return nullcontext()
+        return compiled_layers(model.base, model.anatomy, [model.workflow().graft])
 
     def _kept(self, trainer: GraftTrainer, stage: Stage, before: int) -> str:
         """Save the steps that were taken before a row failed, and say how to go on."""

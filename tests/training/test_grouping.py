@@ -221,6 +221,7 @@ def test_the_base_s_attention_is_the_recipe_s(parts: Path, tmp_path: Path) -> No
         if hasattr(module, "config")
     }
     assert used == {"eager"}
-    write_recipe(run, parts, "iaa", [{"name": "one", **ALL}], attention="flash_attention_2")
+    stage = {"name": "one", "precision": "bf16", **ALL}
+    write_recipe(run, parts, "iaa", [stage], attention="flash_attention_2")
     with pytest.raises(UsageError, match="flash_attention_2 needs a CUDA card"):
         plan_training(run, device="cpu")

@@ -166,7 +166,7 @@ class Estimator:
             images=rows.images,
             patches=self.subject.patches,
             supervised=rows.supervised,
-            padded=rows.uneven and stage.batch_size > 1,
+            padded=stage.packing or (rows.uneven and stage.batch_size > 1),
         )
         return simulate(
             model,

@@ -11,6 +11,7 @@ from mmgraft.basefiles import ModelFiles
 from mmgraft.basefiles.files import fetch_tokenizer
 from mmgraft.data.loading import load_processor
 from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.rows import Row
 from mmgraft.data.template import resolve_template
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
@@ -90,8 +91,7 @@ def estimator_of_plan(plan: Plan) -> Estimator:
     subject = subject_of_run(plan.run)
     reader = _Reader(subject)
     sizes = [
-        measured(rows, reader.processor(stage), stage.max_length, stage.text_rows)
-        for stage, rows in zip(plan.stages, plan.rows, strict=True)
+        reader.of_rows(rows, stage) for stage, rows in zip(plan.stages, plan.rows, strict=True)
     ]
     return Estimator(subject, sizes, plan.device)
 
@@ -122,13 +122,18 @@ class _Reader:
         entries = stage.data or []
         if entries and all(entry.path for entry in entries):
             rows = self.data.rows(entries, seed, stage.image_share)
-            return measured(rows, self.processor(stage), stage.max_length, stage.text_rows)
+            return self.of_rows(rows, stage)
         if stage.max_length is not None:
             return assumed(stage.max_length, self.subject.patches, "max_length; no data are named")
         raise UsageError(
             f"stage {stage.name!r} names neither data nor max_length: give --length, the positions "
             "of a row with its image, or --data FILE"
         )
+
+    def of_rows(self, rows: Sequence[Row], stage: Stage) -> RowSizes:
+        """Sizes of rows that are read already."""
+        processor = self.processor(stage)
+        return measured(rows, processor, stage.max_length, stage.text_rows, stage.packing)
 
     def processor(self, stage: Stage) -> GraftProcessor:
         if self._plain is None:

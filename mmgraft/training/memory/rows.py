@@ -39,9 +39,13 @@ class RowSizes:
 
 
 def measured(
-    rows: Sequence[Row], processor: GraftProcessor, max_length: int | None, text_rows: str | None
+    rows: Sequence[Row],
+    processor: GraftProcessor,
+    max_length: int | None,
+    text_rows: str | None,
+    packing: bool = False,
 ) -> RowSizes:
-    """The sizes of a stage's rows, by tokenising the longest ones.
+    """The sizes of a stage's rows, by tokenising the longest ones; with packing, of a sequence.
 
     Raises:
         UsageError: A row that cannot be used.
@@ -59,9 +63,22 @@ def measured(
         lengths.append(len(encoded))
         images.append(len(encoded.images))
         learned.append(sum(label != -100 for label in encoded.labels))
+    if packing and max_length is not None:
+        return _of_sequences(max_length, lengths, images, learned, len(kept))
     uneven = len(kept) > len(longest) or len(set(lengths)) > 1
     source = f"longest of {len(kept)} rows"
     return RowSizes(max(lengths), max(images), max(learned), uneven, source)
+
+
+def _of_sequences(
+    room: int, lengths: list[int], images: list[int], learned: list[int], rows: int
+) -> RowSizes:
+    """A full sequence of the rows that hold the most images and answers for their length."""
+
+    def most(counts: list[int]) -> int:
+        return max(room * count // length for count, length in zip(counts, lengths, strict=True))
+
+    return RowSizes(room, most(images), most(learned), True, f"packed, from {rows} rows")
 
 
 def assumed(length: int, patches: int, source: str) -> RowSizes:

@@ -147,7 +147,7 @@ def _loss(
     shown = load.images * load.patches
     real = torch.ones(shape, dtype=torch.long)
     if load.padded:
-        real[1:, -1] = 0
+        real[min(1, load.rows - 1) :, -1] = 0
     kinds = torch.zeros(shape, dtype=torch.long)
     kinds[:, :shown] = 1
     labels = torch.full(shape, -100)

@@ -50,6 +50,16 @@ def test_text_rows_count_where_they_are_trained(processor):
     assert short.length < long.length
 
 
+def test_a_packed_sequence_is_full_of_the_rows_with_most_images_for_their_length(processor):
+    rows = [row(50), row(3), row(3, images=0)]
+    sizes = measured(rows, processor, 200, "graft", packing=True)
+    short, long = (measured([one], processor, 200, "graft") for one in (rows[1], rows[0]))
+    assert sizes.length == 200
+    assert sizes.images == 200 // short.length > 1
+    assert sizes.supervised == long.supervised  # it is cut to a whole sequence
+    assert sizes.source == "packed, from 3 rows"
+
+
 def test_an_assumed_row_has_one_image_and_learns_the_rest():
     sizes = assumed(100, 9, "--length")
     assert (sizes.length, sizes.images, sizes.supervised) == (100, 1, 90)

@@ -1,0 +1,65 @@
+"""Decoder layers through torch.compile while a stage trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mmgraft.anatomy import Anatomy, decoder_layers
+from mmgraft.errors import UsageError
+from mmgraft.grafts.base import Graft
+from mmgraft.patching import patched_forward
+
+
+@contextmanager
+def compiled_layers(
+    base: PreTrainedModel, anatomy: Anatomy, grafts: Sequence[Graft], **options: Any
+) -> Iterator[None]:
+    """While the block lasts, the base's decoder layers and inserted ones run compiled.
+
+    The block holds forward and backward passes, as layers may be computed again in the latter.
+    Compiled is what a layer does when it first runs; layers of one class share what is compiled. A
+    layer that a graft reaches into stays as it is.
+
+    Args:
+        base: Whose layers.
+        anatomy: The base's.
+        grafts: Those that may run.
+        **options: For `torch.compile`.
+
+    Raises:
+        UsageError: No layer is left to compile.
+    """
+    layers = decoder_layers(base, anatomy)
+    kind = type(layers[0])
+    chosen = [layer for index, layer in enumerate(layers) if not _reached(grafts, index)]
+    if not chosen:
+        raise UsageError(
+            "compile: true finds no layer to compile: the learners stand inside the attention of "
+            "every layer. Leave compile out, or graft fewer layers (--layers every:4)."
+        )
+    chosen += [
+        part for graft in grafts for _, part in graft.layer_modules() if isinstance(part, kind)
+    ]
+    with ExitStack() as stack:
+        for layer in chosen:
+            made = torch.compile(layer.forward, **options)
+            stack.enter_context(patched_forward(layer, partial(_instead, made)))
+        yield
+
+
+def _instead(made: Callable[..., Any], _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return made(*args, **kwargs)
+
+
+def _reached(grafts: Sequence[Graft], index: int) -> bool:
+    """Whether a graft changes what a layer does inside."""
+    return any(
+        type(graft).layer_context is not Graft.layer_context and graft.acts_on(index)
+        for graft in grafts
+    )
