@@ -36,6 +36,11 @@ def base(vocab: int = VOCAB, **values: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def places(inserted: int, layers: int = 30) -> list[int]:
+    """Where `inserted` layers go, in a base cut to fewer layers too."""
+    return [place for place in PLACES[inserted] if place < layers] or [0]
+
+
 def grafted(base: LlamaForCausalLM, config: Any) -> GraftedModel:
     """A fresh graft on the base, given features of the base's own width."""
     return GraftedModel.graft(base, None, config)
@@ -66,8 +71,8 @@ def llava(model: GraftedModel, copy: bool = False) -> LlavaForConditionalGenerat
     )  # fmt: skip
     with torch.device("meta"):
         made = LlavaForConditionalGeneration(config)
-    made.model.vision_tower = Given()  # type: ignore[assignment]
-    rotary = model.base.model.rotary_emb  # type: ignore[union-attr]
+    made.model.vision_tower = Given()
+    rotary = model.base.model.rotary_emb
     made.model.language_model.rotary_emb = type(rotary)(config.text_config)
     tensors = _tensors(model, inserted, places)
     if copy:
@@ -86,7 +91,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     base, graft = model.base, model.workflow().graft
     stack: list[nn.Module] = []
-    for index, layer in enumerate(base.model.layers):  # type: ignore[union-attr,arg-type]
+    for index, layer in enumerate(base.model.layers):
         stack.append(layer)
         if index in places:
             stack.append(inserted[places.index(index)])
@@ -95,8 +100,8 @@ def _tensors(
         f"{text}layers.{number}.": layer for number, layer in enumerate(stack)
     }
     parts[f"{text}embed_tokens."] = graft.embedding or base.get_input_embeddings()
-    parts[f"{text}norm."] = graft.norm or base.model.norm  # type: ignore[union-attr]
-    parts["lm_head."] = graft.head or base.lm_head  # type: ignore[union-attr]
+    parts[f"{text}norm."] = graft.norm or base.model.norm
+    parts["lm_head."] = graft.head or base.lm_head
     parts["model.multi_modal_projector.linear_1."] = model.workflow().projector.mlp[0]
     parts["model.multi_modal_projector.linear_2."] = model.workflow().projector.mlp[2]
     return {
@@ -122,21 +127,25 @@ def image_token(model: GraftedModel) -> int:
 
 
 def conversation(
-    model: GraftedModel, rows: int, before: int = 16, answer: int = 64
+    model: GraftedModel,
+    rows: int,
+    before: int = 16,
+    answer: int = 64,
+    image_tokens: int = IMAGE_TOKENS,
 ) -> dict[str, Tensor]:
     """Rows of an image, a question of `before` ids and `answer` supervised ids, as ours takes them.
 
     The image stands first, as in LLaVA's captions.
     """
     draw = torch.Generator().manual_seed(0)
-    length, token = IMAGE_TOKENS + before + answer, image_token(model)
+    length, token = image_tokens + before + answer, image_token(model)
     ids = torch.randint(3, min(20_000, token), (rows, length), generator=draw)
     kinds = torch.zeros_like(ids)
-    kinds[:, :IMAGE_TOKENS] = 1
-    ids[:, :IMAGE_TOKENS] = token
+    kinds[:, :image_tokens] = 1
+    ids[:, :image_tokens] = token
     labels = ids.clone()
     labels[:, : length - answer] = -100
-    features = torch.randn(rows, IMAGE_TOKENS, SHAPE["hidden_size"], generator=draw)
+    features = torch.randn(rows, image_tokens, SHAPE["hidden_size"], generator=draw)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

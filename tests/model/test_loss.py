@@ -142,7 +142,7 @@ def test_the_loss_holds_two_tensors_of_a_chunk_and_no_more(
     targets = torch.randint(0, 1_000, (400,))
     with LargestLive(torch.float32) as live:
         chunked_loss(hidden, targets, head, 1_000).backward()
-    assert live.most < 2.2 * 50_000
+    assert live.most < 2.5 * 50_000
 
 
 def test_no_supervised_position_is_a_zero_with_zero_gradients() -> None:
