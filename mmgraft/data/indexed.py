@@ -72,11 +72,10 @@ def _letters(messages: Sequence[Message]) -> int:
     count = 0
     for message in messages:
         content = message.get("content")
-        parts = content if isinstance(content, list | tuple) else [content]
-        for part in parts:
-            if not is_image(part):
-                count += sum(map(len, strings_in(part)))
-        count += sum(map(len, strings_in(message.get("tool_calls"))))
+        parts = content if isinstance(content, list | tuple) else [{"text": content}]
+        count += sum(len(part.get("text") or "") for part in parts if not is_image(part))
+        if calls := message.get("tool_calls"):
+            count += sum(map(len, strings_in(calls)))
     return count
 
 
@@ -139,7 +138,8 @@ class FileRows(RowIndex):
         facts: Facts,
     ) -> None:
         self.source = source
-        self.folder, self.format = folder, format
+        self.folder = folder
+        self.format: Format = format
         self.positions, self.numbers = positions, numbers
         self._facts = facts
         self._file = absolute(source.file)

@@ -13,6 +13,8 @@ from mmgraft.errors import UsageError
 from mmgraft.model.vision.stored import StoredImage
 
 _CHUNK = 1 << 20
+_SHORT = 1 << 14
+"""Bytes that are read at a time, of a whole file and of one record."""
 _LONGEST = 64 << 20
 """Characters of one record of a list; what is longer is taken for a file that is cut short."""
 _SPACE = " \t\n\r"
@@ -171,7 +173,9 @@ class ListFile(JsonFile):
     def scan(self) -> Iterator[Found]:
         """All objects of the list."""
         with self.open() as file:
-            text = _Window(self, file)
+            begins = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+            file.seek(len(codecs.BOM_UTF8) if begins else 0)
+            text = _Window(self, file, file.tell(), _CHUNK)
             text.skip("[")
             number = 0
             while not (number == 0 and text.peek() == "]"):
@@ -192,20 +196,20 @@ class ListFile(JsonFile):
         """The object that begins there."""
         with self.open() as file:
             file.seek(position)
-            return Record(_Window(self, file, position).value())
+            return Record(_Window(self, file, position, _SHORT).value())
 
 
 class _Window:
     """A moving piece of a text file, that knows where in the file's bytes it stands."""
 
-    def __init__(self, source: ListFile, file: IO[bytes], offset: int = 0) -> None:
+    def __init__(self, source: ListFile, file: IO[bytes], offset: int, chunk: int) -> None:
         self.source = source
         self.file = file
         self.offset = offset  # of the next character, in bytes
         self.text, self.at, self.line = "", 0, 1
         self.decode = codecs.getincrementaldecoder("utf-8")()
         self.json = json.JSONDecoder()
-        self.chunk = _CHUNK if offset == 0 else 1 << 14
+        self.chunk = chunk
         self.ended = False
 
     def peek(self) -> str:
@@ -253,11 +257,7 @@ class _Window:
         """Read on; false at the end of the file."""
         if self.ended:
             return False
-        begins = self.offset == 0
         data = self.file.read(max(self.chunk, len(self.text) - self.at))  # twice as much again
-        if begins and data.startswith(codecs.BOM_UTF8):
-            data = data[len(codecs.BOM_UTF8) :]
-            self.offset = len(codecs.BOM_UTF8)
         self.ended = not data
         try:
             self.text = self.text[self.at :] + self.decode.decode(data, final=self.ended)

@@ -92,7 +92,7 @@ def _plain(value: Any, name: Callable[[], str]) -> Any:
             value = dict(value.items())
         elif isinstance(value, pa.ListScalar):  # and its subclasses
             value = list(value)
-        elif isinstance(value, pa.BinaryScalar | pa.LargeBinaryScalar):
+        elif pa.types.is_binary(value.type) or pa.types.is_large_binary(value.type):
             return StoredImage(name(), value.as_buffer())
         else:
             return value.as_py()

@@ -6,7 +6,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from mmgraft.data.content import image_of, is_image
 from mmgraft.data.record_files import Found, Record, Stamp, changed, gone
@@ -66,7 +66,7 @@ class TarFile:
             try:
                 tar = tarfile.TarFile(fileobj=file, mode="r")
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # it would keep them all
+                    cast(Any, tar).members.clear()  # it would keep them all
                     if member.isdir():
                         continue
                     if not member.isfile():

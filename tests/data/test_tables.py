@@ -1,0 +1,200 @@
+"""Parquet and data sets of `datasets`: the same rows as lines of JSON, pictures among the cells."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mmgraft.data import tables
+from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.images import open_image
+from mmgraft.data.sources import Checks, Source, index_rows, read_rows
+from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.model.vision.stored import StoredImage
+
+datasets = pytest.importorskip("datasets")
+
+
+def png(width: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, 3), "red").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def pair(*content: dict[str, Any], answer: str = "Yes") -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": list(content)},
+        {"role": "assistant", "content": [text(answer)]},
+    ]
+
+
+IMAGE = {"type": "image"}
+ROWS = [
+    {"id": "a", "messages": pair(IMAGE, text("What?")), "images": [4]},
+    {"id": "b", "messages": pair(text("Nothing to see?")), "images": []},
+    {"id": "c", "messages": pair(IMAGE, text("or"), IMAGE), "images": [5, 6]},
+]
+
+
+def with_bytes(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "images": [{"bytes": png(width), "path": None} for width in row["images"]]}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def table() -> Any:
+    return datasets.Dataset.from_list([with_bytes(row) for row in ROWS])
+
+
+def widths(rows: Any) -> list[list[int]]:
+    return [
+        [open_image(part["image"], "w").width for part in row.messages[0]["content"]
+         if part["type"] == "image"]
+        for row in rows
+    ]  # fmt: skip
+
+
+def texts(rows: Any) -> list[Any]:
+    """Rows without what their pictures are."""
+    return json.loads(
+        json.dumps([(row.id, row.messages, row.tools) for row in rows], default=lambda _: "")
+    )
+
+
+@pytest.fixture(params=["parquet", "small groups", "saved", "splits", "hub"])
+def source(request, tmp_path: Path, table: Any, monkeypatch) -> Source:
+    """The same rows in every kind of table."""
+    if request.param == "saved":
+        table.save_to_disk(str(tmp_path / "saved"))
+        return Source(str(tmp_path / "saved"))
+    if request.param == "splits":
+        both = datasets.DatasetDict({"test": table, "train": table.select([0])})
+        both.save_to_disk(str(tmp_path / "saved"))
+        return Source(str(tmp_path / "saved"), split="test")
+    if request.param == "hub":
+        asked: list[Any] = []
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *args, **more: asked.append((args, more)) or table
+        )
+        source = Source("hub:me/set", split="test", subset="small", revision="v1")
+        index_rows(source)
+        assert asked == [(("me/set", "small"), {"split": "test", "revision": "v1"})]
+        return source
+    path = tmp_path / "rows.parquet"
+    table.to_parquet(str(path), batch_size=1 if request.param == "small groups" else None)
+    return Source(str(path))
+
+
+def test_rows_of_a_table_are_those_of_a_jsonl(tmp_path: Path, source: Source) -> None:
+    for number in (4, 5, 6):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    lines = [{**row, "images": [f"{n}.png" for n in row["images"]]} for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    wanted = index_rows(Source(str(tmp_path / "rows.jsonl")))
+    rows = pickle.loads(pickle.dumps(index_rows(source)))
+    shown = [image for row in rows for part in row.messages[0]["content"]
+             for image in [part.get("image")] if image is not None]  # fmt: skip
+    assert len(set(shown)) == 3
+    assert all(isinstance(image, StoredImage) for image in shown)
+    names = [str(image).rpartition(", row ")[2] for image in shown]
+    assert names == ["1, picture 1", "3, picture 1", "3, picture 2"]
+    assert widths(rows) == widths(wanted) == [[4], [], [5, 6]]
+    plain = [json.dumps(one).replace('"image": ""', "") for one in texts(rows)]
+    mine = [json.dumps(one) for one in texts(wanted)]
+    for number in (4, 5, 6):
+        mine = [one.replace(f'"image": "{tmp_path}/{number}.png"', "") for one in mine]
+    assert plain == mine
+    assert rows.facts.pictures.tolist() == wanted.facts.pictures.tolist()
+    assert rows.facts.letters.tolist() == wanted.facts.letters.tolist()
+    assert [rows.key(at)[1] for at in range(3)] == ["row 1", "row 2", "row 3"]
+    assert rows[2].where.endswith("row 3 (id c)")
+    assert open_image(pickle.loads(pickle.dumps(shown[2])), "w").width == 6
+
+
+def test_turns_may_be_json_and_a_picture_a_column_of_its_own(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    both = [
+        {"conversations": json.dumps(turns), "image": {"bytes": png(7), "path": "x.png"}},
+        {"messages": json.dumps([{"role": "user", "content": "Hi"}, call]),
+         "tools": json.dumps(tools)},
+    ]  # fmt: skip
+    keys = {key: None for row in both for key in row}
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list([{**keys, **row} for row in both]).to_parquet(str(path))
+    first, second = read_rows(path)
+    assert widths([first]) == [[7]]
+    assert second.messages[1] == call
+    assert second.tools == tools
+
+
+def test_bad_rows_and_paths_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    rows = [
+        {"messages": "[{]", "image": None},
+        {"messages": json.dumps(pair(IMAGE)), "image": {"bytes": None, "path": "../x.png"}},
+        {"messages": json.dumps(pair(IMAGE)), "image": {"bytes": None, "path": "gone.png"}},
+        {"messages": json.dumps(pair(IMAGE)), "image": {"bytes": b"GIF89a", "path": None}},
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    bad: list[BadRow] = []
+    (kept,) = index_rows(Source(str(path)), Checks(on_bad=bad.append))
+    assert [(one.place, one.fault) for one in bad] == [
+        ("row 1", "row"), ("row 2", "outside"), ("row 3", "missing"),
+    ]  # fmt: skip
+    assert "'messages' is a text that is not JSON" in bad[0].reason
+    with pytest.raises(UsageError, match=r"row 4: .*rows\.parquet, row 4, picture 1"):
+        open_image(kept.messages[0]["content"][0]["image"], "row 4")
+
+
+def test_what_is_no_table_is_named(tmp_path: Path, table: Any, monkeypatch) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"no parquet at all")
+    with pytest.raises(UsageError, match=r"rows\.parquet cannot be read as a table \(.+\)"):
+        index_rows(Source(str(path)))
+    datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UsageError, match=r"no split 'train' but test; set split"):
+        index_rows(Source(str(tmp_path / "saved")))
+
+    def down(*args, **more):
+        raise ConnectionError("no way\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", down)
+    with pytest.raises(MMGraftError, match=r"hub:me/set cannot be downloaded \(no way\)"):
+        index_rows(Source("hub:me/set"))
+    paths = datasets.Dataset.from_list(
+        [{"messages": pair(IMAGE), "image": {"bytes": None, "path": "a.png"}}]
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: paths)
+    with pytest.raises(UsageError, match=r"hub:me/set, row 1.*the image is a path \(a\.png\)"):
+        index_rows(Source("hub:me/set"))
+    (row,) = index_rows(Source("hub:me/set", str(tmp_path)), Checks(images=False))
+    assert row.messages[0]["content"][0]["image"] == str(tmp_path / "a.png")
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UsageError, match=r"pip install 'mmgraft\[data\]'"):
+        index_rows(Source("hub:me/set"))
+
+
+def test_progress_of_the_package_is_neither_shown_nor_switched_off(tmp_path, table, capfd) -> None:
+    path = tmp_path / "rows.parquet"
+    table.to_parquet(str(path))
+    capfd.readouterr()
+    before = datasets.are_progress_bars_disabled()
+    assert len(tables.parquet_table(str(path)).table) == 3
+    assert datasets.are_progress_bars_disabled() is before
+    assert capfd.readouterr().err == ""
