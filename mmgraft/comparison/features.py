@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mmgraft.comparison.plan import ArmPlan
+from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.indexed import Joined
 from mmgraft.model.graft_file import GraftFile
 from mmgraft.model.loading import local_tower
@@ -28,7 +29,7 @@ def fill_features(arm: ArmPlan, device: str, announce: Callable[[str], None]) ->
         announce: Told how many pictures there are.
 
     Raises:
-        UsageError: An image that cannot be read, with its row.
+        UsageError: An image that cannot be read, with its row, unless the recipe skips such rows.
     """
     recipe = arm.recipe
     assert isinstance(recipe.feature_cache, str)
@@ -39,7 +40,12 @@ def fill_features(arm: ArmPlan, device: str, announce: Callable[[str], None]) ->
         device=device,
     )
     cache = open_cache(tower, Path(recipe.feature_cache))
-    reader = StageData()
-    rows = Joined([reader.rows(stage.data or [], recipe.seed) for stage in recipe.stages])
-    count = fill_cache(cache, tower, rows)
+    reader = StageData(recipe.on_bad_row)
+    rows = Joined(
+        [reader.rows(one.data or [], recipe.seed, one.image_share) for one in recipe.stages]
+    )
+    bad: list[BadRow] | None = [] if recipe.on_bad_row == "skip" else None
+    count = fill_cache(cache, tower, rows, bad=bad)
     announce(f"{arm.name}: features of {count} images are in {cache.folder}")
+    if left := len({row.key for row in [*reader.bad, *(bad or [])]}):
+        announce(f"{arm.name}: {left} rows cannot be used; its training logs and leaves them out")

@@ -12,6 +12,7 @@ from typing import Any
 from mmgraft.aliases import resolve_alias
 from mmgraft.comparison.files import FEATURES, PHASES, Phase, arm_folder, read_phase
 from mmgraft.comparison.spec import ALL_STAGES, Comparison, arm_recipe
+from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.iit_files import read_dialogues
 from mmgraft.evaluation.item_files import read_items
@@ -155,10 +156,11 @@ def make_plan(
             "write it with `mmgraft data prepare`, or name another with --root)"
         ) from error
     plan = ComparisonPlan(out, settled, base, vision, chosen, (), tuple(only) or tuple(arms))
-    reader = StageData()
+    readers: dict[OnBadRow, StageData] = {"error": StageData(), "skip": StageData("skip")}
     stages: dict[str, tuple[StagePlan, ...]] = {}
     for name, recipe in recipes.items():
-        stages[name] = _in_arm(name, lambda recipe=recipe: _stages(recipe, reader))
+        reader = readers[recipe.on_bad_row]
+        stages[name] = _in_arm(name, lambda recipe=recipe, reader=reader: _stages(recipe, reader))
         _in_arm(name, lambda recipe=recipe: check_packages(recipe, chosen))
         if name in plan.chosen and read_phase(arm_folder(out, name), "graft") is None:
             _in_arm(

@@ -17,7 +17,7 @@ from mmgraft.evaluation.about_run import shown_name
 from mmgraft.evaluation.origin import weights_sha256
 from mmgraft.evaluation.results import Results, write_results
 from mmgraft.model.graft_file import GraftFile
-from mmgraft.training import checkpoint, metrics
+from mmgraft.training import checkpoint, metrics, text_change
 from mmgraft.training.run import VERSIONS
 
 LOCK = ".training.lock"
@@ -71,7 +71,7 @@ def training_command(run: Path, device: str) -> Sequence[str] | None:
     if progress is None:
         return command
     finished, stages = progress["finished"], progress.get("stages", [])
-    if stages and len(finished) >= len(stages):
+    if stages and len(finished) >= len(stages) and not text_change.is_due(run):
         return None
     saved = finished or any((run / checkpoint.FOLDER).glob("*/checkpoint-*"))
     return [*command, "--resume"] if saved else command

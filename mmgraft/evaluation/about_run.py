@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from mmgraft.errors import UsageError
@@ -14,7 +14,10 @@ from mmgraft.evaluation.results import Results
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.graft_file import OWN_BASE, GraftFile
 
+_WINDOWS_PATH = re.compile(r"""(?<!\w)[A-Za-z]:\\+(?:[^\s\\'"`,;]+\\+)*([^\s\\'"`,;]+)""")
 _WHOLE_PATH = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s/'"`,;]+/)+([^\s/'"`,;]+)""")
+
+_IS_WHOLE_PATH = re.compile(r"(~?/[^/\n]+/|~/|[A-Za-z]:[\\/])[^\n]*\Z")
 
 
 def shown_name(name: str | None) -> str:
@@ -26,7 +29,18 @@ def shown_name(name: str | None) -> str:
 
 def without_folders(text: str) -> str:
     """A text in which every whole path of a machine is its last part alone; addresses stay."""
-    return _WHOLE_PATH.sub(r"\1", text)
+    return _WINDOWS_PATH.sub(r"\1", _WHOLE_PATH.sub(r"\1", text))
+
+
+def settings_without_folders(value: Any) -> Any:
+    """Settings in which every text that is a whole path of a machine is its last part alone."""
+    if isinstance(value, dict):
+        return {key: settings_without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [settings_without_folders(one) for one in value]
+    if isinstance(value, str) and _IS_WHOLE_PATH.match(value):
+        return PureWindowsPath(value).name  # which knows both kinds
+    return value
 
 
 def method_title(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmgraft import __version__
 from mmgraft.atomic import atomic_text
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.evaluation.about_run import settings_without_folders, without_folders
 from mmgraft.evaluation.results import measured
 from mmgraft.hub.card import is_ours, render_card
 from mmgraft.hub.client_errors import LOGIN, hub_errors
@@ -149,12 +150,14 @@ def plan_push(
         UsageError: no graft, a damaged one, or one whose base others cannot get.
     """
     portable = make_portable(GraftFile.read(run), run, base_id, vision_id)
-    files = belonging(run, portable.folders)
+    record = portable.record
+    record = record.model_copy(update={"recipe": settings_without_folders(record.recipe)})
+    files = [_without_folders(file) for file in belonging(run, portable.folders)]
     readme = run / README
     own = readme.is_file() and not is_ours(readme.read_text(encoding="utf-8", errors="replace"))
-    warnings = [*_doubts(portable.record, own), *_doubts_of_results(files)]
+    warnings = [*_doubts_of_readme(own), *_doubts_of_results(files)]
     named = tuple(name for name in (base_id, vision_id) if name is not None)
-    return PushPlan(run, portable.record, files, own, warnings, license, named)
+    return PushPlan(run, record, files, own, warnings, license, named)
 
 
 def find_token(token: str | None = None) -> str:
@@ -244,23 +247,18 @@ def default_name(run: Path) -> str:
     return run.resolve().name
 
 
-def _doubts(record: GraftFile, own_readme: bool) -> Iterator[str]:
-    if own_readme:
+def _without_folders(file: UploadFile) -> UploadFile:
+    """The recipe as it is pushed: folders of this machine are nobody's business."""
+    if file.name != RECIPE or not isinstance(file.content, Path):
+        return file
+    text = file.content.read_text(encoding="utf-8")
+    shown = without_folders(text)
+    return file if shown == text else UploadFile(RECIPE, shown.encode())
+
+
+def _doubts_of_readme(own: bool) -> Iterator[str]:
+    if own:
         yield f"{README} is your own, without mmgraft's marker line: it is pushed as it is"
-    recipe = record.recipe or {}
-    entries = [*recipe.get("data", []), *recipe.get("eval_data", [])]
-    for stage in recipe.get("stages", []):
-        entries += stage.get("data") or []
-    entries += recipe.get("evaluation") or []
-    keys = ("path", "images", "train")
-    paths = {str(entry.get(key) or "") for entry in entries for key in keys}
-    paths.add(str(recipe.get("feature_cache") or ""))
-    private = sorted(path for path in paths if path.startswith(("/", "~")))
-    if private:
-        yield (
-            f"the recipe names folders of this machine, such as {private[0]}; "
-            "they will be seen by whoever sees the repository"
-        )
 
 
 def _doubts_of_results(files: list[UploadFile]) -> Iterator[str]:

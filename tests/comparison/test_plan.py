@@ -190,3 +190,20 @@ def test_the_runs_recipe_has_the_sets_that_are_asked(write, tmp_path: Path) -> N
     (first, _) = make_plan(load_comparison(write(evaluation=sets)), tmp_path / "out").arms
     assert [one.name for one in first.recipe.evaluation] == ["seen"]
     assert yaml.safe_dump(first.recipe.model_dump(mode="json"))
+
+
+def test_a_bad_row_is_refused_or_left_out_as_each_arm_says(write, parts, tmp_path: Path) -> None:
+    """An arm that skips is planned with the rows that are left; one that does not is refused."""
+    lines = (parts / "rows.jsonl").read_text().splitlines()
+    bad = json.loads(lines[0])
+    bad["messages"][0]["content"] = [{"type": "image", "image": "gone.png"}]
+    rows = tmp_path / "bad.jsonl"
+    rows.write_text("\n".join([json.dumps(bad), *lines[1:]]) + "\n")
+    data = {"tune": {"path": str(rows), "images": str(parts / "images")}}
+    epoch = {"stages.tune.max_steps": None, "stages.tune.epochs": 1, "stages.tune.batch_size": 1}
+    spec = load_comparison(write(data=data, set={**epoch, "on_bad_row": "skip"}))
+    for arm in make_plan(spec, tmp_path / "out").arms:
+        assert [(stage.rows, stage.steps) for stage in arm.stages] == [(8, 8)]  # one fewer of 9
+    spec = with_settings(spec, ["on_bad_row=error"])
+    with pytest.raises(UsageError, match=r"arm 'llava': .*bad\.jsonl, line 1.*gone\.png"):
+        make_plan(spec, tmp_path / "out")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hub_fixtures import contents, make_record, make_run
 from hub_server import HubServer
@@ -318,14 +319,32 @@ def test_a_name_that_cannot_be_one(hub: HubServer, run: Path) -> None:
     assert push(renamed, "my-graft").endswith("tester/my-graft")
 
 
-def test_the_plan_tells_of_paths_in_the_recipe(run: Path) -> None:
-    record = make_record(
-        recipe={"data": [{"path": "/home/me/x.json"}], "stages": [{"name": "a", "data": None}]}
-    )
-    (run / "graft_config.json").write_text(record.dump())
-    plan = plan_push(run)
-    assert len(plan.warnings) == 1
-    assert "/home/me/x.json" in plan.warnings[0]
+@pytest.mark.parametrize("folder", ["/home/me/mine/", "~/mine/", "C:\\Users\\me\\"])
+def test_folders_of_the_recipe_stay_at_home(hub: HubServer, run: Path, folder: str) -> None:
+    """The arms of a comparison and a run that was trained name their data by whole paths."""
+    recipe = {
+        "name": "r",
+        "data": [{"path": f"{folder}rows.jsonl", "images": f"{folder}images"}],
+        "stages": [{"name": "a", "data": None, "template": f"{folder}chat.jinja", "lr": 1e-3}],
+        "evaluation": [{"name": "s", "train": f"{folder}train.jsonl", "prompt": "yes/no: {q} /"}],
+        "feature_cache": f"{folder}features",
+    }
+    (run / "graft_config.json").write_text(make_record(recipe=recipe).dump())
+    (run / "recipe.yaml").write_text("# kept\n" + yaml.safe_dump(recipe))
+    assert plan_push(run).warnings == []
+    push(run)
+    repo = hub.repos["tester/my-iaa"]
+    sent = json.loads(repo.read("graft_config.json"))["recipe"]
+    assert sent["data"] == [{"path": "rows.jsonl", "images": "images"}]
+    assert sent["stages"] == [{"name": "a", "data": None, "template": "chat.jinja", "lr": 1e-3}]
+    assert sent["evaluation"][0] == {"name": "s", "train": "train.jsonl", "prompt": "yes/no: {q} /"}
+    assert sent["feature_cache"] == "features"
+    text = repo.read("recipe.yaml").decode()
+    assert text.startswith("# kept\n")
+    assert yaml.safe_load(text) == sent
+    for name in repo.names:
+        assert folder.encode() not in repo.read(name), name
+    assert folder in (run / "recipe.yaml").read_text()  # at home all is as it was
 
 
 def test_what_was_measured_goes_along_and_into_the_card(hub: HubServer, run: Path) -> None:
@@ -389,17 +408,3 @@ def test_sizes_are_those_of_the_files(run: Path) -> None:
     assert sizes["graft.safetensors"] == (run / "graft.safetensors").stat().st_size
     assert sizes["graft_config.json"] == len((run / "graft_config.json").read_bytes())
     assert UploadFile("x", b"four").size == 4
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"evaluation": [{"name": "s", "metric": "exact", "path": "/home/me/test.jsonl"}]},
-        {"evaluation": [{"name": "s", "metric": "exact", "train": "/home/me/train.jsonl"}]},
-        {"feature_cache": "/home/me/features"},
-    ],
-)
-def test_the_plan_tells_of_folders_in_all_of_the_recipe(tmp_path: Path, more) -> None:
-    run = make_run(tmp_path / "run", recipe={"name": "r", "stages": [], **more})
-    (warning,) = plan_push(run).warnings
-    assert "the recipe names folders of this machine, such as /home/me/" in warning
