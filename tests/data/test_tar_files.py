@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.checking import Checker
 from mmgraft.data.images import check_image, open_image
 from mmgraft.data.sources import Checks, Source, index_rows, read_rows
 from mmgraft.errors import UsageError
@@ -191,3 +192,24 @@ def test_pictures_in_a_shard_go_through_the_same_safety(tmp_path: Path, monkeypa
             with pytest.raises(BadImage, match=rf"row 1: .*{image.name}") as raised:
                 look(image, "row 1")
             assert raised.value.fault == fault
+
+
+def test_a_check_of_shards_finds_rows_that_show_the_same_bytes(tmp_path: Path) -> None:
+    one, other = png(5), png(6)
+    for name, data in (("1", one), ("2", other)):
+        pack(
+            tmp_path / f"{name}.tar",
+            {"a.txt": "A.", "a.png": data, "b.txt": "A.", "b.png": one, "c.txt": "C.",
+             "c.png": b"GIF89a"},
+        )  # fmt: skip
+    rows = index_rows(Source(str(tmp_path)))
+    report = Checker().check(rows)
+    first = f"{tmp_path}/1.tar, sample 1 (id a)"
+    assert report.twice == [
+        (f"{tmp_path}/1.tar, sample 2 (id b)", first),
+        (f"{tmp_path}/2.tar, sample 2 (id b)", first),
+        (f"{tmp_path}/2.tar, sample 3 (id c)", f"{tmp_path}/1.tar, sample 3 (id c)"),
+    ]
+    assert [(bad.place, bad.fault) for bad in report.bad] == [("sample 3", "broken")] * 2
+    assert (report.rows, report.images, report.files, report.ids_twice) == (6, 6, 6, 3)
+    assert report.largest == (6, 3, f"{tmp_path}/2.tar/a.png")
