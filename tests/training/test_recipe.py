@@ -107,11 +107,27 @@ def test_all_problems_are_told_at_once(recipe_file):
         (("method: iaa", "method: iia"), "did you mean 'iaa'"),
         (("method: iaa", "method: iaa\ngraft: {config: {layerz: all}}"), "did you mean 'layers'"),
         (("method: iaa", "method: iaa\neval_every: 5"), "eval_data is empty"),
+        (("epochs: 2", "packing: true"), "give max_length"),
+        (
+            ("epochs: 2", "packing: true\n    max_length: 64\n    group_by: length"),
+            "give packing or",
+        ),
+        (("epochs: 2", "group_by: modality"), "write group_by: length"),
+        (("method: iaa", "method: iaa\nattention: flash"), "'flash_attention_2'"),
+        (("method: iaa", "method: iaa\nattention: flash_attention_2\nprecision: fp32"), "bf16"),
+        (("method: iaa", "method: iaa\ncompile: true\nquantization: nf4"), "not built"),
         (("stages:", "stages: ["), "not YAML"),
     ],
 )
 def test_refusals(recipe_file, change, says):
     assert says in refusal(recipe_file(SMALL.replace(*change)))
+
+
+def test_flash_attention_keeps_packed_rows_apart_in_one_sequence_only(recipe_file):
+    text = SMALL.replace("method: iaa", "method: iaa\nattention: flash_attention_2")
+    packed = text.replace("epochs: 2", "packing: true\n    max_length: 64")
+    assert load_recipe(recipe_file(packed)).stages[1].packing
+    assert "write batch_size: 1" in refusal(recipe_file(packed + "    batch_size: 2\n"))
 
 
 def test_wings_learner_out_of_the_path_cannot_be_trained(recipe_file):
