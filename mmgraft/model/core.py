@@ -27,6 +27,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         base: A loaded causal LM; it is never edited.
         vision_tower: The frozen image encoder, or None for a model that only gets features.
         workflows: The grafts by name; more come with :meth:`GraftedModel.add_workflow`.
+        anatomy: The base's, where it was examined before.
     """
 
     config_class = GraftedConfig
@@ -42,12 +43,13 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         base: PreTrainedModel,
         vision_tower: VisionTower | None,
         workflows: Sequence[Workflow] = (),
+        anatomy: Anatomy | None = None,
     ) -> None:
         config = GraftedConfig(base.config)
         super().__init__(config)
         self.base = base
         self.vision_tower = vision_tower
-        self.anatomy: Anatomy = examine(base)
+        self.anatomy: Anatomy = examine(base) if anatomy is None else anatomy
         self.workflows = nn.ModuleDict()
         self.default_workflow = workflows[0].name if workflows else "mm"
         signature = inspect.signature(base.base_model.forward)

@@ -77,6 +77,7 @@ def graft_model(
         files = resolve(base)
         made = _make_from_files(files, config, workflow, spec, width, template, tower)
         loaded = load_base(files, dtype, device_map, quantization)
+        anatomy = examine(loaded)
     else:
         if getattr(base, "is_quantized", False):
             raise UsageError(
@@ -93,10 +94,10 @@ def graft_model(
             made.record.vision = tower.spec
             made.record.vision_fingerprint = tower.fingerprint()
     made.to(loaded.dtype)
-    finish(made, loaded)
+    finish(made, loaded, anatomy)
     if tower is not None:
         tower = tower.to(device=loaded.device, dtype=loaded.dtype)
-    return GraftedModel(loaded.requires_grad_(False), tower, [made])
+    return GraftedModel(loaded.requires_grad_(False), tower, [made], anatomy)
 
 
 def create_graft(

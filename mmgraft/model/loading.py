@@ -46,6 +46,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
     quantization: str | None = None,
+    quantization_storage: torch.dtype | None = None,
     attn_implementation: str | None = None,
     verify: Verify = "fast",
     base: str | None = None,
@@ -59,6 +60,7 @@ def load_model(
         dtype: Of the base, such as ``"bfloat16"``; default: as it was saved.
         device_map: As for transformers.
         quantization: ``"nf4"`` holds the base in 4-bit; nothing else is quantised.
+        quantization_storage: Of the packed bytes; bf16 for FSDP2.
         attn_implementation: As for transformers.
         verify: ``"fast"`` compares the base's config, headers and the edges of every tensor with
             the graft's record, ``"full"`` hashes every byte, ``"off"`` trusts.
@@ -75,11 +77,14 @@ def load_model(
     record = GraftFile.read(folder)
     files = base_files(record, folder, base)
     check_base(record, files, verify)
-    loaded = load_base(files, dtype, device_map, quantization, attn_implementation)
+    loaded = load_base(
+        files, dtype, device_map, quantization, attn_implementation, quantization_storage
+    )
+    anatomy = examine(loaded)
     tower = load_tower(local_tower(record, folder), dtype=loaded.dtype, device=loaded.device)
-    workflow = load_workflow(record, folder, loaded, graft_dtype or loaded.dtype)
+    workflow = load_workflow(record, folder, loaded, graft_dtype or loaded.dtype, anatomy)
     assert_unquantized(tower, "vision_tower")
-    model = GraftedModel(loaded, tower, [workflow])
+    model = GraftedModel(loaded, tower, [workflow], anatomy)
     model.name_or_path = str(source)
     return model
 
@@ -119,7 +124,7 @@ def attach(
         )
     dtype = next(model.workflow().projector.parameters()).dtype
     record = record.model_copy(update={"workflow": name})
-    model._attach(load_workflow(record, folder, model.base, dtype))
+    model._attach(load_workflow(record, folder, model.base, dtype, model.anatomy))
 
 
 def _same_base(first: GraftFile, second: GraftFile, source: str | Path) -> None:
@@ -194,12 +199,13 @@ def load_base(
     device_map: Any = None,
     quantization: str | None = None,
     attn_implementation: str | None = None,
+    quantization_storage: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The base alone, as transformers loads it: frozen, in eval mode."""
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     options: dict[str, Any] = {"dtype": wanted or "auto"}
     compute = wanted if isinstance(wanted, torch.dtype) else torch.bfloat16
-    quantized = quantization_config(quantization, compute)
+    quantized = quantization_config(quantization, compute, quantization_storage)
     if quantized is not None:
         options["quantization_config"] = quantized
     if device_map is not None:
@@ -240,15 +246,20 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_workflow(
-    record: GraftFile, folder: Path, base: PreTrainedModel, dtype: torch.dtype
+    record: GraftFile,
+    folder: Path,
+    base: PreTrainedModel,
+    dtype: torch.dtype,
+    anatomy: Anatomy | None = None,
 ) -> Workflow:
     """Build a workflow's modules on the meta device and put the saved tensors in."""
+    anatomy = examine(base) if anatomy is None else anatomy
     tensors = read_tensors(folder)
     if _PROJECTOR not in tensors:
         raise UsageError(
             f"{folder} does not hold what its {CONFIG_NAME} says: tensor {_PROJECTOR} is missing."
         )
-    workflow = build_workflow(record, base, vision_width(tensors))
+    workflow = build_workflow(record, base, vision_width(tensors), anatomy)
     shared = {f"graft.{name}" for name in workflow.graft.shares()}
     wanted = {k: v for k, v in workflow.state_dict().items() if k not in shared}
     problem = _mismatch(wanted, tensors)
@@ -258,7 +269,7 @@ def load_workflow(
     workflow.load_state_dict(tensors, strict=False, assign=True)
     if hasattr(workflow.graft, "tie"):
         workflow.graft.tie()  # type: ignore[operator]
-    finish(workflow, base)
+    finish(workflow, base, anatomy)
     workflow.origin = folder
     return workflow
 
@@ -278,11 +289,13 @@ def vision_width(tensors: dict[str, Tensor]) -> int:
     return tensors[_PROJECTOR].shape[1]
 
 
-def build_workflow(record: GraftFile, base: PreTrainedModel, width: int) -> Workflow:
+def build_workflow(
+    record: GraftFile, base: PreTrainedModel, width: int, anatomy: Anatomy | None = None
+) -> Workflow:
     """A workflow's modules, without values, for the base at hand."""
     method = get_method(record.method)
     config = method.config_class.parse(record.config, f"config of {CONFIG_NAME}")
-    anatomy = examine(base)
+    anatomy = examine(base) if anatomy is None else anatomy
     parts = shape_parts(base.config, anatomy)
     with torch.device("meta"):
         graft = method.load_graft().build(config, anatomy, parts)
@@ -292,13 +305,13 @@ def build_workflow(record: GraftFile, base: PreTrainedModel, width: int) -> Work
     return Workflow(record.workflow, projector, graft, record)
 
 
-def finish(workflow: Workflow, base: PreTrainedModel) -> None:
+def finish(workflow: Workflow, base: PreTrainedModel, anatomy: Anatomy | None = None) -> None:
     """Give a workflow the base's config and devices, fill buffers, and check that it is whole.
 
     Raises:
         MMGraftError: A tensor has no value (a method did not save it).
     """
-    anatomy: Anatomy = examine(base)
+    anatomy = examine(base) if anatomy is None else anatomy
     share_config(workflow.graft, base.config)
     layers = decoder_layers(base, anatomy)
     for index, module in workflow.graft.layer_modules():

@@ -37,6 +37,7 @@ class GraftedModel(WorkflowGeneration):
         base: A loaded causal LM; it is never edited.
         vision_tower: The frozen image encoder, or None for a model that only gets features.
         workflows: The grafts by name; more come with :meth:`add_workflow`.
+        anatomy: The base's, where it was examined before.
     """
 
     # -- construction, see loading.py, grafting.py and saving.py -----------------------------------

@@ -18,8 +18,15 @@ from mmgraft.patching import patched_forward
 KINDS = ("nf4",)
 
 
-def quantization_config(kind: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_config(
+    kind: str | None, dtype: torch.dtype, storage: torch.dtype | None = None
+) -> BitsAndBytesConfig | None:
     """Transformers' config for a kind of quantisation; None stays None.
+
+    Args:
+        kind: ``"nf4"``.
+        dtype: To compute in.
+        storage: What the packed bytes are kept as, bf16 where FSDP2 shares them out; None: bytes.
 
     Raises:
         UsageError: An unknown kind, bitsandbytes missing, or a device that it does not run on.
@@ -40,6 +47,7 @@ def quantization_config(kind: str | None, dtype: torch.dtype) -> BitsAndBytesCon
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 

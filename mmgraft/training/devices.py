@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from typing import TYPE_CHECKING
 
 import torch
 
 from mmgraft.errors import UsageError
-from mmgraft.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mmgraft.training.recipe import Recipe
 
 DEVICES = ("cuda", "mps", "cpu")
 """In the order in which they are taken."""
