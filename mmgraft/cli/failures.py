@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import re
 
 from mmgraft.errors import MMGraftError, UsageError
 
 _NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+_PEER = re.compile("Connection (closed|reset) by peer|[Tt]imed out waiting .*ms for recv")
+"""What gloo says where a process that it waits for has gone."""
 _HUB_USAGE = {"GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError"}
 
 
@@ -28,6 +31,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return (
             f"the Hub could not be reached or refused: {_first_line(error)}\n"
             "Check the network and HF_ENDPOINT, then run the same command again.",
+            MMGraftError.exit_code,
+        )
+    if "DistError" in kinds or (isinstance(error, RuntimeError) and _PEER.search(str(error))):
+        return (
+            "another process of this training has ended; what it said tells why.",
             MMGraftError.exit_code,
         )
     no_room = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -19,6 +19,7 @@ _PLAN, _GO_ON = "What to train", "Go on or begin anew"
 
 
 def train(
+    context: typer.Context,
     run: Annotated[
         Path | None,
         typer.Argument(help="Folder of a graft; the only one here when not given."),
@@ -55,6 +56,14 @@ def train(
         str | None,
         typer.Option("--device", help="cuda, mps or cpu; else the first there is."),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes",
+            min=1,
+            help="Train in so many at once, on CUDA one a card; the recipe says how: parallel.",
+        ),
+    ] = 1,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on where a run stopped.", rich_help_panel=_GO_ON),
@@ -78,17 +87,27 @@ def train(
     from mmgraft.runs import find_run
 
     folder = find_run(run, announce=note)
+    if processes > 1:
+        from mmgraft.cli.processes import check_not_launched, command_line, launch
+
+        check_not_launched()
+        if not dry_run:
+            context.params["run"] = folder
+            again = ["train", *command_line(context, without="processes")]
+            raise typer.Exit(launch(processes, again))
     # Everything below loads torch.
     from transformers.utils import logging
 
     from mmgraft.training.devices import is_main_rank
     from mmgraft.training.memory.shortage import warning
+    from mmgraft.training.parallel import processes as started
     from mmgraft.training.progress import ProgressDisplay
     from mmgraft.training.run import plan_training
     from mmgraft.training.run import train as train_run
 
     if not stderr().is_terminal:
         logging.disable_progress_bar()
+    count = max(processes, started())  # --processes is more than 1 here in a dry run alone
     plan = plan_training(
         folder,
         recipe=recipe,
@@ -99,16 +118,19 @@ def train(
         restart=restart,
         max_steps=max_steps,
         device=device,
+        count=count,
     )
-    summary = _summary(plan)
+    summary = _summary(plan, count)
     if dry_run:
-        _show(summary, json)
+        if is_main_rank():
+            _show(summary, json)
         return
 
     def display(stage: Stage, number: int, stages: int) -> list[ProgressDisplay]:
         return [ProgressDisplay(stage.name, number, stages, stderr())]
 
-    if is_main_rank() and (too_much := warning(plan)) is not None:
+    whole = count == 1 or plan.recipe.parallel == "ddp"  # what is estimated is a whole model
+    if is_main_rank() and whole and (too_much := warning(plan)) is not None:
         note(f"warning: {too_much}")
     results = train_run(plan, announce=note, display=display)
     if not is_main_rank():
@@ -122,12 +144,12 @@ def train(
         note(f"trained; talk to it with: mmgraft chat {folder}")
 
 
-def _summary(plan: Plan) -> dict[str, Any]:
+def _summary(plan: Plan, processes: int) -> dict[str, Any]:
     stages: list[dict[str, Any]] = []
     for number, stage in enumerate(plan.stages):
         rows = len(plan.rows[number]) - plan.skipped[number]
-        a_step = stage.batch_size * stage.accumulate
-        an_epoch = ceil(ceil(rows / stage.batch_size) / stage.accumulate)
+        a_step = stage.batch_size * stage.accumulate * processes
+        an_epoch = ceil(ceil(rows / (stage.batch_size * processes)) / stage.accumulate)
         stages.append(
             {
                 "stage": stage.name,
@@ -147,6 +169,8 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "precision": plan.recipe.precision,
         "quantization": plan.recipe.quantization,
+        "processes": processes,
+        "parallel": plan.recipe.parallel,
         "bad_rows": [row.as_dict() for row in plan.bad],
         "stages": stages,
     }
@@ -160,10 +184,11 @@ def _show(summary: dict[str, Any], json: bool) -> None:
         return
     for row in summary["bad_rows"]:
         note(f"would leave out: {row['reason']}")
-    out = stdout()
+    out, several = stdout(), summary["processes"] > 1
     out.print(
         f"would train {summary['run']} by {summary['recipe']} on {summary['device']}, "
         f"base {summary['quantization'] or 'in ' + summary['precision']}"
+        + (f", {summary['processes']} processes ({summary['parallel']})" * several)
     )
     out.print(
         table(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmgraft.atomic import replace_together
 from mmgraft.errors import UsageError
+from mmgraft.model.gathering import gathered
 from mmgraft.model.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, BaseReference, GraftFile
 from mmgraft.model.workflow import Workflow
 
@@ -31,17 +32,20 @@ def save_graft(
     folder: str | Path,
     workflow: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    write: bool = True,
 ) -> None:
     """Save the graft of one workflow; a base that was trained goes into ``folder/base``.
 
     Base, weights and config are replaced together: a killed save leaves all the earlier ones, or
-    all the new ones.
+    all the new ones. Where several processes hold a model in pieces all of them call this, and one
+    writes.
 
     Args:
         model: The model.
         folder: Where to.
         workflow: Which one; default: the model's first.
         max_shard_size: Split larger weights, with an index.
+        write: False for a process that only helps to gather.
 
     Raises:
         MMGraftError: The disk is full or not writable; earlier files are whole.
@@ -49,8 +53,10 @@ def save_graft(
     chosen = model.workflow(workflow)
     folder = Path(folder)
     record = _reachable(current_record(chosen), chosen, folder)
+    tensors = graft_tensors(chosen, write)
     if not (record.base_trained or model.base_is_trained):
-        write_graft(folder, record, graft_tensors(chosen), max_shard_size)
+        if write:
+            write_graft(folder, record, tensors, max_shard_size)
         return
     if model.quantized:
         raise UsageError("a 4-bit base cannot have been trained; nothing of it is saved.")
@@ -58,20 +64,19 @@ def save_graft(
     beside = chosen.record.base.id == own.id
     original = record.trained_from or (None if beside else record.base)
     record = record.model_copy(update={"base": own, "base_trained": True, "trained_from": original})
-    first = {OWN_BASE: lambda path: _write_base(model, path, own)}
-    write_graft(folder, record, graft_tensors(chosen), max_shard_size, first)
+    whole = gathered(model.base.state_dict(keep_vars=True), write) if model.lockstep else None
+    if write:
+        first = {OWN_BASE: lambda path: _write_base(model, path, own, whole)}
+        write_graft(folder, record, tensors, max_shard_size, first)
     # The model stands beside its own base now; whatever lay beside the old one is named whole.
     chosen.record, chosen.origin = record, folder
 
 
-def graft_tensors(workflow: Workflow) -> dict[str, Tensor]:
-    """The new tensors of a workflow by their saved names; tied ones once."""
+def graft_tensors(workflow: Workflow, keep: bool = True) -> dict[str, Tensor]:
+    """The new tensors of a workflow by their saved names, whole; tied ones once."""
     shared = {f"graft.{name}" for name in workflow.graft.shares()}
-    return {
-        name: tensor.detach().contiguous()
-        for name, tensor in workflow.state_dict().items()
-        if name not in shared
-    }
+    own = {name: tensor for name, tensor in workflow.state_dict().items() if name not in shared}
+    return {name: tensor.contiguous() for name, tensor in gathered(own, keep).items()}
 
 
 def current_record(workflow: Workflow) -> GraftFile:
@@ -131,14 +136,19 @@ def _weight_files(folder: Path) -> set[str]:
     return {p.name for p in folder.glob("graft*.safetensors*") if not p.name.startswith(".")}
 
 
-def _write_base(model: GraftedModel, folder: Path, reference: BaseReference) -> None:
+def _write_base(
+    model: GraftedModel,
+    folder: Path,
+    reference: BaseReference,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write a trained base as an ordinary folder, and note its own fingerprint.
 
     The tokenizer of the base that it was trained from goes along: without it no text can be read.
     """
     from mmgraft.basefiles import copy_tokenizer, fingerprint, resolve
 
-    model.base.save_pretrained(folder)
+    model.base.save_pretrained(folder, state_dict=state)
     if model.base.name_or_path:  # empty for a base that was built in memory
         copy_tokenizer(Path(model.base.name_or_path), folder)
     reference.fingerprint = fingerprint(resolve(folder))

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,11 +18,17 @@ from torch import nn
 
 from mmgraft.atomic import atomic_json
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.model.gathering import gathered, like
+from mmgraft.training.sharding import rest
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 FOLDER = "checkpoints"
 TENSORS = "trained.safetensors"
 PROGRESS = "progress.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_OLD = ".old"
 
 
 def stage_folder(run: Path, index: int, name: str) -> Path:
@@ -46,13 +52,18 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters that are trained, by name; those that share one tensor once."""
-    return {
-        name: parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+def trained_tensors(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Parameters that are trained, by name; those that share one tensor once.
+
+    Where the model is in pieces over processes, all of them must call this together.
+
+    Args:
+        model: Any.
+        keep: False, for a process that only helps to gather, gives an empty dict.
+    """
+    rest(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return {name: tensor.contiguous() for name, tensor in gathered(trained, keep).items()}
 
 
 def write_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
@@ -66,6 +77,7 @@ def write_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
         MMGraftError: The disk is full or fails; earlier checkpoints are whole.
     """
     temporary: Path | None = None
+    old = target.with_name(f".{target.name}{_OLD}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -74,10 +86,13 @@ def write_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
             _sync(path)
         _sync(temporary)
         if target.exists():  # the same step written again
-            shutil.rmtree(target)
+            shutil.rmtree(old, ignore_errors=True)
+            target.replace(old)
         temporary.replace(target)
         _sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
+        _bring_back(old)
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError | RuntimeError | SafetensorError):
@@ -103,9 +118,18 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _bring_back(old: Path) -> None:
+    """Give a checkpoint that was put aside its name again, unless a new one has it."""
+    target = old.with_name(old.name[1:].removesuffix(_OLD))
+    if old.is_dir() and not target.exists():
+        old.replace(target)
+
+
 def sweep(folder: Path) -> None:
-    """Remove what killed saves of a stage left behind."""
+    """Remove what killed saves of a stage left behind; a checkpoint put aside comes back."""
     if folder.is_dir():
+        for path in folder.glob(f".checkpoint-*{_OLD}"):
+            _bring_back(path)
         for path in folder.glob(".checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -113,7 +137,9 @@ def sweep(folder: Path) -> None:
 def rotate(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints of a stage."""
     for path in checkpoints(folder)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        gone = path.with_name(f".{path.name}.gone")  # a kill leaves no half of it by its name
+        path.replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
@@ -121,9 +147,33 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_tensors(model: nn.Module, folder: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Write the trained tensors into a checkpoint folder."""
-    save_file(trained_tensors(model), folder / TENSORS, metadata={"format": "pt"})
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def write_final(tensors: dict[str, torch.Tensor], folder: Path, state: TrainerState) -> None:
+    """Keep what a stage has trained until its graft is saved and noted, unless that was done.
+
+    A run that is killed between the two goes on from here: the graft in its folder may be the
+    stage's already, and would be trained a second time.
+
+    Args:
+        tensors: Those that are trained, at the stage's end.
+        folder: Of the stage's checkpoints.
+        state: Of the Trainer, after its last step.
+
+    Raises:
+        MMGraftError: As :func:`write_checkpoint`.
+    """
+    target = folder / f"checkpoint-{state.global_step}"
+
+    def write(path: Path) -> None:
+        save_tensors(tensors, path)
+        state.save_to_json(str(path / "trainer_state.json"))
+
+    if not target.is_dir():
+        write_checkpoint(target, write)
 
 
 @torch.no_grad()
@@ -148,7 +198,7 @@ def load_tensors(model: nn.Module, folder: Path) -> None:
             "go on with the recipe that wrote it, or begin anew with --restart"
         )
     for name, parameter in wanted.items():
-        parameter.copy_(saved[name])
+        parameter.copy_(like(saved[name], parameter))
 
 
 def read_progress(run: Path) -> dict[str, Any] | None:

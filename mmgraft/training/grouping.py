@@ -24,6 +24,7 @@ from mmgraft.data.indexed import facts_of
 from mmgraft.data.packing import Packs, fill
 from mmgraft.errors import UsageError
 from mmgraft.training.devices import is_main_rank
+from mmgraft.training.evening import EvenSampler
 from mmgraft.training.recipe import Stage
 from mmgraft.training.sampler import EpochSampler
 
@@ -248,5 +249,5 @@ class _Measured(Dataset[Any]):
         return self.rows.length(index)
 
 
-Order = EpochSampler | GroupSampler | PackSampler
+Order = EpochSampler | GroupSampler | PackSampler | EvenSampler
 """Of the rows of an epoch, whose number is set with `set_epoch`."""

@@ -24,6 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 TextRows = Literal["skip", "graft", "base"]
 Precision = Literal["bf16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+Parallel = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 
 
@@ -197,6 +198,9 @@ class Recipe(StrictModel):
         default=None, description="kernel of the base's attention; None: the one transformers takes"
     )
     compile: bool = Field(default=False, description="decoder layers through torch.compile")
+    parallel: Parallel = Field(
+        default="ddp", description="how several processes share a training: --processes N"
+    )
     workers: int = Field(default=0, ge=0, description="processes that load rows")
     on_bad_row: OnBadRow = Field(
         default="error",
@@ -224,6 +228,7 @@ class Recipe(StrictModel):
             raise ValueError(f"two stages are called {twice[0]!r}; give each its own name")
         if self.eval_every is not None and not self.eval_data:
             raise ValueError("eval_every is set, but eval_data is empty; add rows to evaluate on")
+        self._check_parallel()
         for stage in self.stages:
             self._check_groups(stage)
             self._check_text_rows(stage)
@@ -255,6 +260,28 @@ class Recipe(StrictModel):
                 "base: full, but no stage trains it; add base to a stage's train, or write "
                 "base: frozen"
             )
+
+    def _check_parallel(self) -> None:
+        if self.parallel == "ddp":
+            return
+        if self.compile:
+            raise ValueError(
+                f"compile: true and parallel: {self.parallel} together are not built; write "
+                "parallel: ddp, or leave compile out"
+            )
+        if self.parallel == "zero3" and self.quantization is not None:
+            raise ValueError(
+                f"parallel: zero3 cannot hold the 4-bit weights of quantization: "
+                f"{self.quantization} in pieces; write parallel: ddp or fsdp2, or leave "
+                "quantization out"
+            )
+        for stage in self.stages:
+            if stage.optimizer != "adamw":
+                raise ValueError(
+                    f"stage {stage.name!r}: optimizer: {stage.optimizer} keeps whole states, and "
+                    f"parallel: {self.parallel} spreads them over the processes; write adamw, or "
+                    "parallel: ddp"
+                )
 
     def _check_groups(self, stage: Stage) -> None:
         known = GROUPS.get(self.method)

@@ -16,7 +16,7 @@ import mmgraft
 from mmgraft.atomic import atomic_json, atomic_text
 from mmgraft.data import bad_rows
 from mmgraft.data.bad_rows import BadRow, BadRowLog
-from mmgraft.data.indexed import Joined
+from mmgraft.data.indexed import Joined, facts_of
 from mmgraft.data.rows import Row
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.evaluation.sections import put_all_aside
@@ -25,6 +25,7 @@ from mmgraft.model.graft_file import GraftFile
 from mmgraft.training import checkpoint, metrics, text_change
 from mmgraft.training.devices import check_packages, is_main_rank, pick_device
 from mmgraft.training.memory.shortage import is_out_of_memory, out_of_memory
+from mmgraft.training.parallel import check_parallel, check_rows_have_images, processes
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.recipe_source import (
     dump_recipe,
@@ -41,6 +42,7 @@ from mmgraft.training.stage_data import (
     check_pictures,
     check_rows,
 )
+from mmgraft.training.stopping import with_way_on
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -85,6 +87,11 @@ class Plan:
     resume: bool = False
 
     @property
+    def in_pieces(self) -> bool:
+        """Whether several processes hold the model in pieces that mmgraft makes."""
+        return self.recipe.parallel == "fsdp2" and processes() > 1
+
+    @property
     def stages(self) -> list[Stage]:
         """All stages of the recipe."""
         return self.recipe.stages
@@ -101,6 +108,7 @@ def plan_training(
     restart: bool = False,
     max_steps: int | None = None,
     device: str | None = None,
+    count: int | None = None,
 ) -> Plan:
     """Check everything that can be checked before a model is loaded; nothing is written.
 
@@ -114,6 +122,7 @@ def plan_training(
         restart: Train a run that was trained before, from its graft as it is now.
         max_steps: End every stage after so many steps.
         device: ``cuda``, ``mps`` or ``cpu``; default: the first that is there.
+        count: Processes that would train together; default: those that there are.
 
     Raises:
         UsageError: Anything that could not work, with what to do instead.
@@ -135,6 +144,8 @@ def plan_training(
     check_data_is_set(loaded, run, file)
     chosen = pick_device(device)
     check_packages(loaded, chosen)
+    count = count or processes()
+    check_parallel(loaded, chosen, count)
     _check_graft(record, loaded)
     resolved = loaded.resolved(record.workflow)
     left_out = BadRowLog(run).left_out(None) if resume else None
@@ -144,6 +155,9 @@ def plan_training(
     for stage in resolved.stages:
         found = reader.rows(stage.data or [], resolved.seed, stage.image_share)
         skipped.append(check_rows(found, stage.name, stage.text_rows))
+        without = len(found) - int(facts_of(found).with_image.sum())
+        without = 0 if stage.text_rows == "skip" else without
+        check_rows_have_images(resolved, stage.name, without, count)
         rows.append(found)
     evaluated = reader.rows(resolved.eval_data, 0) if resolved.eval_every else []
     first = len(progress["finished"]) if resume and progress is not None else 0
@@ -171,7 +185,13 @@ def train(
     from mmgraft.training.session import Session
 
     run = plan.run
+    trains_base = any(stage.trains_base for stage in plan.stages)
+    if plan.resume and is_main_rank():  # a kill may have come before these were removed
+        for index, stage in enumerate(plan.stages[: plan.first]):
+            checkpoint.remove(checkpoint.stage_folder(run, index, stage.name))
     if plan.first >= len(plan.stages):
+        if trains_base and is_main_rank() and text_change.is_due(run):
+            Session(plan, announce).measure_text()
         announce(f"all stages of {run} are trained; --restart trains it further")
         return []
     session = Session(plan, announce)
@@ -180,7 +200,6 @@ def train(
         _begin(run, plan.recipe)
     if is_main_rank():
         session.bad_rows.put(plan.bad)
-    trains_base = any(stage.trains_base for stage in plan.stages)
     if trains_base and is_main_rank():
         session.remember_text()
     results: list[StageResult] = []
@@ -197,6 +216,11 @@ def train(
                 if not is_out_of_memory(error):
                     raise
                 raise out_of_memory(plan.recipe, stage, error) from error
+            except (OSError, MMGraftError) as error:
+                told = with_way_on(error, run, stage.name)
+                if told is None:
+                    raise
+                raise told from error
         results.append(
             StageResult(
                 stage.name,

@@ -34,11 +34,13 @@ from mmgraft.model.vision.base import VisionTower
 from mmgraft.training import checkpoint, metrics, text_change
 from mmgraft.training.bad_rows import BadRows
 from mmgraft.training.devices import is_main_rank
+from mmgraft.training.evening import EvenDataset, EvenSampler
 from mmgraft.training.features import fill_cache, open_cache
 from mmgraft.training.finite import NotFinite, is_finite
 from mmgraft.training.grouping import arrange
 from mmgraft.training.recipe import Stage
-from mmgraft.training.stages import open_stage
+from mmgraft.training.sharding import is_sharded, shard
+from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.stopping import Stopper, TrainingStopped
 from mmgraft.training.trainer import GraftTrainer, training_arguments
 
@@ -123,9 +125,13 @@ class Session:
             taken = 0
         else:
             taken = self._train(trainer, stage, last)
-        if is_main_rank():
-            self._save(index, model, size)
+            tensors = checkpoint.trained_tensors(cast(nn.Module, model), is_main_rank())
+            if is_main_rank():
+                checkpoint.write_final(tensors, folder, trainer.state)
+        self._save(index, model, size)
         trainer.accelerator.wait_for_everyone()
+        if is_sharded(model):
+            self.model = None  # the next stage trains other parts, and has other pieces
         return taken, log.last.get("loss"), size
 
     def remember_text(self) -> None:
@@ -136,6 +142,7 @@ class Session:
 
     def measure_text(self) -> None:
         """Say, and record, how far text has moved."""
+        self._model_for(self.plan.stages[-1])
         assert self.model is not None
         assert self.processor is not None
         self.announce(str(text_change.measure(self.plan.run, self.model, self.processor)))
@@ -230,6 +237,13 @@ class Session:
         self.bad_rows.put(arranged.bad, stage.name, 0)
         if arranged.says is not None:
             self.announce(arranged.says)
+        if arguments.world_size > 1:
+            together = stage.batch_size * arguments.world_size
+            arranged.dataset = EvenDataset(arranged.dataset)
+            arranged.sampler = EvenSampler(arranged.sampler, together)
+        if plan.in_pieces:
+            shard(self.model, plan.device)
+            groups = rate_groups(self.model, stage)
         return GraftTrainer(
             self.model,
             arguments,
@@ -310,12 +324,15 @@ class Session:
         if device == "cuda" and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"  # else every rank fills the first card
         device_map = {"": device} if device != "cpu" or plan.recipe.quantization else None
+        if plan.in_pieces and not plan.recipe.quantization:
+            device_map = None  # main memory; a card never holds more than its pieces and a layer
         self.announce(f"loading {folder} on {plan.device}")
         model = load_model(
             folder,
             dtype=torch.float32 if full else torch.bfloat16,
             device_map=device_map,
             quantization=plan.recipe.quantization,
+            quantization_storage=torch.bfloat16 if plan.in_pieces else None,
             attn_implementation=plan.recipe.attention,
             graft_dtype=torch.float32,
         )
@@ -357,7 +374,11 @@ class Session:
         assert stage.workflow is not None
         workflow = model.workflow(stage.workflow)
         workflow.record.recipe = plan.recipe.model_dump(mode="json")
-        save_graft(model, self._folder_of(stage.workflow), stage.workflow)
+        workflow.record.results = text_change.forgotten(workflow.record.results)
+        main = is_main_rank()
+        save_graft(model, self._folder_of(stage.workflow), stage.workflow, write=main)
+        if not main:
+            return
         earlier = checkpoint.read_progress(plan.run) or {}
         checkpoint.write_progress(
             plan.run,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmgraft.anatomy import decoder_layers
 from mmgraft.errors import MMGraftError
-from mmgraft.model.gathering import is_piece, like
+from mmgraft.model.gathering import gathered, is_piece, like
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
@@ -72,6 +72,21 @@ def rest(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "reshard") and is_sharded(model):
             module.reshard()  # type: ignore[operator]
+
+
+def whole_state(optimizer: Any, keep: bool) -> dict[str, Any]:
+    """An optimizer's state dict with whole tensors; all processes call this together.
+
+    Args:
+        optimizer: Of sharded parameters.
+        keep: False gives an empty dict.
+    """
+    given = optimizer.state_dict()
+    state: dict[int, Any] = {}
+    for number, values in given["state"].items():
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        state[number] = {**values, **gathered(tensors, keep)}
+    return {**given, "state": state} if keep else {}
 
 
 def pieces_of_state(optimizer: Any) -> None:

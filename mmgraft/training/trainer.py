@@ -15,10 +15,12 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mmgraft.data.bad_rows import BadRow
+from mmgraft.model.gathering import is_piece
 from mmgraft.training.checkpoint import (
     load_tensors,
     rotate,
     save_tensors,
+    trained_tensors,
     write_checkpoint,
 )
 from mmgraft.training.devices import memory_in_use
@@ -26,6 +28,7 @@ from mmgraft.training.finite import FiniteWatch, RandomState
 from mmgraft.training.loss_log import LossSum
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.sampler import EpochSampler
+from mmgraft.training.sharding import is_sharded, pieces_of_state, whole_state
 from mmgraft.training.stages import RateGroup
 
 if TYPE_CHECKING:
@@ -135,6 +138,7 @@ class GraftTrainer(Trainer):
         self._watch = FiniteWatch(stage.name)
         self._losses = LossSum()
         self._random: RandomState | None = None
+        self._whole_state: dict[str, Any] | None = None
         self._rows: Sequence[str] = ()
         super().__init__(
             model=cast(Any, model),
@@ -243,7 +247,9 @@ class GraftTrainer(Trainer):
         note(self._rows, loss)
         if num_items_in_batch is not None and self.args.world_size > 1:
             # Ranks average their gradients, and each must have one for every trained parameter.
-            loss = loss * self.args.world_size + cast("GraftedModel", self.model).touch()
+            loss = loss * self.args.world_size
+            if not is_sharded(cast(nn.Module, self.model)):  # which sees to it in every layer
+                loss = loss + cast("GraftedModel", self.model).touch()
         elif torch.is_grad_enabled() and not loss.requires_grad:
             # Rows without an image alone, where only a projector is trained.
             loss = loss + cast("GraftedModel", self.model).touch()
@@ -260,6 +266,7 @@ class GraftTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, Tensor) and is_piece(norm) else norm
         self._watch.check_step(self.state.global_step + 1, norm, self.args.world_size)
         return norm
 
@@ -325,19 +332,45 @@ class GraftTrainer(Trainer):
         folder = Path(cast(str, self.args.output_dir))
         target = folder / f"checkpoint-{self.state.global_step}"
         sums, states = self._loss_sums(), self._random_states()
+        trained = trained_tensors(cast(nn.Module, self.model), self.args.should_save)
+        if is_sharded(cast(nn.Module, self.model)):
+            self._whole_state = whole_state(self.optimizer, self.args.should_save)
         if self.args.should_save:
-            write_checkpoint(target, lambda path: self._write_state(path, sums, states))
+            write_checkpoint(target, lambda path: self._write_state(path, trained, sums, states))
             rotate(folder, self.keep)
         self.accelerator.wait_for_everyone()
 
-    def _write_state(self, folder: Path, sums: Tensor, states: Mapping[str, bytes]) -> None:
-        save_tensors(cast(nn.Module, self.model), folder)
+    def _write_state(
+        self,
+        folder: Path,
+        trained: dict[str, Tensor],
+        sums: Tensor,
+        states: Mapping[str, bytes],
+    ) -> None:
+        save_tensors(trained, folder)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_rng_state(str(folder))
         for name, state in states.items():
             (folder / name).write_bytes(state)
         self._losses.write(folder, sums)
         self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._whole_state is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        torch.save(self._whole_state, Path(output_dir) / "optimizer.pt")
+        self._whole_state = None
+        torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and is_sharded(cast(nn.Module, self.model)):
+            pieces_of_state(self.optimizer)
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not is_sharded(model):  # which stands where it belongs
+            super()._move_model_to_device(model, device)
 
     def _random_states(self) -> dict[str, bytes]:
         """Random numbers to come of all ranks, by file: one checkpoint holds them, whole."""

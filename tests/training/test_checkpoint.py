@@ -75,7 +75,7 @@ def test_what_a_kill_left_is_swept(tmp_path):
 
 def test_only_trained_tensors_go_in_and_come_back(tmp_path):
     first, second = model(), model()
-    checkpoint.save_tensors(first, tmp_path)
+    checkpoint.save_tensors(checkpoint.trained_tensors(first), tmp_path)
     frozen = second[0].weight.clone()
     checkpoint.load_tensors(second, tmp_path)
     assert torch.equal(second[1].weight, first[1].weight)
@@ -84,7 +84,7 @@ def test_only_trained_tensors_go_in_and_come_back(tmp_path):
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     first, other = model(), model()
-    checkpoint.save_tensors(first, tmp_path)
+    checkpoint.save_tensors(checkpoint.trained_tensors(first), tmp_path)
     other[1].bias.requires_grad_(False)
     with pytest.raises(UsageError, match=r"1\.bias is in only one"):
         checkpoint.load_tensors(other, tmp_path)
