@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 from typing_extensions import Self
 
 from mmgraft.errors import MMGraftError
+
+_OF_DISKS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+}  # fmt: skip
 
 
 class TrainingStopped(MMGraftError):
     """A person stopped the run; it can go on."""
 
     exit_code = 130
+
+
+def with_way_on(error: OSError | MMGraftError, run: Path, stage: str) -> MMGraftError | None:
+    """What a full disk or the like did to a stage, with the command that goes on.
+
+    It is met wherever a file of the run is written; checkpoints are whole or not there.
+
+    Returns:
+        The error to raise instead; None where this one says enough.
+    """
+    way = f"go on with: mmgraft train {run} --resume"
+    if isinstance(error, OSError):
+        if error.errno not in _OF_DISKS:
+            return None
+        return MMGraftError(
+            f"stage {stage!r} stopped ({error}); what was saved before is whole. Make room, or "
+            f"mend what is said, and {way}"
+        )
+    if type(error) is not MMGraftError or not isinstance(
+        error.__cause__, OSError | SafetensorError
+    ):
+        return None
+    return None if "--resume" in str(error) else MMGraftError(f"{error}: {way}")
 
 
 class Stopper(TrainerCallback):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from mmgraft.training import checkpoint
+from same_run import same
 from sittings import Kill, Server, server
 from tiny_runs import make_run, write_recipe
 
@@ -91,33 +88,6 @@ def ten_kills(steps: list[int], seed: int) -> list[Kill]:
     kills = [Kill(*place, draw.randrange(AFTER_A_STEP)) for place in draw.sample(inside, 7)]
     kills += [Kill(*draw.choice(borders), draw.randrange(AT_A_BORDER)) for _ in range(3)]
     return sorted(kills)
-
-
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """All that the run has trained, by file and name."""
-    return {
-        f"{path.relative_to(run)}:{name}": tensor
-        for path in sorted(run.rglob("*.safetensors"))
-        if "features" not in path.parts
-        for name, tensor in load_file(path).items()
-    }
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speed = ("tokens_per_second", "memory_gb")
-    return [{key: value for key, value in line.items() if key not in speed} for line in lines]
-
-
-def same(run: Path, other: Path) -> None:
-    mine, wanted = tensors(run), tensors(other)
-    assert mine.keys() == wanted.keys()
-    for name in wanted:
-        assert torch.equal(mine[name], wanted[name]), name
-    assert metrics(run) == metrics(other)
-    assert checkpoint.read_progress(run) == checkpoint.read_progress(other)
-    files = [{path.relative_to(one) for path in one.rglob("*")} for one in (run, other)]
-    assert {path for path in files[0] ^ files[1] if path.parts[0] != "features"} == set()
 
 
 @pytest.mark.parametrize("method", RUNS)
