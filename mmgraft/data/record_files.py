@@ -18,6 +18,7 @@ _SHORT = 1 << 14
 _LONGEST = 64 << 20
 """Characters of one record of a list; what is longer is taken for a file that is cut short."""
 _SPACE = " \t\n\r"
+_NESTED = "lists in lists, deeper than can be read; write a row"
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,8 @@ class LineFile(JsonFile):
                 f"{self.file}, line {number}: not JSON ({error.msg}); write one object a line, or "
                 "the whole file as one list"
             )
+        except RecursionError:
+            return UsageError(f"{self.file}, line {number}: {_NESTED}")
 
 
 class ListFile(JsonFile):
@@ -238,6 +241,8 @@ class _Window:
                 if len(self.text) - self.at > _LONGEST or not self._more():
                     self.fail(error.msg, error.pos)
                 continue
+            except RecursionError:
+                raise UsageError(f"{self.source.file}, line {self.line}: {_NESTED}") from None
             if end < len(self.text) or not self._more():  # else a number might go on
                 self._move(end)
                 return value

@@ -92,8 +92,6 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
     parts: list[FileRows] = []
     left = source.limit
     for file, folder in _opened(source):
-        if left is not None and left <= 0:
-            break
         positions, numbers, facts = array("q"), array("I"), FactsBuilder()
         for found, row in islice(_good(file, folder, source, checks or Checks()), left):
             positions.append(found.position)
@@ -109,6 +107,8 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
         )
         parts.append(rows)
         left = None if left is None else left - len(rows)
+        if left == 0:
+            break
     index = parts[0] if len(parts) == 1 else Joined(parts)
     _refuse_none(source, len(index))
     return index

@@ -102,7 +102,7 @@ class TarFile:
         if "json" in kinds:
             try:
                 data = json.loads(self._text(kinds["json"]))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 return UsageError(f"{where}: its json is not JSON ({error}); correct it")
         if "txt" in kinds and not (isinstance(data, dict) and _is_row(data)):
             if not pictures:

@@ -122,6 +122,18 @@ def test_a_file_that_changed_or_went_is_not_read_on(tmp_path):
             file.read(second.position, second.number)
 
 
+def test_what_is_nested_without_end_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    deep = '{"a":' * 100_000
+    path.write_text('{"b": 1}\n' + deep + "\n")
+    _, second = json_file(str(path)).scan()
+    assert isinstance(second.record, UsageError)
+    assert "line 2: lists in lists" in str(second.record)
+    path.write_text("[\n" + deep)
+    with pytest.raises(UsageError, match="line 2: lists in lists"):
+        list(json_file(str(path)).scan())
+
+
 def test_bytes_that_are_no_text_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     for data in (b'{"a": 1}\n{"a": "\xff"}\n', b'[{"a": "' + b"x" * 5000 + b'\xff"}]', b"\xff"):

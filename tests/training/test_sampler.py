@@ -22,6 +22,13 @@ def test_every_row_once_and_another_order_every_epoch():
     assert len(sampler) == 50
 
 
+def test_the_order_is_that_of_torch_without_a_list_of_it():
+    generator = torch.Generator().manual_seed((3 << 20) + 2)
+    found = order(EpochSampler(40, seed=3), 2)
+    assert found == torch.randperm(40, generator=generator).tolist()
+    assert all(type(at) is int for at in found)
+
+
 def test_the_order_is_found_again_whatever_random_numbers_were_drawn():
     before = order(EpochSampler(50, seed=3), 4)
     torch.manual_seed(99)

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmgraft.data.indexed import FileRows
 from mmgraft.data.rows import Row
+from mmgraft.data.sources import Source, index_rows
 from mmgraft.errors import UsageError
 from mmgraft.training import stage_data
 from mmgraft.training.features import fill_cache, open_cache
 from mmgraft.training.recipe import DataEntry, Recipe
-from mmgraft.training.stage_data import StageData, absolute, check_rows
+from mmgraft.training.stage_data import StageData, absolute, check_pictures, check_rows, source_of
 from tiny_towers import tiny_tower
 
 
@@ -69,6 +71,23 @@ def test_paths_are_absolute_and_templates_too(tmp_path, monkeypatch):
     assert moved.stages[1].data is None
 
 
+def test_a_set_of_the_hub_keeps_its_name_and_shards_get_whole_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage = {"name": "s", "train": ["projector"], "lr": 1}
+    data = [
+        {"path": "hub:me/set", "split": "test", "subset": "x", "revision": "v1", "limit": 3},
+        {"path": "s/{0..3}.tar"},
+        {"path": "~/rows/*.jsonl"},
+    ]
+    recipe = Recipe.model_validate(
+        {"name": "r", "method": "llava", "data": data, "stages": [stage]}
+    )
+    hub, shards, home = absolute(recipe).data
+    assert source_of(hub) == Source("hub:me/set", limit=3, split="test", subset="x", revision="v1")
+    assert shards.path == str(tmp_path / "s/{0..3}.tar")
+    assert home.path == source_of(recipe.data[2]).path == str(Path.home() / "rows/*.jsonl")
+
+
 def test_rows_without_an_image_are_counted(parts):
     rows = StageData().rows([entry(parts)], seed=0)
     assert check_rows(rows, "s", "skip") == 3
@@ -77,6 +96,23 @@ def test_rows_without_an_image_are_counted(parts):
     with pytest.raises(UsageError, match="text_rows: graft"):
         check_rows(texts, "s", "skip")
     assert check_rows(texts, "s", "base") == 0
+
+
+def test_pictures_are_looked_at_in_an_even_sample_of_rows_that_are_read(
+    parts, tmp_path, monkeypatch
+):
+    lines = [line for line in (parts / "rows.jsonl").read_text().splitlines() if "png" in line]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines * 20))  # 180 rows show 9 pictures
+    source = Source(str(tmp_path / "rows.jsonl"), str(parts / "images"))
+    rows = index_rows(source)
+    read: list[int] = []
+    original = FileRows.row
+    monkeypatch.setattr(FileRows, "row", lambda self, at: read.append(at) or original(self, at))
+    assert check_pictures(rows, most=20) == 9
+    assert set(read) == set(range(180))
+    read.clear()
+    assert check_pictures(rows, most=3) == 3
+    assert set(read) == set(range(0, 180, 6))
 
 
 # The feature cache
