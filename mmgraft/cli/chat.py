@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmgraft.cli.options import JsonFlag, RevisionOption
+from mmgraft.cli.options import (
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    JsonFlag,
+    QuantizationOption,
+    RevisionOption,
+    VerifyOption,
+)
 
 if TYPE_CHECKING:
     from mmgraft.answering import Dialogue
@@ -45,21 +53,11 @@ def chat(
         float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus to sample from.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of sampling.")] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cuda, mps or cpu; else the first there is.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="bfloat16, float32; default: as saved.")
-    ] = None,
-    quantization: Annotated[
-        str | None, typer.Option("--quantization", help="nf4 holds the base in 4-bit.")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Where the base lies, if it was moved.")
-    ] = None,
-    verify: Annotated[
-        str, typer.Option("--verify", help="How the base is checked: fast, full or off.")
-    ] = "fast",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
+    base: BaseOption = None,
+    verify: VerifyOption = "fast",
     revision: RevisionOption = None,
     json: JsonFlag = False,
 ) -> None:

@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmgraft.cli.options import DryRunFlag, JsonFlag
+from mmgraft.cli.options import (
+    BaseOption,
+    DeviceOption,
+    DryRunFlag,
+    DtypeOption,
+    JsonFlag,
+    QuantizationOption,
+    VerifyOption,
+)
 
 if TYPE_CHECKING:
     from mmgraft.evaluation.results import Results, SetResult
     from mmgraft.evaluation.set_spec import SetSpec
 
-_SETS, _ONE, _MODEL = "Which sets", "A set without a recipe", "How the model is loaded"
+_SETS, _ONE = "Which sets", "A set without a recipe"
 _EVERY = 5.0  # seconds between two lines of progress
 
 
@@ -107,34 +115,11 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Questions at a time.")
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device", help="cuda, mps or cpu; else the first there is.", rich_help_panel=_MODEL
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype", help="bfloat16, float32; default: as saved.", rich_help_panel=_MODEL
-        ),
-    ] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option("--quantization", help="nf4 holds the base in 4-bit.", rich_help_panel=_MODEL),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base", help="Where the base lies, if it was moved.", rich_help_panel=_MODEL
-        ),
-    ] = None,
-    verify: Annotated[
-        str,
-        typer.Option(
-            "--verify", help="How the base is checked: fast, full or off.", rich_help_panel=_MODEL
-        ),
-    ] = "fast",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
+    base: BaseOption = None,
+    verify: VerifyOption = "fast",
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:

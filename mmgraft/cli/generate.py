@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mmgraft.cli.options import DryRunFlag, JsonFlag, RevisionOption
+from mmgraft.cli.options import (
+    BaseOption,
+    DeviceOption,
+    DryRunFlag,
+    DtypeOption,
+    JsonFlag,
+    QuantizationOption,
+    RevisionOption,
+    VerifyOption,
+)
 
 
 def generate(
@@ -36,21 +45,11 @@ def generate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Answer the first rows only.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cuda, mps or cpu; else the first there is.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="bfloat16, float32; default: as saved.")
-    ] = None,
-    quantization: Annotated[
-        str | None, typer.Option("--quantization", help="nf4 holds the base in 4-bit.")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Where the base lies, if it was moved.")
-    ] = None,
-    verify: Annotated[
-        str, typer.Option("--verify", help="How the base is checked: fast, full or off.")
-    ] = "fast",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
+    base: BaseOption = None,
+    verify: VerifyOption = "fast",
     revision: RevisionOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write over the output.")] = False,
     dry_run: DryRunFlag = False,

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmgraft.cli.options import DryRunFlag, JsonFlag, RevisionOption
+from mmgraft.cli.options import (
+    BaseOption,
+    DeviceOption,
+    DryRunFlag,
+    DtypeOption,
+    JsonFlag,
+    QuantizationOption,
+    RevisionOption,
+    VerifyOption,
+)
 
 if TYPE_CHECKING:
     from mmgraft.evaluation.results import Results
@@ -43,21 +52,11 @@ def laws(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Rows run together, of like length.")
     ] = 8,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cuda, mps or cpu; else the first there is.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="bfloat16, float32; default: as saved.")
-    ] = None,
-    quantization: Annotated[
-        str | None, typer.Option("--quantization", help="nf4 holds the base in 4-bit.")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Where the base lies, if it was moved.")
-    ] = None,
-    verify: Annotated[
-        str, typer.Option("--verify", help="How the base is checked: fast, full or off.")
-    ] = "fast",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
+    base: BaseOption = None,
+    verify: VerifyOption = "fast",
     revision: RevisionOption = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,

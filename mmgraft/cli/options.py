@@ -15,3 +15,29 @@ YesFlag = Annotated[bool, typer.Option("--yes", "-y", help="Agree to every quest
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Commit, branch or tag on the Hub.")
 ]
+
+_LOADING = "How the model is loaded"
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="cuda, mps or cpu; else the first there is.", rich_help_panel=_LOADING
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="bfloat16, float32; default: as saved.", rich_help_panel=_LOADING),
+]
+QuantizationOption = Annotated[
+    str | None,
+    typer.Option("--quantization", help="nf4 holds the base in 4-bit.", rich_help_panel=_LOADING),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", help="Where the base lies, if it was moved.", rich_help_panel=_LOADING),
+]
+VerifyOption = Annotated[
+    str,
+    typer.Option(
+        "--verify", help="How the base is checked: fast, full or off.", rich_help_panel=_LOADING
+    ),
+]

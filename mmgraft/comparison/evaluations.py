@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +42,27 @@ def measure(
     Raises:
         UsageError: A set that cannot be asked; nothing is written.
     """
-    sizes = {} if batch_size is None else {"batch_size": batch_size}
+    settings: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+    settings["announce"] = announce
     work = {"text": _text, "vision": _vision, "iit": _iit, "laws": _laws}[phase]
-    write_results(arm.run, work(answerer, plan, arm, announce, sizes))
+    write_results(arm.run, work(_Asked(answerer, plan, arm.run, settings)))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What every section is measured with.
+
+    Attributes:
+        answerer: The trained arm.
+        plan: Of the comparison.
+        run: Folder of the arm.
+        settings: Of the evaluation: whom to tell, and the batch size where one was given.
+    """
+
+    answerer: Answerer
+    plan: ComparisonPlan
+    run: Path
+    settings: dict[str, Any]
 
 
 def dialogue_settings(comparison: Comparison) -> dict[str, Any]:
@@ -56,54 +75,36 @@ def dialogue_settings(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _text(
-    answerer: Answerer,
-    plan: ComparisonPlan,
-    arm: ArmPlan,
-    announce: Announce,
-    sizes: dict[str, Any],
-) -> Results:
+def _text(asked: _Asked) -> Results:
     from mmgraft.evaluation.text import evaluate_text
 
+    plan = asked.plan
     sets = [one for one in plan.comparison.evaluation if one.modality == "text"]
     return evaluate_text(
-        answerer,
-        arm.run,
+        asked.answerer,
+        asked.run,
         sets,
         untouched=plan.base,
         base_cache=plan.out / BASE,
-        announce=announce,
-        **sizes,
+        **asked.settings,
     )
 
 
-def _vision(
-    answerer: Answerer,
-    plan: ComparisonPlan,
-    arm: ArmPlan,
-    announce: Announce,
-    sizes: dict[str, Any],
-) -> Results:
+def _vision(asked: _Asked) -> Results:
     from mmgraft.evaluation.vision import evaluate_vision
 
-    sets = [one for one in plan.comparison.evaluation if one.modality == "image"]
-    return evaluate_vision(answerer, arm.run, sets, announce=announce, **sizes)
+    sets = [one for one in asked.plan.comparison.evaluation if one.modality == "image"]
+    return evaluate_vision(asked.answerer, asked.run, sets, **asked.settings)
 
 
-def _iit(
-    answerer: Answerer,
-    plan: ComparisonPlan,
-    arm: ArmPlan,
-    announce: Announce,
-    sizes: dict[str, Any],
-) -> Results:
+def _iit(asked: _Asked) -> Results:
     from mmgraft.evaluation.iit import evaluate_iit
 
-    folder = _dialogues(answerer, plan, announce)
-    return evaluate_iit(answerer, arm.run, dialogues=folder, announce=announce, **sizes)
+    folder = _dialogues(asked)
+    return evaluate_iit(asked.answerer, asked.run, dialogues=folder, **asked.settings)
 
 
-def _dialogues(answerer: Answerer, plan: ComparisonPlan, announce: Announce) -> Path:
+def _dialogues(asked: _Asked) -> Path:
     """The folder of the dialogues, the same for all arms: the first that is asked builds them.
 
     Its name tells what they were made with, for a trained base would find other questions alike,
@@ -111,39 +112,34 @@ def _dialogues(answerer: Answerer, plan: ComparisonPlan, announce: Announce) -> 
     """
     from mmgraft.evaluation.iit_building import build_iit
 
-    spec = plan.comparison
+    spec = asked.plan.comparison
     assert spec.iit is not None
     if spec.iit.path is not None:
         return Path(spec.iit.path)
     text = json.dumps(dialogue_settings(spec), sort_keys=True)
-    folder = plan.out / DIALOGUES / hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder = asked.plan.out / DIALOGUES / hashlib.sha256(text.encode()).hexdigest()[:12]
     if not folder.is_dir():
         settings = spec.iit.model_dump(exclude={"path"})
-        build_iit(answerer, spec.choices, folder, announce=announce, **settings)
+        announce = asked.settings["announce"]
+        build_iit(asked.answerer, spec.choices, folder, announce=announce, **settings)
     return folder
 
 
-def _laws(
-    answerer: Answerer,
-    plan: ComparisonPlan,
-    arm: ArmPlan,
-    announce: Announce,
-    sizes: dict[str, Any],
-) -> Results:
+def _laws(asked: _Asked) -> Results:
     from mmgraft.evaluation.item_files import read_items
     from mmgraft.evaluation.laws import evaluate_laws
     from mmgraft.evaluation.run_features import run_features
 
-    laws = plan.comparison.laws
+    laws = asked.plan.comparison.laws
     assert laws is not None
     items = read_items(laws.items())
+    model, announce = asked.answerer.model, asked.settings["announce"]
     return evaluate_laws(
-        answerer,
+        asked.answerer,
         items,
-        arm.run,
+        asked.run,
         file=Path(laws.path),
-        features=run_features(answerer.model, arm.run, items, announce),
+        features=run_features(model, asked.run, items, announce),
         settings=laws.model_dump(mode="json", exclude={"path", "images"}),
-        announce=announce,
-        **sizes,
+        **asked.settings,
     )
