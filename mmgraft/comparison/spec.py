@@ -12,6 +12,8 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
+from mmgraft.data.bad_rows import HUB
+from mmgraft.data.shards import is_there
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.set_spec import SetSpec, dialogue_sets
 from mmgraft.model.vision.spec import VisionSpec
@@ -165,7 +167,7 @@ class Comparison(StrictModel):
 
         def entry(one: DataEntry) -> DataEntry:
             folder = _folder(one.images or images, root)
-            return one.model_copy(update={"path": _file(one.path, root), "images": folder})
+            return one.model_copy(update={"path": _rows(one.path, root), "images": folder})
 
         def asked(one: SetSpec) -> SetSpec:
             moved = {name: _file(getattr(one, name), root) for name in ("path", "train")}
@@ -334,6 +336,14 @@ def _entries(value: Any) -> Any:
 def _file(path: str | None, root: Path | None) -> str | None:
     """A file's whole path; the name of a packaged set, and what no one has, stay as they are."""
     found = [one for one in _places(path, root) if one.is_file()]
+    return str(found[0].resolve()) if found else path
+
+
+def _rows(path: str | None, root: Path | None) -> str | None:
+    """The whole path of a file of rows, or of shards; what is not there stays as it is."""
+    if path is None or path.startswith(HUB):
+        return path
+    found = [one for one in _places(path, root) if is_there(str(one))]
     return str(found[0].resolve()) if found else path
 
 

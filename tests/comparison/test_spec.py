@@ -207,7 +207,7 @@ def test_paths_are_taken_from_root_where_they_are_there(tmp_path: Path, monkeypa
         arms={"a": {}},
         root="root",
         images="root",
-        data=["rows.jsonl", "elsewhere.jsonl", "missing.jsonl"],
+        data=["rows.jsonl", "elsewhere.jsonl", "missing.jsonl", "r*.jsonl", "hub:me/set"],
         evaluation=[
             {"name": "seen", "metric": "exact", "path": "test.jsonl", "train": "rows.jsonl"},
             {"name": "mmlu", "metric": "choice", "modality": "text", "path": "mmlu"},
@@ -219,6 +219,8 @@ def test_paths_are_taken_from_root_where_they_are_there(tmp_path: Path, monkeypa
         str(root / "rows.jsonl"),
         str(tmp_path / "elsewhere.jsonl"),
         "missing.jsonl",
+        str(root / "r*.jsonl"),
+        "hub:me/set",
     ]
     assert spec.data["*"][0].images == str(root)
     seen, mmlu = spec.evaluation
