@@ -105,16 +105,14 @@ def _start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    streams: dict[str, Any] = {}
-    if rank:
-        streams = {"stdout": subprocess.DEVNULL, "stderr": said[rank - 1]}
     return subprocess.Popen(
         [sys.executable, "-m", "mmgraft", *arguments],
         env=environment,
         stdin=subprocess.DEVNULL if rank else None,
+        stdout=subprocess.DEVNULL if rank else None,
+        stderr=said[rank - 1] if rank else None,
         start_new_session=True,  # Ctrl-C comes from here, once
         preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        **streams,
     )
 
 

@@ -31,7 +31,8 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tens
     seen: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if id(tensor) not in seen:
-            seen[id(tensor)] = _whole(tensor.detach()) if keep else _skip(tensor)
+            whole = _whole(tensor)
+            seen[id(tensor)] = whole if keep else tensor
         if keep:
             found[name] = seen[id(tensor)]
     return found
@@ -49,12 +50,12 @@ def like(whole: Tensor, other: Tensor) -> Tensor:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    if not is_piece(tensor):
-        return tensor
-    return tensor.full_tensor().cpu()  # type: ignore[attr-defined]
+    plain = tensor.detach()
+    if is_piece(plain):
+        return plain.full_tensor().cpu()  # type: ignore[attr-defined]
+    if hasattr(tensor, "ds_id"):  # a parameter in DeepSpeed's keeping
+        import deepspeed  # type: ignore[import-not-found]
 
-
-def _skip(tensor: Tensor) -> Tensor:
-    if is_piece(tensor):
-        tensor.detach().full_tensor()  # type: ignore[attr-defined]
-    return tensor
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().cpu().clone()
+    return plain

@@ -75,7 +75,8 @@ def save_graft(
 def graft_tensors(workflow: Workflow, keep: bool = True) -> dict[str, Tensor]:
     """The new tensors of a workflow by their saved names, whole; tied ones once."""
     shared = {f"graft.{name}" for name in workflow.graft.shares()}
-    own = {name: tensor for name, tensor in workflow.state_dict().items() if name not in shared}
+    given = workflow.state_dict(keep_vars=True)
+    own = {name: tensor for name, tensor in given.items() if name not in shared}
     return {name: tensor.contiguous() for name, tensor in gathered(own, keep).items()}
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgraft.errors import MMGraftError
+from mmgraft.model.gathering import is_piece
 
 _NAMED = 16
 """Rows that a message names; a step may hold thousands."""
@@ -111,12 +112,15 @@ def named(rows: Sequence[str]) -> str:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether all that is trained is finite."""
-    return all(
-        bool(torch.isfinite(parameter).all())
-        for parameter in model.parameters()
-        if parameter.requires_grad
-    )
+    """Whether all that is trained is finite; all ranks ask together and agree."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = [p.to_local() if is_piece(p) else p for p in trained]  # type: ignore[attr-defined]
+    fine = all(bool(torch.isfinite(parameter).all()) for parameter in own)
+    if not any(map(is_piece, trained)):
+        return fine
+    flag = torch.tensor([int(fine)], device=own[0].device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag.item())
 
 
 def _gathered(items: list[Any], ranks: int) -> list[Any]:

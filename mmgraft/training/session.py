@@ -39,7 +39,7 @@ from mmgraft.training.features import fill_cache, open_cache
 from mmgraft.training.finite import NotFinite, is_finite
 from mmgraft.training.grouping import arrange
 from mmgraft.training.recipe import Stage
-from mmgraft.training.sharding import is_sharded, shard
+from mmgraft.training.sharding import shard
 from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.stopping import Stopper, TrainingStopped
 from mmgraft.training.trainer import GraftTrainer, training_arguments
@@ -130,7 +130,7 @@ class Session:
                 checkpoint.write_final(tensors, folder, trainer.state)
         self._save(index, model, size)
         trainer.accelerator.wait_for_everyone()
-        if is_sharded(model):
+        if plan.recipe.parallel != "ddp" and trainer.args.world_size > 1:
             self.model = None  # the next stage trains other parts, and has other pieces
         return taken, log.last.get("loss"), size
 

@@ -59,12 +59,17 @@ def shard(model: GraftedModel, device: str) -> None:
         if parameter.requires_grad and not is_piece(parameter):
             raise MMGraftError(f"{name} is trained, but it is in one piece; train without fsdp2")
     model.lockstep = True
-    model._is_accelerate_prepared = True  # or accelerate would put DDP around it
+    vars(model)["_is_accelerate_prepared"] = True  # or accelerate would put DDP around it
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether :func:`shard` has spread the model."""
     return bool(getattr(model, "lockstep", False))
+
+
+def whole_norm(norm: Any) -> Any:
+    """A gradient's norm, over all processes where each knows its part of it."""
+    return norm.full_tensor() if isinstance(norm, Tensor) and is_piece(norm) else norm  # type: ignore[attr-defined]
 
 
 def rest(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,6 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mmgraft.data.bad_rows import BadRow
-from mmgraft.model.gathering import is_piece
 from mmgraft.training.checkpoint import (
     load_tensors,
     rotate,
@@ -26,15 +26,17 @@ from mmgraft.training.checkpoint import (
 from mmgraft.training.devices import memory_in_use
 from mmgraft.training.finite import FiniteWatch, RandomState
 from mmgraft.training.loss_log import LossSum
+from mmgraft.training.parallel import deepspeed_config
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.sampler import EpochSampler
-from mmgraft.training.sharding import is_sharded, pieces_of_state, whole_state
+from mmgraft.training.sharding import is_sharded, pieces_of_state, whole_norm, whole_state
 from mmgraft.training.stages import RateGroup
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
     from mmgraft.training.grouping import Order
 
+DEEPSPEED = ".deepspeed"
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_8bit": "adamw_8bit",
@@ -86,6 +88,7 @@ def training_arguments(
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
+        deepspeed=deepspeed_config(recipe.parallel),
         report_to=[] if recipe.tracking == "none" else [recipe.tracking],
         disable_tqdm=True,
         average_tokens_across_devices=True,
@@ -265,8 +268,7 @@ class GraftTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, Tensor) and is_piece(norm) else norm
+        norm = whole_norm(super()._get_grad_norm(model, grad_norm=grad_norm))
         self._watch.check_step(self.state.global_step + 1, norm, self.args.world_size)
         return norm
 
@@ -335,6 +337,9 @@ class GraftTrainer(Trainer):
         trained = trained_tensors(cast(nn.Module, self.model), self.args.should_save)
         if is_sharded(cast(nn.Module, self.model)):
             self._whole_state = whole_state(self.optimizer, self.args.should_save)
+        if self.is_deepspeed_enabled:  # whose engine writes on all ranks; moved into place below
+            super()._save_optimizer_and_scheduler(str(folder / DEEPSPEED))
+            self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_checkpoint(target, lambda path: self._write_state(path, trained, sums, states))
             rotate(folder, self.keep)
@@ -356,6 +361,10 @@ class GraftTrainer(Trainer):
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            for path in (Path(cast(str, self.args.output_dir)) / DEEPSPEED).iterdir():
+                shutil.move(path, output_dir)
+            return
         if self._whole_state is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
