@@ -53,6 +53,12 @@ def compiled_layers(
         yield
 
 
+def is_compiled(base: PreTrainedModel, anatomy: Anatomy) -> bool:
+    """Whether layers of the base run compiled now."""
+    patches = (layer.__dict__.get("forward") for layer in decoder_layers(base, anatomy))
+    return any(getattr(patch, "func", None) is _instead for patch in patches)
+
+
 def _instead(made: Callable[..., Any], _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return made(*args, **kwargs)
 

@@ -40,7 +40,7 @@ def chunked_loss(
     def part(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = head(hidden)  # (c, vocab)
         loss = _CrossEntropy.apply(logits, targets.to(logits.device))
-        return loss.to(hidden.device)  # pyright: ignore[reportOptionalMemberAccess]
+        return loss.to(hidden.device)
 
     for start in range(0, hidden.shape[0], length):
         piece, wanted = hidden[start : start + length], targets[start : start + length]

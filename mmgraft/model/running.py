@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, decoder_layers, get_path
 from mmgraft.grafts.base import Graft, Pass, select
+from mmgraft.model.activations import activations_again
+from mmgraft.model.compiling import is_compiled
 from mmgraft.model.lockstep import join
 from mmgraft.model.parts import execution_device
 from mmgraft.model.quantization import gradients_through_packed
@@ -64,6 +66,9 @@ def running(
     every_layer = checkpointing or (through_4bit and state is not None)
     with ExitStack() as stack:
         stack.enter_context(_one_precision(base, active))
+        if torch.is_grad_enabled() and not checkpointing and not is_compiled(base, anatomy):
+            grafts = [item.graft for item in active]
+            stack.enter_context(activations_again([*decoder_layers(base, anatomy), *grafts]))
         for index, layer in enumerate(decoder_layers(base, anatomy)):
             if every_layer or any(item.graft.acts_on(index) for item in active):
                 stack.enter_context(patched_forward(layer, partial(_layer, run, index, layer)))
