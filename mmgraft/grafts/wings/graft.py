@@ -12,23 +12,15 @@ from torch import Tensor, nn
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
-from mmgraft.grafts.base import (
-    FULL_ATTENTION,
-    IMAGE,
-    TEXT,
-    BaseParts,
-    Graft,
-    Packed,
-    Pass,
-    select,
-)
+from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, PADDING, BaseParts, Graft, Pass, select
 from mmgraft.grafts.wings.config import WingsConfig
-from mmgraft.grafts.wings.learners import Learner, attend, learner_heads, rotation_of
+from mmgraft.grafts.wings.learners import Learner, learner_heads
+from mmgraft.grafts.wings.reading import KIND_OF, read_all, read_packed
 from mmgraft.grafts.wings.router import Router, route
+from mmgraft.grafts.wings.spans import Spans, causal_spans
 from mmgraft.layers import parse_layers
 from mmgraft.patching import patched_forward
 
-_KIND_OF = {"visual": IMAGE, "textual": TEXT}
 _FALLBACK_LENGTH = 4096  # for bases that name no maximum length (Bloom)
 
 
@@ -117,7 +109,7 @@ class WingsGraft(Graft):
         """From the first position on, each learner reads the keys of its own kind alone."""
         if state.start == 0 and self.watch is None:
             for name in self.running:
-                state.pack(_KIND_OF[name])
+                state.pack(KIND_OF[name])
 
     def check_length(self, length: int) -> None:
         if self.config.routed and length > self.length:
@@ -139,13 +131,16 @@ class WingsGraft(Graft):
             if hasattr(wing, "router") and len(self.running) == 2:
                 columns = partial(_columns, wing.router, state, first_key)
                 fused = self.anatomy.explicit_router is None and _fusible(attention)
-                out, logits = route(original, attention, columns, fused, args, kwargs)
+                spans = partial(_spans, state)
+                out, logits = route(original, attention, columns, fused, args, kwargs, spans)
                 shares = logits.softmax(-1)  # (b, s, 2): visual, textual
             else:
                 out, shares = original(*args, **kwargs), None
             extra = self._learned(wing, index, hidden, state, shares)
-            extra = select(gate, extra, torch.zeros((), dtype=extra.dtype, device=extra.device))
-            extra = extra / self.anatomy.residual_scale
+            if gate is not None:
+                extra = select(gate, extra, extra.new_zeros(()))
+            if self.anatomy.residual_scale != 1.0:
+                extra = extra / self.anatomy.residual_scale
             if self.anatomy.branch_norm is not None:
                 added.append(extra)
                 return out
@@ -166,85 +161,43 @@ class WingsGraft(Graft):
         self, wing: WingsLayer, index: int, hidden: Tensor, state: Pass, shares: Tensor | None
     ) -> Tensor:
         """The routed sum of the learners at one layer, ``(b, s, h)``."""
-        size, inner = hidden.shape[-1] // self.heads, hidden.to(state.features.dtype)
-        rotation = rotation_of(state, size)
-        names = [n for n in self.running if n != "visual" or state.any_image]
-        if state.packed:
-            names = [n for n in names if _KIND_OF[n] in state.packed]
-        queries = [wing.learner(name).queries(inner, rotation) for name in names]
-        read = self._read_packed if state.packed else self._read_all
-        mixed = read(wing, index, state, names, queries, shares)  # each (b, heads, s, d)
-        total = torch.zeros_like(hidden)
-        for name, values in zip(names, mixed, strict=True):
-            kind = _KIND_OF[name]
-            seen = state.packed[kind].seen if state.packed else state.visible(kind)[1]
-            out = wing.learner(name).finish(values, seen)
-            share = _share(shares, name)
-            total = total + (out if share is None else share[..., None].to(out.dtype) * out)
-        return total
-
-    def _read_packed(
-        self,
-        wing: WingsLayer,
-        index: int,
-        state: Pass,
-        names: list[str],
-        queries: list[Tensor],
-        shares: Tensor | None,
-    ) -> list[Tensor]:
-        """Values ``(b, heads, s, d)`` for each learner's queries, from keys of its own kind."""
-        pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        mixed = []
-        for name, query in zip(names, queries, strict=True):
-            packed = state.packed[_KIND_OF[name]]
-            rotation = rotation_of(state, query.shape[-1], _KIND_OF[name])
-            pairs[name] = wing.learner(name).keys_values(packed.features, rotation)
-            mixed.append(attend(query, *pairs[name], packed.mask))
-        if state.cache is not None and pairs:
-            spread = {
-                name: tuple(_spread(state.packed[_KIND_OF[name]], part, state) for part in pair)
-                for name, pair in pairs.items()
-            }
-            keys, values = _by_kind(spread.get("visual"), spread.get("textual"), state)
-            self._remember(index, state, keys, values)
-        return mixed
-
-    def _read_all(
-        self,
-        wing: WingsLayer,
-        index: int,
-        state: Pass,
-        names: list[str],
-        queries: list[Tensor],
-        shares: Tensor | None,
-    ) -> list[Tensor]:
-        """The same from keys of all positions so far: one reading of them serves both learners."""
-        rotation = rotation_of(state, self.anatomy.hidden_size // self.heads)
-        visual = textual = None
-        if "visual" in self.running and (state.new_image or "textual" not in self.running):
-            visual = wing.learner("visual").keys_values(state.features, rotation)
-        if "textual" in self.running:
-            textual = wing.learner("textual").keys_values(state.features, rotation)
-        keys, values = _by_kind(visual, textual, state)
+        learners = {name: wing.learner(name) for name in self.running}
+        entered, queries = hidden.to(state.features.dtype), {}
+        for name, learner in learners.items():
+            kind = KIND_OF[name]
+            if kind in state.packed or (not state.packed and (kind != IMAGE or state.any_image)):
+                queries[name] = learner.queries(entered)
+        remember = watch = None
         if state.cache is not None:
-            keys, values = self._remember(index, state, keys, values)
-        if not names:
-            return []
-        masks = [state.visible(_KIND_OF[name]) for name in names]
+            slot = self._first_slot + self.places.index(index)
+            remember = partial(state.cache.update, layer_idx=slot)
         if self.watch is not None:
-            for name, query, (mask, seen) in zip(names, queries, masks, strict=True):
-                self.watch(index, query, keys.to(query.dtype), mask, seen, _share(shares, name))
-        together = ("masks", *names)
-        if together not in state.shared:
-            state.shared[together] = torch.cat([mask for mask, _ in masks], dim=2)
-        mixed = attend(torch.cat(queries, dim=2), keys, values, state.shared[together])
-        return list(mixed.chunk(len(names), dim=2))
+            watch = partial(self._tell, index, shares)
+        if state.packed:
+            mixed = read_packed(learners, queries, state, remember)
+        else:
+            mixed = read_all(learners, queries, state, remember, watch)
+        total: Tensor | None = None
+        for name, values in zip(queries, mixed, strict=True):
+            kind = KIND_OF[name]
+            seen = state.packed[kind].seen if state.packed else state.visible(kind)[1]
+            out, share = learners[name].finish(values, seen), _share(shares, name)
+            out = out if share is None else share[..., None].to(out.dtype) * out
+            total = out if total is None else total + out
+        return torch.zeros_like(hidden) if total is None else total
 
-    def _remember(
-        self, index: int, state: Pass, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Put new keys and values into the layer's slot; gives those of all positions so far."""
-        return state.cache.update(keys, values, self._first_slot + self.places.index(index))
+    def _tell(
+        self,
+        index: int,
+        shares: Tensor | None,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor,
+        seen: Tensor,
+    ) -> None:
+        assert self.watch is not None
+        self.watch(index, query, key, mask, seen, _share(shares, name))
 
     def groups(self) -> dict[str, Iterable[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {}
@@ -281,27 +234,22 @@ def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
     return router.columns(positions)
 
 
+def _spans(state: Pass, mask: Tensor) -> Spans | None:
+    """The causal pieces of a mask that the base made, found once for all its layers.
+
+    On a CPU alone: elsewhere one call for a whole batch is worth more than what they leave out.
+    """
+    if state.start or mask.device.type != "cpu":
+        return None
+    key = ("spans", id(mask))
+    if key not in state.shared:  # with the mask, so that no other takes its id
+        state.shared[key] = mask, causal_spans(mask, state.kinds == PADDING)
+    return state.shared[key][1]
+
+
 def _share(shares: Tensor | None, name: str) -> Tensor | None:
     """One learner's share of every query ``(b, s)``; None for 1."""
     return None if shares is None else shares[..., 0 if name == "visual" else 1]
-
-
-def _by_kind(
-    visual: tuple[Tensor, ...] | None, textual: tuple[Tensor, ...] | None, state: Pass
-) -> tuple[Tensor, Tensor]:
-    """Keys and values ``(b, heads, s, d)`` of each position by its own kind's learner."""
-    if visual is not None and textual is not None:
-        image = (state.kinds == IMAGE)[:, None, :, None]
-        keys, values = (torch.where(image, v, t) for v, t in zip(visual, textual, strict=True))
-    else:
-        keys, values = visual or textual or ()
-    return keys, values
-
-
-def _spread(packed: Packed, part: Tensor, state: Pass) -> Tensor:
-    """Packed keys or values ``(b, heads, K, d)`` at their columns, ``(b, heads, s, d)``."""
-    everywhere = part.new_zeros(*part.shape[:2], state.kinds.shape[1], part.shape[3])
-    return everywhere.scatter(2, packed.columns[:, None, :, None].expand_as(part), part)
 
 
 def _add(out: Any, extra: Tensor) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
@@ -45,7 +44,7 @@ class Learner(nn.Module):
         """``(b, s, h) -> (b, heads, s, d)``."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def queries(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
+    def queries(self, hidden: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Queries ``(b, heads, s, d)`` of the state entering the layer ``(b, s, h)``."""
         q = self.split(hidden + self.query(hidden))
         return q if rotation is None else rotation(q)
@@ -62,11 +61,6 @@ class Learner(nn.Module):
         Exactly 0, with a zero gradient, for a query that sees no key.
         """
         return torch.where(seen, self.output(mixed.transpose(1, 2).flatten(2)), 0.0)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Values mixed for queries ``(b, heads, q, d)``; the mask is true where one may look."""
-    return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
 
 
 class Rotation:

@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmgraft.grafts.wings.spans import Spans, over_spans
+
 IMPLEMENTATION = "mmgraft_router"
 _JOB = "_mmgraft_router_job"
 _WIDEST_FUSED = 256  # the widest head that CUDA's flash kernel takes
@@ -42,6 +44,7 @@ class Router(nn.Module):
 class _Job:
     implementation: str
     columns: Callable[[int], Tensor]  # number of keys -> (b, S, 2)
+    spans: Callable[[Tensor], Spans | None] | None
     outer: _Job | None
     logits: list[Tensor] = field(default_factory=list)
 
@@ -53,6 +56,7 @@ def route(
     fused: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    spans: Callable[[Tensor], Spans | None] | None = None,
 ) -> tuple[Any, Tensor]:
     """Run a base's attention and get the router's logits with it.
 
@@ -63,11 +67,14 @@ def route(
         fused: Through the attention registry; else from explicit weights.
         args: Positional arguments of the attention.
         kwargs: Keyword arguments of the attention.
+        spans: Gives the pieces of a mask ``(b, 1, s, S)`` that are causal, or None; fused alone.
 
     Returns:
         What the attention returned, and the logits ``(b, s, 2)`` in fp32.
     """
-    return (_fused if fused else _explicit)(original, attention, columns, args, kwargs)
+    if fused:
+        return _fused(original, attention, columns, args, kwargs, spans)
+    return _explicit(original, attention, columns, args, kwargs)
 
 
 def _fused(
@@ -76,9 +83,10 @@ def _fused(
     columns: Callable[[int], Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    spans: Callable[[Tensor], Spans | None] | None,
 ) -> tuple[Any, Tensor]:
     config = attention.config
-    job = _Job(config._attn_implementation, columns, attention.__dict__.get(_JOB))
+    job = _Job(config._attn_implementation, columns, spans, attention.__dict__.get(_JOB))
     attention.__dict__[_JOB] = job
     config._attn_implementation_internal = IMPLEMENTATION
     try:
@@ -118,8 +126,19 @@ def _router_attention(
         value = F.pad(torch.cat([value, columns], dim=-1), (0, width - size - 2))
         query = F.pad(query, (0, width - query.shape[-1]))
         key = F.pad(key, (0, width - key.shape[-1]))
-        both, _ = inner(module, query, key, value, attention_mask, **kwargs)  # (b, s, n, width)
-        out, routed = both[..., :size], both[..., size : size + 2]
+        spans = None
+        if job.implementation == "sdpa" and attention_mask is not None and job.spans is not None:
+            spans = job.spans(attention_mask)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            mask = attention_mask if spans is None else None
+            return inner(module, query, key, value, mask, **kwargs)[0]  # (b, s, n, width)
+
+        if spans is None:
+            both = attend(query, key, value)
+        else:
+            both = over_spans(attend, spans, query, key, value)
+        out, routed, _ = both.split([size, 2, width - size - 2], dim=-1)
     job.logits.append(routed[..., :2].float().sum(dim=2))
     return out.contiguous(), None
 

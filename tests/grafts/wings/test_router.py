@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmgraft.grafts.wings.router import IMPLEMENTATION, Router, explicit_weights, route
+from mmgraft.grafts.wings.spans import causal_spans
 from tiny import tiny_model
 
 
@@ -71,6 +72,27 @@ def test_fused_and_explicit_routing_agree(arch: str) -> None:
     for key, logits in found.items():
         torch.testing.assert_close(logits[real], written_out[real], atol=1e-5, rtol=1e-5, msg=key)
     assert written_out[real].abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_causal_pieces_give_what_the_mask_gives() -> None:
+    attention, kwargs = attention_call("llama", "sdpa")
+    positions = torch.arange(9).expand(2, -1).clone()
+    positions[1] = (positions[1] - 3).clamp(min=0)
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    padding[1, :3] = True
+    columns, found = columns_of(random_router(), positions), []
+
+    def spans(mask: Tensor) -> Any:
+        found.append(causal_spans(mask, padding))
+        return found[-1]
+
+    masked, logits = route(attention.forward, attention, columns, True, (), kwargs)
+    pieces, others = route(attention.forward, attention, columns, True, (), kwargs, spans)
+    assert found == [[[(0, 9)], [(3, 9)]]]
+    torch.testing.assert_close(pieces[0][~padding], masked[0][~padding])
+    torch.testing.assert_close(others[~padding], logits[~padding])
+    assert not others[padding].any()
 
 
 @torch.no_grad()

@@ -1,0 +1,121 @@
+"""How the learners of a layer read their keys: their own kind's alone, or those of a cache.
+
+Both give for each learner's queries ``(b, heads, s, d)``, not yet rotated, the values mixed for
+them, of the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmgraft.grafts.base import IMAGE, TEXT, Packed, Pass
+from mmgraft.grafts.wings.learners import Learner, rotation_of
+
+KIND_OF = {"visual": IMAGE, "textual": TEXT}
+
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Puts new keys and values into the layer's slot; gives those of all positions so far."""
+
+Watch = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
+"""Told of each learner's queries, keys, mask, and the queries that see something."""
+
+
+def read_packed(
+    learners: Mapping[str, Learner],
+    queries: Mapping[str, Tensor],
+    state: Pass,
+    remember: Remember | None,
+) -> list[Tensor]:
+    """From keys of each learner's own kind, in a pass that begins its rows."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    mixed = []
+    for name, query in queries.items():
+        kind, size = KIND_OF[name], query.shape[-1]
+        packed = state.packed[kind]
+        rotation, own = rotation_of(state, size), rotation_of(state, size, kind)
+        found[name] = learners[name].keys_values(packed.features, own)
+        query = query if rotation is None else rotation(query)
+        mask = _additive(state, ("packed", kind), packed.mask, query)
+        mixed.append(attend(query, *found[name], mask))
+    if remember is not None and found:
+        remember(
+            *_by_kind({n: _spread(KIND_OF[n], pair, state) for n, pair in found.items()}, state)
+        )
+    return mixed
+
+
+def read_all(
+    learners: Mapping[str, Learner],
+    queries: Mapping[str, Tensor],
+    state: Pass,
+    remember: Remember | None,
+    watch: Watch | None = None,
+) -> list[Tensor]:
+    """From keys of all positions so far: one reading of them serves all learners."""
+    if not queries and remember is None:
+        return []
+    made = {
+        name: learner.keys_values(state.features, None)
+        for name, learner in learners.items()
+        if name != "visual" or state.new_image or len(learners) == 1
+    }
+    keys, values = _by_kind(made, state)
+    rotation = rotation_of(state, keys.shape[-1])
+    together = torch.cat([*queries.values(), keys], dim=1)  # (b, learners * heads + heads, s, d)
+    together = together if rotation is None else rotation(together)
+    *asking, keys = together.chunk(len(queries) + 1, dim=1)
+    if remember is not None:
+        keys, values = remember(keys, values)
+    if not queries:
+        return []
+    masks = {name: state.visible(KIND_OF[name]) for name in queries}
+    if watch is not None:
+        for name, query in zip(queries, asking, strict=True):
+            watch(name, query, keys.to(query.dtype), *masks[name])
+    key = ("all", *queries)
+    if key not in state.shared:
+        state.shared[key] = torch.cat([mask for mask, _ in masks.values()], dim=2)
+    query = torch.cat(asking, dim=2)  # (b, heads, learners * s, d)
+    mixed = attend(query, keys, values, _additive(state, key, state.shared[key], query))
+    return list(mixed.chunk(len(queries), dim=2))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Values mixed for queries ``(b, heads, q, d)``; ``mask`` is added to the scores."""
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def _additive(state: Pass, name: object, mask: Tensor, query: Tensor) -> Tensor:
+    """A mask as kernels add it, made once for all layers: of each layer's own it would be kept."""
+    kind, dtype = query.device.type, query.dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)  # what the kernel gets
+    key = ("additive", name, dtype)
+    if key not in state.shared:
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        state.shared[key] = added.masked_fill_(~mask, float("-inf"))
+    return state.shared[key]
+
+
+def _by_kind(pairs: Mapping[str, tuple[Tensor, ...]], state: Pass) -> tuple[Tensor, Tensor]:
+    """Keys and values ``(b, heads, s, d)`` of each position by its own kind's learner."""
+    if len(pairs) == 1:
+        ((keys, values),) = pairs.values()
+        return keys, values
+    image = (state.kinds == IMAGE)[:, None, :, None]
+    both = zip(pairs["visual"], pairs["textual"], strict=True)
+    keys, values = (torch.where(image, visual, textual) for visual, textual in both)
+    return keys, values
+
+
+def _spread(kind: int, pair: tuple[Tensor, Tensor], state: Pass) -> tuple[Tensor, ...]:
+    """Packed keys and values ``(b, heads, K, d)`` at their columns, ``(b, heads, s, d)``."""
+    packed: Packed = state.packed[kind]
+    shape = *pair[0].shape[:2], state.kinds.shape[1], pair[0].shape[3]
+    columns = packed.columns[:, None, :, None].expand_as(pair[0])
+    return tuple(part.new_zeros(shape).scatter(2, columns, part) for part in pair)
