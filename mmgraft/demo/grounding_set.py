@@ -1,8 +1,9 @@
 """Stamps pasted on photographs, and sentences that refer to them: grounding with exact boxes.
 
-align.jsonl names the stamps of each training picture from left to right; train.jsonl asks for every
-stamp's box. test.jsonl asks for stamps whose captions no training picture has, seen.jsonl for
-stamps of the training on new pictures. All are messages; `box` is in pixels of the picture.
+align.jsonl names the stamps of each training picture from left to right, each with its box;
+train.jsonl asks for every stamp's box. test.jsonl asks for stamps whose captions no training
+picture has, seen.jsonl for stamps of the training on new pictures. All are messages; `box` is in
+pixels of the picture.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def draft(settings: GroundingSettings) -> Draft:
         for split, (of_split, count) in parts.items()
     }
     rows = {
-        "align.jsonl": [caption_row(layout) for layout in layouts["train"]],
+        "align.jsonl": [caption_row(layout, settings) for layout in layouts["train"]],
         "train.jsonl": [train_row(layout, settings) for layout in layouts["train"]],
         "test.jsonl": [row for layout in layouts["test"] for row in test_rows(layout, settings)],
         "seen.jsonl": [row for layout in layouts["seen"] for row in test_rows(layout, settings)],
@@ -254,10 +255,11 @@ def question_of(stamp: Stamp) -> str:
     return f"where is {stamp.phrase}?"
 
 
-def caption_row(layout: Layout) -> dict[str, Any]:
-    """What is in a picture, from left to right."""
+def caption_row(layout: Layout, settings: GroundingSettings) -> dict[str, Any]:
+    """What is in a picture and where, from left to right."""
     ordered = sorted(layout.placed, key=lambda placed: placed.box[0] + placed.box[2])
-    text = " and ".join(str(placed.stamp.phrase) for placed in ordered)
+    told = [f"{placed.stamp.phrase} {_text_of(placed, settings)}" for placed in ordered]
+    text = " and ".join(told)
     return {"id": _id(layout), "messages": [_first(layout, ""), _answer(text)]}
 
 

@@ -142,8 +142,9 @@ def test_captions_go_from_left_to_right() -> None:
         return Placed(Stamp(phrase, Path("x.png"), f"A {phrase}."), (x1, 0, x2, 9))
 
     layout = Layout("train/7.jpg", 0, (placed("fox", 50, 60), placed("owl", 0, 70)), "")
-    row = caption_row(layout)
-    assert row["messages"][1]["content"] == "the owl and the fox"
+    row = caption_row(layout, GroundingSettings(size=100, boxes="pixel"))
+    fox, owl = (f"[{','.join(map(str, one.box))}]" for one in layout.placed)
+    assert row["messages"][1]["content"] == f"the owl {owl} and the fox {fox}"
     assert row["messages"][0]["content"] == [{"type": "image", "image": "images/train/7.jpg"}]
 
 
