@@ -10,10 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mmgraft.data.content import images_of_all, is_image
-from mmgraft.data.images import open_image
+from mmgraft.data.images import check_image, open_image
 from mmgraft.data.sources import RowReader
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.item_fields import Fields, box_of, fill_prompt, gold_of
@@ -319,14 +319,15 @@ class _ItemReader:
 
 def _size_of(image: str, where: str) -> tuple[int, int]:
     """Width and height of an image as it is shown, without reading its pixels where that serves."""
-    if os.path.isfile(image):
-        try:
-            with Image.open(image) as opened:
-                turned = opened.getexif().get(0x0112, 1) >= 5  # EXIF: on its side
-                return (opened.height, opened.width) if turned else opened.size
-        except Exception:  # open_image says what is wrong with it
-            return ImageOps.exif_transpose(open_image(image, where)).size
-    return open_image(image, where).size
+    if not os.path.isfile(image):
+        return open_image(image, where).size
+    width, height = check_image(image, where)
+    try:
+        with Image.open(image) as opened:
+            turned = opened.getexif().get(0x0112, 1) >= 5  # EXIF: on its side
+    except Exception:  # EXIF data that cannot be read
+        return open_image(image, where).size
+    return (height, width) if turned else (width, height)
 
 
 def _text_of(content: Any) -> str:

@@ -20,6 +20,8 @@ Fault = Literal["missing", "broken", "enormous", "outside"]
 _ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
 """Last bytes of a whole file. One that ends otherwise may be whole, or cut short."""
 
+_DRAWINGS = ("EPS", "WMF")
+
 T = TypeVar("T")
 
 
@@ -57,7 +59,7 @@ def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
     """
 
     def look(file: IO[bytes]) -> tuple[int, int]:
-        with _no_bombs(), Image.open(file) as image:
+        with _opened(file) as image:
             size, ending = image.size, _ENDS.get(str(image.format))
         file.seek(-min(16, file.seek(0, os.SEEK_END)), os.SEEK_END)
         if ending is None or not file.read().endswith(ending):
@@ -70,21 +72,28 @@ def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
 
 def decode(file: IO[bytes]) -> Image.Image:
     """A picture's bytes as upright RGB; raises whatever the decoder does, for a bomb Pillow's."""
-    with _no_bombs(), Image.open(file) as image:
+    with _opened(file) as image:
         image.load()
         return to_rgb(image)
 
 
 @contextmanager
-def _no_bombs() -> Iterator[None]:
+def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
+    """A picture whose pixels are not read yet; one of too many of them, or a program, is refused.
+
+    Pillow hands PostScript to another program, which would do what a stranger's file says.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+        with Image.open(file) as image:
+            if image.format in _DRAWINGS:
+                raise ValueError(f"a drawing ({image.format}), not a picture")
+            yield image
 
 
 def _with_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) -> T:
     path = path if isinstance(path, StoredImage) else Path(path)
-    if isinstance(path, Path) and not path.is_file():
+    if isinstance(path, Path) and not os.path.isfile(path):  # which no name is too long for
         raise BadImage(
             f"Image file not found: {path}. Check the path (relative ones count from the folder of "
             "the data file) or leave the row out.",
