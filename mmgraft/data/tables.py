@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mmgraft.data.arrow_files import ArrowRows, DatasetRows, rows_of
 from mmgraft.data.bad_rows import HUB
 from mmgraft.data.record_files import Found, Record
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.model.vision.stored import StoredImage
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 _SLICE = 256
-_REOPEN = 100
-"""Slices after which a table is mapped anew, so that its pages do not count as memory in use."""
+"""Rows that are looked at together."""
 _TURNS = ("messages", "conversations", "tools")
 
 
@@ -31,30 +27,33 @@ class TableFile:
 
     unit = "row"
 
-    def __init__(self, file: str, table: Dataset) -> None:
+    def __init__(self, file: str, rows: ArrowRows | DatasetRows) -> None:
         self.file = file
-        self.table = table.with_format("arrow")
+        self.rows = rows
 
     def scan(self) -> Iterator[Found]:
         """All rows."""
-        table = self.table
-        for count, start in enumerate(range(0, len(table), _SLICE)):
-            if count % _REOPEN == 0:
-                table = pickle.loads(pickle.dumps(self.table))
-            rows = table[start : start + _SLICE]
-            for number, record in enumerate(self._records(rows, start + 1), start=start + 1):
-                yield Found(number - 1, number, record)
+        for start in range(0, len(self.rows), _SLICE):
+            stop = min(start + _SLICE, len(self.rows))
+            for position, record in enumerate(self._between(start, stop), start=start):
+                yield Found(position, position + 1, record)
+            self.rows.give_back()
 
     def read(self, position: int, number: int) -> Record:
         """One row."""
-        (found,) = self._records(self.table[position : position + 1], number)
+        (found,) = self._between(position, position + 1)
         if isinstance(found, UsageError):
             raise found
         return found
 
+    def _between(self, start: int, stop: int) -> Iterator[Record | UsageError]:
+        for rows in self.rows.rows(start, stop):
+            yield from self._records(rows, start + 1)
+            start += rows.num_rows
+
     def _records(self, rows: Any, first: int) -> Iterator[Record | UsageError]:
-        names = rows.column_names
-        columns = [_values(rows.column(name)) for name in names]
+        names = rows.schema.names
+        columns = [_values(column) for column in rows.columns]
         for number, cells in enumerate(zip(*columns, strict=True), start=first):
             count = itertools.count(1)
 
@@ -133,7 +132,7 @@ def parquet_table(file: str) -> TableFile:
     def load() -> Any:
         return datasets.Dataset.from_parquet(file)
 
-    return TableFile(file, _loaded(file, load))
+    return TableFile(file, rows_of(_loaded(file, load)))
 
 
 def saved_table(folder: str, split: str) -> TableFile:
@@ -144,7 +143,7 @@ def saved_table(folder: str, split: str) -> TableFile:
     """
     datasets = _datasets(folder)
     found = _loaded(folder, lambda: datasets.load_from_disk(folder))
-    return TableFile(folder, _of_split(found, folder, split))
+    return TableFile(folder, rows_of(_of_split(found, folder, split)))
 
 
 def hub_table(name: str, split: str, subset: str | None, revision: str | None) -> TableFile:
@@ -166,7 +165,7 @@ def hub_table(name: str, split: str, subset: str | None, revision: str | None) -
     def load() -> Any:
         return datasets.load_dataset(where, subset, split=split, revision=revision)
 
-    return TableFile(name, _loaded(name, load))
+    return TableFile(name, rows_of(_loaded(name, load)))
 
 
 def is_saved(folder: Path) -> bool:
@@ -193,6 +192,7 @@ def _datasets(where: str) -> Any:
 
 
 def _loaded(where: str, load: Callable[[], Any]) -> Any:
+    import pyarrow as pa
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     silent = are_progress_bars_disabled()
@@ -216,6 +216,7 @@ def _loaded(where: str, load: Callable[[], Any]) -> Any:
         why = _said(error.__cause__ or error)
         raise UsageError(f"{where} cannot be read as a table ({why}); correct it") from error
     finally:
+        pa.default_memory_pool().release_unused()  # a copy that was written is memory no more
         if not silent:
             enable_progress_bars()
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mmgraft.data import tables
+from mmgraft.data.arrow_files import ArrowRows, rows_of
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.images import open_image
 from mmgraft.data.sources import Checks, Source, index_rows, read_rows
@@ -195,6 +196,41 @@ def test_progress_of_the_package_is_neither_shown_nor_switched_off(tmp_path, tab
     table.to_parquet(str(path))
     capfd.readouterr()
     before = datasets.are_progress_bars_disabled()
-    assert len(tables.parquet_table(str(path)).table) == 3
+    assert len(tables.parquet_table(str(path)).rows) == 3
     assert datasets.are_progress_bars_disabled() is before
     assert capfd.readouterr().err == ""
+
+
+def test_a_part_of_a_table_and_shuffled_rows_are_read_as_they_are(table, tmp_path) -> None:
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    whole = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"))
+    for part, wanted in ((whole, "abc"), (whole.select([2, 0, 1]), "cab"), (whole.take(2), "ab")):
+        rows = tables.TableFile("x", pickle.loads(pickle.dumps(rows_of(part))))
+        assert isinstance(rows.rows, ArrowRows) is (wanted == "abc")
+        found = list(rows.scan())
+        assert "".join(one.record.data["id"] for one in found) == wanted
+        back = [rows.read(one.position, one.number).data["id"] for one in found]
+        assert "".join(back) == wanted
+
+
+def test_pages_that_were_read_are_given_back(table, tmp_path) -> None:
+    """Else a table that was read is resident memory as a whole."""
+    many = datasets.Dataset.from_dict({"text": ["x" * 1000] * 8000})
+    many.save_to_disk(str(tmp_path / "many"))
+    rows = rows_of(datasets.load_from_disk(str(tmp_path / "many")))
+    before = resident()
+    rows.rows(0, 8000)[-1].column(0).to_pylist()
+    for batch in rows.rows(0, 8000):
+        batch.column(0).to_pylist()
+    read = resident()
+    rows.give_back()
+    assert read - before > 5e6
+    assert resident() - before < 1e6
+
+
+def resident() -> int:
+    """Bytes of mapped files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssFile:"):
+            return int(line.split()[1]) * 1024
+    pytest.skip("no /proc here")

@@ -1,0 +1,116 @@
+"""Arrow files mapped into memory, whose pages are given back when they have been read.
+
+A page that was read counts as resident memory of the process until it is needed for something else.
+Giving it back costs nothing but finding it again in the cache of the system.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from mmgraft.data.record_files import gone
+
+_GIVE_BACK = 2000
+"""Reads after which pages are given back."""
+
+
+class ArrowRows:
+    """Rows of stream files, one behind another; opened in each process that reads them.
+
+    Args:
+        files: as `datasets` writes them.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = list(files)
+        self._maps: list[mmap.mmap] = []
+        self._batches: list[Any] | None = None
+        self._ends: list[int] = []
+        self._read = 0
+
+    def __len__(self) -> int:
+        self._open()
+        return self._ends[-1] if self._ends else 0
+
+    def rows(self, start: int, stop: int) -> list[Any]:
+        """Record batches with the rows from a number up to another.
+
+        Raises:
+            UsageError: a file is gone.
+        """
+        batches = self._open()
+        self._read += 1
+        if self._read % _GIVE_BACK == 0:
+            self.give_back()
+        found: list[Any] = []
+        while start < stop:
+            at = bisect_right(self._ends, start)
+            begins = self._ends[at - 1] if at else 0
+            end = min(stop, self._ends[at])
+            found.append(batches[at].slice(start - begins, end - start))
+            start = end
+        return found
+
+    def give_back(self) -> None:
+        """Let no page of the files count as memory of this process."""
+        for mapped in self._maps:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _open(self) -> list[Any]:
+        if self._batches is None:
+            import pyarrow as pa
+
+            self._batches = []
+            for name in self.files:
+                try:
+                    with Path(name).open("rb") as file:
+                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except OSError as error:
+                    raise gone(name, error) from None
+                self._maps.append(mapped)
+                reader = pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(mapped)))
+                self._batches += [batch for batch in reader if batch.num_rows]
+            self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+            self.give_back()
+        return self._batches
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self.files}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["files"])
+
+
+class DatasetRows:
+    """Rows of a data set that are not all rows of its files in their order: a part, or a choice.
+
+    Args:
+        table: a `datasets.Dataset`.
+    """
+
+    def __init__(self, table: Any) -> None:
+        self.table = table.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def rows(self, start: int, stop: int) -> list[Any]:
+        """See `ArrowRows`."""
+        return self.table[start:stop].to_batches()
+
+    def give_back(self) -> None:
+        """Its pages are left to the system."""
+
+
+def rows_of(table: Any) -> ArrowRows | DatasetRows:
+    """What reads the rows of a `datasets.Dataset`."""
+    rows = ArrowRows([str(one["filename"]) for one in table.cache_files])
+    # Rows that were chosen or shuffled lie in their files in another order, or not all of them.
+    chosen = getattr(table, "_indices", None) is not None
+    return DatasetRows(table) if chosen or len(rows) != len(table) else rows
