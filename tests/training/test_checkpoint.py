@@ -97,3 +97,34 @@ def test_progress_is_written_and_read(tmp_path):
     assert checkpoint.read_progress(tmp_path) is None
     checkpoint.write_progress(tmp_path, {"recipe": "r", "stages": ["a"], "finished": []})
     assert checkpoint.read_progress(tmp_path) == {"recipe": "r", "stages": ["a"], "finished": []}
+
+
+def test_a_kill_while_a_step_is_written_again_loses_nothing(tmp_path, monkeypatch):
+    """Between the two renamings neither has its name; the old one gets it back."""
+    write(tmp_path, 1)
+    original = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if not self.name.startswith("."):
+            return original(self, target)
+        raise SystemExit  # and what runs after it would not run after a kill
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(SystemExit):
+        write(tmp_path, 1)
+    monkeypatch.undo()
+    (tmp_path / ".checkpoint-1.abc").mkdir()
+    checkpoint.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert (tmp_path / "checkpoint-1" / "x").read_text() == "1"
+
+
+def test_a_kill_while_one_is_removed_leaves_no_half_by_its_name(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write(tmp_path, step)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # never begun
+    checkpoint.rotate(tmp_path, 1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
+    monkeypatch.undo()
+    checkpoint.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mmgraft.model.graft_file import GraftFile
+from mmgraft.training import text_change
 from mmgraft.training.run import plan_training, train
-from mmgraft.training.text_change import BEFORE, compare
+from mmgraft.training.text_change import BEFORE, compare, forgotten, is_due
 from tiny_runs import make_parts, make_rows, make_run, write_recipe
 
 
@@ -40,4 +41,27 @@ def test_a_trained_base_is_measured_and_a_frozen_one_is_not(tmp_path: Path, base
         assert not (run / BEFORE).exists()
         return
     assert len(told) == 1
+    assert not is_due(run)
+    assert forgotten(results) is None  # what another training will not be said to have done
     assert results["text_change"]["mean_kl"] > 1e-4, "three steps at this rate move the text"
+
+
+def test_a_kill_before_it_is_measured_does_not_lose_it(tmp_path: Path, monkeypatch) -> None:
+    parts = make_parts(tmp_path)
+    run = make_run(parts, tmp_path / "run", "llava")
+    stage = {"name": "one", "train": ["projector", "base"], "lr": 1e-2, "max_steps": 1}
+    write_recipe(run, parts, "llava", [stage], base="full")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_change, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(plan_training(run, device="cpu"))
+    assert is_due(run)
+    said: list[str] = []
+    assert train(plan_training(run, device="cpu", resume=True), announce=said.append) == []
+    assert "mean_kl" in (GraftFile.read(run).results or {})["text_change"]
+    assert [line for line in said if "text may change" in line]
+    assert train(plan_training(run, device="cpu", resume=True)) == []
