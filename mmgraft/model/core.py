@@ -54,7 +54,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         self.default_workflow = workflows[0].name if workflows else "mm"
         signature = inspect.signature(base.base_model.forward)
         self._takes_positions = "position_ids" in signature.parameters
-        self._packs: dict[str, str | None] = {}  # why rows cannot be packed, by attention kernel
+        self._packs: dict[tuple[str, int], str | None] = {}  # why rows cannot be packed
         self.gradient_checkpointing = False
         self.lockstep = False  # see mmgraft.model.lockstep
         self._only_text = False

@@ -127,9 +127,8 @@ class GraftedModel(WorkflowGeneration):
             num_items_in_batch: Supervised tokens that the summed loss is divided by; by default
                 those of this batch.
             segments: ``(b, s)``, for several rows in one sequence: 0 at padding, another number
-                for each row than its neighbours'. No row sees another, positions begin anew with
-                each, and all rows of a sequence run its one workflow; mask, positions and cache are
-                not taken beside it.
+                for each row than its neighbours'. No row sees another, each one's positions begin
+                at 0; mask, positions and cache are not taken beside it.
             **kwargs: For the base.
 
         Returns:
@@ -156,7 +155,7 @@ class GraftedModel(WorkflowGeneration):
             int(past_key_values.get_seq_length()) if past_key_values is not None else 0,
         )
         if segments is not None:
-            self.check_packing()
+            self.check_packing(segments.shape[0])
             segments, position_ids = number(segments.to(new.device))
             labels = None if labels is None else learned_within(labels, segments)
             attention_mask, use_cache = None, False
@@ -243,16 +242,21 @@ class GraftedModel(WorkflowGeneration):
             past_key_values=cache,
         )
 
-    def check_packing(self) -> None:
+    def check_packing(self, sequences: int = 1) -> None:
         """Try, once for each kernel of attention, whether the base keeps rows of a sequence apart.
+
+        Args:
+            sequences: Of a batch.
 
         Raises:
             UsageError: It does not, with the reason.
         """
         kernel = str(self.base.config._attn_implementation)
-        if kernel not in self._packs:
-            self._packs[kernel] = packing_blocked(self.base, self.anatomy, self._takes_positions)
-        why = self._packs[kernel]
+        asked = kernel, min(sequences, 2)
+        if asked not in self._packs:
+            takes = self._takes_positions
+            self._packs[asked] = packing_blocked(self.base, self.anatomy, takes, asked[1])
+        why = self._packs[asked]
         if why is not None:
             raise UsageError(
                 f"{self.anatomy.class_name} cannot hold several rows in one sequence: {why}. Leave "

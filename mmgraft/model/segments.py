@@ -66,10 +66,13 @@ def refuse_beside(segments: Tensor, shape: Sequence[int], cache: Any) -> None:
         raise UsageError("a packed batch takes no cache: give one row a sequence to decode.")
 
 
-def packing_blocked(base: PreTrainedModel, anatomy: Anatomy, takes_positions: bool) -> str | None:
+def packing_blocked(
+    base: PreTrainedModel, anatomy: Anatomy, takes_positions: bool, sequences: int
+) -> str | None:
     """Why rows in one sequence of this base would not be what they are alone; None if they are.
 
-    The base is tried: a row behind another one in a sequence against the same row alone.
+    The base is tried: a row behind another one in a sequence against the same row alone, in so many
+    sequences side by side (flash attention tells rows of one sequence apart and of several not).
     """
     if not takes_positions:
         return "it takes no positions, which tell rows apart"
@@ -79,6 +82,7 @@ def packing_blocked(base: PreTrainedModel, anatomy: Anatomy, takes_positions: bo
     embedding = get_path(base, anatomy.embedding_path)
     device = next(embedding.parameters()).device
     ids = torch.arange(1, before + length + 3, device=device)[None] % anatomy.vocab_size
+    ids = ids.expand(sequences, -1)
     segments = torch.ones_like(ids).index_fill(1, torch.arange(before, ids.shape[1]).to(device), 2)
     segments[:, before + length :] = 0
     alone = slice(before, before + length)
@@ -86,18 +90,19 @@ def packing_blocked(base: PreTrainedModel, anatomy: Anatomy, takes_positions: bo
     base.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            whole = _states(base, ids, number(segments)[1])[:, alone]
-            one = _states(base, ids[:, alone], torch.arange(length, device=device)[None])
+            whole = _states(base, ids, number(segments)[1])[-1:, alone]
+            one = _states(base, ids[:1, alone], torch.arange(length, device=device)[None])
     finally:
         base.train(trains)
     off = ((whole - one).norm() / one.norm()).item()
     if off < near:
         return None
     running = next((why for why in anatomy.blocked.values() if "running state" in why), None)
-    return running or f"with {kernel} attention its code in transformers lets one row see another"
+    many = "" if sequences == 1 else " where a batch has several sequences"
+    return running or f"with {kernel} attention its code lets one row see another{many}"
 
 
 def _states(base: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
-    """Final hidden states ``(1, s, h)`` in fp32."""
+    """Final hidden states ``(b, s, h)`` in fp32."""
     out = base.base_model(input_ids=ids, position_ids=positions, use_cache=False)
     return out.last_hidden_state.float()

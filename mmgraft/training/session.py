@@ -226,7 +226,7 @@ class Session:
             compute=None if features is None else tower_features(self._tower()),
         )
         if stage.packing:
-            self.model.check_packing()
+            self.model.check_packing(stage.batch_size)
             collator = PackCollator(collator)
         name = f"{plan.run.resolve().name}-{stage.name}"
         arguments = training_arguments(plan.recipe, stage, folder, plan.device, name)

@@ -140,6 +140,26 @@ def test_no_row_feels_another() -> None:
     ]  # fmt: skip
 
 
+def test_a_kernel_that_tells_rows_apart_in_one_sequence_only_is_refused_for_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As flash attention does, which takes its lengths from the positions of a single sequence."""
+    model = graft_on("llama", CONFIGS["llava"])
+    original = model.base.base_model.forward
+
+    def forward(input_ids: Tensor | None = None, **given: Any) -> Any:
+        first = input_ids if input_ids is not None else given["inputs_embeds"]
+        if len(first) > 1:
+            given["position_ids"] = torch.arange(first.shape[1])[None]
+        return original(input_ids=input_ids, **given)
+
+    monkeypatch.setattr(model.base.base_model, "forward", forward)
+    made = rows(*WORDS)
+    model(**packed(made, [(0, 1)]))
+    with pytest.raises(UsageError, match="see another where a batch has several sequences"):
+        model(**packed(made))
+
+
 def test_numbers_and_positions() -> None:
     """A number may come again behind another row, and is another row then."""
     numbers, positions = number(torch.tensor([[1, 1, 2, 1, 1, 0, 0], [4, 4, 4, 4, 4, 4, 4]]))
