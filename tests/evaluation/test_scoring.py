@@ -53,7 +53,8 @@ SETS: dict[str, tuple[SetSpec, Callable[[int], list[Item]]]] = {
     "yes_no": (spec("yes_no"), yes_no),
     "caption": (spec("caption"), captions),
     **{
-        f"box {boxes}": (spec("box", boxes=boxes), boxed) for boxes in ("unit", "thousand", "ten", "pixel")
+        f"box {boxes}": (spec("box", boxes=boxes), boxed)
+        for boxes in ("unit", "thousand", "ten", "pixel")
     },
 }
 
