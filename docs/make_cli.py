@@ -58,6 +58,8 @@ def _describe(name: str, function: Callable[..., Any], example: str, level: int)
     usage, arguments, options = [f"mmgraft {name}"], [], []
     hints = get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
+        if hints[parameter.name] is typer.Context:
+            continue  # typer gives it; a user does not
         kind, info = _parts(hints[parameter.name])
         required = parameter.default is inspect.Parameter.empty
         if isinstance(info, ArgumentInfo):
