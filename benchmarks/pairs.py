@@ -205,6 +205,7 @@ class Row:
     def markdown(self) -> str:
         """The line."""
         word = {True: "yes", False: "no", None: "not resolved"}[self.reached]
+        word = "-" if self.to_reach == "reported" and self.reached is None else word
         return f"| {self.what} | {self.against} | {self.measured} | {self.to_reach} | {word} |"
 
 
