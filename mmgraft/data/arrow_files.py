@@ -6,17 +6,24 @@ Giving it back costs nothing but finding it again in the cache of the system.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
+import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mmgraft.data.record_files import gone
+from mmgraft.atomic import atomic_write
+from mmgraft.data.record_files import Stamp, gone
+from mmgraft.errors import UsageError
 
 _GIVE_BACK = 2000
 """Reads after which pages are given back."""
+_BATCH = 1 << 20
+_MOST = 4096
+"""Bytes and rows of a batch of a copy, about and at most."""
 
 
 class ArrowRows:
@@ -114,3 +121,69 @@ def rows_of(table: Any) -> ArrowRows | DatasetRows:
     # Rows that were chosen or shuffled lie in their files in another order, or not all of them.
     chosen = getattr(table, "_indices", None) is not None
     return DatasetRows(table) if chosen or len(rows) != len(table) else rows
+
+
+def parquet_copy(file: str) -> Path:
+    """A copy of a parquet file as an Arrow file, in the cache of `datasets`, made once.
+
+    Rows of a parquet file lie packed in groups, which would have to be unpacked for each of them.
+
+    Raises:
+        UsageError: no parquet, or `pyarrow` is not installed.
+        MMGraftError: there is no room for the copy.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UsageError(f"{file} needs pyarrow to be read: pip install 'mmgraft[data]'") from None
+    stamp = Stamp.of(file)
+    name = f"{os.path.abspath(file)} {stamp.size} {stamp.time}"
+    folder = _cache()
+    copy = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.arrow"
+    if copy.is_file():
+        return copy
+    try:
+        source = pq.ParquetFile(file, buffer_size=_BATCH)
+    except (pa.ArrowException, OSError) as error:
+        raise no_table(file, error) from None
+    with source:
+        head = source.metadata
+        held = sum(head.row_group(at).total_byte_size for at in range(head.num_row_groups))
+        rows = max(1, min(_MOST, _BATCH * head.num_rows // max(1, held)))
+
+        def batches() -> Iterator[Any]:
+            try:
+                yield from source.iter_batches(batch_size=rows, use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise no_table(file, error) from None
+
+        def write(path: Path) -> None:
+            schema = source.schema_arrow
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for batch in batches():
+                    writer.write_batch(batch)
+
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be made ({error}); set HF_DATASETS_CACHE") from None
+        atomic_write(copy, write)
+    return copy
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    named = os.environ.get("HF_DATASETS_CACHE")
+    return (Path(named) if named else Path(constants.HF_HOME) / "datasets") / "mmgraft"
+
+
+def no_table(where: str, error: BaseException) -> UsageError:
+    """The error for what cannot be read as a table."""
+    return UsageError(f"{where} cannot be read as a table ({first_line(error)}); correct it")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

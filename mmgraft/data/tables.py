@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmgraft.data.arrow_files import ArrowRows, DatasetRows, rows_of
+from mmgraft.data.arrow_files import (
+    ArrowRows,
+    DatasetRows,
+    first_line,
+    no_table,
+    parquet_copy,
+    rows_of,
+)
 from mmgraft.data.bad_rows import HUB
 from mmgraft.data.record_files import Found, Record
 from mmgraft.errors import MMGraftError, UsageError
@@ -122,17 +129,13 @@ def _parsed(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def parquet_table(file: str) -> TableFile:
-    """A parquet file; `datasets` keeps a copy that can be mapped in its cache.
+    """A parquet file, by a copy that can be mapped, which is made once; see `parquet_copy`.
 
     Raises:
-        UsageError: no parquet, or `datasets` is not installed.
+        UsageError: no parquet, or `pyarrow` is not installed.
+        MMGraftError: there is no room for the copy.
     """
-    datasets = _datasets(file)
-
-    def load() -> Any:
-        return datasets.Dataset.from_parquet(file)
-
-    return TableFile(file, rows_of(_loaded(file, load)))
+    return TableFile(file, ArrowRows([str(parquet_copy(file))]))
 
 
 def saved_table(folder: str, split: str) -> TableFile:
@@ -192,7 +195,6 @@ def _datasets(where: str) -> Any:
 
 
 def _loaded(where: str, load: Callable[[], Any]) -> Any:
-    import pyarrow as pa
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     silent = are_progress_bars_disabled()
@@ -200,12 +202,14 @@ def _loaded(where: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (ConnectionError, TimeoutError) as error:
-        raise MMGraftError(f"{where} cannot be downloaded ({_said(error)}); try again") from error
+        raise MMGraftError(
+            f"{where} cannot be downloaded ({first_line(error)}); try again"
+        ) from error
     # What is no table, no split, or no name is told by nearly any exception.
     except Exception as error:
         if type(error).__module__.split(".")[0] in ("httpx", "requests", "urllib3"):
             raise MMGraftError(
-                f"{where} cannot be downloaded ({_said(error)}); try again"
+                f"{where} cannot be downloaded ({first_line(error)}); try again"
             ) from error
         if (
             isinstance(error, OSError)
@@ -213,13 +217,7 @@ def _loaded(where: str, load: Callable[[], Any]) -> Any:
             and not isinstance(error, FileNotFoundError)
         ):
             raise MMGraftError(f"{where} cannot be kept on disk ({error}); make room") from error
-        why = _said(error.__cause__ or error)
-        raise UsageError(f"{where} cannot be read as a table ({why}); correct it") from error
+        raise no_table(where, error.__cause__ or error) from error
     finally:
-        pa.default_memory_pool().release_unused()  # a copy that was written is memory no more
         if not silent:
             enable_progress_bars()
-
-
-def _said(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

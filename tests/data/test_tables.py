@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmgraft.data import tables
-from mmgraft.data.arrow_files import ArrowRows, rows_of
+from mmgraft.data import arrow_files, tables
+from mmgraft.data.arrow_files import ArrowRows, parquet_copy, rows_of
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.images import open_image
 from mmgraft.data.sources import Checks, Source, index_rows, read_rows
@@ -53,6 +54,7 @@ def with_bytes(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
@@ -191,14 +193,45 @@ def test_what_is_no_table_is_named(tmp_path: Path, table: Any, monkeypatch) -> N
         index_rows(Source("hub:me/set"))
 
 
-def test_progress_of_the_package_is_neither_shown_nor_switched_off(tmp_path, table, capfd) -> None:
+def test_progress_of_the_package_is_neither_shown_nor_switched_off(
+    tmp_path, table, monkeypatch, capfd
+) -> None:
     path = tmp_path / "rows.parquet"
     table.to_parquet(str(path))
-    capfd.readouterr()
+    load = datasets.Dataset.from_parquet
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: load(str(path)))
     before = datasets.are_progress_bars_disabled()
-    assert len(tables.parquet_table(str(path)).rows) == 3
+    capfd.readouterr()
+    assert len(index_rows(Source("hub:me/set"))) == 3
     assert datasets.are_progress_bars_disabled() is before
     assert capfd.readouterr().err == ""
+
+
+def test_a_copy_is_made_once_and_again_when_the_file_changes(tmp_path, table, monkeypatch) -> None:
+    path = tmp_path / "rows.parquet"
+    table.to_parquet(str(path))
+    first = parquet_copy(str(path))
+    written = first.stat().st_mtime_ns
+    assert parquet_copy(str(path)) == first
+    assert first.stat().st_mtime_ns == written
+    table.select([2]).to_parquet(str(path))
+    assert [row.id for row in index_rows(Source(str(path)))] == ["c"]
+    monkeypatch.setattr(arrow_files, "_BATCH", 100)  # less than a row
+    os.utime(path, ns=(1, 1))
+    copied = ArrowRows([str(parquet_copy(str(path)))])
+    assert [batch.num_rows for batch in copied.rows(0, len(copied))] == [1]
+
+
+def test_a_parquet_file_that_is_spoilt_inside_is_named_and_no_copy_is_left(tmp_path) -> None:
+    path = tmp_path / "rows.parquet"
+    table = datasets.Dataset.from_dict({"text": [str(n) * 99 for n in range(99)]})
+    table.to_parquet(str(path))
+    data = bytearray(path.read_bytes())
+    data[10:200] = bytes(190)
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"rows\.parquet cannot be read as a table"):
+        index_rows(Source(str(path)))
+    assert list((tmp_path / "cache").rglob("*")) == [tmp_path / "cache" / "mmgraft"]
 
 
 def test_a_part_of_a_table_and_shuffled_rows_are_read_as_they_are(table, tmp_path) -> None:

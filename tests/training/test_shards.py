@@ -115,8 +115,7 @@ def test_a_run_on_tars_is_the_same_and_goes_on_at_the_same_row(parts, tmp_path, 
 def test_a_run_on_parquet_is_the_same_and_finds_features_by_content(
     parts, tmp_path, whole, monkeypatch
 ):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     cache = str(tmp_path / "features")
     first = make(parts, tmp_path / "first", None, feature_cache=cache)
     train(plan_training(first))
