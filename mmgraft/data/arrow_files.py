@@ -19,7 +19,7 @@ from mmgraft.atomic import atomic_write
 from mmgraft.data.record_files import Stamp, gone
 from mmgraft.errors import UsageError
 
-_GIVE_BACK = 2000
+_GIVE_BACK = 200
 """Reads after which pages are given back."""
 _BATCH = 1 << 20
 _MOST = 4096
