@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from mmgraft.errors import UsageError
 
+COMMAND = (sys.executable, "-m", "mmgraft")
 GRACE = 15.0
 """Seconds that the others have to end by themselves after one has failed."""
 _PR_SET_PDEATHSIG = 1
@@ -106,7 +107,7 @@ def _start(
         "MASTER_PORT": str(port),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "mmgraft", *arguments],
+        [*COMMAND, *arguments],
         env=environment,
         stdin=subprocess.DEVNULL if rank else None,
         stdout=subprocess.DEVNULL if rank else None,

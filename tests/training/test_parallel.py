@@ -1,0 +1,138 @@
+"""Ways of sharing a training that cannot work are refused by name, before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmgraft.errors import UsageError
+from mmgraft.training import parallel
+from mmgraft.training.parallel import check_parallel, check_rows_have_images, deepspeed_config
+from mmgraft.training.recipe import Recipe
+from mmgraft.training.run import plan_training
+from tiny_runs import make_run, write_recipe
+
+STAGE = {"name": "align", "train": ["projector"], "lr": 1e-3}
+
+
+def recipe(stage: dict[str, Any] | None = None, **more: Any) -> Recipe:
+    given = {"name": "x", "method": "llava", "stages": [{**STAGE, **(stage or {})}], **more}
+    return Recipe.model_validate(given)
+
+
+def test_4_bit_and_zero_3_are_refused_and_4_bit_and_ddp_are_not():
+    with pytest.raises(ValueError, match=r"zero3 cannot hold the 4-bit weights.*write parallel"):
+        recipe(parallel="zero3", quantization="nf4")
+    for name in ("ddp", "fsdp2", "zero2"):
+        assert recipe(parallel=name, quantization="nf4").parallel == name
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+def test_8_bit_optimizers_need_whole_states(name: str):
+    with pytest.raises(ValueError, match="adamw_8bit keeps whole states"):
+        recipe({"optimizer": "adamw_8bit"}, parallel=name)
+    assert recipe({"optimizer": "adamw_8bit"}).parallel == "ddp"
+
+
+def test_fsdp_through_accelerate_is_refused_on_every_device_with_any_number_of_processes(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run(parts, tmp_path / "run", "llava")
+    write_recipe(run, parts, "llava", [STAGE])
+    plan_training(run, device="cpu")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch --use_fsdp sets it
+    with pytest.raises(UsageError, match="trains with DDP without saying so.*--set parallel=fsdp2"):
+        plan_training(run, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "--set parallel=zero2"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "not built here"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "not built here"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "write mixed_precision: no"),
+    ],
+)
+def test_another_way_of_accelerate_is_refused(
+    variable: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+):
+    check_parallel(recipe(), "cpu", 2)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=says):
+        check_parallel(recipe(), "cpu", 2)
+
+
+def test_deepspeed_through_accelerate_is_taken_where_the_recipe_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    check_parallel(recipe(parallel="zero2"), "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "says"),
+    [
+        ({}, "mps", "do not train on MPS"),
+        ({"parallel": "fsdp2", "quantization": "nf4"}, "cpu", "needs CUDA"),
+        ({"parallel": "zero2"}, "cpu", "CUDA only.*parallel=fsdp2"),
+        ({"parallel": "zero3"}, "cpu", "CUDA only.*parallel=fsdp2"),
+    ],
+)
+def test_what_a_device_cannot_do(given: dict[str, Any], device: str, says: str):
+    check_parallel(recipe(**given), device, 1)  # one process trains by itself, whatever is said
+    with pytest.raises(UsageError, match=says):
+        check_parallel(recipe(**given), device, 2)
+
+
+def test_more_processes_than_cards_and_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_parallel(recipe(parallel="fsdp2", quantization="nf4"), "cuda", 2)
+    with pytest.raises(UsageError, match="3 processes on a machine with 2 cards"):
+        check_parallel(recipe(), "cuda", 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # four on two machines
+    check_parallel(recipe(), "cuda", 4)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install deepspeed"):
+        check_parallel(recipe(parallel="zero2"), "cuda", 2)
+
+
+def test_fsdp2_needs_a_torch_that_mixes_dtypes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parallel.torch, "__version__", "2.7.1+cpu")
+    check_parallel(recipe(), "cpu", 2)
+    with pytest.raises(UsageError, match=r"needs torch 2.8.*parallel=ddp"):
+        check_parallel(recipe(parallel="fsdp2"), "cpu", 2)
+
+
+def test_zero_3_wants_an_image_in_every_row(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A process whose rows have none would not gather the projector, and the others would wait."""
+    with pytest.raises(UsageError, match=r"stage 'align' has 3 rows.*parallel: fsdp2"):
+        check_rows_have_images(recipe(parallel="zero3"), "align", 3, 2)
+    check_rows_have_images(recipe(parallel="zero3"), "align", 0, 2)
+    check_rows_have_images(recipe(parallel="zero3"), "align", 3, 1)
+    check_rows_have_images(recipe(parallel="zero2"), "align", 3, 2)
+    monkeypatch.setattr("mmgraft.training.run.check_parallel", lambda *_: None)
+    run = make_run(parts, tmp_path / "run", "llava")
+    write_recipe(run, parts, "llava", [STAGE], parallel="zero3")
+    plan_training(run, device="cpu", count=2)  # rows without one are left out
+    write_recipe(run, parts, "llava", [{**STAGE, "text_rows": "graft"}], parallel="zero3")
+    with pytest.raises(UsageError, match="stage 'align' has 3 rows"):
+        plan_training(run, device="cpu", count=2)
+
+
+def test_the_shipped_deepspeed_configurations(monkeypatch: pytest.MonkeyPatch):
+    assert deepspeed_config("zero3") is None  # one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for stage in (2, 3):
+        config = deepspeed_config(f"zero{stage}")
+        assert config is not None
+        assert config["zero_optimization"]["stage"] == stage
+        assert not config["bf16"]["enabled"]  # autocast over fp32 masters, as everywhere else
+    assert deepspeed_config("ddp") is None
+    assert deepspeed_config("fsdp2") is None
