@@ -45,7 +45,9 @@ def test_fsdp_through_accelerate_is_refused_on_every_device_with_any_number_of_p
     write_recipe(run, parts, "llava", [STAGE])
     plan_training(run, device="cpu")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch --use_fsdp sets it
-    with pytest.raises(UsageError, match="trains with DDP without saying so.*--set parallel=fsdp2"):
+    with pytest.raises(
+        UsageError, match=r"trains with DDP without saying so.*--set parallel=fsdp2"
+    ):
         plan_training(run, device="cpu")
 
 
