@@ -33,7 +33,10 @@ def test_pieces_compute_what_the_whole_does(
     parts: Path, tmp_path: Path, method: str, checkpointing: bool, four_bit: bool
 ):
     """Also where one rank's rows have no image, or both ranks': nobody waits for a part."""
-    own = {"embedding": True, "head": True} if method == "iaa" and not four_bit else {}
+    own: dict[str, object] = {}
+    if method == "iaa" and not four_bit:
+        own = {"embedding": True, "head": True}
+    own = {**own, "structure": "a"} if own and checkpointing else own  # what a layer hands on
     run = make_run(parts, tmp_path / "run", method, **own)
     saved = tmp_path / "saved"
     found = on_ranks(sharded_steps, str(run), checkpointing, four_bit, str(saved))
