@@ -42,11 +42,12 @@ def chunked_loss(
         loss = _CrossEntropy.apply(logits, targets.to(logits.device))
         return loss.to(hidden.device)
 
-    for start in range(0, hidden.shape[0], length):
+    count = hidden.shape[0]
+    for start in range(0, count, length):
         piece, wanted = hidden[start : start + length], targets[start : start + length]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and start + length < count:
             total = total + checkpoint(part, piece, wanted, use_reentrant=False)
-        else:
+        else:  # the backward pass begins with the last chunk: its logits may stay until then
             total = total + part(piece, wanted)
     return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -90,11 +91,13 @@ def test_chunks_change_neither_loss_nor_gradients(
     found = chunked_loss(hidden, targets, watched, 10)
     assert max(seen) <= chunk
     assert sum(seen) == 12
+    assert len(seen) == math.ceil(12 / chunk)
     torch.testing.assert_close(found, expected)
     for mine, theirs in zip(
         torch.autograd.grad(found, [hidden, *head.parameters()]), wanted, strict=True
     ):
         torch.testing.assert_close(mine, theirs)
+    assert len(seen) == 2 * math.ceil(12 / chunk) - 1  # all but the last one are made again
     with torch.no_grad():
         torch.testing.assert_close(chunked_loss(hidden, targets, head, 10), expected)
 
