@@ -15,7 +15,7 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, PADDING, BaseParts, Graft, Pass, select
 from mmgraft.grafts.wings.config import WingsConfig
 from mmgraft.grafts.wings.learners import Learner, learner_heads
-from mmgraft.grafts.wings.reading import KIND_OF, read_all, read_packed
+from mmgraft.grafts.wings.reading import KIND_OF, prepare, read_all, read_packed
 from mmgraft.grafts.wings.router import Router, route
 from mmgraft.grafts.wings.spans import Spans, causal_spans
 from mmgraft.layers import parse_layers
@@ -108,8 +108,7 @@ class WingsGraft(Graft):
     def begin(self, state: Pass) -> None:
         """From the first position on, each learner reads the keys of its own kind alone."""
         if state.start == 0 and self.watch is None:
-            for name in self.running:
-                state.pack(KIND_OF[name])
+            prepare(state, [KIND_OF[name] for name in self.running])
 
     def check_length(self, length: int) -> None:
         if self.config.routed and length > self.length:
@@ -174,15 +173,13 @@ class WingsGraft(Graft):
         if self.watch is not None:
             watch = partial(self._tell, index, shares)
         if state.packed:
-            mixed = read_packed(learners, queries, state, remember)
+            lowered = read_packed(learners, queries, state, remember)
         else:
-            mixed = read_all(learners, queries, state, remember, watch)
+            lowered = read_all(learners, queries, state, remember, watch)
         total: Tensor | None = None
-        for name, values in zip(queries, mixed, strict=True):
-            kind = KIND_OF[name]
-            seen = state.packed[kind].seen if state.packed else state.visible(kind)[1]
-            out, share = learners[name].finish(values, seen), _share(shares, name)
-            out = out if share is None else share[..., None].to(out.dtype) * out
+        for name, low in zip(queries, lowered, strict=True):  # each (b, s, r)
+            share = _share(shares, name)
+            out = learners[name].lift(low if share is None else share[..., None].to(low) * low)
             total = out if total is None else total + out
         return torch.zeros_like(hidden) if total is None else total
 

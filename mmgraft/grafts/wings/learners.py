@@ -55,12 +55,13 @@ class Learner(nn.Module):
         v = self.split(features + self.value(features))
         return (k if rotation is None else rotation(k)), v
 
-    def finish(self, mixed: Tensor, seen: Tensor) -> Tensor:
-        """Output ``(b, s, h)`` of the mixed values ``(b, heads, s, d)``.
+    def lower(self, mixed: Tensor) -> Tensor:
+        """The first half of ``W_O`` on mixed values, ``(b, heads, s, d) -> (b, s, r)``."""
+        return self.output.down(mixed.transpose(1, 2).flatten(2))
 
-        Exactly 0, with a zero gradient, for a query that sees no key.
-        """
-        return torch.where(seen, self.output(mixed.transpose(1, 2).flatten(2)), 0.0)
+    def lift(self, low: Tensor) -> Tensor:
+        """The second half, ``(b, s, r) -> (b, s, h)``: masks and shares are cheaper before it."""
+        return self.output.up(low)
 
 
 class Rotation:

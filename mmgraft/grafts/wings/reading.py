@@ -1,12 +1,13 @@
 """How the learners of a layer read their keys: their own kind's alone, or those of a cache.
 
 Both give for each learner's queries ``(b, heads, s, d)``, not yet rotated, the values mixed for
-them, of the same shape.
+them in the learner's rank, ``(b, s, r)``: exactly 0, with a zero gradient, for a query that sees no
+key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from mmgraft.grafts.base import IMAGE, TEXT, Packed, Pass
 from mmgraft.grafts.wings.learners import Learner, rotation_of
+from mmgraft.grafts.wings.pieces import attend_pieces, plan_pieces
 
 KIND_OF = {"visual": IMAGE, "textual": TEXT}
 
@@ -24,6 +26,17 @@ Watch = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
 """Told of each learner's queries, keys, mask, and the queries that see something."""
 
 
+def prepare(state: Pass, kinds: Iterable[int]) -> None:
+    """Pack the keys of these kinds, in a pass that begins its rows, before the first layer.
+
+    On a CPU they are also read in pieces; elsewhere one call for a batch is worth more.
+    """
+    for kind in kinds:
+        state.pack(kind)
+        if kind in state.packed and state.features.device.type == "cpu":
+            state.shared["pieces", kind] = plan_pieces(state, kind)
+
+
 def read_packed(
     learners: Mapping[str, Learner],
     queries: Mapping[str, Tensor],
@@ -32,20 +45,24 @@ def read_packed(
 ) -> list[Tensor]:
     """From keys of each learner's own kind, in a pass that begins its rows."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    mixed = []
+    lowered = []
     for name, query in queries.items():
         kind, size = KIND_OF[name], query.shape[-1]
         packed = state.packed[kind]
         rotation, own = rotation_of(state, size), rotation_of(state, size, kind)
         found[name] = learners[name].keys_values(packed.features, own)
         query = query if rotation is None else rotation(query)
-        mask = _additive(state, ("packed", kind), packed.mask, query)
-        mixed.append(attend(query, *found[name], mask))
+        lower, plan = learners[name].lower, state.shared.get(("pieces", kind))
+        if plan is not None:
+            width = learners[name].output.down.out_features
+            lowered.append(attend_pieces(plan, query, *found[name], lower, width))
+        else:
+            mask = _additive(state, ("packed", kind), packed.mask, query)
+            lowered.append(torch.where(packed.seen, lower(attend(query, *found[name], mask)), 0.0))
     if remember is not None and found:
-        remember(
-            *_by_kind({n: _spread(KIND_OF[n], pair, state) for n, pair in found.items()}, state)
-        )
-    return mixed
+        spread = {name: _spread(KIND_OF[name], pair, state) for name, pair in found.items()}
+        remember(*_by_kind(spread, state))
+    return lowered
 
 
 def read_all(
@@ -81,7 +98,8 @@ def read_all(
         state.shared[key] = torch.cat([mask for mask, _ in masks.values()], dim=2)
     query = torch.cat(asking, dim=2)  # (b, heads, learners * s, d)
     mixed = attend(query, keys, values, _additive(state, key, state.shared[key], query))
-    return list(mixed.chunk(len(queries), dim=2))
+    parts = zip(queries, mixed.chunk(len(queries), dim=2), strict=True)
+    return [torch.where(masks[name][1], learners[name].lower(part), 0.0) for name, part in parts]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
