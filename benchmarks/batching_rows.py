@@ -9,7 +9,7 @@ cut to `--layers`, with one inserted layer (IAA); image features are given, fp32
 forward and backward, over the same rows in the order and the batches that the trainer would take,
 against the same rows in batches of `--batch` drawn at random. A packed batch has as many sequences
 as hold about the positions of a batch of rows. Memory is the peak of the widest batch above the
-model. Filling is counted over 20,000 rows.
+model. Filling is counted over 20,000 rows. `--part 4 --vocab 4096 --layers 1` is quick.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ CASES = ("packing", "length", "modality", "attention", "compile")
 COUNTED = 20_000
 TEXT_SHARE = 0.3
 TEXT_BESIDE, TEXT_ALONE, SPREAD = 120.0, 300.0, 0.7
+WHOLE_IMAGE = models.IMAGE_TOKENS
 ANSWER = 0.6  # of a row's text
 Batch = list[tuple[int, ...]]  # sequences, each of one row or, packed, of several
 
@@ -61,8 +62,12 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="rows of a batch")
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=2, help="of the base")
+    parser.add_argument("--vocab", type=int, default=models.VOCAB)
+    parser.add_argument("--part", type=int, default=1, help="all lengths so many times shorter")
     parser.add_argument("--no-memory", action="store_true")
     chosen = parser.parse_args()
+    models.IMAGE_TOKENS //= chosen.part
+    chosen.max_length //= chosen.part
     torch.set_num_threads(chosen.threads)
     rows = [_measure(case, chosen) for case in chosen.case or CASES]
     return show(chosen, rows)
@@ -73,6 +78,7 @@ def drawn(count: int, longest: int, seed: int = 0) -> Lengths:
     draw = torch.Generator().manual_seed(seed)
     image = torch.rand(count, generator=draw) >= TEXT_SHARE
     median = torch.where(image, TEXT_BESIDE, TEXT_ALONE)
+    median = median * models.IMAGE_TOKENS / WHOLE_IMAGE
     text = median * (SPREAD * torch.randn(count, generator=draw)).exp()
     room = longest - models.IMAGE_TOKENS * image
     return Lengths(text.long().clamp(min=8).minimum(room), image)
@@ -114,15 +120,15 @@ def inputs(model: GraftedModel, batch: Batch, lengths: Lengths) -> dict[str, Any
     """What the collator makes of rows of these lengths."""
     draw = torch.Generator().manual_seed(batch[0][0])
     columns: dict[str, list[Tensor]] = {"ids": [], "kinds": [], "labels": [], "segments": []}
-    images = 0
+    images, token = 0, models.image_token(model)
     for sequence in batch:
         parts: dict[str, list[Tensor]] = {name: [] for name in columns}
         for number, at in enumerate(sequence, start=1):
             shown = models.IMAGE_TOKENS * int(lengths.image[at])
             length = shown + int(lengths.text[at])
             kinds = (torch.arange(length) < shown).long()
-            ids = torch.randint(3, 20_000, (length,), generator=draw)
-            ids[:shown] = models.image_token(model)
+            ids = torch.randint(3, min(20_000, token), (length,), generator=draw)
+            ids[:shown] = token
             labels = ids.clone()
             labels[: length - int(ANSWER * int(lengths.text[at]))] = -100
             images += bool(shown)
@@ -151,7 +157,7 @@ def inputs(model: GraftedModel, batch: Batch, lengths: Lengths) -> dict[str, Any
 
 def trained(chosen: argparse.Namespace, attention: str = "sdpa") -> GraftedModel:
     """The model, opened for a second stage of IAA."""
-    base = models.base(num_hidden_layers=chosen.layers, attn_implementation=attention)
+    base = models.base(chosen.vocab, num_hidden_layers=chosen.layers, attn_implementation=attention)
     config = IAAConfig(layers=models.places(1, chosen.layers), embedding=False, head=False)
     model = models.grafted(base, config)
     model.set_trainable(["projector", "graft"])
@@ -227,7 +233,7 @@ def _peak(chosen: argparse.Namespace, case: str, lengths: Lengths, attention: st
     def work() -> dict[str, Any]:
         model = trained(chosen, attention)
         one = inputs(model, widest, lengths)
-        passing(model, [[(0,)]], drawn(1, 64))()  # gradients are there
+        passing(model, [[(0,)]], drawn(1, chosen.max_length))()  # gradients are there
         with Peak() as peak:
             model(**one).loss.backward()
         return {"peak": peak.bytes}
