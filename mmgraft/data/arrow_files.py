@@ -19,7 +19,7 @@ from mmgraft.atomic import atomic_write
 from mmgraft.data.record_files import Stamp, gone
 from mmgraft.errors import UsageError
 
-_GIVE_BACK = 200
+_GIVE_BACK = 16
 """Reads after which pages are given back."""
 _BATCH = 1 << 20
 _MOST = 4096
@@ -169,6 +169,7 @@ def parquet_copy(file: str) -> Path:
         except OSError as error:
             raise UsageError(f"{folder} cannot be made ({error}); set HF_DATASETS_CACHE") from None
         atomic_write(copy, write)
+    pa.default_memory_pool().release_unused()
     return copy
 
 
