@@ -163,9 +163,11 @@ def graft(
         raise UsageError(
             f"{target} is not empty; give --force to write into it, or another folder with --out"
         )
-    # Everything below loads torch.
-    from mmgraft.model.grafting import create_graft
-    from mmgraft.model.summary import summarise_graft
+    from mmgraft.cli.loading import uncollected
+
+    with uncollected():  # here torch is loaded
+        from mmgraft.model.grafting import create_graft
+        from mmgraft.model.summary import summarise_graft
 
     record = create_graft(
         folder_base,

@@ -1,0 +1,45 @@
+"""A base is examined once while it is loaded or grafted: each time takes as long as a tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mmgraft.basefiles.parts
+import mmgraft.model.core
+import mmgraft.model.grafting
+import mmgraft.model.loading
+from mmgraft.anatomy import inspection
+from mmgraft.model.loading import load_model
+from tiny_runs import make_parts, make_run
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    models: list[object] = []
+    real = inspection.examine
+
+    def counted(model: object) -> object:
+        models.append(model)
+        return real(model)  # type: ignore[arg-type]
+
+    homes = (
+        mmgraft.basefiles.parts,
+        mmgraft.model.core,
+        mmgraft.model.grafting,
+        mmgraft.model.loading,
+        inspection,
+    )
+    for home in homes:
+        monkeypatch.setattr(home, "examine", counted)
+    return models
+
+
+def test_once_to_graft_and_once_to_load(tmp_path: Path, examined: list[object]) -> None:
+    run = make_run(make_parts(tmp_path), tmp_path / "run", "iaa")
+    assert len(examined) == 1
+    examined.clear()
+    model = load_model(run)
+    assert examined == [model.base]
+    assert model.anatomy.num_layers == model.base.config.num_hidden_layers
