@@ -231,6 +231,14 @@ class Graft(nn.Module):
         """
         return left, carry
 
+    def ends_with(self, index: int) -> nn.Module | None:
+        """The decoder layer that :meth:`after_layer` runs last after base layer ``index``.
+
+        Only where each position of what comes out needs no other position of that layer's output;
+        None makes no promise. The last layer's feed-forward is then run where it is read alone.
+        """
+        return None
+
     def acts_on(self, index: int) -> bool:
         """Whether the graft does anything at base layer ``index``."""
         return False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -15,9 +15,8 @@ from mmgraft.anatomy import get_path
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Pass, select
 from mmgraft.model.cache import RowSlot, extend
-from mmgraft.model.generation import WorkflowGeneration
+from mmgraft.model.learning import WorkflowLoss
 from mmgraft.model.lockstep import join, outside_layers
-from mmgraft.model.loss import chunked_loss, supervised
 from mmgraft.model.rows import Rows, kinds_of, refuse_unplaced, sort_rows
 from mmgraft.model.running import Active, running
 from mmgraft.model.segments import learned_within, number, packing_blocked, refuse_beside
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from mmgraft.data.processor import GraftProcessor
 
 
-class GraftedModel(WorkflowGeneration):
+class GraftedModel(WorkflowLoss):
     """A base that reads text exactly as before and, in its other workflows, sees images.
 
     Rows run a workflow each: ``text`` is the base alone, every graft adds one by its name. A batch
@@ -210,7 +209,8 @@ class GraftedModel(WorkflowGeneration):
         with running(self.base, self.anatomy, active, state, checkpointing, self.lockstep):
             if labels is None:
                 return self.base(**given, logits_to_keep=logits_to_keep)
-            hidden = self.base.base_model(**given).last_hidden_state  # (b, s, h)
+            with self._last_layer(active, labels, rows, checkpointing):
+                hidden = self.base.base_model(**given).last_hidden_state  # (b, s, h)
         hidden = self._joined(hidden, first=False)
         loss = self._loss(hidden, labels, rows, active, num_items_in_batch)
         if self.lockstep:
@@ -387,60 +387,6 @@ class GraftedModel(WorkflowGeneration):
         rows = Rows(["text"] * hidden.shape[0])
         loss = self._loss(hidden, labels, rows, [], num_items)
         return CausalLMOutputWithPast(loss=loss + self.touch())
-
-    def _loss(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        rows: Rows,
-        active: list[Active],
-        num_items: Tensor | int | None,
-    ) -> Tensor:
-        """Mean cross-entropy (nats) over the supervised tokens of rows that train something."""
-        if self.anatomy.logits_blocked is not None:
-            raise UsageError(
-                f"this base cannot be trained or scored with labels: {self.anatomy.logits_blocked}."
-            )
-        mask, _ = supervised(labels)
-        if self.training and not self.base_is_trained:
-            learns = torch.tensor([name != TEXT_WORKFLOW for name in rows.names])
-            mask = mask & learns.to(mask.device)[:, None]
-        mask = mask.to(hidden.device)
-        targets = labels.roll(-1, dims=1).to(hidden.device)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for head, gate in self._heads(active):
-            part = mask if gate is None else mask & gate.to(mask.device)[:, None]
-            total = total + chunked_loss(hidden[part], targets[part], head, self.anatomy.vocab_size)
-        count = mask.sum() if num_items is None else num_items
-        count = count.to(total.device) if isinstance(count, Tensor) else count
-        return (
-            total / max(count, 1) if not isinstance(count, Tensor) else total / count.clamp(min=1)
-        )
-
-    def _heads(self, active: list[Active]) -> Iterator[tuple[Any, Tensor | None]]:
-        """Heads (hidden to logits) and the rows that use them."""
-        base_head = get_path(self.base, self.anatomy.head_path)
-        own = [a for a in active if a.graft.head is not None and a.graft.active]
-        if len(own) == 1 and own[0].gate is None:
-            yield self._logits_of(own[0].graft.head), None
-            return
-        rest: Tensor | None = None
-        for item in own:
-            yield self._logits_of(item.graft.head), item.gate
-            rest = ~item.gate if rest is None else rest & ~item.gate  # type: ignore[operator]
-        yield self._logits_of(base_head), rest
-
-    def _logits_of(self, head: nn.Module | None) -> Any:
-        """A head followed by what the base does to its logits (scale, soft-cap)."""
-        anatomy = self.anatomy
-
-        def logits(hidden: Tensor) -> Tensor:
-            out = head(hidden) * anatomy.logit_scale  # type: ignore[misc]
-            if anatomy.logit_softcap is not None:
-                out = torch.tanh(out / anatomy.logit_softcap) * anatomy.logit_softcap
-            return out
-
-        return logits
 
 
 def _positions(mask: Tensor | None, past: int, length: int, device: torch.device) -> Tensor:

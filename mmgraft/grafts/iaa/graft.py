@@ -94,6 +94,10 @@ class IAAGraft(Graft):
         control = call(inserted, entered if carry is None else carry + entered)  # (b, s, h)
         return left + self.gates[k](control), control
 
+    def ends_with(self, index: int) -> nn.Module | None:
+        k = self._inserted_at.get(index)
+        return None if k is None else self.layers[k]
+
     def groups(self) -> dict[str, Iterable[nn.Parameter]]:
         layers = list(self.layers.parameters())
         if self.config.structure != "c":
