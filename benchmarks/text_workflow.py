@@ -1,6 +1,6 @@
 """The text workflow of an IAA graft against the plain base: prefill, decode, and `generate`.
 
-    python benchmarks/text_workflow.py [--pairs 20] [--tokens 256]
+    python benchmarks/text_workflow.py [--pairs 40] [--tokens 128]
 
 A base of SmolLM2's shape in fp32 with inserted layers, an own embedding, norm and head. Both sides
 are the same object: through the grafted model, and the base itself.
@@ -28,8 +28,8 @@ STEPS = 10
 
 def main() -> int:
     """Measure and print."""
-    parser = options(__doc__)
-    parser.add_argument("--tokens", type=int, default=256, help="of the prompt")
+    parser = options(__doc__, pairs=40)
+    parser.add_argument("--tokens", type=int, default=128, help="of the prompt")
     parser.add_argument("--new", type=int, default=16, help="tokens that generate makes")
     parser.add_argument("--layers", type=int, default=30, help="of the base")
     chosen = parser.parse_args()

@@ -72,11 +72,16 @@ def changed(plain: dict[str, Any], **settings: Any) -> dict[str, Any]:
 class Clock(TrainerCallback):
     """Processor seconds at the end of every step and epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak: Peak) -> None:
+        self.peak = peak
+        self.before = 0
         self.began = time.process_time()
         self.steps: list[float] = []
         self.epochs: list[float] = []
         self.losses: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.before = self.peak.restart()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.steps.append(time.process_time())
@@ -99,7 +104,8 @@ def train(run: Path, settings: dict[str, Any], memory: bool) -> dict[str, Any]:
             else the time.
 
     Returns:
-        `peak`, bytes above what the process held after its imports. For each stage a list:
+        Bytes above what the process held after its imports: `loading`, the peak before the first
+        stage's first step, and `peak`, the one of the last stage's steps. For each stage a list:
         `steps`, seconds from one step's end to the next one's; `marks`, the clock at the stage's
         beginning and at the end of each epoch; `losses`.
     """
@@ -111,7 +117,7 @@ def train(run: Path, settings: dict[str, Any], memory: bool) -> dict[str, Any]:
     clocks: list[Clock] = []
 
     def display(stage: Any, number: int, of: int) -> list[TrainerCallback]:
-        clocks.append(Clock())
+        clocks.append(Clock(peak))
         return [clocks[-1]]
 
     with Peak() as peak:
@@ -119,6 +125,7 @@ def train(run: Path, settings: dict[str, Any], memory: bool) -> dict[str, Any]:
         training.train(plan, display=display)
     return {
         "peak": peak.bytes,
+        "loading": clocks[0].before,
         "steps": [_differences(clock.steps) for clock in clocks],
         "marks": [[clock.began, *clock.epochs] for clock in clocks],
         "losses": [clock.losses for clock in clocks],
