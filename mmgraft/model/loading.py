@@ -18,7 +18,7 @@ from mmgraft.grafts.registry import get_method
 from mmgraft.model.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, GraftFile
 from mmgraft.model.parts import execution_device, shape_parts, share_config
 from mmgraft.model.projector import Projector
-from mmgraft.model.quantization import assert_unquantized, quantization_config
+from mmgraft.model.quantization import assert_unquantized, leave_file, quantization_config
 from mmgraft.model.saving import INDEX_NAME
 from mmgraft.model.vision.registry import load_tower
 from mmgraft.model.vision.spec import VisionSpec
@@ -215,6 +215,8 @@ def load_base(
     if files.gguf is not None:
         options["gguf_file"] = files.gguf
     base = AutoModelForCausalLM.from_pretrained(files.path, **options)
+    if quantized is not None:
+        leave_file(base)
     return base.requires_grad_(False).eval()
 
 

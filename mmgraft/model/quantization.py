@@ -62,6 +62,17 @@ def assert_unquantized(module: nn.Module, where: str) -> None:
             raise UsageError(f"{where}.{name} was quantised; only the base may be.")
 
 
+def leave_file(base: nn.Module) -> None:
+    """Give what is not packed memory of its own, on the CPU.
+
+    As loaded, embedding and norms are views of the base's mapped file, and keep every page of it
+    that was read resident: those of the weights that are held in 4-bit too.
+    """
+    for tensor in (*base.parameters(), *base.buffers()):
+        if tensor.device.type == "cpu" and not hasattr(tensor, "quant_state"):
+            tensor.data = tensor.data.clone()
+
+
 @contextmanager
 def gradients_through_packed(module: nn.Module) -> Iterator[None]:
     """While the block lasts, gradients flow through 4-bit layers that bitsandbytes has packed.

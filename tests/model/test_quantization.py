@@ -26,8 +26,10 @@ from grafting import (
     trained_groups,
 )
 from mmgraft import GraftedModel
+from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
 from mmgraft.model.grafting import create_graft, graft_model
+from mmgraft.model.loading import load_base
 from mmgraft.model.quantization import assert_unquantized, quantization_config
 from mmgraft.model.saving import save_graft
 from tiny import save_base, tiny_clip_dir, tiny_model
@@ -222,3 +224,15 @@ def test_a_graft_on_a_named_base_is_made_of_exact_tensors(bench: Bench) -> None:
     exact = tiny_model("llama", **WIDE).model.layers[3].state_dict()
     copied = model.workflow().graft.layers[1].state_dict()
     assert all(torch.equal(tensor, exact[name]) for name, tensor in copied.items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_base_lets_go_of_its_file(tmp_path: Path, tied: bool) -> None:
+    folder = save_base(tmp_path / "base", "llama", tie_word_embeddings=tied, **WIDE)
+    base = load_base(resolve(str(folder)), torch.float32, {"": "cpu"}, "nf4")
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    assert (embedding is head) == tied
+    saved = tiny_model("llama", tie_word_embeddings=tied, **WIDE).get_input_embeddings().weight
+    assert torch.equal(embedding, saved)
