@@ -42,3 +42,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if guess is not None:
         return f"did you mean {guess!r}?"
     return f"known: {', '.join(names)}" if names else "none is known"
+
+
+def brief(text: object, most: int = 400) -> str:
+    """A text from outside as a message can show it: not long, and with characters that print."""
+    shown = str(text)
+    if len(shown) > most:
+        shown = f"{shown[: most // 2]}...{shown[-most // 2 :]} ({len(shown):,} characters)"
+    return shown.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -223,7 +223,7 @@ def check(
     found: list[tuple[View, Report]] = []
     for view in views(asked):
         bad: list[BadRow] = []
-        checks = Checks(images=False, on_bad=bad.append)
+        checks = Checks(images=False, on_bad=bad.append, one=False)
         rows = Joined([index_rows(source_of(entry), checks) for entry in view.entries])
         checker = Checker(view.processor, view.max_length, view.skip_text, quick)
         found.append((view, checker.check(rows, bad)))

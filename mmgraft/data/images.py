@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, brief
 from mmgraft.model.vision.images import BadImage, decode, load_image, look_at, to_rgb
 from mmgraft.model.vision.stored import StoredImage
 
@@ -77,7 +77,7 @@ def refuse_web(name: str, where: str) -> None:
     scheme, colon, _ = name.partition("://")
     if colon and scheme.lower() != "file":
         raise UsageError(
-            f"{where}: the image is an address ({name}); download it first and give the file"
+            f"{where}: the image is an address ({brief(name)}); download it first and give the file"
         )
 
 

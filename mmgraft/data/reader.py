@@ -9,7 +9,7 @@ from typing import Any, Literal
 from mmgraft.data.content import image_of, is_image
 from mmgraft.data.images import is_data_uri, refuse_web
 from mmgraft.data.rows import Row
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, brief
 from mmgraft.model.vision.images import BadImage
 from mmgraft.model.vision.stored import StoredImage
 
@@ -17,6 +17,11 @@ Format = Literal["auto", "llava", "messages"]
 
 LLAVA_IMAGE = "<image>"
 """What stands for an image in LLaVA's json, and there alone: elsewhere it is ordinary text."""
+
+_LONGEST_NAME = 1000
+"""Characters; what is longer is hardly a path."""
+_DEEPEST = 100
+"""Lists and objects in each other."""
 
 _SPEAKERS = {
     "human": "user",
@@ -63,9 +68,10 @@ class RowReader:
             raise UsageError(
                 f"{where}: a {type(data).__name__}, not an object; write a LLaVA row or messages"
             )
-        index = str(data.get("id", place.split()[-1]))
+        index = id_of(data) or place.split()[-1]
         where = f"{where} (id {index})"
         kind = self._kind(data, where)
+        _check_text(data, where)
         messages = self._llava(data, where) if kind == "llava" else self._messages(data, where)
         return Row(index, messages, self.file, place, data.get("tools") or None)
 
@@ -76,7 +82,7 @@ class RowReader:
             if keys[kind] in data:
                 return kind
         names = " or ".join(repr(keys[kind]) for kind in wanted)
-        there = ", ".join(map(repr, data)) or "nothing"
+        there = brief(", ".join(map(repr, data)) or "nothing")
         raise UsageError(f"{where}: no {names} in it but {there}; write a LLaVA row or messages")
 
     def _llava(self, data: dict[str, Any], where: str) -> list[dict[str, Any]]:
@@ -94,7 +100,8 @@ class RowReader:
             role = _SPEAKERS.get(str(turn.get("from")).lower())
             if role is None:
                 raise UsageError(
-                    f"{at}: 'from' is {turn.get('from')!r}; write one of {', '.join(_SPEAKERS)}"
+                    f"{at}: 'from' is {brief(repr(turn.get('from')))}; write one of "
+                    f"{', '.join(_SPEAKERS)}"
                 )
             pieces = turn["value"].split(LLAVA_IMAGE)
             found += len(pieces) - 1
@@ -159,7 +166,9 @@ class RowReader:
         ):
             return part
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise UsageError(f"{at}: a content part of type {kind!r}; write text or image parts")
+        raise UsageError(
+            f"{at}: a content part of type {brief(repr(kind))}; write text or image parts"
+        )
 
     def resolve(self, image: Any, where: str) -> str | StoredImage:
         """An image's path as a file inside the image folder; a data URI stays as it is.
@@ -170,7 +179,9 @@ class RowReader:
         if isinstance(image, StoredImage):
             return image
         if not isinstance(image, str) or not image:
-            raise UsageError(f"{where}: an image that is no path ({image!r}); write its path")
+            raise UsageError(
+                f"{where}: an image that is no path ({brief(repr(image))}); write its path"
+            )
         if is_data_uri(image):
             return image
         refuse_web(image, where)
@@ -178,30 +189,62 @@ class RowReader:
             if image not in self.pictures:
                 there = ", ".join(dict.fromkeys(map(str, self.pictures.values()))) or "none"
                 raise BadImage(
-                    f"{where}: no picture {image} lies beside this record ({there}); put it into "
-                    "the shard under the record's own name, or leave the row out",
+                    f"{where}: no picture {brief(image)} lies beside this record ({there}); put it "
+                    "into the shard under the record's own name, or leave the row out",
                     "missing",
                 )
             return self.pictures[image]
         if self.folder is None:
             raise UsageError(
-                f"{where}: the image is a path ({image}); give the folder that paths start from "
-                "(images: in the recipe, --images)"
+                f"{where}: the image is a path ({brief(image)}); give the folder that paths start "
+                "from (images: in the recipe, --images)"
             )
         path = os.path.normpath(os.path.join(self.folder, image.removeprefix("file://")))
         if os.path.commonpath([self.folder, path]) != self.folder:
             raise BadImage(
-                f"{where}: the image {image} lies outside of the image folder {self.folder}; set "
-                "the image folder to one that holds it",
+                f"{where}: the image {brief(image)} lies outside of the image folder "
+                f"{self.folder}; set the image folder to one that holds it",
                 "outside",
             )
         if self.check_images and not os.path.isfile(path):
             raise BadImage(
-                f"{where}: image file not found: {path}; set the folder that image paths start "
-                "from, or leave the row out",
+                f"{where}: image file not found: {brief(path)}; {_where_it_may_be(image)}",
                 "missing",
             )
         return path
+
+
+def id_of(data: dict[str, Any]) -> str | None:
+    """What a record calls itself, as it can be written anywhere; None where it says nothing."""
+    found = data.get("id")
+    return None if found is None else brief(found)
+
+
+def _check_text(data: dict[str, Any], where: str) -> None:
+    """Refuse what JSON can write and what reads a row cannot: half characters, endless nesting."""
+    left: list[tuple[Any, int]] = [(data, 0)]
+    while left:
+        value, depth = left.pop()
+        if isinstance(value, str):
+            try:
+                if not value.isascii():
+                    value.encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{where}: half a character ({value[error.start]!a}) in its text; write "
+                    "the whole one, or leave it out"
+                ) from None
+        elif isinstance(value, dict | list):
+            if depth == _DEEPEST:
+                raise UsageError(f"{where}: more than {_DEEPEST} lists in lists; write a row")
+            inner = [*value, *value.values()] if isinstance(value, dict) else value
+            left += [(one, depth + 1) for one in inner]
+
+
+def _where_it_may_be(image: str) -> str:
+    if len(image) > _LONGEST_NAME:
+        return "a picture's own bytes begin with data:image/png;base64, (or jpeg)"
+    return "set the folder that image paths start from, or leave the row out"
 
 
 def _listed(data: dict[str, Any], where: str) -> list[Any]:

@@ -19,6 +19,7 @@ _LONGEST = 64 << 20
 """Characters of one record of a list; what is longer is taken for a file that is cut short."""
 _SPACE = " \t\n\r"
 _NESTED = "lists in lists, deeper than can be read; write a row"
+_DIGITS = "a number of thousands of digits; write it as a text, or leave it out"
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,7 @@ class JsonFile:
                 raise changed(self.file)
             return Path(self.file).open("rb")
         except OSError as error:
-            raise UsageError(
-                f"{self.file} cannot be read any more ({error}); put it back"
-            ) from None
-
-    def not_text(self, error: UnicodeDecodeError) -> UsageError:
-        """The error for bytes that are no UTF-8."""
-        return UsageError(f"{self.file} is not UTF-8 text ({error.reason}); convert it")
+            raise gone(self.file, error) from None
 
 
 class LineFile(JsonFile):
@@ -138,34 +133,36 @@ class LineFile(JsonFile):
         with self.open() as file:
             position = 0
             for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise self.not_text(error) from error
-                if text.strip():
-                    yield Found(position, number, self._record(text, number))
+                if found := self._record(line, number):
+                    yield Found(position, number, found)
                 position += len(line)
 
     def read(self, position: int, number: int) -> Record:
         """The line that begins there."""
         with self.open() as file:
             file.seek(position)
-            text = file.readline().decode("utf-8-sig" if number == 1 else "utf-8")
-        found = self._record(text, number)
-        if isinstance(found, UsageError):
+            found = self._record(file.readline(), number)
+        if not isinstance(found, Record):
             raise changed(self.file)
         return found
 
-    def _record(self, text: str, number: int) -> Record | UsageError:
+    def _record(self, line: bytes, number: int) -> Record | UsageError | None:
+        """What a line says, or why it cannot be read; None of an empty one."""
+        where = f"{self.file}, line {number}"
         try:
-            return Record(json.loads(text))
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            return Record(json.loads(text)) if text.strip() else None
+        except UnicodeDecodeError as error:
+            return UsageError(f"{where}: not UTF-8 text ({error.reason}); convert it")
         except json.JSONDecodeError as error:
             return UsageError(
-                f"{self.file}, line {number}: not JSON ({error.msg}); write one object a line, or "
-                "the whole file as one list"
+                f"{where}: not JSON ({error.msg}); write one object a line, or the whole file as "
+                "one list"
             )
+        except ValueError:  # the one that is left: Python reads no number of so many digits
+            return UsageError(f"{where}: {_DIGITS}")
         except RecursionError:
-            return UsageError(f"{self.file}, line {number}: {_NESTED}")
+            return UsageError(f"{where}: {_NESTED}")
 
 
 class ListFile(JsonFile):
@@ -241,6 +238,8 @@ class _Window:
                 if len(self.text) - self.at > _LONGEST or not self._more():
                     self.fail(error.msg, error.pos)
                 continue
+            except ValueError:
+                raise UsageError(f"{self.source.file}, line {self.line}: {_DIGITS}") from None
             except RecursionError:
                 raise UsageError(f"{self.source.file}, line {self.line}: {_NESTED}") from None
             if end < len(self.text) or not self._more():  # else a number might go on
@@ -267,25 +266,19 @@ class _Window:
         try:
             self.text = self.text[self.at :] + self.decode.decode(data, final=self.ended)
         except UnicodeDecodeError as error:
-            raise self.source.not_text(error) from error
+            raise UsageError(
+                f"{self.source.file}, line {self.line} or after: not UTF-8 text ({error.reason}); "
+                "convert the file"
+            ) from None
         self.at = 0
         return True
 
 
 def json_file(file: str) -> LineFile | ListFile:
-    """A file of lines or a list, as its first character says.
-
-    Raises:
-        UsageError: it is not text.
-    """
+    """A file of lines or a list, as its first character says."""
     source = LineFile(file)
-    decode = codecs.getincrementaldecoder("utf-8-sig")()
     with source.open() as opened:
-        while data := opened.read(1 << 12):
-            try:
-                text = decode.decode(data).lstrip()
-            except UnicodeDecodeError as error:
-                raise source.not_text(error) from error
-            if text:
-                return ListFile(file) if text[0] == "[" else source
-    return source
+        text = opened.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8).lstrip()
+        while not text and (data := opened.read(1 << 12)):
+            text = data.lstrip()
+    return ListFile(file) if text.startswith(b"[") else source

@@ -78,9 +78,10 @@ class Source:
             raise UsageError(
                 f"{file} is compressed, so that no row of it can be read by itself; unpack it"
             )
-        if file.endswith(".parquet"):
+        ending = os.path.splitext(file)[1].lower()
+        if ending == ".parquet":
             return parquet_table(file)
-        return TarFile(file) if file.endswith(".tar") else json_file(file)
+        return TarFile(file) if ending == ".tar" else json_file(file)
 
     def folder(self, file: str) -> str | None:
         """The folder that image paths of a file start from, as a whole path.
@@ -108,11 +109,12 @@ def is_there(path: str) -> bool:
 
 
 def _shards(folder: str) -> list[str]:
-    names = sorted(os.listdir(folder))
     return [
         os.path.join(folder, name)
-        for name in names
-        if name.endswith(ENDINGS) and os.path.isfile(os.path.join(folder, name))
+        for name in sorted(os.listdir(folder))
+        if name.lower().endswith(ENDINGS)
+        and not name.startswith(".")  # as in a pattern
+        and os.path.isfile(os.path.join(folder, name))
     ]
 
 
@@ -120,9 +122,17 @@ def _in_folder(folder: str) -> list[str]:
     found = _shards(folder)
     if not found:
         raise UsageError(
-            f"the folder {folder} holds no shards; give one with {', '.join(ENDINGS)} files, or a "
-            "pattern such as FOLDER/**/*.tar"
+            f"the folder {folder} holds no shards to read; give one with "
+            f"{', '.join(ENDINGS)} files, or a pattern such as FOLDER/**/*.tar"
         )
+    for name in sorted(os.listdir(folder)):
+        unpacked, packed = os.path.splitext(name)
+        there = os.path.join(folder, unpacked) in found
+        if packed.lower() in _COMPRESSED and unpacked.lower().endswith(ENDINGS) and not there:
+            raise UsageError(
+                f"{os.path.join(folder, name)} is compressed, and would be left out beside "
+                f"{os.path.basename(found[0])}; unpack it, or name the files with a pattern"
+            )
     return found
 
 
@@ -143,7 +153,7 @@ def _matching(pattern: str) -> list[str]:
             f"{pattern}: {len(missing)} of its files are not there, the first {missing[0]}; "
             "download them, or write the range that is there"
         )
-    return found
+    return list(dict.fromkeys(found))  # {1..10}* finds 10 twice
 
 
 def _ranges(pattern: str) -> Sequence[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmgraft.data.bad_rows import BadRow, absolute, fault_of
 from mmgraft.data.indexed import FactsBuilder, FileRows, Joined, RowIndex
-from mmgraft.data.reader import Format, RowReader
+from mmgraft.data.reader import Format, RowReader, id_of
 from mmgraft.data.record_files import Found, RecordFile, json_file
 from mmgraft.data.rows import Row
 from mmgraft.data.shards import Source
@@ -33,12 +33,14 @@ class Checks:
         on_bad: told of each row that cannot be used, which is left out; None raises instead.
         leave_out: keys (see `BadRow.key`) of rows that are not looked at.
         accept: raises UsageError for a row that shall count as bad.
+        one: refuse a source that has not one row to use.
     """
 
     images: bool = True
     on_bad: OnBad | None = None
     leave_out: Collection[tuple[str, str]] = ()
     accept: Callable[[Row], object] = lambda row: None
+    one: bool = True
 
 
 def read_rows(
@@ -75,7 +77,8 @@ def read_rows(
     checks = Checks(check_images, on_bad)
     every = (row for opened in _opened(source) for _, row in _good(*opened, source, checks))
     rows = list(islice(every, limit))
-    _refuse_none(source, len(rows))
+    if not rows:
+        _refuse_none(source, checks)
     return rows
 
 
@@ -89,11 +92,12 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
     Raises:
         UsageError: naming file, row and what is wrong.
     """
+    checks = checks or Checks()
     parts: list[FileRows] = []
     left = source.limit
     for file, folder in _opened(source):
         positions, numbers, facts = array("q"), array("I"), FactsBuilder()
-        for found, row in islice(_good(file, folder, source, checks or Checks()), left):
+        for found, row in islice(_good(file, folder, source, checks), left):
             positions.append(found.position)
             numbers.append(found.number)
             facts.add(row)
@@ -110,7 +114,8 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
         if left == 0:
             break
     index = parts[0] if len(parts) == 1 else Joined(parts)
-    _refuse_none(source, len(index))
+    if not len(index):
+        _refuse_none(source, checks)
     return index
 
 
@@ -172,8 +177,7 @@ def _good(
                 raise
             index = None
             if not isinstance(found.record, UsageError) and isinstance(found.record.data, dict):
-                index = found.record.data.get("id")
-            index = None if index is None else str(index)
+                index = id_of(found.record.data)
             checks.on_bad(BadRow(whole, place, index, fault_of(error), str(error)))
             continue
         yield found, row
@@ -188,6 +192,19 @@ def _row(
     return reader.row(f"{file.unit} {found.number}", found.record.data)
 
 
-def _refuse_none(source: Source, count: int) -> None:
-    if not count and source.limit != 0:
-        raise UsageError(f"{source.path} has no rows; give a file with at least one")
+def _refuse_none(source: Source, checks: Checks) -> None:
+    """Raise the error of a source without a row to use: the first row's own, where it has rows."""
+    if source.limit == 0:
+        return
+    for file, folder in _opened(source):
+        for found in file.scan():
+            if not checks.one:
+                return  # all are bad, and `on_bad` has them
+            try:
+                checks.accept(_row(file, folder, source, found, checks.images))
+            except UsageError as error:
+                raise UsageError(
+                    f"{source.path}: not one of its rows can be used; the first: {error}"
+                ) from None
+            raise UsageError(f"{source.path}: all of its rows are left out; begin anew")
+    raise UsageError(f"{source.path} has no rows; give a file with at least one")

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from mmgraft.data.content import image_of, is_image
 from mmgraft.data.record_files import Found, Record, Stamp, changed, gone
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, brief
 from mmgraft.model.vision.stored import StoredImage
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -67,12 +67,13 @@ class TarFile:
                 tar = tarfile.TarFile(fileobj=file, mode="r")
                 while (member := tar.next()) is not None:
                     cast(Any, tar).members.clear()  # it would keep them all
-                    if member.isdir():
+                    if member.isdir() or _is_of_finder(member.name):
                         continue
-                    if not member.isfile():
+                    if not member.isfile() or member.issparse():
                         raise UsageError(
-                            f"{self.file}: its member {member.name} is a link or a device, not a "
-                            "file; pack the tar again, with files alone (tar -h)"
+                            f"{self.file}: its member {brief(member.name)} is a link, a device or "
+                            "sparse, not a plain file; pack the tar again, with such files alone "
+                            "(tar -h)"
                         )
                     yield member
             except tarfile.TarError as error:
@@ -81,15 +82,19 @@ class TarFile:
                     "unpack one that is compressed (gunzip)"
                 ) from error
             file.seek(tar.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # a tar ends with empty blocks
+            end = file.read(tarfile.BLOCKSIZE)
+            if any(end) or len(end) < tarfile.BLOCKSIZE:  # a tar ends with empty blocks
+                what = "damaged" if any(end) else "cut short"
                 raise UsageError(
-                    f"{self.file} is damaged at byte {tar.offset}; download or pack it again"
+                    f"{self.file} is {what} at byte {tar.offset}; download or pack it again"
                 )
 
     def _sample(self, members: Sequence[tarfile.TarInfo], number: int) -> Record | UsageError:
         key = _key(members[0].name)
-        where = f"{self.file}, sample {number} ({key})"
-        kinds = {_kind(member.name): member for member in members}
+        where = f"{self.file}, sample {number} ({brief(key)})"
+        kinds = _told_apart(members, where)
+        if isinstance(kinds, UsageError):
+            return kinds
         pictures = [
             StoredImage(
                 f"{self.file}/{member.name}", None, self.file, member.offset_data, member.size
@@ -116,7 +121,7 @@ class TarFile:
                 return UsageError(f"{where}: its txt is not UTF-8 ({error.reason}); convert it")
             data = _captioned(data, caption.strip(), pictures)
         if data is None:
-            there = ", ".join(member.name for member in members)
+            there = brief(", ".join(member.name for member in members))
             return UsageError(
                 f"{where}: neither a .json nor a .txt in it but {there}; put the row, or the "
                 "caption, beside its pictures under the same name"
@@ -134,6 +139,41 @@ class TarFile:
 def _key(name: str) -> str:
     folder, slash, last = name.removeprefix("./").rpartition("/")
     return folder + slash + last.partition(".")[0]
+
+
+def _told_apart(
+    members: Sequence[tarfile.TarInfo], where: str
+) -> dict[str, tarfile.TarInfo] | UsageError:
+    """The members that a record is made of beside pictures: its json and its txt."""
+    seen: set[str] = set()
+    for member in members:
+        if member.name in seen:
+            return UsageError(
+                f"{where}: two of its members are called {brief(member.name)}; give each a name of "
+                "its own"
+            )
+        seen.add(member.name)
+    kinds: dict[str, tarfile.TarInfo] = {}
+    for kind in ("json", "txt"):
+        found = [member for member in members if _kind(member.name) == kind]
+        # a.json is meant where a.meta.json stands beside it
+        own = [one for one in found if _ending(one.name).lower() == kind]
+        if len(found) > 1 and len(own) != 1:
+            called = brief(" or ".join(member.name for member in found))
+            return UsageError(f"{where}: its row may be {called}; leave one that ends in .{kind}")
+        if found:
+            kinds[kind] = (own or found)[0]
+    return kinds
+
+
+def _is_of_finder(name: str) -> bool:
+    """Whether a member only says how a Mac shows the file beside it."""
+    return name.rpartition("/")[2].startswith("._")
+
+
+def _ending(name: str) -> str:
+    """What tells the members of a sample apart: all from the first dot of the last name on."""
+    return name.rpartition("/")[2].partition(".")[2]
 
 
 def _kind(name: str) -> str:

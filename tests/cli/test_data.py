@@ -143,6 +143,15 @@ def test_check_counts_and_ends_with_2_where_a_row_is_bad(cli, parts, rows) -> No
     assert check["positions"] is None
 
 
+def test_check_of_bad_rows_alone_shows_each(cli, here) -> None:
+    (here / "odd.jsonl").write_text('{"text": "a"}\n{"id": "\\ud83d", "messages": []}\n')
+    ran = cli("data", "check", here / "odd.jsonl")
+    assert ran.code == 2
+    assert "error: 2 rows are bad" in ran.err
+    assert "line 1 (id 1): no 'conversations' or 'messages' in it but 'text'" in ran.out
+    assert "line 2 (id \\ud83d): half a character" in ran.out
+
+
 def test_check_with_a_run_reads_as_its_stages_do(cli, parts, run, rows) -> None:
     good = ["data", "check", rows.parent / "good.jsonl", "--images", parts / "images"]
     ran = cli(*good, "--run", run, "--max-length", 48)

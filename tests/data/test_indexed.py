@@ -77,6 +77,17 @@ def test_a_set_is_a_file_a_folder_a_pattern_or_a_range(shards: Path) -> None:
     (shards / "empty").mkdir()
     with pytest.raises(UsageError, match="holds no shards"):
         index_rows(Source(str(shards / "empty")))
+    assert ids(index_rows(Source(str(shards / "part-*{0..1}*")), LOOSE)) == ALL  # both find 10
+    (shards / "._part-08.jsonl").write_bytes(b"\0")  # hidden, as a pattern has it
+    assert ids(index_rows(Source(str(shards)), LOOSE)) == ALL
+    (shards / "part-08.jsonl.gz").write_bytes(b"")  # of one that is there unpacked
+    assert ids(index_rows(Source(str(shards)), LOOSE)) == ALL
+    (shards / "part-11.jsonl.gz").write_bytes(b"")
+    with pytest.raises(
+        UsageError, match=r"part-11\.jsonl\.gz is compressed, and would be left out"
+    ):
+        index_rows(Source(str(shards)))
+    (shards / "part-11.jsonl.gz").unlink()
     odd = write(shards / "a[1].jsonl", range(3))  # a name that is a pattern as well
     assert ids(index_rows(Source(str(odd)), LOOSE)) == ["r0", "r1", "r2"]
 
@@ -118,6 +129,22 @@ def test_facts_keys_and_places_are_those_of_the_rows(shards: Path) -> None:
     assert facts_of(held).answers.tolist() == [bool(n % 5) for n in range(1, 13)]
     assert select(rows, np.ones(12, dtype=bool)) is rows
     assert ids(select(rows, facts_of(rows).with_image)) == [i for i in ALL if int(i[1:]) % 3]
+
+
+def test_a_source_of_bad_rows_alone_says_what_is_wrong_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    bad: list[BadRow] = []
+    with pytest.raises(
+        UsageError, match=r"not one of its rows can be used; the first: .*line 1 .*"
+    ):
+        index_rows(Source(str(path)), Checks(on_bad=bad.append))
+    assert len(bad) == 2
+    assert len(index_rows(Source(str(path)), Checks(on_bad=bad.append, one=False))) == 0
+    assert len(bad) == 4
+    path.write_text("\n")
+    with pytest.raises(UsageError, match="has no rows"):
+        index_rows(Source(str(path)), Checks(on_bad=bad.append, one=False))
 
 
 def test_bad_rows_are_left_out_and_stay_so(shards: Path) -> None:

@@ -136,7 +136,23 @@ def test_what_is_nested_without_end_is_named(tmp_path):
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
-    for data in (b'{"a": 1}\n{"a": "\xff"}\n', b'[{"a": "' + b"x" * 5000 + b'\xff"}]', b"\xff"):
-        path.write_bytes(data)
-        with pytest.raises(UsageError, match="not UTF-8"):
-            list(json_file(str(path)).scan())
+    path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n{"a": 3}\n')
+    first, second, third = json_file(str(path)).scan()
+    assert isinstance(second.record, UsageError)  # of this line alone
+    assert "line 2: not UTF-8 text" in str(second.record)
+    assert [one.record.data for one in (first, third)] == [{"a": 1}, {"a": 3}]
+    (found,) = json_file(str(path)).scan() if path.write_bytes(b"\xff") else ()
+    assert "line 1: not UTF-8" in str(found.record)
+    path.write_bytes(b'[\n{"a": "' + b"x" * 5000 + b'\xff"}]')
+    with pytest.raises(UsageError, match=r"rows\.jsonl, line \d or after: not UTF-8"):
+        list(json_file(str(path)).scan())
+
+
+def test_a_number_without_end_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"b": 1}\n{"a": ' + "1" * 5000 + "}\n")  # more digits than Python reads
+    _, second = json_file(str(path)).scan()
+    assert "line 2: a number of thousands of digits" in str(second.record)
+    path.write_text('[\n{"a": ' + "1" * 5000 + "}]\n")
+    with pytest.raises(UsageError, match="line 2: a number of thousands of digits"):
+        list(json_file(str(path)).scan())

@@ -158,6 +158,9 @@ def test_kinds_of_rows_and_of_files_are_told_by_content(folder: Path) -> None:
         (_messages(3), "turn 1: 'content' is neither"),
         (_messages([{"type": "image", "image": {"bytes": "x"}}], images=[]), "without an image"),
         ({"messages": [{"content": "x"}]}, "turn 1: not"),
+        ({"id": "\ud83d", **_messages("Hi")}, r"\(id \\ud83d\): half a character \('\\ud83d'\)"),
+        (_messages("Hi", tools=[{"\ud83d": 1}]), "half a character"),
+        (_messages("Hi", tools=json.loads("[" * 200 + "]" * 200)), "more than 100 lists in lists"),
         ({"messages": {}}, "'messages' is not a list"),
     ],
 )
@@ -169,6 +172,14 @@ def test_bad_rows_are_named(folder: Path, row: Any, says: str) -> None:
     path = _write(folder, [good, row], "data.jsonl")
     with pytest.raises(UsageError, match=rf"data\.jsonl, line 2.*{says}"):
         read_rows(path, images=folder / "images")
+
+
+def test_a_picture_without_its_head_is_named_in_few_words(folder: Path) -> None:
+    row = {**_messages([{"type": "image", "image": "iVBORw0KGgo" * 9000}], "Ho"), "id": None}
+    with pytest.raises(UsageError, match="begin with data:image/png;base64,") as raised:
+        read_rows(_write(folder, [row]), images=folder / "images")
+    assert len(str(raised.value)) < 1000
+    assert "row 1 (id 1)" in str(raised.value)  # null is no id
 
 
 def test_missing_images_can_wait_but_the_folder_is_kept_to(folder: Path) -> None:

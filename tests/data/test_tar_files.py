@@ -143,6 +143,7 @@ def test_a_shard_that_is_cut_damaged_or_compressed_is_no_shorter_set(tmp_path: P
     wrong[4 * 512 + 10] ^= 1  # in the head of the second sample
     for data, says in (
         (whole[: 9 * 512 + 30], r"no whole tar|damaged"),
+        (whole[: 8 * 512], "cut short at byte 4096"),  # between two samples
         (bytes(wrong), r"damaged at byte 2048|no whole tar"),
         (b"not a tar", "no whole tar"),
     ):
@@ -153,6 +154,52 @@ def test_a_shard_that_is_cut_damaged_or_compressed_is_no_shorter_set(tmp_path: P
     packed.write_bytes(whole)
     with pytest.raises(UsageError, match=r"shard\.tar\.gz is compressed"):
         index_rows(Source(str(packed)))
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ([("b.txt", "B."), ("b.png", png()), ("b.png", png())], r"two of its members .* b\.png"),
+        ([("b.one.json", "{}"), ("b.two.json", "{}")], r"may be b\.one\.json or b\.two\.json"),
+    ],
+)
+def test_a_sample_that_may_mean_two_things_is_named(tmp_path: Path, members, says) -> None:
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in [("a.txt", "A."), ("a.png", png()), *members]:
+            data = data.encode() if isinstance(data, str) else data
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(UsageError, match=rf"shard\.tar, sample 2 \(b\): .*{says}"):
+        index_rows(Source(str(path)))
+    bad: list[BadRow] = []
+    assert [row.id for row in index_rows(Source(str(path)), Checks(on_bad=bad.append))] == ["a"]
+    assert len(bad) == 1
+
+
+def test_what_stands_beside_a_row_is_not_taken_for_it(tmp_path: Path) -> None:
+    row = {**turns("<image> and <image>", "Yes"), "image": ["left.png", "right.png"]}
+    members = {
+        "._a.json": b"\0", "./v1.0/a.json": row, "./v1.0/a.meta.json": {"messages": []},
+        "./v1.0/._a.left.png": b"\0", "./v1.0/a.left.png": png(5), "./v1.0/a.right.png": png(6),
+    }  # fmt: skip
+    (found,) = index_rows(Source(str(pack(tmp_path / "shard.tar", members))))
+    assert shown(found) == ["./v1.0/a.left.png", " and ", "./v1.0/a.right.png"]
+
+
+def test_a_member_with_holes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        member = tarfile.TarInfo("a.png")
+        member.type = tarfile.GNUTYPE_SPARSE  # holes that are said to be a terabyte
+        tar.addfile(member)
+    head = bytearray(path.read_bytes())
+    head[483:495] = b"%011o\0" % 2**32
+    head[148:156] = b"%06o\0 " % (sum(head[:148]) + 8 * 32 + sum(head[156:512]))
+    path.write_bytes(head)
+    with pytest.raises(UsageError, match=r"its member a\.png is a link, a device or sparse"):
+        index_rows(Source(str(path)))
 
 
 def test_links_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import IO, Literal, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, brief
 from mmgraft.model.vision.stored import StoredImage
 
 Fault = Literal["missing", "broken", "enormous", "outside"]
@@ -95,8 +95,8 @@ def _with_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) -
     path = path if isinstance(path, StoredImage) else Path(path)
     if isinstance(path, Path) and not os.path.isfile(path):  # which no name is too long for
         raise BadImage(
-            f"Image file not found: {path}. Check the path (relative ones count from the folder of "
-            "the data file) or leave the row out.",
+            f"Image file not found: {brief(path)}. Check the path (relative ones count from the "
+            "folder of the data file) or leave the row out.",
             "missing",
         )
     try:
