@@ -30,9 +30,12 @@ LayerChoice = Annotated[list[int] | str, BeforeValidator(_layer_choice)]
 
 
 class StrictModel(BaseModel):
-    """A config that refuses unknown keys and checks assignments as it checks construction."""
+    """A config that refuses unknown keys and numbers that are inf or nan.
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    Assignments are checked as construction is.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, data: Any, what: str) -> Self:

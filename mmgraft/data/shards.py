@@ -74,6 +74,11 @@ class Source:
             return hub_table(file, self.split, self.subset, self.revision)
         if os.path.isdir(file):
             return saved_table(file, self.split)
+        if self.split != "train":
+            raise UsageError(
+                f"split: {self.split} is of a set of the Hub, or of one that datasets saved, and "
+                f"{file} is neither; leave split out, or name the file of that split"
+            )
         if file.lower().endswith(_COMPRESSED):
             raise UsageError(
                 f"{file} is compressed, so that no row of it can be read by itself; unpack it"

@@ -34,7 +34,13 @@ class Shown(Protocol):
 
 
 def open_cache(tower: VisionTower, folder: Path) -> FeatureCache:
-    """The cache of one tower in a folder that runs may share, in the tower's own precision."""
+    """The cache of one tower in a folder that runs may share, in the tower's own precision.
+
+    Raises:
+        UsageError: A file is there instead.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"feature_cache: {folder} is a file; write true, or a folder")
     stored = torch.bfloat16 if tower.dtype == torch.bfloat16 else torch.float32
     return FeatureCache(folder, tower.fingerprint(), dtype=stored)
 

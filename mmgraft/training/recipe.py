@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from mmgraft.data.bad_rows import OnBadRow
+from mmgraft.data.bad_rows import HUB, OnBadRow
 from mmgraft.errors import did_you_mean
 from mmgraft.evaluation.set_spec import SetSpec
 from mmgraft.model.vision.spec import ProjectorSpec
@@ -26,6 +26,19 @@ Precision = Literal["bf16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 Parallel = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _workflow_name(name: str) -> str:
+    if name == "text" or not name.isidentifier():
+        raise ValueError(
+            "a workflow is called by a word such as mm or grounding (text is the base alone)"
+        )
+    return name
+
+
+WorkflowName = Annotated[str, AfterValidator(_workflow_name)]
 
 
 class DataEntry(StrictModel):
@@ -45,6 +58,18 @@ class DataEntry(StrictModel):
     split: str = Field(default="train", description="of a set of the Hub, or that datasets saved")
     subset: str | None = Field(default=None, description="configuration of a set of the Hub")
     revision: str | None = Field(default=None, description="branch, tag or commit of that set")
+
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> Self:
+        if self.path is None or self.path.startswith(HUB):
+            return self
+        for name in ("subset", "revision"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} belongs to a set of the Hub, and {self.path} is none; write "
+                    f"hub:OWNER/NAME as its path, or leave {name} out"
+                )
+        return self
 
 
 class GraftDefaults(StrictModel):
@@ -72,7 +97,7 @@ class Stage(StrictModel):
     train: list[str] = Field(min_length=1, description="groups of parameters")
     lr: float | dict[str, float] = Field(description="one number, or one for each group")
     data: list[DataEntry] | None = Field(default=None, description="instead of the recipe's data")
-    workflow: str | None = None
+    workflow: WorkflowName | None = None
     graft_active: bool = Field(
         default=True, description="false leaves inserted layers out of the path"
     )
@@ -88,7 +113,7 @@ class Stage(StrictModel):
     )
     optimizer: Optimizer = "adamw"
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
@@ -112,7 +137,7 @@ class Stage(StrictModel):
         default=None, gt=0, lt=1, description="how much of the rows shown have an image"
     )
     precision: Precision | None = None
-    seed: int | None = None
+    seed: Seed | None = None
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -166,7 +191,9 @@ class Recipe(StrictModel):
     method: str
     description: str = ""
     graft: GraftDefaults = Field(default_factory=lambda: GraftDefaults())
-    workflow: str | None = Field(default=None, description="what is trained; None: the graft's")
+    workflow: WorkflowName | None = Field(
+        default=None, description="what is trained; None: the graft's"
+    )
     base: Literal["frozen", "full"] = "frozen"
     quantization: Literal["nf4"] | None = Field(
         default=None, description="4-bit weights of a frozen base"
@@ -179,7 +206,7 @@ class Recipe(StrictModel):
         default=None, gt=0, lt=1, description="how much of the rows shown have an image"
     )
     precision: Precision = "bf16"
-    seed: int = 0
+    seed: Seed = 0
     tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     log_every: int = Field(default=10, ge=1, description="steps")
     save_every: int | None = Field(
@@ -211,6 +238,13 @@ class Recipe(StrictModel):
     @classmethod
     def _refuse_fp16(cls, value: Any) -> Any:
         return _refuse_fp16(value)
+
+    @field_validator("feature_cache")
+    @classmethod
+    def _named(cls, value: bool | str) -> bool | str:
+        if value == "":
+            raise ValueError("names no folder; write true, false or a folder")
+        return value
 
     @field_validator("base", mode="before")
     @classmethod

@@ -117,10 +117,30 @@ def test_all_problems_are_told_at_once(recipe_file):
         (("method: iaa", "method: iaa\nattention: flash_attention_2\nprecision: fp32"), "bf16"),
         (("method: iaa", "method: iaa\ncompile: true\nquantization: nf4"), "not built"),
         (("stages:", "stages: ["), "not YAML"),
+        (("epochs: 2", "epochs: .inf"), "finite number"),
+        (("default: 2.0e-4", "layers: .nan"), "finite number"),
+        (("epochs: 2", "betas: [0.9, 1.0]"), "less than 1"),
+        (("epochs: 2", "seed: -1"), "greater than or equal to 0"),
+        (("method: iaa", "method: iaa\nseed: 4294967296"), "less than 4294967296"),
+        (("epochs: 2", "workflow: text"), "text is the base alone"),
+        (("epochs: 2", "workflow: ../out"), "called by a word"),
+        (("method: iaa", "method: iaa\nworkflow: a.b"), "called by a word"),
+        (("method: iaa", "method: iaa\nfeature_cache: ''"), "write true, false or a folder"),
+        (("epochs: 2", "data: [{path: a.json, revision: main}]"), "leave revision out"),
+        (("epochs: 2", "data: [{path: a.json, subset: small}]"), "leave subset out"),
+        (("epochs: 2", "data: [{path: a.json, weight: .inf}]"), "finite number"),
     ],
 )
 def test_refusals(recipe_file, change, says):
     assert says in refusal(recipe_file(SMALL.replace(*change)))
+
+
+def test_a_set_of_the_hub_has_a_subset_and_a_revision(recipe_file):
+    entry = "{path: hub:o/n, split: 'train[:9]', subset: small, revision: main}"
+    (read,) = (
+        load_recipe(recipe_file(SMALL.replace("epochs: 2", f"data: [{entry}]"))).stages[1].data
+    )
+    assert (read.split, read.subset, read.revision) == ("train[:9]", "small", "main")
 
 
 def test_flash_attention_keeps_packed_rows_apart_in_one_sequence_only(recipe_file):

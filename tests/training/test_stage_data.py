@@ -129,6 +129,13 @@ def test_features_of_all_images_are_computed_once(parts, tmp_path, monkeypatch):
     assert told[-1][0] == told[-1][1] > 0
 
 
+def test_a_split_of_a_file_and_a_cache_in_one_are_refused(parts: Path):
+    with pytest.raises(UsageError, match=r"split: test is of a set.*leave split out"):
+        StageData().rows([entry(parts, split="test")], seed=0)
+    with pytest.raises(UsageError, match=r"rows\.jsonl is a file; write true, or a folder"):
+        open_cache(tiny_tower(), parts / "rows.jsonl")
+
+
 def test_features_are_kept_in_the_towers_precision(tmp_path):
     tower = tiny_tower()
     assert open_cache(tower, tmp_path).dtype == torch.float32
