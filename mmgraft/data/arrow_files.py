@@ -24,6 +24,10 @@ _GIVE_BACK = 16
 _BATCH = 1 << 20
 _MOST = 4096
 """Bytes and rows of a batch of a copy, about and at most."""
+_UNPACKED = 64 << 20
+"""Bytes that are unpacked at a time at most, where rows are not larger."""
+_BOMB, _BOMB_RATIO = 1 << 30, 1000
+"""Bytes of a column of a group, and for each byte of it in the file: above both it is no data."""
 
 
 class ArrowRows:
@@ -71,19 +75,13 @@ class ArrowRows:
 
     def _open(self) -> list[Any]:
         if self._batches is None:
-            import pyarrow as pa
-
-            self._batches = []
+            self._maps, found = [], []
             for name in self.files:
-                try:
-                    with Path(name).open("rb") as file:
-                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                except OSError as error:
-                    raise gone(name, error) from None
+                mapped, batches = _mapped(name)
                 self._maps.append(mapped)
-                reader = pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(mapped)))
-                self._batches += [batch for batch in reader if batch.num_rows]
-            self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+                found += batches
+            self._batches = found
+            self._ends = list(accumulate(batch.num_rows for batch in found))
             self.give_back()
         return self._batches
 
@@ -92,6 +90,23 @@ class ArrowRows:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["files"])
+
+
+def _mapped(name: str) -> tuple[mmap.mmap, list[Any]]:
+    import pyarrow as pa
+
+    try:
+        with Path(name).open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(mapped)))
+        return mapped, [batch for batch in reader if batch.num_rows]
+    except ValueError as error:  # Arrow's, and that of an empty file
+        raise UsageError(
+            f"{name} is damaged ({first_line(error)}); remove it, and it is made anew where it is "
+            "the copy of a parquet file"
+        ) from None
+    except OSError as error:
+        raise gone(name, error) from None
 
 
 class DatasetRows:
@@ -135,6 +150,7 @@ def parquet_copy(file: str) -> Path:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
+        from filelock import FileLock
     except ImportError:
         raise UsageError(f"{file} needs pyarrow to be read: pip install 'mmgraft[data]'") from None
     stamp = Stamp.of(file)
@@ -147,30 +163,81 @@ def parquet_copy(file: str) -> Path:
         source = pq.ParquetFile(file, buffer_size=_BATCH)
     except (pa.ArrowException, OSError) as error:
         raise no_table(file, error) from None
+
+    def write(path: Path) -> None:
+        schema = source.schema_arrow
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in _batches(source, file):
+                writer.write_batch(batch)
+
     with source:
-        head = source.metadata
-        held = sum(head.row_group(at).total_byte_size for at in range(head.num_row_groups))
-        rows = max(1, min(_MOST, _BATCH * head.num_rows // max(1, held)))
-
-        def batches() -> Iterator[Any]:
-            try:
-                yield from source.iter_batches(batch_size=rows, use_threads=False)
-            except (pa.ArrowException, OSError) as error:
-                raise no_table(file, error) from None
-
-        def write(path: Path) -> None:
-            schema = source.schema_arrow
-            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for batch in batches():
-                    writer.write_batch(batch)
-
+        _refuse_bomb(source.metadata, file)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{folder} cannot be made ({error}); set HF_DATASETS_CACHE") from None
-        atomic_write(copy, write)
+        with FileLock(copy.with_suffix(".lock")):
+            if not copy.is_file():  # another process may have made it meanwhile
+                for left in folder.glob(f".{copy.name}.*.tmp"):
+                    left.unlink()  # of one that was killed
+                atomic_write(copy, write)
     pa.default_memory_pool().release_unused()
     return copy
+
+
+def _batches(source: Any, file: str) -> Iterator[Any]:
+    """All rows in batches of about the same bytes.
+
+    One value of a column with a dictionary may stand in every row, and is written out in each: few
+    rows are unpacked at a time where it may be large, and put together as far as they are small.
+    """
+    import pyarrow as pa
+
+    head = source.metadata
+    groups = [head.row_group(at) for at in range(head.num_row_groups)]
+    mean = sum(group.total_byte_size for group in groups) // max(1, head.num_rows)
+    worst = max((_largest_row(group) for group in groups), default=0)
+    rows = max(1, min(_MOST, _BATCH // max(1, mean), _UNPACKED // max(1, worst)))
+    waiting: list[Any] = []
+    held = count = 0
+
+    def together(batches: list[Any]) -> list[Any]:
+        table = pa.Table.from_batches(batches, source.schema_arrow)
+        return table.combine_chunks().to_batches()
+
+    try:
+        for batch in source.iter_batches(batch_size=rows, use_threads=False):
+            if waiting and (held + batch.nbytes > _BATCH or count + batch.num_rows > _MOST):
+                yield from together(waiting)
+                waiting, held, count = [], 0, 0
+            waiting.append(batch)
+            held, count = held + batch.nbytes, count + batch.num_rows
+        yield from together(waiting)
+    except (pa.ArrowException, OSError) as error:
+        raise no_table(file, error) from None
+
+
+def _largest_row(group: Any) -> int:
+    """Bytes of a row whose values are all that the dictionaries of a group hold, about."""
+    total = 0
+    for column in (group.column(at) for at in range(group.num_columns)):
+        begins = column.dictionary_page_offset if column.has_dictionary_page else None
+        if begins is not None:
+            ratio = column.total_uncompressed_size / max(1, column.total_compressed_size)
+            total += int((column.data_page_offset - begins) * max(1.0, ratio))
+    return total
+
+
+def _refuse_bomb(head: Any, file: str) -> None:
+    for at in range(head.num_row_groups):
+        for number in range(head.num_columns):
+            column = head.row_group(at).column(number)
+            size, packed = column.total_uncompressed_size, column.total_compressed_size
+            if size > max(_BOMB, _BOMB_RATIO * packed):
+                raise UsageError(
+                    f"{file}: {packed:,} bytes of its column {column.path_in_schema} unpack to "
+                    f"{size:,}, which is no data but could fill the memory; leave the file out"
+                )
 
 
 def _cache() -> Path:

@@ -60,22 +60,39 @@ class TableFile:
 
     def _records(self, rows: Any, first: int) -> Iterator[Record | UsageError]:
         names = rows.schema.names
-        columns = [_values(column) for column in rows.columns]
+        try:
+            columns = [_values(column) for column in rows.columns]
+        except UnicodeDecodeError as error:
+            if rows.num_rows == 1:
+                yield self._bad(first, f"not UTF-8 text ({error.reason}) in it")
+            else:  # which row it is is not said
+                for at in range(rows.num_rows):
+                    yield from self._records(rows.slice(at, 1), first + at)
+            return
         for number, cells in enumerate(zip(*columns, strict=True), start=first):
             count = itertools.count(1)
 
             def named(number: int = number, count: Iterator[int] = count) -> str:
                 return f"{self.file}, row {number}, picture {next(count)}"
 
-            data = {
-                name: _plain(cell, named)
-                for name, cell in zip(names, cells, strict=True)
-                if cell is not None
-            }
             try:
-                yield Record(_parsed(data))
+                data = {
+                    name: _plain(cell, named)
+                    for name, cell in zip(names, cells, strict=True)
+                    if cell is not None
+                }
+                record = Record(_parsed(data))
+            except UnicodeDecodeError as error:
+                yield self._bad(number, f"not UTF-8 text ({error.reason}) in it")
+            except RecursionError:
+                yield self._bad(number, "lists in lists, deeper than can be read")
             except ValueError as error:
-                yield UsageError(f"{self.file}, row {number}: {error}; correct it")
+                yield self._bad(number, str(error))
+            else:
+                yield record
+
+    def _bad(self, number: int, reason: str) -> UsageError:
+        return UsageError(f"{self.file}, row {number}: {reason}; correct it")
 
 
 def _values(column: Any) -> list[Any]:

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +233,106 @@ def test_a_parquet_file_that_is_spoilt_inside_is_named_and_no_copy_is_left(tmp_p
     path.write_bytes(data)
     with pytest.raises(UsageError, match=r"rows\.parquet cannot be read as a table"):
         index_rows(Source(str(path)))
-    assert list((tmp_path / "cache").rglob("*")) == [tmp_path / "cache" / "mmgraft"]
+    kept = [one for one in (tmp_path / "cache").rglob("*") if one.is_file()]
+    assert [one for one in kept if one.suffix != ".lock"] == []
+
+
+def test_several_processes_make_one_copy(table, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "rows.parquet"
+    table.to_parquet(str(path))
+    folder = tmp_path / "cache" / "mmgraft"
+    folder.mkdir(parents=True)
+    written: list[Path] = []
+    write = arrow_files.atomic_write
+
+    def slow(copy: Path, writer: Any) -> None:
+        written.append(copy)
+        barrier.wait(timeout=60)  # the other one is on its way
+        time.sleep(0.2)
+        write(copy, writer)
+
+    monkeypatch.setattr(arrow_files, "atomic_write", slow)
+    barrier = threading.Barrier(2)
+    copies: list[Path] = []
+    other = threading.Thread(target=lambda: copies.append(parquet_copy(str(path))))
+    other.start()
+    while not written:
+        time.sleep(0.01)
+    (torn := folder / f".{written[0].name}.abc.tmp").write_bytes(b"half")
+    threading.Thread(target=barrier.wait).start()
+    copies.append(parquet_copy(str(path)))
+    other.join()
+    assert copies == [written[0]] * 2  # and written once
+    torn.unlink()
+
+
+def test_a_picture_that_every_row_shows_is_not_unpacked_for_all_at_once(tmp_path, monkeypatch):
+    """A dictionary holds it once; a batch of thousands of rows would hold it thousands of times."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.table({"id": range(500), "text": ["x" * 40_000] * 500}), tmp_path / "rows.parquet"
+    )
+    monkeypatch.setattr(arrow_files, "_UNPACKED", 400_000)
+    monkeypatch.setattr(arrow_files, "_BATCH", 100_000)
+    asked: list[int] = []
+    iterate = pq.ParquetFile.iter_batches
+
+    def watched(self: Any, batch_size: int, **more: Any) -> Any:
+        asked.append(batch_size)
+        return iterate(self, batch_size=batch_size, **more)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    copied = ArrowRows([str(parquet_copy(str(tmp_path / "rows.parquet")))])
+    assert 1 <= asked[0] <= 10  # of 40 kB each
+    sizes = [batch.num_rows for batch in copied.rows(0, 500)]
+    assert sum(sizes) == 500
+    ids = [number for batch in copied.rows(0, 500) for number in batch.column(0).to_pylist()]
+    assert ids == list(range(500))
+    # Small rows are put together again.
+    pq.write_table(pa.table({"text": ["x"] * 500}), tmp_path / "small.parquet")
+    monkeypatch.setattr(arrow_files, "_UNPACKED", 100)
+    small = ArrowRows([str(parquet_copy(str(tmp_path / "small.parquet")))])
+    assert asked[1] < 20
+    assert [batch.num_rows for batch in small.rows(0, 500)] == [500]
+
+
+def test_a_column_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "rows.parquet"
+    pq.write_table(
+        pa.table({"messages": ["0" * 2_000_000]}), path, compression="zstd", use_dictionary=False
+    )
+    monkeypatch.setattr(arrow_files, "_BOMB", 1_000_000)
+    with pytest.raises(UsageError, match=r"bytes of its column messages unpack to 2,000,\d+"):
+        index_rows(Source(str(path)))
+    monkeypatch.setattr(arrow_files, "_BOMB", 3_000_000)
+    with pytest.raises(UsageError, match="row 1: its 'messages' is a"):
+        index_rows(Source(str(path)))
+
+
+def test_text_that_is_no_text_and_a_spoilt_copy_are_named(tmp_path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    good = json.dumps(pair(text("Q")))
+    cells = pa.array([good.encode(), b"[\xff]", good.encode()], pa.binary())
+    raw = pa.StringArray.from_buffers(3, cells.buffers()[1], cells.buffers()[2])
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"messages": raw}), path)
+    bad: list[BadRow] = []
+    rows = index_rows(Source(str(path)), Checks(on_bad=bad.append))
+    assert [row.place for row in rows] == ["row 1", "row 3"]
+    assert [one.place for one in bad] == ["row 2"]
+    assert "row 2: not UTF-8 text" in bad[0].reason
+    copy = parquet_copy(str(path))
+    for data in (b"", copy.read_bytes()[:100]):
+        copy.write_bytes(data)
+        with pytest.raises(UsageError, match=r"\.arrow is damaged .* remove it"):
+            index_rows(Source(str(path)))
 
 
 def test_a_part_of_a_table_and_shuffled_rows_are_read_as_they_are(table, tmp_path) -> None:
