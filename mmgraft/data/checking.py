@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from mmgraft.data.masking import answer_turns, supervise_row
 from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
-from mmgraft.model.vision.images import BadImage
+from mmgraft.model.vision.images import BadImage, Fault
 from mmgraft.model.vision.stored import StoredImage
 
 FAULTS = ("missing", "broken", "enormous", "outside", "empty", "row")
@@ -131,7 +132,8 @@ class Checker:
         self.max_length = max_length
         self.skip_text = skip_text
         self.quick = quick
-        self._pictures: dict[str, tuple[int, int] | UsageError] = {}
+        self._sound: set[bytes] = set()
+        self._faulty: dict[bytes, tuple[str, Fault | None]] = {}
 
     def check(self, rows: Sequence[Row], unread: Sequence[BadRow] = ()) -> Report:
         """Look at all rows.
@@ -146,13 +148,13 @@ class Checker:
             bad=list(unread),
             max_length=self.max_length,
         )
-        shown: set[str] = set()
+        shown: set[bytes] = set()
         measured = array("q")  # which rows have a length
         same = _Same(len(rows))
         for at, row in enumerate(rows):
             same.note(at, row)
             images = list(images_of_all(row.messages))
-            shown.update(map(_name, images))
+            shown.update(map(_key, images))
             report.images += len(images)
             if not images and self.skip_text:
                 continue
@@ -178,23 +180,21 @@ class Checker:
 
     def _look(self, image: Any, where: str, report: Report) -> None:
         """Look at a picture, once however many rows show it."""
-        key = _name(image)
-        if key not in self._pictures:
+        key = _key(image)
+        if key not in self._sound and key not in self._faulty:
             try:
-                size = (check_image if self.quick else _decoded)(
-                    image, ""
-                )  # each row adds its name
-            except UsageError as error:
-                self._pictures[key] = error
+                # Each row adds its name.
+                size = (check_image if self.quick else _decoded)(image, "")
+            except UsageError as error:  # what it holds on to may be a picture
+                self._faulty[key] = str(error), getattr(error, "fault", None)
             else:
-                self._pictures[key] = size
+                self._sound.add(key)
                 if report.largest is None or size[0] * size[1] > _pixels(report.largest):
-                    report.largest = (*size, "a data URI" if key != str(image) else key)
-        found = self._pictures[key]
-        if isinstance(found, BadImage):
-            raise BadImage(f"{where}{found}", found.fault)
-        if isinstance(found, UsageError):
-            raise UsageError(f"{where}{found}")
+                    name = str(image)
+                    report.largest = (*size, "a data URI" if is_data_uri(name) else name)
+        if key in self._faulty:
+            reason, fault = self._faulty[key]
+            raise BadImage(where + reason, fault) if fault else UsageError(where + reason)
 
     def _encode(self, row: Row, report: Report) -> None:
         assert self.processor is not None
@@ -215,10 +215,9 @@ def _pixels(largest: tuple[int, int, str]) -> int:
     return largest[0] * largest[1]
 
 
-def _name(image: Any) -> str:
-    """What tells pictures apart; a data URI's is short."""
-    name = str(image)
-    return hashlib.sha256(name.encode()).hexdigest() if is_data_uri(name) else name
+def _key(image: Any) -> bytes:
+    """What tells pictures apart, in a few bytes: there may be millions."""
+    return hashlib.blake2b(os.fsencode(str(image)), digest_size=12).digest()
 
 
 class _Same:

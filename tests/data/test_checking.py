@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mmgraft.data.preview import preview_row
 from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.model.vision.images import BadImage
 from text_tokenizers import KINDS, template, text_tokenizer
 
 PATCHES = 4
@@ -77,6 +80,28 @@ def test_every_fault_is_found_and_named_once(pictures: Path, monkeypatch) -> Non
     assert len(report.lengths) == 2
     quick = Checker(quick=True).check(rows)
     assert [bad.place for bad in quick.bad if bad.fault == "broken"] == ["line 4"]
+
+
+def test_a_broken_picture_is_not_held_in_memory(monkeypatch) -> None:
+    """An error keeps what its functions held, which may be a picture that is half decoded."""
+
+    class Pixels:
+        pass
+
+    held: list[weakref.ref[Pixels]] = []
+
+    def look(image: Any, where: str) -> Any:
+        pixels = Pixels()
+        held.append(weakref.ref(pixels))
+        raise BadImage(f"{image} is broken")
+
+    monkeypatch.setattr(checking, "check_image", look)
+    checker = Checker(quick=True)
+    report = checker.check([row("1", "a.png"), row("2", "a.png")])
+    gc.collect()
+    assert [bad.fault for bad in report.bad] == ["broken", "broken"]
+    assert len(held) == 1  # looked at once
+    assert held[0]() is None
 
 
 def test_lengths_are_those_of_the_rows_as_they_are_trained(pictures: Path) -> None:
