@@ -35,7 +35,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         )
     if "DistError" in kinds or (isinstance(error, RuntimeError) and _PEER.search(str(error))):
         return (
-            "another process of this training has ended; what it said tells why.",
+            "another process of this training has ended; what it said tells why. What was saved "
+            "before is whole: the same command with --resume goes on.",
             MMGraftError.exit_code,
         )
     no_room = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

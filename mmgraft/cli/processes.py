@@ -83,6 +83,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
                 first = _wait(children)
             if first is not None and first > 0 and children[0].returncode != 2:
                 _show(said[first - 1])
+            if first is not None:
+                _say_killed(first, children)
             return _exit_code(children, first)
         finally:
             for child in children:
@@ -148,6 +150,18 @@ def _exit_code(children: Sequence[subprocess.Popen[bytes]], first: int | None) -
         return 0
     code = children[first].returncode
     return code if code > 0 else 128 - code  # ended by a signal, as a shell says it
+
+
+def _say_killed(first: int, children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Say that a process was ended by a signal that nobody sent through this one."""
+    code = -children[first].returncode
+    if code <= 0 or code in _SIGNALS:
+        return
+    sys.stderr.write(
+        f"error: process {first + 1} of {len(children)} was ended by {signal.Signals(code).name} "
+        "(the system does that where memory runs out); go on with --resume\n"
+    )
+    sys.stderr.flush()
 
 
 def _show(file: IO[bytes]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from mmgraft.atomic import atomic_json
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.model.gathering import gathered, like
+from mmgraft.training.parallel import way_on
 from mmgraft.training.sharding import rest
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _unwritten(target: Path, error: Exception) -> str:
     run = target.parent.parent.parent
     return (
         f"the checkpoint {target} could not be written ({error}); {whole}. Make room and go on "
-        f"with: mmgraft train {run} --resume"
+        f"with: {way_on(run)}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,39 @@ _FSDP2_TORCH = "2.8"
 def processes() -> int:
     """How many processes train together; torchrun, accelerate and ``--processes`` say it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def way_on(run: Path, count: int | None = None) -> str:
+    """The command that goes on with a run, in as many processes as now or as are given."""
+    count = count or processes()
+    return f"mmgraft train {run} --resume" + (f" --processes {count}" if count > 1 else "")
+
+
+def check_count(run: Path, progress: Mapping[str, Any] | None, count: int) -> None:
+    """Refuse to go on with another number of processes: steps would have other rows.
+
+    Args:
+        run: The run folder.
+        progress: Of the run; one of an earlier mmgraft does not say how many there were.
+        count: Processes that would train.
+
+    Raises:
+        UsageError: There were more or fewer.
+    """
+    progress = progress or {}
+    before = progress.get("processes", count)
+    done = len(progress.get("finished", ())) == len(progress.get("stages", ()))
+    if before != count and not done:
+        raise UsageError(
+            f"{run} is trained in {before} process{'es' * (before > 1)}, and this is {count}: a "
+            "step would take other rows. Go on with: "
+            f"{way_on(run, before)}\nor begin anew, from the graft as it is now, with --restart"
+        )
+
+
+def processes_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
 
 
 def deepspeed_config(parallel: str) -> dict[str, Any] | None:

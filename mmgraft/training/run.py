@@ -25,7 +25,13 @@ from mmgraft.model.graft_file import GraftFile
 from mmgraft.training import checkpoint, metrics, text_change
 from mmgraft.training.devices import check_packages, is_main_rank, pick_device
 from mmgraft.training.memory.shortage import is_out_of_memory, out_of_memory
-from mmgraft.training.parallel import check_parallel, check_rows_have_images, processes
+from mmgraft.training.parallel import (
+    check_count,
+    check_parallel,
+    check_rows_have_images,
+    processes,
+    way_on,
+)
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.recipe_source import (
     dump_recipe,
@@ -146,6 +152,8 @@ def plan_training(
     check_packages(loaded, chosen)
     count = count or processes()
     check_parallel(loaded, chosen, count)
+    if resume:
+        check_count(run, progress, count)
     _check_graft(record, loaded)
     resolved = loaded.resolved(record.workflow)
     left_out = BadRowLog(run).left_out(None) if resume else None
@@ -252,7 +260,12 @@ def _begin(run: Path, recipe: Recipe) -> None:
     atomic_json(run / VERSIONS, versions())
     checkpoint.write_progress(
         run,
-        {"recipe": recipe.name, "stages": [s.name for s in recipe.stages], "finished": []},
+        {
+            "recipe": recipe.name,
+            "processes": processes(),
+            "stages": [stage.name for stage in recipe.stages],
+            "finished": [],
+        },
     )
 
 
@@ -308,10 +321,10 @@ def _refuse_second_training(run: Path, progress: dict[str, Any] | None) -> None:
         return  # it ended before anything was saved, so there is nothing to lose
     if len(finished) < len(stages):
         where = stages[len(finished)]
+        way = way_on(run, progress.get("processes", 1))
         raise UsageError(
-            f"a training of {run} stopped in stage {where!r}; go on with: "
-            f"mmgraft train {run} --resume\nor begin anew, from the graft as it is now, with "
-            "--restart"
+            f"a training of {run} stopped in stage {where!r}; go on with: {way}\n"
+            "or begin anew, from the graft as it is now, with --restart"
         )
     raise UsageError(
         f"{run} is trained already ({len(stages)} stages of {progress.get('recipe')}); train it "

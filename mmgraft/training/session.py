@@ -38,6 +38,7 @@ from mmgraft.training.evening import EvenDataset, EvenSampler
 from mmgraft.training.features import fill_cache, open_cache
 from mmgraft.training.finite import NotFinite, is_finite
 from mmgraft.training.grouping import arrange
+from mmgraft.training.parallel import processes, way_on
 from mmgraft.training.recipe import Stage
 from mmgraft.training.sharding import shard
 from mmgraft.training.stages import open_stage, rate_groups
@@ -77,7 +78,7 @@ class Session:
     def stopped(self, where: str) -> TrainingStopped:
         """The error that says how to go on."""
         return TrainingStopped(
-            f"stopped {where}; all is saved. Go on with: mmgraft train {self.plan.run} --resume"
+            f"stopped {where}; all is saved. Go on with: {way_on(self.plan.run)}"
         )
 
     def load(self) -> None:
@@ -157,7 +158,7 @@ class Session:
         except KeyboardInterrupt:
             raise TrainingStopped(
                 f"stopped at once in stage {stage.name!r}; what was saved before is whole. "
-                f"Go on with: mmgraft train {self.plan.run} --resume"
+                f"Go on with: {way_on(self.plan.run)}"
             ) from None
         except UsageError as error:  # a row that cannot be used, found when its turn came
             raise UsageError(_of_worker(error) + self._kept(trainer, stage, before)) from None
@@ -182,17 +183,17 @@ class Session:
         trainer.save_now()
         return (
             f"\nstage {stage.name!r} is saved after step {step}; mend this, then go on with: "
-            f"mmgraft train {self.plan.run} --resume"
+            f"{way_on(self.plan.run)}"
         )
 
     def _kept_finite(self, trainer: GraftTrainer, stage: Stage) -> str:
         """Save the steps before the one that failed, and say how to go on."""
-        step, run = trainer.state.global_step, self.plan.run
+        step, way = trainer.state.global_step, way_on(self.plan.run)
         again = f"or begin anew with --restart and a lower lr: --set stages.{stage.name}.lr=NUMBER"
         if not is_finite(cast(nn.Module, self.model)):
             return (
                 f"\nweights of stage {stage.name!r} are not finite either, so they are not saved; "
-                f"go on from the last checkpoint with: mmgraft train {run} --resume\n{again}"
+                f"go on from the last checkpoint with: {way}\n{again}"
             )
         folder = Path(cast(str, trainer.args.output_dir))
         if step and not (folder / f"checkpoint-{step}").is_dir():
@@ -200,7 +201,7 @@ class Session:
         state = f"is saved after step {step}" if step else "is as it was before its first step"
         return (
             f"\nstage {stage.name!r} {state}; look at these rows, mend what is odd, and go on, "
-            f"from that batch, with: mmgraft train {run} --resume\n{again}"
+            f"from that batch, with: {way}\n{again}"
         )
 
     def _trainer(
@@ -384,6 +385,7 @@ class Session:
             plan.run,
             {
                 "recipe": plan.recipe.name,
+                "processes": processes(),
                 "stages": [one.name for one in plan.stages],
                 "finished": [one.name for one in plan.stages[: index + 1]],
                 "trained_parameters": {**earlier.get("trained_parameters", {}), stage.name: size},

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from typing_extensions import Self
 
 from mmgraft.errors import MMGraftError
+from mmgraft.training.parallel import way_on
 
 _OF_DISKS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
@@ -35,7 +36,7 @@ def with_way_on(error: OSError | MMGraftError, run: Path, stage: str) -> MMGraft
     Returns:
         The error to raise instead; None where this one says enough.
     """
-    way = f"go on with: mmgraft train {run} --resume"
+    way = f"go on with: {way_on(run)}"
     if isinstance(error, OSError):
         if error.errno not in _OF_DISKS:
             return None

@@ -83,9 +83,12 @@ def test_who_does_not_listen_is_killed(script):
     assert launch(2, []) == 1
 
 
-def test_a_process_that_is_killed_is_a_failure(script):
+def test_a_process_that_is_killed_is_a_failure_and_it_is_said_which(script, capfd):
     script("if rank == 0:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
     assert launch(2, []) == 128 + signal.SIGKILL
+    said = capfd.readouterr().err
+    assert said.startswith("error: process 1 of 2 was ended by SIGKILL")
+    assert said.endswith("go on with --resume\n")
 
 
 def test_ctrl_c_comes_to_all_once(script, tmp_path: Path):

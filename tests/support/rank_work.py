@@ -178,6 +178,12 @@ def stop_and_go_on(undisturbed: str, stopped: str, stop_at: int) -> None:
     train_run(stopped, resume=True)
 
 
+def go_on(run: str) -> None:
+    """Train a run to its end from where it stopped."""
+    torch.set_num_threads(1)
+    train_run(run, resume=True)
+
+
 def tensors_of(run: Path) -> dict[str, Tensor]:
     """A saved graft's tensors, and those of its own base where it has one."""
     found = load_file(run / "graft.safetensors")

@@ -11,7 +11,13 @@ import torch
 
 from mmgraft.errors import UsageError
 from mmgraft.training import parallel
-from mmgraft.training.parallel import check_parallel, check_rows_have_images, deepspeed_config
+from mmgraft.training.parallel import (
+    check_count,
+    check_parallel,
+    check_rows_have_images,
+    deepspeed_config,
+    way_on,
+)
 from mmgraft.training.recipe import Recipe
 from mmgraft.training.run import plan_training
 from tiny_runs import make_run, write_recipe
@@ -126,6 +132,22 @@ def test_zero_3_wants_an_image_in_every_row(
     write_recipe(run, parts, "llava", [{**STAGE, "text_rows": "graft"}], parallel="zero3")
     with pytest.raises(UsageError, match="stage 'align' has 3 rows"):
         plan_training(run, device="cpu", count=2)
+
+
+def test_going_on_wants_as_many_processes_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begun: dict[str, Any] = {"stages": ["a", "b"], "finished": ["a"], "processes": 2}
+    check_count(tmp_path, begun, 2)
+    with pytest.raises(UsageError, match=r"in 2 processes, and this is 3.*--processes 2\n"):
+        check_count(tmp_path, begun, 3)
+    with pytest.raises(UsageError, match=r"in 1 process, and this is 2.*--resume\nor"):
+        check_count(tmp_path, {**begun, "processes": 1}, 2)
+    check_count(tmp_path, {**begun, "finished": ["a", "b"]}, 3)  # nothing is left to train
+    check_count(tmp_path, {"stages": ["a"], "finished": []}, 3)  # of an earlier mmgraft
+    assert way_on(tmp_path) == f"mmgraft train {tmp_path} --resume"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert way_on(tmp_path) == f"mmgraft train {tmp_path} --resume --processes 4"
 
 
 def test_the_shipped_deepspeed_configurations(monkeypatch: pytest.MonkeyPatch):
