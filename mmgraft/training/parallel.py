@@ -138,13 +138,19 @@ def _check_accelerate(recipe: Recipe) -> None:
             "configuration), which is not built here; take it out, and write --set parallel=ddp "
             "or fsdp2"
         )
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", recipe.precision):
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UsageError(
-            f"accelerate was configured with mixed_precision: {precision}, but the recipe says "
-            f"precision: {recipe.precision}; write mixed_precision: no there, for mmgraft does "
-            "what the recipe says"
+            "accelerate was configured with a dynamo backend, which would compile the whole model; "
+            "take it out, and write --set compile=true: mmgraft compiles layers"
         )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    for wanted in sorted({stage.precision or recipe.precision for stage in recipe.stages}):
+        if precision not in ("no", wanted):
+            raise UsageError(
+                f"accelerate was configured with mixed_precision: {precision}, but the recipe says "
+                f"precision: {wanted}; write mixed_precision: no there, for mmgraft does what the "
+                "recipe says"
+            )
 
 
 def _check_fsdp2(recipe: Recipe, device: str) -> None:

@@ -163,11 +163,12 @@ def plan_training(
     for stage in resolved.stages:
         found = reader.rows(stage.data or [], resolved.seed, stage.image_share)
         skipped.append(check_rows(found, stage.name, stage.text_rows))
-        without = len(found) - int(facts_of(found).with_image.sum())
-        without = 0 if stage.text_rows == "skip" else without
-        check_rows_have_images(resolved, stage.name, without, count)
         rows.append(found)
     evaluated = reader.rows(resolved.eval_data, 0) if resolved.eval_every else []
+    for stage, found in zip(resolved.stages, rows, strict=True):
+        if stage.text_rows != "skip":
+            shown = facts_of(Joined([found, evaluated])).with_image
+            check_rows_have_images(resolved, stage.name, int((~shown).sum()), count)
     first = len(progress["finished"]) if resume and progress is not None else 0
     if resolved.on_bad_row == "error":
         check_pictures(Joined([*rows[first:], evaluated]))

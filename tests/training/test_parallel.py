@@ -63,6 +63,7 @@ def test_fsdp_through_accelerate_is_refused_on_every_device_with_any_number_of_p
         ("ACCELERATE_USE_DEEPSPEED", "true", "--set parallel=zero2"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "not built here"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "not built here"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--set compile=true"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "write mixed_precision: no"),
     ],
 )
@@ -73,6 +74,16 @@ def test_another_way_of_accelerate_is_refused(
     monkeypatch.setenv(variable, value)
     with pytest.raises(UsageError, match=says):
         check_parallel(recipe(), "cpu", 2)
+
+
+def test_what_accelerate_says_of_precision_must_hold_for_every_stage(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for name, value in (("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "NO")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    check_parallel(recipe(precision="bf16"), "cpu", 2)
+    with pytest.raises(UsageError, match="says precision: fp32"):
+        check_parallel(recipe({"precision": "fp32"}, precision="bf16"), "cpu", 2)
 
 
 def test_deepspeed_through_accelerate_is_taken_where_the_recipe_says_so(
@@ -129,9 +140,17 @@ def test_zero_3_wants_an_image_in_every_row(
     run = make_run(parts, tmp_path / "run", "llava")
     write_recipe(run, parts, "llava", [STAGE], parallel="zero3")
     plan_training(run, device="cpu", count=2)  # rows without one are left out
-    write_recipe(run, parts, "llava", [{**STAGE, "text_rows": "graft"}], parallel="zero3")
-    with pytest.raises(UsageError, match="stage 'align' has 3 rows"):
-        plan_training(run, device="cpu", count=2)
+    shown = [line for line in (parts / "rows.jsonl").read_text().splitlines() if ".png" in line]
+    (tmp_path / "shown.jsonl").write_text("\n".join(shown))
+    every = {"path": str(parts / "rows.jsonl"), "images": str(parts / "images")}
+    given = {**every, "path": str(tmp_path / "shown.jsonl")}
+    stage = {**STAGE, "text_rows": "graft"}
+    write_recipe(run, parts, "llava", [stage], parallel="zero3", data=[given])
+    plan_training(run, device="cpu", count=2)
+    for more in ({"data": [every]}, {"data": [given], "eval_data": [every], "eval_every": 1}):
+        write_recipe(run, parts, "llava", [stage], parallel="zero3", **more)
+        with pytest.raises(UsageError, match="stage 'align' has 3 rows"):
+            plan_training(run, device="cpu", count=2)
 
 
 def test_going_on_wants_as_many_processes_as_before(
