@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -159,10 +160,13 @@ def whole(dropout_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def ready(parts: Path, run: Path) -> Path:
     make_run(parts, run, "llava")
-    stages = [
+    stages: list[dict[str, Any]] = [
         {"name": "packs", "epochs": 2, "packing": True, "max_length": 100, "batch_size": 1},
         {"name": "lengths", "epochs": 2, "group_by": "length", "batch_size": 3},
+        {"name": "kinds", "epochs": 2, "group_by": "modality", "batch_size": 2, "image_share": 0.4},
     ]
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        stages[-1]["optimizer"] = "adamw_8bit"
     every = {"train": ["projector"], "text_rows": "graft", "lr": 1e-3}
     write_recipe(run, parts, "llava", [{**every, **one} for one in stages], save_every=1)
     return run
@@ -171,7 +175,10 @@ def ready(parts: Path, run: Path) -> Path:
 def test_a_stopped_run_goes_on_to_the_bit(
     dropout_parts: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second epoch of packs, and with lengths that were measured by the sitting before."""
+    """In the second epoch of packs, with lengths that were measured by the sitting before.
+
+    Also where rows are shown again for the sake of a share, under an 8-bit optimizer.
+    """
     run = ready(dropout_parts, tmp_path / "run")
     steps = sum(stage == "packs" for stage, *_ in losses(whole))
     assert steps % 2 == 0
@@ -190,6 +197,8 @@ def test_a_stopped_run_goes_on_to_the_bit(
     monkeypatch.undo()
     with pytest.raises(TrainingStopped):
         go(run, CtrlC("lengths", 3), resume=True)
+    with pytest.raises(TrainingStopped):
+        go(run, CtrlC("kinds", 8), resume=True)
     go(run, resume=True)
     mine, wanted = load_file(run / "graft.safetensors"), load_file(whole / "graft.safetensors")
     assert all(torch.equal(mine[name], one) for name, one in wanted.items())
