@@ -2,7 +2,8 @@
 
 align.jsonl has captions and tune.jsonl several questions a picture, both of the training pictures,
 as messages: what the demo's recipes train on. train.jsonl and test.jsonl have one question a row,
-which evaluation asks, and from which it takes the most frequent answers.
+which evaluation asks, and from which it takes the most frequent answers; `options` has all answers
+to questions of that kind, so that it can be asked as multiple choice too.
 """
 
 from __future__ import annotations
@@ -50,21 +51,26 @@ def draft(seed: int = 0) -> Draft:
 
 def single_rows(found: Iterable[Question]) -> list[dict[str, Any]]:
     """One question a row, in the published order; rows of one picture are of one group."""
+    found = list(found)
+    options: dict[str, set[str]] = {}
+    for question in found:
+        options.setdefault(question.kind, set()).add(question.answer)
     count: Counter[int] = Counter()
     rows = []
     for question in found:
         number = count[question.picture]
         count[question.picture] += 1
-        rows.append(
-            {
-                "id": f"{question.split}-{question.picture}-{number}",
-                "image": _place(question.image),
-                "question": question.text,
-                "answer": question.answer,
-                "kind": question.kind,
-                "group": f"{question.split}-{question.picture}",
-            }
-        )
+        row: dict[str, Any] = {
+            "id": f"{question.split}-{question.picture}-{number}",
+            "image": _place(question.image),
+            "question": question.text,
+            "answer": question.answer,
+            "kind": question.kind,
+            "group": f"{question.split}-{question.picture}",
+        }
+        if len(options[question.kind]) > 1:
+            row["options"] = sorted(options[question.kind])
+        rows.append(row)
     return rows
 
 

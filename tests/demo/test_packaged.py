@@ -58,6 +58,9 @@ def test_easy_vqa_is_written_with_its_split_kept_apart(tiny_data: Path, tmp_path
         ]
         asked = [(row["question"], row["answer"], row["kind"], row["image"]) for row in rows]
         assert asked == published
+        for row in rows:
+            answers = {answer for _, answer, kind, _ in published if kind == row["kind"]}
+            assert row.get("options", [row["answer"]]) == sorted(answers)
         assert len({row["id"] for row in rows}) == len(rows)
         assert len({row["group"] for row in rows}) == len({row["image"] for row in rows})
     assert not {row["group"] for row in train} & {row["group"] for row in test}
