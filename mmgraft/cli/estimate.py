@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmgraft.training.memory.switches import Fit, Saving
 
 _PLAN, _ROWS = "What is trained", "Length of rows"
+_OF_SEVERAL = ("of others, for a moment", "to exchange")
 
 
 def estimate(
@@ -59,6 +60,14 @@ def estimate(
     device: Annotated[
         str, typer.Option("--device", help="cuda or cpu: where it would train.")
     ] = "cuda",
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes",
+            min=1,
+            help="So many train together, as the recipe's parallel says; of each of them.",
+        ),
+    ] = 1,
     json: JsonFlag = False,
 ) -> None:
     """Say what memory a training takes, stage by stage, before anything is loaded.
@@ -83,6 +92,7 @@ def estimate(
         overrides=set_ or (),
         length=length,
         device=device,
+        processes=processes,
     )
     found = _found(request)
     if json:
@@ -93,6 +103,7 @@ def estimate(
 
 def _found(request: Request) -> dict[str, Any]:
     from mmgraft.training.memory.cards import reserve, smallest
+    from mmgraft.training.memory.limits import not_counted
     from mmgraft.training.memory.switches import peak_of, savings, smaller_cards
 
     estimator = request.estimator()
@@ -108,6 +119,8 @@ def _found(request: Request) -> dict[str, Any]:
         "tower": request.subject.vision.name,
         "device": request.device,
         "quantization": request.recipe.quantization,
+        "processes": request.processes,
+        "parallel": request.recipe.parallel,
         "stages": [asdict(stage) for stage in stages],
         "peak": peak,
         "reserve": reserve(),
@@ -116,6 +129,7 @@ def _found(request: Request) -> dict[str, Any]:
         "smaller_cards": [_fit(one) for one in smaller_cards(estimator, request.recipe)]
         if on_cards
         else [],
+        "not_counted": not_counted(request.recipe, request.device, request.processes),
     }  # fmt: skip
 
 
@@ -146,21 +160,34 @@ def _show(found: dict[str, Any]) -> None:
         ["  while it runs", *(_gb(stage["seeing"]) for stage in stages)],
         ["optimizer", *(_gb(stage["optimizer"]) for stage in stages)],
         ["gradients", *(_gb(stage["gradients"]) for stage in stages)],
+        ["of others, for a moment", *(_gb(stage["gathered"]) for stage in stages)],
+        ["to exchange", *(_gb(stage["buffers"]) for stage in stages)],
         ["activations", *(_gb(stage["activations"]) for stage in stages)],
         ["  of a layer", *(_layer(stage["layers"]) for stage in stages)],
         ["peak", *(_gb(stage["peak"]) for stage in stages)],
         ["  reached in", *(stage["moment"] for stage in stages)],
     ]
+    several = found["processes"] > 1
+    if not several:
+        parts = [part for part in parts if part[0] not in _OF_SEVERAL]
+    else:
+        each = f"each of {found['processes']} processes, parallel: {found['parallel']}"
+        out.print(each, markup=False)
     out.print(table(["", *(stage["stage"] for stage in stages)], parts))
     if found["device"] == "cuda":
         card = found["card"]
         enough = "no card of the list" if card is None else _card(card)
+        enough += ", for each process" if several and card is not None else ""
         out.print(f"enough: {enough}; {found['reserve']} are left free", markup=False)
+    elif several:
+        out.print(f"in all {_gb(found['processes'] * found['peak'])} of main memory", markup=False)
     if found["savings"]:
         rows = [[one["write"], _gb(one["saves"]), one["costs"]] for one in found["savings"]]
         out.print(table(["to save, write", "saves", "it costs"], rows))
     for fit in found["smaller_cards"]:
         out.print(f"for {_card(fit)}: {'; '.join(fit['write'])} ({_gb(fit['peak'])})", markup=False)
+    for text in found["not_counted"]:
+        out.print(f"not counted: {text}", markup=False)
 
 
 def _row(rows: dict[str, Any]) -> str:

@@ -129,8 +129,7 @@ def train(
     def display(stage: Stage, number: int, stages: int) -> list[ProgressDisplay]:
         return [ProgressDisplay(stage.name, number, stages, stderr())]
 
-    whole = count == 1 or plan.recipe.parallel == "ddp"  # what is estimated is a whole model
-    if is_main_rank() and whole and (too_much := warning(plan)) is not None:
+    if is_main_rank() and (too_much := warning(plan)) is not None:
         note(f"warning: {too_much}")
     results = train_run(plan, announce=note, display=display)
     if not is_main_rank():

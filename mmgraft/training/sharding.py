@@ -50,7 +50,7 @@ def shard(model: GraftedModel, device: str) -> None:
         whole.update(model.vision_tower.parameters())
     done: set[nn.Parameter] = set()
     for index, layer in enumerate(decoder_layers(model.base, model.anatomy)):
-        pieces = _pieces(model, index)
+        pieces = pieces_at(model, index)
         with _within(layer, pieces):
             fully_shard(layer, mesh=mesh)
         done.update(parameter for piece in pieces for parameter in piece.parameters())
@@ -102,7 +102,7 @@ def pieces_of_state(optimizer: Any) -> None:
                 state[name] = value if is_piece(value) else like(value, parameter)
 
 
-def _pieces(model: GraftedModel, index: int) -> list[nn.Module]:
+def pieces_at(model: GraftedModel, index: int) -> list[nn.Module]:
     """What the grafts run at a layer."""
     workflows: Sequence[Any] = list(model.workflows.values())
     return [

@@ -47,6 +47,33 @@ def test_overrides_are_those_of_train(made, cli):
     assert peak("--set", "stages.align.batch_size=8") > plain
 
 
+def test_several_processes_share_what_the_recipe_says(made, cli):
+    def found(*options: str) -> dict:
+        return json.loads(cli("estimate", made, "--json", "--length", "40", *options).out)
+
+    one, two = found(), found("--processes", "2", "--set", "parallel=fsdp2")
+    (alone,), (half,) = one["stages"], two["stages"]
+    assert half["weights"] == {name: -(-size // 2) for name, size in alone["weights"].items()}
+    assert half["optimizer"] == alone["optimizer"] / 2 == 4 * alone["trained"]
+    assert (two["processes"], two["parallel"], one["not_counted"]) == (2, "fsdp2", [])
+    shown = cli("estimate", made, "--processes", "2", "--set", "parallel=fsdp2", "--length", "40")
+    for words in ("each of 2 processes, parallel: fsdp2", "of others, for a moment",
+                  "for each process", "not counted: parallel: fsdp2"):  # fmt: skip
+        assert words in shown.out
+    here = cli("estimate", made, "--processes", "2", "--device", "cpu", "--length", "40")
+    assert "in all " in here.out
+    assert "of others" not in cli("estimate", made, "--length", "40").out
+
+
+def test_rows_without_an_image_alone_are_refused_as_a_training_would(made, cli, tmp_path):
+    rows = tmp_path / "text.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    done = cli("estimate", made, "--data", rows)
+    assert done.code == 2
+    assert "not one of 1 rows has an image" in done.err
+
+
 def test_a_recipe_without_a_base_says_what_to_give(cli):
     done = cli("estimate", "llava")
     assert done.code == 2

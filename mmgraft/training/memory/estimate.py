@@ -9,6 +9,7 @@ from typing import Any
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.training.memory.optimizer import scratch_bytes, state_bytes
 from mmgraft.training.memory.rows import RowSizes
+from mmgraft.training.memory.sharing import Groups, Share, groups_of, share
 from mmgraft.training.memory.simulation import Load, Step, simulate, simulate_tower
 from mmgraft.training.memory.stand_in import Outline, count_of, meta_model, weights_of
 from mmgraft.training.memory.subject import Subject, loaded_dtype
@@ -29,7 +30,7 @@ CACHED_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """Bytes that a stage takes.
+    """Bytes that a stage takes, of one process where several share a training.
 
     Attributes:
         stage: Its name.
@@ -37,6 +38,8 @@ class StageEstimate:
         parameters: Numbers in base, graft and projector.
         trained: Of these, how many the stage trains.
         weights: Of base, graft and projector, by dtype; ``nf4`` with its constants.
+        gathered: Weights of other processes that are whole here while they are computed with.
+        buffers: What several processes hold all the time to exchange gradients.
         gradients: Of what is trained, in fp32.
         optimizer: Its state.
         activations: Kept by the forward pass for the backward one.
@@ -55,6 +58,8 @@ class StageEstimate:
     parameters: int
     trained: int
     weights: dict[str, int]
+    gathered: int
+    buffers: int
     gradients: int
     optimizer: int
     activations: int
@@ -75,6 +80,7 @@ class _Opened:
     weights: dict[str, int]
     states: dict[str, int]  # by optimizer
     scratch: dict[str, int]
+    groups: Groups
     step: Step
 
 
@@ -85,10 +91,18 @@ class Estimator:
         subject: What is trained.
         rows: The largest row of each stage.
         device: ``cuda`` or ``cpu``: optimizers hold different things there.
+        processes: How many train together, in the way of the recipe's `parallel`.
     """
 
-    def __init__(self, subject: Subject, rows: Sequence[RowSizes], device: str = "cuda") -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        rows: Sequence[RowSizes],
+        device: str = "cuda",
+        processes: int = 1,
+    ) -> None:
         self.subject, self.rows, self.device = subject, list(rows), device
+        self.processes = processes
         self._opened: dict[Any, _Opened] = {}
         self._towers: dict[Any, tuple[int, int]] = {}
         self._outline: Outline | None = None
@@ -108,16 +122,23 @@ class Estimator:
         seeing = one_batch
         if recipe.feature_cache:
             seeing = self._tower(recipe, CACHED_AT_ONCE)[1]
-        gradients = 4 * made.trained
-        state, scratch = made.states[stage.optimizer], made.scratch[stage.optimizer]
-        still = sum(made.weights.values()) + tower + PROCESS[self.device]
-        sums = gradients if stage.accumulate > 1 else 0
-        moving = int((made.step.peak - sums) * ALLOCATOR[self.device])
+        held = self._share(recipe, stage, made)
+        still = sum(held.weights.values()) + tower + PROCESS[self.device]
+        still += held.buffers
+        sums = held.gradients if stage.accumulate > 1 else 0
+        state = held.optimizer
+        if self._in_pieces(recipe):
+            working = made.step.peak + held.passing + held.gradients - sums
+        else:
+            working = made.step.peak - sums
+        moving = int(working * ALLOCATOR[self.device])
         moments = {
-            "forward and backward": still + state + sums + moving,
-            "the optimizer's step": still + state + gradients + scratch,
+            "forward and backward": still + held.gathered + state + sums + moving,
+            "the optimizer's step": still + state + held.gradients + held.scratch,
             "the vision tower": still + seeing + (0 if recipe.feature_cache else state + sums),
         }
+        if recipe.quantization and self._in_pieces(recipe):
+            moments["loading"] = sum(made.weights.values()) + tower + PROCESS[self.device]
         moment = max(moments, key=lambda name: moments[name])
         return StageEstimate(
             stage=stage.name,
@@ -125,16 +146,34 @@ class Estimator:
             batch_size=stage.batch_size,
             parameters=made.parameters,
             trained=made.trained,
-            weights=made.weights,
-            gradients=gradients,
+            weights=held.weights,
+            gathered=held.gathered,
+            buffers=held.buffers,
+            gradients=held.gradients,
             optimizer=state,
-            activations=made.step.kept - sums,
+            activations=made.step.kept - (0 if self._in_pieces(recipe) else sums),
             layers=made.step.layers,
-            working=made.step.peak - sums,
+            working=working,
             tower=tower,
             seeing=seeing,
             peak=moments[moment],
             moment=moment,
+        )
+
+    def _in_pieces(self, recipe: Recipe) -> bool:
+        """Whether a process keeps its part of the gradients alone."""
+        return self.processes > 1 and recipe.parallel != "ddp"
+
+    def _share(self, recipe: Recipe, stage: Stage, made: _Opened) -> Share:
+        return share(
+            recipe.parallel,
+            self.processes,
+            weights=made.weights,
+            parameters=made.parameters,
+            trained=made.trained,
+            optimizer=made.states[stage.optimizer],
+            scratch=made.scratch[stage.optimizer],
+            groups=made.groups,
         )
 
     def _open(self, recipe: Recipe, index: int) -> _Opened:
@@ -143,21 +182,30 @@ class Estimator:
         key = (
             index, tuple(stage.train), stage.batch_size, stage.accumulate > 1,
             stage.gradient_checkpointing, recipe.quantization, stage.precision, dtype,
+            recipe.attention, self._in_pieces(recipe),
         )  # fmt: skip
         if key in self._opened:
             return self._opened[key]
         record = self.subject.record.model_copy(update={"workflow": stage.workflow})
         model = meta_model(
-            record, self.subject.config, self.subject.width, dtype, recipe.quantization
+            record,
+            self.subject.config,
+            self.subject.width,
+            dtype,
+            recipe.quantization,
+            recipe.attention,
         )
         open_stage(model, stage)
         model.train()
         self._opened[key] = _Opened(
-            **_counted(model, self.device), step=self._step(model, stage, index, dtype)
+            **_counted(model, self.device),
+            step=self._step(model, stage, index, dtype, self._in_pieces(recipe)),
         )
         return self._opened[key]
 
-    def _step(self, model: GraftedModel, stage: Stage, index: int, dtype: Any) -> Step:
+    def _step(
+        self, model: GraftedModel, stage: Stage, index: int, dtype: Any, in_pieces: bool
+    ) -> Step:
         rows = self.rows[index]
         assert stage.workflow is not None
         load = Load(
@@ -176,7 +224,8 @@ class Estimator:
             feature_dtype=dtype,
             precision=stage.precision or "bf16",
             checkpointing=stage.gradient_checkpointing,
-            accumulates=stage.accumulate > 1,
+            accumulates=stage.accumulate > 1 and not in_pieces,
+            gradients_leave=in_pieces,
         )
 
     def _tower(self, recipe: Recipe, images: int) -> tuple[int, int]:
@@ -201,4 +250,5 @@ def _counted(model: GraftedModel, device: str) -> dict[str, Any]:
         "weights": weights_of(model),
         "states": {kind: state_bytes(model, trained, kind, device) for kind in kinds},
         "scratch": {kind: scratch_bytes(trained, kind, device) for kind in kinds},
+        "groups": groups_of(model),
     }

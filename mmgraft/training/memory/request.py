@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING
 
 from mmgraft.basefiles import ModelFiles
 from mmgraft.basefiles.files import fetch_tokenizer
+from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.data.loading import load_processor
 from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.data.template import resolve_template
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
+from mmgraft.training import parallel
 from mmgraft.training.memory.estimate import Estimator
 from mmgraft.training.memory.rows import RowSizes, assumed, measured
 from mmgraft.training.memory.subject import Subject, subject_of_recipe, subject_of_run
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.recipe_source import find_recipe, load_recipe, method_recipe, with_data
-from mmgraft.training.stage_data import StageData
+from mmgraft.training.stage_data import StageData, check_rows
 
 if TYPE_CHECKING:
     from mmgraft.training.run import Plan
@@ -36,10 +38,11 @@ class Request:
     subject: Subject
     rows: list[RowSizes]
     device: str
+    processes: int = 1
 
     def estimator(self) -> Estimator:
         """Ready to estimate the recipe and its variations."""
-        return Estimator(self.subject, self.rows, self.device)
+        return Estimator(self.subject, self.rows, self.device, self.processes)
 
 
 def read_request(
@@ -53,6 +56,7 @@ def read_request(
     overrides: Sequence[str] = (),
     length: int | None = None,
     device: str = "cuda",
+    processes: int = 1,
 ) -> Request:
     """Find out what is asked; of base and tower only configs and tokenizer are read.
 
@@ -66,6 +70,7 @@ def read_request(
         overrides: ``key=value`` texts for the recipe.
         length: Positions of a row, images counted; then no data are read.
         device: ``cuda`` or ``cpu``.
+        processes: How many train together, in the way of the recipe's `parallel`.
 
     Raises:
         UsageError: Anything that is not there or does not fit, with what to do instead.
@@ -81,19 +86,19 @@ def read_request(
         loaded = load_recipe(find_recipe(target), overrides=overrides)
         subject = subject_of_recipe(loaded, base, vision)
     resolved = with_data(loaded, data, images).resolved(subject.record.workflow)
-    reader = _Reader(subject)
+    reader = _Reader(subject, resolved.on_bad_row)
     rows = [reader.sizes(stage, length, resolved.seed) for stage in resolved.stages]
-    return Request(resolved, subject, rows, device)
+    return Request(resolved, subject, rows, device, processes)
 
 
 def estimator_of_plan(plan: Plan) -> Estimator:
     """For a training that is about to begin, whose rows are read already."""
     subject = subject_of_run(plan.run)
-    reader = _Reader(subject)
+    reader = _Reader(subject, plan.recipe.on_bad_row)
     sizes = [
         reader.of_rows(rows, stage) for stage, rows in zip(plan.stages, plan.rows, strict=True)
     ]
-    return Estimator(subject, sizes, plan.device)
+    return Estimator(subject, sizes, plan.device, parallel.processes())
 
 
 def _recipe_of(run: Path, method: str, named: str | Path | None) -> Path:
@@ -111,20 +116,23 @@ def _recipe_of(run: Path, method: str, named: str | Path | None) -> Path:
 class _Reader:
     """Sizes of rows, from data where a stage names them."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, on_bad_row: OnBadRow = "error") -> None:
         self.subject = subject
-        self.data = StageData()
+        self.on_bad_row: OnBadRow = on_bad_row
+        self.data = StageData(on_bad_row)
         self._plain: GraftProcessor | None = None
 
     def sizes(self, stage: Stage, length: int | None, seed: int) -> RowSizes:
         if length is not None:
-            return assumed(length, self.subject.patches, "--length")
+            return assumed(length, self.subject.patches, "--length", stage.packing)
         entries = stage.data or []
         if entries and all(entry.path for entry in entries):
             rows = self.data.rows(entries, seed, stage.image_share)
+            check_rows(rows, stage.name, stage.text_rows)
             return self.of_rows(rows, stage)
         if stage.max_length is not None:
-            return assumed(stage.max_length, self.subject.patches, "max_length; no data are named")
+            source = "max_length; no data are named"
+            return assumed(stage.max_length, self.subject.patches, source, stage.packing)
         raise UsageError(
             f"stage {stage.name!r} names neither data nor max_length: give --length, the positions "
             "of a row with its image, or --data FILE"
@@ -133,7 +141,14 @@ class _Reader:
     def of_rows(self, rows: Sequence[Row], stage: Stage) -> RowSizes:
         """Sizes of rows that are read already."""
         processor = self.processor(stage)
-        return measured(rows, processor, stage.max_length, stage.text_rows, stage.packing)
+        return measured(
+            rows,
+            processor,
+            stage.max_length,
+            stage.text_rows,
+            stage.packing,
+            skip_bad=self.on_bad_row == "skip",
+        )
 
     def processor(self, stage: Stage) -> GraftProcessor:
         if self._plain is None:

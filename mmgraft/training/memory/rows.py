@@ -44,11 +44,20 @@ def measured(
     max_length: int | None,
     text_rows: str | None,
     packing: bool = False,
+    skip_bad: bool = False,
 ) -> RowSizes:
     """The sizes of a stage's rows, by tokenising the longest ones; with packing, of a sequence.
 
+    Args:
+        rows: Of the stage.
+        processor: For ids.
+        max_length: Where rows are cut.
+        text_rows: "skip" leaves rows without an image out.
+        packing: Several rows stand in one sequence.
+        skip_bad: Leave out rows that cannot be used.
+
     Raises:
-        UsageError: A row that cannot be used.
+        UsageError: A row that cannot be used; with `skip_bad`, where none of the longest can.
     """
     kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
     facts = facts_of(kept)
@@ -56,10 +65,15 @@ def measured(
     sizes += _LETTERS * processor.num_patches * facts.pictures.astype(np.int64)
     longest = [kept[int(at)] for at in np.argsort(-sizes, kind="stable")[:TOKENISED]]
     lengths, images, learned = [], [], []
-    for row in longest:
-        encoded = supervise_row(processor, row)
-        if max_length is not None and len(encoded) > max_length:
-            encoded = cut(encoded, max_length, processor.num_patches, row.where)
+    for at, row in enumerate(longest):
+        try:
+            encoded = supervise_row(processor, row)
+            if max_length is not None and len(encoded) > max_length:
+                encoded = cut(encoded, max_length, processor.num_patches, row.where)
+        except UsageError:
+            if skip_bad and (lengths or at + 1 < len(longest)):
+                continue
+            raise
         lengths.append(len(encoded))
         images.append(len(encoded.images))
         learned.append(sum(label != -100 for label in encoded.labels))
@@ -81,8 +95,10 @@ def _of_sequences(
     return RowSizes(room, most(images), most(learned), True, f"packed, from {rows} rows")
 
 
-def assumed(length: int, patches: int, source: str) -> RowSizes:
+def assumed(length: int, patches: int, source: str, packing: bool = False) -> RowSizes:
     """Sizes of rows of one length with one image, all the rest of it learned.
+
+    A packed sequence is one of many rows: as many images as it has room for, each with an answer.
 
     Raises:
         UsageError: An image does not fit into the row.
@@ -92,4 +108,5 @@ def assumed(length: int, patches: int, source: str) -> RowSizes:
             f"a row of {length} positions has no room for an image, which takes {patches} with "
             f"this tower, and an answer; give --length {patches + 64} or more"
         )
-    return RowSizes(length, 1, length - patches - 1, True, source)
+    images = length // (patches + 2) if packing else 1
+    return RowSizes(length, max(1, images), length - patches - 1, True, source)

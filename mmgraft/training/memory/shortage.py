@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mmgraft.errors import MMGraftError
-from mmgraft.training.memory.switches import SWITCHES, peak_of
+from mmgraft.training.memory.switches import peak_of, switches_for
+from mmgraft.training.parallel import processes, processes_here
 from mmgraft.training.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def out_of_memory(recipe: Recipe, stage: Stage, error: BaseException) -> MMGraft
 def advice(recipe: Recipe, stage: Stage) -> str:
     """What to set, of the switches that are not set yet; what changes least first."""
     alone = recipe.model_copy(update={"stages": [stage]})
-    left = [one for one in SWITCHES if one.change(alone) != alone and one.name != "feature_cache"]
+    every = switches_for(processes())
+    left = [one for one in every if one.change(alone) != alone and one.name != "feature_cache"]
     if not left:
         return "All that saves memory is set: take a shorter max_length, a smaller graft or base."
     first, *others = [switch.text for switch in left]
@@ -78,12 +80,14 @@ def warning(plan: Plan) -> str | None:
         stages = estimator_of_plan(plan).stages(plan.recipe, plan.first)
     except MMGraftError:
         return None
-    if peak_of(stages) <= free:
+    here = 1 if plan.device == "cuda" else processes_here()
+    if here * peak_of(stages) <= free:
         return None
     worst = max(stages, key=lambda stage: stage.peak)
     stage = next(one for one in plan.stages if one.name == worst.stage)
+    each = f" in each of {here} processes" if here > 1 else ""
     return (
-        f"stage {worst.stage!r} needs about {worst.peak / 1e9:.1f} GB, and {free / 1e9:.1f} GB of "
-        f"{'the card' if plan.device == 'cuda' else 'main memory'} are free. "
-        f"{advice(plan.recipe, stage)}"
+        f"stage {worst.stage!r} needs about {worst.peak / 1e9:.1f} GB{each}, and "
+        f"{free / 1e9:.1f} GB of {'the card' if plan.device == 'cuda' else 'main memory'} are "
+        f"free. {advice(plan.recipe, stage)}"
     )

@@ -64,6 +64,7 @@ def simulate(
     precision: str,
     checkpointing: bool,
     accumulates: bool,
+    gradients_leave: bool = False,
 ) -> Step:
     """Run one step of a stage's model, opened for the stage; its parameters become fake ones.
 
@@ -76,6 +77,7 @@ def simulate(
         precision: ``bf16`` computes under autocast.
         checkpointing: Recompute layers in the backward pass.
         accumulates: Gradients of an earlier pass are held already.
+        gradients_leave: Each gradient goes elsewhere as soon as it is made.
 
     Raises:
         MMGraftError: This base computes sizes from values, so that it cannot run without them.
@@ -90,6 +92,10 @@ def simulate(
                 if accumulates:
                     for parameter in trained:
                         parameter.grad = torch.empty_like(parameter)
+                if gradients_leave:
+                    for parameter in trained:
+                        leaves = parameter.register_post_accumulate_grad_hook(_drop_gradient)
+                        hooks.callback(leaves.remove)
                 for layer in decoder_layers(model.base, model.anatomy):
                     _watch(layer, ledger, layers, hooks)
                 with _autocast(precision):
@@ -114,6 +120,10 @@ def simulate_tower(outline: Outline, images: int, dtype: torch.dtype) -> int:
             pixels = torch.empty(images, 3, *outline.image_size)
             outline.features(module, pixels.to(dtype))  # both live: pixels come in fp32
         return ledger.peak
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _autocast(precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ def meta_model(
     width: int,
     dtype: torch.dtype,
     quantization: str | None = None,
+    attention: str | None = None,
 ) -> GraftedModel:
     """The model that training loads, on the meta device: base in `dtype`, graft in fp32.
 
@@ -47,7 +49,11 @@ def meta_model(
         width: Of the tower's features.
         dtype: Of the base.
         quantization: ``nf4`` replaces the base's linear layers as bitsandbytes does.
+        attention: Its kernel; flash attention, which wants its package, holds what sdpa does.
     """
+    if attention in ("eager", "sdpa"):
+        config = copy.deepcopy(config)
+        config._attn_implementation = attention
     base = skeleton(config).to(dtype)  # pyright: ignore[reportArgumentType]
     base.requires_grad_(False)
     workflow = build_workflow(record, base, width).float().requires_grad_(False)

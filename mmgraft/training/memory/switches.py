@@ -64,8 +64,14 @@ def _one_row(stage: Stage) -> dict[str, object]:
     return {"batch_size": 1, "accumulate": stage.accumulate * stage.batch_size}
 
 
-def _in_8bit(stage: Stage) -> dict[str, object]:
-    return {"optimizer": "adamw_8bit"} if stage.optimizer == "adamw" else {}
+def _in_8bit(recipe: Recipe) -> Recipe:
+    if recipe.parallel != "ddp":
+        return recipe  # refused together
+
+    def change(stage: Stage) -> dict[str, object]:
+        return {"optimizer": "adamw_8bit"} if stage.optimizer == "adamw" else {}
+
+    return _every_stage(change)(recipe)
 
 
 def _cached(recipe: Recipe) -> Recipe:
@@ -73,9 +79,16 @@ def _cached(recipe: Recipe) -> Recipe:
 
 
 def _in_4bit(recipe: Recipe) -> Recipe:
-    if recipe.base == "full":
+    if recipe.base == "full" or recipe.parallel == "zero3":
         return recipe
     return recipe.model_copy(update={"quantization": "nf4"})
+
+
+def _in_pieces(recipe: Recipe) -> Recipe:
+    plain = all(stage.optimizer == "adamw" for stage in recipe.stages) and not recipe.compile
+    if recipe.parallel != "ddp" or recipe.quantization is not None or not plain:
+        return recipe  # refused together, or on some devices
+    return recipe.model_copy(update={"parallel": "fsdp2"})
 
 
 SWITCHES: tuple[Switch, ...] = (
@@ -101,7 +114,7 @@ SWITCHES: tuple[Switch, ...] = (
         "optimizer",
         "optimizer: adamw_8bit",
         "rounded moments; needs bitsandbytes",
-        _every_stage(_in_8bit),
+        _in_8bit,
     ),
     Switch(
         "quantization",
@@ -111,6 +124,19 @@ SWITCHES: tuple[Switch, ...] = (
     ),
 )
 """In the order in which they are tried: what changes least first."""
+
+SEVERAL = Switch(
+    "parallel",
+    "parallel: fsdp2",
+    "weights that travel between the processes in every step",
+    _in_pieces,
+)
+"""What several processes have beside these; it is tried first."""
+
+
+def switches_for(processes: int) -> tuple[Switch, ...]:
+    """Those that so many processes have."""
+    return (SEVERAL, *SWITCHES) if processes > 1 else SWITCHES
 
 
 def peak_of(stages: Sequence[StageEstimate]) -> int:
@@ -122,7 +148,7 @@ def savings(estimator: Estimator, recipe: Recipe, first: int = 0) -> list[Saving
     """What each switch saves by itself, the largest saving first; those that save nothing not."""
     before = peak_of(estimator.stages(recipe, first))
     found: list[Saving] = []
-    for switch in SWITCHES:
+    for switch in switches_for(estimator.processes):
         changed = switch.change(recipe)
         if changed == recipe:
             continue
@@ -139,7 +165,8 @@ def smaller_cards(estimator: Estimator, recipe: Recipe) -> list[Fit]:
     taken back. A card that all of them together do not make do is left out.
     """
     now = peak_of(estimator.stages(recipe))
-    useful = [switch for switch in SWITCHES if switch.change(recipe) != recipe]
+    every = switches_for(estimator.processes)
+    useful = [switch for switch in every if switch.change(recipe) != recipe]
     found: list[Fit] = []
     for card in reversed([card for card in cards() if card.usable < now]):
         chosen: list[Switch] = []

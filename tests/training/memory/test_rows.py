@@ -60,6 +60,22 @@ def test_a_packed_sequence_is_full_of_the_rows_with_most_images_for_their_length
     assert sizes.source == "packed, from 3 rows"
 
 
+def test_rows_that_cannot_be_used_are_left_out_where_training_leaves_them_out(processor):
+    empty = Row("x", [{"role": "user", "content": [{"type": "image", "image": "a.png"}] * 5}])
+    rows = [empty, row(3), row(2)]
+    with pytest.raises(UsageError, match="nothing to learn"):
+        measured(rows, processor, None, "skip")
+    left = measured(rows, processor, None, "skip", skip_bad=True)
+    assert left.length == measured([row(3)], processor, None, "skip").length
+    with pytest.raises(UsageError, match="nothing to learn"):
+        measured([empty, empty], processor, None, "skip", skip_bad=True)
+
+
+def test_an_assumed_packed_sequence_has_as_many_images_as_it_has_room_for():
+    assert assumed(100, 9, "max_length", packing=True).images == 9  # of 9 + 2 positions each
+    assert assumed(12, 9, "max_length", packing=True).images == 1
+
+
 def test_an_assumed_row_has_one_image_and_learns_the_rest():
     sizes = assumed(100, 9, "--length")
     assert (sizes.length, sizes.images, sizes.supervised) == (100, 1, 90)

@@ -9,6 +9,7 @@ import torch
 
 from mmgraft.errors import MMGraftError
 from mmgraft.training.memory import shortage
+from mmgraft.training.memory.request import estimator_of_plan
 from mmgraft.training.recipe import Recipe
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.session import Session
@@ -85,3 +86,14 @@ def test_a_training_that_is_too_large_is_warned_of_and_one_that_fits_not(run, mo
 def test_free_memory_is_some_of_this_machine():
     free = shortage.free_memory("cpu")
     assert free is None or free > 1_000_000
+
+
+def test_on_a_cpu_all_processes_of_the_machine_count(run, monkeypatch):
+    plan = plan_training(run, device="cpu")
+    (stage,) = estimator_of_plan(plan).stages(plan.recipe)
+    monkeypatch.setattr(shortage, "free_memory", lambda device: int(1.5 * stage.peak))
+    assert shortage.warning(plan) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    warned = shortage.warning(plan)
+    assert warned is not None
+    assert "in each of 2 processes" in warned

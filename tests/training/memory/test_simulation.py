@@ -157,3 +157,12 @@ def test_a_base_that_asks_for_values_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     with pytest.raises(MMGraftError, match="LlamaForCausalLM cannot be estimated"):
         step("llava")
+
+
+def test_gradients_that_leave_are_not_held_to_the_end(monkeypatch):
+    """In rows so short that gradients are what a step holds most of."""
+    monkeypatch.setitem(globals(), "LENGTH", 6)
+    monkeypatch.setitem(globals(), "LEARNED", 1)
+    held, leaving = step("iaa"), step("iaa", gradients_leave=True)
+    assert leaving.kept == held.kept
+    assert leaving.peak < held.gradients <= held.peak

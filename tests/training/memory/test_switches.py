@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from mmgraft.training.memory.cards import cards
-from mmgraft.training.memory.switches import SWITCHES, peak_of, savings, smaller_cards
+from mmgraft.training.memory.switches import SEVERAL, SWITCHES, peak_of, savings, smaller_cards
 from mmgraft.training.recipe import Recipe, Stage
 
 
@@ -17,6 +17,7 @@ class Plain:
 
     base: float
     off: dict[str, float]
+    processes: int = 1
 
     def stages(self, recipe: Recipe, first: int = 0) -> list[Any]:
         stage = recipe.stages[0]
@@ -26,6 +27,7 @@ class Plain:
             "optimizer": stage.optimizer == "adamw_8bit",
             "quantization": recipe.quantization == "nf4",
             "feature_cache": bool(recipe.feature_cache),
+            "parallel": recipe.parallel == "fsdp2",
         }
         saved = sum(size for name, size in self.off.items() if on[name])
         return [SimpleNamespace(peak=int((self.base - saved) * 1e9))]
@@ -90,3 +92,24 @@ def test_the_peak_is_that_of_the_largest_stage():
     stages = [SimpleNamespace(peak=peak) for peak in (3, 7, 5)]
     assert peak_of(cast(Any, stages)) == 7
     assert isinstance(recipe().stages[0], Stage)
+
+
+def test_several_processes_may_share_the_model_and_what_is_refused_then_is_not_named():
+    several = Plain(20, {"parallel": 12, "optimizer": 9}, processes=4)
+    assert [one.write for one in savings(cast(Any, several), recipe())] == [
+        "parallel: fsdp2",
+        "optimizer: adamw_8bit",
+    ]
+    assert [one.write for one in savings(estimator(20, parallel=12), recipe())] == []
+    fits = smaller_cards(cast(Any, several), recipe())
+    assert [(fit.card.gb, fit.write) for fit in fits] == [
+        (16, ["parallel: fsdp2"]),
+        (12, ["parallel: fsdp2"]),
+        (11, ["parallel: fsdp2"]),
+    ]  # not 8, which both together would make do if they went together
+    pieces = recipe(parallel="fsdp2")
+    eight = next(one for one in SWITCHES if one.name == "optimizer")
+    four = next(one for one in SWITCHES if one.name == "quantization")
+    assert eight.change(pieces) == pieces
+    assert four.change(recipe(parallel="zero3")) == recipe(parallel="zero3")
+    assert SEVERAL.change(recipe(quantization="nf4")) == recipe(quantization="nf4")
