@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 TENSORS = "trained.safetensors"
 PROGRESS = "progress.json"
+ROWS = "rows.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OLD = ".old"
 
@@ -222,6 +223,22 @@ def read_progress(run: Path) -> dict[str, Any] | None:
             f"{path} is corrupt ({error}); begin anew with: mmgraft train {run} --restart"
         ) from error
     return data
+
+
+def read_rows(run: Path) -> dict[str, Any]:
+    """What the rows of each stage were known by when the run was begun; empty where it is lost."""
+    try:
+        found = json.loads((run / FOLDER / ROWS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_rows(run: Path, rows: Mapping[str, Any]) -> None:
+    """Record by what the rows of each stage are known."""
+    path = run / FOLDER / ROWS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_json(path, dict(rows))
 
 
 def write_progress(run: Path, progress: Mapping[str, Any]) -> None:

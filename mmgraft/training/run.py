@@ -47,6 +47,8 @@ from mmgraft.training.stage_data import (
     check_data_is_set,
     check_pictures,
     check_rows,
+    fingerprint,
+    refuse_other_rows,
 )
 from mmgraft.training.stopping import with_way_on
 
@@ -170,6 +172,10 @@ def plan_training(
             shown = facts_of(Joined([found, evaluated])).with_image
             check_rows_have_images(resolved, stage.name, int((~shown).sum()), count)
     first = len(progress["finished"]) if resume and progress is not None else 0
+    if resume:
+        begun_with = checkpoint.read_rows(run)
+        for stage, found in zip(resolved.stages[first:], rows[first:], strict=True):
+            refuse_other_rows(found, begun_with.get(stage.name), stage.name, run)
     if resolved.on_bad_row == "error":
         check_pictures(Joined([*rows[first:], evaluated]))
     return Plan(run, record, resolved, chosen, rows, skipped, evaluated, reader.bad, first, resume)
@@ -206,7 +212,7 @@ def train(
     session = Session(plan, announce)
     session.load()  # which checks the base, before anything of an earlier training is put away
     if not plan.resume:
-        _begin(run, plan.recipe)
+        _begin(run, plan.recipe, plan.rows)
     if is_main_rank():
         session.bad_rows.put(plan.bad)
     if trains_base and is_main_rank():
@@ -249,7 +255,7 @@ def train(
     return results
 
 
-def _begin(run: Path, recipe: Recipe) -> None:
+def _begin(run: Path, recipe: Recipe, rows: Sequence[Sequence[Row]]) -> None:
     if not is_main_rank():
         return
     shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
@@ -259,12 +265,14 @@ def _begin(run: Path, recipe: Recipe) -> None:
     (run / bad_rows.FILE).unlink(missing_ok=True)
     atomic_text(run / USED_RECIPE, dump_recipe(absolute(recipe)))
     atomic_json(run / VERSIONS, versions())
+    names = [stage.name for stage in recipe.stages]
+    checkpoint.write_rows(run, dict(zip(names, map(fingerprint, rows), strict=True)))
     checkpoint.write_progress(
         run,
         {
             "recipe": recipe.name,
             "processes": processes(),
-            "stages": [stage.name for stage in recipe.stages],
+            "stages": names,
             "finished": [],
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,52 @@ def source_of(entry: DataEntry) -> Source:
     path = entry.path if entry.path.startswith(HUB) else str(Path(entry.path).expanduser())
     return Source(
         path, entry.images, entry.format, entry.limit, entry.split, entry.subset, entry.revision
+    )
+
+
+_PIECES = 64
+_MENDED = 8
+"""Pieces by which rows are known again, and of these, how many may be others: rows are mended."""
+
+
+def fingerprint(rows: Sequence[Row]) -> dict[str, Any]:
+    """What tells whether a run that goes on has the rows that it was begun with, in that order."""
+    facts = facts_of(rows)
+    pieces = np.array_split(np.arange(len(rows)), min(_PIECES, len(rows)) or 1)
+    hashes = [
+        hashlib.blake2b(
+            facts.letters[piece].tobytes() + facts.pictures[piece].tobytes(), digest_size=4
+        ).hexdigest()
+        for piece in pieces
+    ]
+    return {"rows": len(rows), "pieces": hashes}
+
+
+def refuse_other_rows(rows: Sequence[Row], begun_with: Any, stage: str, run: Path) -> None:
+    """Refuse to go on with other rows: what was shown already would not be known among them.
+
+    A few rows may have been mended.
+
+    Args:
+        rows: Of the stage, as they are now.
+        begun_with: Their `fingerprint` when the run was begun; None where it was not kept.
+        stage: Its name.
+        run: Named in the error.
+
+    Raises:
+        UsageError: There are more or fewer rows, or many say something else.
+    """
+    if not isinstance(begun_with, dict):
+        return
+    now = fingerprint(rows)
+    other = sum(a != b for a, b in zip(now["pieces"], begun_with["pieces"], strict=False))
+    if now["rows"] == begun_with["rows"] and other <= max(1, len(now["pieces"]) // _MENDED):
+        return
+    what = f"{now['rows']:,} rows" if now["rows"] != begun_with["rows"] else "other rows"
+    raise UsageError(
+        f"stage {stage!r} now has {what}, and the run was begun with {begun_with['rows']:,}: it "
+        "would not go on at the row where it stopped; put the files back as they were, or begin "
+        f"anew with: mmgraft train {run} --restart"
     )
 
 

@@ -96,7 +96,8 @@ def test_whole_run_leaves_nothing_behind(whole):
         *[("align", n) for n in range(1, 6)],
         *[("tune", n) for n in range(1, 7)],
     ]
-    assert [p.name for p in (whole / "checkpoints").iterdir()] == ["progress.json"]
+    left = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert left == ["progress.json", "rows.json"]
     saved = json.loads((whole / "graft_config.json").read_text())
     assert saved["recipe"]["stages"][1]["text_rows"] == "skip"
     assert saved["base_trained"] is False
@@ -242,6 +243,10 @@ def test_second_trainings_are_asked_for_by_name(parts, tmp_path):
         go(run)
     with pytest.raises(UsageError, match="leave --recipe, --set"):
         go(run, resume=True, overrides=["seed=1"])
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join((parts / "rows.jsonl").read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UsageError, match=r"'tune' now has 11 rows, and .* begun with 12"):
+        go(run, resume=True, data=[str(fewer)], images=str(parts / "images"))
     go(run, resume=True)
     with pytest.raises(UsageError, match="trained already"):
         go(run)

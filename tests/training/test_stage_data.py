@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,15 @@ from mmgraft.errors import UsageError
 from mmgraft.training import stage_data
 from mmgraft.training.features import fill_cache, open_cache
 from mmgraft.training.recipe import DataEntry, Recipe
-from mmgraft.training.stage_data import StageData, absolute, check_pictures, check_rows, source_of
+from mmgraft.training.stage_data import (
+    StageData,
+    absolute,
+    check_pictures,
+    check_rows,
+    fingerprint,
+    refuse_other_rows,
+    source_of,
+)
 from tiny_towers import tiny_tower
 
 
@@ -167,3 +176,37 @@ def test_sets_to_evaluate_on_get_whole_paths_where_one_is_found(tmp_path, monkey
     assert asked.path == str(tmp_path / "test.jsonl")
     assert asked.train == "gone.jsonl"
     assert packaged.path == "mmlu"
+
+
+def rows_of(*texts: str, pictures: int = 1) -> list[Row]:
+    parts = [{"type": "image", "image": "a.png"}] * pictures
+    return [
+        Row(str(at), [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])
+        for at, text in enumerate(texts)
+    ]
+
+
+def test_rows_are_known_again_and_a_few_may_be_mended(tmp_path):
+    texts = ["x" * (at * 7 % 50 + 1) for at in range(200)]
+    begun = json.loads(json.dumps(fingerprint(rows_of(*texts))))
+    assert begun["rows"] == 200
+    assert len(begun["pieces"]) == 64
+
+    def refused(rows: list[Row]) -> str | None:
+        try:
+            refuse_other_rows(rows, begun, "align", tmp_path)
+        except UsageError as error:
+            return str(error)
+        return None
+
+    assert refused(rows_of(*texts)) is None
+    mended = [text + "!" * (at in (3, 90)) for at, text in enumerate(texts)]
+    assert refused(rows_of(*mended)) is None
+    assert "stage 'align' now has 199 rows, and the run was begun with 200" in str(
+        refused(rows_of(*texts[1:]))
+    )
+    for others in (texts[1:] + texts[:1], [text + "!" for text in texts]):
+        assert "now has other rows" in str(refused(rows_of(*others)))
+    assert "other rows" in str(refused(rows_of(*texts, pictures=2)))
+    refuse_other_rows(rows_of("a"), None, "align", tmp_path)  # a run of an older version
+    assert fingerprint([]) == {"rows": 0, "pieces": [fingerprint([])["pieces"][0]]}
