@@ -53,16 +53,24 @@ class EvenSampler(Sampler[Any]):
 
 
 class EvenDataset(Dataset[Any]):
-    """Rows, or packs of them, that also gives fillers."""
+    """Rows, or packs of them, that also gives fillers.
 
-    def __init__(self, dataset: Any) -> None:
+    Args:
+        dataset: Of rows or packs.
+        together: Where they are taken in order, by no sampler: rows of one batch on every rank.
+    """
+
+    def __init__(self, dataset: Any, together: int = 1) -> None:
         self.dataset = dataset
+        self.together = together
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset) + -len(self.dataset) % self.together
 
     def __getitem__(self, index: Any) -> Any:
-        """A row or pack; in a filler's place one without a label."""
+        """A row or pack; in a filler's place, and behind the last one, one without a label."""
+        if isinstance(index, int) and index >= len(self.dataset):
+            index = Filler(0)
         if not isinstance(index, Filler):
             return self.dataset[index]
         item = self.dataset[index.index]

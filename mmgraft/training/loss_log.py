@@ -1,4 +1,4 @@
-"""The loss between two logs, which a checkpoint keeps: a run that goes on logs the same means."""
+"""The losses that are logged: between two logs, which a checkpoint keeps, and of an evaluation."""
 
 from __future__ import annotations
 
@@ -67,3 +67,38 @@ class LossSum:
         self.step = int(data["step"])
         self.total = torch.tensor(mine, dtype=torch.float32, device=device)
         self.keep(step_of(folder))
+
+
+def counted(mean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean loss of a batch, 0 where it has nothing to learn, and its supervised tokens.
+
+    Args:
+        mean: Over these tokens; nan may stand for a mean over none.
+        labels: ``(b, s)``, -100 where a token is not supervised.
+    """
+    count = (labels[:, 1:] != -100).sum().to(mean.device)
+    return torch.where(count > 0, mean.detach().float(), 0.0), count
+
+
+@dataclass
+class EvalSum:
+    """Cross-entropies of an evaluation in one process, summed, and the tokens they are of.
+
+    So its mean is that over all supervised tokens, however the rows stand together in batches.
+    """
+
+    total: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def add(self, mean: Tensor, count: Tensor) -> None:
+        """Take in a batch by its mean loss and the tokens that it is of; see :func:`counted`."""
+        fresh = self.total is None or self.tokens is None
+        self.total = mean * count if fresh else self.total + mean * count  # type: ignore[operator]
+        self.tokens = count if fresh else self.tokens + count  # type: ignore[operator]
+
+    def take(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The sum and the count, ``(1,)`` each; then begin anew."""
+        found = self.total, self.tokens
+        self.total = self.tokens = None
+        total, tokens = (torch.zeros(1) if one is None else one.reshape(1) for one in found)
+        return total.to(device), tokens.to(device)

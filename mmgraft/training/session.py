@@ -241,6 +241,7 @@ class Session:
         if arguments.world_size > 1:
             together = stage.batch_size * arguments.world_size
             arranged.dataset = EvenDataset(arranged.dataset)
+            evaluated = evaluated and EvenDataset(evaluated, together)
             arranged.sampler = EvenSampler(arranged.sampler, together)
         if plan.in_pieces:
             shard(self.model, plan.device)

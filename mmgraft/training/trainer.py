@@ -25,7 +25,7 @@ from mmgraft.training.checkpoint import (
 )
 from mmgraft.training.devices import memory_in_use
 from mmgraft.training.finite import FiniteWatch, RandomState
-from mmgraft.training.loss_log import LossSum
+from mmgraft.training.loss_log import EvalSum, LossSum, counted
 from mmgraft.training.parallel import deepspeed_config
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.sampler import EpochSampler
@@ -140,6 +140,7 @@ class GraftTrainer(Trainer):
         self._rates: dict[str, float] = {}
         self._watch = FiniteWatch(stage.name)
         self._losses = LossSum()
+        self._evaluated = EvalSum()
         self._random: RandomState | None = None
         self._whole_state: dict[str, Any] | None = None
         self._rows: Sequence[str] = ()
@@ -241,19 +242,27 @@ class GraftTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss: summed over supervised tokens, divided by those of the whole step."""
+        """The model's loss: summed over supervised tokens, divided by those of the whole step.
+
+        Of a batch to evaluate on: divided by its own.
+        """
+        if not torch.is_grad_enabled():
+            outputs = model(**inputs, workflow=self._workflows(inputs))
+            loss, count = counted(outputs.loss, inputs["labels"])
+            self._watch.note_evaluated(self._rows, loss)
+            self._evaluated.add(loss, count)
+            return (loss, outputs) if return_outputs else loss
         outputs = model(
             **inputs, workflow=self._workflows(inputs), num_items_in_batch=num_items_in_batch
         )
         loss = outputs.loss
-        note = self._watch.note if torch.is_grad_enabled() else self._watch.note_evaluated
-        note(self._rows, loss)
+        self._watch.note(self._rows, loss)
         if num_items_in_batch is not None and self.args.world_size > 1:
             # Ranks average their gradients, and each must have one for every trained parameter.
             loss = loss * self.args.world_size
             if not is_sharded(cast(nn.Module, self.model)):  # which sees to it in every layer
                 loss = loss + cast("GraftedModel", self.model).touch()
-        elif torch.is_grad_enabled() and not loss.requires_grad:
+        elif not loss.requires_grad:
             # Rows without an image alone, where only a projector is trained.
             loss = loss + cast("GraftedModel", self.model).touch()
         return (loss, outputs) if return_outputs else loss
@@ -295,6 +304,7 @@ class GraftTrainer(Trainer):
             NotFinite: The loss of an evaluation is nan or inf.
         """
         if "eval_loss" in logs:
+            logs["eval_loss"] = self._mean_evaluated()
             step, ranks = self.state.global_step, self.args.world_size
             self._watch.check_evaluation(step, logs["eval_loss"], ranks)
         if "loss" in logs:
@@ -316,9 +326,16 @@ class GraftTrainer(Trainer):
         self._losses.begin(step)
         return mean
 
+    def _mean_evaluated(self) -> float:
+        """Over the supervised tokens of all rows, on all ranks."""
+        total, tokens = map(self._of_all, self._evaluated.take(self.args.device))
+        return float(total.sum() / tokens.sum().clamp(min=1))
+
     def _loss_sums(self) -> Tensor:
         """Losses since the last log, one sum a rank."""
-        own = self._losses.value().to(self.args.device)
+        return self._of_all(self._losses.value().to(self.args.device))
+
+    def _of_all(self, own: Tensor) -> Tensor:
         return own if self.args.world_size == 1 else cast(Tensor, self.accelerator.gather(own))
 
     # -- checkpoints ----------------------------------------------------------------------------

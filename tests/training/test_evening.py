@@ -50,6 +50,14 @@ def test_a_filler_is_shown_and_not_learned():
     assert SEEN.encoded.labels == [-100, -100, 7]  # the row itself is learned as ever
 
 
+def test_rows_in_order_are_filled_up_too():
+    dataset = EvenDataset(Rows([SEEN] * 5), together=4)
+    assert len(dataset) == 8
+    assert [dataset[at] is SEEN for at in range(8)] == [True] * 5 + [False] * 3
+    assert dataset[7].encoded.labels == [-100] * 3
+    assert len(EvenDataset(Rows([SEEN] * 8), together=4)) == 8
+
+
 def test_all_rows_of_a_filling_pack_are_not_learned():
     filler = EvenDataset(Rows([Pack([SEEN, SEEN])]))[Filler(0)]
     assert [example.encoded.labels for example in filler.examples] == [[-100] * 3] * 2

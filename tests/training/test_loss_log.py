@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmgraft.training.loss_log import LossSum
+from mmgraft.training.loss_log import EvalSum, LossSum, counted
 
 CPU = torch.device("cpu")
 
@@ -61,3 +61,19 @@ def test_only_the_step_that_stands_is_restored() -> None:
     assert float(found.value()) == 1
     found.begin(3)
     assert (found.step, float(found.value())) == (3, 0)
+
+
+def test_an_evaluation_is_the_mean_over_tokens_however_they_stand_in_batches() -> None:
+    """A batch that teaches nothing may have a loss of nan: a mean over no token."""
+    found = EvalSum()
+    for loss, learned in ((2.0, 3), (5.0, 1), (float("nan"), 0)):
+        labels = torch.full((2, 4), -100)
+        labels[0, 1 : 1 + learned] = 7
+        labels[1, 0] = 7  # nobody predicts a first token
+        mean, count = counted(torch.tensor(loss), labels)
+        assert (float(mean), int(count)) == (loss if learned else 0, learned)
+        found.add(mean, count)
+    total, tokens = found.take(CPU)
+    assert (float(total), int(tokens)) == (2.0 * 3 + 5.0, 4)
+    assert [float(one) for one in found.take(CPU)] == [0, 0]
+    assert float(counted(torch.tensor(float("inf")), torch.tensor([[1, 2]]))[0]) == float("inf")

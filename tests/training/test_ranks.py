@@ -46,6 +46,11 @@ def rows(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     return file, [at < len(shown) for at in range(len(lines))]
 
 
+def evaluated(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["eval_loss"] for line in lines if "eval_loss" in line]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["iaa", "wings", "llava"])
 def test_two_ranks_are_one(
@@ -75,6 +80,7 @@ def test_two_ranks_are_one(
         more = {"parallel": name} if name != "one" else {}
         more = {**more, "base": "full"} if method == "llava" else more
         data = [{"path": str(file), "images": str(parts / "images")}]
+        more = {**more, "eval_data": data, "eval_every": 15}
         write_recipe(runs[name], parts, method, stages, data=data, save_every=None, **more)
     monkeypatch.setattr(EpochSampler, "__iter__", EpochSampler.__iter__)
     apart(BATCH, with_image)
@@ -91,6 +97,9 @@ def test_two_ranks_are_one(
         first = [loss for *_, loss in wanted[:30]]
         assert [loss for *_, loss in mine[:30]] == pytest.approx(first, abs=1e-4), name
         assert mine[-1][2] == pytest.approx(wanted[count - 1][2], abs=1e-2), name
+        first = evaluated(runs["one"])[:2]  # 13 rows are no whole number of batches here either
+        assert first
+        assert evaluated(runs[name])[: len(first)] == pytest.approx(first, abs=1e-4), name
 
 
 @pytest.mark.slow
