@@ -157,8 +157,11 @@ def _summary(plan: Plan, processes: int) -> dict[str, Any]:
                 "workflow": stage.workflow,
                 "rows": rows,
                 "text_rows_skipped": plan.skipped[number],
-                "rows_a_step": a_step,
-                "steps": stage.max_steps or ceil(an_epoch * (stage.epochs or 1)),
+                # How many rows a sequence holds is known when all of them are tokenised.
+                "rows_a_step": None if stage.packing else a_step,
+                "sequences_a_step": a_step,
+                "steps": stage.max_steps
+                or (None if stage.packing else ceil(an_epoch * (stage.epochs or 1))),
             }
         )
     return {
@@ -198,8 +201,8 @@ def _show(summary: dict[str, Any], json: bool) -> None:
                     ", ".join(stage["trains"]),
                     stage["rows"],
                     stage["text_rows_skipped"],
-                    stage["rows_a_step"],
-                    stage["steps"],
+                    stage["rows_a_step"] or f"{stage['sequences_a_step']} packed sequences",
+                    stage["steps"] or "known when packed",
                 ]
                 for stage in summary["stages"]
             ],

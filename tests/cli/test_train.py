@@ -58,6 +58,13 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(here, capsys):
     assert mmgraft(["train", "--dry-run", "--json", "--set", "stages.0.accumulate=3"]) == 0
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
     assert (stage["rows_a_step"], stage["steps"]) == (12, 2)
+    switches = ("packing=true", "max_length=64", "max_steps=null")
+    packed = [part for one in switches for part in ("--set", f"stages.0.{one}")]
+    assert mmgraft(["train", "--dry-run", "--json", *packed]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert (stage["rows_a_step"], stage["sequences_a_step"], stage["steps"]) == (None, 4, None)
+    assert mmgraft(["train", "--dry-run", *packed]) == 0
+    assert "4 packed" in capsys.readouterr().out
     assert sorted(here.rglob("*")) == before
 
 
