@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from mmgraft.anatomy import (
     Anatomy,
@@ -20,6 +20,7 @@ from mmgraft.anatomy import (
     skeleton,
 )
 from mmgraft.anatomy.branch import BranchUnknown, examine_branch
+from mmgraft.anatomy.positions import position_table
 from mmgraft.errors import UsageError
 from tiny import ARCHITECTURES, LAYERS, VARIANTS, WINDOW, tiny_config, tiny_model
 
@@ -373,3 +374,46 @@ def test_the_branch_of_a_layer_never_seen_before() -> None:
 def test_a_branch_that_cannot_be_added_to_is_refused(layer: type[Layer], word: str) -> None:
     with pytest.raises(BranchUnknown, match=word):
         examine_branch(layer(), "attn")
+
+
+TABLES = {
+    "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "gpt_neo": {
+        **{"hidden_size": 16, "num_layers": 2, "num_heads": 2},
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "biogpt": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "ctrl": {"n_embd": 16, "n_layer": 2, "n_head": 2, "dff": 16},
+    "xglm": {"d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 16},
+    "mpt": {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 16},
+}
+"""Ways to keep positions that none of the zoo has: in attentions, in buffers, made anew."""
+
+
+def config_for_16(name: str) -> Any:
+    if name not in TABLES:
+        config = tiny_config(name)
+        config.max_position_embeddings = 16
+        return config
+    more = {} if name == "mpt" else {"max_position_embeddings": 16}
+    return CONFIG_MAPPING[name](
+        vocab_size=60, bos_token_id=1, eos_token_id=2, **TABLES[name], **more
+    )
+
+
+@pytest.mark.parametrize("name", [*EVERY, *TABLES])
+def test_a_table_of_positions_is_found_where_a_longer_row_fails(name: str) -> None:
+    model = AutoModelForCausalLM.from_config(config_for_16(name)).eval()
+
+    def takes(length: int) -> bool:
+        try:
+            with torch.no_grad():
+                model(input_ids=torch.full((1, length), 7), use_cache=False)
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
+    assert takes(16)
+    assert position_table(model, model.config) == (None if takes(17) else 16)
+    assert position_table(skeleton(model.config), model.config) == (None if takes(17) else 16)

@@ -27,6 +27,8 @@ class Anatomy:
         head_dim: width of a query head.
         vocab_size: rows of the embedding.
         max_positions: longest sequence the base was made for; None if it states none (Bloom).
+        position_table: longest row that it can take at all, where positions are looked up in a
+            table (GPT-2, OPT); None where they are computed.
         layer_types: one of `full_attention`, `sliding_attention`, ... a layer, as its cache is.
         sliding_window: positions that a sliding layer sees; None without such layers.
         rope_theta: base of the rotary frequencies (of the full layers where they differ by layer
@@ -67,6 +69,7 @@ class Anatomy:
     rope_theta: float | None
     tied: bool
     parallel_block: bool = False
+    position_table: int | None = None
     residual_scale: float = 1.0
     branch_norm: str | None = None
     attention_in_registry: bool = True

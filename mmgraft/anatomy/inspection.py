@@ -16,6 +16,7 @@ from mmgraft.anatomy.blocked import blocked_layer, explicit_router_reason, in_re
 from mmgraft.anatomy.branch import Branch, BranchUnknown, examine_branch, is_norm
 from mmgraft.anatomy.description import Anatomy
 from mmgraft.anatomy.logits import LogitsUnknown, examine_logits
+from mmgraft.anatomy.positions import position_table
 from mmgraft.errors import UsageError
 
 _TEXT_ONLY = "give a text model that predicts the next token, such as Llama or Qwen2"
@@ -95,6 +96,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
         embedding_size=embedding.weight.shape[1],
         vocab_size=embedding.weight.shape[0],
         max_positions=getattr(config, "max_position_embeddings", None),
+        position_table=position_table(model, config),
         layer_types=layer_types,
         sliding_window=_window(config) if set(layer_types) != {"full_attention"} else None,
         rope_theta=_rope_theta(config),

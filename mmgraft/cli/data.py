@@ -225,7 +225,7 @@ def check(
         bad: list[BadRow] = []
         checks = Checks(images=False, on_bad=bad.append, one=False)
         rows = Joined([index_rows(source_of(entry), checks) for entry in view.entries])
-        checker = Checker(view.processor, view.max_length, view.skip_text, quick)
+        checker = Checker(view.processor, view.max_length, view.skip_text, quick, view.positions)
         found.append((view, checker.check(rows, bad)))
     count = len({row.key for _, report in found for row in report.bad})
     if json:
@@ -286,7 +286,7 @@ def preview(
         if view.processor is None:
             raise UsageError("no base is known to read the row; give --run, or --base and --vision")
         one = row_at(source_of(view.entries[0]), row)
-        shown.append((view, preview_row(view.processor, one, view.max_length)))
+        shown.append((view, preview_row(view.processor, one, view.max_length, view.positions)))
     if json:
         print_json(
             {"previews": [{"stages": list(view.stages), **one.as_dict()} for view, one in shown]}

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.content import images_of_all
-from mmgraft.data.dataset import cut
+from mmgraft.data.dataset import fitted
 from mmgraft.data.images import check_image, is_data_uri, open_image
 from mmgraft.data.indexed import facts_of
 from mmgraft.data.masking import answer_turns, supervise_row
@@ -119,6 +119,7 @@ class Checker:
         max_length: where rows are cut.
         skip_text: rows without an image are counted and not looked at further.
         quick: look at the two ends of a picture instead of decoding it.
+        positions: that the base has a table of; None where it has none, or is not known.
     """
 
     def __init__(
@@ -127,11 +128,13 @@ class Checker:
         max_length: int | None = None,
         skip_text: bool = False,
         quick: bool = False,
+        positions: int | None = None,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
         self.skip_text = skip_text
         self.quick = quick
+        self.positions = positions
         self._sound: set[bytes] = set()
         self._faulty: dict[bytes, tuple[str, Fault | None]] = {}
 
@@ -199,8 +202,8 @@ class Checker:
     def _encode(self, row: Row, report: Report) -> None:
         assert self.processor is not None
         encoded = supervise_row(self.processor, row)
-        if self.max_length is not None and len(encoded) > self.max_length:
-            cut(encoded, self.max_length, self.processor.num_patches, row.where)
+        patches = self.processor.num_patches
+        if fitted(encoded, self.max_length, self.positions, patches, row.where)[1]:
             report.cut.append(row.where)
         report.lengths.append(len(encoded))
         report.image_positions += sum(encoded.kinds)

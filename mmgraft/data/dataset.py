@@ -69,6 +69,7 @@ class RowDataset(Dataset[Example]):
         on_bad_row: OnBadRow = "error",
         load_images: bool = True,
         known_bad: Collection[tuple[str, str]] = (),
+        positions: int | None = None,
     ):
         """Take rows; nothing is tokenised yet.
 
@@ -84,6 +85,7 @@ class RowDataset(Dataset[Example]):
             load_images: open images at access; false where a feature cache will be asked.
             known_bad: keys (see `BadRow.key`) of rows that count as bad without being looked at;
                 for "skip".
+            positions: that the base has a table of; None where it has none.
 
         Raises:
             UsageError: where no row is left.
@@ -106,6 +108,7 @@ class RowDataset(Dataset[Example]):
         self.rows = kept
         self.processor = processor
         self.max_length = max_length
+        self.positions = positions
         self.on_bad_row = on_bad_row
         self.load_images = load_images
         self._flags = torch.zeros(len(kept), dtype=torch.uint8).share_memory_()
@@ -213,9 +216,34 @@ class RowDataset(Dataset[Example]):
     def _encoded(self, row: Row) -> tuple[Encoded, bool]:
         """A row as it is trained on, and whether it had to be cut."""
         encoded = supervise_row(self.processor, row)
-        if self.max_length is None or len(encoded) <= self.max_length:
-            return encoded, False
-        return cut(encoded, self.max_length, self.processor.num_patches, row.where), True
+        patches = self.processor.num_patches
+        return fitted(encoded, self.max_length, self.positions, patches, row.where)
+
+
+def fitted(
+    encoded: Encoded, max_length: int | None, positions: int | None, num_patches: int, where: str
+) -> tuple[Encoded, bool]:
+    """A row as it is trained on, and whether it had to be cut.
+
+    Args:
+        encoded: all of it.
+        max_length: where rows are cut; None cuts nothing.
+        positions: that the base has a table of; None where it has none.
+        num_patches: positions of an image.
+        where: names the row in errors.
+
+    Raises:
+        UsageError: where nothing to learn is left, or the base has no positions for the row.
+    """
+    shorter = max_length is not None and len(encoded) > max_length
+    if max_length is not None and shorter:
+        encoded = cut(encoded, max_length, num_patches, where)
+    if positions is not None and len(encoded) > positions:
+        raise UsageError(
+            f"{where}: {len(encoded)} positions, and the base has a table of {positions}; set "
+            f"max_length: {positions} in the stage, which cuts longer rows, or leave the row out"
+        )
+    return encoded, shorter
 
 
 def cut(encoded: Encoded, max_length: int, num_patches: int, where: str) -> Encoded:

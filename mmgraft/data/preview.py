@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-from mmgraft.data.dataset import cut
+from mmgraft.data.dataset import fitted
 from mmgraft.data.masking import supervise_row
 from mmgraft.data.processor import Encoded, GraftProcessor
 from mmgraft.data.rows import Row
@@ -62,7 +62,12 @@ class Preview:
         }
 
 
-def preview_row(processor: GraftProcessor, row: Row, max_length: int | None = None) -> Preview:
+def preview_row(
+    processor: GraftProcessor,
+    row: Row,
+    max_length: int | None = None,
+    positions: int | None = None,
+) -> Preview:
     """Tokenise a row as a training does, and put its positions together by what becomes of them.
 
     Raises:
@@ -70,8 +75,7 @@ def preview_row(processor: GraftProcessor, row: Row, max_length: int | None = No
     """
     encoded = supervise_row(processor, row)
     whole = len(encoded)
-    if max_length is not None and whole > max_length:
-        encoded = cut(encoded, max_length, processor.num_patches, row.where)
+    encoded, _ = fitted(encoded, max_length, positions, processor.num_patches, row.where)
     return Preview(row.where, tuple(_pieces(processor, encoded)), whole)
 
 

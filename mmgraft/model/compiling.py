@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, decoder_layers
@@ -35,14 +36,8 @@ def compiled_layers(
     Raises:
         UsageError: No layer is left to compile.
     """
-    layers = decoder_layers(base, anatomy)
-    kind = type(layers[0])
-    chosen = [layer for index, layer in enumerate(layers) if not _reached(grafts, index)]
-    if not chosen:
-        raise UsageError(
-            "compile: true finds no layer to compile: the learners stand inside the attention of "
-            "every layer. Leave compile out, or graft fewer layers (--layers every:4)."
-        )
+    chosen = check_compiled(base, anatomy, grafts)
+    kind = type(chosen[0])
     chosen += [
         part for graft in grafts for _, part in graft.layer_modules() if isinstance(part, kind)
     ]
@@ -51,6 +46,24 @@ def compiled_layers(
             made = torch.compile(layer.forward, **options)
             stack.enter_context(patched_forward(layer, partial(_instead, made)))
         yield
+
+
+def check_compiled(
+    base: PreTrainedModel, anatomy: Anatomy, grafts: Sequence[Graft]
+) -> list[nn.Module]:
+    """The base's layers that :func:`compiled_layers` compiles.
+
+    Raises:
+        UsageError: No layer is left to compile.
+    """
+    layers = decoder_layers(base, anatomy)
+    chosen = [layer for index, layer in enumerate(layers) if not _reached(grafts, index)]
+    if not chosen:
+        raise UsageError(
+            "compile: true finds no layer to compile: the learners stand inside the attention of "
+            "every layer. Leave compile out, or graft fewer layers (--layers every:4)."
+        )
+    return chosen
 
 
 def is_compiled(base: PreTrainedModel, anatomy: Anatomy) -> bool:

@@ -37,13 +37,15 @@ class WorkflowGeneration(TrainingState):
             **kwargs: Inputs of the forward and settings of transformers' ``generate``.
 
         Raises:
-            UsageError: A mode that cannot be exact with a graft: quantized caches, paged and
-                continuous batching, or a cache for the ``official`` Wings variant.
+            UsageError: More positions than the base's table has; or a mode that cannot be exact
+                with a graft: quantized caches, paged and continuous batching, or a cache for the
+                ``official`` Wings variant.
         """
         ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         new = ids if ids is not None else kwargs.get("inputs_embeds")
         if new is None:
             raise UsageError("give input_ids (or inputs_embeds) to generate from.")
+        self._check_positions(new.shape[1], kwargs)
         cache = kwargs.get("past_key_values")
         rows = sort_rows(
             (new.shape[0], new.shape[1]),
@@ -70,15 +72,36 @@ class WorkflowGeneration(TrainingState):
             kwargs["input_ids"] = ids
         return cast(Any, super()).generate(**kwargs)
 
-    def _check_mode(self, kwargs: dict[str, Any]) -> None:
+    def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """What `generate` will use: an argument, else what a config says."""
         sources = (kwargs.get("generation_config"), self.generation_config)
+        given = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
+        return next((value for value in given if value is not None), None)
 
-        def setting(name: str) -> Any:
-            """What `generate` will use: an argument, else what a config says."""
-            given = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
-            return next((value for value in given if value is not None), None)
+    def _check_positions(self, prompt: int, kwargs: dict[str, Any]) -> None:
+        """Refuse what would leave the base's table of positions: the last token needs none."""
+        table = self.anatomy.position_table
+        if table is None:
+            return
+        if prompt > table:
+            raise UsageError(
+                f"the prompt has {prompt} positions, an image's counted, and the base has a table "
+                f"of {table}: give a shorter one, or begin a new dialogue."
+            )
+        new = self._setting("max_new_tokens", kwargs)
+        config = kwargs.get("generation_config")
+        longest = kwargs.get("max_length") or getattr(config, "max_length", None)
+        if new is None and longest is not None:
+            new = longest - prompt
+        if new is not None and prompt + new - 1 > table:
+            raise UsageError(
+                f"a prompt of {prompt} positions and {new} new tokens are more than the base's "
+                f"table of {table}: give max_new_tokens of {table - prompt + 1} at most "
+                "(--max-new-tokens), or a shorter prompt."
+            )
 
-        implementation = setting("cache_implementation")
+    def _check_mode(self, kwargs: dict[str, Any]) -> None:
+        implementation = self._setting("cache_implementation", kwargs)
         if implementation in ("quantized", "paged"):
             raise UsageError(
                 f"cache_implementation={implementation!r} cannot be exact for rows with images; "
@@ -90,12 +113,12 @@ class WorkflowGeneration(TrainingState):
                 "transformers' offloaded caches copy with CUDA streams, and this model is on "
                 f"{self.device.type}; use 'dynamic' or 'static'."
             )
-        if setting("assistant_early_exit"):
+        if self._setting("assistant_early_exit", kwargs):
             raise UsageError(
                 "early-exit drafting cuts the base short, and a graft's layers with it; "
                 "use an assistant model or prompt_lookup_num_tokens."
             )
-        if setting("prefill_chunk_size"):
+        if self._setting("prefill_chunk_size", kwargs):
             raise UsageError(
                 "prefill_chunk_size cuts a prompt between images; leave it out for such rows."
             )

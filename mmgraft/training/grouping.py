@@ -95,6 +95,25 @@ def arrange(
     return Arranged(Packs(rows, len(sampler)), sampler, bad, says)
 
 
+def check_packed_length(stage: Stage, positions: int | None) -> None:
+    """Refuse packed sequences that are longer than a base's table of positions.
+
+    Args:
+        stage: Of a recipe.
+        positions: Of the table; None where the base has none.
+
+    Raises:
+        UsageError: They are.
+    """
+    if not stage.packing or positions is None or (stage.max_length or 0) <= positions:
+        return
+    raise UsageError(
+        f"stage {stage.name!r}: packing fills sequences of max_length: {stage.max_length}, and the "
+        f"base has a table of {positions} positions; write max_length: {positions}, and a larger "
+        "batch_size in its place"
+    )
+
+
 class _Drawn(Sampler[Any]):
     """An order drawn from a seed and an epoch number."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,17 @@ def put_aside(run: Path) -> None:
     while (run / f"metrics-{number}.jsonl").exists():
         number += 1
     os.replace(path, run / f"metrics-{number}.jsonl")
+
+
+@contextmanager
+def tracking_folder(folder: Path) -> Iterator[None]:
+    """TensorBoard's files go into the run unless the user has chosen another place."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    before = os.environ.get(name)
+    if before is None:
+        os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +25,7 @@ from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.data.template import resolve_template
 from mmgraft.errors import UsageError
-from mmgraft.model.compiling import compiled_layers
+from mmgraft.model.compiling import check_compiled, compiled_layers
 from mmgraft.model.feature_cache import FeatureCache, tower_features
 from mmgraft.model.graft_file import CONFIG_NAME
 from mmgraft.model.loading import base_files, load_model
@@ -37,7 +37,7 @@ from mmgraft.training.devices import is_main_rank
 from mmgraft.training.evening import EvenDataset, EvenSampler
 from mmgraft.training.features import fill_cache, open_cache
 from mmgraft.training.finite import NotFinite, is_finite
-from mmgraft.training.grouping import arrange
+from mmgraft.training.grouping import arrange, check_packed_length
 from mmgraft.training.parallel import processes, way_on
 from mmgraft.training.recipe import Stage
 from mmgraft.training.sharding import shard
@@ -87,11 +87,16 @@ class Session:
         Nothing is written.
 
         Raises:
-            UsageError: A base that is not the graft's, a graft that is damaged, or, where the
-                recipe does not skip such rows, one that its template or its length spoils.
+            UsageError: A base that is not the graft's, a graft that is damaged, a setting that this
+                base cannot follow, or, where the recipe does not skip such rows, one that its
+                template or its length spoils.
         """
         plan = self.plan
-        self._model_for(plan.stages[plan.first])
+        model = self._model_for(plan.stages[plan.first])
+        if plan.recipe.compile:
+            check_compiled(model.base, model.anatomy, [model.workflow().graft])
+        for stage in plan.stages[plan.first :]:
+            check_packed_length(stage, model.anatomy.position_table)
         if plan.recipe.on_bad_row == "error":
             for index, stage in enumerate(plan.stages[plan.first :], start=plan.first):
                 rows = (plan.rows[index], plan.eval_rows)
@@ -119,7 +124,7 @@ class Session:
             model.gradient_checkpointing_disable()
         size = sum(group.size for group in groups)
         log = metrics.MetricsFile(plan.run, stage.name)
-        with _tracking_folder(plan.run / "tracking" / folder.name):
+        with metrics.tracking_folder(plan.run / "tracking" / folder.name):
             trainer = self._trainer(index, folder, groups, [log, self.stopper, *callbacks])
         if last is not None and _is_final(last):
             checkpoint.load_tensors(cast(nn.Module, model), last)
@@ -263,6 +268,7 @@ class Session:
     def _dataset(
         self, rows: Sequence[Row], processor: GraftProcessor, stage: Stage, load_images: bool
     ) -> RowDataset:
+        assert self.model is not None
         return RowDataset(
             rows,
             processor,
@@ -271,6 +277,7 @@ class Session:
             on_bad_row=self.plan.recipe.on_bad_row,
             load_images=load_images,
             known_bad=self._known_bad(stage),
+            positions=self.model.anatomy.position_table,
         )
 
     def _known_bad(self, stage: Stage) -> set[tuple[str, str]]:
@@ -433,17 +440,3 @@ def _of_worker(error: UsageError) -> str:
 def _is_final(folder: Path) -> bool:
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     return int(state["global_step"]) >= int(state["max_steps"])
-
-
-@contextmanager
-def _tracking_folder(folder: Path) -> Iterator[None]:
-    """TensorBoard's files go into the run unless the user has chosen another place."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    before = os.environ.get(name)
-    if before is None:
-        os.environ[name] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)

@@ -8,7 +8,9 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from mmgraft.aliases import resolve_alias
-from mmgraft.basefiles import resolve
+from mmgraft.anatomy import skeleton
+from mmgraft.anatomy.positions import position_table
+from mmgraft.basefiles import ModelFiles, load_config, resolve
 from mmgraft.data.loading import load_processor
 from mmgraft.data.placeholder import choose_placeholder
 from mmgraft.data.processor import GraftProcessor
@@ -62,6 +64,7 @@ class View:
         processor: None where no tokenizer is known.
         max_length: where rows are cut.
         skip_text: rows without an image are left out.
+        positions: that the base has a table of; None where it has none, or is not known.
     """
 
     entries: tuple[DataEntry, ...]
@@ -69,6 +72,7 @@ class View:
     processor: GraftProcessor | None = field(default=None, compare=False)
     max_length: int | None = None
     skip_text: bool = False
+    positions: int | None = None
 
 
 def views(asked: Asked) -> list[View]:
@@ -80,7 +84,9 @@ def views(asked: Asked) -> list[View]:
     run, file = _run_and_file(asked)
     record = GraftFile.read(run) if run is not None else None
     recipe = _recipe(asked, run, record)
-    processor = _processor(asked, run, record, recipe)
+    base = _base(asked, run, record, recipe)
+    processor = _processor(asked, run, record, recipe, base)
+    positions = None if base is None else _positions(base)
     given = None
     if file is not None:
         images = None if asked.images is None else str(asked.images)
@@ -89,7 +95,7 @@ def views(asked: Asked) -> list[View]:
         assert given is not None
         if processor is not None and asked.template is not None:
             processor = _with_template(processor, asked.template)
-        return [View(given, (), processor, asked.max_length)]
+        return [View(given, (), processor, asked.max_length, positions=positions)]
     if given is None and run is not None:
         check_data_is_set(recipe, run, _file_of(asked, run, record))
     found: dict[tuple[object, ...], View] = {}
@@ -105,7 +111,7 @@ def views(asked: Asked) -> list[View]:
         reads = processor
         if processor is not None and template is not None:
             reads = _with_template(processor, template)
-        found[key] = View(entries, stages, reads, length, skips)
+        found[key] = View(entries, stages, reads, length, skips, positions)
     if not found:
         names = [stage.name for stage in recipe.stages]
         raise UsageError(f"no stage {asked.stage!r}; {did_you_mean(str(asked.stage), names)}")
@@ -151,25 +157,53 @@ def _recipe(asked: Asked, run: Path | None, record: GraftFile | None) -> Recipe 
     return load_recipe(find_recipe(asked.recipe)).resolved()
 
 
-def _processor(
+def _base(
     asked: Asked, run: Path | None, record: GraftFile | None, recipe: Recipe | None
+) -> ModelFiles | None:
+    """The base of a run, or the one that is named; None where none is."""
+    if run is not None and record is not None:
+        return base_files(record, run)
+    named = asked.base or (recipe.graft.base if recipe is not None else None)
+    if named is None:
+        return None
+    if _vision(asked, recipe) is None:
+        raise UsageError("--base without --vision; name the tower too, for an image's positions")
+    return resolve(resolve_alias(named))
+
+
+def _vision(asked: Asked, recipe: Recipe | None) -> str | None:
+    return asked.vision or (recipe.graft.vision if recipe is not None else None)
+
+
+def _positions(base: ModelFiles) -> int | None:
+    """See :func:`mmgraft.anatomy.positions.position_table`; no weights are read."""
+    try:
+        config = load_config(base)
+        return position_table(skeleton(config), config.get_text_config(decoder=True))
+    except UsageError:
+        return None  # no text model: the rows are told of all the same, and no graft is made on it
+
+
+def _processor(
+    asked: Asked,
+    run: Path | None,
+    record: GraftFile | None,
+    recipe: Recipe | None,
+    base: ModelFiles | None,
 ) -> GraftProcessor | None:
     """A run's, or that of a base and a tower; no weights are read."""
-    if run is not None and record is not None:
-        patches = describe_tower(local_tower(record, run)).num_patches
-        return load_processor(record, base_files(record, run).path, patches, None)
-    graft = recipe.graft if recipe is not None else None
-    base = asked.base or (graft.base if graft is not None else None)
-    vision = asked.vision or (graft.vision if graft is not None else None)
     if base is None:
         return None
-    if vision is None:
-        raise UsageError("--base without --vision; name the tower too, for an image's positions")
+    if run is not None and record is not None:
+        patches = describe_tower(local_tower(record, run)).num_patches
+        return load_processor(record, base.path, patches, None)
+    vision = _vision(asked, recipe)
+    assert vision is not None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(resolve_alias(base)).path)
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"the base {base} has no tokenizer that transformers can load ({error})"
+            f"the base {base.id} has no tokenizer that transformers can load ({error})"
         ) from None
     template = resolve_template(asked.template, tokenizer)
     filler, _ = choose_placeholder(tokenizer, len(tokenizer))

@@ -185,6 +185,25 @@ def test_preview_marks_what_is_trained_and_folds_the_picture(cli, parts, run, ro
     assert "left out, for it has no image" in text.out
 
 
+def test_a_row_beyond_the_bases_table_is_named(cli, here, tmp_path) -> None:
+    from tiny_runs import make_parts
+
+    parts = make_parts(tmp_path / "gpt2", "gpt2")
+    long = json.loads((parts / "rows.jsonl").read_text().splitlines()[3])
+    long["messages"][0]["content"] = "and then? " * 40
+    (here / "long.jsonl").write_text(json.dumps(long) + "\n")
+    reads = ["--base", parts / "base", "--vision", parts / "tower"]
+    ran = cli("data", "check", here / "long.jsonl", *reads)
+    assert ran.code == 2
+    assert "line 1 (id 3): " in ran.out
+    assert "the base has a table of 128; set max_length: 128" in ran.out
+    shown = cli("data", "preview", here / "long.jsonl", *reads)
+    assert shown.code == 2
+    assert "a table of 128" in shown.err
+    images = ["--images", parts / "images"]
+    assert cli("data", "check", parts / "rows.jsonl", *images, *reads).code == 0
+
+
 def test_preview_colours_on_a_terminal(parts, run, capsys) -> None:
     from rich.console import Console
 
