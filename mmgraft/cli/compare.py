@@ -10,7 +10,7 @@ import typer
 from mmgraft.cli.options import DryRunFlag, JsonFlag
 
 if TYPE_CHECKING:
-    from mmgraft.comparison.plan import ComparisonPlan
+    from mmgraft.comparison.plan import ComparisonPlan, StagePlan
 
 _SHARED, _TRIAL = "What all arms share", "Less than all"
 
@@ -165,6 +165,7 @@ def summary(plan: ComparisonPlan) -> dict[str, Any]:
                         "trains": list(stage.trains),
                         "rows": stage.rows,
                         "rows_a_step": stage.rows_a_step,
+                        "sequences_a_step": stage.sequences_a_step,
                         "steps": stage.steps,
                     }
                     for stage in arm.stages
@@ -182,7 +183,7 @@ def show(plan: ComparisonPlan) -> None:
 
     rows = []
     for arm in plan.arms:
-        budget = "; ".join(f"{s.name} {s.steps} x {s.rows_a_step}" for s in arm.stages)
+        budget = "; ".join(_budget(stage) for stage in arm.stages)
         rows.append(
             [
                 arm.name,
@@ -198,3 +199,11 @@ def show(plan: ComparisonPlan) -> None:
     out.print(table(["arm", "method", "base", "trains", "steps x rows", "done"], rows))
     if any(arm.own_budget for arm in plan.arms):
         out.print("arms with a budget of their own are not trained alike: read them as such")
+
+
+def _budget(stage: StagePlan) -> str:
+    """Steps and what each holds; of packed rows, how many steps these make is not known yet."""
+    if stage.packed is None:
+        return f"{stage.name} {stage.steps} x {stage.rows_a_step}"
+    steps = stage.steps or f"{stage.shown:g} epoch{'s' * (stage.shown != 1)} of {stage.rows} rows,"
+    return f"{stage.name} {steps} x {stage.sequences_a_step} packed sequences"

@@ -36,20 +36,31 @@ class StagePlan:
         name: Of the stage.
         trains: Groups of parameters.
         rows: In its data, without those that are left out.
-        rows_a_step: On one device.
-        steps: Of the optimizer.
+        rows_a_step: On one device; None where rows are packed: how many a sequence holds is known
+            when all of them are tokenised.
+        steps: Of the optimizer; None where it depends on that.
+        sequences_a_step: On one device; each is a row, or a pack of rows.
+        shown: How often the rows are seen; None where the steps are given.
+        packed: Positions of a sequence of packed rows; None where rows are not packed.
     """
 
     name: str
     trains: tuple[str, ...]
     rows: int
-    rows_a_step: int
-    steps: int
+    rows_a_step: int | None
+    steps: int | None
+    sequences_a_step: int
+    shown: float | None
+    packed: int | None
 
     @property
-    def budget(self) -> tuple[str, int, int]:
-        """What must be the same for arms to be comparable: name, steps, rows a step."""
-        return self.name, self.steps, self.rows_a_step
+    def budget(self) -> tuple[object, ...]:
+        """What must be the same for arms to be comparable: name, steps, rows a step.
+
+        Of packed rows, whose steps are not known yet: the rows, how often, and what a step holds.
+        """
+        steps = self.steps or (self.rows, self.shown)
+        return self.name, steps, self.sequences_a_step, self.packed
 
 
 @dataclass(frozen=True)
@@ -287,13 +298,19 @@ def _stages(recipe: Recipe, reader: StageData) -> tuple[StagePlan, ...]:
         found = reader.rows(stage.data or [], recipe.seed, stage.image_share)
         rows = len(found) - check_rows(found, stage.name, stage.text_rows)
         an_epoch = ceil(ceil(rows / stage.batch_size) / stage.accumulate)
+        epochs = None if stage.max_steps else stage.epochs or 1
+        together = stage.batch_size * stage.accumulate
         planned.append(
             StagePlan(
                 name=stage.name,
                 trains=tuple(stage.train),
                 rows=rows,
-                rows_a_step=stage.batch_size * stage.accumulate,
-                steps=stage.max_steps or ceil(an_epoch * (stage.epochs or 1)),
+                rows_a_step=None if stage.packing else together,
+                steps=stage.max_steps
+                or (None if stage.packing else ceil(an_epoch * (stage.epochs or 1))),
+                sequences_a_step=together,
+                shown=epochs,
+                packed=stage.max_length if stage.packing else None,
             )
         )
     return tuple(planned)

@@ -83,6 +83,7 @@ def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
     lines = _metrics(arm.run)
     progress = checkpoint.read_progress(arm.run) or {}
     parameters: dict[str, int] = progress.get("trained_parameters", {})
+    taken: dict[str, int] = progress.get("steps", {})
     stages: list[dict[str, Any]] = []
     for stage in arm.stages:
         own = [line for line in lines if line.get("stage") == stage.name and "loss" in line]
@@ -92,7 +93,7 @@ def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
                 "trains": list(stage.trains),
                 "rows": stage.rows,
                 "rows_a_step": stage.rows_a_step,
-                "steps": stage.steps,
+                "steps": stage.steps or taken.get(stage.name),  # of packed rows it is known now
                 "trained_parameters": parameters.get(stage.name),
                 "final_loss": own[-1]["loss"] if own else None,
             }

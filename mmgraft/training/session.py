@@ -128,13 +128,14 @@ class Session:
             trainer = self._trainer(index, folder, groups, [log, self.stopper, *callbacks])
         if last is not None and _is_final(last):
             checkpoint.load_tensors(cast(nn.Module, model), last)
-            taken = 0
+            taken, steps = 0, checkpoint.step_of(last)
         else:
             taken = self._train(trainer, stage, last)
+            steps = trainer.state.global_step
             tensors = checkpoint.trained_tensors(cast(nn.Module, model), is_main_rank())
             if is_main_rank():
                 checkpoint.write_final(tensors, folder, trainer.state)
-        self._save(index, model, size)
+        self._save(index, model, size, steps)
         trainer.accelerator.wait_for_everyone()
         if plan.recipe.parallel != "ddp" and trainer.args.world_size > 1:
             self.model = None  # the next stage trains other parts, and has other pieces
@@ -377,7 +378,7 @@ class Session:
             )
         return last
 
-    def _save(self, index: int, model: GraftedModel, size: int) -> None:
+    def _save(self, index: int, model: GraftedModel, size: int, steps: int) -> None:
         """Write the stage's graft, then note that the stage is done, then drop its checkpoints."""
         plan, stage = self.plan, self.plan.stages[index]
         assert stage.workflow is not None
@@ -397,6 +398,7 @@ class Session:
                 "stages": [one.name for one in plan.stages],
                 "finished": [one.name for one in plan.stages[: index + 1]],
                 "trained_parameters": {**earlier.get("trained_parameters", {}), stage.name: size},
+                "steps": {**earlier.get("steps", {}), stage.name: steps},
             },
         )
         checkpoint.remove(checkpoint.stage_folder(plan.run, index, stage.name))

@@ -75,6 +75,11 @@ def test_dry_run_shows_the_plan_and_writes_nothing(cli, here, ran) -> None:
     assert "tune 2 x 4" in out
     assert "tune 9 x 4 (its own)" in out
     assert "budget of their own" in out
+    packed = ["stages.tune.packing=true", "stages.tune.max_length=64", "stages.tune.max_steps=null"]
+    sets = [word for one in packed for word in ("--set", one)]
+    code, out, _ = cli("compare", "mine.yaml", "--dry-run", *sets)
+    assert code == 0
+    assert "tune 1 epoch of 9 rows, x 4 packed sequences" in " ".join(out.split())
     code, out, _ = cli("compare", "mine.yaml", "--dry-run", "--json", "--only", "lr-0.01")
     plan = json.loads(out)
     assert [arm["chosen"] for arm in plan["arms"]] == [False, True]

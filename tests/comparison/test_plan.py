@@ -62,6 +62,35 @@ def test_epochs_become_steps_and_max_steps_ends_them(write, parts: Path, tmp_pat
     assert stage.steps == 1
 
 
+def test_packed_rows_are_not_counted_as_if_each_stood_alone(
+    write, parts: Path, tmp_path: Path
+) -> None:
+    """Arms that pack alike have one budget, and it is that of no arm that packs otherwise."""
+    alone = {"stages.tune.max_steps": None, "stages.tune.epochs": 1}
+    packed = {**alone, "stages.tune.packing": True, "stages.tune.max_length": 64}
+    arms = {
+        "one": packed,
+        "other": {**packed, "stages.tune.lr": 1.0},
+        "longer": {**packed, "stages.tune.max_length": 128},
+        "twice": {**packed, "stages.tune.epochs": 2},
+        "alone": alone,
+    }
+    recipe = str(parts / "llava.yaml")
+    spec = load_comparison(
+        write(arms={name: {"recipe": recipe, "set": more} for name, more in arms.items()})
+    )
+    planned = {arm.name: arm for arm in make_plan(spec, tmp_path / "out").arms}
+    (stage,) = planned["one"].stages
+    assert (stage.rows, stage.steps, stage.rows_a_step) == (9, None, None)
+    assert stage.sequences_a_step == 4
+    assert planned["alone"].stages[0].steps == 3
+    own = {name: arm.own_budget for name, arm in planned.items()}
+    assert own == {"one": False, "other": False, "longer": True, "twice": True, "alone": True}
+    spec = load_comparison(write(arms={"one": {"recipe": recipe, "set": packed}}))
+    (stage,) = make_plan(spec, tmp_path / "out", max_steps=1).arms[0].stages
+    assert (stage.steps, stage.rows_a_step) == (1, None)
+
+
 def test_limit_draws_fewer_items_never_more(write, tmp_path: Path) -> None:
     sets = [
         {"name": "few", "metric": "exact", "path": "rows.jsonl", "limit": 2},

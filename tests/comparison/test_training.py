@@ -147,3 +147,20 @@ def test_a_killed_training_goes_on_from_its_checkpoint(write, tmp_path: Path, mo
     train_arm(arm, PhaseRecord(phase="train", sittings=[EARLIER]), "cpu", told.append)
     assert told == ["llava: going on with a training that was stopped"]
     assert [step for _, step, _ in losses(arm.run)] == list(range(1, 61))
+
+
+def test_steps_of_packed_rows_are_told_when_they_were_taken(write, tmp_path: Path) -> None:
+    packed = {"stages.tune.max_steps": None, "stages.tune.packing": True, "log_every": 50}
+    spec = load_comparison(write(set={**packed, "stages.tune.max_length": 128}))
+    plan = make_plan(spec, tmp_path / "out", device="cpu")
+    arm = plan.arms[0]
+    make_graft(plan, arm.recipe, arm.run)
+    (arm.run / "recipe.yaml").write_text(dump_recipe(arm.recipe))
+    train_arm(arm, PhaseRecord(phase="train"), "cpu", lambda text: None)
+    progress = checkpoint.read_progress(arm.run)
+    assert progress is not None
+    steps = progress["steps"]["tune"]
+    assert 1 <= steps < 3  # 9 rows alone are 3 batches of 4
+    section = read_results(arm.run, "training")
+    assert section is not None
+    assert section.details["steps"] == {"tune": steps}
