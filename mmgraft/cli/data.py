@@ -285,7 +285,7 @@ def preview(
     for view in views(asked):
         if view.processor is None:
             raise UsageError("no base is known to read the row; give --run, or --base and --vision")
-        one = row_at(source_of(view.entries[0]), row)
+        one = row_at([source_of(entry) for entry in view.entries], row)
         shown.append((view, preview_row(view.processor, one, view.max_length, view.positions)))
     if json:
         print_json(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -119,20 +119,25 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
     return index
 
 
-def row_at(source: Source, number: int) -> Row:
-    """One row, counted from 1 over all files; the others are not looked at.
+def row_at(sources: Sequence[Source], number: int) -> Row:
+    """One row, counted from 1 over all files of all sources; the others are not looked at.
+
+    Of a source with a limit, its first rows are counted.
 
     Raises:
         UsageError: as `read_rows`, for this row; or there are fewer.
     """
     count = 0
-    for file, folder in _opened(source):
-        for found in file.scan():
+    for source in sources:
+        every = ((file, folder, found) for file, folder in _opened(source) for found in file.scan())
+        for file, folder, found in islice(every, source.limit):
             count += 1
             if count == number:
                 return _row(file, folder, source, found, False)
+    names = ", ".join(source.path for source in sources)
+    have = "has" if len(sources) == 1 else "have"
     raise UsageError(
-        f"{source.path} has {count} rows, so none is number {number}; ask for one up to that"
+        f"{names} {have} {count} rows, so none is number {number}; ask for one up to that"
     )
 
 

@@ -194,8 +194,13 @@ def is_saved(folder: Path) -> bool:
 
 
 def _of_split(found: Any, where: str, split: str) -> Any:
-    if not hasattr(found, "keys"):
-        return found  # one table
+    if not hasattr(found, "keys"):  # one table; "train" is what is asked where nothing is set
+        if split not in ("train", str(found.split)):
+            raise UsageError(
+                f"{where} is one set and has no split {split!r}; leave split out (limit takes its "
+                "first rows), or name the folder of that split"
+            )
+        return found
     if split not in found:
         raise UsageError(f"{where}: no split {split!r} but {', '.join(found)}; set split to one")
     return found[split]

@@ -52,7 +52,10 @@ class DataEntry(StrictModel):
     images: str | None = Field(default=None, description="folder that image paths start from")
     format: Literal["auto", "llava", "messages"] = "auto"
     weight: float = Field(
-        default=1.0, gt=0, description="2 shows every row twice an epoch, 0.5 every other"
+        default=1.0,
+        gt=0,
+        le=100_000,
+        description="2 shows every row twice an epoch, 0.5 every other",
     )
     limit: int | None = Field(default=None, ge=1, description="use the first rows only")
     split: str = Field(default="train", description="of a set of the Hub, or that datasets saved")
@@ -105,7 +108,7 @@ class Stage(StrictModel):
         default=None, description="in the path"
     )
     router: bool | None = Field(default=None, description="false adds a learner with weight 1")
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=100_000)
     max_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=1, ge=1, description="rows in one forward pass on one device")
     accumulate: int = Field(

@@ -185,6 +185,21 @@ def test_preview_marks_what_is_trained_and_folds_the_picture(cli, parts, run, ro
     assert "left out, for it has no image" in text.out
 
 
+def test_preview_counts_over_all_entries_of_a_stage(cli, parts, run) -> None:
+    import yaml
+
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (entry,) = recipe["data"]
+    recipe["data"] = [{**entry, "limit": 2}, entry]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    ran = cli("data", "preview", run, "--row", 3)
+    assert ran.code == 0, ran.err
+    assert "rows.jsonl, line 1 (id 0)" in ran.out  # the first of the second entry
+    ran = cli("data", "preview", run, "--row", 15)
+    assert ran.code == 2
+    assert "have 14 rows" in ran.err
+
+
 def test_a_row_beyond_the_bases_table_is_named(cli, here, tmp_path) -> None:
     from tiny_runs import make_parts
 

@@ -97,9 +97,20 @@ def test_a_limit_and_a_number_count_over_all_shards(shards: Path) -> None:
         rows = index_rows(Source(str(shards), limit=limit), LOOSE)
         assert ids(rows) == ALL[:limit]
         assert ids(read_rows(shards, limit=limit, check_images=False)) == ALL[:limit]
-    assert row_at(Source(str(shards)), 6).where.endswith("part-10.json, row 1 (id r6)")
+    assert row_at([Source(str(shards))], 6).where.endswith("part-10.json, row 1 (id r6)")
     with pytest.raises(UsageError, match="has 12 rows, so none is number 13"):
-        row_at(Source(str(shards)), 13)
+        row_at([Source(str(shards))], 13)
+
+
+def test_a_number_counts_over_all_entries_in_order(shards: Path, tmp_path: Path) -> None:
+    one, other = write(tmp_path / "one.jsonl", range(3)), write(tmp_path / "other.jsonl", range(2))
+    entries = [Source(str(one), limit=2), Source(str(other))]
+    found = [row_at(entries, number).where for number in range(1, 5)]
+    assert [where.partition(" (")[0] for where in found] == [
+        f"{file}, line {line}" for file in (one, other) for line in (1, 2)
+    ]
+    with pytest.raises(UsageError, match=r"one\.jsonl, .*other\.jsonl have 4 rows"):
+        row_at(entries, 5)
 
 
 def test_facts_keys_and_places_are_those_of_the_rows(shards: Path) -> None:

@@ -175,6 +175,11 @@ def test_what_is_no_table_is_named(tmp_path: Path, table: Any, monkeypatch) -> N
     datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(UsageError, match=r"no split 'train' but test; set split"):
         index_rows(Source(str(tmp_path / "saved")))
+    table.save_to_disk(str(tmp_path / "one"))
+    for split in ("test", "train[:1]"):
+        with pytest.raises(UsageError, match=r"has no split 't.+leave split out"):
+            index_rows(Source(str(tmp_path / "one"), split=split))
+    assert len(index_rows(Source(str(tmp_path / "one")))) == len(table)
 
     def down(*args, **more):
         raise ConnectionError("no way\nat all")
@@ -368,3 +373,12 @@ def resident() -> int:
         if line.startswith("RssFile:"):
             return int(line.split()[1]) * 1024
     pytest.skip("no /proc here")
+
+
+def test_one_part_of_a_set_that_was_saved_keeps_its_name(tmp_path: Path, table: Any) -> None:
+    part = datasets.Dataset(table.data, split="test")
+    part.save_to_disk(str(tmp_path / "part"))
+    for split in ("test", "train"):  # train is what stands where nothing was set
+        assert len(index_rows(Source(str(tmp_path / "part"), split=split))) == len(table)
+    with pytest.raises(UsageError, match="no split 'validation'"):
+        index_rows(Source(str(tmp_path / "part"), split="validation"))

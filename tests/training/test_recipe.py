@@ -118,6 +118,7 @@ def test_all_problems_are_told_at_once(recipe_file):
         (("method: iaa", "method: iaa\ncompile: true\nquantization: nf4"), "not built"),
         (("stages:", "stages: ["), "not YAML"),
         (("epochs: 2", "epochs: .inf"), "finite number"),
+        (("epochs: 2", "epochs: 1.0e+30"), "less than or equal to 100000 (got 1e+30)"),
         (("default: 2.0e-4", "layers: .nan"), "finite number"),
         (("epochs: 2", "betas: [0.9, 1.0]"), "less than 1"),
         (("epochs: 2", "seed: -1"), "greater than or equal to 0"),
@@ -129,6 +130,7 @@ def test_all_problems_are_told_at_once(recipe_file):
         (("epochs: 2", "data: [{path: a.json, revision: main}]"), "leave revision out"),
         (("epochs: 2", "data: [{path: a.json, subset: small}]"), "leave subset out"),
         (("epochs: 2", "data: [{path: a.json, weight: .inf}]"), "finite number"),
+        (("epochs: 2", "data: [{path: a.json, weight: 1.0e+30}]"), "equal to 100000"),
     ],
 )
 def test_refusals(recipe_file, change, says):

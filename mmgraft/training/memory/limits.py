@@ -28,5 +28,5 @@ def not_counted(recipe: Recipe, device: str = "cuda", processes: int = 1) -> lis
             "compared with a measured peak"
         )
         if recipe.parallel.startswith("zero"):
-            found.append("DeepSpeed: its buffers are those of its documentation; it was never run")
+            found.append("DeepSpeed: the sizes of its buffers are an assumption; it was never run")
     return found
