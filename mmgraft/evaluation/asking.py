@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmgraft.data.images import open_images
+from mmgraft.errors import UsageError
 from mmgraft.evaluation.items import Item
 from mmgraft.evaluation.predictions import Predictions
 from mmgraft.evaluation.shared_beginning import image_key, read_beginning
@@ -63,13 +64,14 @@ def answer(
 
     Raises:
         UsageError: An image that cannot be read, a workflow that the model does not have, or a
-            conversation that the template refuses.
+            conversation that the template refuses or the base has too few positions for.
     """
     names = names or [f"conversation {at}" for at in range(1, len(conversations) + 1)]
     encoded = [
         processor.encode(messages, where=name)
         for messages, name in zip(conversations, names, strict=True)
     ]
+    refuse_longer(encoded, names, model.anatomy.position_table, max_new_tokens)
     if workflow not in (None, TEXT_WORKFLOW):
         model.workflow(workflow)  # says which there are
     batches = [
@@ -88,6 +90,30 @@ def answer(
         on_answers(places, made)
         progress(done, len(encoded))
     return texts
+
+
+def refuse_longer(
+    rows: Sequence[Encoded], names: Sequence[str], positions: int | None, new: int = 1
+) -> None:
+    """Refuse a row that a base's table of positions does not reach for, before any is read.
+
+    Args:
+        rows: Read by the base.
+        names: What errors call each row.
+        positions: Of the table; None where the base has none.
+        new: Tokens to come; the last one needs no position.
+
+    Raises:
+        UsageError: For the first such row.
+    """
+    for row, name in zip(rows, names, strict=True):
+        if positions is not None and len(row) + new - 1 > positions:
+            tokens = f" and up to {new} tokens of an answer" if new > 1 else ""
+            fewer = ", ask for fewer tokens (max_new_tokens)" if len(row) <= positions else ""
+            raise UsageError(
+                f"{name}: {len(row)} positions{tokens}, and the base has a table "
+                f"of {positions}; shorten it{fewer}, or leave it out"
+            )
 
 
 def ask(

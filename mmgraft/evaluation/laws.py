@@ -30,6 +30,7 @@ from mmgraft.data.processor import Encoded
 from mmgraft.data.rows import Row
 from mmgraft.data.sources import read_rows
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.asking import refuse_longer
 from mmgraft.evaluation.estimate import estimate, paired
 from mmgraft.evaluation.item_files import file_sha256
 from mmgraft.evaluation.layer_sums import PROJECTOR_ONLY, SIDES, LayerSums, layer_sums
@@ -147,6 +148,8 @@ def evaluate_laws(
         raise UsageError(f"no file {str(file)!r} that the samples come from; say where they do")
     flow = answerer.model.workflow(workflow)
     encoded = [_encode(answerer, sample) for sample in samples]
+    names = [sample.where for sample in samples]
+    refuse_longer(encoded, names, answerer.model.anatomy.position_table)
     reasons = [_lacks(row) for row in encoded]
     left_out = Counter(reason for reason in reasons if reason is not None)
     kept = [at for at, reason in enumerate(reasons) if reason is None]

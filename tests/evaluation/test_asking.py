@@ -174,6 +174,30 @@ def test_a_workflow_that_is_not_there_is_refused_before_anything_is_asked(asked)
         answer(model, processor, chats, workflow="grounding")
 
 
+def test_an_item_beyond_the_bases_table_is_named_before_any_is_asked(asked) -> None:
+    model, processor = made("gpt2")
+    answered: list[int] = []
+
+    def questions(most: int) -> list[list[dict[str, Any]]]:
+        """A short one, and one that leaves room for so many tokens of an answer and no more."""
+        for count in range(200):
+            long = chat("a" * count, asked[2][1][0]["content"][0]["image"])
+            if len(processor.encode(long)) == 128 - most + 1:
+                return [chat("What?"), long]
+        raise AssertionError("no text has this length")
+
+    def on_answers(places: Any, texts: Any) -> None:
+        answered.extend(places)
+
+    chats = questions(6)
+    assert len(answer(model, processor, chats, max_new_tokens=6, batch_size=1)) == 2
+    with pytest.raises(UsageError, match="conversation 2: 123 positions and up to 7 tokens"):
+        answer(model, processor, chats, max_new_tokens=7, batch_size=1, on_answers=on_answers)
+    with pytest.raises(UsageError, match=r"129 positions.* a table of 128; shorten it, or leave"):
+        answer(model, processor, questions(0), max_new_tokens=1, on_answers=on_answers)
+    assert not answered
+
+
 def test_a_broken_picture_names_its_item(tmp_path: Path, asked) -> None:
     model, processor, _ = asked
     (tmp_path / "a.png").write_bytes(b"no picture")

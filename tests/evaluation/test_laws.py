@@ -292,3 +292,14 @@ def test_features_take_the_place_of_pictures(runs: dict[str, Path], parts: Path)
     cached = measure(runs["iaa"], samples, parts, answerer=answerer, features=features)
     assert len(asked) == 9
     assert cached.sets[0].scores == seen.sets[0].scores
+
+
+def test_a_sample_beyond_the_bases_table_is_named(tmp_path: Path) -> None:
+    parts = make_parts(tmp_path / "parts", "gpt2")
+    run = make_run(parts, tmp_path / "run", "llava")
+    image = parts / "images/0.png"
+    short = Told([turn("user", "look ", None, " which?", image=image)])
+    long = Told([turn("user", "look " * 40, None, " which?", image=image)], where="d.jsonl, line 2")
+    with pytest.raises(UsageError, match=r"d\.jsonl, line 2: \d+ positions.* a table of 128"):
+        measure(run, [short, long], parts)
+    assert measure(run, [short], parts) is not None
