@@ -2,7 +2,7 @@
 
     python benchmarks/estimate_memory.py [--only NAME] [--json]
 
-Each configuration trains a random Llama of 16 or 67 million parameters for a few steps, in a
+Each configuration trains a random Llama of 16 or 67 million parameters for eight steps, in a
 process of its own that is forked after all imports. Measured is its peak resident memory above what
 it had after them.
 """
@@ -67,7 +67,7 @@ def main() -> int:
     """Measure every case and print predicted, measured and their ratio."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", help="name of a case; may be repeated")
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -162,12 +162,15 @@ def _show(found: dict[str, Any]) -> None:
         ["gradients", *(_gb(stage["gradients"]) for stage in stages)],
         ["of others, for a moment", *(_gb(stage["gathered"]) for stage in stages)],
         ["to exchange", *(_gb(stage["buffers"]) for stage in stages)],
+        ["kernels", *(_gb(stage["kernels"]) for stage in stages)],
         ["activations", *(_gb(stage["activations"]) for stage in stages)],
         ["  of a layer", *(_layer(stage["layers"]) for stage in stages)],
         ["peak", *(_gb(stage["peak"]) for stage in stages)],
         ["  reached in", *(stage["moment"] for stage in stages)],
     ]
     several = found["processes"] > 1
+    if not any(stage["kernels"] for stage in stages):
+        parts = [part for part in parts if part[0] != "kernels"]
     if not several:
         parts = [part for part in parts if part[0] not in _OF_SEVERAL]
     else:

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mmgraft.grafts.computing import computes_on
+
 CHUNK_LOGITS = 1 << 25
 """Logits computed at a time (positions x vocabulary): 128 MiB in fp32."""
 
@@ -80,7 +82,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
-    size = BLOCK_LOGITS if logits.device.type == "cpu" else 8 * BLOCK_LOGITS
+    size = BLOCK_LOGITS if computes_on(logits) == "cpu" else 8 * BLOCK_LOGITS
     length = max(1, size // logits.shape[-1])
     for start in range(0, logits.shape[0], length):
         yield slice(start, start + length)

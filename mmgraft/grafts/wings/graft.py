@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, PADDING, BaseParts, Graft, Pass, select
+from mmgraft.grafts.computing import computes_on
 from mmgraft.grafts.wings.config import WingsConfig
 from mmgraft.grafts.wings.learners import Learner, learner_heads
 from mmgraft.grafts.wings.reading import KIND_OF, prepare, read_all, read_packed
@@ -236,7 +237,7 @@ def _spans(state: Pass, mask: Tensor) -> Spans | None:
 
     On a CPU alone: elsewhere one call for a whole batch is worth more than what they leave out.
     """
-    if state.start or mask.device.type != "cpu":
+    if state.start or computes_on(mask) != "cpu":
         return None
     key = ("spans", id(mask))
     if key not in state.shared:  # with the mask, so that no other takes its id

@@ -99,7 +99,9 @@ def attend_pieces(
         parts: dict[int, Tensor] = {}
         for segment in segments:
             keys = slice(segment.first, segment.first + segment.count)
-            own = torch.cat([q[:, :, start:end] for start, end in segment.own], dim=2)
+            # (1, c, heads, d) in memory, as the kernel's output then is: no copy of that is made
+            own = torch.cat([q.transpose(1, 2)[:, start:end] for start, end in segment.own], dim=1)
+            own = own.transpose(1, 2)
             mixed = F.scaled_dot_product_attention(
                 own, k[:, :, keys], v[:, :, keys], is_causal=True
             )

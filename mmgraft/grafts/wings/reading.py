@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmgraft.grafts.base import IMAGE, TEXT, Packed, Pass
+from mmgraft.grafts.computing import computes_on
 from mmgraft.grafts.wings.learners import Learner, rotation_of
 from mmgraft.grafts.wings.pieces import attend_pieces, plan_pieces
 
@@ -33,7 +34,7 @@ def prepare(state: Pass, kinds: Iterable[int]) -> None:
     """
     for kind in kinds:
         state.pack(kind)
-        if kind in state.packed and state.features.device.type == "cpu":
+        if kind in state.packed and computes_on(state.features) == "cpu":
             state.shared["pieces", kind] = plan_pieces(state, kind)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmgraft.model.modeling import GraftedModel
+from mmgraft.training.memory.kernels import kernel_bytes
 from mmgraft.training.memory.optimizer import scratch_bytes, state_bytes
 from mmgraft.training.memory.rows import RowSizes
 from mmgraft.training.memory.sharing import Groups, Share, groups_of, share
@@ -16,13 +17,14 @@ from mmgraft.training.memory.subject import Subject, loaded_dtype
 from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.stages import open_stage
 
-PROCESS = {"cuda": 0, "cpu": 150_000_000}
-"""Bytes that a process takes beside its tensors once it trains: kernels made as they are needed."""
-ALLOCATOR = {"cuda": 1.0, "cpu": 1.2}
+PROCESS = {"cuda": 0, "cpu": 100_000_000}
+"""Bytes that a process takes beside its tensors once it trains: code that is read as it is used."""
+ALLOCATOR = {"cuda": 1.0, "cpu": 1.6}
 """What a byte that comes and goes in a step takes of the machine.
 
-glibc gives no block back that lies between others that live. Both numbers are measured, see
-benchmarks/estimate_memory.py; on CUDA they are in the reserve of every card.
+glibc gives no block back that lies between others that live, and what is kept lies between what
+comes and goes. Both numbers are measured, see benchmarks/estimate_memory.py; on CUDA they are in
+the reserve of every card.
 """
 CACHED_AT_ONCE = 32
 """Images that the tower sees at a time while the feature cache is filled."""
@@ -39,6 +41,7 @@ class StageEstimate:
         trained: Of these, how many the stage trains.
         weights: Of base, graft and projector, by dtype; ``nf4`` with its constants.
         gathered: Weights of other processes that are whole here while they are computed with.
+        kernels: Of a CPU's products in bf16, one for each shape; see the docs.
         buffers: What several processes hold all the time to exchange gradients.
         gradients: Of what is trained, in fp32.
         optimizer: Its state.
@@ -59,6 +62,7 @@ class StageEstimate:
     trained: int
     weights: dict[str, int]
     gathered: int
+    kernels: int
     buffers: int
     gradients: int
     optimizer: int
@@ -124,7 +128,8 @@ class Estimator:
             seeing = self._tower(recipe, CACHED_AT_ONCE)[1]
         held = self._share(recipe, stage, made)
         still = sum(held.weights.values()) + tower + PROCESS[self.device]
-        still += held.buffers
+        kernels = self._kernels(stage, rows, made.step)
+        still += held.buffers + kernels
         sums = held.gradients if stage.accumulate > 1 else 0
         state = held.optimizer
         if self._in_pieces(recipe):
@@ -148,6 +153,7 @@ class Estimator:
             trained=made.trained,
             weights=held.weights,
             gathered=held.gathered,
+            kernels=kernels,
             buffers=held.buffers,
             gradients=held.gradients,
             optimizer=state,
@@ -159,6 +165,14 @@ class Estimator:
             peak=moments[moment],
             moment=moment,
         )
+
+    def _kernels(self, stage: Stage, rows: RowSizes, step: Step) -> int:
+        """Bytes of a CPU's kernels; of several rows in a batch the longest decides many shapes."""
+        if self.device != "cpu":
+            return 0
+        lengths = rows.lengths if stage.batch_size == 1 else -(-rows.lengths // 2)
+        passes = None if stage.max_steps is None else stage.max_steps * stage.accumulate
+        return kernel_bytes(step.kernels, lengths if passes is None else min(lengths, passes))
 
     def _in_pieces(self, recipe: Recipe) -> bool:
         """Whether a process keeps its part of the gradients alone."""
@@ -223,6 +237,7 @@ class Estimator:
             width=self.subject.width,
             feature_dtype=dtype,
             precision=stage.precision or "bf16",
+            device=self.device,
             checkpointing=stage.gradient_checkpointing,
             accumulates=stage.accumulate > 1 and not in_pieces,
             gradients_leave=in_pieces,

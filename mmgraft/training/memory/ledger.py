@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mmgraft.training.memory.kernels import Kernels
+
 _GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
 """The product of a mixture of experts. Only in bf16 does torch know its shape without values."""
 
@@ -30,12 +32,14 @@ class Ledger(TorchDispatchMode):
     Attributes:
         now: Bytes that live.
         peak: The most that lived at once.
+        kernels: What a CPU makes for the products.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
+        self.kernels = Kernels()
         self._entries: dict[int, weakref.ref[Any]] = {}
         for tensor in known:
             storage = tensor.untyped_storage()
@@ -46,6 +50,7 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked tens of thousands of times
+        self.kernels.see(func, args)
         out = _run(func, args, kwargs or {})
         tree_map_only(torch.Tensor, self._enter, out)
         return out

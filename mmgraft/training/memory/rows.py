@@ -28,6 +28,7 @@ class RowSizes:
         images: Pictures in it.
         supervised: Positions that are learned.
         uneven: Rows differ in length.
+        lengths: How many lengths rows have, or may have.
         source: Where the numbers come from, in words.
     """
 
@@ -35,6 +36,7 @@ class RowSizes:
     images: int
     supervised: int
     uneven: bool
+    lengths: int
     source: str
 
 
@@ -81,7 +83,8 @@ def measured(
         return _of_sequences(max_length, lengths, images, learned, len(kept))
     uneven = len(kept) > len(longest) or len(set(lengths)) > 1
     source = f"longest of {len(kept)} rows"
-    return RowSizes(max(lengths), max(images), max(learned), uneven, source)
+    different = len(set(lengths)) if len(kept) <= len(longest) else min(len(kept), max(lengths))
+    return RowSizes(max(lengths), max(images), max(learned), uneven, different, source)
 
 
 def _of_sequences(
@@ -92,7 +95,7 @@ def _of_sequences(
     def most(counts: list[int]) -> int:
         return max(room * count // length for count, length in zip(counts, lengths, strict=True))
 
-    return RowSizes(room, most(images), most(learned), True, f"packed, from {rows} rows")
+    return RowSizes(room, most(images), most(learned), True, room, f"packed, from {rows} rows")
 
 
 def assumed(length: int, patches: int, source: str, packing: bool = False) -> RowSizes:
@@ -109,4 +112,4 @@ def assumed(length: int, patches: int, source: str, packing: bool = False) -> Ro
             f"this tower, and an answer; give --length {patches + 64} or more"
         )
     images = length // (patches + 2) if packing else 1
-    return RowSizes(length, max(1, images), length - patches - 1, True, source)
+    return RowSizes(length, max(1, images), length - patches - 1, True, length, source)

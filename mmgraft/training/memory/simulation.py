@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmgraft.anatomy import decoder_layers
 from mmgraft.errors import MMGraftError
+from mmgraft.grafts.computing import as_if_on
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.training.memory.ledger import Ledger
 from mmgraft.training.memory.stand_in import Outline, without_values
@@ -46,12 +47,14 @@ class Step:
         layers: Of these, what each decoder layer holds, with what the graft adds to it.
         peak: The most that is held at once, gradients with it.
         gradients: Held when the backward is done.
+        kernels: How many a CPU makes for the pass; see :mod:`mmgraft.training.memory.kernels`.
     """
 
     kept: int
     layers: list[int]
     peak: int
     gradients: int
+    kernels: int
 
 
 def simulate(
@@ -62,6 +65,7 @@ def simulate(
     width: int,
     feature_dtype: torch.dtype,
     precision: str,
+    device: str,
     checkpointing: bool,
     accumulates: bool,
     gradients_leave: bool = False,
@@ -75,6 +79,7 @@ def simulate(
         width: Of the tower's features.
         feature_dtype: Theirs.
         precision: ``bf16`` computes under autocast.
+        device: ``cuda`` or ``cpu``: whose path the code takes.
         checkpointing: Recompute layers in the backward pass.
         accumulates: Gradients of an earlier pass are held already.
         gradients_leave: Each gradient goes elsewhere as soon as it is made.
@@ -84,7 +89,7 @@ def simulate(
     """
     layers: list[int] = []
     try:
-        with without_values(model):
+        with without_values(model), as_if_on(device):
             model.gradient_checkpointing = checkpointing
             trained = [p for p in model.parameters() if p.requires_grad]
             ledger = Ledger([*model.parameters(), *model.buffers()])
@@ -104,7 +109,7 @@ def simulate(
                 loss.backward()
                 del loss
             gradients = sum(p.numel() * 4 for p in trained)
-            return Step(kept, layers, ledger.peak, gradients)
+            return Step(kept, layers, ledger.peak, gradients, ledger.kernels.count)
     except Exception as error:  # whatever a foreign forward may raise over missing values
         raise MMGraftError(
             f"the memory of {model.anatomy.class_name} cannot be estimated: "

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 
 from grafting import graft_on
 from mmgraft import IAAConfig, LlavaConfig, WingsConfig
@@ -39,7 +40,13 @@ def step(method: str, arch: str = "llama", **changes) -> Step:
     )
     open_stage(model, stage(method))
     load = Load(2, LENGTH, 1, PATCHES, LEARNED, padded=changes.pop("padded", False))
-    options = {"precision": "fp32", "checkpointing": False, "accumulates": False, **changes}
+    options = {
+        "precision": "fp32",
+        "device": "cpu",
+        "checkpointing": False,
+        "accumulates": False,
+        **changes,
+    }
     model.train()
     return simulate(model, "mm", load, width=HIDDEN, feature_dtype=torch.float32, **options)
 
@@ -49,7 +56,7 @@ def stage(method: str) -> Stage:
     return Stage(name="only", train=train, lr=1.0, workflow="mm")
 
 
-def earnest(method: str, monkeypatch: pytest.MonkeyPatch) -> int:
+def earnest(method: str, monkeypatch: pytest.MonkeyPatch, padded: bool = False) -> int:
     """Bytes that autograd saves in the same step computed in earnest, parameters left out."""
     model = graft_on("llama", CONFIGS[method])
     open_stage(model, stage(method))
@@ -77,10 +84,12 @@ def earnest(method: str, monkeypatch: pytest.MonkeyPatch) -> int:
     kinds[:, :PATCHES] = 1
     labels = torch.full((2, LENGTH), -100)
     labels[:, LENGTH - LEARNED :] = 0
+    real = torch.ones(2, LENGTH, dtype=torch.long)
+    real[1, LENGTH - padded :] = 0
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model(
             input_ids=torch.zeros(2, LENGTH, dtype=torch.long),
-            attention_mask=torch.ones(2, LENGTH, dtype=torch.long),
+            attention_mask=real,
             mm_token_type_ids=kinds,
             labels=labels,
             image_features=torch.zeros(2, PATCHES, HIDDEN),
@@ -93,6 +102,47 @@ def earnest(method: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_what_is_kept_is_what_autograd_saves_in_earnest(method, monkeypatch):
     counted, real = step(method).kept, earnest(method, monkeypatch)
     assert counted == pytest.approx(real, rel=0.1)
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What torch's attention is called with: shapes of queries and keys, causal, masked."""
+    calls: list[tuple[Any, ...]] = []
+    original = F.scaled_dot_product_attention
+
+    def attend(query, key, *args, attn_mask=None, is_causal=False, **options):
+        calls.append((tuple(query.shape), tuple(key.shape), is_causal, attn_mask is not None))
+        return original(query, key, *args, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    return calls
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_long_rows_of_wings_take_the_path_that_the_training_takes(padded, attended, monkeypatch):
+    """Rows so long that a CPU reads them in pieces, and the base's mask too where they differ."""
+    monkeypatch.setitem(globals(), "LENGTH", 120)
+    monkeypatch.setitem(globals(), "PATCHES", 40)
+    counted = step("wings", padded=padded).kept
+    simulated = list(attended)
+    attended.clear()
+    real = earnest("wings", monkeypatch, padded)
+    assert simulated == attended
+    assert any(query[0] == 1 for query, *_ in simulated)  # of one row: a piece
+    assert counted == pytest.approx(real, rel=0.05)
+
+
+def test_on_cuda_long_rows_are_read_with_masks_all_together(attended, monkeypatch):
+    monkeypatch.setitem(globals(), "LENGTH", 120)
+    monkeypatch.setitem(globals(), "PATCHES", 40)
+    step("wings", padded=True, device="cuda")
+    assert {query[0] for query, *_ in attended} == {2}
+    assert all(masked for *_, masked in attended)
+
+
+def test_a_step_says_its_kernels_in_half_precision_alone():
+    assert step("wings", precision="bf16").kernels > step("llava", precision="bf16").kernels > 0
+    assert step("wings").kernels == 0
 
 
 @pytest.mark.parametrize("method", CONFIGS)
