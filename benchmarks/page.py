@@ -112,7 +112,7 @@ def _measured(one: Measurement, given: argparse.Namespace) -> bool:
     asked = [sys.executable, script, "--json", *one.arguments]
     done = subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=False)
     try:
-        report = json.loads(done.stdout[done.stdout.index("{") :])
+        report = json.loads(done.stdout[done.stdout.index("{\n") :])  # trainers print before it
     except ValueError:
         return False
     file.write_text(json.dumps(report, indent=1), encoding="utf-8")
