@@ -1,4 +1,4 @@
-"""The one pydantic base class: unknown keys are refused, and a refusal reads like a sentence."""
+"""The pydantic base classes: unknown keys are refused, a refusal reads like a sentence."""
 
 from __future__ import annotations
 
@@ -121,3 +121,9 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
         return [model for argument in arguments for model in _models_in(argument)]
     is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     return [annotation] if is_model else []
+
+
+class MeasuredModel(StrictModel):
+    """What was measured, not written by hand: a perplexity may be inf, a mean of nothing nan."""
+
+    model_config = ConfigDict(allow_inf_nan=True)

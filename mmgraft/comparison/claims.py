@@ -27,14 +27,14 @@ from mmgraft.evaluation.pages.words import (
 )
 from mmgraft.evaluation.results import Score, SetResult
 from mmgraft.evaluation.score_tables import BLIND_NAMES, KL, sense_of
-from mmgraft.strict import StrictModel
+from mmgraft.strict import MeasuredModel
 
 IAA, WINGS = "IAA", "Wings"
 BOTH = f"{IAA}, {WINGS}"
 Verdict = Literal["holds", "does not hold", "not resolved"]
 
 
-class Claim(StrictModel):
+class Claim(MeasuredModel):
     """A sentence of a paper, and what one measurement says of it."""
 
     source: str = Field(description="the paper whose claim it is")

@@ -43,10 +43,10 @@ from mmgraft.evaluation.pages.words import listed, number, verdict
 from mmgraft.evaluation.report import last_losses, shift_table, write_page
 from mmgraft.evaluation.results import SCHEMA_VERSION, Results, Score, Section
 from mmgraft.evaluation.score_tables import identity_sentence
-from mmgraft.strict import StrictModel
+from mmgraft.strict import MeasuredModel
 
 
-class ArmReport(StrictModel):
+class ArmReport(MeasuredModel):
     """One arm."""
 
     description: str
@@ -56,7 +56,7 @@ class ArmReport(StrictModel):
     sections: dict[Section, Results]
 
 
-class Difference(StrictModel):
+class Difference(MeasuredModel):
     """Two arms, or an arm and its blind score, on the same items of a set."""
 
     set: str
@@ -67,7 +67,7 @@ class Difference(StrictModel):
     verdict: str = Field(description="better, worse, the same, not resolved; of the first")
 
 
-class ComparisonReport(StrictModel):
+class ComparisonReport(MeasuredModel):
     """`report.json` of a comparison."""
 
     schema_version: int = SCHEMA_VERSION

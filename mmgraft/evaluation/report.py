@@ -65,7 +65,7 @@ from mmgraft.evaluation.score_tables import (
     vision_table,
 )
 from mmgraft.model.graft_file import GraftFile
-from mmgraft.strict import StrictModel
+from mmgraft.strict import MeasuredModel
 
 REPORT = "report"
 METRICS = "metrics.jsonl"
@@ -73,7 +73,7 @@ RECIPE = "recipe.yaml"
 PICTURES = ("curves", "laws")
 
 
-class RunReport(StrictModel):
+class RunReport(MeasuredModel):
     """`report.json`: the run in words, and every section that was measured, whole."""
 
     schema_version: int = SCHEMA_VERSION

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mmgraft.atomic import atomic_json
 from mmgraft.errors import UsageError
-from mmgraft.strict import StrictModel
+from mmgraft.strict import MeasuredModel
 
 SCHEMA_VERSION = 1
 FOLDER = "results"
@@ -18,7 +18,7 @@ Section = Literal["training", "text", "vision", "iit", "laws"]
 SECTIONS: tuple[Section, ...] = ("training", "text", "vision", "iit", "laws")
 
 
-class Score(StrictModel):
+class Score(MeasuredModel):
     """A number and its 95 % bootstrap interval; see `mmgraft.evaluation.estimate.Estimate`."""
 
     value: float
@@ -35,7 +35,7 @@ class Score(StrictModel):
         return f"{self.value:.3f} ({ends})"
 
 
-class SetResult(StrictModel):
+class SetResult(MeasuredModel):
     """The scores of one set.
 
     A score's name is the metric's, in the field's terms: `accuracy`, `accuracy_per_token`,
@@ -70,7 +70,7 @@ class SetResult(StrictModel):
     seconds: float = 0.0
 
 
-class Results(StrictModel):
+class Results(MeasuredModel):
     """One section of a run's results."""
 
     schema_version: int = SCHEMA_VERSION
