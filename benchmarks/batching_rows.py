@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmgraft import IAAConfig
-from mmgraft.model.compiling import compiled_layers
+from mmgraft.data.batches.segments import learned_within
+from mmgraft.model.kernels.compiling import compiled_layers
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.model.segments import learned_within
 from mmgraft.training.grouping import GroupSampler, PackSampler
 
 CASES = ("packing", "length", "modality", "attention", "compile")

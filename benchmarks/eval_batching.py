@@ -25,11 +25,11 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(options.threads)
-    from mmgraft.answering import Answerer
     from mmgraft.data.rows import Row
     from mmgraft.demo import easy_vqa
-    from mmgraft.evaluation.asking import answer
-    from mmgraft.evaluation.run_features import run_features
+    from mmgraft.evaluation.generate.answers import answer
+    from mmgraft.evaluation.generate.run_features import run_features
+    from mmgraft.inference import Answerer
     from mmgraft.training.devices import pick_device
 
     answerer = Answerer.load(options.run, device=pick_device(options.device), dtype=options.dtype)

@@ -92,7 +92,7 @@ def _counted(run: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Train; gives seconds, seconds in the tower and images that it saw, for each of `EPOCHS`."""
     import trainings
 
-    from mmgraft.model.vision.transformers_tower import TransformersTower
+    from mmgraft.vision.towers.transformers import TransformersTower
 
     forward = TransformersTower.forward
     calls: list[tuple[float, float, int]] = []  # when it began, seconds, images

@@ -109,7 +109,7 @@ def _weights(base: Path, kind: str | None) -> dict[str, Any]:
 
     from mmgraft.anatomy import decoder_layers, examine
     from mmgraft.basefiles import resolve
-    from mmgraft.model.loading import load_base
+    from mmgraft.model.files.load import load_base
 
     device_map = {"": "cpu"} if kind else None
     model = load_base(resolve(str(base)), torch.bfloat16, device_map, kind)

@@ -93,14 +93,14 @@ def _import_everything() -> None:
     import transformers.models.clip.modeling_clip
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import mmgraft.model.grafting
-    import mmgraft.model.vision.transformers_tower  # noqa: F401
+    import mmgraft.model.files.create
+    import mmgraft.vision.towers.transformers  # noqa: F401
 
 
 def _graft(base: Path, tower: Path, layers: list[int], folder: Path) -> None:
     from mmgraft import IAAConfig
-    from mmgraft.model.grafting import create_graft
-    from mmgraft.model.vision.spec import VisionSpec
+    from mmgraft.model.files.create import create_graft
+    from mmgraft.vision.spec import VisionSpec
 
     shutil.rmtree(folder, ignore_errors=True)
     create_graft(str(base), VisionSpec(id=str(tower)), IAAConfig(layers=layers), folder)

@@ -145,8 +145,8 @@ def _make(folder: Path, base: Path | None) -> dict[str, Any]:
     from folders import SMOLLM2, write_base, write_tower
 
     from mmgraft import IAAConfig
-    from mmgraft.model.grafting import create_graft
-    from mmgraft.model.vision.spec import VisionSpec
+    from mmgraft.model.files.create import create_graft
+    from mmgraft.vision.spec import VisionSpec
 
     tower = write_tower(folder / "tower", torch.bfloat16)
     base = base or write_base(folder / "base", SMOLLM2, torch.bfloat16)

@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from mmgraft import IAAConfig, LlavaConfig
-from mmgraft.training.recipe import Recipe, Stage
+from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training.stages import open_stage
 from mmgraft.training.trainer import GraftTrainer, training_arguments
 

@@ -26,7 +26,7 @@ def import_everything() -> None:
     import transformers.models.clip.modeling_clip
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import mmgraft.model.grafting
+    import mmgraft.model.files.create
     import mmgraft.training.run
     import mmgraft.training.session  # noqa: F401
 
@@ -35,8 +35,8 @@ def import_everything() -> None:
 
 def make_run(run: Path, base: Path, tower: Path, config: Any) -> dict[str, Any]:
     """A fresh graft; to be called in a process of its own."""
-    from mmgraft.model.grafting import create_graft
-    from mmgraft.model.vision.spec import VisionSpec
+    from mmgraft.model.files.create import create_graft
+    from mmgraft.vision.spec import VisionSpec
 
     create_graft(str(base), VisionSpec(id=str(tower)), config, run)
     return {}
@@ -57,7 +57,7 @@ def recipe(rows: Path, method: str, *stages: dict[str, Any], **settings: Any) ->
 
 def changed(plain: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """The recipe with other settings; those of a stage go into every stage."""
-    from mmgraft.training.recipe import Stage
+    from mmgraft.recipes.recipe import Stage
 
     new = copy.deepcopy(plain)
     for key, value in settings.items():

@@ -53,6 +53,11 @@ def atomic_text(path: Path | str, text: str) -> None:
     atomic_write(path, lambda temporary: _write_text(temporary, text))
 
 
+def atomic_bytes(path: Path | str, data: bytes) -> None:
+    """Write bytes to a file in one step. See `atomic_write`."""
+    atomic_write(path, lambda temporary: _write_bytes(temporary, data))
+
+
 def atomic_json(path: Path | str, data: Any) -> None:
     """Writes a JSON file in one step. See `atomic_write`."""
     atomic_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
@@ -197,6 +202,10 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
 def _failed(path: Path, error: Exception) -> MMGraftError:
     return MMGraftError(
         f"could not write {path} ({error}); what stood there is as it was. Make room, or choose "
@@ -226,3 +235,11 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def free_name(path: Path) -> Path:
+    """A name beside a file that is put aside: `x.stale-1.jsonl` of `x.jsonl`."""
+    number = 1
+    while (name := path.with_suffix(f".stale-{number}{path.suffix}")).exists():
+        number += 1
+    return name

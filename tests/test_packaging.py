@@ -70,6 +70,7 @@ def test_every_third_party_import_is_declared() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module.partition(".")[0])
     modules = {"PIL": "pillow", "yaml": "pyyaml", "tomllib": "tomli"}
+    modules["markdown_it"] = "markdown-it-py"
     names = {canonicalize_name(modules.get(name, name)) for name in found - {"mmgraft"}}
     names -= {canonicalize_name(name) for name in sys.stdlib_module_names}
     known = {text.name for text in (*declared(), *requirements("demo-packages.txt"))}
@@ -90,9 +91,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_carries_its_data(installed: Path) -> None:
-    for name in ("aliases.toml", "py.typed", "hub/card.md.jinja", "evaluation/pages/page.css"):
+    for name in ("aliases.toml", "py.typed", "hub/card.md.jinja", "evaluation/report/run.md.jinja"):
         assert (installed / "mmgraft" / name).is_file(), name
-    shipped = {path.name for path in (installed / "mmgraft" / "recipes").iterdir()}
+    shipped = {path.name for path in (installed / "mmgraft" / "recipes" / "shipped").iterdir()}
     assert shipped == {path.name for path in (ROOT / "recipes").iterdir()}
     assert not (installed / "tests").exists()
     (info,) = installed.glob("mmgraft-*.dist-info")
@@ -102,7 +103,7 @@ def test_the_wheel_carries_its_data(installed: Path) -> None:
 
 def test_the_wheel_runs_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
     code = (
-        "import mmgraft.aliases, mmgraft.recipe_files as r\n"
+        "import mmgraft.aliases, mmgraft.recipes.files as r\n"
         "print(r.recipe_dir()); print(mmgraft.aliases.default_tower())"
     )
     ran = subprocess.run(
@@ -113,4 +114,4 @@ def test_the_wheel_runs_away_from_the_checkout(installed: Path, tmp_path: Path) 
         capture_output=True,
         text=True,
     )
-    assert ran.stdout.splitlines()[0] == str(installed / "mmgraft" / "recipes")
+    assert ran.stdout.splitlines()[0] == str(installed / "mmgraft" / "recipes" / "shipped")

@@ -19,7 +19,7 @@ from mmgraft.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mmgraft.answering import Dialogue
+    from mmgraft.inference import Dialogue
 
 _HELP = (
     "/image PATH shows a picture with your next line, /clear forgets the dialogue, "
@@ -73,7 +73,7 @@ def chat(
     if json and prompt is None:
         raise UsageError("--json needs a prompt: mmgraft chat RUN 'What is this?' --json")
     answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
-    from mmgraft.answering import Dialogue
+    from mmgraft.inference import Dialogue
 
     if workflow is not None and workflow != "text":
         answerer.model.workflow(workflow)
@@ -101,7 +101,7 @@ def chat(
 def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
     """Run and prompt; a lone argument that names no folder and no Hub id is the prompt."""
     from mmgraft.cli.console import note
-    from mmgraft.runs import find_run
+    from mmgraft.runs.find import find_run
 
     if run is not None and prompt is None and not Path(run).expanduser().exists():
         words = run.strip().split()
@@ -156,7 +156,7 @@ def _say(dialogue: Dialogue, text: str, settings: dict[str, Any]) -> None:
 
 def _warn_of_lacks(answerer: Any) -> None:
     from mmgraft.cli.console import note
-    from mmgraft.model.summary import lacking
+    from mmgraft.model.files.summary import lacking
 
     record = answerer.model.workflow().record
     if record.config.get("variant") == "official":

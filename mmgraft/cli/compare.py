@@ -11,137 +11,135 @@ from mmgraft.cli.options import DryRunFlag, JsonFlag
 
 if TYPE_CHECKING:
     from mmgraft.comparison.plan import ComparisonPlan, StagePlan
+    from mmgraft.comparison.spec import Comparison
 
 _SHARED, _TRIAL = "What all arms share", "Less than all"
 
 
+def _option(flag: str, help: str, panel: str | None = None, **more: Any) -> Any:
+    return typer.Option(flag, help=help, rich_help_panel=panel, **more)
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A shipped comparison (`mmgraft recipes ls`), or a YAML file.")
+]
+OutOption = Annotated[Path | None, _option("--out", "Folder; ./compare-NAME when not given.")]
+BaseOption = Annotated[str | None, _option("--base", "Alias, Hub id or folder.", _SHARED)]
+VisionOption = Annotated[
+    str | None, _option("--vision", "Hub id, folder or registered tower.", _SHARED)
+]
+RootOption = Annotated[
+    str | None, _option("--root", "Folder that the file's paths start from.", _SHARED)
+]
+DataOption = Annotated[
+    list[str] | None,
+    _option(
+        "--data", "Rows to train on, for all stages or as STAGE=FILE; may be repeated.", _SHARED
+    ),
+]
+ImagesOption = Annotated[
+    str | None, _option("--images", "Folder that image paths start from.", _SHARED)
+]
+SeedOption = Annotated[int | None, _option("--seed", "Seed of the order of rows.", _SHARED)]
+_SET_HELP = "KEY=VALUE in every arm's recipe, or ARM:KEY=VALUE in one; may be repeated."
+SetOption = Annotated[list[str] | None, _option("--set", _SET_HELP, _SHARED)]
+OnlyOption = Annotated[
+    list[str] | None, _option("--only", "Run this arm; may be repeated.", _TRIAL)
+]
+MaxStepsOption = Annotated[
+    int | None, _option("--max-steps", "Largest number of steps a stage.", _TRIAL, min=1)
+]
+LimitOption = Annotated[
+    int | None, _option("--limit", "Largest number of items a set.", _TRIAL, min=1)
+]
+TrainOnlyFlag = Annotated[bool, _option("--train-only", "Evaluate in a later call.", _TRIAL)]
+BatchSizeOption = Annotated[
+    int | None, _option("--batch-size", "Questions a batch in evaluation.", min=1)
+]
+DeviceOption = Annotated[
+    str | None, _option("--device", "cuda, mps or cpu; default: the first available.")
+]
+
+
 def compare(
-    recipe: Annotated[
-        str, typer.Argument(help="A shipped comparison (`mmgraft recipes ls`), or a YAML file.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder; ./compare-NAME when not given.")
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Alias, Hub id or folder.", rich_help_panel=_SHARED),
-    ] = None,
-    vision: Annotated[
-        str | None,
-        typer.Option(
-            "--vision", help="Hub id, folder or registered tower.", rich_help_panel=_SHARED
-        ),
-    ] = None,
-    root: Annotated[
-        str | None,
-        typer.Option(
-            "--root", help="Folder that paths of the file start from.", rich_help_panel=_SHARED
-        ),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            help="Rows to train on, for all stages or as STAGE=FILE; may be repeated.",
-            rich_help_panel=_SHARED,
-        ),
-    ] = None,
-    images: Annotated[
-        str | None,
-        typer.Option(
-            "--images", help="Folder that image paths start from.", rich_help_panel=_SHARED
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", help="Of the order of rows.", rich_help_panel=_SHARED),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="KEY=VALUE in every arm's recipe, or ARM:KEY=VALUE in one; may be repeated.",
-            rich_help_panel=_SHARED,
-        ),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option("--only", help="Run this arm; may be repeated.", rich_help_panel=_TRIAL),
-    ] = None,
-    max_steps: Annotated[
-        int | None,
-        typer.Option("--max-steps", min=1, help="End every stage there.", rich_help_panel=_TRIAL),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit", min=1, help="Ask at most so many items a set.", rich_help_panel=_TRIAL
-        ),
-    ] = None,
-    train_only: Annotated[
-        bool,
-        typer.Option("--train-only", help="Evaluate in a later call.", rich_help_panel=_TRIAL),
-    ] = False,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Questions at a time.")
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cuda, mps or cpu; else the first there is."),
-    ] = None,
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    base: BaseOption = None,
+    vision: VisionOption = None,
+    root: RootOption = None,
+    data: DataOption = None,
+    images: ImagesOption = None,
+    seed: SeedOption = None,
+    set_: SetOption = None,
+    only: OnlyOption = None,
+    max_steps: MaxStepsOption = None,
+    limit: LimitOption = None,
+    train_only: TrainOnlyFlag = False,
+    batch_size: BatchSizeOption = None,
+    device: DeviceOption = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train several grafts alike, one after another, measure them alike, and write one report.
+    """Train several grafts alike, one after another, evaluate them alike, and write one report.
 
     What is done is never done again: after a kill or Ctrl-C the same command goes on.
     """
-    from mmgraft.cli.console import note, print_json, stderr, stdout
     from mmgraft.comparison.spec import load_comparison, with_files, with_settings
 
-    comparison = load_comparison(recipe)
-    shared: dict[str, Any] = {"base": base, "vision": vision, "root": root, "seed": seed}
-    given = {key: value for key, value in shared.items() if value is not None}
-    comparison = with_files(comparison.model_copy(update=given), data or [], images)
-    comparison = with_settings(comparison, set_ or [])
-    folder = out or Path(f"compare-{comparison.name}")
-    # Everything below loads torch.
+    given = {"base": base, "vision": vision, "root": root, "seed": seed}
+    update = {key: value for key, value in given.items() if value is not None}
+    comparison = load_comparison(recipe).model_copy(update=update)
+    comparison = with_settings(with_files(comparison, data or [], images), set_ or [])
+    plan = _plan(comparison, out, only=only or (), max_steps=max_steps, limit=limit, device=device)
+    if dry_run:
+        _show_dry_run(plan, json)
+    else:
+        _run(plan, train_only, batch_size, json)
+
+
+def _plan(comparison: Comparison, out: Path | None, **options: Any) -> ComparisonPlan:
     from transformers.utils import logging
 
+    from mmgraft.cli.console import stderr
     from mmgraft.comparison.plan import make_plan
 
     if not stderr().is_terminal:
         logging.disable_progress_bar()
-    plan = make_plan(
-        comparison, folder, only=only or (), max_steps=max_steps, limit=limit, device=device
-    )
-    if dry_run:
-        if json:
-            print_json(summary(plan))
-        else:
-            stdout().print(f"would compare {len(plan.chosen)} arms in {folder}, on {plan.device}")
-            show(plan)
-        return
+    return make_plan(comparison, out or Path(f"compare-{comparison.name}"), **options)
+
+
+def _show_dry_run(plan: ComparisonPlan, json: bool) -> None:
+    from mmgraft.cli.console import print_json, stdout
+
+    if json:
+        print_json(summary(plan))
+    else:
+        stdout().print(f"would compare {len(plan.chosen)} arms in {plan.out}, on {plan.device}")
+        show(plan)
+
+
+def _run(plan: ComparisonPlan, train_only: bool, batch_size: int | None, json: bool) -> None:
+    from mmgraft.cli.console import note, print_json
+    from mmgraft.comparison import runner
+
     if not json:
         show(plan)
-    from mmgraft.comparison.runner import compare as run_comparison
-
-    done = run_comparison(plan, train_only=train_only, batch_size=batch_size, announce=note)
+    done = runner.compare(plan, train_only=train_only, batch_size=batch_size, announce=note)
     if json:
         print_json(
             {
-                "out": str(folder),
+                "out": str(plan.out),
                 "arms": [{"name": name, "done": phases} for name, phases in done.arms.items()],
                 "report": [str(path) for path in done.reports],
             }
         )
-        return
-    for path in done.reports:
-        note(f"wrote {path}")
+    else:
+        for path in done.reports:
+            note(f"wrote {path}")
 
 
 def summary(plan: ComparisonPlan) -> dict[str, Any]:
-    """The plan as plain data."""
+    """Return the plan as plain data."""
     return {
         "out": str(plan.out),
         "comparison": plan.comparison.name,
@@ -178,22 +176,20 @@ def summary(plan: ComparisonPlan) -> dict[str, Any]:
 
 
 def show(plan: ComparisonPlan) -> None:
-    """Print the arms, with what of them is done."""
+    """Print the arms, and which of their phases are done."""
     from mmgraft.cli.console import stdout, table
 
-    rows = []
-    for arm in plan.arms:
-        budget = "; ".join(_budget(stage) for stage in arm.stages)
-        rows.append(
-            [
-                arm.name,
-                arm.recipe.method,
-                arm.recipe.base,
-                "; ".join(", ".join(stage.trains) for stage in arm.stages),
-                budget + (" (its own)" if arm.own_budget else ""),
-                ", ".join(arm.done) or ("" if arm.name in plan.chosen else "left out"),
-            ]
-        )
+    rows = [
+        [
+            arm.name,
+            arm.recipe.method,
+            arm.recipe.base,
+            "; ".join(", ".join(stage.trains) for stage in arm.stages),
+            "; ".join(map(_budget, arm.stages)) + (" (its own)" if arm.own_budget else ""),
+            ", ".join(arm.done) or ("" if arm.name in plan.chosen else "left out"),
+        ]
+        for arm in plan.arms
+    ]
     out = stdout()
     out.print(f"{plan.comparison.name}: base {plan.base}, tower {plan.vision.name}", markup=False)
     out.print(table(["arm", "method", "base", "trains", "steps x rows", "done"], rows))
@@ -202,8 +198,9 @@ def show(plan: ComparisonPlan) -> None:
 
 
 def _budget(stage: StagePlan) -> str:
-    """Steps and what each holds; of packed rows, how many steps these make is not known yet."""
+    """Return steps and what each holds; how many steps packed rows make is not known yet."""
     if stage.packed is None:
         return f"{stage.name} {stage.steps} x {stage.rows_a_step}"
-    steps = stage.steps or f"{stage.shown:g} epoch{'s' * (stage.shown != 1)} of {stage.rows} rows,"
+    epochs = f"{stage.epochs:g} epoch{'s' * (stage.epochs != 1)}" if stage.epochs else ""
+    steps = stage.steps or f"{epochs} of {stage.rows} rows,"
     return f"{stage.name} {steps} x {stage.sequences_a_step} packed sequences"

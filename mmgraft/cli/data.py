@@ -11,8 +11,8 @@ from mmgraft.cli.options import DryRunFlag, JsonFlag
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
+    from mmgraft.data.chat.preview import Preview
     from mmgraft.data.checking import Report
-    from mmgraft.data.preview import Preview
     from mmgraft.training.views import View
 
 _STAMPS = "Pictures of stamps"
@@ -214,8 +214,8 @@ def check(
     from mmgraft.cli.console import print_json
     from mmgraft.data.bad_rows import BadRow
     from mmgraft.data.checking import Checker
-    from mmgraft.data.indexed import Joined
-    from mmgraft.data.sources import Checks, index_rows
+    from mmgraft.data.formats.indexed import Joined
+    from mmgraft.data.formats.sources import Checks, index_rows
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Asked, views
 
@@ -271,10 +271,10 @@ def preview(
     Without colour, what is trained stands between ⟦ and ⟧.
     """
     from mmgraft.cli.console import note, print_json
-    from mmgraft.data.preview import preview_row
-    from mmgraft.data.shards import is_there
-    from mmgraft.data.sources import row_at
-    from mmgraft.runs import find_run, is_graft
+    from mmgraft.data.chat.preview import preview_row
+    from mmgraft.data.formats.shards import is_there
+    from mmgraft.data.formats.sources import row_at
+    from mmgraft.runs.find import find_run, is_graft
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Asked, views
 

@@ -12,7 +12,7 @@ from mmgraft.cli.options import DryRunFlag, JsonFlag
 if TYPE_CHECKING:
     from mmgraft.demo.report import DemoReport
     from mmgraft.demo.run import DemoSettings
-    from mmgraft.training.recipe import Stage
+    from mmgraft.recipes.recipe import Stage
 
 BUDGET_MINUTES = 15
 
@@ -47,7 +47,7 @@ def demo(
 
     from mmgraft.demo.assets import check_packages
     from mmgraft.demo.run import DemoSettings, check_demo, run_demo
-    from mmgraft.training.progress import ProgressDisplay
+    from mmgraft.training.callbacks.progress import ProgressDisplay
 
     made = DemoSettings.quick if quick else DemoSettings
     settings = made(method, target, seed=seed, hub=hub)
@@ -70,7 +70,7 @@ def demo(
 
 def _plan(settings: DemoSettings, json: bool) -> None:
     from mmgraft.cli.console import note, print_json
-    from mmgraft.training.recipe_source import load_recipe
+    from mmgraft.recipes.source import load_recipe
 
     recipe = load_recipe(f"demo-{settings.method}", method=settings.method)
     steps = {stage.name: settings.max_steps or stage.max_steps for stage in recipe.stages}
@@ -128,7 +128,7 @@ def _accuracies(report: DemoReport) -> Any:
 
 def _facts(report: DemoReport) -> list[list[str]]:
     from mmgraft.cli.console import human_count
-    from mmgraft.training.progress import clock
+    from mmgraft.training.callbacks.progress import clock
 
     same = report.identity
     if same.identical:

@@ -20,8 +20,8 @@ from mmgraft.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mmgraft.evaluation.results import Results, SetResult
-    from mmgraft.evaluation.set_spec import SetSpec
+    from mmgraft.recipes.evaluation_set import SetSpec
+    from mmgraft.runs.results import Results, SetResult
 
 _SETS, _ONE = "Which sets", "A set without a recipe"
 _EVERY = 5.0  # seconds between two lines of progress
@@ -130,7 +130,7 @@ def evaluate(
     """
     from mmgraft.cli.console import note, print_json
     from mmgraft.evaluation.measuring import Asked, check, measure
-    from mmgraft.runs import find_run
+    from mmgraft.runs.find import find_run
 
     folder = find_run(run, announce=note)
     one = {
@@ -165,7 +165,7 @@ def evaluate(
 
     answerer = load_answerer(str(folder), device, dtype, quantization, base, verify, None)
     measured = list(measure(answerer, asked, announce=note, progress=_progress(note)))
-    from mmgraft.evaluation.report import write_report
+    from mmgraft.evaluation.report.report import write_report
 
     report = write_report(folder)
     if json:
@@ -198,8 +198,8 @@ def _specs(
 ) -> list[SetSpec]:
     """The sets that are meant: one of `--data`, else some of a file's or of the run's recipe."""
     from mmgraft.errors import UsageError
-    from mmgraft.evaluation.packaged_text import PACKAGED
-    from mmgraft.evaluation.set_files import choose_sets, given_set, load_sets, run_sets
+    from mmgraft.evaluation.items.packaged_text import PACKAGED
+    from mmgraft.evaluation.items.set_files import choose_sets, given_set, load_sets, run_sets
 
     if data is None:
         if metric is not None or any(value is not None for value in one.values()):

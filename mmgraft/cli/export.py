@@ -10,7 +10,7 @@ import typer
 from mmgraft.cli.options import DryRunFlag, JsonFlag
 
 if TYPE_CHECKING:
-    from mmgraft.hub.export.folder import Exported, Kind
+    from mmgraft.export.folder import Exported, Kind
 
 _KINDS = ("graft", "full", "llava")
 _DTYPES = ("bfloat16", "float32", "float16")
@@ -60,22 +60,22 @@ def export(
     _check(to, dtype)
     kind = cast("Kind", to)
     _quiet_unless_terminal(json)
-    from mmgraft.hub.export.folder import check_folder, default_folder, find_workflow
+    from mmgraft.export.folder import check_folder, default_folder, find_workflow
 
     folder = _find(run)
     target = check_folder(out or default_folder(folder, kind), folder, force)
     chosen = find_workflow(folder, workflow)
     options: dict[str, Any] = {"dry_run": dry_run, "say": note}
     if kind == "graft":
-        from mmgraft.hub.export.graft import export_graft
+        from mmgraft.export.graft import export_graft
 
         result = export_graft(chosen, target, **options)
     elif kind == "full":
-        from mmgraft.hub.export.full import export_full
+        from mmgraft.export.full import export_full
 
         result = export_full(chosen, target, base, **options)
     else:
-        from mmgraft.hub.export.llava import export_llava
+        from mmgraft.export.llava.export import export_llava
 
         result = export_llava(chosen, target, base, dtype, **options)
     for text in result.notes:
@@ -105,11 +105,11 @@ def _check(to: str, dtype: str | None) -> None:
 
 def _find(run: str | None) -> Path:
     from mmgraft.cli.console import note
-    from mmgraft.runs import find_run
+    from mmgraft.runs.find import find_run
 
     if run is None or Path(run).expanduser().exists() or run.count("/") != 1:
         return find_run(run, announce=note)
-    from mmgraft.model.loading import graft_folder
+    from mmgraft.model.files.load import graft_folder
 
     return graft_folder(run)
 

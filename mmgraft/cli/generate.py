@@ -67,12 +67,12 @@ def generate(
         raise UsageError(f"{out} is there already; give --force to write over it")
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent}; make it first")
-    from mmgraft.answering import prompt_of
     from mmgraft.atomic import atomic_text
     from mmgraft.cli.loading import load_answerer
-    from mmgraft.data.content import images_of_all
+    from mmgraft.data.chat.content import images_of_all
+    from mmgraft.data.formats.sources import read_rows
     from mmgraft.data.images import open_images
-    from mmgraft.data.sources import read_rows
+    from mmgraft.inference import prompt_of
 
     read = read_rows(rows, images, limit=limit)
     prompts = [prompt_of(list(row.messages), row.where) for row in read]

@@ -10,7 +10,7 @@ import typer
 from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption
 
 if TYPE_CHECKING:
-    from mmgraft.training.recipe import Recipe
+    from mmgraft.recipes.recipe import Recipe
 
 _OF_A_RUN = (
     "checkpoints",
@@ -132,8 +132,8 @@ def graft(
     from mmgraft.cli.console import note, print_json
     from mmgraft.errors import UsageError
     from mmgraft.grafts.registry import get_method
-    from mmgraft.model.vision.spec import ProjectorSpec, VisionSpec
-    from mmgraft.training.recipe_source import find_recipe, load_recipe, method_recipe
+    from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe
+    from mmgraft.vision.spec import ProjectorSpec, VisionSpec
 
     chosen = load_recipe(recipe, method=method) if recipe is not None else None
     kind = get_method(method or (chosen.method if chosen else _missing_method()))
@@ -166,8 +166,8 @@ def graft(
     from mmgraft.cli.loading import uncollected
 
     with uncollected():  # here torch is loaded
-        from mmgraft.model.grafting import create_graft
-        from mmgraft.model.summary import summarise_graft
+        from mmgraft.model.files.create import create_graft
+        from mmgraft.model.files.summary import summarise_graft
 
     record = create_graft(
         folder_base,
@@ -251,7 +251,7 @@ def _config(kind: Any, given: dict[str, Any], settings: list[str], recipe: Recip
 
 def _template(spec: str | None) -> Any:
     from mmgraft.errors import UsageError
-    from mmgraft.model.graft_file import TemplateChoice
+    from mmgraft.model.files.graft_file import TemplateChoice
 
     if spec in (None, "chat"):
         return None

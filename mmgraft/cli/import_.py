@@ -10,7 +10,7 @@ import typer
 from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption
 
 if TYPE_CHECKING:
-    from mmgraft.hub.official import ImportReport
+    from mmgraft.published.importer import ImportReport
 
 
 def import_checkpoint(
@@ -52,7 +52,7 @@ def import_checkpoint(
 
     from mmgraft.aliases import resolve_alias
     from mmgraft.cli.console import note, print_json
-    from mmgraft.hub.official import import_checkpoint as run
+    from mmgraft.published.importer import import_checkpoint as run
 
     if json or not sys.stderr.isatty():
         disable_progress_bars()

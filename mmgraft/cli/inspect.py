@@ -11,7 +11,7 @@ import typer
 from mmgraft.cli.options import JsonFlag, RevisionOption
 
 if TYPE_CHECKING:
-    from mmgraft.model.summary import GraftSummary, ModelSummary
+    from mmgraft.model.files.summary import GraftSummary, ModelSummary
 
 
 def inspect(
@@ -24,7 +24,7 @@ def inspect(
     No weights are loaded: a model is examined from its config, a graft from its headers.
     """
     from mmgraft.cli.console import print_json
-    from mmgraft.model.summary import GraftSummary, locate, summarise_graft, summarise_model
+    from mmgraft.model.files.summary import GraftSummary, locate, summarise_graft, summarise_model
 
     place = locate(model, revision)
     found = summarise_graft(place) if isinstance(place, Path) else summarise_model(place)

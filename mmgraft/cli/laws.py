@@ -21,8 +21,8 @@ from mmgraft.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mmgraft.evaluation.results import Results
-    from mmgraft.evaluation.set_spec import SetSpec
+    from mmgraft.recipes.evaluation_set import SetSpec
+    from mmgraft.runs.results import Results
 
 JSON_NAME, PNG_NAME = "laws.json", "laws.png"
 
@@ -69,8 +69,8 @@ def laws(
     """
     from mmgraft.cli.console import note, print_json, stdout, table
     from mmgraft.errors import UsageError
-    from mmgraft.model.graft_file import GraftFile
-    from mmgraft.model.loading import graft_folder
+    from mmgraft.model.files.graft_file import GraftFile
+    from mmgraft.model.files.load import graft_folder
 
     if rows is not None and set_name is not None:
         raise UsageError("give a file of rows or --set, not both")
@@ -88,9 +88,9 @@ def laws(
 
     from mmgraft.atomic import atomic_json, atomic_write
     from mmgraft.cli.loading import load_answerer
-    from mmgraft.evaluation.laws import evaluate_laws
-    from mmgraft.evaluation.plots import laws_plot
-    from mmgraft.evaluation.sections import put_aside
+    from mmgraft.evaluation.attention.laws import evaluate_laws
+    from mmgraft.evaluation.report.plots import laws_plot
+    from mmgraft.runs.sections import put_aside
 
     answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
     results = evaluate_laws(
@@ -133,11 +133,11 @@ def _samples(
 ) -> tuple[str, Path, Sequence[Any]]:
     """Name, file and samples: those of a file, or of a set of the recipe."""
     from mmgraft.errors import UsageError
-    from mmgraft.evaluation.laws import read_samples
+    from mmgraft.evaluation.attention.laws import read_samples
 
     if rows is not None:
         return rows.stem, rows, read_samples(rows, images, limit, seed)
-    from mmgraft.evaluation.item_files import data_file, read_items
+    from mmgraft.evaluation.items.files import data_file, read_items
 
     spec = _set(folder, set_name)
     if images is not None:
@@ -157,7 +157,7 @@ def _set(folder: Path, name: str | None) -> SetSpec:
         UsageError: The run has no recipe, or its recipe no such set.
     """
     from mmgraft.errors import UsageError, did_you_mean
-    from mmgraft.evaluation.set_files import run_sets
+    from mmgraft.evaluation.items.set_files import run_sets
 
     sets = {one.name: one for one in run_sets(folder)}
     shown = {key: one for key, one in sets.items() if one.modality == "image"}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, cast
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
-    from mmgraft.answering import Answerer
-    from mmgraft.model.loading import Verify
+    from mmgraft.inference import Answerer
+    from mmgraft.model.files.load import Verify
 
 _DTYPES = ("bfloat16", "float32", "float16")
 
@@ -37,8 +37,8 @@ def load_answerer(
     with uncollected():
         from transformers.utils import logging
 
-        from mmgraft.answering import Answerer
         from mmgraft.cli.console import stderr
+        from mmgraft.inference import Answerer
         from mmgraft.training.devices import pick_device
 
         if not stderr().is_terminal:

@@ -47,7 +47,7 @@ def push(
     """
     from mmgraft.cli.console import confirm, human_bytes, note, print_json
     from mmgraft.hub.push import default_name, find_target, plan_push, send
-    from mmgraft.runs import find_run
+    from mmgraft.runs.find import find_run
 
     folder = find_run(run, announce=note)
     plan = plan_push(folder, base_id, vision_id, license)

@@ -31,7 +31,7 @@ def list_recipes(
     from mmgraft.cli.console import print_json, stdout, table
     from mmgraft.comparison.spec import load_comparison, shipped_comparisons
     from mmgraft.grafts.registry import get_method
-    from mmgraft.training.recipe_source import load_recipe, shipped_recipes
+    from mmgraft.recipes.source import load_recipe, shipped_recipes
 
     if method is not None:
         get_method(method)
@@ -91,7 +91,7 @@ def show(name: Name, json: JsonFlag = False) -> None:
     """Print a recipe as it is written, comments and all."""
     from mmgraft.cli.console import print_json
     from mmgraft.comparison.spec import is_comparison, load_comparison
-    from mmgraft.training.recipe_source import load_recipe
+    from mmgraft.recipes.source import load_recipe
 
     path = _find(name)
     if json:
@@ -104,7 +104,7 @@ def show(name: Name, json: JsonFlag = False) -> None:
 def _find(name: str) -> Path:
     """The file of a recipe or a comparison; no two shipped ones have one name."""
     from mmgraft.comparison.spec import find_comparison, shipped_comparisons
-    from mmgraft.training.recipe_source import find_recipe
+    from mmgraft.recipes.source import find_recipe
 
     if name in shipped_comparisons() and not Path(name).is_file():
         return find_comparison(name)
@@ -156,7 +156,7 @@ def validate(
     """Check a recipe: every key, every value, and what a stage may train."""
     from mmgraft.cli.console import print_json, stdout, table
     from mmgraft.comparison.spec import is_comparison
-    from mmgraft.training.recipe_source import load_recipe
+    from mmgraft.recipes.source import load_recipe
 
     path = _find(name)
     if is_comparison(path):

@@ -12,7 +12,7 @@ import typer
 from mmgraft.cli.options import DryRunFlag, JsonFlag
 
 if TYPE_CHECKING:
-    from mmgraft.training.recipe import Stage
+    from mmgraft.recipes.recipe import Stage
     from mmgraft.training.run import Plan
 
 _PLAN, _GO_ON = "What to train", "Go on or begin anew"
@@ -84,7 +84,7 @@ def train(
     Ctrl-C finishes the step, saves, and says how to go on.
     """
     from mmgraft.cli.console import note, print_json, stderr
-    from mmgraft.runs import find_run
+    from mmgraft.runs.find import find_run
 
     folder = find_run(run, announce=note)
     if processes > 1:
@@ -98,10 +98,10 @@ def train(
     # Everything below loads torch.
     from transformers.utils import logging
 
+    from mmgraft.training.callbacks.progress import ProgressDisplay
     from mmgraft.training.devices import is_main_rank
+    from mmgraft.training.distributed.parallel import processes as started
     from mmgraft.training.memory.shortage import warning
-    from mmgraft.training.parallel import processes as started
-    from mmgraft.training.progress import ProgressDisplay
     from mmgraft.training.run import plan_training
     from mmgraft.training.run import train as train_run
 

@@ -1,8 +1,8 @@
-"""The folder of a comparison: what lies where, and what is done. Free of torch.
+"""The folder of a comparison: which file is where, and what is done. Free of torch.
 
-OUT/comparison.yaml       the settings, paths whole and grid expanded, arms in order
+OUT/comparison.yaml       the settings, paths absolute and grid expanded, arms in order
 OUT/arms/NAME/            a run as any other: graft, recipe.yaml, metrics.jsonl, results/
-OUT/arms/NAME/phases/     PHASE.json: what it was done with, its sittings, whether it is done
+OUT/arms/NAME/phases/     PHASE.json: its settings, its sessions, whether it is done
 OUT/features/             the tower's features, shared by the arms
 OUT/base/                 scores of the untouched base, shared by the arms
 OUT/dialogues/            interleaved dialogues, the same for all arms
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -26,16 +26,16 @@ COMPARISON = "comparison.yaml"
 ARMS, FEATURES, BASE, PHASES_FOLDER = "arms", "features", "base", "phases"
 DIALOGUES = "dialogues"
 Phase = Literal["graft", "features", "train", "text", "vision", "iit", "laws"]
-PHASES: tuple[Phase, ...] = ("graft", "features", "train", "text", "vision", "iit", "laws")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 def arm_folder(out: Path, name: str) -> Path:
-    """The run of an arm."""
+    """Return the run of an arm."""
     return out / ARMS / name
 
 
 def read_comparison(out: Path) -> Comparison:
-    """The comparison that was last run in a folder.
+    """Read the comparison that was last run in a folder.
 
     Raises:
         UsageError: None was.
@@ -46,7 +46,7 @@ def read_comparison(out: Path) -> Comparison:
     return load_comparison(path)
 
 
-class Sitting(StrictModel):
+class Session(StrictModel):
     """One uninterrupted part of a phase."""
 
     began: str = Field(description="UTC, ISO 8601")
@@ -61,32 +61,36 @@ class PhaseRecord(StrictModel):
     phase: Phase
     done: bool = False
     settings: dict[str, Any] = Field(default_factory=dict)
-    sittings: list[Sitting] = Field(default_factory=list)
+    sittings: list[Session] = Field(default_factory=list, description="sessions, in order")
 
     @property
     def seconds(self) -> float:
-        """Of all sittings."""
+        """Time of all sessions."""
         return sum(one.seconds for one in self.sittings)
 
     @property
     def cpu_seconds(self) -> float:
-        """Of all sittings."""
+        """Processor time of all sessions."""
         return sum(one.cpu_seconds for one in self.sittings)
 
     @property
     def peak_memory_mb(self) -> float | None:
-        """The largest of all sittings."""
+        """The largest peak of all sessions."""
         peaks = [one.peak_memory_mb for one in self.sittings if one.peak_memory_mb is not None]
         return max(peaks, default=None)
 
+    def after(self, session: Session, done: bool = False) -> PhaseRecord:
+        """Return the record with one more session."""
+        return self.model_copy(update={"sittings": [*self.sittings, session], "done": done})
+
 
 def phase_file(run: Path, phase: Phase) -> Path:
-    """Where a phase's record lies."""
+    """Return the file of a phase's record."""
     return run / PHASES_FOLDER / f"{phase}.json"
 
 
 def read_phase(run: Path, phase: Phase) -> PhaseRecord | None:
-    """A phase's record, or None where it was not begun.
+    """Read a phase's record; None where it was not started.
 
     Raises:
         UsageError: The file is damaged.
@@ -104,34 +108,35 @@ def read_phase(run: Path, phase: Phase) -> PhaseRecord | None:
 
 
 def write_phase(run: Path, record: PhaseRecord) -> None:
-    """Record how far a phase has come, in one step."""
+    """Write how far a phase has come, in one step."""
     path = phase_file(run, record.phase)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_json(path, record.model_dump(mode="json"))
 
 
-def is_done(run: Path, phase: Phase, settings: dict[str, Any]) -> bool:
-    """Whether a phase was done with just these settings."""
-    record = read_phase(run, phase)
-    return record is not None and record.done and record.settings == settings
+def phases_done(run: Path) -> list[Phase]:
+    """Return the phases that are done, with whatever settings.
+
+    Raises:
+        UsageError: A record is damaged.
+    """
+    records = [read_phase(run, phase) for phase in PHASES]
+    return [record.phase for record in records if record is not None and record.done]
 
 
 def first_difference(one: Any, two: Any, where: str = "") -> str | None:
-    """The first key at which two pieces of plain data differ, with both values; None: nowhere."""
+    """Return the first key at which plain data differ, with both values; None if they are equal."""
+    pairs: list[tuple[Any, Any, Any]] = []  # key and both values
     if isinstance(one, dict) and isinstance(two, dict):
-        for key in (*one, *(key for key in two if key not in one)):
-            found = first_difference(one.get(key), two.get(key), f"{where}.{key}".lstrip("."))
-            if found is not None:
-                return found
-        return None
-    if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
-        for place, (first, second) in enumerate(zip(one, two, strict=True)):
-            name = first.get("name", place) if isinstance(first, dict) else place
-            found = first_difference(first, second, f"{where}.{name}")
-            if found is not None:
-                return found
-        return None
-    return None if one == two else f"{where}: {_short(one)} before, {_short(two)} now"
+        pairs = [(key, one.get(key), two.get(key)) for key in dict.fromkeys([*one, *two])]
+    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        for index, (first, second) in enumerate(zip(one, two, strict=True)):
+            name = first.get("name", index) if isinstance(first, dict) else index
+            pairs.append((name, first, second))
+    elif one != two:
+        return f"{where}: {_short(one)} before, {_short(two)} now"
+    found = (first_difference(a, b, f"{where}.{name}".lstrip(".")) for name, a, b in pairs)
+    return next((one for one in found if one is not None), None)
 
 
 def _short(value: Any) -> str:

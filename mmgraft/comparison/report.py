@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 
 from mmgraft import __version__
-from mmgraft.comparison.answers import SetAnswers, read_answers
-from mmgraft.comparison.claims import Claim, claims
-from mmgraft.comparison.files import COMPARISON, Phase, read_comparison
-from mmgraft.comparison.report_arms import MeasuredArm, read_arms, set_names
-from mmgraft.comparison.report_sheet import sheet_blocks
-from mmgraft.comparison.report_tables import (
-    arms_table,
-    claims_table,
-    costs_table,
-    dialogues_table,
-    differences_table,
-    kinds_table,
-    main_table,
-    over_blind_table,
-    text_changes,
+from mmgraft.comparison import tables
+from mmgraft.comparison.files import Phase, read_comparison
+from mmgraft.comparison.measured import (
+    MeasuredArm,
+    SetAnswers,
+    read_answers,
+    read_arms,
+    set_names,
 )
 from mmgraft.comparison.spec import Comparison
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.about_run import shown_name, versions_table, without_folders
+from mmgraft.evaluation.items.files import data_file
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.items.source_licence import none_forbids, stated_licences
+from mmgraft.evaluation.metrics.scoring import measure_answers
 from mmgraft.evaluation.origin import as_score
-from mmgraft.evaluation.pages.page import (
-    Block,
-    Code,
-    Page,
-    Paragraph,
-    Part,
-    Picture,
-    Points,
-    as_code,
-    plain,
-)
-from mmgraft.evaluation.pages.words import listed, number, verdict
-from mmgraft.evaluation.report import last_losses, shift_table, write_page
-from mmgraft.evaluation.results import SCHEMA_VERSION, Results, Score, Section
-from mmgraft.evaluation.score_tables import identity_sentence
+from mmgraft.evaluation.report import about_run, score_tables, sheets
+from mmgraft.evaluation.report.markdown import Table, as_code, plain, render
+from mmgraft.evaluation.report.report import BESIDE, write_page
+from mmgraft.evaluation.report.words import listed, number, verdict
+from mmgraft.runs.results import SCHEMA_VERSION, Results, Score, Section
 from mmgraft.strict import MeasuredModel
 
 
@@ -50,7 +37,7 @@ class ArmReport(MeasuredModel):
     """One arm."""
 
     description: str
-    method: str | None = Field(description="None: the arm was not begun")
+    method: str | None = Field(description="None: the arm was not started")
     base_trained: bool
     done: list[Phase]
     sections: dict[Section, Results]
@@ -68,7 +55,7 @@ class Difference(MeasuredModel):
 
 
 class ComparisonReport(MeasuredModel):
-    """`report.json` of a comparison."""
+    """``report.json`` of a comparison."""
 
     schema_version: int = SCHEMA_VERSION
     mmgraft_version: str = __version__
@@ -79,12 +66,11 @@ class ComparisonReport(MeasuredModel):
     seed: int
     arms: dict[str, ArmReport]
     differences: list[Difference]
-    claims: list[Claim]
     notes: list[str] = Field(description="what could not be compared, and why")
 
 
 def write_comparison_report(out: Path) -> dict[str, Path]:
-    """Write `OUT/report.json`, `.md` and `.html` from what the arms have left.
+    """Write ``OUT/report.json``, ``.md`` and ``.html`` from what was measured of the arms.
 
     Arms that are not done yet are shown as far as they have come.
 
@@ -92,231 +78,212 @@ def write_comparison_report(out: Path) -> dict[str, Path]:
         out: The comparison's folder.
 
     Returns:
-        The files by what they are: `json`, `md`, `html`, and each picture by its name.
+        The files by what they are: ``json``, ``md``, ``html``, and each image by its name.
 
     Raises:
-        UsageError: `out` holds no comparison, or a result in it is damaged.
+        UsageError: ``out`` holds no comparison, or a result in it is damaged.
         MMGraftError: The disk is full; each file is the old one or the new one, whole.
     """
     comparison = read_comparison(out)
+    vision = comparison.vision
     arms = read_arms(out, comparison)
     answers, problems = _answers(comparison, arms)
-    problems += _asked_otherwise(arms)
-    found = claims(arms, [one for one in answers if one.spec.modality == "image"])
+    problems += _other_items(arms)
     report = ComparisonReport(
         name=comparison.name,
         description=comparison.description,
-        base=shown_name(comparison.base),
-        vision=_vision_name(comparison),
+        base=about_run.shown_name(comparison.base),
+        vision=about_run.shown_name(vision if isinstance(vision, str) else vision.name),
         seed=comparison.seed,
         arms={
             arm.name: ArmReport(
                 description=arm.description,
-                method=arm.method,
+                method=None if arm.record is None else arm.record.method,
                 base_trained=arm.base_trained,
-                done=list(arm.done),
+                done=arm.done,
                 sections=arm.sections,
             )
             for arm in arms
         },
         differences=[one for each in answers for one in _differences(each)],
-        claims=found,
-        notes=[*problems, *(note for each in answers for note in _left_out(each))],
+        notes=[*problems, *(note for each in answers for note in each.notes)],
     )
-    page = comparison_page(out, comparison, arms, answers, found, problems)
-    return write_page(out, page, report.model_dump(mode="json"))
+    return _write(out, report, arms, answers, problems)
 
 
-def comparison_page(
+def _write(
     out: Path,
-    comparison: Comparison,
+    report: ComparisonReport,
     arms: Sequence[MeasuredArm],
     answers: Sequence[SetAnswers],
-    found: Sequence[Claim],
     problems: Sequence[str],
-) -> Page:
-    """The page of a comparison."""
-    parts = [
-        Part("The table", [main_table(arms)]),
-        Part("Claims", [claims_table(found)] if found else [_not_yet("No claim was tested yet.")]),
-        Part("Text", list(_text(arms, answers))),
-        Part("Vision", list(_vision(arms, answers, problems))),
-        *_dialogues(arms),
-        *_attention(arms),
-        *_curves(arms),
-        Part("What was compared", list(_compared(comparison, arms))),
-        _repeat(out, comparison),
-    ]
-    names = listed([plain(arm.name) for arm in arms])
-    lead = (
-        f"{plain(comparison.description)}. " if comparison.description else ""
-    ) + f"{len(arms)} arms: {names}."
-    return Page(
-        f"{plain(comparison.name)}: what is kept and what is seen",
-        lead,
-        [part for part in parts if part.blocks],
-        f"Written by mmgraft {__version__}.",
+) -> dict[str, Path]:
+    from mmgraft.evaluation.report.plots import laws_plot, training_curves
+
+    of_text = [one for one in answers if one.spec.modality == "text"]
+    of_images = [one for one in answers if one.spec.modality == "image"]
+    drawn = {one.spec.name: answer_sheet(one) for one in of_images}
+    laws = {arm.name: arm.sections["laws"] for arm in arms if "laws" in arm.sections}
+    losses = {arm.name: about_run.last_losses(arm.run / about_run.METRICS) for arm in arms}
+    curves = {arm.name: arm.run / about_run.METRICS for arm in arms if losses[arm.name]}
+    ended = [f"{plain(name)} ended at {number([*losses[name].values()][-1])}" for name in curves]
+    markdown = render(
+        "comparison/report.md.jinja",
+        report=report,
+        arms=arms,
+        tables=tables,
+        scores=score_tables,
+        listed=_listed,
+        proofs=[
+            f"{as_code(arm.name)}: {score_tables.identity_sentence(arm.identity)}"
+            for arm in arms
+            if arm.identity
+        ],
+        text_tables=[tables.text_changes(arms), *map(tables.differences_table, of_text)],
+        vision=of_images,
+        sheets=drawn,
+        beside=BESIDE,
+        kinds_tables=[tables.kinds_table(arms, name) for name in set_names(arms, "vision")],
+        problems=problems,
+        laws=laws,
+        curves=listed(ended),
+        about=about_run,
+        versions=about_run.versions(one for arm in arms for one in arm.sections.values()),
+        folder=out.resolve().name,
     )
+    images = {f"answers-{name}": sheet.png for name, sheet in drawn.items() if sheet}
+    linked = [f"answers-{name}" for name, sheet in drawn.items() if sheet and sheet.private]
+    if laws:
+        images["laws"] = laws_plot(laws)
+    if curves:
+        images["curves"] = training_curves(curves)
+    return write_page(out, markdown, report.model_dump(mode="json"), images, linked)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return listed(list(map(plain, names)))
 
 
 def _answers(
     comparison: Comparison, arms: Sequence[MeasuredArm]
 ) -> tuple[list[SetAnswers], list[str]]:
-    """Kept answers to every set, and which sets cannot be compared, and why."""
+    """Return the kept answers to every set, and which sets cannot be compared, and why."""
     answers: list[SetAnswers] = []
     problems: list[str] = []
     for spec in comparison.evaluation:
         try:
             found = read_answers(spec, arms)
         except UsageError as error:
-            told = without_folders(str(error))
-            problems.append(f"{spec.name}: arms cannot be compared item by item: {told}")
+            why = about_run.without_folders(str(error))
+            problems.append(f"{spec.name}: arms cannot be compared item by item: {why}")
             continue
         if found is not None:
             answers.append(found)
     return answers, problems
 
 
-def _asked_otherwise(arms: Sequence[MeasuredArm]) -> Iterator[str]:
-    """Sets of which not all arms were asked the same items, as after a trial of one arm."""
+def _other_items(arms: Sequence[MeasuredArm]) -> Iterator[str]:
+    """Name sets that arms were evaluated on with other items, as after a trial of one arm."""
     sections: tuple[Section, ...] = ("text", "vision", "iit")
     for section in sections:
         for name in set_names(arms, section):
             found = {arm.name: arm.set_named(section, name) for arm in arms}
             items = {arm: (one.sha256, one.items) for arm, one in found.items() if one is not None}
             if len(set(items.values())) > 1:
-                told = ", ".join(f"{arm} {count:,}" for arm, (_, count) in items.items())
+                counts = ", ".join(f"{arm} {count:,}" for arm, (_, count) in items.items())
                 yield (
-                    f"{name}: the arms were not asked the same items ({told}), so their scores in "
-                    "the table do not compare; the same command without --only asks them alike"
+                    f"{name}: the arms were not evaluated on the same items ({counts}), so their "
+                    "scores in the table do not compare; the same command without --only "
+                    "evaluates them alike"
                 )
 
 
-def _left_out(answers: SetAnswers) -> list[str]:
-    name = answers.spec.name
-    return [f"{name}: {arm} is left out of these: {why}" for arm, why in answers.missing.items()]
-
-
 def _differences(answers: SetAnswers) -> Iterator[Difference]:
-    pairs = [(a, b, answers.difference(a, b)) for a, b in answers.pairs()]
-    for arm in answers.measured:
-        pairs += [(arm, blind, change) for blind, change in answers.over_blind(arm).items()]
-    for first, second, change in pairs:
+    for first, second, change in [*answers.differences, *answers.over_blind]:
         yield Difference(
             set=answers.spec.name,
             score=answers.main,
             first=first,
             second=second,
             change=as_score(change),
-            verdict=verdict(change, answers.main)[0],
+            verdict=verdict(change, answers.main),
         )
 
 
-def _text(arms: Sequence[MeasuredArm], answers: Sequence[SetAnswers]) -> Iterator[Block]:
-    proofs = [
-        f"{as_code(arm.name)}: {identity_sentence(arm.identity)}" for arm in arms if arm.identity
+@dataclass(frozen=True)
+class AnswerSheet:
+    """The contact sheet of a set: the same questions, and what each arm answered.
+
+    Attributes:
+        png: The image.
+        table: The same in words, for readers who cannot see it.
+        private: Whether a licence forbids to pass its images on.
+    """
+
+    png: bytes
+    table: Table
+    private: bool
+
+
+def answer_sheet(answers: SetAnswers, shown: int = sheets.SHOWN) -> AnswerSheet | None:
+    """Draw the contact sheet of a set with images; None where no item has one.
+
+    Args:
+        answers: To the set.
+        shown: So many items are sampled by a fixed seed, whatever was answered.
+
+    Raises:
+        UsageError: An image cannot be read.
+    """
+    indices = sheets.sampled_indices(answers.items, shown)
+    if not indices:
+        return None
+    items = [_sheet_item(answers, index) for index in indices]
+    licences = stated_licences(data_file(answers.spec), [answers.items[one] for one in indices])
+    rows = [
+        [plain(one.question), plain(one.truth), *(_in_words(each) for each in one.answers)]
+        for one in items
     ]
-    if proofs:
-        yield Points(proofs)
-    tables = [text_changes(arms)]
-    tables += [differences_table(one) for one in answers if one.spec.modality == "text"]
-    yield from (table for table in tables if table is not None)
-
-
-def _vision(
-    arms: Sequence[MeasuredArm], answers: Sequence[SetAnswers], problems: Sequence[str]
-) -> Iterator[Block]:
-    for each in answers:
-        if each.spec.modality == "text":
-            continue
-        for table in (differences_table(each), over_blind_table(each)):
-            if table is not None:
-                yield table
-        if each.missing:
-            yield Points([plain(note) for note in _left_out(each)])
-        yield from sheet_blocks(each)
-    for name in set_names(arms, "vision"):
-        table = kinds_table(arms, name)
-        if table is not None:
-            yield table
-    if problems:
-        yield Points([plain(problem) for problem in problems])
-
-
-def _dialogues(arms: Sequence[MeasuredArm]) -> Iterator[Part]:
-    table = dialogues_table(arms)
-    if table is not None:
-        yield Part("Interleaved dialogues", [table])
-
-
-def _attention(arms: Sequence[MeasuredArm]) -> Iterator[Part]:
-    sections = {arm.name: arm.sections["laws"] for arm in arms if "laws" in arm.sections}
-    if not sections:
-        return
-    from mmgraft.evaluation.plots import laws_plot
-
-    picture = Picture(
-        "laws",
-        laws_plot(sections),
-        f"Attention by layer on the text before the image, on the image and on the text after it, "
-        f"for {listed([plain(name) for name in sections])}; the table below it has the shifts.",
-        "A row an arm. The first panel is the base with the arm's projector alone, the others have "
-        "the graft in the path.",
+    columns = ["question", "truth", *map(plain, answers.texts)]
+    caption = f"{plain(answers.spec.name)}, the answers in words"
+    table = Table(caption, columns, rows, folded=True)
+    return AnswerSheet(
+        sheets.sheet_png(sheets.draw_sheet(items)), table, not none_forbids(licences)
     )
-    yield Part("Attention", [picture, shift_table(sections)])
 
 
-def _curves(arms: Sequence[MeasuredArm]) -> Iterator[Part]:
-    trained = {arm.name: (arm.metrics, last_losses(arm.metrics)) for arm in arms if arm.metrics}
-    trained = {name: found for name, found in trained.items() if found[1]}
-    if not trained:
-        return
-    from mmgraft.evaluation.plots import training_curves
-
-    told = [
-        f"{plain(name)} ended at {number(losses[-1][1])}" for name, (_, losses) in trained.items()
+def _sheet_item(answers: SetAnswers, index: int) -> sheets.SheetItem:
+    spec, item = answers.spec, answers.items[index]
+    given = [
+        sheets.box_answer(arm, spec, item, texts[index])
+        if spec.metric == "box"
+        else sheets.Answer(arm, texts[index], _is_correct(answers, texts[index], item))
+        for arm, texts in answers.texts.items()
     ]
-    picture = Picture(
-        "curves",
-        training_curves({name: path for name, (path, _) in trained.items()}),
-        f"Training loss by step: {listed(told)}.",
-        f"Training loss by step, stages one after another. The last logged losses: {listed(told)}.",
-    )
-    yield Part("Training curves", [picture])
+    return sheets.SheetItem(sheets.first_image(item), item.question, _truth(item), given, item.box)
 
 
-def _compared(comparison: Comparison, arms: Sequence[MeasuredArm]) -> Iterator[Block]:
-    yield Paragraph(
-        f"All arms: base {as_code(shown_name(comparison.base))}, vision tower "
-        f"{as_code(_vision_name(comparison))}, seed {comparison.seed}, the same data."
-    )
-    yield arms_table(arms)
-    costs = costs_table(arms)
-    if costs is not None:
-        yield costs
-    sections = [one for arm in arms for one in arm.sections.values()]
-    if sections:
-        yield versions_table(sections)
+def _is_correct(answers: SetAnswers, text: str, item: Item) -> bool | None:
+    if answers.spec.metric == "caption":
+        return None
+    if answers.spec.metric == "choice":
+        return item.gold is not None and text == item.options[item.gold]
+    found = measure_answers(answers.spec, [item], [text])
+    return found.values()[found.main] >= 0.5
 
 
-def _repeat(out: Path, comparison: Comparison) -> Part:
-    name = out.resolve().name
-    return Part(
-        "How to repeat it",
-        [
-            Paragraph(
-                f"The folder holds the whole comparison in {as_code(COMPARISON)}; the same command "
-                "goes on where it was stopped, and does nothing twice."
-            ),
-            Code(f"mmgraft compare {name}/{COMPARISON} --out {name}"),
-        ],
-    )
+def _truth(item: Item) -> str:
+    if item.gold is not None:
+        return item.options[item.gold]
+    if item.box is not None:
+        return f"[{', '.join(f'{value:.0f}' for value in item.box)}]"
+    # Of ten people's answers the most frequent, the first of equally frequent ones.
+    return max(item.answers, key=item.answers.count, default="-")
 
 
-def _vision_name(comparison: Comparison) -> str:
-    vision = comparison.vision
-    return shown_name(vision if isinstance(vision, str) else vision.name)
-
-
-def _not_yet(text: str) -> Paragraph:
-    return Paragraph(text, "unsure")
+def _in_words(answer: sheets.Answer) -> str:
+    text = plain(answer.text) or "(nothing)"
+    if answer.correct is None:
+        return text
+    note = f", {answer.note}" if answer.note else ""
+    return f"{text} ({'right' if answer.correct else 'wrong'}{note})"

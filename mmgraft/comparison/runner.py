@@ -1,51 +1,47 @@
-"""Runs a comparison: every arm through its phases, each phase once, whatever kills it between."""
+"""Run a comparison: every arm through its phases, each phase once, whatever kills it between."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import BaseModel
 
 from mmgraft.atomic import atomic_text
 from mmgraft.comparison.child import check_platform, locked
-from mmgraft.comparison.evaluations import dialogue_settings, measure
-from mmgraft.comparison.features import fill_features
 from mmgraft.comparison.files import (
     COMPARISON,
     FEATURES,
     PHASES,
     Phase,
     PhaseRecord,
-    Sitting,
+    Session,
     first_difference,
-    is_done,
+    phases_done,
     read_phase,
     write_phase,
 )
+from mmgraft.comparison.phases import dialogue_settings, evaluate, fill_features
 from mmgraft.comparison.plan import ArmPlan, ComparisonPlan, make_graft
+from mmgraft.comparison.report import write_comparison_report
 from mmgraft.comparison.spec import dump_comparison
 from mmgraft.comparison.training import train_arm
 from mmgraft.errors import UsageError
-from mmgraft.training.recipe_source import dump_recipe
-from mmgraft.training.run import RECIPE
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from pydantic import BaseModel
-
-    from mmgraft.answering import Answerer
+from mmgraft.inference import Answerer
+from mmgraft.recipes.source import dump_recipe
+from mmgraft.runs.contents import RECIPE
 
 LOCK = ".comparison.lock"
 _NOT_OF_TRAINING = frozenset(
     {"name", "description", "evaluation", "feature_cache", "log_every", "workers", "tracking"}
 )
-"""Keys of a recipe that may change between two sittings."""
+"""Keys of a recipe that may change between two sessions."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,11 @@ class Compared:
     Attributes:
         out: The comparison's folder.
         arms: Phases that are done, by arm.
-        reports: Files of the report; none where nothing is measured yet.
+        reports: Files of the report; none after ``train_only``.
     """
 
     out: Path
-    arms: dict[str, list[str]]
+    arms: dict[str, list[Phase]]
     reports: list[Path]
 
 
@@ -72,17 +68,17 @@ def compare(
 ) -> Compared:
     """Run what is left of a comparison and write its report.
 
-    A phase that is done is not done again, but evaluations whose settings have changed since are;
-    a training that was stopped goes on from its last checkpoint.
+    A phase that is done is not done again, unless it is an evaluation whose settings have changed
+    since; a training that was stopped goes on from its last checkpoint.
 
     Args:
         plan: From `make_plan`.
         train_only: Leave evaluation and report to a later call.
-        batch_size: Of questions; None leaves it to each evaluation.
-        announce: Told in sentences what goes on.
+        batch_size: Questions a batch; None leaves it to each evaluation.
+        announce: Called with sentences about the progress.
 
     Raises:
-        UsageError: Another process is at work there, or an arm was begun with other settings.
+        UsageError: Another process is at work there, or an arm was started with other settings.
         MMGraftError: A training or an evaluation failed; the same command goes on.
     """
     check_platform()
@@ -96,132 +92,114 @@ def compare(
             if arm.name in plan.chosen:
                 announce(f"arm {arm.name} ({number} of {len(plan.arms)})")
                 _Arm(plan, arm, batch_size, announce).run(train_only)
-        reports = [] if train_only else _report(plan.out)
-    done = {arm.name: [phase for phase in PHASES if _is_done(arm.run, phase)] for arm in plan.arms}
-    return Compared(plan.out, done, reports)
+                gc.collect()  # its model, before the next arm loads its own
+        reports = [] if train_only else list(write_comparison_report(plan.out).values())
+    return Compared(plan.out, {arm.name: phases_done(arm.run) for arm in plan.arms}, reports)
 
 
 def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: Phase) -> dict[str, Any] | None:
-    """What a phase depends on, as plain data; None where there is nothing to do in it."""
+    """Return what a phase depends on, as plain data; None where it has nothing to do."""
     spec = plan.comparison
     recipe = _plain(arm.recipe)
     if phase == "graft":
-        return {
-            "base": plan.base,
-            "vision": _plain(plan.vision),
-            "template": spec.template,
-            **{key: recipe[key] for key in ("method", "workflow", "graft") if key in recipe},
+        vision = {"base": plan.base, "vision": _plain(plan.vision), "template": spec.template}
+        return vision | {
+            key: recipe[key] for key in ("method", "workflow", "graft") if key in recipe
         }
     if phase == "features":
-        return (
-            {"data": [stage["data"] for stage in recipe["stages"]]} if _shares(plan, arm) else None
-        )
+        shared = arm.recipe.feature_cache == str(plan.out.resolve() / FEATURES)
+        return {"data": [stage["data"] for stage in recipe["stages"]]} if shared else None
     if phase == "train":
         return {key: value for key, value in recipe.items() if key not in _NOT_OF_TRAINING}
     if phase == "laws":
         return None if spec.laws is None else _plain(spec.laws)
     if phase == "iit":
         return None if spec.iit is None else dialogue_settings(spec)
-    asked = [
-        _plain(one) for one in spec.evaluation if (one.modality == "text") == (phase == "text")
-    ]
+    modality = "text" if phase == "text" else "image"
+    sets = [_plain(one) for one in spec.evaluation if one.modality == modality]
     # The text section also proves identity, for which it needs no set.
-    return {"sets": asked} if asked or phase == "text" else None
+    return {"sets": sets} if sets or phase == "text" else None
 
 
 def check_unchanged(plan: ComparisonPlan, arm: ArmPlan) -> None:
-    """Refuse to go on with an arm whose graft or training was begun with other settings.
+    """Refuse to go on with an arm whose graft or training was started with other settings.
 
     Raises:
         UsageError: With the first key that differs and what to do.
     """
-    for phase in ("graft", "train"):
+    phases: tuple[Phase, ...] = ("graft", "train")
+    for phase in phases:
         record = read_phase(arm.run, phase)
         if record is None:
             continue
         difference = first_difference(record.settings, settings_of(plan, arm, phase))
         if difference is not None:
             raise UsageError(
-                f"arm {arm.name!r} of {plan.out} was begun with other settings ({difference}); "
+                f"arm {arm.name!r} of {plan.out} was started with other settings ({difference}); "
                 f"give another folder with --out, or remove {arm.run} to do this arm anew"
             )
 
 
+@dataclass
 class _Arm:
     """One arm on its way through the phases."""
 
-    def __init__(
-        self,
-        plan: ComparisonPlan,
-        arm: ArmPlan,
-        batch_size: int | None,
-        announce: Callable[[str], None],
-    ) -> None:
-        self.plan = plan
-        self.arm = arm
-        self.batch_size = batch_size
-        self.announce = announce
-        self._answerer: Answerer | None = None
+    plan: ComparisonPlan
+    arm: ArmPlan
+    batch_size: int | None
+    announce: Callable[[str], None]
+    _answerer: Answerer | None = None
 
     def run(self, train_only: bool) -> None:
-        """What is left of the arm, in order."""
+        """Do the phases that are left, in order."""
         for phase in PHASES:
             settings = settings_of(self.plan, self.arm, phase)
-            if settings is None or is_done(self.arm.run, phase, settings):
+            record = read_phase(self.arm.run, phase)
+            if settings is None or (record and record.done and record.settings == settings):
                 continue
-            if phase == "graft":
-                self._graft(settings)
-            elif phase == "features":
-                self._features(settings)
-            elif phase == "train":
-                self._train(settings)
+            if phase == "train":
+                self._train(record or PhaseRecord(phase=phase, settings=settings))
+            elif phase in ("graft", "features"):
+                with self._session(PhaseRecord(phase=phase, settings=settings)):
+                    self._prepare(phase)
             elif not train_only:
-                self._evaluate(phase, settings)
-        self._answerer = None
-        gc.collect()  # before the next arm loads its own
+                self._evaluate(phase, settings, record)
 
-    def _graft(self, settings: dict[str, Any]) -> None:
+    def _prepare(self, phase: Phase) -> None:
         arm = self.arm
+        if phase == "features":
+            fill_features(arm, self.plan.device, self.announce)
+            return
         arm.run.mkdir(parents=True, exist_ok=True)
-        with self._sitting(PhaseRecord(phase="graft", settings=settings)):
-            make_graft(self.plan, arm.recipe, arm.run)
-            atomic_text(arm.run / RECIPE, dump_recipe(arm.recipe))
+        make_graft(self.plan, arm.recipe, arm.run)
+        atomic_text(arm.run / RECIPE, dump_recipe(arm.recipe))
 
-    def _features(self, settings: dict[str, Any]) -> None:
-        with self._sitting(PhaseRecord(phase="features", settings=settings)):
-            fill_features(self.arm, self.plan.device, self.announce)
-
-    def _train(self, settings: dict[str, Any]) -> None:
-        record = read_phase(self.arm.run, "train")
-        if record is None:
-            record = PhaseRecord(phase="train", settings=settings)
-            write_phase(self.arm.run, record)
+    def _train(self, record: PhaseRecord) -> None:
+        write_phase(self.arm.run, record)
         record = train_arm(self.arm, record, self.plan.device, self.announce)
         self.announce(f"{self.arm.name}: trained in {record.seconds:.0f} s")
 
-    def _evaluate(self, phase: Phase, settings: dict[str, Any]) -> None:
-        record = read_phase(self.arm.run, phase)
+    def _evaluate(self, phase: Phase, settings: dict[str, Any], record: PhaseRecord | None) -> None:
+        name = self.arm.name
         if record is None or record.settings != settings:
             if record is not None and record.done:
-                self.announce(
-                    f"{self.arm.name}: {phase} is measured anew, for its settings changed"
-                )
+                self.announce(f"{name}: {phase} is evaluated anew, because its settings changed")
             record = PhaseRecord(phase=phase, settings=settings)
-        with self._sitting(record):
-            self.announce(f"{self.arm.name}: measuring {phase}")
-            measure(phase, self._loaded(), self.plan, self.arm, self.batch_size, self.announce)
+        with self._session(record):
+            self.announce(f"{name}: evaluating {phase}")
+            more = {} if self.batch_size is None else {"batch_size": self.batch_size}
+            answerer = self._loaded()
+            evaluate(phase, answerer, self.plan, self.arm, announce=self.announce, **more)
 
     def _loaded(self) -> Answerer:
-        """The trained arm, loaded when the first evaluation asks it."""
+        """Return the trained arm, loaded when the first evaluation needs it."""
         if self._answerer is None:
-            from mmgraft.answering import Answerer
-
             self._answerer = Answerer.load(self.arm.run, device=self.plan.device)
         return self._answerer
 
     @contextmanager
-    def _sitting(self, record: PhaseRecord) -> Iterator[None]:
-        """Times a phase of this process, and notes it as done if it did not fail."""
+    def _session(self, record: PhaseRecord) -> Iterator[None]:
+        """Time a phase of this process, and record it as done if it did not fail."""
         began = datetime.now(timezone.utc).isoformat(timespec="seconds")
         clock, cpu = time.monotonic(), time.process_time()
         done = False
@@ -229,33 +207,14 @@ class _Arm:
             yield
             done = True
         finally:
-            sitting = Sitting(
+            session = Session(
                 began=began,
                 seconds=time.monotonic() - clock,
                 cpu_seconds=time.process_time() - cpu,
             )
-            sittings = [*record.sittings, sitting]
-            write_phase(
-                self.arm.run, record.model_copy(update={"done": done, "sittings": sittings})
-            )
-
-
-def _shares(plan: ComparisonPlan, arm: ArmPlan) -> bool:
-    """Whether the arm keeps its features where all arms do."""
-    return arm.recipe.feature_cache == str(plan.out.resolve() / FEATURES)
+            write_phase(self.arm.run, record.after(session, done))
 
 
 def _plain(model: BaseModel) -> dict[str, Any]:
-    """What is set, as plain data: a key that a later mmgraft adds changes no arm that has begun."""
+    """Return what is set, as plain data: a key that a later mmgraft adds changes no old arm."""
     return model.model_dump(mode="json", exclude_defaults=True)
-
-
-def _is_done(run: Path, phase: Phase) -> bool:
-    record = read_phase(run, phase)
-    return record is not None and record.done
-
-
-def _report(out: Path) -> list[Path]:
-    from mmgraft.comparison.report import write_comparison_report
-
-    return list(write_comparison_report(out).values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,24 +13,24 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mmgraft.data.bad_rows import HUB
-from mmgraft.data.shards import is_there
+from mmgraft.data.formats.shards import is_there
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.set_spec import SetSpec, dialogue_sets
-from mmgraft.model.vision.spec import VisionSpec
-from mmgraft.recipe_files import recipe_dir
+from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
+from mmgraft.recipes.files import recipe_dir
+from mmgraft.recipes.recipe import DataEntry, Recipe
+from mmgraft.recipes.source import load_recipe, read_yaml
 from mmgraft.strict import StrictModel
-from mmgraft.training.recipe import DataEntry, Recipe
-from mmgraft.training.recipe_source import load_recipe, read_yaml
+from mmgraft.vision.spec import VisionSpec
 
 FOLDER = "comparisons"
-"""Where the shipped ones lie, below the recipes."""
+"""Folder of the shipped comparisons, below the recipes."""
 ALL_STAGES = "*"
 """Key of the data of stages that have none of their own."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class Arm(StrictModel):
-    """One graft of a comparison: a recipe, and what is set otherwise in it."""
+    """One graft of a comparison: a recipe, and the settings changed in it."""
 
     recipe: str | None = Field(default=None, description="instead of the comparison's")
     description: str = ""
@@ -40,34 +40,35 @@ class Arm(StrictModel):
 
 
 class LawsSpec(StrictModel):
-    """Which rows the attention sums are taken of."""
+    """Rows that attention by layer is measured on."""
 
     path: str = Field(description="file of rows or items with an image between texts")
     images: str | None = None
-    limit: int = Field(default=64, ge=1, description="draw so many of them")
-    seed: int = Field(default=0, description="of that draw")
+    limit: int = Field(default=64, ge=1, description="sample so many of them")
+    seed: int = Field(default=0, description="of that sample")
 
     def items(self) -> SetSpec:
-        """How they are read."""
+        """Return how they are read."""
         return SetSpec(name="laws", metric="exact", **self.model_dump())
 
 
 class DialoguesSpec(StrictModel):
-    """Interleaved dialogues, built once of the `choice` sets and asked of every arm."""
+    """Interleaved dialogues, built once from the ``choice`` sets and the same for every arm."""
 
     path: str | None = Field(default=None, description="folder of saved ones, instead of new ones")
     count: int = Field(default=100, ge=1, description="dialogues of each shape")
     shapes: list[str] | None = Field(
         default=None, description="such as [T, TV, V]; None: all that the sets give"
     )
-    seed: int = Field(default=0, description="of the draw")
+    seed: int = Field(default=0, description="of the sample")
 
 
 class Comparison(StrictModel):
-    """Several trainings that differ in what is compared alone.
+    """Several trainings that differ only in what is compared.
 
-    Paths are taken from `root` where they are found there, else as they are. An arm's settings are
-    those of its recipe, then `seed`, then `set`, then the arm's own `set` or the grid's values.
+    Paths are taken from ``root`` where they are found there, else as they are. An arm's settings
+    are those of its recipe, then ``seed``, then ``set``, then the arm's own ``set`` or the grid's
+    values.
     """
 
     name: str = Field(pattern=f"^{NAME.pattern}$")
@@ -94,12 +95,12 @@ class Comparison(StrictModel):
     @field_validator("data", mode="before")
     @classmethod
     def _data_of_stages(cls, value: Any) -> Any:
-        if isinstance(value, dict) and not {"path"} & value.keys():
+        if isinstance(value, dict) and "path" not in value:
             return {stage: _entries(one) for stage, one in value.items()}
         return {ALL_STAGES: _entries(value)} if value else {}
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _check_arms(self) -> Self:
         if bool(self.arms) == bool(self.grid):
             raise ValueError(
                 "arms and grid are both there; write one of them"
@@ -118,6 +119,10 @@ class Comparison(StrictModel):
                 raise ValueError(f"grid key {key!r} has no values; list at least one")
             if any(values.count(value) > 1 for value in values):
                 raise ValueError(f"grid key {key!r} has a value twice; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sets(self) -> Self:
         names = [one.name for one in self.evaluation]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -131,18 +136,18 @@ class Comparison(StrictModel):
 
     @property
     def choices(self) -> list[SetSpec]:
-        """What dialogues are built of."""
+        """The sets that dialogues are built from."""
         return dialogue_sets(self.evaluation)
 
     def all_arms(self) -> dict[str, Arm]:
-        """The arms in order, a grid's expanded, each with its recipe and all that is set in it."""
+        """Return the arms in order, a grid's expanded, each with its recipe and all settings."""
         shared = {"seed": self.seed, **self.set}
         arms = self.arms or dict(self._grid_arms())
         return {
             name: Arm(
                 recipe=arm.recipe or self.recipe,
                 description=arm.description,
-                set=_over(shared, arm.set),
+                set=_merged(shared, arm.set),
             )
             for name, arm in arms.items()
         }
@@ -152,58 +157,74 @@ class Comparison(StrictModel):
         taken: set[str] = set()
         for values in itertools.product(*self.grid.values()):
             chosen = dict(zip(self.grid, values, strict=True))
-            name = word = "_".join(f"{labels[key]}-{_word(one)}" for key, one in chosen.items())
-            again = 1
-            while name in taken:
-                again += 1
-                name = f"{word}.{again}"
+            word = "_".join(f"{labels[key]}-{_word(one)}" for key, one in chosen.items())
+            numbered = (f"{word}.{number}" for number in itertools.count(2))
+            name = next(one for one in itertools.chain([word], numbered) if one not in taken)
             taken.add(name)
             yield name, Arm(set=chosen)
 
     def placed(self) -> Comparison:
-        """The comparison with whole paths wherever a file is found."""
+        """Return the comparison with absolute paths wherever a file is found."""
         root = None if self.root is None else Path(self.root).expanduser()
-        images = self.images
 
-        def entry(one: DataEntry) -> DataEntry:
-            folder = _folder(one.images or images, root)
-            return one.model_copy(update={"path": _rows(one.path, root), "images": folder})
+        def place(
+            model: Any, images: str | None = self.images, **paths: Callable[..., bool]
+        ) -> Any:
+            update = {key: _placed(getattr(model, key), root, at) for key, at in paths.items()}
+            update["images"] = _placed(model.images or images, root, Path.is_dir)
+            return model.model_copy(update=update)
 
-        def asked(one: SetSpec) -> SetSpec:
-            moved = {name: _file(getattr(one, name), root) for name in ("path", "train")}
-            folder = images if one.modality == "image" else None
-            return one.model_copy(update={**moved, "images": _folder(one.images or folder, root)})
-
-        iit, laws = self.iit, self.laws
+        iit = self.iit
         if iit is not None:
-            iit = iit.model_copy(update={"path": _folder(iit.path, root)})
-        if laws is not None:
-            folder = _folder(laws.images or images, root)
-            laws = laws.model_copy(update={"path": _file(laws.path, root), "images": folder})
+            iit = iit.model_copy(update={"path": _placed(iit.path, root, Path.is_dir)})
         return self.model_copy(
             update={
                 "data": {
-                    stage: [entry(one) for one in found] for stage, found in self.data.items()
+                    stage: [place(one, path=lambda path: is_there(str(path))) for one in entries]
+                    for stage, entries in self.data.items()
                 },
-                "evaluation": [asked(one) for one in self.evaluation],
+                "evaluation": [
+                    place(
+                        one,
+                        images=self.images if one.modality == "image" else None,
+                        path=Path.is_file,
+                        train=Path.is_file,
+                    )
+                    for one in self.evaluation
+                ],
                 "iit": iit,
-                "laws": laws,
+                "laws": None if self.laws is None else place(self.laws, path=Path.is_file),
                 "root": None if root is None else str(root.resolve()),
-                "images": _folder(images, root),
+                "images": _placed(self.images, root, Path.is_dir),
             }
         )
 
+    def limited(self, limit: int | None) -> Comparison:
+        """Return the comparison with at most so many items of each set, rows and dialogues."""
+        if limit is None:
+            return self
+        sets = [
+            one.model_copy(update={"limit": min(limit, one.limit or limit)})
+            for one in self.evaluation
+        ]
+        iit, laws = self.iit, self.laws
+        if laws is not None:
+            laws = laws.model_copy(update={"limit": min(limit, laws.limit)})
+        if iit is not None:
+            iit = iit.model_copy(update={"count": min(limit, iit.count)})
+        return self.model_copy(update={"evaluation": sets, "iit": iit, "laws": laws})
+
 
 def shipped_comparisons() -> list[str]:
-    """Names of the comparisons that come with mmgraft, sorted."""
+    """Return the names of the comparisons that come with mmgraft, sorted."""
     return sorted(path.stem for path in (recipe_dir() / FOLDER).glob("*.yaml"))
 
 
 def find_comparison(name: str | Path) -> Path:
-    """The file of a comparison, by path or by the name of a shipped one.
+    """Return the file of a comparison, by path or by the name of a shipped one.
 
     Raises:
-        UsageError: with the nearest shipped name.
+        UsageError: There is none; names the nearest shipped one.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -220,7 +241,7 @@ def find_comparison(name: str | Path) -> Path:
 
 
 def load_comparison(source: str | Path) -> Comparison:
-    """Read and check a comparison; recipes and data of its arms are checked by `make_plan`.
+    """Read and check a comparison; `make_plan` checks recipes and data of its arms.
 
     Args:
         source: A path, or the name of a shipped comparison.
@@ -239,10 +260,10 @@ def load_comparison(source: str | Path) -> Comparison:
 
 
 def arm_recipe(name: str, arm: Arm) -> Recipe:
-    """The recipe of an arm, with what is set in it.
+    """Return the recipe of an arm, with its settings.
 
     Raises:
-        UsageError: With the arm's name: no such recipe, or a key or value that it does not take.
+        UsageError: Names the arm: there is no such recipe, or it refuses a key or value.
     """
     assert arm.recipe is not None
     try:
@@ -252,25 +273,25 @@ def arm_recipe(name: str, arm: Arm) -> Recipe:
 
 
 def is_comparison(path: Path) -> bool:
-    """Whether a YAML file is a comparison and not a recipe."""
+    """Return whether a YAML file is a comparison and not a recipe."""
     data, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
     return "arms" in data or "grid" in data
 
 
 def dump_comparison(comparison: Comparison) -> str:
-    """The comparison as YAML that :func:`load_comparison` reads back to an equal one."""
+    """Return the comparison as YAML that :func:`load_comparison` reads back to an equal one."""
     return yaml.safe_dump(
         comparison.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
     )
 
 
 def with_files(comparison: Comparison, data: Sequence[str], images: str | None) -> Comparison:
-    """The comparison with files from the command line.
+    """Return the comparison with files from the command line.
 
     Args:
-        comparison: What was loaded.
-        data: `FILE` for all stages, or `STAGE=FILE` for one. Several add up.
-        images: Folder of the images of these files; alone, of all files.
+        comparison: The comparison.
+        data: ``FILE`` for all stages, or ``STAGE=FILE`` for one; several add up.
+        images: Folder of the images of these files; without files, of all files.
     """
     update: dict[str, Any] = {} if images is None else {"images": images}
     given: dict[str, list[DataEntry]] = {}
@@ -285,14 +306,14 @@ def with_files(comparison: Comparison, data: Sequence[str], images: str | None) 
 
 
 def with_settings(comparison: Comparison, settings: Sequence[str]) -> Comparison:
-    """The comparison with settings from the command line, which come last.
+    """Return the comparison with settings from the command line, which come last.
 
     Args:
-        comparison: What was loaded.
-        settings: `KEY=VALUE` for the recipes of all arms, `ARM:KEY=VALUE` for one arm's.
+        comparison: The comparison.
+        settings: ``KEY=VALUE`` for the recipes of all arms, ``ARM:KEY=VALUE`` for one arm's.
 
     Raises:
-        UsageError: A text without `=`, or an arm that is not there.
+        UsageError: A text without ``=``, or an unknown arm.
     """
     if not settings:
         return comparison
@@ -305,17 +326,17 @@ def with_settings(comparison: Comparison, settings: Sequence[str]) -> Comparison
         if colon and arm not in arms:
             raise UsageError(f"--set {text}: no arm {arm!r}; {did_you_mean(arm, arms)}")
         try:
-            parsed = yaml.safe_load(value)
+            later = {key: yaml.safe_load(value)}
         except yaml.YAMLError as error:
             raise UsageError(f"--set {text}: {value!r} is not a YAML value") from error
         for name in [arm] if colon else list(arms):
-            settings_now = _over(arms[name].set, {key: parsed})
-            arms[name] = arms[name].model_copy(update={"set": settings_now})
+            update = {"set": _merged(arms[name].set, later)}
+            arms[name] = arms[name].model_copy(update=update)
     return comparison.model_copy(update={"arms": arms, "grid": {}})
 
 
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as the `key=value` texts that recipes take."""
+    """Return settings as the ``key=value`` texts that recipes take."""
     texts = []
     for key, value in settings.items():
         dumped = yaml.safe_dump(value, default_flow_style=True, width=10**6)
@@ -323,8 +344,8 @@ def overrides_of(settings: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def _over(settings: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, the later ones last: `stages.*.lr` takes the place of an earlier `stages.tune.lr`."""
+def _merged(settings: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both, the later ones last, because ``stages.*.lr`` overrides ``stages.tune.lr``."""
     return {**{key: one for key, one in settings.items() if key not in later}, **later}
 
 
@@ -333,48 +354,29 @@ def _entries(value: Any) -> Any:
     return [{"path": one} if isinstance(one, str) else one for one in items]
 
 
-def _file(path: str | None, root: Path | None) -> str | None:
-    """A file's whole path; the name of a packaged set, and what no one has, stay as they are."""
-    found = [one for one in _places(path, root) if one.is_file()]
-    return str(found[0].resolve()) if found else path
-
-
-def _rows(path: str | None, root: Path | None) -> str | None:
-    """The whole path of a file of rows, or of shards; what is not there stays as it is."""
+def _placed(path: str | None, root: Path | None, exists: Callable[[Path], bool]) -> str | None:
+    """Return an absolute path where one is there, first below ``root``; else the path as it is."""
     if path is None or path.startswith(HUB):
         return path
-    found = [one for one in _places(path, root) if is_there(str(one))]
-    return str(found[0].resolve()) if found else path
-
-
-def _folder(path: str | None, root: Path | None) -> str | None:
-    found = [one for one in _places(path, root) if one.is_dir()]
-    return str(found[0].resolve()) if found else path
-
-
-def _places(path: str | None, root: Path | None) -> list[Path]:
-    if path is None:
-        return []
     named = Path(path).expanduser()
-    return [named] if root is None else [root / named, named]
+    found = [one for one in ([] if root is None else [root / named]) + [named] if exists(one)]
+    return str(found[0].resolve()) if found else path
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key, or more of it where two keys end alike."""
+    """Return the last part of each key, or more of it where two keys end alike."""
     labels: dict[str, str] = {}
     for key in keys:
-        parts = [part for part in re.split(r"[.\[\]]+", key) if part]
-        size = 1
-        while size < len(parts) and any(
-            other != key and other.split(".")[-size:] == parts[-size:] for other in keys
-        ):
-            size += 1
-        labels[key] = ".".join(parts[-size:])
+        parts = re.split(r"[.\[\]]+", key.strip("[]."))
+        ends = [".".join(parts[-size:]) for size in range(1, len(parts) + 1)]
+        others = [f".{other}" for other in keys if other != key]
+        unique = (end for end in ends if not any(one.endswith(f".{end}") for one in others))
+        labels[key] = next(unique, ends[-1])
     return labels
 
 
 def _word(value: Any) -> str:
-    """A value as part of a name: `[14, 22]` is `14-22`."""
+    """Return a value as part of a name: ``[14, 22]`` is ``14-22``."""
     if isinstance(value, Mapping):
         text = "-".join(f"{key}-{_word(one)}" for key, one in value.items())
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Trains one arm in a child process, as often as it takes, and records what it cost."""
+"""Train one arm in a child process, as often as it takes, and record what it cost."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 
 from mmgraft import __version__
 from mmgraft.comparison.child import Ended, locked, measured
-from mmgraft.comparison.files import PhaseRecord, Sitting, read_phase, write_phase
+from mmgraft.comparison.files import PhaseRecord, Session, read_phase, write_phase
 from mmgraft.comparison.plan import ArmPlan
 from mmgraft.errors import MMGraftError
-from mmgraft.evaluation.about_run import shown_name
 from mmgraft.evaluation.origin import weights_sha256
-from mmgraft.evaluation.results import Results, write_results
-from mmgraft.model.graft_file import GraftFile
-from mmgraft.training import checkpoint, metrics, text_change
+from mmgraft.evaluation.report.about_run import METRICS, read_metrics, shown_name
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.runs.results import Results, write_results
+from mmgraft.training import checkpoint
+from mmgraft.training.callbacks import text_change
 from mmgraft.training.run import VERSIONS
 
 LOCK = ".training.lock"
@@ -26,46 +27,43 @@ LOCK = ".training.lock"
 def train_arm(
     arm: ArmPlan, record: PhaseRecord, device: str, announce: Callable[[str], None]
 ) -> PhaseRecord:
-    """Begin or go on with an arm's training, and note it as done.
+    """Start or continue an arm's training, and record it as done.
 
     Args:
         arm: The arm; its run holds a graft and its recipe.
-        record: Of earlier sittings.
+        record: The record of earlier sessions.
         device: Where it is trained.
-        announce: Told what goes on.
+        announce: Called with sentences about the progress.
 
     Raises:
-        MMGraftError: The training failed; what it said stands on standard error.
+        MMGraftError: The training failed; its messages went to standard error.
         KeyboardInterrupt: After it was saved.
     """
 
     def wait() -> None:
-        announce(f"{arm.name}: a training of an earlier sitting still runs; waiting for its end")
+        announce(f"{arm.name}: a training of an earlier session still runs; waiting for its end")
 
-    before = list(record.sittings)
+    def note(session: Session) -> None:
+        write_phase(arm.run, record.after(session))
+
     with locked(arm.run / LOCK, waiting=wait) as lock:
         command = training_command(arm.run, device)
         if command is None:  # all stages are saved; the process was killed as it ended
-            record = record.model_copy(update={"done": True})
+            done = record.model_copy(update={"done": True})
         else:
-
-            def note(sitting: Sitting) -> None:
-                write_phase(arm.run, record.model_copy(update={"sittings": [*before, sitting]}))
-
             if "--resume" in command:
                 announce(f"{arm.name}: going on with a training that was stopped")
             ended = measured(command, lock, note)
-            record = record.model_copy(update={"sittings": [*before, ended.sitting]})
-            write_phase(arm.run, record)
+            note(ended.session)
             _check(arm, ended)
-            record = record.model_copy(update={"done": True})
-    write_results(arm.run, training_results(arm, record, device))
-    write_phase(arm.run, record)
-    return record
+            done = record.after(ended.session, done=True)
+    write_results(arm.run, training_results(arm, done, device))
+    write_phase(arm.run, done)
+    return done
 
 
 def training_command(run: Path, device: str) -> Sequence[str] | None:
-    """The command that begins or goes on with a run; None where nothing is left to train."""
+    """Return the command that starts or continues a run; None where nothing is left to train."""
     command = [sys.executable, "-m", "mmgraft", "train", str(run), "--device", device, "--json"]
     progress = checkpoint.read_progress(run)
     if progress is None:
@@ -78,33 +76,31 @@ def training_command(run: Path, device: str) -> Sequence[str] | None:
 
 
 def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
-    """The section `training`: what it cost and where it ended. See docs/comparing.md."""
+    """Return the section ``training``: what it cost and how it ended. See docs/comparing.md."""
     graft = GraftFile.read(arm.run)
-    lines = _metrics(arm.run)
+    lines = read_metrics(arm.run / METRICS)
+    losses = {line.get("stage"): line["loss"] for line in lines if "loss" in line}
     progress = checkpoint.read_progress(arm.run) or {}
     parameters: dict[str, int] = progress.get("trained_parameters", {})
     taken: dict[str, int] = progress.get("steps", {})
-    stages: list[dict[str, Any]] = []
-    for stage in arm.stages:
-        own = [line for line in lines if line.get("stage") == stage.name and "loss" in line]
-        stages.append(
-            {
-                "name": stage.name,
-                "trains": list(stage.trains),
-                "rows": stage.rows,
-                "rows_a_step": stage.rows_a_step,
-                "steps": stage.steps or taken.get(stage.name),  # of packed rows it is known now
-                "trained_parameters": parameters.get(stage.name),
-                "final_loss": own[-1]["loss"] if own else None,
-            }
-        )
+    stages: list[dict[str, Any]] = [
+        {
+            "name": stage.name,
+            "trains": list(stage.trains),
+            "rows": stage.rows,
+            "rows_a_step": stage.rows_a_step,
+            "steps": stage.steps or taken.get(stage.name),  # of packed rows it is known now
+            "trained_parameters": parameters.get(stage.name),
+            "final_loss": losses.get(stage.name),
+        }
+        for stage in arm.stages
+    ]
     on_card = [line["memory_gb"] for line in lines if "memory_gb" in line and device != "cpu"]
     features = read_phase(arm.run, "features")
-    versions = json.loads((arm.run / VERSIONS).read_text(encoding="utf-8"))
     return Results(
         section="training",
         mmgraft_version=__version__,
-        versions=versions,
+        versions=json.loads((arm.run / VERSIONS).read_text(encoding="utf-8")),
         graft={
             "method": graft.method,
             "workflow": graft.workflow,
@@ -139,20 +135,7 @@ def _check(arm: ArmPlan, ended: Ended) -> None:
     elif ended.code == 130:
         why = "was stopped, and has saved"
     else:
-        why = f"ended with code {ended.code}; what it said stands above"
+        why = f"ended with code {ended.code}; its messages are above"
     raise MMGraftError(
         f"the training of arm {arm.name!r} {why}. The same command goes on where it stopped"
     )
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    path = run / metrics.FILE
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue  # a line that a kill cut short
-    return lines

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from mmgraft.data.bad_rows import BadRow
-from mmgraft.data.content import images_of_all
-from mmgraft.data.dataset import fitted
+from mmgraft.data.batches.dataset import fitted
+from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.chat.masking import answer_turns, supervise_row
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.formats.indexed import facts_of
 from mmgraft.data.images import check_image, is_data_uri, open_image
-from mmgraft.data.indexed import facts_of
-from mmgraft.data.masking import answer_turns, supervise_row
-from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
-from mmgraft.model.vision.images import BadImage, Fault
-from mmgraft.model.vision.stored import StoredImage
+from mmgraft.vision.images import BadImage, Fault
+from mmgraft.vision.stored import StoredImage
 
 FAULTS = ("missing", "broken", "enormous", "outside", "empty", "row")
 """What can be wrong with a row; see `BadRow`."""

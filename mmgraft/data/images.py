@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from mmgraft.errors import UsageError, brief
-from mmgraft.model.vision.images import BadImage, decode, load_image, look_at, to_rgb
-from mmgraft.model.vision.stored import StoredImage
+from mmgraft.vision.images import BadImage, decode, load_image, look_at, to_rgb
+from mmgraft.vision.stored import StoredImage
 
 T = TypeVar("T")
 

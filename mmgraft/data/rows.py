@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmgraft.data.content import has_image, is_image
+from mmgraft.data.chat.content import has_image, is_image
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.vision.spec import VisionSpec
 
 Announce = Callable[[str], None]
 

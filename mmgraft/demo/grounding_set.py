@@ -29,8 +29,8 @@ from mmgraft.demo.stamps import (
     split_by_phrase,
 )
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.boxes import format_box
-from mmgraft.evaluation.set_spec import BoxFormat
+from mmgraft.evaluation.metrics.boxes import format_box
+from mmgraft.recipes.evaluation_set import BoxFormat
 
 LONGEST_SIDE = {1: (0.45, 0.7), 2: (0.4, 0.6), 3: (0.3, 0.45), 4: (0.25, 0.4)}
 """Range of a stamp's longer side, as a share of the canvas, by the number of stamps on it."""

@@ -14,7 +14,7 @@ from mmgraft.demo import assets
 from mmgraft.demo.assets import Announce, Package
 from mmgraft.demo.draft import Draft, Writer, copy_writer, link_writer
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.packaged_text import PACKAGE, PACKAGED
+from mmgraft.evaluation.items.packaged_text import PACKAGE, PACKAGED
 
 Kind = Literal["images", "text", "model"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mmgraft.evaluation.estimate import Estimate
 from mmgraft.evaluation.identity import IdentityReport
+from mmgraft.evaluation.metrics.intervals import Estimate
 
 
 @dataclass(frozen=True)

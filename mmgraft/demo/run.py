@@ -15,32 +15,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmgraft.answering import Answerer, Dialogue
-from mmgraft.atomic import atomic_json, atomic_text
+from mmgraft.atomic import atomic_bytes, atomic_json, atomic_text
 from mmgraft.data.rows import Row
 from mmgraft.demo import easy_vqa
 from mmgraft.demo.assets import DemoModels, check_packages, demo_models
 from mmgraft.demo.report import DemoReport, Phase, Score, Turn
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.asking import answer
-from mmgraft.evaluation.contact_sheet import Tile, contact_sheet, save_sheet
-from mmgraft.evaluation.estimate import mean
+from mmgraft.evaluation.generate.answers import answer
+from mmgraft.evaluation.generate.run_features import run_features
 from mmgraft.evaluation.identity import IdentityReport, load_untouched, text_identity
-from mmgraft.evaluation.run_features import run_features
-from mmgraft.evaluation.vqa import Prior, by_kind, exact
+from mmgraft.evaluation.metrics.intervals import mean
+from mmgraft.evaluation.metrics.vqa import Prior, by_kind, exact
+from mmgraft.evaluation.report.sheets import Answer, SheetItem, draw_sheet, sheet_png
 from mmgraft.grafts.registry import get_method
-from mmgraft.model.graft_file import CONFIG_NAME, GraftFile
-from mmgraft.model.grafting import create_graft
-from mmgraft.model.loading import base_files
+from mmgraft.inference import Answerer, Dialogue
+from mmgraft.model.files.create import create_graft
+from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
+from mmgraft.model.files.load import base_files
+from mmgraft.recipes.source import find_recipe, load_recipe
 from mmgraft.training.devices import pick_device
-from mmgraft.training.recipe_source import find_recipe, load_recipe
 from mmgraft.training.run import Display, StageResult, plan_training, train
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from mmgraft.demo.easy_vqa import Question
-    from mmgraft.training.recipe import Stage
+    from mmgraft.recipes.recipe import Stage
 
 METHODS = ("iaa", "wings", "llava")
 QUESTIONS = 1000
@@ -273,16 +273,19 @@ class _Demo:
         return text_identity(answerer.model, answerer.processor, untouched, tokenizer)
 
     def _sheet(self, asked: Sequence[Question], answers: Sequence[str], root: Path) -> Path:
-        tiles = [
-            Tile(
-                root / question.image, question.text, said, question.answer, _right(question, said)
+        shown = [
+            SheetItem(
+                root / question.image,
+                question.text,
+                question.answer,
+                [Answer("", said, _right(question, said))],
             )
             for question, said in zip(asked[:24], answers, strict=False)
         ]
         path = self.settings.out / "results" / "contact_sheet.png"
         path.parent.mkdir(exist_ok=True)
         title = f"easy-VQA test pictures, {self.settings.method} on SmolLM2-135M-Instruct"
-        save_sheet(contact_sheet(tiles, title=title), path)
+        atomic_bytes(path, sheet_png(draw_sheet(shown, columns=6, title=title)))
         return path
 
     def _record(self, report: DemoReport) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from mmgraft.demo.draft import Draft, rows_writer
-from mmgraft.evaluation.item_files import read_items
-from mmgraft.evaluation.items import Item
-from mmgraft.evaluation.packaged_text import PACKAGED
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.items.packaged_text import PACKAGED
+from mmgraft.recipes.evaluation_set import SetSpec
 
 
 def draft(name: str) -> Draft:

@@ -9,25 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
+from mmgraft.training.callbacks.text_change import PROMPTS
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mmgraft.data.processor import GraftProcessor
+    from mmgraft.data.chat.processor import GraftProcessor
     from mmgraft.model.modeling import GraftedModel
-
-PROMPTS = (
-    "What is the capital of France?",
-    "Write one sentence about the sea.",
-    "Name three colors.",
-    "An <image> tag in HTML is spelt how?",
-    "2 + 2 =",
-    "Translate 'good morning' into French.",
-    "Is there a blue shape?",
-    "List the first five prime numbers.",
-)
-"""Conversations without an image, one of which mentions what elsewhere stands for one."""
 
 
 @dataclass(frozen=True)

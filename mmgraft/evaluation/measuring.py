@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.set_spec import SetSpec, dialogue_sets
+from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
 
 if TYPE_CHECKING:
-    from mmgraft.answering import Answerer
-    from mmgraft.evaluation.results import Results, Section
+    from mmgraft.inference import Answerer
+    from mmgraft.runs.results import Results, Section
 
 Announce = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -106,7 +106,7 @@ def check(asked: Asked) -> dict[str, list[str]]:
         _read_dialogues(asked)
         plan["iit"] = named
     if asked.tasks:
-        from mmgraft.evaluation.harness import require_tasks
+        from mmgraft.evaluation.lm_eval.harness import require_tasks
 
         require_tasks(asked.tasks, asked.include_path)
         plan["harness"] = list(asked.tasks)
@@ -121,8 +121,8 @@ def check(asked: Asked) -> dict[str, list[str]]:
 
 def _read_dialogues(asked: Asked) -> None:
     """Read what dialogues are made of, or saved ones, so that their mistakes are told."""
-    from mmgraft.evaluation.iit_files import read_dialogues
-    from mmgraft.evaluation.item_files import read_items
+    from mmgraft.evaluation.dialogues.files import read_dialogues
+    from mmgraft.evaluation.items.files import read_items
 
     if asked.dialogues is not None:
         read_dialogues(asked.dialogues)
@@ -138,7 +138,7 @@ def _refuse_workflows(asked: Asked) -> None:
         UsageError: It is named.
     """
     from mmgraft.evaluation.vision import seeing_workflow
-    from mmgraft.model.graft_file import GraftFile
+    from mmgraft.model.files.graft_file import GraftFile
     from mmgraft.model.workflow import TEXT_WORKFLOW
 
     own = GraftFile.read(asked.run).workflow
@@ -174,7 +174,7 @@ def measure(
         UsageError: A set that cannot be asked, or a workflow that the graft does not have.
         MMGraftError: The disk is full; what was measured is kept.
     """
-    from mmgraft.evaluation.sections import put_aside, save_sets
+    from mmgraft.runs.sections import put_aside, save_sets
 
     told: dict[str, Any] = {"announce": announce, "progress": progress, "root": asked.root}
     parts: list[tuple[bool, Callable[[], list[Results]]]] = [
@@ -218,7 +218,7 @@ def _vision(answerer: Answerer, asked: Asked, told: dict[str, Any]) -> Results:
 
 
 def _iit(answerer: Answerer, asked: Asked, told: dict[str, Any]) -> Results:
-    from mmgraft.evaluation.iit import evaluate_iit
+    from mmgraft.evaluation.dialogues.evaluate import evaluate_iit
 
     counts = {} if asked.dialogue_count is None else {"count": asked.dialogue_count}
     return evaluate_iit(
@@ -236,11 +236,11 @@ def _iit(answerer: Answerer, asked: Asked, told: dict[str, Any]) -> Results:
 def _harness(answerer: Answerer, asked: Asked, announce: Announce) -> list[Results]:
     """Tasks of text go into the section `text`, those with images into `vision`."""
     from mmgraft import __version__
-    from mmgraft.evaluation.harness import evaluate_harness
+    from mmgraft.evaluation.lm_eval.harness import evaluate_harness
     from mmgraft.evaluation.origin import described_graft, software
-    from mmgraft.evaluation.results import Results
     from mmgraft.evaluation.untouched import base_trained, untouched_base
     from mmgraft.model.workflow import TEXT_WORKFLOW
+    from mmgraft.runs.results import Results
 
     model = answerer.model
     base = untouched_base(model, asked.run, asked.untouched) if base_trained(model) else None

@@ -8,11 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmgraft.evaluation.about_run import shown_name
-from mmgraft.evaluation.estimate import Estimate
-from mmgraft.evaluation.item_files import file_sha256
-from mmgraft.evaluation.results import Score
-from mmgraft.model.graft_file import CONFIG_NAME, WEIGHTS_NAME
+from mmgraft.evaluation.items.files import file_sha256
+from mmgraft.evaluation.metrics.intervals import Estimate
+from mmgraft.evaluation.report.about_run import shown_name
+from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME
+from mmgraft.runs.results import Score
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from mmgraft import __version__
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.choice import shows_options
 from mmgraft.evaluation.identity import PROMPTS, text_identity
-from mmgraft.evaluation.item_files import TEXT_CHOICE_PROMPT, data_file, file_sha256, read_items
-from mmgraft.evaluation.items import Item
-from mmgraft.evaluation.kept_scores import KeptScores
-from mmgraft.evaluation.measured import Measured
+from mmgraft.evaluation.items.files import TEXT_CHOICE_PROMPT, data_file, file_sha256, read_items
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood.choice import shows_options
+from mmgraft.evaluation.likelihood.kept_scores import KeptScores
+from mmgraft.evaluation.likelihood.perplexity import measure_texts
+from mmgraft.evaluation.metrics.measured import Measured
+from mmgraft.evaluation.metrics.scoring import groups_of, measure_choices, scores_by_kind
 from mmgraft.evaluation.origin import as_score, as_scores, described_graft, software
-from mmgraft.evaluation.perplexity import measure_texts
-from mmgraft.evaluation.results import Results, Score, SetResult
-from mmgraft.evaluation.scoring import groups_of, measure_choices, scores_by_kind
-from mmgraft.evaluation.set_spec import TEXT_METRICS, SetSpec
 from mmgraft.evaluation.untouched import Untouched, base_trained, untouched_base
+from mmgraft.recipes.evaluation_set import TEXT_METRICS, SetSpec
+from mmgraft.runs.results import Results, Score, SetResult
 
 if TYPE_CHECKING:
-    from mmgraft.answering import Answerer
+    from mmgraft.inference import Answerer
 
 BATCH_SIZE = 16
 EQUAL = "equal by identity"

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, resolve
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.identity import load_untouched
-from mmgraft.model.loading import base_files
+from mmgraft.model.files.load import base_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mmgraft.model.graft_file import BaseReference
+    from mmgraft.model.files.graft_file import BaseReference
     from mmgraft.model.modeling import GraftedModel
 
 

@@ -9,25 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft import __version__
-from mmgraft.data.content import is_image
+from mmgraft.data.chat.content import is_image
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.asking import Features
-from mmgraft.evaluation.box_sheet import write_box_sheet
-from mmgraft.evaluation.choice import shows_options
-from mmgraft.evaluation.item_files import (
+from mmgraft.evaluation.generate.answers import Features
+from mmgraft.evaluation.generate.kept_answers import KeptAnswers
+from mmgraft.evaluation.generate.predictions import read_predictions
+from mmgraft.evaluation.generate.run_features import run_features
+from mmgraft.evaluation.items.files import (
     data_file,
     file_sha256,
     read_items,
     read_training_answers,
 )
-from mmgraft.evaluation.items import Item
-from mmgraft.evaluation.kept_answers import KeptAnswers
-from mmgraft.evaluation.measured import Measured
-from mmgraft.evaluation.origin import as_scores, described_graft, software
-from mmgraft.evaluation.predictions import read_predictions
-from mmgraft.evaluation.results import Results, SetResult
-from mmgraft.evaluation.run_features import run_features
-from mmgraft.evaluation.scoring import (
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood.choice import shows_options
+from mmgraft.evaluation.metrics.measured import Measured
+from mmgraft.evaluation.metrics.scoring import (
     ANSWER_TOKENS,
     groups_of,
     measure_answers,
@@ -35,11 +32,14 @@ from mmgraft.evaluation.scoring import (
     measure_prior,
     scores_by_kind,
 )
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.origin import as_scores, described_graft, software
+from mmgraft.evaluation.report.sheets import write_box_sheet
 from mmgraft.model.workflow import TEXT_WORKFLOW
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.results import Results, SetResult
 
 if TYPE_CHECKING:
-    from mmgraft.answering import Answerer
+    from mmgraft.inference import Answerer
     from mmgraft.model.modeling import GraftedModel
 
 BATCH_SIZE = 32

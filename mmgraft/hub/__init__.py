@@ -1,1 +1,1 @@
-"""What leaves the machine: the model card and the push to the Hub, exports, imports."""
+"""The Hub: the model card, and the push."""

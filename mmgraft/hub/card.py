@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
-from importlib.resources import files
 from typing import Any
 
 import yaml
 
-from mmgraft.evaluation.about_run import data_rows, in_words, method_title, without_folders
-from mmgraft.evaluation.pages.markdown import block_lines, fenced
-from mmgraft.evaluation.pages.page import Block, Paragraph
-from mmgraft.evaluation.results import FOLDER, Results
-from mmgraft.evaluation.score_tables import (
-    grid_table,
-    identity_sentence,
-    kinds_tables,
-    text_table,
-    vision_table,
-)
-from mmgraft.hub.model_index import model_index
-from mmgraft.model.graft_file import GraftFile
+from mmgraft.evaluation.report import about_run, score_tables
+from mmgraft.evaluation.report.markdown import render
+from mmgraft.evaluation.report.words import in_words, interval, score_name
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.runs.results import FOLDER, Results, Section, SetResult
 
 MARKER = "<!-- mmgraft: `push` rewrites this card; delete this line to keep what you write -->"
 
 _MARKED = re.compile(r"^<!-- mmgraft:", re.MULTILINE)
-
-_FROZEN = """\
-The base was frozen. A batch of prompts without an image runs the base alone and gives its logits
-bit for bit; `with model.text_only():` asks for that explicitly."""
-
-_TRAINED = """\
-**Text may change.** The base was trained together with the graft, so text answers are those of
-this trained base, not of the original language model."""
 
 _OFFICIAL = """\
 This is the `official` variant of Wings: it computes what the published code computes, and exists
@@ -42,17 +26,19 @@ a position can change what the position sees, a row can depend on how its batch 
 single prompts or right padding), there is exactly one image of a fixed number of tokens, decoding
 recomputes everything for every token, and it cannot be trained further."""
 
-
-_PICTURES = (
-    ("contact_sheet.png", "Test pictures with what was asked and what the model answered"),
+_IMAGES = (
+    ("contact_sheet.png", "Test images with the question and the model's answer"),
     ("laws.png", "Attention weights of each layer before, on and after the image"),
     ("curves.png", "Training loss by step"),
 )
 _REPORTS = ("report.md", "report.html", "report.json")
+_SCORED: tuple[Section, ...] = ("text", "vision", "iit")
+_QUESTIONS = "visual-question-answering"
+_TASKS = {"caption": "image-to-text", "box": "image-text-to-text"}
 
 
 def is_ours(text: str) -> bool:
-    """Whether a README is a card that :func:`render_card` wrote and nobody took over."""
+    """Return whether a README is a card of :func:`render_card` that its owner left to us."""
     return _MARKED.search(text) is not None
 
 
@@ -65,50 +51,41 @@ def render_card(
     measured: Sequence[Results] = (),
     files_there: Collection[str] = (),
 ) -> str:
-    """The card as Markdown with its YAML front matter.
+    """Return the card as Markdown with its YAML front matter.
 
     Args:
-        record: what ``graft_config.json`` of the repository says.
-        repo_id: where it is pushed to.
-        parameters: numbers in each part of the graft.
-        recipe: text of ``recipe.yaml``; of whole paths in it the last part is shown.
-        license: identifier such as ``apache-2.0``, where the owner gave one.
-        measured: the sections of ``results/``; they become tables, and metadata of the Hub.
-        files_there: names of the repository's other files; pictures and reports among them are
+        record: What ``graft_config.json`` of the repository says.
+        repo_id: The repository it is pushed to.
+        parameters: Numbers in each part of the graft.
+        recipe: Text of ``recipe.yaml``; its absolute paths are shortened to their last part.
+        license: Identifier such as ``apache-2.0``, where the owner gave one.
+        measured: Sections of ``results/``; they become tables, and metadata of the Hub.
+        files_there: Names of the repository's other files; images and reports among them are
             shown and linked.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
-    template = environment.from_string(
-        files("mmgraft.hub").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    )
-    own_base = record.base.id if record.base.id.startswith("./") else None
     if recipe is None and record.recipe is not None:
         recipe = yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True, width=100)
-    return template.render(
-        front_matter=yaml.safe_dump(
-            _front_matter(record, repo_id, license, measured), sort_keys=False, allow_unicode=True
-        ),
+    front_matter = _front_matter(record, repo_id, license, measured)
+    official = record.method == "wings" and record.config.get("variant") == "official"
+    sections = {one.section: one for one in measured if one.section in _SCORED}
+    text = render(
+        "hub/card.md.jinja",
+        about=about_run,
+        tables=score_tables,
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True),
         marker=MARKER,
-        title=repo_id.rpartition("/")[2],
         repo_id=repo_id,
-        base=f"`{own_base}`" if own_base else _link(record.base.id),
-        own_base=own_base,
-        facts=[(name, _cell(value)) for name, value in _facts(record)],
-        kept=_kept(record),
-        parameters=list(parameters.items()),
-        total=sum(parameters.values()),
-        trained=record.recipe is not None,
-        data=[tuple(map(_cell, row)) for row in data_rows(record.recipe or {})],
-        recipe="\n".join(fenced(without_folders(recipe), "yaml")) if recipe else None,
-        results=[(_cell(name), _cell(value)) for name, value in _flat(record.results or {})],
-        measured=_measured(measured),
-        pictures=[one for one in _PICTURES if f"{FOLDER}/{one[0]}" in files_there],
+        record=record,
+        limits=_OFFICIAL if official else None,
+        parameters=parameters,
+        data=list(about_run.data_rows(record.recipe or {})),
+        recipe=about_run.without_folders(recipe) if recipe else None,
+        results=list(_flat(record.results or {})),
+        sections={name: one for name, one in sections.items() if one.sets or one.identity},
+        images=[one for one in _IMAGES if f"{FOLDER}/{one[0]}" in files_there],
         reports=[one for one in _REPORTS if f"{FOLDER}/{one}" in files_there],
     )
+    return text.rstrip() + "\n"
 
 
 def _front_matter(
@@ -121,64 +98,33 @@ def _front_matter(
         data["base_model"] = record.base.id
         data["base_model_relation"] = "adapter"
     data["tags"] = ["mmgraft", record.method, "vision-language", "multimodal"]
-    index = model_index(repo_id.rpartition("/")[2], measured)
-    if index:
-        data["model-index"] = index
+    sets = [(one, of.section) for of in measured if of.section in _SCORED for one in of.sets]
+    results = [found for one, section in sets if (found := _model_index(one, section))["metrics"]]
+    if results:
+        data["model-index"] = [{"name": repo_id.rpartition("/")[2], "results": results}]
     return data
 
 
-def _facts(record: GraftFile) -> Iterator[tuple[str, str]]:
-    yield "base", _with_revision(record.base.id, record.base.revision)
-    yield "method", method_title(record.method)
-    if "layers" in record.config:
-        layers = record.config["layers"]
-        yield "layers", layers if isinstance(layers, str) else ", ".join(map(str, layers))
-    settings = {
-        key: value
-        for key, value in record.config.items()
-        if key not in ("method", "layers") and value is not None
+def _model_index(one: SetResult, section: str) -> dict[str, Any]:
+    """Return the scores of a set as the Hub's metadata ``model-index`` has them."""
+    metrics = [
+        {
+            "type": name,
+            "value": round(score.value, 6),
+            "name": f"{score_name(name)}, {score.count:,} items (95 % interval {interval(score)})",
+        }
+        for name, score in one.scores.items()
+        if math.isfinite(score.value)
+    ]
+    tasks = {"text": "text-generation", "iit": "image-text-to-text"}
+    return {
+        "task": {"type": tasks.get(section) or _TASKS.get(one.metric, _QUESTIONS)},
+        "dataset": {
+            "name": one.name,
+            "type": re.sub(r"[^a-z0-9]+", "-", one.name.lower()).strip("-"),
+        },
+        "metrics": metrics,
     }
-    if settings.get("structure") == "c":
-        settings.pop("gate", None)  # it has none
-    yield (
-        "settings",
-        ", ".join(f"{key}: {in_words(value)}" for key, value in settings.items()) or "-",
-    )
-    vision = record.vision
-    tower = _with_revision(vision.id, vision.revision) if vision.id else f"`{vision.kind}`"
-    if vision.feature_layer is not None:
-        tower += f", hidden state {vision.feature_layer}"
-    yield "vision tower", tower
-    yield "workflow", f"`{record.workflow}`"
-    yield "prompt template", record.template.kind
-    yield "written by", f"mmgraft {record.mmgraft_version}"
-
-
-def _kept(record: GraftFile) -> str:
-    told = [_TRAINED if record.base_trained else _FROZEN]
-    if record.method == "wings" and record.config.get("variant") == "official":
-        told.append(_OFFICIAL)
-    return "\n\n".join(told)
-
-
-def _measured(sections: Sequence[Results]) -> list[tuple[str, str]]:
-    """Headings and Markdown of the sections that have scores for a reader of the card."""
-    titles = {"text": "Text", "vision": "Vision", "iit": "Interleaved dialogues"}
-    shown = []
-    for section in sections:
-        blocks: list[Block] = []
-        if section.identity is not None:
-            blocks.append(Paragraph(identity_sentence(section.identity)))
-        if section.section == "text" and section.sets:
-            blocks.append(text_table(section.sets))
-        elif section.section == "vision" and section.sets:
-            blocks += [vision_table(section.sets), *kinds_tables(section.sets)]
-        elif section.section == "iit" and section.sets:
-            blocks.append(grid_table("The last question of each shape", section.sets, "shape"))
-        if blocks:
-            text = "\n\n".join("\n".join(block_lines(block)) for block in blocks)
-            shown.append((titles[section.section], text))
-    return shown
 
 
 def _flat(results: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -188,17 +134,3 @@ def _flat(results: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]
             yield from _flat(value, f"{name}, ")
         elif not isinstance(value, list):
             yield name, in_words(value)
-
-
-def _with_revision(name: str, revision: str | None) -> str:
-    if name.startswith("./"):
-        return f"`{name}` in this repository"
-    return f"{_link(name)} at `{revision}`" if revision else _link(name)
-
-
-def _link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})"
-
-
-def _cell(value: str) -> str:
-    return " ".join(value.split()).replace("|", "\\|")

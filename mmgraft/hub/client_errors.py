@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.hub.contents import README
+from mmgraft.runs.contents import README
 
 LOGIN = "log in with `hf auth login` (the token needs write access), or set HF_TOKEN"
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from mmgraft import __version__
 from mmgraft.atomic import atomic_text
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.evaluation.about_run import settings_without_folders, without_folders
-from mmgraft.evaluation.results import measured
+from mmgraft.evaluation.report.about_run import settings_without_folders, without_folders
 from mmgraft.hub.card import is_ours, render_card
 from mmgraft.hub.client_errors import LOGIN, hub_errors
-from mmgraft.hub.contents import (
+from mmgraft.hub.references import confirm_references, make_portable
+from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
+from mmgraft.runs.contents import (
     README,
     RECIPE,
     UploadFile,
@@ -24,8 +25,7 @@ from mmgraft.hub.contents import (
     graft_parameters,
     managed,
 )
-from mmgraft.hub.references import confirm_references, make_portable
-from mmgraft.model.graft_file import CONFIG_NAME, GraftFile
+from mmgraft.runs.results import measured
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

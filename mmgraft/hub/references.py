@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
-from mmgraft.model.graft_file import BaseReference, GraftFile
-from mmgraft.model.vision.spec import TRANSFORMERS_KIND, VisionSpec
+from mmgraft.model.files.graft_file import BaseReference, GraftFile
+from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

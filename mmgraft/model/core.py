@@ -16,8 +16,8 @@ from typing_extensions import Self
 from mmgraft.anatomy import Anatomy, examine
 from mmgraft.errors import UsageError
 from mmgraft.model.config import GraftedConfig
-from mmgraft.model.vision.base import VisionTower
 from mmgraft.model.workflow import Workflow
+from mmgraft.vision.towers.base import VisionTower
 
 
 class GraftedCore(PreTrainedModel, GenerationMixin):
@@ -56,7 +56,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         self._takes_positions = "position_ids" in signature.parameters
         self._packs: dict[tuple[str, int], str | None] = {}  # why rows cannot be packed
         self.gradient_checkpointing = False
-        self.lockstep = False  # see mmgraft.model.lockstep
+        self.lockstep = False  # see mmgraft.model.sharded.lockstep
         self._only_text = False
         if base.can_generate():
             self.generation_config = base.generation_config

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import pytorch_utils
 
 from mmgraft.grafts.base import Graft
-from mmgraft.model.activations import KEEPS_ITS_INPUT
+from mmgraft.model.kernels.activations import KEEPS_ITS_INPUT
 from mmgraft.patching import patched_forward
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from mmgraft.anatomy import decoder_layers, get_path
 from mmgraft.errors import UsageError
-from mmgraft.model.compiling import is_compiled
+from mmgraft.model.forward import Active
 from mmgraft.model.generation import WorkflowGeneration
+from mmgraft.model.kernels.compiling import is_compiled
 from mmgraft.model.last_layer import fed_at, last_layer
 from mmgraft.model.loss import chunked_loss, supervised
 from mmgraft.model.rows import Rows
-from mmgraft.model.running import Active
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
 

@@ -12,18 +12,19 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmgraft.anatomy import get_path
+from mmgraft.data.batches.segments import learned_within, number
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Pass, select
 from mmgraft.model.cache import RowSlot, extend
+from mmgraft.model.forward import Active, running
 from mmgraft.model.learning import WorkflowLoss
-from mmgraft.model.lockstep import join, outside_layers
+from mmgraft.model.packing import packing_blocked, refuse_beside
 from mmgraft.model.rows import Rows, kinds_of, refuse_unplaced, sort_rows
-from mmgraft.model.running import Active, running
-from mmgraft.model.segments import learned_within, number, packing_blocked, refuse_beside
+from mmgraft.model.sharded.lockstep import join, outside_layers
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
 if TYPE_CHECKING:
-    from mmgraft.data.processor import GraftProcessor
+    from mmgraft.data.chat.processor import GraftProcessor
 
 
 class GraftedModel(WorkflowLoss):
@@ -43,29 +44,29 @@ class GraftedModel(WorkflowLoss):
 
     @classmethod
     def graft(cls, base: Any, vision: Any, config: Any, **options: Any) -> GraftedModel:
-        """Graft fresh modules onto a base; see :func:`mmgraft.model.grafting.graft_model`."""
-        from mmgraft.model.grafting import graft_model
+        """Graft fresh modules onto a base; see :func:`mmgraft.model.files.create.graft_model`."""
+        from mmgraft.model.files.create import graft_model
 
         return graft_model(base, vision, config, **options)
 
     @classmethod
     def from_pretrained(cls, source: Any, **options: Any) -> GraftedModel:
-        """Load a saved graft and its base; see :func:`mmgraft.model.loading.load_model`."""
-        from mmgraft.model.loading import load_model
+        """Load a saved graft and its base; see :func:`mmgraft.model.files.load.load_model`."""
+        from mmgraft.model.files.load import load_model
 
         return load_model(source, **options)
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, folder: str | Path, workflow: str | None = None, **_: Any
     ) -> None:
-        """Save one workflow's graft; see :func:`mmgraft.model.saving.save_graft`."""
-        from mmgraft.model.saving import save_graft
+        """Save one workflow's graft; see :func:`mmgraft.model.files.save.save_graft`."""
+        from mmgraft.model.files.save import save_graft
 
         save_graft(self, folder, workflow)
 
     def add_workflow(self, name: str, source: str | Path, **options: Any) -> None:
-        """Attach a second graft to the same base; see :func:`mmgraft.model.loading.attach`."""
-        from mmgraft.model.loading import attach
+        """Attach a second graft to the same base; see :func:`mmgraft.model.files.load.attach`."""
+        from mmgraft.model.files.load import attach
 
         attach(self, name, source, **options)
 
@@ -75,8 +76,8 @@ class GraftedModel(WorkflowLoss):
         Args:
             tokenizer_folder: Where the base's tokenizer lies, when not with the base.
         """
-        from mmgraft.data.loading import load_processor
-        from mmgraft.model.loading import base_files
+        from mmgraft.model.files.load import base_files
+        from mmgraft.model.files.processor import load_processor
 
         workflow = self.workflow()
         if tokenizer_folder is None:

@@ -9,8 +9,8 @@ from torch import nn
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import Graft
-from mmgraft.model.graft_file import GraftFile
-from mmgraft.model.projector import Projector
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.vision.projectors.mlp import Projector
 
 TEXT_WORKFLOW = "text"
 """The base alone."""

@@ -18,9 +18,9 @@ from torch import nn
 
 from mmgraft.atomic import atomic_json
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.model.gathering import gathered, like
-from mmgraft.training.parallel import way_on
-from mmgraft.training.sharding import rest
+from mmgraft.model.sharded.gathering import gathered, like
+from mmgraft.training.distributed.parallel import way_on
+from mmgraft.training.distributed.sharding import rest
 
 if TYPE_CHECKING:
     from transformers import TrainerState

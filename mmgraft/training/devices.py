@@ -12,7 +12,7 @@ import torch
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
-    from mmgraft.training.recipe import Recipe
+    from mmgraft.recipes.recipe import Recipe
 
 DEVICES = ("cuda", "mps", "cpu")
 """In the order in which they are taken."""

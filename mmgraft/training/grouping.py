@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmgraft.atomic import atomic_write
 from mmgraft.data.bad_rows import BadRow
-from mmgraft.data.dataset import RowDataset
-from mmgraft.data.indexed import facts_of
-from mmgraft.data.packing import Packs, fill
+from mmgraft.data.batches.dataset import RowDataset
+from mmgraft.data.batches.even_batches import EvenSampler
+from mmgraft.data.batches.packing import Packs, fill
+from mmgraft.data.batches.sampler import EpochSampler
+from mmgraft.data.formats.indexed import facts_of
 from mmgraft.errors import UsageError
+from mmgraft.recipes.recipe import Stage
 from mmgraft.training.devices import is_main_rank
-from mmgraft.training.evening import EvenSampler
-from mmgraft.training.recipe import Stage
-from mmgraft.training.sampler import EpochSampler
 
 LENGTHS = "lengths.npy"
 """In the folder of a stage's checkpoints: positions of its rows, 0 for one that cannot be used."""

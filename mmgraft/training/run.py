@@ -16,24 +16,13 @@ import mmgraft
 from mmgraft.atomic import atomic_json, atomic_text
 from mmgraft.data import bad_rows
 from mmgraft.data.bad_rows import BadRow, BadRowLog
-from mmgraft.data.indexed import Joined, facts_of
+from mmgraft.data.formats.indexed import Joined, facts_of
 from mmgraft.data.rows import Row
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.evaluation.sections import put_all_aside
 from mmgraft.grafts.registry import get_method
-from mmgraft.model.graft_file import GraftFile
-from mmgraft.training import checkpoint, metrics, text_change
-from mmgraft.training.devices import check_packages, is_main_rank, pick_device
-from mmgraft.training.memory.shortage import is_out_of_memory, out_of_memory
-from mmgraft.training.parallel import (
-    check_count,
-    check_parallel,
-    check_rows_have_images,
-    processes,
-    way_on,
-)
-from mmgraft.training.recipe import Recipe, Stage
-from mmgraft.training.recipe_source import (
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.recipes.recipe import Recipe, Stage
+from mmgraft.recipes.source import (
     dump_recipe,
     find_recipe,
     load_recipe,
@@ -41,6 +30,19 @@ from mmgraft.training.recipe_source import (
     with_data,
     with_max_steps,
 )
+from mmgraft.runs.sections import put_all_aside
+from mmgraft.training import checkpoint
+from mmgraft.training.callbacks import metrics, text_change
+from mmgraft.training.callbacks.stopping import with_way_on
+from mmgraft.training.devices import check_packages, is_main_rank, pick_device
+from mmgraft.training.distributed.parallel import (
+    check_count,
+    check_parallel,
+    check_rows_have_images,
+    processes,
+    way_on,
+)
+from mmgraft.training.memory.shortage import is_out_of_memory, out_of_memory
 from mmgraft.training.stage_data import (
     StageData,
     absolute,
@@ -50,7 +52,6 @@ from mmgraft.training.stage_data import (
     fingerprint,
     refuse_other_rows,
 )
-from mmgraft.training.stopping import with_way_on
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -16,34 +16,35 @@ from torch import nn
 from transformers import TrainerCallback
 
 from mmgraft.data.bad_rows import BadRow
-from mmgraft.data.collate import Collator
-from mmgraft.data.dataset import RowDataset
-from mmgraft.data.indexed import Joined, key_at, select
-from mmgraft.data.loading import load_processor
-from mmgraft.data.packing import PackCollator, examples_of
-from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.batches.collate import Collator
+from mmgraft.data.batches.dataset import RowDataset
+from mmgraft.data.batches.even_batches import EvenDataset, EvenSampler
+from mmgraft.data.batches.packing import PackCollator, examples_of
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.template import resolve_template
+from mmgraft.data.features import fill_cache, open_cache
+from mmgraft.data.formats.indexed import Joined, key_at, select
 from mmgraft.data.rows import Row
-from mmgraft.data.template import resolve_template
 from mmgraft.errors import UsageError
-from mmgraft.model.compiling import check_compiled, compiled_layers
-from mmgraft.model.feature_cache import FeatureCache, tower_features
-from mmgraft.model.graft_file import CONFIG_NAME
-from mmgraft.model.loading import base_files, load_model
-from mmgraft.model.saving import save_graft
-from mmgraft.model.vision.base import VisionTower
-from mmgraft.training import checkpoint, metrics, text_change
-from mmgraft.training.bad_rows import BadRows
+from mmgraft.model.files.graft_file import CONFIG_NAME
+from mmgraft.model.files.load import base_files, load_model
+from mmgraft.model.files.processor import load_processor
+from mmgraft.model.files.save import save_graft
+from mmgraft.model.kernels.compiling import check_compiled, compiled_layers
+from mmgraft.recipes.recipe import Stage
+from mmgraft.training import checkpoint
+from mmgraft.training.callbacks import metrics, text_change
+from mmgraft.training.callbacks.bad_rows import BadRows
+from mmgraft.training.callbacks.finite import NotFinite, is_finite
+from mmgraft.training.callbacks.stopping import Stopper, TrainingStopped
 from mmgraft.training.devices import is_main_rank
-from mmgraft.training.evening import EvenDataset, EvenSampler
-from mmgraft.training.features import fill_cache, open_cache
-from mmgraft.training.finite import NotFinite, is_finite
+from mmgraft.training.distributed.parallel import processes, way_on
+from mmgraft.training.distributed.sharding import shard
 from mmgraft.training.grouping import arrange, check_packed_length
-from mmgraft.training.parallel import processes, way_on
-from mmgraft.training.recipe import Stage
-from mmgraft.training.sharding import shard
 from mmgraft.training.stages import open_stage, rate_groups
-from mmgraft.training.stopping import Stopper, TrainingStopped
 from mmgraft.training.trainer import GraftTrainer, training_arguments
+from mmgraft.vision.feature_cache import FeatureCache, tower_features
+from mmgraft.vision.towers.base import VisionTower
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from mmgraft.data.bad_rows import HUB, BadRow, OnBadRow
-from mmgraft.data.content import images_of_all
+from mmgraft.data.batches.mixture import Part, mix
+from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.chat.masking import answer_turns
+from mmgraft.data.formats.indexed import RowIndex, facts_of, select
+from mmgraft.data.formats.sources import Checks, Source, index_rows
 from mmgraft.data.images import check_image
-from mmgraft.data.indexed import RowIndex, facts_of, select
-from mmgraft.data.masking import answer_turns
-from mmgraft.data.mixture import Part, mix
 from mmgraft.data.rows import Row
-from mmgraft.data.sources import Checks, Source, index_rows
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.set_spec import SetSpec
-from mmgraft.recipe_files import recipe_dir
-from mmgraft.training.recipe import DataEntry, Recipe
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.recipes.files import recipe_dir
+from mmgraft.recipes.recipe import DataEntry, Recipe
 
 
 def check_data_is_set(recipe: Recipe, run: Path, recipe_file: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from mmgraft.errors import UsageError
-from mmgraft.training.recipe import Stage
+from mmgraft.recipes.recipe import Stage
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel

@@ -16,6 +16,10 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.batches.sampler import EpochSampler
+from mmgraft.recipes.recipe import Recipe, Stage
+from mmgraft.training.callbacks.finite import FiniteWatch, RandomState
+from mmgraft.training.callbacks.loss_log import EvalSum, LossSum, counted
 from mmgraft.training.checkpoint import (
     load_tensors,
     rotate,
@@ -24,12 +28,13 @@ from mmgraft.training.checkpoint import (
     write_checkpoint,
 )
 from mmgraft.training.devices import memory_in_use
-from mmgraft.training.finite import FiniteWatch, RandomState
-from mmgraft.training.loss_log import EvalSum, LossSum, counted
-from mmgraft.training.parallel import deepspeed_config
-from mmgraft.training.recipe import Recipe, Stage
-from mmgraft.training.sampler import EpochSampler
-from mmgraft.training.sharding import is_sharded, pieces_of_state, whole_norm, whole_state
+from mmgraft.training.distributed.parallel import deepspeed_config
+from mmgraft.training.distributed.sharding import (
+    is_sharded,
+    pieces_of_state,
+    whole_norm,
+    whole_state,
+)
 from mmgraft.training.stages import RateGroup
 
 if TYPE_CHECKING:

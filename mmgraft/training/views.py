@@ -11,20 +11,20 @@ from mmgraft.aliases import resolve_alias
 from mmgraft.anatomy import skeleton
 from mmgraft.anatomy.positions import position_table
 from mmgraft.basefiles import ModelFiles, load_config, resolve
-from mmgraft.data.loading import load_processor
-from mmgraft.data.placeholder import choose_placeholder
-from mmgraft.data.processor import GraftProcessor
-from mmgraft.data.shards import is_there
-from mmgraft.data.template import resolve_template
+from mmgraft.data.chat.placeholder import choose_placeholder
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.template import resolve_template
+from mmgraft.data.formats.shards import is_there
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.model.graft_file import GraftFile
-from mmgraft.model.loading import base_files, local_tower
-from mmgraft.model.vision.registry import describe_tower
-from mmgraft.runs import is_graft
-from mmgraft.training.recipe import DataEntry, Recipe
-from mmgraft.training.recipe_source import find_recipe, load_recipe
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.model.files.load import base_files, local_tower
+from mmgraft.model.files.processor import load_processor
+from mmgraft.recipes.recipe import DataEntry, Recipe
+from mmgraft.recipes.source import find_recipe, load_recipe
+from mmgraft.runs.find import is_graft
 from mmgraft.training.run import recipe_file
 from mmgraft.training.stage_data import check_data_is_set
+from mmgraft.vision.towers.registry import describe_tower
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import yaml
 from mmgraft.comparison import runner
 from mmgraft.comparison.plan import ComparisonPlan
 from mmgraft.comparison.runner import Compared
-from mmgraft.evaluation.results import read_results
+from mmgraft.runs.results import read_results
 from tiny_runs import make_parts
 
 STAGE = {"name": "tune", "train": ["projector"], "lr": 1e-3, "batch_size": 4, "max_steps": 2}

@@ -9,8 +9,8 @@ from mmgraft.demo import assets
 from mmgraft.demo import run as demo_run
 from mmgraft.demo.report import DemoReport, Phase, Score, Turn
 from mmgraft.demo.run import DemoSettings
-from mmgraft.evaluation.estimate import Estimate
 from mmgraft.evaluation.identity import IdentityReport
+from mmgraft.evaluation.metrics.intervals import Estimate
 
 
 def make_report(identical: bool = True, seconds: float = 700.0) -> DemoReport:

@@ -12,7 +12,7 @@ import yaml
 from box_example import GPL, make_boxes
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.hub.push import plan_push
-from mmgraft.model.grafting import create_graft
+from mmgraft.model.files.create import create_graft
 from refusals import on_the_hub
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.hub.export import llava
-from mmgraft.hub.export.folder import sizes_in
+from mmgraft.export.folder import sizes_in
+from mmgraft.export.llava import export as llava
 from tiny_exports import change_record, make_graft
 
 
@@ -127,7 +127,7 @@ def test_a_hub_id_is_fetched(run: Path, cli, monkeypatch: pytest.MonkeyPatch) ->
         asked.append(source)
         return run
 
-    monkeypatch.setattr("mmgraft.model.loading.graft_folder", fetch)
+    monkeypatch.setattr("mmgraft.model.files.load.graft_folder", fetch)
     assert cli("export", "me/tiny-iaa", "--to", "graft", "--out", "there").code == 0
     assert asked == ["me/tiny-iaa"]
 

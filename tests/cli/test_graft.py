@@ -124,7 +124,8 @@ def test_a_base_without_a_chat_template_wants_one_named(cli, parts: Path, here: 
 
 
 def test_a_recipe_sets_the_towers_options(cli, parts: Path, here: Path, monkeypatch) -> None:
-    from mmgraft.model import grafting, summary
+    from mmgraft.model.files import create as grafting
+    from mmgraft.model.files import summary
 
     made = []
 

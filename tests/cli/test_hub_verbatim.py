@@ -207,7 +207,7 @@ torch.save(logits(repo, picture), out)
 
 def logits(source: str | Path, picture: str | Path) -> dict[str, torch.Tensor]:
     """Logits of an image row and of a text row, from strings on."""
-    from mmgraft.answering import Answerer
+    from mmgraft.inference import Answerer
 
     loaded = Answerer.load(source)
     image = {"type": "image", "image": str(picture)}

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from hub_fixtures import contents
-from mmgraft.evaluation.results import read_results
+from mmgraft.runs.results import read_results
 
 
 def add_sets(run: Path, *sets: dict) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hub_fixtures import contents, make_run
 from hub_server import HubServer
 from mmgraft.cli.app import run as mmgraft
-from mmgraft.model.graft_file import BaseReference
+from mmgraft.model.files.graft_file import BaseReference
 
 
 @pytest.fixture

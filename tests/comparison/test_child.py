@@ -9,20 +9,31 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmgraft.comparison import child
 from mmgraft.comparison.child import check_platform, locked, measured
-from mmgraft.comparison.files import Sitting
+from mmgraft.comparison.files import Session
 from mmgraft.errors import UsageError
 
 
-def run(code: str, lock: Path, noted: list[Sitting] | None = None) -> child.Ended:
+def run(
+    code: str, lock: Path, note: Callable[[Session], None] = lambda session: None
+) -> child.Ended:
     with locked(lock) as file:
-        command = [sys.executable, "-c", textwrap.dedent(code)]
-        return measured(command, file, (noted if noted is not None else []).append)
+        return measured([sys.executable, "-c", textwrap.dedent(code)], file, note)
+
+
+def wait_for(file: Path) -> None:
+    """Wait for a file that another process writes; a minute is more than any machine needs."""
+    until = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < until, f"{file.name} never came"
+        time.sleep(0.01)
 
 
 def test_time_and_memory_are_the_childs_alone(tmp_path: Path, capfd) -> None:
@@ -41,13 +52,13 @@ def test_time_and_memory_are_the_childs_alone(tmp_path: Path, capfd) -> None:
     )
     del here
     assert (small.code, large.code) == (0, 0)
-    assert small.sitting.peak_memory_mb is not None
-    assert large.sitting.peak_memory_mb is not None
+    assert small.session.peak_memory_mb is not None
+    assert large.session.peak_memory_mb is not None
     if sys.platform == "linux":
-        assert small.sitting.peak_memory_mb < 100
-    assert 200 < large.sitting.peak_memory_mb < 290
-    assert large.sitting.seconds >= 1.0
-    assert 0.4 <= large.sitting.cpu_seconds < 5
+        assert small.session.peak_memory_mb < 100
+    assert 200 < large.session.peak_memory_mb < 290
+    assert large.session.seconds >= 1.0
+    assert 0.4 <= large.session.cpu_seconds < 5
     assert capfd.readouterr().out == ""
 
 
@@ -58,44 +69,74 @@ def test_exit_codes_and_signals(tmp_path: Path) -> None:
 
 def test_what_was_used_so_far_is_noted_while_the_child_lives(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(child, "NOTE_SECONDS", 0.0)
-    noted: list[Sitting] = []
-    ended = run("import time; time.sleep(1)", tmp_path / "lock", noted)
-    assert len(noted) >= 2
+    noted: list[Session] = []
+
+    def note(session: Session) -> None:
+        noted.append(session)
+        if len(noted) == 3:
+            (tmp_path / "end").touch()
+
+    code = f"""
+        import pathlib, time
+        while not pathlib.Path({str(tmp_path / "end")!r}).exists(): time.sleep(0.01)
+        """
+    ended = run(code, tmp_path / "lock", note)
+    assert len(noted) >= 3
     times = [one.seconds for one in noted]
     assert times == sorted(times)
-    assert times[-1] <= ended.sitting.seconds
-    assert {one.began for one in noted} == {ended.sitting.began}
+    assert times[-1] <= ended.session.seconds
+    assert {one.began for one in noted} == {ended.session.began}
 
 
-def test_ctrl_c_waits_for_the_child_that_saves(tmp_path: Path) -> None:
-    saved = tmp_path / "saved"
-    noted: list[Sitting] = []
-    code = f"""
-        import os, signal, time, pathlib
-        def save(*_):
-            time.sleep(0.5)
-            pathlib.Path({str(saved)!r}).write_text("x")
-            raise SystemExit(130)
-        signal.signal(signal.SIGINT, save)
-        ready = pathlib.Path({str(tmp_path / "ready")!r})
-        ready.with_suffix(".new").write_text(str(os.getpid()))
-        ready.with_suffix(".new").rename(ready)
-        time.sleep(30)
-        """
+SAVING = """
+import signal, sys, time
+from pathlib import Path
+out = Path(sys.argv[1])
+def save(*_):
+    (out / "saving").touch()
+    while not (out / "end").exists(): time.sleep(0.01)
+    (out / "saved").touch()
+    raise SystemExit(130)
+signal.signal(signal.SIGINT, save)
+(out / "ready").touch()
+signal.pause()
+"""
+"""A child that saves after Ctrl-C, and ends its save when it is told to."""
+
+
+def test_ctrl_c_waits_for_the_child_that_saves(tmp_path: Path, monkeypatch) -> None:
+    noted: list[Session] = []
+    children: list[subprocess.Popen] = []
+    start = subprocess.Popen
+
+    def popen(*arguments: Any, **settings: Any) -> subprocess.Popen:
+        children.append(start(*arguments, **settings))
+        return children[-1]
+
+    monkeypatch.setattr(child.subprocess, "Popen", popen)
 
     def press() -> None:
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.05)
-        for pid in (os.getpid(), int((tmp_path / "ready").read_text())):  # as a terminal does
+        wait_for(tmp_path / "ready")
+        for pid in (os.getpid(), children[0].pid):  # as a terminal does
             os.kill(pid, signal.SIGINT)
+        wait_for(tmp_path / "saving")
+        waiting.append(not noted)  # it would be noted if the child were no longer waited for
+        (tmp_path / "end").touch()
 
+    waiting: list[bool] = []
     pressing = threading.Thread(target=press)
-    pressing.start()
-    with pytest.raises(KeyboardInterrupt):
-        run(code, tmp_path / "lock", noted)
-    pressing.join()
-    assert saved.exists()
-    assert noted[-1].seconds >= 0.5
+    # A suite that runs in the background of a shell ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        pressing.start()
+        with pytest.raises(KeyboardInterrupt), locked(tmp_path / "lock") as lock:
+            measured([sys.executable, "-c", SAVING, str(tmp_path)], lock, noted.append)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        pressing.join()
+    assert waiting == [True]
+    assert (tmp_path / "saved").exists()
+    assert len(noted) == 1
 
 
 def test_a_lock_that_is_held_is_refused_or_waited_for(tmp_path: Path) -> None:
@@ -110,36 +151,20 @@ PARENT = """
 import sys
 from pathlib import Path
 from mmgraft.comparison.child import locked, measured
-code = '''
-import signal, sys, time
-from pathlib import Path
-out = Path(sys.argv[1])
-def save(*_):
-    time.sleep(1.0)
-    (out / "saved").write_text("x")
-    raise SystemExit(130)
-signal.signal(signal.SIGINT, save)
-(out / "ready").write_text("x")
-time.sleep(30)
-'''
 out = Path(sys.argv[1])
 with locked(out / "lock") as lock:
-    measured([sys.executable, "-c", code, str(out)], lock, lambda sitting: None)
+    measured([sys.executable, "-c", sys.argv[2], str(out)], lock, lambda session: None)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told by Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a parent's death")
 def test_a_child_whose_parent_is_killed_saves_and_is_waited_for(tmp_path: Path) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)])
-    until = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), SAVING])
+    wait_for(tmp_path / "ready")
     parent.kill()
     parent.wait()
-    waited: list[bool] = []
-    with locked(tmp_path / "lock", waiting=lambda: waited.append(True)):
-        assert waited == [True], "the child still held the lock"
+    with locked(tmp_path / "lock", waiting=(tmp_path / "end").touch):
+        assert (tmp_path / "end").exists(), "the child still held the lock"
         assert (tmp_path / "saved").exists()
 
 

@@ -1,4 +1,4 @@
-"""What a comparison's folder remembers: phases, their sittings, and what they were done with."""
+"""What a comparison's folder remembers: phases, their sessions and their settings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 from mmgraft.comparison.files import (
     PhaseRecord,
-    Sitting,
+    Session,
     first_difference,
-    is_done,
     phase_file,
+    phases_done,
     read_comparison,
     read_phase,
     write_phase,
@@ -19,28 +19,30 @@ from mmgraft.comparison.files import (
 from mmgraft.errors import UsageError
 
 
-def sitting(seconds: float, peak: float | None) -> Sitting:
-    return Sitting(began="x", seconds=seconds, cpu_seconds=2 * seconds, peak_memory_mb=peak)
+def session(seconds: float, peak: float | None) -> Session:
+    return Session(began="x", seconds=seconds, cpu_seconds=2 * seconds, peak_memory_mb=peak)
 
 
 def test_times_add_up_and_memory_is_the_largest() -> None:
-    record = PhaseRecord(phase="train", sittings=[sitting(1, 5), sitting(2.5, None), sitting(3, 4)])
+    record = PhaseRecord(phase="train", sittings=[session(1, 5), session(2.5, None), session(3, 4)])
     assert (record.seconds, record.cpu_seconds, record.peak_memory_mb) == (6.5, 13, 5)
     empty = PhaseRecord(phase="train")
     assert (empty.seconds, empty.peak_memory_mb) == (0, None)
 
 
-def test_a_phase_is_done_only_with_just_these_settings(tmp_path: Path) -> None:
+def test_a_phase_is_done_when_its_last_session_says_so(tmp_path: Path) -> None:
     assert read_phase(tmp_path, "text") is None
-    assert not is_done(tmp_path, "text", {})
-    record = PhaseRecord(phase="text", settings={"a": [1]}, sittings=[sitting(1, 2)])
+    assert phases_done(tmp_path) == []
+    record = PhaseRecord(phase="text", settings={"a": [1]}, sittings=[session(1, 2)])
     write_phase(tmp_path, record)
-    assert not is_done(tmp_path, "text", {"a": [1]})
-    write_phase(tmp_path, record.model_copy(update={"done": True}))
-    assert read_phase(tmp_path, "text") == record.model_copy(update={"done": True})
-    assert is_done(tmp_path, "text", {"a": [1]})
-    assert not is_done(tmp_path, "text", {"a": [1, 2]})
-    assert not is_done(tmp_path, "vision", {"a": [1]})
+    assert read_phase(tmp_path, "text") == record
+    assert phases_done(tmp_path) == []
+    write_phase(tmp_path, PhaseRecord(phase="graft", done=True))
+    after = record.after(session(2, 1), done=True)
+    assert after.sittings == [session(1, 2), session(2, 1)]
+    write_phase(tmp_path, after)
+    assert read_phase(tmp_path, "text") == after
+    assert phases_done(tmp_path) == ["graft", "text"]
 
 
 def test_a_damaged_record_says_what_to_do(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_packed_rows_are_not_counted_as_if_each_stood_alone(
     assert (stage.steps, stage.rows_a_step) == (1, None)
 
 
-def test_limit_draws_fewer_items_never_more(write, tmp_path: Path) -> None:
+def test_limit_samples_fewer_items_never_more(write, tmp_path: Path) -> None:
     sets = [
         {"name": "few", "metric": "exact", "path": "rows.jsonl", "limit": 2},
         {"name": "all", "metric": "exact", "path": "rows.jsonl"},
@@ -117,14 +117,16 @@ def test_limit_draws_fewer_items_never_more(write, tmp_path: Path) -> None:
             {"evaluation": [
                 {"name": "s", "metric": "exact", "path": "rows.jsonl", "workflow": "boxes"},
             ]},
-            "asks workflow 'boxes', and arm 'llava' has 'mm'",
+            "needs workflow 'boxes', and arm 'llava' has 'mm'",
         ),
         ({"laws": {"path": "gone.jsonl"}}, "gone.jsonl"),
         ({"laws": {"path": "x.jsonl"}, "root": "unprepared"}, "mmgraft data prepare"),
         ({"iit": {"path": "nowhere"}}, "no dialogues in nowhere"),
     ],
 )  # fmt: skip
-def test_nothing_is_trained_for_a_set_that_cannot_be_asked(write, tmp_path, changes, says) -> None:
+def test_nothing_is_trained_for_a_set_that_cannot_be_evaluated(
+    write, tmp_path, changes, says
+) -> None:
     with pytest.raises(UsageError) as caught:
         make_plan(load_comparison(write(**changes)), tmp_path / "out")
     assert says in str(caught.value)
@@ -214,7 +216,7 @@ def test_an_arm_that_cannot_be_grafted_is_refused_before_the_first_is_trained(
     make_plan(spec, tmp_path / "out", only=["good"])
 
 
-def test_the_runs_recipe_has_the_sets_that_are_asked(write, tmp_path: Path) -> None:
+def test_the_runs_recipe_has_the_sets(write, tmp_path: Path) -> None:
     sets = [{"name": "seen", "metric": "exact", "path": "rows.jsonl"}]
     (first, _) = make_plan(load_comparison(write(evaluation=sets)), tmp_path / "out").arms
     assert [one.name for one in first.recipe.evaluation] == ["seen"]

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from box_example import BOX, GPL, SIZE, make_boxes
 from comparison_example import (
     SAID,
     add_arm,
@@ -22,17 +23,15 @@ from comparison_example import (
     make_spec,
     write_questions,
 )
-from mmgraft.comparison.answers import SetAnswers, read_answers
 from mmgraft.comparison.files import PHASES, read_comparison
-from mmgraft.comparison.report import ComparisonReport, write_comparison_report
-from mmgraft.comparison.report_arms import read_arms
-from mmgraft.comparison.report_sheet import sheet_blocks
-from mmgraft.comparison.report_tables import differences_table
+from mmgraft.comparison.measured import SetAnswers, read_answers, read_arms
+from mmgraft.comparison.report import ComparisonReport, answer_sheet, write_comparison_report
+from mmgraft.comparison.tables import differences_table
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.item_files import file_sha256, read_items
-from mmgraft.evaluation.pages.page import Table
-from mmgraft.evaluation.results import write_results
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.items.files import file_sha256, read_items
+from mmgraft.evaluation.metrics.boxes import format_box
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.results import write_results
 from report_example import iit_section
 
 
@@ -52,7 +51,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     plots = SimpleNamespace(
         training_curves=lambda _: data.getvalue(), laws_plot=lambda _: data.getvalue()
     )
-    monkeypatch.setitem(sys.modules, "mmgraft.evaluation.plots", plots)
+    monkeypatch.setitem(sys.modules, "mmgraft.evaluation.report.plots", plots)
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_the_table_has_the_base_and_every_arm(whole: Path) -> None:
     (base,) = lines_of(text, "| the base, untouched |")
     assert base.startswith("| the base, untouched | - | **28.40** (27.60 to 29.20) | **0.281** (")
     full = lines_of(text, "| llava-full | no: trained |")[0]
-    assert "**31.50** (30.60 to 32.40)" in full
+    assert "| **31.50** (30.60 to 32.40; worse) | **0.270** (0.250 to 0.290) |" in full
     assert "| 0.210 (0.200 to 0.220) | **0.950** (" in full
     assert full.endswith("| 12,352 | 17 min | 3.1 GB |")
     assert "**1.000** (1.000 to 1.000)" in lines_of(text, "| iaa | bit for bit |")[0]
@@ -96,15 +95,16 @@ def test_the_table_has_the_base_and_every_arm(whole: Path) -> None:
 
 def test_worse_text_is_marked_in_the_page(whole: Path) -> None:
     html = (whole / "report.html").read_text()
-    assert 'class="number bad"><strong>31.50</strong>' in html
-    assert 'class="number"><strong>0.270</strong>' in html  # not resolved: no colour
+    right = '<td style="text-align:right"'
+    assert f'{right} class="bad"><strong>31.50</strong> <span' in html
+    assert f"{right}><strong>0.270</strong> <span" in html  # not resolved: no colour
 
 
 def test_arms_are_compared_on_the_same_items(whole: Path) -> None:
     text = markdown(whole)
     assert lines_of(text, "| iaa | llava | +")[0].endswith("| better |")
     assert lines_of(text, "| llava | llava-full |")[0].endswith("| worse |")
-    assert "- colours: late is left out of these: it was not asked" in text
+    assert "- colours: late is left out of these: it was not evaluated" in text
     assert lines_of(text, "| llava | no image | 0 (exactly) | the same |")
     assert lines_of(text, "| near | 20 |")
 
@@ -113,32 +113,25 @@ def test_differences_are_those_of_the_answers(whole: Path) -> None:
     found = answers_of(whole)
     items = found.items
     share = sum(item.answers[0] == "red" for item in items) / len(items)
-    change = found.difference("iaa", "llava")
+    changes = {(first, second): change for first, second, change in found.differences}
+    assert list(changes) == [("llava", "llava-full"), ("iaa", "llava-full"), ("iaa", "llava")]
+    change = changes["iaa", "llava"]
     assert change.value == pytest.approx(1 - share)
     assert change.count == len(items)
-    assert found.pairs() == [("llava", "llava-full"), ("iaa", "llava-full"), ("iaa", "llava")]
-    blind = found.over_blind("llava")
-    assert set(blind) == {"prior", "no_image"}
-    assert (blind["no_image"].value, blind["no_image"].high) == (0, 0)
+    blind = {(arm, name): change for arm, name, change in found.over_blind}
+    assert {name for arm, name in blind if arm == "llava"} == {"prior", "no_image"}
+    no_image = blind["llava", "no_image"]
+    assert (no_image.value, no_image.high) == (0, 0)
 
 
 def test_many_arms_are_compared_with_the_best(changed: Path) -> None:
     found = answers_of(changed)
     many = {f"arm{n}": found.measured["llava"] for n in range(5)} | {"iaa": found.measured["iaa"]}
-    pairs = SetAnswers(found.spec, found.items, found.groups, {}, many, {}, None, {}).pairs()
-    assert pairs == [(f"arm{n}", "iaa") for n in range(5)]
+    pairs = SetAnswers(found.spec, found.items, found.groups, measured=many).differences
+    assert [names for *names, _ in pairs] == [[f"arm{n}", "iaa"] for n in range(5)]
 
 
-def test_claims_are_sentences_with_a_verdict(whole: Path) -> None:
-    text = markdown(whole)
-    (line,) = lines_of(text, "| Inserted layers see more than a projector alone. |")
-    assert "| holds | accuracy +0.675 (" in line
-    assert line.endswith("| iaa, llava | colours | IAA |")
-    (line,) = lines_of(text, "| Training the base costs text: accuracy falls. |")
-    assert "| not resolved | accuracy −0.011 (−0.031 to +0.009) | llava-full | mmlu |" in line
-
-
-def test_the_json_holds_arms_differences_and_claims(whole: Path) -> None:
+def test_the_json_holds_arms_and_differences(whole: Path) -> None:
     data = json.loads((whole / "report.json").read_text())
     report = ComparisonReport.parse(data, "report.json")
     assert list(report.arms) == ["llava-full", "llava", "iaa", "late"]
@@ -148,11 +141,10 @@ def test_the_json_holds_arms_differences_and_claims(whole: Path) -> None:
     pairs = [(one.first, one.second) for one in report.differences]
     assert pairs[:3] == [("llava", "llava-full"), ("iaa", "llava-full"), ("iaa", "llava")]
     assert ("iaa", "no_image") in pairs
-    assert report.notes == ["colours: late is left out of these: it was not asked"]
-    assert len(report.claims) == 13
+    assert report.notes == ["colours: late is left out of these: it was not evaluated"]
 
 
-def test_pictures_lie_beside_the_markdown(whole: Path) -> None:
+def test_images_lie_beside_the_markdown(whole: Path) -> None:
     written = {path.name for path in whole.iterdir() if path.name.endswith(".png")}
     assert written == {"answers-colours.png", "laws.png", "curves.png"}
     text = markdown(whole)
@@ -162,17 +154,40 @@ def test_pictures_lie_beside_the_markdown(whole: Path) -> None:
 
 def test_the_sheet_says_in_words_what_it_shows(whole: Path) -> None:
     found = answers_of(whole)
-    picture, table = sheet_blocks(found, shown=5)
-    assert isinstance(table, Table)
-    assert len(table.rows) == 5
-    assert table.columns == ["question", "truth", "llava-full", "llava", "iaa"]
-    for question, truth, _, llava, iaa in table.rows:
-        assert question.text == "which colour is | it?"
-        assert (iaa.text, iaa.detail, iaa.tone) == (truth.text, "right", "good")
-        right = truth.text == "red"
-        assert (llava.text, llava.detail) == ("red", "right" if right else "wrong")
-    again, _ = sheet_blocks(found, shown=5)
-    assert again == picture
+    sheet = answer_sheet(found, shown=5)
+    assert sheet is not None
+    assert len(sheet.table.rows) == 5
+    assert sheet.table.columns == ["question", "truth", "llava-full", "llava", "iaa"]
+    for question, truth, _, llava, iaa in sheet.table.rows:
+        assert question == "which colour is \\| it?"
+        assert iaa == f"{truth} (right)"
+        assert llava == ("red (right)" if truth == "red" else "red (wrong)")
+    assert answer_sheet(found, shown=5) == sheet
+
+
+@pytest.mark.parametrize(("licence", "private"), [("MIT", False), (None, False), (GPL, True)])
+def test_boxes_of_arms_have_their_iou_and_gpl_images_are_private(
+    tmp_path: Path, licence: str | None, private: bool
+) -> None:
+    spec = make_boxes(tmp_path / "set", licence)
+    texts = {"iaa": [format_box(BOX, "unit", SIZE)] * 3, "llava": ["there"] * 3}
+    sheet = answer_sheet(SetAnswers(spec, read_items(spec), texts=texts))
+    assert sheet is not None
+    for _, _, iaa, llava in sheet.table.rows:
+        assert iaa.endswith(" (right, IoU 1.00)")
+        assert llava == "there (wrong, malformed)"
+    assert sheet.private is private
+
+
+def test_images_that_may_not_go_along_are_files_beside_the_page(tmp_path: Path) -> None:
+    out = example_comparison(tmp_path / "out", arms=("llava",))
+    (tmp_path / "questions" / "made.source.json").write_text(json.dumps({"licence": GPL}))
+    write_comparison_report(out)
+    html = (out / "report.html").read_text()
+    assert '<img src="answers-colours.png"' in html
+    assert html.count("data:image/png") == 2, "the plots alone"
+    assert (out / "answers-colours.png").is_file()
+    assert "does not go along with it" in markdown(out)
 
 
 def test_no_folder_of_the_machine_is_in_the_page(whole: Path) -> None:
@@ -186,7 +201,7 @@ def test_answers_that_are_not_whole_are_left_out_by_name(changed: Path) -> None:
     file.write_text("".join(lines[:-1]))
     write_comparison_report(changed)
     text = markdown(changed)
-    assert "iaa is left out of these: its answers are not whole" in text
+    assert "iaa is left out of these: its answers are not complete" in text
     assert not lines_of(text, "| iaa | llava | +")
     assert lines_of(text, "| iaa | bit for bit |")  # its own results still stand
 
@@ -241,8 +256,10 @@ def test_multiple_choice_is_scored_again_from_log_probabilities(tmp_path: Path) 
     assert found is not None
     assert found.measured["iaa"].values()["accuracy"] == 1
     share = sum(item.answers[0] == "red" for item in items) / len(items)
-    assert found.difference("iaa", "llava").value == pytest.approx(1 - share)
-    assert 0 < found.over_blind("iaa")["prior"].value < 1
+    ((*_, change),) = found.differences
+    assert change.value == pytest.approx(1 - share)
+    blind = {(arm, name): change.value for arm, name, change in found.over_blind}
+    assert 0 < blind["iaa", "prior"] < 1
 
 
 def test_perplexities_are_compared_text_by_text(tmp_path: Path) -> None:
@@ -265,11 +282,13 @@ def test_perplexities_are_compared_text_by_text(tmp_path: Path) -> None:
         (arm.run / found.predictions).write_text("".join(json.dumps(row) + "\n" for row in lines))
     found = read_answers(spec, arms)
     assert found is not None
-    assert found.said == {}
-    change = found.difference("iaa", "llava-full")
+    assert found.texts == {}
+    ((*names, change),) = found.differences
+    assert names == ["iaa", "llava-full"]
     assert change.value == pytest.approx(math.e - math.e**2)
-    (row,) = differences_table(found).rows  # type: ignore[union-attr]
-    assert [cell.text for cell in row] == ["iaa", "llava-full", "−4.671", "better"]
+    ((*_, shown, word),) = differences_table(found).rows
+    assert shown.startswith("−4.671 (")
+    assert word == "better"
 
 
 def test_an_answer_with_markup_stays_an_answer(changed: Path) -> None:
@@ -287,7 +306,6 @@ def test_a_comparison_of_which_nothing_is_done_still_has_a_report(tmp_path: Path
     out = example_comparison(tmp_path / "out", arms=())
     write_comparison_report(out)
     text = markdown(out)
-    assert "No claim was tested yet." in text
     assert len(lines_of(text, "| iaa |")) == 2
     assert set(SAID) <= set(text.replace(",", " ").split())
 
@@ -297,13 +315,13 @@ def test_a_folder_without_a_comparison_is_refused(tmp_path: Path) -> None:
         write_comparison_report(tmp_path)
 
 
-def test_arms_that_were_asked_other_items_are_named(changed: Path) -> None:
+def test_arms_that_were_evaluated_on_other_items_are_named(changed: Path) -> None:
     file = changed / "arms" / "llava" / "results" / "vision.json"
     data = json.loads(file.read_text())
     data["sets"][0]["items"] = 7
     file.write_text(json.dumps(data))
     write_comparison_report(changed)
-    assert "not asked the same items (llava-full 40, llava 7, iaa 40)" in markdown(changed)
+    assert "not evaluated on the same items (llava-full 40, llava 7, iaa 40)" in markdown(changed)
 
 
 def test_a_set_that_is_gone_is_told_without_its_folder(changed: Path) -> None:

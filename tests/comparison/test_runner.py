@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.comparison import evaluations, runner
+from mmgraft.comparison import phases, runner
 from mmgraft.comparison.child import locked
 from mmgraft.comparison.files import (
     COMPARISON,
@@ -26,8 +26,7 @@ from mmgraft.comparison.plan import ArmPlan, ComparisonPlan, make_plan
 from mmgraft.comparison.runner import LOCK, compare, settings_of
 from mmgraft.comparison.spec import load_comparison
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.evaluation import iit, iit_building
-from mmgraft.evaluation.results import Results, read_results
+from mmgraft.runs.results import Results, read_results
 from tiny_runs import losses
 
 SEEN = {"name": "seen", "metric": "exact", "path": "rows.jsonl"}
@@ -46,9 +45,9 @@ class Steps:
         self.reports = 0
         monkeypatch.setattr(runner, "make_graft", lambda plan, recipe, run: self._graft(run))
         monkeypatch.setattr(runner, "train_arm", self._train)
-        monkeypatch.setattr(runner, "measure", self._measure)
+        monkeypatch.setattr(runner, "evaluate", self._evaluate)
         monkeypatch.setattr(runner._Arm, "_loaded", lambda arm: None)
-        monkeypatch.setattr(runner, "_report", self._report)
+        monkeypatch.setattr(runner, "write_comparison_report", self._report)
 
     def _note(self, name: str, phase: str) -> None:
         if (name, phase) == self.fails:
@@ -64,12 +63,12 @@ class Steps:
         write_phase(arm.run, record)
         return record
 
-    def _measure(self, phase: Phase, answerer, plan, arm: ArmPlan, size, announce) -> None:
+    def _evaluate(self, phase: Phase, answerer, plan, arm: ArmPlan, **more) -> None:
         self._note(arm.name, phase)
 
-    def _report(self, out: Path) -> list[Path]:
+    def _report(self, out: Path) -> dict[str, Path]:
         self.reports += 1
-        return [out / "report.md"]
+        return {"md": out / "report.md"}
 
     def taken(self) -> list[tuple[str, str]]:
         taken, self.done = self.done, []
@@ -121,10 +120,10 @@ def test_what_failed_is_done_again_and_nothing_else(plan, steps: Steps, phase: s
     if phase in ("text", "vision", "laws"):
         record = read_phase(arm_folder(plan(laws=laws).out, "iaa"), phase)
         assert record is not None
-        assert len(record.sittings) == 2, "the time of the sitting that failed counts"
+        assert len(record.sittings) == 2, "the time of the session that failed counts"
 
 
-def test_without_sets_there_is_nothing_to_ask_but_identity(plan, steps: Steps) -> None:
+def test_without_sets_there_is_nothing_to_measure_but_identity(plan, steps: Steps) -> None:
     compare(plan(evaluation=[], only=("iaa",)))
     assert steps.taken() == [("iaa", phase) for phase in ("graft", "train", "text")]
 
@@ -155,7 +154,7 @@ def test_only_some_arms_and_later_the_others(plan, steps: Steps) -> None:
         ({"vision": {"id": "other"}}, "vision.id"),
     ],
 )
-def test_an_arm_that_was_begun_otherwise_is_refused(plan, steps: Steps, changes, says) -> None:
+def test_an_arm_that_was_started_otherwise_is_refused(plan, steps: Steps, changes, says) -> None:
     begun = plan()
     compare(begun, train_only=True)
     steps.taken()
@@ -175,25 +174,25 @@ def test_what_changes_no_training_may_change(plan, steps: Steps) -> None:
     assert steps.taken() == []
 
 
-def test_sets_that_changed_are_asked_again_and_no_others(plan, steps: Steps) -> None:
+def test_sets_that_changed_are_evaluated_again_and_no_others(plan, steps: Steps) -> None:
     compare(plan(only=("iaa",)))
     steps.taken()
     told: list[str] = []
     more = [{**SEEN, "limit": 3}, READ]
     compare(plan(only=("iaa",), evaluation=more), announce=told.append)
     assert steps.taken() == [("iaa", "vision")]
-    assert any("vision is measured anew" in text for text in told)
+    assert any("vision is evaluated anew" in text for text in told)
 
 
 def test_a_set_that_is_added_later_trains_nothing_anew(plan, steps: Steps) -> None:
-    """Arms that are trained, and measured or not, are asked what the recipe has now."""
+    """Arms that are trained, and evaluated or not, are evaluated on what the recipe has now."""
     compare(plan(only=("iaa",)))
     compare(plan(), train_only=True)
     steps.taken()
     chat = {"name": "chat", "metric": "perplexity", "chat": True, "path": "read.csv"}
     done = compare(plan(evaluation=[SEEN, READ, chat]))
-    asked = [("llava", "text"), ("llava", "vision"), ("iaa", "text")]
-    assert steps.taken() == asked, "the pictures were asked of iaa before"
+    evaluated = [("llava", "text"), ("llava", "vision"), ("iaa", "text")]
+    assert steps.taken() == evaluated, "iaa was evaluated on the images before"
     assert [one.name for one in read_comparison(done.out).evaluation] == ["seen", "read", "chat"]
 
 
@@ -207,11 +206,11 @@ def test_a_new_key_of_a_later_mmgraft_is_no_change(plan, steps: Steps) -> None:
     assert found["stages"][0]["lr"] == 1e-3
 
 
-def test_all_arms_are_asked_the_dialogues_that_the_first_one_built(
+def test_all_arms_have_the_dialogues_that_the_first_one_built(
     plan, steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[Path] = []
-    asked: list[tuple[str, Path]] = []
+    given: list[tuple[str, Path]] = []
 
     def build(answerer, specs, folder: Path, **settings) -> None:
         assert [one.name for one in specs] == ["read"]
@@ -220,22 +219,25 @@ def test_all_arms_are_asked_the_dialogues_that_the_first_one_built(
         built.append(folder)
 
     def evaluate(answerer, run: Path, *, dialogues: Path, **_) -> Results:
-        asked.append((run.name, dialogues))
+        given.append((run.name, dialogues))
         return Results(section="iit", mmgraft_version="0")
 
-    monkeypatch.setattr(iit_building, "build_iit", build)
-    monkeypatch.setattr(iit, "evaluate_iit", evaluate)
-    monkeypatch.setattr(
-        runner, "measure", lambda phase, *rest: phase == "iit" and evaluations.measure(phase, *rest)
-    )
+    monkeypatch.setattr(phases, "build_iit", build)
+    monkeypatch.setattr(phases, "evaluate_iit", evaluate)
+
+    def evaluate_dialogues(phase: Phase, *rest, **more) -> None:
+        if phase == "iit":
+            phases.evaluate(phase, *rest, **more)
+
+    monkeypatch.setattr(runner, "evaluate", evaluate_dialogues)
     compare(plan(iit={"count": 2}))
     assert len(built) == 1
-    assert asked == [("llava", built[0]), ("iaa", built[0])]
+    assert given == [("llava", built[0]), ("iaa", built[0])]
     compare(plan(iit={"count": 2}))
-    assert len(asked) == 2
+    assert len(given) == 2
     compare(plan(iit={"count": 3}))
     assert len(set(built)) == 2
-    assert asked[2:] == [("llava", built[1]), ("iaa", built[1])]
+    assert given[2:] == [("llava", built[1]), ("iaa", built[1])]
 
 
 def test_two_comparisons_in_one_folder_are_refused(plan, steps: Steps) -> None:
@@ -249,10 +251,10 @@ def test_two_comparisons_in_one_folder_are_refused(plan, steps: Steps) -> None:
 CALL = """
 import sys
 from mmgraft.cli.app import run
-from mmgraft.comparison import evaluations, runner
-runner.measure = lambda *_: None
+from mmgraft.comparison import runner
+runner.evaluate = lambda *_, **more: None
 runner._Arm._loaded = lambda arm: None
-runner._report = lambda out: []
+runner.write_comparison_report = lambda out: {}
 sys.exit(run(["compare", sys.argv[1], "--out", sys.argv[2], "--device", "cpu"]))
 """
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 from mmgraft.comparison import training
-from mmgraft.comparison.files import PhaseRecord, Sitting, read_phase, write_phase
+from mmgraft.comparison.files import PhaseRecord, Session, read_phase, write_phase
 from mmgraft.comparison.plan import ArmPlan, make_graft, make_plan
 from mmgraft.comparison.spec import load_comparison
 from mmgraft.comparison.training import train_arm, training_command, training_results
 from mmgraft.errors import MMGraftError
-from mmgraft.evaluation.results import read_results
+from mmgraft.recipes.source import dump_recipe
+from mmgraft.runs.results import read_results
 from mmgraft.training import checkpoint
-from mmgraft.training.recipe_source import dump_recipe
 from tiny_runs import losses
 
-EARLIER = Sitting(began="x", seconds=100.0, cpu_seconds=50.0, peak_memory_mb=9999.0)
+EARLIER = Session(began="x", seconds=100.0, cpu_seconds=50.0, peak_memory_mb=9999.0)
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from PIL import Image
 
 from mmgraft.data import checking
 from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.preview import preview_row
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.checking import Checker
-from mmgraft.data.masking import supervise_row
-from mmgraft.data.preview import preview_row
-from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
-from mmgraft.model.vision.images import BadImage
+from mmgraft.vision.images import BadImage
 from text_tokenizers import KINDS, template, text_tokenizer
 
 PATCHES = 4

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mmgraft.data.collate import Collator
-from mmgraft.data.dataset import RowDataset, cut
+from mmgraft.data.batches.collate import Collator
+from mmgraft.data.batches.dataset import RowDataset, cut
+from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.images import open_image
-from mmgraft.data.masking import supervise_row
-from mmgraft.data.processor import GraftProcessor
 from mmgraft.data.rows import Row, caption_row
 from mmgraft.errors import UsageError
-from mmgraft.model.feature_cache import FeatureCache
+from mmgraft.vision.feature_cache import FeatureCache
 from text_tokenizers import template, text_tokenizer
 
 PATCHES = 4

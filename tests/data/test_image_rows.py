@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AddedToken, CLIPImageProcessorPil, LlavaProcessor
 
-from mmgraft.data.padding import pad
-from mmgraft.data.processor import GraftProcessor
-from mmgraft.data.template import Template
+from mmgraft.data.batches.padding import pad
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.template import Template
 from mmgraft.errors import UsageError
 from text_tokenizers import KINDS, SPARE, template, text_tokenizer
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from mmgraft.data.bad_rows import BadRow, key_of
-from mmgraft.data.content import images_of_all
-from mmgraft.data.indexed import Joined, Selected, facts_of, key_at, select
-from mmgraft.data.mixture import Part, mix
+from mmgraft.data.batches.mixture import Part, mix
+from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.formats.indexed import Joined, Selected, facts_of, key_at, select
+from mmgraft.data.formats.shards import is_there
+from mmgraft.data.formats.sources import Checks, Source, index_rows, read_rows, row_at
 from mmgraft.data.rows import Row
-from mmgraft.data.shards import is_there
-from mmgraft.data.sources import Checks, Source, index_rows, read_rows, row_at
 from mmgraft.errors import UsageError
 
 

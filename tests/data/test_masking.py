@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from mmgraft.data.masking import supervise
-from mmgraft.data.processor import Encoded, GraftProcessor
-from mmgraft.data.template import Template
+from mmgraft.data.chat.masking import supervise
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
+from mmgraft.data.chat.template import Template
 from mmgraft.errors import UsageError
 from text_tokenizers import EOS, template, text_tokenizer
 

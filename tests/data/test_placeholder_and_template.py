@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mmgraft.data.placeholder import choose_placeholder
-from mmgraft.data.processor import GraftProcessor
-from mmgraft.data.template import Template, resolve_template
+from mmgraft.data.chat.placeholder import choose_placeholder
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.template import Template, resolve_template
 from mmgraft.errors import UsageError
 from text_tokenizers import template, text_tokenizer
 from tiny_tokenizer import RESERVED_ID, TOKENIZER_SIZE, VOCAB_SIZE, tiny_tokenizer

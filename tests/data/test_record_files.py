@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmgraft.data import record_files
-from mmgraft.data.record_files import ListFile, Record, json_file
+from mmgraft.data.formats import record_files
+from mmgraft.data.formats.record_files import ListFile, Record, json_file
 from mmgraft.errors import UsageError
 
 TEXT = st.text(alphabet='ab"\\[]{},:\n \u00e9\U0001f600', max_size=12)

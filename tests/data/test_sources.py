@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmgraft.data.mixture import Part, mix
+from mmgraft.data.batches.mixture import Part, mix
+from mmgraft.data.formats.sources import read_rows
 from mmgraft.data.rows import Row
-from mmgraft.data.sources import read_rows
 from mmgraft.errors import UsageError
 
 DATA_URI = "data:image/png;base64,AAAA"

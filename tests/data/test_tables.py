@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmgraft.data import arrow_files, tables
-from mmgraft.data.arrow_files import ArrowRows, parquet_copy, rows_of
 from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.formats import arrow_files, tables
+from mmgraft.data.formats.arrow_files import ArrowRows, parquet_copy, rows_of
+from mmgraft.data.formats.sources import Checks, Source, index_rows, read_rows
 from mmgraft.data.images import open_image
-from mmgraft.data.sources import Checks, Source, index_rows, read_rows
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.model.vision.stored import StoredImage
+from mmgraft.vision.stored import StoredImage
 
 datasets = pytest.importorskip("datasets")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmgraft.data.processor import GraftProcessor
-from mmgraft.data.template import Template
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.template import Template
 from text_tokenizers import KINDS, SPARE, template, text_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mmgraft.data.formats.sources import read_rows
 from mmgraft.data.images import open_images
-from mmgraft.data.sources import read_rows
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.item_files import read_items
-from mmgraft.evaluation.set_spec import SetSpec
-from mmgraft.model.vision.images import BadImage
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.training.stage_data import check_pictures
+from mmgraft.vision.images import BadImage
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmgraft.demo import easy_vqa
 from mmgraft.demo.assets import DemoModels
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.vision.spec import VisionSpec
 from tiny import save_base
 from tiny_towers import save_tower
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mmgraft.demo import assets, gguf_files
 from mmgraft.demo.assets import GEMMA, LANGUAGE, Package, demo_models, require
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.model.vision.registry import describe_tower
+from mmgraft.vision.towers.registry import describe_tower
 from tiny import tiny_model
 from tiny_tokenizer import CHATML
 

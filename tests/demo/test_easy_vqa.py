@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.data.sources import read_rows
+from mmgraft.data.formats.sources import read_rows
 from mmgraft.demo import easy_vqa
 from mmgraft.demo.easy_vqa import (
     Question,
@@ -177,7 +177,7 @@ def test_no_picture_of_the_published_set_contradicts_itself() -> None:
 
 @installed
 def test_question_only_scores_what_it_is_known_to_score() -> None:
-    from mmgraft.evaluation.vqa import Prior
+    from mmgraft.evaluation.metrics.vqa import Prior
 
     prior = Prior((question.text, question.answer) for question in easy_vqa.questions("train"))
     test = easy_vqa.questions("test")

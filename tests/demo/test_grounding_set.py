@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from mmgraft.data.sources import read_rows
+from mmgraft.data.formats.sources import read_rows
 from mmgraft.demo.grounding_set import (
     GroundingSettings,
     Layout,
@@ -25,9 +25,9 @@ from mmgraft.demo.grounding_set import (
 from mmgraft.demo.packaged import prepare
 from mmgraft.demo.stamps import Stamp
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.boxes import iou, parse_box
-from mmgraft.evaluation.item_files import read_items
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.evaluation.metrics.boxes import iou, parse_box
+from mmgraft.recipes.evaluation_set import SetSpec
 from tiny_stamps import COLORS, THINGS, make_photographs, make_stamps
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.data.sources import read_rows
+from mmgraft.data.formats.sources import read_rows
 from mmgraft.demo import assets, easy_vqa
 from mmgraft.demo.assets import Package
 from mmgraft.demo.packaged import find_offer, offers, prepare

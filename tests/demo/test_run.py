@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mmgraft.answering import Answerer
-from mmgraft.data.sources import read_rows
+from mmgraft.data.formats.sources import read_rows
 from mmgraft.demo import run as demo_run
 from mmgraft.demo.run import DemoSettings, run_demo
 from mmgraft.errors import UsageError
-from mmgraft.model.graft_file import GraftFile
-from mmgraft.training.recipe_source import load_recipe
+from mmgraft.inference import Answerer
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.recipes.source import load_recipe
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmgraft.data.sources import read_rows
+from mmgraft.data.formats.sources import read_rows
 from mmgraft.demo.packaged import prepare
 from mmgraft.demo.stamp_files import StampSettings, category_of, draft, on_white
 from mmgraft.demo.stamps import Stamp
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.item_files import read_items
-from mmgraft.evaluation.items import Item
-from mmgraft.evaluation.set_spec import Metric, SetSpec
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.evaluation.items.item import Item
+from mmgraft.recipes.evaluation_set import Metric, SetSpec
 from tiny_stamps import make_stamps, save_stamp
 
 

@@ -10,10 +10,10 @@ import pytest
 from mmgraft.demo.packaged import prepare
 from mmgraft.demo.text_files import draft
 from mmgraft.errors import UsageError
-from mmgraft.evaluation import packaged_text
-from mmgraft.evaluation.item_files import read_items
-from mmgraft.evaluation.packaged_text import PACKAGED
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.items import packaged_text
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.evaluation.items.packaged_text import PACKAGED
+from mmgraft.recipes.evaluation_set import SetSpec
 
 RECORDS = {
     "siqa": [

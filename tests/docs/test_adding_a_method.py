@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mmgraft import GraftedModel
 from mmgraft.grafts.registry import get_method
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.vision.spec import VisionSpec
 from tiny import ARCHITECTURES, save_base, tiny_clip_dir, tiny_model
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

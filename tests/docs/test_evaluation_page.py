@@ -11,10 +11,10 @@ from typing import get_args
 import pytest
 import yaml
 
-from mmgraft.evaluation.boxes import format_box
-from mmgraft.evaluation.item_files import read_items
-from mmgraft.evaluation.results import Results, Score, SetResult
-from mmgraft.evaluation.set_spec import BoxFormat, Metric, SetSpec
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.evaluation.metrics.boxes import format_box
+from mmgraft.recipes.evaluation_set import BoxFormat, Metric, SetSpec
+from mmgraft.runs.results import Results, Score, SetResult
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.training.recipe import DataEntry, GraftDefaults, Recipe, Stage
+from mmgraft.recipes.recipe import DataEntry, GraftDefaults, Recipe, Stage
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from grafting import CONFIGS, perturb
-from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
-from mmgraft.evaluation import asking
-from mmgraft.evaluation.asking import answer, ask
-from mmgraft.evaluation.items import Item
-from mmgraft.evaluation.predictions import Predictions, read_predictions
-from mmgraft.evaluation.shared_beginning import read_beginning
-from mmgraft.model.feature_cache import tower_features
+from mmgraft.evaluation.generate import answers as asking
+from mmgraft.evaluation.generate.answers import answer, ask
+from mmgraft.evaluation.generate.predictions import Predictions, read_predictions
+from mmgraft.evaluation.generate.shared_prefix import read_beginning
+from mmgraft.evaluation.items.item import Item
 from mmgraft.model.modeling import GraftedModel
+from mmgraft.vision.feature_cache import tower_features
 from tiny import tiny_model, tiny_tower
 from tiny_tokenizer import tiny_tokenizer
 from tiny_towers import picture
@@ -252,8 +252,8 @@ import sys, time
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from test_asking import made, questions
-from mmgraft.evaluation.asking import ask
-from mmgraft.evaluation.predictions import Predictions
+from mmgraft.evaluation.generate.answers import ask
+from mmgraft.evaluation.generate.predictions import Predictions
 
 def slow(done, total):
     print(done, flush=True)

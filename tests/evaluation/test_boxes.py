@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.boxes import format_box, iou, measure_boxes, parse_box
+from mmgraft.evaluation.metrics.boxes import format_box, iou, measure_boxes, parse_box
 
 SIZE = (200, 100)
 FORMATS = ("unit", "thousand", "ten", "pixel")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.captions import CiderD, measure_captions, words_of
+from mmgraft.evaluation.metrics.captions import CiderD, measure_captions, words_of
 
 
 @pytest.mark.parametrize(

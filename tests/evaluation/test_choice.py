@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.choice import ChoiceScore, score_choices, shows_options
-from mmgraft.evaluation.items import Item
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood.choice import ChoiceScore, score_choices, shows_options
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.wings.config import WingsConfig
 from mmgraft.model.modeling import GraftedModel

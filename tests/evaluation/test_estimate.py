@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.estimate import estimate, mean, paired
+from mmgraft.evaluation.metrics.intervals import estimate, mean, paired
 
 
 def test_a_mean_lies_in_its_interval() -> None:

@@ -18,12 +18,12 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness_tasks import QUESTIONS, SEEN, TEXTS, write_answers, write_task, write_tasks
-from mmgraft.answering import Answerer
-from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
-from mmgraft.evaluation import harness
-from mmgraft.evaluation.harness import evaluate_harness
-from mmgraft.evaluation.harness_models import ImageLM, TextLM
+from mmgraft.evaluation.lm_eval import harness
+from mmgraft.evaluation.lm_eval.harness import evaluate_harness
+from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM
+from mmgraft.inference import Answerer
 from tiny import save_base, tiny_clip_dir
 from tiny_runs import make_run
 from tiny_towers import picture
@@ -247,7 +247,7 @@ def test_the_processor_keeps_its_tokenizer(answerer: Answerer) -> None:
 
 
 def test_mmgraft_is_imported_without_the_harness() -> None:
-    code = "import sys; sys.modules['lm_eval'] = None; import mmgraft.evaluation.harness"
+    code = "import sys; sys.modules['lm_eval'] = None; import mmgraft.evaluation.lm_eval.harness"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

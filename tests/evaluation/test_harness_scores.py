@@ -12,8 +12,8 @@ import pytest
 from lm_eval.api import metrics
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.estimate import mean
-from mmgraft.evaluation.harness_scores import Leaf, change_of, grouped, score_leaf
+from mmgraft.evaluation.lm_eval.scores import Leaf, change_of, grouped, score_leaf
+from mmgraft.evaluation.metrics.intervals import mean
 
 Aggregate = Callable[[list[Any]], Any]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.identity import PROMPTS, load_untouched, text_identity
 from mmgraft.grafts.iaa.config import IAAConfig

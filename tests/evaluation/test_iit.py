@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.answering import Answerer
 from mmgraft.errors import UsageError
-from mmgraft.evaluation import kept_answers
-from mmgraft.evaluation.choice import ChoiceScore, score_choices
-from mmgraft.evaluation.iit import evaluate_iit, measure_dialogues
-from mmgraft.evaluation.iit_files import read_dialogues
-from mmgraft.evaluation.items import Item
-from mmgraft.evaluation.results import read_results, write_results
+from mmgraft.evaluation.dialogues.evaluate import evaluate_iit, measure_dialogues
+from mmgraft.evaluation.dialogues.files import read_dialogues
+from mmgraft.evaluation.generate import kept_answers
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood.choice import ChoiceScore, score_choices
+from mmgraft.inference import Answerer
+from mmgraft.runs.results import read_results, write_results
 from tiny_choice import choice_sets
 from tiny_runs import make_parts, make_run
 

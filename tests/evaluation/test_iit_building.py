@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmgraft.answering import Answerer
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.iit_building import build_iit, question_vectors
+from mmgraft.evaluation.dialogues.build import build_iit, question_vectors
+from mmgraft.inference import Answerer
 from tiny_choice import choice_sets
 from tiny_runs import make_parts, make_run
 

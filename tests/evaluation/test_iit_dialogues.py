@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.iit_dialogues import (
+from mmgraft.evaluation.dialogues.dialogues import (
     SHAPES,
     Candidate,
     answer_turn,
@@ -18,7 +18,7 @@ from mmgraft.evaluation.iit_dialogues import (
     buildable,
     title,
 )
-from mmgraft.evaluation.items import Item
+from mmgraft.evaluation.items.item import Item
 
 
 def candidate(letter: str, number: int, angle: float, question: str | None = None) -> Candidate:

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmgraft.data.content import images_of_all
-from mmgraft.data.sources import read_rows
+from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.formats.sources import read_rows
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.iit_dialogues import Candidate, build_dialogues
-from mmgraft.evaluation.iit_files import is_made_of, read_dialogues, save_dialogues
-from mmgraft.evaluation.item_files import read_items
+from mmgraft.evaluation.dialogues.dialogues import Candidate, build_dialogues
+from mmgraft.evaluation.dialogues.files import is_made_of, read_dialogues, save_dialogues
+from mmgraft.evaluation.items.files import read_items
 from tiny_choice import choice_sets
 
 MADE_OF = {"seed": 0, "sets": [{"name": "text", "sha256": "12"}]}

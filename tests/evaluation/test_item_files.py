@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.item_fields import fill_prompt, gold_of, lettered_lines
-from mmgraft.evaluation.item_files import (
+from mmgraft.evaluation.items.fields import fill_prompt, gold_of, lettered_lines
+from mmgraft.evaluation.items.files import (
     data_file,
     file_sha256,
     read_items,
     read_training_answers,
 )
-from mmgraft.evaluation.items import Item
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.items.item import Item
+from mmgraft.recipes.evaluation_set import SetSpec
 
 
 @pytest.fixture

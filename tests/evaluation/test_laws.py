@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmgraft.answering import Answerer
-from mmgraft.data.sources import read_rows
+from mmgraft.data.formats.sources import read_rows
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.item_files import file_sha256, read_items
-from mmgraft.evaluation.laws import attention_shift, evaluate_laws, read_samples
-from mmgraft.evaluation.layer_sums import layer_sums
-from mmgraft.evaluation.plots import laws_plot
-from mmgraft.evaluation.results import read_results, write_results
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.attention.laws import attention_shift, evaluate_laws, read_samples
+from mmgraft.evaluation.attention.layer_sums import layer_sums
+from mmgraft.evaluation.items.files import file_sha256, read_items
+from mmgraft.evaluation.report.plots import laws_plot
+from mmgraft.inference import Answerer
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.results import read_results, write_results
 from tiny_runs import make_parts, make_run
 
 # -- the shift ------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_curves_without_variance_are_left_out_of_all_series(
         found["main"].sums[:2, :, 2] = 3.0
         return found
 
-    monkeypatch.setattr("mmgraft.evaluation.laws.layer_sums", flat)
+    monkeypatch.setattr("mmgraft.evaluation.attention.laws.layer_sums", flat)
     samples = read_rows(parts / "rows.jsonl", parts / "images")
     found = measure(runs["wings"], samples, parts, batch_size=64)
     assert found.details["laws"]["left_out"]["no_variance"] == 2

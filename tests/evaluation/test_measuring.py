@@ -9,8 +9,8 @@ import pytest
 from mmgraft.errors import UsageError
 from mmgraft.evaluation import measuring
 from mmgraft.evaluation.measuring import Asked, check, measure
-from mmgraft.evaluation.results import Results, Score, SetResult, read_results
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.results import Results, Score, SetResult, read_results
 
 TEXT = SetSpec(name="facts", metric="choice", modality="text")
 SEEN = SetSpec(name="seen", metric="exact")
@@ -34,7 +34,7 @@ def test_sets_bring_their_parts_where_none_is_named(
 
 
 def test_a_missing_harness_is_said_before_a_model_is_loaded(monkeypatch) -> None:
-    monkeypatch.setattr("mmgraft.evaluation.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("mmgraft.evaluation.lm_eval.harness.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'mmgraft\[eval\]'"):
         check(Asked(Path(), tasks=["hellaswag"]))
 
@@ -77,7 +77,7 @@ def test_tasks_are_asked_of_the_untouched_base_where_the_base_was_trained(
     )  # fmt: skip
 
     base = SimpleNamespace(model="the base")
-    monkeypatch.setattr("mmgraft.evaluation.harness.evaluate_harness", ask)
+    monkeypatch.setattr("mmgraft.evaluation.lm_eval.harness.evaluate_harness", ask)
     monkeypatch.setattr("mmgraft.evaluation.untouched.base_trained", lambda _: trained)
     monkeypatch.setattr("mmgraft.evaluation.untouched.untouched_base", lambda *_: base)
     monkeypatch.setattr("mmgraft.evaluation.origin.weights_sha256", lambda _: "a")

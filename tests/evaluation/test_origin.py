@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.answering import Answerer
-from mmgraft.evaluation.estimate import Estimate
+from mmgraft.evaluation.metrics.intervals import Estimate
 from mmgraft.evaluation.origin import (
     as_score,
     as_scores,
@@ -14,6 +13,7 @@ from mmgraft.evaluation.origin import (
     software,
     weights_sha256,
 )
+from mmgraft.inference import Answerer
 from tiny_runs import make_parts, make_run
 
 

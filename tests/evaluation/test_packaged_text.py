@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.evaluation import packaged_text
-from mmgraft.evaluation.item_files import data_file, read_items
-from mmgraft.evaluation.packaged_text import PACKAGED, packaged_file
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.items import packaged_text
+from mmgraft.evaluation.items.files import data_file, read_items
+from mmgraft.evaluation.items.packaged_text import PACKAGED, packaged_file
+from mmgraft.recipes.evaluation_set import SetSpec
 
 
 def _spec(name: str, **more: Any) -> SetSpec:

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
-from mmgraft.evaluation import perplexity
-from mmgraft.evaluation.items import Item
-from mmgraft.evaluation.perplexity import (
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood import perplexity
+from mmgraft.evaluation.likelihood.perplexity import (
     TextScore,
     Window,
     WindowScore,

@@ -6,17 +6,17 @@ from collections.abc import Callable
 import pytest
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.boxes import format_box
-from mmgraft.evaluation.choice import ChoiceScore
-from mmgraft.evaluation.items import Item
-from mmgraft.evaluation.scoring import (
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood.choice import ChoiceScore
+from mmgraft.evaluation.metrics.boxes import format_box
+from mmgraft.evaluation.metrics.scoring import (
     groups_of,
     measure_answers,
     measure_choices,
     measure_prior,
     scores_by_kind,
 )
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.recipes.evaluation_set import SetSpec
 
 COLOURS = ("red", "green", "blue", "grey")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.set_files import choose_sets, given_set, load_sets, run_sets
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.items.set_files import choose_sets, given_set, load_sets, run_sets
+from mmgraft.recipes.evaluation_set import SetSpec
 
 SETS = """
 evaluation:

@@ -9,9 +9,9 @@ import pytest
 
 from box_example import GPL, make_boxes, state_licence
 from mmgraft.demo.packaged import offers
-from mmgraft.evaluation.item_files import read_items
-from mmgraft.evaluation.set_spec import SetSpec
-from mmgraft.evaluation.source_licence import all_free, none_forbids, stated_licences
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.evaluation.items.source_licence import all_free, none_forbids, stated_licences
+from mmgraft.recipes.evaluation_set import SetSpec
 
 
 def licences(spec: SetSpec) -> set[str | None]:

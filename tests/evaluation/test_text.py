@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from mmgraft.answering import Answerer
 from mmgraft.errors import UsageError
-from mmgraft.evaluation import kept_scores
-from mmgraft.evaluation.choice import score_choices
+from mmgraft.evaluation.generate.predictions import read_predictions
 from mmgraft.evaluation.identity import PROMPTS
-from mmgraft.evaluation.item_files import read_items
-from mmgraft.evaluation.perplexity import measure_texts, score_texts
-from mmgraft.evaluation.predictions import read_predictions
-from mmgraft.evaluation.results import read_results, write_results
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.evaluation.likelihood import kept_scores
+from mmgraft.evaluation.likelihood.choice import score_choices
+from mmgraft.evaluation.likelihood.perplexity import measure_texts, score_texts
 from mmgraft.evaluation.text import CHAT, EQUAL, evaluate_text
-from mmgraft.model.saving import save_graft
+from mmgraft.inference import Answerer
+from mmgraft.model.files.save import save_graft
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.results import read_results, write_results
 from tiny_runs import make_parts, make_run
 
 QUESTIONS = [

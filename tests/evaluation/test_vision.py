@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmgraft.answering import Answerer
 from mmgraft.errors import UsageError
-from mmgraft.evaluation import asking
-from mmgraft.evaluation.predictions import read_predictions
-from mmgraft.evaluation.results import Results
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.generate import answers as asking
+from mmgraft.evaluation.generate.predictions import read_predictions
 from mmgraft.evaluation.vision import blind_workflow, evaluate_vision, without_images
+from mmgraft.inference import Answerer
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.results import Results
 from tiny_runs import make_parts, make_run
 from tiny_towers import picture
 
@@ -93,7 +93,7 @@ def test_a_finished_set_is_scored_again_without_asking(
         raise AssertionError("asked again")
 
     monkeypatch.setattr(asking._Batch, "answers", refuse)
-    monkeypatch.setattr("mmgraft.evaluation.likelihood.Likelihoods.score", refuse)
+    monkeypatch.setattr("mmgraft.evaluation.likelihood.likelihood.Likelihoods.score", refuse)
     again = evaluate(run, *sets, batch_size=3)
     for one, other in zip(first.sets, again.sets, strict=True):
         assert one.scores == other.scores

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.vqa import (
+from mmgraft.evaluation.metrics.vqa import (
     Prior,
     by_kind,
     exact,

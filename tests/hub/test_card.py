@@ -9,10 +9,10 @@ import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hub_fixtures import RECIPE, make_record
-from mmgraft.evaluation.results import Results
 from mmgraft.hub.card import MARKER, is_ours, render_card
-from mmgraft.model.graft_file import BaseReference
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.model.files.graft_file import BaseReference
+from mmgraft.runs.results import Results
+from mmgraft.vision.spec import VisionSpec
 from report_example import (
     a_set,
     laws_section,
@@ -61,8 +61,7 @@ def test_facts_are_those_of_the_record() -> None:
         "| base | [acme/tiny-llama](https://huggingface.co/acme/tiny-llama) at `"
         + "a" * 40
         + "` |",
-        "| layers | 1, 3 |",
-        "| settings | structure: c, head: no |",
+        "| settings | layers: 1, 3; structure: c; head: no |",
         "| projector | 4,160 |",
         "| **all** | **12,352** |",
         "mmgraft chat me/my-graft --image",
@@ -76,7 +75,7 @@ def test_facts_are_those_of_the_record() -> None:
 def test_structure_c_is_not_said_to_have_a_gate() -> None:
     config = {"method": "iaa", "layers": [1], "gate": "linear"}
     assert "gate" not in card(config={**config, "structure": "c"})
-    assert "structure: b, gate: linear |" in card(
+    assert "layers: 1; structure: b; gate: linear |" in card(
         config={"method": "iaa", "layers": [1], "structure": "b", "gate": "linear"}
     )
 
@@ -186,7 +185,7 @@ def test_what_was_measured_becomes_tables_with_intervals() -> None:
     assert "\n\n\n" not in text
 
 
-def test_pictures_and_reports_are_shown_where_they_go_along() -> None:
+def test_images_and_reports_are_shown_where_they_go_along() -> None:
     files = ("results/laws.png", "results/report.html", "results/other.png")
     text = measured_card(vision_section(), files=files)
     assert "](results/laws.png)" in text

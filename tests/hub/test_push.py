@@ -13,12 +13,12 @@ from hub_fixtures import contents, make_record, make_run
 from hub_server import HubServer
 from hub_store import Blob
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.evaluation.results import write_results
 from mmgraft.hub.card import MARKER
-from mmgraft.hub.contents import UploadFile, graft_parameters
 from mmgraft.hub.push import find_target, plan_push, push, send
-from mmgraft.model.graft_file import BaseReference, GraftFile
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.model.files.graft_file import BaseReference, GraftFile
+from mmgraft.runs.contents import UploadFile, graft_parameters
+from mmgraft.runs.results import write_results
+from mmgraft.vision.spec import VisionSpec
 from report_example import text_section, vision_section
 
 SENT = [

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from grafting import CONFIGS, batch, graft_on, perturb, rows, text_labels, trained_groups
 from mmgraft import GraftedModel
-from mmgraft.model import activations, running
-from mmgraft.model.activations import activations_again
+from mmgraft.model import forward as running
+from mmgraft.model.kernels import activations
+from mmgraft.model.kernels.activations import activations_again
 
 WORDS = ("ttiiiitttttt", "iiiitttttt")
 

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from grafting import CONFIGS, batch, graft_on, grafted, perturb, rows, text_labels
 from mmgraft import GraftedModel
 from mmgraft.errors import UsageError
-from mmgraft.model.compiling import compiled_layers
+from mmgraft.model.kernels.compiling import compiled_layers
 
 BATCHES = [("ttiiiitttt", "ttttiiiitt"), ("tttttttiiiittt", "tiiiittt")]
 

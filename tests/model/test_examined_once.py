@@ -8,10 +8,10 @@ import pytest
 
 import mmgraft.basefiles.parts
 import mmgraft.model.core
-import mmgraft.model.grafting
-import mmgraft.model.loading
+import mmgraft.model.files.create
+import mmgraft.model.files.load
 from mmgraft.anatomy import inspection
-from mmgraft.model.loading import load_model
+from mmgraft.model.files.load import load_model
 from tiny_runs import make_parts, make_run
 
 
@@ -27,8 +27,8 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     homes = (
         mmgraft.basefiles.parts,
         mmgraft.model.core,
-        mmgraft.model.grafting,
-        mmgraft.model.loading,
+        mmgraft.model.files.create,
+        mmgraft.model.files.load,
         inspection,
     )
     for home in homes:

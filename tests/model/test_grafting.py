@@ -15,9 +15,9 @@ from grafting import CONFIGS, batch, graft_on, logits_of, rows, text_of
 from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
 from mmgraft.basefiles import TensorReader
 from mmgraft.errors import UsageError
-from mmgraft.model.graft_file import TemplateChoice
-from mmgraft.model.grafting import create_graft, graft_model
-from mmgraft.model.vision.spec import ProjectorSpec
+from mmgraft.model.files.create import create_graft, graft_model
+from mmgraft.model.files.graft_file import TemplateChoice
+from mmgraft.vision.spec import ProjectorSpec
 from tiny import save_base, tiny_clip_dir, tiny_model, tiny_tower
 
 

@@ -15,11 +15,11 @@ import torch
 from box_example import make_boxes
 from grafting import batch, distance, logits_of, own, perturb, plain, rows, text_of
 from mmgraft import GraftedModel, IAAConfig
-from mmgraft.answering import Answerer
 from mmgraft.evaluation.vision import evaluate_vision
-from mmgraft.model.grafting import create_graft
-from mmgraft.model.saving import save_graft
-from mmgraft.training.recipe_source import find_recipe, load_recipe
+from mmgraft.inference import Answerer
+from mmgraft.model.files.create import create_graft
+from mmgraft.model.files.save import save_graft
+from mmgraft.recipes.source import find_recipe, load_recipe
 from tiny_runs import make_parts
 
 LAYERS = {"mm": [1, 2], "grounding": [0, 3]}

@@ -21,7 +21,7 @@ from grafting import (
     trained_groups,
 )
 from mmgraft.errors import UsageError
-from mmgraft.model import running
+from mmgraft.model import forward as running
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])

@@ -16,9 +16,9 @@ from torch import Tensor
 from grafting import CONFIGS, batch, every_architecture, every_method, logits_of, perturb, rows
 from mmgraft import GraftedModel, IAAConfig, WingsConfig
 from mmgraft.errors import UsageError
-from mmgraft.model.graft_file import GraftFile
-from mmgraft.model.grafting import create_graft
-from mmgraft.model.saving import save_graft
+from mmgraft.model.files.create import create_graft
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.model.files.save import save_graft
 from tiny import save_base, tiny_clip_dir, tiny_siglip_dir
 
 TOWER_WIDTH = 16

@@ -17,8 +17,8 @@ from grafting import (
     text_labels,
     trained_groups,
 )
-from mmgraft.model.gathering import gathered, is_piece, like
-from mmgraft.model.lockstep import join
+from mmgraft.model.sharded.gathering import gathered, is_piece, like
+from mmgraft.model.sharded.lockstep import join
 
 
 def test_join_adds_zeros_only_where_no_gradient_is():

@@ -13,11 +13,11 @@ from torch import nn
 from mmgraft.basefiles import TensorReader, load_config, resolve
 from mmgraft.grafts import registry
 from mmgraft.grafts.base import BaseParts, Graft
-from mmgraft.model import parts as parts_module
-from mmgraft.model.grafting import create_graft
-from mmgraft.model.parts import ReadParts
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.model.files import parts as parts_module
+from mmgraft.model.files.create import create_graft
+from mmgraft.model.files.parts import ReadParts
 from mmgraft.strict import LayerChoice, StrictModel
+from mmgraft.vision.spec import VisionSpec
 from tiny import save_base, tiny_clip_dir, tiny_model
 
 

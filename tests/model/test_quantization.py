@@ -27,10 +27,10 @@ from grafting import (
 from mmgraft import GraftedModel
 from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
-from mmgraft.model.grafting import create_graft, graft_model
-from mmgraft.model.loading import load_base
-from mmgraft.model.quantization import assert_unquantized, quantization_config
-from mmgraft.model.saving import save_graft
+from mmgraft.model.files.create import create_graft, graft_model
+from mmgraft.model.files.load import load_base
+from mmgraft.model.files.save import save_graft
+from mmgraft.model.kernels.quantization import assert_unquantized, quantization_config
 from tiny import save_base, tiny_clip_dir, tiny_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -16,11 +16,11 @@ import torch
 from crashes import Killed, every_step, full_at, killed_at
 from mmgraft.basefiles import TensorReader
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.model.graft_file import BaseReference, GraftFile, ImageToken
-from mmgraft.model.loading import base_files, check_base, load_model, read_tensors
+from mmgraft.model.files.graft_file import BaseReference, GraftFile, ImageToken
+from mmgraft.model.files.load import base_files, check_base, load_model, read_tensors
+from mmgraft.model.files.save import save_graft, write_graft
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.model.saving import save_graft, write_graft
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.vision.spec import VisionSpec
 from tiny_runs import make_parts, make_run
 
 SHARD = 20_000

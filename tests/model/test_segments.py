@@ -23,8 +23,8 @@ from grafting import (
     text_labels,
     trained_groups,
 )
+from mmgraft.data.batches.segments import begins, learned_within, number
 from mmgraft.errors import UsageError
-from mmgraft.model.segments import begins, learned_within, number
 
 WORDS = ("ttiiiittttttttttttt", "tttiiiit", "iiiitttiiiitt", "ttttttttttt")
 PACKS = ((0, 1, 3), (2,))

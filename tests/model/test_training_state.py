@@ -21,7 +21,7 @@ from grafting import (
 )
 from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
 from mmgraft.errors import UsageError
-from mmgraft.model.vision.base import VisionTower
+from mmgraft.vision.towers.base import VisionTower
 from tiny import tiny_model, tiny_tower
 
 WORDS = ("ttiiiitttttt", "iiiittiiiittt", "ttttttttt")

@@ -23,13 +23,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mmgraft.answering import Answerer
-from mmgraft.data.loading import load_processor
-from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.demo import assets
-from mmgraft.model.loading import load_model
+from mmgraft.inference import Answerer
+from mmgraft.model.files.load import load_model
+from mmgraft.model.files.processor import load_processor
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.vision.spec import VisionSpec
 
 TOWER = VisionSpec(kind="efficientnet-lite2", options={"image_size": 96})
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmgraft.evaluation.identity import PROMPTS, text_identity
-from mmgraft.model.loading import load_model
+from mmgraft.model.files.load import load_model
 from tiny_runs import make_rows
 from tiny_towers import picture
 

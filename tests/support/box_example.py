@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmgraft.evaluation.boxes import format_box
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.evaluation.metrics.boxes import format_box
+from mmgraft.recipes.evaluation_set import SetSpec
 
 SIZE = (40, 30)
 BOX = (4.0, 3.0, 24.0, 18.0)

@@ -12,17 +12,17 @@ from PIL import Image
 
 from mmgraft.comparison.files import PHASES, PhaseRecord, write_phase
 from mmgraft.comparison.spec import Comparison, dump_comparison
-from mmgraft.evaluation.item_files import file_sha256, read_items, read_training_answers
-from mmgraft.evaluation.items import Item
-from mmgraft.evaluation.results import FOLDER, Results, SetResult
-from mmgraft.evaluation.scoring import (
+from mmgraft.evaluation.items.files import file_sha256, read_items, read_training_answers
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.metrics.scoring import (
     groups_of,
     measure_answers,
     measure_prior,
     scores_by_kind,
 )
-from mmgraft.evaluation.set_spec import SetSpec
-from mmgraft.model.graft_file import BaseReference
+from mmgraft.model.files.graft_file import BaseReference
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.results import FOLDER, Results, SetResult
 from report_example import example_run, laws_section, section, text_section, training_section
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230)}

@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from hub_server import HubServer
-from mmgraft.model.graft_file import BaseReference, GraftFile, ImageToken
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.model.files.graft_file import BaseReference, GraftFile, ImageToken
+from mmgraft.vision.spec import VisionSpec
 
 RECIPE = """\
 # a recipe with a comment

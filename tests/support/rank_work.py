@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from mmgraft.data.batches.sampler import EpochSampler
 from mmgraft.errors import MMGraftError
-from mmgraft.model.gathering import gathered, is_piece
-from mmgraft.model.loading import load_model
+from mmgraft.model.files.load import load_model
+from mmgraft.model.sharded.gathering import gathered, is_piece
+from mmgraft.training.distributed.sharding import rest, shard
 from mmgraft.training.run import plan_training, train
-from mmgraft.training.sampler import EpochSampler
-from mmgraft.training.sharding import rest, shard
 
 BATCHES = [(True, True), (True, False), (False, True), (False, False)]
 """Whether a rank's rows have an image, step by step."""
@@ -77,7 +77,7 @@ def sharded_steps(run: str, checkpointing: bool, four_bit: bool, saved: str) -> 
     with torch.no_grad():
         pieces.eval()(**batch(99, True))
     rest(pieces)
-    from mmgraft.model.saving import save_graft
+    from mmgraft.model.files.save import save_graft
 
     for name, model in (("whole", plain), ("pieces", pieces)):
         save_graft(model, Path(saved) / name, write=rank == 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hub_fixtures import make_run
-from mmgraft.evaluation.results import Results, Score, Section, SetResult, write_results
+from mmgraft.runs.results import Results, Score, Section, SetResult, write_results
 
 SHA = "c0ffee" + "0" * 58
 SHAPES = ("T", "T,T", "T,T,T", "T,T,V", "T,V", "V")

@@ -23,7 +23,7 @@ from transformers import (
 from tiny_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, tiny_tokenizer
 
 if TYPE_CHECKING:
-    from mmgraft.model.vision.base import VisionTower
+    from mmgraft.vision.towers.base import VisionTower
 
 HIDDEN = 32
 LAYERS = 4

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmgraft.evaluation.set_spec import SetSpec
+from mmgraft.recipes.evaluation_set import SetSpec
 from tiny_runs import COLOURS
 
 THINGS = ("stone", "river", "apple", "horse", "cloud", "table", "lamp", "shoe", "boat", "door")

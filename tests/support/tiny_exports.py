@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmgraft.grafts.registry import get_method
-from mmgraft.model.graft_file import GraftFile, TemplateChoice
-from mmgraft.model.grafting import create_graft
-from mmgraft.model.vision.spec import ProjectorSpec, VisionSpec
+from mmgraft.model.files.create import create_graft
+from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
+from mmgraft.vision.spec import ProjectorSpec, VisionSpec
 from tiny import save_base, tiny_clip_dir, tiny_siglip_dir
 from tiny_towers import picture
 

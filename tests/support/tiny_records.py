@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmgraft.model.graft_file import BaseReference, GraftFile, ImageToken
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.model.files.graft_file import BaseReference, GraftFile, ImageToken
+from mmgraft.vision.spec import VisionSpec
 
 
 def tiny_record(method: str, **config: Any) -> GraftFile:

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from mmgraft.grafts.registry import get_method
-from mmgraft.model.grafting import create_graft
-from mmgraft.model.vision.spec import ProjectorSpec, VisionSpec
+from mmgraft.model.files.create import create_graft
+from mmgraft.vision.spec import ProjectorSpec, VisionSpec
 from tiny import save_base
 from tiny_towers import save_tower
 

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mmgraft.model.vision.base import VisionTower
-from mmgraft.model.vision.preprocessing import SquareResize
-from mmgraft.model.vision.registry import register_tower, tower_kinds
-from mmgraft.model.vision.spec import VisionSpec
+from mmgraft.vision.preprocessing import SquareResize
+from mmgraft.vision.spec import VisionSpec
+from mmgraft.vision.towers.base import VisionTower
+from mmgraft.vision.towers.registry import register_tower, tower_kinds
 
 _TOKENS: dict[str, Any] = {
     "hidden_size": 16,

@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 
 from mmgraft.data.bad_rows import BadRow, BadRowLog
 from mmgraft.errors import UsageError
+from mmgraft.training.callbacks.stopping import TrainingStopped
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.stage_data import check_pictures
-from mmgraft.training.stopping import TrainingStopped
 from tiny_runs import losses, make_rows, make_run, write_recipe
 
 STAGES = [

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mmgraft.errors import UsageError
+from mmgraft.recipes.recipe import Recipe
 from mmgraft.training.devices import check_packages, memory_in_use, pick_device
-from mmgraft.training.recipe import Recipe
 
 
 def recipe(**values) -> Recipe:

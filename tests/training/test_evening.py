@@ -7,11 +7,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmgraft.data.dataset import Example
-from mmgraft.data.packing import Pack
-from mmgraft.data.processor import Encoded
-from mmgraft.training.evening import EvenDataset, EvenSampler, Filler
-from mmgraft.training.sampler import EpochSampler
+from mmgraft.data.batches.dataset import Example
+from mmgraft.data.batches.even_batches import EvenDataset, EvenSampler, Filler
+from mmgraft.data.batches.packing import Pack
+from mmgraft.data.batches.sampler import EpochSampler
+from mmgraft.data.chat.processor import Encoded
 
 SEEN = Example(Encoded([5, 6, 7], [0, 1, 0], ["a.png"], ((2, 3),)), ["a.png"], "1", "row 1")
 

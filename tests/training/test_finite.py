@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from mmgraft.training import checkpoint
-from mmgraft.training.finite import FiniteWatch, NotFinite, RandomState, named
+from mmgraft.training.callbacks.finite import FiniteWatch, NotFinite, RandomState, named
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.trainer import GraftTrainer
 from tiny_runs import losses, make_run, write_recipe

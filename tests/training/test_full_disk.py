@@ -17,7 +17,7 @@ import pytest
 
 from mmgraft import atomic
 from mmgraft.errors import MMGraftError
-from mmgraft.training import metrics
+from mmgraft.training.callbacks import metrics
 from mmgraft.training.run import plan_training, train
 from same_run import same
 from tiny_runs import make_run, write_recipe

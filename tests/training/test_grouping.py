@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from mmgraft.errors import UsageError
+from mmgraft.training.callbacks.stopping import TrainingStopped
 from mmgraft.training.grouping import LENGTHS, GroupSampler, PackSampler
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.session import Session
-from mmgraft.training.stopping import TrainingStopped
 from tiny_runs import losses, make_run, write_recipe
 
 
@@ -191,7 +191,9 @@ def test_a_stopped_run_goes_on_to_the_bit(
     with pytest.raises(UsageError, match="written for 11 rows, and now there are 12"):
         go(run, resume=True)
     np.save(kept, measured)
-    monkeypatch.setattr("mmgraft.data.dataset.RowDataset.length", None)  # of the resumed stage
+    monkeypatch.setattr(
+        "mmgraft.data.batches.dataset.RowDataset.length", None
+    )  # of the resumed stage
     with pytest.raises(TypeError):
         go(run, resume=True)  # the next stage measures
     monkeypatch.undo()

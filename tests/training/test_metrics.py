@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from mmgraft.training.metrics import MetricsFile, put_aside, trim
+from mmgraft.training.callbacks.metrics import MetricsFile, put_aside, trim
 
 STATE = SimpleNamespace(global_step=3, is_world_process_zero=True)
 LOGS = {"loss": 1.5, "lr/projector": 1e-3, "lr/layers": 2e-5, "tokens_per_second": 10.0}

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from mmgraft.errors import UsageError
-from mmgraft.training import parallel
-from mmgraft.training.parallel import (
+from mmgraft.recipes.recipe import Recipe
+from mmgraft.training.distributed import parallel
+from mmgraft.training.distributed.parallel import (
     check_count,
     check_parallel,
     check_rows_have_images,
     deepspeed_config,
     way_on,
 )
-from mmgraft.training.recipe import Recipe
 from mmgraft.training.run import plan_training
 from tiny_runs import make_run, write_recipe
 

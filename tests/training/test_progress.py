@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from mmgraft.training.progress import ProgressDisplay, clock
+from mmgraft.training.callbacks.progress import ProgressDisplay, clock
 
 LOGS = {"loss": 1.23456, "tokens_per_second": 4321.0, "memory_gb": 7.89, "lr/projector": 1e-3}
 
@@ -58,7 +58,7 @@ def test_other_ranks_are_silent():
 
 def test_time_left_counts_from_where_a_resumed_stage_began(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("mmgraft.training.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mmgraft.training.callbacks.progress.time.monotonic", lambda: now[0])
     display = ProgressDisplay("tune", 1, 1, Console(file=io.StringIO()))
     display.on_train_begin(None, state(10), None)
     assert display.time_left(10, 20) is None

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from mmgraft.data.batches.sampler import EpochSampler
 from mmgraft.training.run import plan_training, train
-from mmgraft.training.sampler import EpochSampler
 from rank_work import apart, train_runs
 from ranks import on_ranks
 from tiny_runs import losses, make_run, write_recipe

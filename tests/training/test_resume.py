@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.training import checkpoint
+from mmgraft.training.callbacks.stopping import TrainingStopped
 from mmgraft.training.run import plan_training, train
-from mmgraft.training.stopping import TrainingStopped
 from tiny_runs import losses, make_run, write_recipe
 
 # 9 rows with a picture: 5 batches, so 3 steps an epoch with accumulation; dropout draws numbers.

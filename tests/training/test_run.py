@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from mmgraft.errors import UsageError
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.training.recipe_source import load_recipe, shipped_recipes
+from mmgraft.recipes.source import load_recipe, shipped_recipes
 from mmgraft.training.run import Plan, plan_training, train
 from mmgraft.training.session import Session
 from tiny_runs import losses, make_run, write_recipe

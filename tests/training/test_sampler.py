@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from mmgraft.training.sampler import EpochSampler
+from mmgraft.data.batches.sampler import EpochSampler
 
 
 def order(sampler: EpochSampler, epoch: int) -> list[int]:

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from mmgraft.data.indexed import RowIndex, facts_of
+from mmgraft.data.formats.indexed import RowIndex, facts_of
 from mmgraft.errors import UsageError
-from mmgraft.training.recipe import Recipe
+from mmgraft.recipes.recipe import Recipe
+from mmgraft.training.callbacks.stopping import TrainingStopped
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.stage_data import check_pictures
-from mmgraft.training.stopping import TrainingStopped
 from tiny_runs import losses, make_run, write_recipe
 
 STAGES = [{"name": "tune", "train": ["projector"], "lr": 1e-3, "epochs": 2, "batch_size": 2}]

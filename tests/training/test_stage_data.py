@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmgraft.data.indexed import FileRows
+from mmgraft.data.features import fill_cache, open_cache
+from mmgraft.data.formats.indexed import FileRows
+from mmgraft.data.formats.sources import Source, index_rows
 from mmgraft.data.rows import Row
-from mmgraft.data.sources import Source, index_rows
 from mmgraft.errors import UsageError
+from mmgraft.recipes.recipe import DataEntry, Recipe
 from mmgraft.training import stage_data
-from mmgraft.training.features import fill_cache, open_cache
-from mmgraft.training.recipe import DataEntry, Recipe
 from mmgraft.training.stage_data import (
     StageData,
     absolute,

@@ -8,7 +8,7 @@ import torch
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.training.recipe import Stage
+from mmgraft.recipes.recipe import Stage
 from mmgraft.training.stages import open_stage
 from tiny import tiny_model
 from tiny_towers import tiny_tower

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmgraft.training.stopping import Stopper
+from mmgraft.training.callbacks.stopping import Stopper
 
 ARGS = SimpleNamespace(world_size=1)
 

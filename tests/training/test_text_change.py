@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmgraft.model.graft_file import GraftFile
-from mmgraft.training import text_change
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.training.callbacks import text_change
+from mmgraft.training.callbacks.text_change import BEFORE, compare, forgotten, is_due
 from mmgraft.training.run import plan_training, train
-from mmgraft.training.text_change import BEFORE, compare, forgotten, is_due
 from tiny_runs import make_parts, make_rows, make_run, write_recipe
 
 

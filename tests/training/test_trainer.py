@@ -44,8 +44,8 @@ def run_one(parts: Path, tmp_path: Path, stage: dict, method: str = "iaa", look=
 
 def rows_of(session: Session) -> list[dict[str, torch.Tensor]]:
     """Every row of the stage as a batch of its own."""
-    from mmgraft.data.collate import Collator
-    from mmgraft.data.dataset import RowDataset
+    from mmgraft.data.batches.collate import Collator
+    from mmgraft.data.batches.dataset import RowDataset
 
     stage = session.plan.stages[0]
     data = RowDataset(session.plan.rows[0], session.processor, text_rows=stage.text_rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmgraft.model.modeling import GraftedModel
+from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training.memory.kernels import kernel_bytes
 from mmgraft.training.memory.optimizer import scratch_bytes, state_bytes
 from mmgraft.training.memory.rows import RowSizes
@@ -14,7 +15,6 @@ from mmgraft.training.memory.sharing import Groups, Share, groups_of, share
 from mmgraft.training.memory.simulation import Load, Step, simulate, simulate_tower
 from mmgraft.training.memory.stand_in import Outline, count_of, meta_model, weights_of
 from mmgraft.training.memory.subject import Subject, loaded_dtype
-from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.stages import open_stage
 
 PROCESS = {"cuda": 0, "cpu": 100_000_000}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmgraft.training.recipe import Recipe
+from mmgraft.recipes.recipe import Recipe
 
 
 def not_counted(recipe: Recipe, device: str = "cuda", processes: int = 1) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from mmgraft.training.recipe import Optimizer
+from mmgraft.recipes.recipe import Optimizer
 
 _WHOLE = 4096  # bitsandbytes keeps the state of smaller tensors in 32 bits
 _PAGED = 100_000  # and pages only that of larger ones

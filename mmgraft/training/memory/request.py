@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 from mmgraft.basefiles import ModelFiles
 from mmgraft.basefiles.files import fetch_tokenizer
 from mmgraft.data.bad_rows import OnBadRow
-from mmgraft.data.loading import load_processor
-from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.rows import Row
-from mmgraft.data.template import resolve_template
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
-from mmgraft.training import parallel
+from mmgraft.model.files.processor import load_processor
+from mmgraft.recipes.recipe import Recipe, Stage
+from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe, with_data
+from mmgraft.training.distributed import parallel
 from mmgraft.training.memory.estimate import Estimator
 from mmgraft.training.memory.rows import RowSizes, assumed, measured
 from mmgraft.training.memory.subject import Subject, subject_of_recipe, subject_of_run
-from mmgraft.training.recipe import Recipe, Stage
-from mmgraft.training.recipe_source import find_recipe, load_recipe, method_recipe, with_data
 from mmgraft.training.stage_data import StageData, check_rows
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmgraft.data.dataset import cut
-from mmgraft.data.indexed import facts_of, select
-from mmgraft.data.masking import supervise_row
-from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.batches.dataset import cut
+from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.formats.indexed import facts_of, select
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmgraft.anatomy import decoder_layers
+from mmgraft.training.distributed.sharding import pieces_at
 from mmgraft.training.memory.stand_in import weights_of
-from mmgraft.training.sharding import pieces_at
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
-    from mmgraft.training.recipe import Parallel
+    from mmgraft.recipes.recipe import Parallel
 
 _BUCKET = 500_000_000
 """Numbers in a bucket of DeepSpeed, which the shipped configurations leave as it is; in fp32."""
@@ -63,7 +63,7 @@ class Share:
 
 
 def groups_of(model: GraftedModel) -> Groups:
-    """How FSDP2 would divide a model, as `mmgraft.training.sharding` does."""
+    """How FSDP2 would divide a model, as `mmgraft.training.distributed.sharding` does."""
     whole = sum(weights_of(model).values())
     sizes: list[int] = []
     trained: list[int] = []

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from mmgraft.errors import MMGraftError
+from mmgraft.recipes.recipe import Recipe, Stage
+from mmgraft.training.distributed.parallel import processes, processes_here
 from mmgraft.training.memory.switches import peak_of, switches_for
-from mmgraft.training.parallel import processes, processes_here
-from mmgraft.training.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
     from mmgraft.training.run import Plan

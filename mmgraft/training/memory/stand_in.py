@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mmgraft.anatomy import get_path, skeleton
-from mmgraft.model.graft_file import GraftFile
-from mmgraft.model.loading import build_workflow
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.model.files.load import build_workflow
 from mmgraft.model.modeling import GraftedModel
 
 _BLOCK, _NESTED = 64, 256  # numbers that share a constant; constants that share one

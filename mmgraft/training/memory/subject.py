@@ -13,13 +13,13 @@ from mmgraft.aliases import default_tower, resolve_alias
 from mmgraft.basefiles import ModelFiles, load_config
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
-from mmgraft.model.graft_file import OWN_BASE, BaseReference, GraftFile, ImageToken
-from mmgraft.model.loading import local_tower
-from mmgraft.model.summary import locate
-from mmgraft.model.vision.registry import describe_tower, load_tower
-from mmgraft.model.vision.spec import TRANSFORMERS_KIND, VisionSpec
+from mmgraft.model.files.graft_file import OWN_BASE, BaseReference, GraftFile, ImageToken
+from mmgraft.model.files.load import local_tower
+from mmgraft.model.files.summary import locate
+from mmgraft.recipes.recipe import Recipe
 from mmgraft.training.memory.stand_in import Outline
-from mmgraft.training.recipe import Recipe
+from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
+from mmgraft.vision.towers.registry import describe_tower, load_tower
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Subject:
         if self.vision.kind != TRANSFORMERS_KIND:
             tower = load_tower(self.vision)
             return Outline(tower, tower.image_size, lambda module, pixels: module(pixels))
-        from mmgraft.model.vision.transformers_tower import outline
+        from mmgraft.vision.towers.transformers import outline
 
         module, features, size = outline(self.vision)
         return Outline(module, size, features.features)

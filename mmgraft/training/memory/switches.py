@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training.memory.cards import Card, cards
-from mmgraft.training.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
     from mmgraft.training.memory.estimate import Estimator, StageEstimate

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmgraft.data.processor import GraftProcessor
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.training.memory.rows import TOKENISED, assumed, measured

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mmgraft import IAAConfig
+from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training.memory.limits import not_counted
 from mmgraft.training.memory.request import Request, read_request
 from mmgraft.training.memory.sharing import Groups, Share, groups_of, share
 from mmgraft.training.memory.stand_in import meta_model
-from mmgraft.training.recipe import Recipe, Stage
 from mmgraft.training.stages import open_stage
 from tiny import HIDDEN, tiny_config
 from tiny_records import tiny_record

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmgraft.errors import MMGraftError
+from mmgraft.recipes.recipe import Recipe
 from mmgraft.training.memory import shortage
 from mmgraft.training.memory.request import estimator_of_plan
-from mmgraft.training.recipe import Recipe
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.session import Session
 from tiny_runs import make_parts, make_run, write_recipe

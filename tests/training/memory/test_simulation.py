@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from grafting import graft_on
 from mmgraft import IAAConfig, LlavaConfig, WingsConfig
 from mmgraft.errors import MMGraftError
-from mmgraft.model import activations, loss
+from mmgraft.model import loss
+from mmgraft.model.kernels import activations
+from mmgraft.recipes.recipe import Stage
 from mmgraft.training.memory.simulation import Load, Step, simulate
 from mmgraft.training.memory.stand_in import meta_model
-from mmgraft.training.recipe import Stage
 from mmgraft.training.stages import open_stage
 from tiny import HIDDEN, LAYERS, tiny_config
 from tiny_records import tiny_record

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
+from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training.memory.cards import cards
 from mmgraft.training.memory.switches import SEVERAL, SWITCHES, peak_of, savings, smaller_cards
-from mmgraft.training.recipe import Recipe, Stage
 
 
 @dataclass

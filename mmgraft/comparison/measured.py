@@ -1,0 +1,276 @@
+"""What was measured of the arms: their results, and their kept answers scored item by item.
+
+Scores of kept answers are computed again, so that differences between arms are paired.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mmgraft.comparison.files import Phase, arm_folder, phases_done
+from mmgraft.comparison.spec import Comparison
+from mmgraft.errors import UsageError
+from mmgraft.evaluation.generate.predictions import read_predictions
+from mmgraft.evaluation.items.files import (
+    data_file,
+    file_sha256,
+    read_items,
+    read_training_answers,
+)
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood.choice import ChoiceScore
+from mmgraft.evaluation.likelihood.perplexity import TextScore, WindowScore, measure_texts
+from mmgraft.evaluation.metrics.intervals import Estimate
+from mmgraft.evaluation.metrics.measured import Measured
+from mmgraft.evaluation.metrics.scoring import (
+    groups_of,
+    measure_answers,
+    measure_choices,
+    measure_prior,
+)
+from mmgraft.evaluation.report.words import direction
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.find import is_graft
+from mmgraft.runs.results import Results, Section, SetResult, measured
+
+NO_IMAGE, PRIOR = "no_image", "prior"
+ALL_PAIRS = 5
+"""Up to so many arms are compared each with each; more of them each with the best."""
+
+_NEEDED = {
+    "choice": {"answer", "sums", "tokens", "characters"},
+    "perplexity": {"words", "bytes", "windows"},
+}
+
+
+@dataclass(frozen=True)
+class MeasuredArm:
+    """One arm.
+
+    Attributes:
+        name: Its name.
+        description: The comparison's words for it.
+        run: Its folder.
+        record: What the graft is; None where the arm was not started.
+        sections: What was measured, by section.
+        done: Phases that are done.
+    """
+
+    name: str
+    description: str
+    run: Path
+    record: GraftFile | None
+    sections: dict[Section, Results]
+    done: list[Phase]
+
+    @property
+    def base_trained(self) -> bool:
+        """Whether text may have changed."""
+        return self.record is not None and self.record.base_trained
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What the training cost; empty where it is not done."""
+        section = self.sections.get("training")
+        return {} if section is None else section.details
+
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """The result of comparing its text workflow with the base."""
+        section = self.sections.get("text")
+        return None if section is None else section.identity
+
+    def sets(self, section: Section) -> list[SetResult]:
+        """Return the sets of a section; none where it was not measured."""
+        found = self.sections.get(section)
+        return [] if found is None else found.sets
+
+    def set_named(self, section: Section, name: str) -> SetResult | None:
+        """Return a set of a section by its name."""
+        return next((one for one in self.sets(section) if one.name == name), None)
+
+
+def read_arms(out: Path, comparison: Comparison) -> list[MeasuredArm]:
+    """Read every arm in the comparison's order, as far as it has come.
+
+    Raises:
+        UsageError: A result or a phase's record is damaged.
+    """
+    arms = []
+    for name, arm in comparison.all_arms().items():
+        run = arm_folder(out, name)
+        record = GraftFile.read(run) if is_graft(run) else None
+        sections: dict[Section, Results] = {one.section: one for one in measured(run)}
+        arms.append(MeasuredArm(name, arm.description, run, record, sections, phases_done(run)))
+    return arms
+
+
+def set_names(arms: Sequence[MeasuredArm], section: Section) -> list[str]:
+    """Return the sets that any arm was evaluated on, in the order in which they were."""
+    return list(dict.fromkeys(one.name for arm in arms for one in arm.sets(section)))
+
+
+@dataclass
+class SetAnswers:
+    """The arms' answers to one set.
+
+    Attributes:
+        spec: The set.
+        items: In the order of the file.
+        groups: What the bootstrap resamples together, one a row of what was measured.
+        texts: Each arm's answer to every item, in words; of perplexity there are none.
+        measured: Each arm's answers, scored.
+        no_image: The same without the image, of arms that were evaluated so.
+        prior: The most frequent training answers, scored.
+        missing: Why an arm is not among them.
+    """
+
+    spec: SetSpec
+    items: list[Item]
+    groups: list[str | int] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    measured: dict[str, Measured] = field(default_factory=dict)
+    no_image: dict[str, Measured] = field(default_factory=dict)
+    prior: Measured | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def main(self) -> str:
+        """The score that a table shows."""
+        return next(iter(self.measured.values())).main
+
+    @property
+    def notes(self) -> list[str]:
+        """Which arms are left out, and why."""
+        name = self.spec.name
+        return [f"{name}: {arm} is left out of these: {why}" for arm, why in self.missing.items()]
+
+    @cached_property
+    def differences(self) -> list[tuple[str, str, Estimate]]:
+        """First arm, second arm, and the first one's main score minus the second's.
+
+        They are the later arm minus the earlier, or of many arms each minus the best.
+        """
+        names = list(self.measured)
+        pairs = [(second, first) for first, second in itertools.combinations(names, 2)]
+        if len(names) > ALL_PAIRS:
+            sense = direction(self.main) or 1
+            best = max(names, key=lambda name: sense * self.measured[name].values()[self.main])
+            pairs = [(name, best) for name in names if name != best]
+        return [(a, b, self._change(self.measured[a], self.measured[b])) for a, b in pairs]
+
+    @cached_property
+    def over_blind(self) -> list[tuple[str, str, Estimate]]:
+        """Arm, blind score, and the arm's main score minus it, on the same items."""
+        return [
+            (arm, name, self._change(own, blind))
+            for arm, own in self.measured.items()
+            for name, blind in ((PRIOR, self.prior), (NO_IMAGE, self.no_image.get(arm)))
+            if blind is not None and self.main in blind.statistics
+        ]
+
+    def _change(self, after: Measured, before: Measured) -> Estimate:
+        """Return the change of the main score; blind answers may have fewer scores and columns."""
+        one, two = (
+            Measured(each.columns, {self.main: each.statistics[self.main]}, self.main)
+            for each in (after, before)
+        )
+        if one.columns.shape != two.columns.shape:
+            one, two = (
+                Measured.means(**{self.main: each.columns[:, 0].tolist()}) for each in (one, two)
+            )
+        return one.change(two, self.groups)[self.main]
+
+
+def read_answers(spec: SetSpec, arms: Sequence[MeasuredArm]) -> SetAnswers | None:
+    """Read the answers of all arms that were evaluated on a set; None where none has kept any.
+
+    Args:
+        spec: The set, its paths absolute.
+        arms: The arms of the comparison.
+
+    Raises:
+        UsageError: The set's file is missing, or cannot be read.
+    """
+    section: Section = "text" if spec.modality == "text" else "vision"
+    results = [(arm, arm.set_named(section, spec.name)) for arm in arms]
+    if not any(one is not None and one.predictions for _, one in results):
+        return None
+    items = read_items(spec)
+    sha256 = file_sha256(data_file(spec))
+    found = SetAnswers(spec, items, prior=_prior(spec, items))
+    for arm, one in results:
+        why = _why_missing(one, sha256)
+        if one is None or one.predictions is None or why:
+            found.missing[arm.name] = why
+            continue
+        rows = _rows(arm.run / one.predictions, spec, items)
+        if rows is None:
+            found.missing[arm.name] = "its answers are not complete"
+            continue
+        if spec.metric != "perplexity":
+            found.texts[arm.name] = [str(row["answer"]) for row in rows]
+        found.measured[arm.name], found.groups = _measure(spec, items, rows)
+        file = f"{one.predictions.removesuffix('.jsonl')}.{NO_IMAGE}.jsonl"
+        blind = _rows(arm.run / file, spec, items) if NO_IMAGE in one.blind else None
+        if blind is not None:
+            found.no_image[arm.name], _ = _measure(spec, items, blind)
+    return found if found.measured else None
+
+
+def _why_missing(one: SetResult | None, sha256: str) -> str:
+    if one is None:
+        return "it was not evaluated"
+    if one.predictions is None:
+        return "its answers were not kept"
+    return "" if one.sha256 == sha256 else "the set's file has changed since"
+
+
+def _rows(file: Path, spec: SetSpec, items: Sequence[Item]) -> list[dict[str, Any]] | None:
+    """Return one row an item, in their order; None where one is missing or scored otherwise."""
+    needed = _NEEDED.get(spec.metric, {"answer"})
+    kept = {str(row["id"]): row for row in read_predictions(file) if needed <= row.keys()}
+    return [kept[item.id] for item in items] if all(one.id in kept for one in items) else None
+
+
+def _measure(
+    spec: SetSpec, items: Sequence[Item], rows: Sequence[dict[str, Any]]
+) -> tuple[Measured, list[str | int]]:
+    """Return what the rows score, and the groups to resample."""
+    if spec.metric == "perplexity":
+        # Tokens and log-likelihood alone, because not every arm was measured beside its base.
+        texts = [
+            TextScore(
+                str(row["id"]),
+                row["words"],
+                row["bytes"],
+                tuple(WindowScore(*window[:2]) for window in row["windows"]),
+            )
+            for row in rows
+        ]
+        return measure_texts(texts, together=groups_of(items) if spec.chat else None)
+    groups: list[str | int] = [*groups_of(items)]
+    if spec.metric != "choice":
+        return measure_answers(spec, items, [str(row["answer"]) for row in rows]), groups
+    scores = [
+        ChoiceScore(
+            str(row["id"]), tuple(row["sums"]), tuple(row["tokens"]), tuple(row["characters"])
+        )
+        for row in rows
+    ]
+    return measure_choices(items, scores), groups
+
+
+def _prior(spec: SetSpec, items: Sequence[Item]) -> Measured | None:
+    if PRIOR not in spec.blind or spec.train is None:
+        return None
+    try:
+        return measure_prior(spec, items, read_training_answers(spec))
+    except UsageError:
+        return None  # the file of training rows is gone; the score itself is in the results

@@ -1,0 +1,1 @@
+"""Rows as batches: data set, collator, sequence packing, sampling order."""

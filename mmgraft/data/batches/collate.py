@@ -1,0 +1,95 @@
+"""Examples as one batch for a grafted model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmgraft.data.batches.dataset import Example, TextRows
+from mmgraft.data.batches.padding import pad
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.images import is_data_uri
+from mmgraft.errors import UsageError
+from mmgraft.vision.feature_cache import FeatureCache, Picture
+from mmgraft.vision.stored import StoredImage
+
+
+class Collator:
+    """Puts examples together, padded on the right.
+
+    A batch has input_ids, attention_mask, mm_token_type_ids and labels, each (b, s); for its images
+    in order of appearance pixel_values (n, 3, H, W), or image_features (n, P, vision hidden) from a
+    cache; and row_ids, a list of b texts. With `text_rows` "graft" it also names the workflow of
+    every row, so that rows without an image run the graft too.
+    """
+
+    def __init__(
+        self,
+        processor: GraftProcessor,
+        text_rows: TextRows = "skip",
+        features: FeatureCache | None = None,
+        compute: Callable[[list[Picture]], Tensor] | None = None,
+        workflow: str = "mm",
+        multiple: int = 1,
+    ):
+        """Choose how batches are made.
+
+        Args:
+            processor: pads and makes pixels.
+            text_rows: see `RowDataset`.
+            features: asked for image features instead of making pixels; the dataset then leaves
+                its images unopened (`load_images=False`).
+            compute: features of files that the cache does not hold yet, such as `tower_features`
+                gives; without it they are an error.
+            workflow: the one that rows run with `text_rows` "graft".
+            multiple: round the length of a batch up to a multiple of this.
+        """
+        self.processor = processor
+        self.text_rows = text_rows
+        self.features = features
+        self.compute = compute
+        self.workflow = workflow
+        self.multiple = multiple
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """One batch; see the class.
+
+        Raises:
+            UsageError: where pixels are wanted and the processor has no preprocessing; where a
+                feature cache is asked for an image that is no file, or that it does not hold.
+        """
+        rows = [example.encoded for example in examples]
+        batch: dict[str, Any] = self.processor.collate(rows, "right", self.multiple)
+        batch["labels"] = pad([row.labels for row in rows], -100, "right", self.multiple)
+        images = [image for example in examples for image in example.images]
+        if images and self.features is not None:
+            paths = [path for example in examples for path in _paths(example)]
+            found = self.features.get_many(paths, self.compute or _not_cached)
+            batch["image_features"] = torch.stack(found)
+        elif images:
+            batch["pixel_values"] = self.processor.pixels(images)
+        if self.text_rows == "graft":
+            batch["workflow"] = [self.workflow] * len(rows)
+        batch["row_ids"] = [example.row_id for example in examples]
+        return batch
+
+
+def _paths(example: Example) -> list[str | StoredImage]:
+    for image in example.images:
+        if isinstance(image, StoredImage):
+            continue
+        if not isinstance(image, str) or is_data_uri(image):
+            raise UsageError(
+                f"{example.where}: a feature cache finds images by their files, and this one is "
+                "none; write it to a file, or train without the cache"
+            )
+    return list(example.images)
+
+
+def _not_cached(paths: list[Picture]) -> Tensor:
+    raise UsageError(
+        f"the feature cache does not hold {paths[0]}; compute the features of all images first"
+    )

@@ -1,0 +1,273 @@
+"""Rows as a torch dataset: tokenised, and their images opened, when they are asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mmgraft.data.bad_rows import BadRow, OnBadRow
+from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
+from mmgraft.data.formats.indexed import facts_of, key_at, select
+from mmgraft.data.images import open_images
+from mmgraft.data.rows import Row
+from mmgraft.errors import UsageError
+
+TextRows = Literal["skip", "graft", "base"]
+
+_CUT, _SKIPPED = 1, 2
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row ready for a batch.
+
+    Attributes:
+        encoded: ids, kinds, spans.
+        images: opened images, or what the row says of them where a feature cache will be asked.
+        row_id: the row's.
+        where: names the row in errors.
+        skipped: rows that could not be used and in whose place this one stands, as far as they
+            were not known before.
+    """
+
+    encoded: Encoded
+    images: Sequence[Any]
+    row_id: str
+    where: str
+    skipped: tuple[BadRow, ...] = ()
+
+    def __len__(self) -> int:
+        """Positions, an image's counted."""
+        return len(self.encoded)
+
+
+class RowDataset(Dataset[Example]):
+    """Rows to train on.
+
+    Rows too long are cut on the right, never inside an image: the cut moves to before it. What was
+    cut and skipped is counted (`counts`), once a row, over all worker processes.
+
+    Attributes:
+        rows: the rows in use.
+        dropped_text_rows: how many rows without an image were left out.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        processor: GraftProcessor,
+        max_length: int | None = None,
+        text_rows: TextRows = "skip",
+        on_bad_row: OnBadRow = "error",
+        load_images: bool = True,
+        known_bad: Collection[tuple[str, str]] = (),
+        positions: int | None = None,
+    ):
+        """Take rows; nothing is tokenised yet.
+
+        Args:
+            rows: in the order of their index.
+            processor: for ids.
+            max_length: positions of a row, an image's counted; None cuts nothing.
+            text_rows: "skip" leaves rows without an image out, as nothing of theirs can be trained
+                beside a frozen base; "graft" and "base" keep them.
+            on_bad_row: what a row does that cannot be used: "error" raises, "skip" puts the next
+                good row in its place, so that batches keep their size, and which row stands where
+                does not depend on what was met before.
+            load_images: open images at access; false where a feature cache will be asked.
+            known_bad: keys (see `BadRow.key`) of rows that count as bad without being looked at;
+                for "skip".
+            positions: that the base has a table of; None where it has none.
+
+        Raises:
+            UsageError: where no row is left.
+        """
+        kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
+        self.dropped_text_rows = len(rows) - len(kept)
+        if not kept:
+            raise UsageError(
+                "no row has an image, and text_rows: skip leaves the others out; check the data, "
+                "or set text_rows: graft"
+                if rows
+                else "no rows to train on; set data in the recipe or give --data"
+            )
+        if self.dropped_text_rows:
+            _log.info(
+                "%d of %d rows have no image and are left out (text_rows: skip)",
+                self.dropped_text_rows,
+                len(rows),
+            )
+        self.rows = kept
+        self.processor = processor
+        self.max_length = max_length
+        self.positions = positions
+        self.on_bad_row = on_bad_row
+        self.load_images = load_images
+        self._flags = torch.zeros(len(kept), dtype=torch.uint8).share_memory_()
+        if known_bad:
+            for at in range(len(kept)):
+                self._flags[at] = _SKIPPED if key_at(kept, at) in known_bad else 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """Tokenise a row and open its images.
+
+        Raises:
+            UsageError: for a row that cannot be used; with `on_bad_row` "skip", where all cannot.
+        """
+        skipped: list[BadRow] = []
+        for step in range(len(self.rows)):
+            example = self._usable((index + step) % len(self.rows), skipped)
+            if example is not None:
+                return replace(example, skipped=tuple(skipped))
+        last = f"; the last one: {skipped[-1].reason}" if skipped else ""
+        raise UsageError(
+            f"not one of {len(self.rows)} rows can be used{last}\nlook at all of them with: "
+            "mmgraft data check"
+        )
+
+    def together(self, indices: Sequence[int]) -> list[Example]:
+        """Rows that were chosen to go together, without those that cannot be used.
+
+        Where none is left, the next good row stands for all.
+
+        Raises:
+            UsageError: as for one row.
+        """
+        skipped: list[BadRow] = []
+        found = [self._usable(index, skipped) for index in indices]
+        good = [example for example in found if example is not None] or [self[indices[0]]]
+        return [replace(good[0], skipped=(*skipped, *good[0].skipped)), *good[1:]]
+
+    def length(self, index: int) -> int | BadRow:
+        """Positions of a row as it is trained on, or why it cannot be used; no image is opened.
+
+        Raises:
+            UsageError: for a row that cannot be used, where such rows are not skipped.
+        """
+        try:
+            return len(self._encoded(self.rows[index])[0])
+        except UsageError as error:
+            if self.on_bad_row == "error":
+                raise
+            self._flags[index] |= _SKIPPED
+            return BadRow.of(self.rows[index], error)
+
+    def check(self, most: int = 1000) -> None:
+        """Tokenise rows before any of them is needed; no image is opened.
+
+        Of a set larger than `most`, half of these are its longest rows, which a `max_length` would
+        leave nothing to learn of, and half stand evenly in the rest.
+
+        Raises:
+            UsageError: for the first row that cannot be used.
+        """
+        for at in self._sample(most):
+            self._encoded(self.rows[at])
+
+    def _sample(self, most: int) -> Iterator[int]:
+        places = range(len(self.rows))
+        if len(self.rows) <= most:
+            yield from places
+            return
+        letters = facts_of(self.rows).letters.astype(np.int64)
+        longest = np.argsort(-letters, kind="stable")[: most // 2].tolist()
+        yield from sorted({*longest, *places[:: -(-len(places) // (most // 2))]})
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows met so far that were cut, and that were skipped as unusable."""
+        return {
+            "cut": int((self._flags & _CUT).ne(0).sum()),
+            "skipped": int((self._flags & _SKIPPED).ne(0).sum()),
+        }
+
+    def _usable(self, index: int, skipped: list[BadRow]) -> Example | None:
+        """A row, or None, noted in `skipped`, where it cannot be used and such rows are skipped."""
+        if self._flags[index] & _SKIPPED:
+            return None
+        try:
+            return self._example(index)
+        except UsageError as error:
+            if self.on_bad_row == "error":
+                raise
+            self._flags[index] |= _SKIPPED
+            skipped.append(BadRow.of(self.rows[index], error))
+            return None
+
+    def _example(self, index: int) -> Example:
+        row = self.rows[index]
+        encoded, shorter = self._encoded(row)
+        if shorter:
+            self._flags[index] |= _CUT
+        images = open_images(encoded.images, row.where) if self.load_images else encoded.images
+        return Example(encoded, images, row.id, row.where)
+
+    def _encoded(self, row: Row) -> tuple[Encoded, bool]:
+        """A row as it is trained on, and whether it had to be cut."""
+        encoded = supervise_row(self.processor, row)
+        patches = self.processor.num_patches
+        return fitted(encoded, self.max_length, self.positions, patches, row.where)
+
+
+def fitted(
+    encoded: Encoded, max_length: int | None, positions: int | None, num_patches: int, where: str
+) -> tuple[Encoded, bool]:
+    """A row as it is trained on, and whether it had to be cut.
+
+    Args:
+        encoded: all of it.
+        max_length: where rows are cut; None cuts nothing.
+        positions: that the base has a table of; None where it has none.
+        num_patches: positions of an image.
+        where: names the row in errors.
+
+    Raises:
+        UsageError: where nothing to learn is left, or the base has no positions for the row.
+    """
+    shorter = max_length is not None and len(encoded) > max_length
+    if max_length is not None and shorter:
+        encoded = cut(encoded, max_length, num_patches, where)
+    if positions is not None and len(encoded) > positions:
+        raise UsageError(
+            f"{where}: {len(encoded)} positions, and the base has a table of {positions}; set "
+            f"max_length: {positions} in the stage, which cuts longer rows, or leave the row out"
+        )
+    return encoded, shorter
+
+
+def cut(encoded: Encoded, max_length: int, num_patches: int, where: str) -> Encoded:
+    """The first positions of a row, `max_length` or fewer: an image is kept whole or left out.
+
+    Raises:
+        UsageError: naming the row, where nothing to learn is left.
+    """
+    end = min(max_length, len(encoded))
+    whole, part = divmod(sum(encoded.kinds[:end]), num_patches)
+    if part:
+        end = [at for at, kind in enumerate(encoded.kinds) if kind][whole * num_patches]
+    spans = tuple((start, min(stop, end)) for start, stop in encoded.spans if start < end)
+    shorter = replace(
+        encoded,
+        input_ids=encoded.input_ids[:end],
+        kinds=encoded.kinds[:end],
+        images=encoded.images[:whole],
+        spans=spans,
+    )
+    if all(label == -100 for label in shorter.labels):
+        first = encoded.spans[0][0] if encoded.spans else len(encoded)
+        raise UsageError(
+            f"{where}: {len(encoded)} positions, and the first {max_length} hold nothing to learn "
+            f"(its first answer begins at {first}); raise max_length, or leave the row out"
+        )
+    return shorter

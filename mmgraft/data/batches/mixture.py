@@ -1,0 +1,95 @@
+"""Several sources as one list of rows, the same for the same seed."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmgraft.data.formats.indexed import Joined, RowIndex, Selected
+from mmgraft.data.rows import Row
+from mmgraft.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one source and how often an epoch shows each: 2 is twice, 0.5 is every other one."""
+
+    rows: Sequence[Row]
+    weight: float = 1.0
+
+
+def mix(
+    parts: Sequence[Part],
+    seed: int = 0,
+    limit: int | None = None,
+    image_share: float | None = None,
+) -> RowIndex:
+    """Put sources together and shuffle them; no row is read.
+
+    A source of n rows and weight w gives round(n w) rows: every row floor(w) times, and a drawn
+    sample for the rest. What is drawn of a source depends on the seed and on its place in the list,
+    not on the other sources.
+
+    Args:
+        parts: the sources.
+        seed: decides what is drawn and the order.
+        limit: keep this many rows of the shuffled mixture.
+        image_share: how much of the rows have an image, above 0 and below 1. As many rows are
+            shown as without it: rows of the one kind more often, of the other less often, as a
+            weight would.
+
+    Raises:
+        UsageError: for a weight that is not above 0, a mixture without rows, or a share of rows of
+            which there are none.
+    """
+    rows = Joined([part.rows for part in parts])
+    chosen: list[NDArray[Any]] = []
+    first = 0
+    for index, part in enumerate(parts):
+        if part.weight <= 0:
+            raise UsageError(f"a data weight of {part.weight}; write one above 0, or leave it out")
+        places = np.arange(first, first + len(part.rows))
+        wanted = round(len(part.rows) * part.weight)
+        chosen.append(_drawn(places, wanted, random.Random(f"{seed} {index}")))
+        first += len(part.rows)
+    places = np.concatenate(chosen) if chosen else np.arange(0)
+    if image_share is not None and len(places):
+        places = _shared(places, rows.facts.with_image[places], image_share, seed)
+    order = array("q", places.astype(np.int64).tobytes())
+    random.Random(f"{seed} order").shuffle(order)
+    places = np.array(order, dtype=np.int64)[:limit]
+    if not len(places):
+        raise UsageError("the data has no rows; set the files, weights and limits to give some")
+    return Selected(rows, places)
+
+
+def _drawn(places: NDArray[Any], wanted: int, draw: random.Random) -> NDArray[Any]:
+    """So many of some places: each as often as it goes, and a sample for the rest."""
+    whole, rest = divmod(wanted, len(places)) if len(places) else (0, 0)
+    sample = draw.sample(range(len(places)), rest)
+    return np.concatenate([np.tile(places, whole), places[np.sort(np.array(sample, dtype=int))]])
+
+
+def _shared(
+    places: NDArray[Any], with_image: NDArray[np.bool_], share: float, seed: int
+) -> NDArray[Any]:
+    """As many places, of which a share has an image."""
+    images = round(share * len(places))
+    found: list[NDArray[Any]] = []
+    for name, kind, wanted in (
+        ("with an image", with_image, images),
+        ("without an image", ~with_image, len(places) - images),
+    ):
+        if wanted and not kind.any():
+            raise UsageError(
+                f"image_share: {share:g} wants {wanted} of {len(places)} rows {name}, and the data "
+                "has none; add such rows, or leave image_share out"
+            )
+        found.append(_drawn(places[kind], wanted, random.Random(f"{seed} {name}")))
+    return np.concatenate(found)

@@ -1,0 +1,308 @@
+"""Messages in, tensors out. Text is tokenised exactly as the base's own tokenizer would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import Self
+
+from mmgraft.data.batches.padding import Side, pad
+from mmgraft.data.chat.content import Message, flatten, has_image, has_parts
+from mmgraft.data.chat.template import Template, reads_parts, refusal, render
+from mmgraft.data.chat.transcript import SentinelTokenizers, Transcript, write_transcript
+from mmgraft.data.images import open_images
+from mmgraft.errors import UsageError
+
+Preprocess = Callable[[Sequence[Image.Image]], Tensor]
+"""A vision tower's `preprocess`: n images -> (n, 3, H, W)."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as ids.
+
+    Attributes:
+        input_ids: s ids; where an image stands, `num_patches` times the placeholder.
+        kinds: s numbers, 1 at an image's positions and 0 at text: the row's `mm_token_type_ids`.
+        images: what the image parts held (paths, data URIs, PIL images), in order of appearance.
+        spans: first and past-the-last position of everything to learn; only `supervise` fills it.
+    """
+
+    input_ids: list[int]
+    kinds: list[int]
+    images: list[Any]
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids to learn at their own positions, -100 at all others; never an image's."""
+        labels = [-100] * len(self.input_ids)
+        for start, end in self.spans:
+            for at in range(start, end):
+                if self.kinds[at] == 0:
+                    labels[at] = self.input_ids[at]
+        return labels
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class GraftProcessor:
+    """Turns conversations with images into what a grafted model's forward takes.
+
+    A conversation without an image part gives the ids of the base's untouched tokenizer and
+    template, whatever its text says: "<image>", the placeholder's own text or anything else. Only
+    image parts make image positions, and `mm_token_type_ids` alone tells them apart.
+
+    Text around images is tokenised by a copy of the tokenizer in which a sentinel that the text
+    does not contain stands for an image, which is how transformers' `LlavaProcessor` splits it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        num_patches: int,
+        placeholder_id: int,
+        template: Template | str = "chat",
+        preprocess: Preprocess | None = None,
+        options: Mapping[str, Any] | None = None,
+    ):
+        """Bind the base's tokenizer to a vision tower's size.
+
+        Args:
+            tokenizer: the base's; it is never changed.
+            num_patches: positions of one image.
+            placeholder_id: fills them; see `choose_placeholder`.
+            template: a `Template`, or one of the kinds that need no text.
+            preprocess: the vision tower's; without it `__call__` takes no images.
+            options: variables of the chat template, such as `enable_thinking`.
+        """
+        if isinstance(template, str):
+            if template not in ("chat", "plain"):
+                raise UsageError(f"template {template!r}: resolve it with resolve_template first")
+            template = Template("plain" if template == "plain" else "chat")
+        self.tokenizer = tokenizer
+        self.num_patches = num_patches
+        self.placeholder_id = placeholder_id
+        self.template = template
+        self.preprocess = preprocess
+        self.options = dict(options or {})
+        self._copies = SentinelTokenizers(tokenizer)
+        self._reads_parts: bool | None = None
+
+    def with_template(self, template: Template | str) -> Self:
+        """The same processor with another template."""
+        return type(self)(
+            self.tokenizer,
+            self.num_patches,
+            self.placeholder_id,
+            template,
+            self.preprocess,
+            self.options,
+        )
+
+    def transcript(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        where: str = "the conversation",
+    ) -> Transcript:
+        """The conversation as its template and tokenizer see it; see `Transcript`."""
+        return write_transcript(
+            self._copies,
+            self.template,
+            messages,
+            tools=tools,
+            options=self.options,
+            where=where,
+        )
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        where: str = "the conversation",
+    ) -> str:
+        """The text that is tokenised: the base's own, or one with a sentinel for every image."""
+        if has_image(messages):
+            return self.transcript(messages, tools, where).render(
+                add_generation_prompt=add_generation_prompt
+            )
+        return render(
+            self.template,
+            self.tokenizer,
+            self._text_only(messages, where),
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            options=self.options,
+            where=where,
+        )
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        where: str = "the conversation",
+    ) -> Encoded:
+        """Tokenise one conversation; images are not opened.
+
+        Args:
+            messages: `{"role", "content"}`, content a text or a list of text and image parts.
+            add_generation_prompt: end with the header of an answer.
+            tools: for the chat template.
+            where: names the row in errors.
+
+        Raises:
+            UsageError: where the template refuses the conversation.
+        """
+        if not has_image(messages):
+            ids = self._text_ids(messages, add_generation_prompt, tools, where)
+            return Encoded(ids, [0] * len(ids), [])
+        transcript = self.transcript(messages, tools, where)
+        text = transcript.render(add_generation_prompt=add_generation_prompt)
+        return self.expand(transcript, transcript.ids(text))
+
+    def expand(
+        self,
+        transcript: Transcript,
+        ids: Sequence[int],
+        spans: Sequence[tuple[int, int]] = (),
+    ) -> Encoded:
+        """Give every sentinel the positions of an image, and move the spans along."""
+        input_ids: list[int] = []
+        kinds: list[int] = []
+        at = [0]  # where each id of `ids` begins, and the end
+        for index in ids:
+            if index == transcript.sentinel_id:
+                input_ids += [self.placeholder_id] * self.num_patches
+                kinds += [1] * self.num_patches
+            else:
+                input_ids.append(index)
+                kinds.append(0)
+            at.append(len(input_ids))
+        moved = tuple((at[start], at[end]) for start, end in spans)
+        return Encoded(input_ids, kinds, transcript.images, moved)
+
+    def __call__(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        padding_side: Side = "left",
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """Tokenise a batch and open its images.
+
+        Args:
+            conversations: a list of conversations, or one conversation.
+            padding_side: "left" for generation, "right" for training.
+            add_generation_prompt: end with the header of an answer.
+            tools: for the chat template, the same for all.
+
+        Returns:
+            input_ids, attention_mask and mm_token_type_ids, each (b, s); with images also
+            pixel_values (n_images, 3, H, W), in order of appearance.
+
+        Raises:
+            UsageError: where a template refuses a conversation or an image cannot be read.
+        """
+        batch: Any = conversations
+        if batch and isinstance(batch[0], Mapping):
+            batch = [batch]
+        if not batch:
+            raise UsageError("no conversation to process; give at least one")
+        names = ["the conversation"] if len(batch) == 1 else []
+        names = names or [f"conversation {number}" for number in range(1, len(batch) + 1)]
+        rows = [
+            self.encode(messages, add_generation_prompt, tools, where)
+            for messages, where in zip(batch, names, strict=True)
+        ]
+        inputs = self.collate(rows, padding_side)
+        images = [
+            image
+            for row, where in zip(rows, names, strict=True)
+            for image in open_images(row.images, where)
+        ]
+        if images:
+            inputs["pixel_values"] = self.pixels(images)
+        return inputs
+
+    def collate(
+        self, rows: Sequence[Encoded], padding_side: Side, multiple: int = 1
+    ) -> dict[str, Tensor]:
+        """Pad rows to one length: input_ids, attention_mask, mm_token_type_ids, each (b, s)."""
+        columns = {
+            "input_ids": ([row.input_ids for row in rows], self.pad_id),
+            "attention_mask": ([[1] * len(row) for row in rows], 0),
+            "mm_token_type_ids": ([row.kinds for row in rows], 0),
+        }
+        return {
+            name: pad(values, fill, padding_side, multiple)
+            for name, (values, fill) in columns.items()
+        }
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """The vision tower's input: (n, 3, H, W).
+
+        Raises:
+            UsageError: where the processor was made without a tower's `preprocess`.
+        """
+        if self.preprocess is None:
+            raise UsageError(
+                "this processor has no image preprocessing; make it with a vision tower's"
+            )
+        return self.preprocess(images)
+
+    @property
+    def pad_id(self) -> int:
+        """The id of padding: the tokenizer's, else its end of sequence, else 0. It is masked."""
+        for index in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(index, int):
+                return index
+        return 0
+
+    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
+        """The text of generated ids, by the base's tokenizer."""
+        if isinstance(ids, Tensor):
+            ids = ids.tolist()
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def _text_ids(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None,
+        where: str,
+    ) -> list[int]:
+        messages = self._text_only(messages, where)
+        if self.template.kind == "plain":
+            text = render(self.template, self.tokenizer, messages, tools=tools, where=where)
+            return list(self.tokenizer(text, verbose=False)["input_ids"])
+        try:
+            encoding = self.tokenizer.apply_chat_template(
+                list(messages),  # pyright: ignore[reportArgumentType]
+                tools=list(tools) if tools else None,
+                chat_template=self.template.text,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=True,
+                **self.options,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise refusal(error, where) from error
+        return list(encoding["input_ids"])  # pyright: ignore
+
+    def _text_only(self, messages: Sequence[Message], where: str) -> Sequence[Message]:
+        """The messages as they are where the template reads lists of parts, else flattened."""
+        if not has_parts(messages):
+            return messages
+        if self._reads_parts is None:
+            self._reads_parts = reads_parts(self.template, self.tokenizer)
+        return messages if self._reads_parts else flatten(messages, "", where)[0]

@@ -1,0 +1,197 @@
+"""How messages become one text: the tokenizer's chat template, plain text, or a template file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from mmgraft.data.chat.content import Message
+from mmgraft.errors import UsageError
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = "mmgraft probe"
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a graft records of its template.
+
+    Attributes:
+        kind: "chat" is the tokenizer's own, "plain" is the contents one after another, "file" is
+            the jinja text of a file.
+        text: the jinja text of kind "file", else None.
+    """
+
+    kind: Literal["chat", "plain", "file"] = "chat"
+    text: str | None = None
+
+
+def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Turn what a user wrote into a template that this tokenizer can use.
+
+    Args:
+        spec: "chat" (also None), "plain", or the path of a jinja file.
+        tokenizer: the base's.
+
+    Raises:
+        UsageError: "chat" for a tokenizer that has no template, a file that is missing or is not
+            jinja.
+    """
+    if spec in (None, "chat"):
+        if not tokenizer.chat_template:
+            raise UsageError(
+                "this base's tokenizer has no chat template; write `template: plain` (an image, "
+                "then text), or `template:` with the path of a jinja file"
+            )
+        return Template("chat")
+    if spec == "plain":
+        return Template("plain")
+    path = Path(spec)
+    if not path.is_file():
+        raise UsageError(f"no template file {spec}; write chat, plain or the path of a jinja file")
+    text = path.read_text(encoding="utf-8")
+    template = Template("file", text)
+    try:
+        _apply(template, tokenizer, [{"role": "user", "content": _PROBE}])
+    except TemplateSyntaxError as error:
+        raise UsageError(
+            f"{spec}, line {error.lineno}: {error.message}; correct the template"
+        ) from error
+    except (TemplateError, TypeError):
+        pass  # it may want other roles than the probe's; conversations are refused one by one
+    return template
+
+
+def render(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = False,
+    options: Mapping[str, Any] | None = None,
+    sentinel: str | None = None,
+    where: str = "the conversation",
+) -> str:
+    """The text of a conversation.
+
+    Args:
+        template: how to write it.
+        tokenizer: the base's, or a copy of it.
+        messages: with string contents, unless the template reads parts.
+        tools: for the chat template.
+        add_generation_prompt: end with the header of an answer; plain text has none.
+        options: variables of the chat template, such as `enable_thinking`.
+        sentinel: the text that stands for an image in `messages`; plain text needs it.
+        where: names the row in an error.
+
+    Raises:
+        UsageError: where the template refuses the conversation.
+    """
+    if template.kind == "plain":
+        eos = tokenizer.eos_token
+        return _plain(messages, tools, str(eos) if eos else None, sentinel, where)
+    try:
+        return _apply(
+            template,
+            tokenizer,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **(options or {}),
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise refusal(error, where) from error
+
+
+def refusal(error: Exception, where: str) -> UsageError:
+    """The error for a conversation that a chat template does not take."""
+    return UsageError(
+        f"{where}: the chat template refuses this conversation: {error}; change its turns, or give "
+        "another template"
+    )
+
+
+def _apply(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    **settings: Any,
+) -> str:
+    text = tokenizer.apply_chat_template(
+        list(messages),  # pyright: ignore[reportArgumentType]
+        chat_template=template.text,
+        tokenize=False,
+        **settings,
+    )
+    return str(text)
+
+
+def source_of(
+    template: Template, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None = None
+) -> str:
+    """The jinja text that is used for a conversation with these tools; empty for plain text."""
+    if template.kind == "plain":
+        return ""
+    return tokenizer.get_chat_template(template.text, list(tools) if tools else None)
+
+
+def marks_answers(source: str) -> bool:
+    """Whether a template marks what the assistant writes with `{% generation %}`."""
+    return _MARK.search(source) is not None
+
+
+def reads_parts(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template writes a list of text parts as it writes the same text."""
+    if template.kind == "plain":
+        return False
+    texts: list[str] = []
+    for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
+        try:
+            texts.append(_apply(template, tokenizer, [{"role": "user", "content": content}]))
+        except (TemplateError, TypeError, ValueError):
+            return False
+    return texts[0] == texts[1]
+
+
+def _plain(
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    eos: str | None,
+    sentinel: str | None,
+    where: str,
+) -> str:
+    """The contents one after another; an answer ends with the end-of-sequence token.
+
+    Two texts that would run into each other are kept apart: an answer by a space, any other turn by
+    a newline. Nothing comes between an image and a caption.
+    """
+    text = ""
+    for message in messages:
+        if tools or message.get("tool_calls"):
+            raise UsageError(f"{where}: plain text has no tools; use a chat template")
+        content = str(message.get("content") or "")
+        answer = message["role"] == "assistant"
+        if _run_together(text, content, tuple(wall for wall in (sentinel, eos) if wall)):
+            text += " " if answer else "\n"
+        text += content
+        if answer:
+            if eos is None:
+                raise UsageError(
+                    f"{where}: plain text ends an answer with the end-of-sequence token, and this "
+                    "tokenizer has none; give a template file"
+                )
+            text += eos
+    return text
+
+
+def _run_together(left: str, right: str, walls: tuple[str, ...]) -> bool:
+    if not left or not right or left[-1].isspace() or right[0].isspace():
+        return False
+    return not (left.endswith(walls) or right.startswith(walls))

@@ -1,0 +1,131 @@
+"""Tower features of all images of a stage, computed once and kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+
+from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.images import is_data_uri, open_image
+from mmgraft.data.rows import Row
+from mmgraft.errors import UsageError
+from mmgraft.vision.feature_cache import FeatureCache, Picture, tower_features
+from mmgraft.vision.images import BadImage, load_image
+from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.towers.base import VisionTower
+
+
+class Shown(Protocol):
+    """A row to train on, or an item to evaluate on."""
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]:
+        """The conversation."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Its name in errors."""
+        ...
+
+
+def open_cache(tower: VisionTower, folder: Path) -> FeatureCache:
+    """The cache of one tower in a folder that runs may share, in the tower's own precision.
+
+    Raises:
+        UsageError: A file is there instead.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"feature_cache: {folder} is a file; write true, or a folder")
+    stored = torch.bfloat16 if tower.dtype == torch.bfloat16 else torch.float32
+    return FeatureCache(folder, tower.fingerprint(), dtype=stored)
+
+
+def fill_cache(
+    cache: FeatureCache,
+    tower: VisionTower,
+    rows: Sequence[Shown],
+    progress: Callable[[int, int], None] | None = None,
+    bad: list[BadRow] | None = None,
+) -> int:
+    """Compute what is missing, in one go; gives the number of different image files.
+
+    Args:
+        cache: To fill.
+        tower: Computes.
+        rows: Whose pictures are wanted.
+        progress: See :meth:`FeatureCache.get_many`.
+        bad: Takes rows whose pictures cannot be used; None raises instead.
+
+    Raises:
+        UsageError: A row whose image is no file, or a file that cannot be read.
+    """
+    found: dict[Picture, int] = {}  # the first row that shows a file
+    for at, row in enumerate(rows):
+        try:
+            for path in [_file(image, row) for image in images_of_all(row.messages)]:
+                found.setdefault(path, at)
+        except UsageError as error:
+            if bad is None:
+                raise
+            bad.append(BadRow.of(cast(Row, row), error))
+    plain = tower_features(tower)
+
+    def compute(paths: list[Picture]) -> torch.Tensor:
+        try:
+            return plain(paths)
+        except UsageError:
+            for path in paths:
+                open_image(path, rows[found[path]].where)  # the same error, with its row
+            raise
+
+    try:
+        cache.get_many(sorted(found, key=str), compute, progress=progress)
+    except UsageError:
+        if bad is None:
+            raise
+        unusable = _unusable(found)
+        bad += [
+            BadRow.of(cast(Row, row), _named(unusable[path], row))
+            for row in rows
+            for path in dict.fromkeys(map(_path, images_of_all(row.messages)))
+            if path in unusable
+        ]
+        left = sorted((path for path in found if path not in unusable), key=str)
+        cache.get_many(left, compute, progress=progress)
+        return len(left)
+    return len(found)
+
+
+def _unusable(paths: Iterable[Picture]) -> dict[Picture, BadImage]:
+    """Every file that cannot be opened, and why; all are decoded, so only once one has failed."""
+    errors: dict[Picture, BadImage] = {}
+    for path in paths:
+        try:
+            load_image(path)
+        except BadImage as error:
+            errors[path] = error
+    return errors
+
+
+def _named(error: BadImage, row: Shown) -> BadImage:
+    return BadImage(f"{row.where}: {error}", error.fault)
+
+
+def _path(image: object) -> Picture | None:
+    if isinstance(image, StoredImage):
+        return image
+    return Path(image) if isinstance(image, str) and not is_data_uri(image) else None
+
+
+def _file(image: object, row: Shown) -> Picture:
+    if (path := _path(image)) is not None:
+        return path
+    raise UsageError(
+        f"{row.where}: the row holds its image in itself, and feature_cache keeps features of "
+        "image files; write the image as a file, or set feature_cache: false"
+    )

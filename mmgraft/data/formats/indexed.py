@@ -1,0 +1,253 @@
+"""Rows that stay on disk: what is kept of each is where it lies and a few numbers.
+
+A million rows cost some 20 MB. Each is read and checked once when its file is opened, and read
+again whenever it is asked for.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmgraft.data.bad_rows import absolute, key_of
+from mmgraft.data.chat.content import Message, answering, images_of_all, is_image, strings_in
+from mmgraft.data.formats.reader import Format, RowReader
+from mmgraft.data.formats.record_files import RecordFile
+from mmgraft.data.rows import Row
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of rows without reading them.
+
+    Attributes:
+        letters: of all texts, (n,) uint32.
+        pictures: image parts, (n,) uint16.
+        answers: whether the assistant says anything, (n,) bool.
+    """
+
+    letters: NDArray[np.uint32]
+    pictures: NDArray[np.uint16]
+    answers: NDArray[np.bool_]
+
+    @property
+    def with_image(self) -> NDArray[np.bool_]:
+        """Whether a row has an image, (n,)."""
+        return self.pictures > 0
+
+    def at(self, places: NDArray[Any]) -> Facts:
+        """Those of some rows."""
+        return Facts(self.letters[places], self.pictures[places], self.answers[places])
+
+
+class FactsBuilder:
+    """Facts of rows, one row after another."""
+
+    def __init__(self) -> None:
+        self.letters, self.pictures, self.answers = array("I"), array("H"), array("B")
+
+    def add(self, row: Row) -> None:
+        """Note a row."""
+        self.letters.append(min(_letters(row.messages), 2**32 - 1))
+        self.pictures.append(min(sum(1 for _ in images_of_all(row.messages)), 2**16 - 1))
+        self.answers.append(bool(answering(row.messages)))
+
+    def facts(self) -> Facts:
+        """All that was noted."""
+        return Facts(
+            np.array(self.letters, dtype=np.uint32),
+            np.array(self.pictures, dtype=np.uint16),
+            np.array(self.answers, dtype=np.bool_),
+        )
+
+
+def _letters(messages: Sequence[Message]) -> int:
+    count = 0
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list | tuple) else [{"text": content}]
+        count += sum(len(part.get("text") or "") for part in parts if not is_image(part))
+        if calls := message.get("tool_calls"):
+            count += sum(map(len, strings_in(calls)))
+    return count
+
+
+class RowIndex(Sequence[Row]):
+    """Rows by number, read when they are asked for. A slice is an index too."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> Facts:
+        """Of all rows."""
+
+    @abstractmethod
+    def key(self, at: int) -> tuple[str, str]:
+        """File and place of a row, as `BadRow.key`."""
+
+    @abstractmethod
+    def row(self, at: int) -> Row:
+        """Read a row.
+
+        Raises:
+            UsageError: its file has changed.
+        """
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Row]: ...
+    def __getitem__(self, at: int | slice) -> Row | Sequence[Row]:
+        """A row, or an index of some rows."""
+        if isinstance(at, slice):
+            return Selected(self, np.arange(len(self))[at])
+        where = int(at) + len(self) if at < 0 else int(at)
+        if not 0 <= where < len(self):
+            raise IndexError(f"row {at} of {len(self)}")
+        return self.row(where)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self.row(at) for at in range(len(self)))
+
+
+class FileRows(RowIndex):
+    """The good rows of one file.
+
+    Args:
+        source: reads the records.
+        folder: that image paths start from.
+        format: of the rows.
+        positions: of the records, (n,) int64.
+        numbers: of the records, (n,) uint32.
+        facts: of the rows.
+    """
+
+    def __init__(
+        self,
+        source: RecordFile,
+        folder: str | None,
+        format: Format,
+        positions: NDArray[np.int64],
+        numbers: NDArray[np.uint32],
+        facts: Facts,
+    ) -> None:
+        self.source = source
+        self.folder = folder
+        self.format: Format = format
+        self.positions, self.numbers = positions, numbers
+        self._facts = facts
+        self._file = absolute(source.file)
+
+    @property
+    def facts(self) -> Facts:
+        """See `RowIndex`."""
+        return self._facts
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def key(self, at: int) -> tuple[str, str]:
+        """See `RowIndex`."""
+        return self._file, f"{self.source.unit} {self.numbers[at]}"
+
+    def row(self, at: int) -> Row:
+        """See `RowIndex`."""
+        number = int(self.numbers[at])
+        record = self.source.read(int(self.positions[at]), number)
+        reader = RowReader(self.source.file, self.folder, self.format, False, record.pictures)
+        return reader.row(f"{self.source.unit} {number}", record.data)
+
+
+class Joined(RowIndex):
+    """Several sequences of rows, one behind another."""
+
+    def __init__(self, parts: Sequence[Sequence[Row]]) -> None:
+        """Take the parts; none is copied."""
+        self.parts = list(parts)
+        self.ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64).tolist()
+
+    @property
+    def facts(self) -> Facts:
+        """See `RowIndex`."""
+        found = [facts_of(part) for part in self.parts] or [FactsBuilder().facts()]
+        return Facts(
+            np.concatenate([one.letters for one in found]),
+            np.concatenate([one.pictures for one in found]),
+            np.concatenate([one.answers for one in found]),
+        )
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def key(self, at: int) -> tuple[str, str]:
+        """See `RowIndex`."""
+        part, place = self._find(at)
+        return key_at(self.parts[part], place)
+
+    def row(self, at: int) -> Row:
+        """See `RowIndex`."""
+        part, place = self._find(at)
+        return self.parts[part][place]
+
+    def _find(self, at: int) -> tuple[int, int]:
+        part = bisect_right(self.ends, at)
+        return part, at - (self.ends[part - 1] if part else 0)
+
+
+class Selected(RowIndex):
+    """Some rows of others, in any order; a row may stand there more than once.
+
+    Args:
+        rows: to choose from.
+        places: which, (n,).
+    """
+
+    def __init__(self, rows: Sequence[Row], places: NDArray[Any]) -> None:
+        if isinstance(rows, Selected):
+            rows, places = rows.rows, rows.places[places]
+        small = len(rows) <= 2**32
+        self.rows = rows
+        self.places = places.astype(np.uint32 if small else np.int64, copy=False)
+
+    @property
+    def facts(self) -> Facts:
+        """See `RowIndex`."""
+        return facts_of(self.rows).at(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def key(self, at: int) -> tuple[str, str]:
+        """See `RowIndex`."""
+        return key_at(self.rows, int(self.places[at]))
+
+    def row(self, at: int) -> Row:
+        """See `RowIndex`."""
+        return self.rows[int(self.places[at])]
+
+
+def facts_of(rows: Sequence[Row]) -> Facts:
+    """Facts of any rows; those of an index are at hand, others are looked at."""
+    if isinstance(rows, RowIndex):
+        return rows.facts
+    builder = FactsBuilder()
+    for row in rows:
+        builder.add(row)
+    return builder.facts()
+
+
+def key_at(rows: Sequence[Row], at: int) -> tuple[str, str]:
+    """File and place of a row, without reading it where it lies in an index."""
+    return rows.key(at) if isinstance(rows, RowIndex) else key_of(rows[at])
+
+
+def select(rows: Sequence[Row], chosen: NDArray[Any]) -> Sequence[Row]:
+    """The rows at some places (n,), or where a mask (all rows,) is true."""
+    places = np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen
+    return rows if len(places) == len(rows) and chosen.dtype == np.bool_ else Selected(rows, places)

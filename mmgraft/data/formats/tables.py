@@ -1,0 +1,245 @@
+"""Tables of rows: parquet shards, and data sets that the `datasets` package keeps as Arrow files.
+
+A table lies memory-mapped on disk, so that any row is read without the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mmgraft.data.bad_rows import HUB
+from mmgraft.data.formats.arrow_files import (
+    ArrowRows,
+    DatasetRows,
+    first_line,
+    no_table,
+    parquet_copy,
+    rows_of,
+)
+from mmgraft.data.formats.record_files import Found, Record
+from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.vision.stored import StoredImage
+
+_SLICE = 256
+"""Rows that are looked at together."""
+_TURNS = ("messages", "conversations", "tools")
+
+
+class TableFile:
+    """A table with a row a record; a record's position is its index."""
+
+    unit = "row"
+
+    def __init__(self, file: str, rows: ArrowRows | DatasetRows) -> None:
+        self.file = file
+        self.rows = rows
+
+    def scan(self) -> Iterator[Found]:
+        """All rows."""
+        for start in range(0, len(self.rows), _SLICE):
+            stop = min(start + _SLICE, len(self.rows))
+            for position, record in enumerate(self._between(start, stop), start=start):
+                yield Found(position, position + 1, record)
+            self.rows.give_back()
+
+    def read(self, position: int, number: int) -> Record:
+        """One row."""
+        (found,) = self._between(position, position + 1)
+        if isinstance(found, UsageError):
+            raise found
+        return found
+
+    def _between(self, start: int, stop: int) -> Iterator[Record | UsageError]:
+        for rows in self.rows.rows(start, stop):
+            yield from self._records(rows, start + 1)
+            start += rows.num_rows
+
+    def _records(self, rows: Any, first: int) -> Iterator[Record | UsageError]:
+        names = rows.schema.names
+        try:
+            columns = [_values(column) for column in rows.columns]
+        except UnicodeDecodeError as error:
+            if rows.num_rows == 1:
+                yield self._bad(first, f"not UTF-8 text ({error.reason}) in it")
+            else:  # which row it is is not said
+                for at in range(rows.num_rows):
+                    yield from self._records(rows.slice(at, 1), first + at)
+            return
+        for number, cells in enumerate(zip(*columns, strict=True), start=first):
+            count = itertools.count(1)
+
+            def named(number: int = number, count: Iterator[int] = count) -> str:
+                return f"{self.file}, row {number}, picture {next(count)}"
+
+            try:
+                data = {
+                    name: _plain(cell, named)
+                    for name, cell in zip(names, cells, strict=True)
+                    if cell is not None
+                }
+                record = Record(_parsed(data))
+            except UnicodeDecodeError as error:
+                yield self._bad(number, f"not UTF-8 text ({error.reason}) in it")
+            except RecursionError:
+                yield self._bad(number, "lists in lists, deeper than can be read")
+            except ValueError as error:
+                yield self._bad(number, str(error))
+            else:
+                yield record
+
+    def _bad(self, number: int, reason: str) -> UsageError:
+        return UsageError(f"{self.file}, row {number}: {reason}; correct it")
+
+
+def _values(column: Any) -> list[Any]:
+    """Cells of a column as Python values; only where there are bytes, as Arrow's own."""
+    return list(column) if "binary" in str(column.type) else column.to_pylist()
+
+
+def _plain(value: Any, name: Callable[[], str]) -> Any:
+    """A cell as JSON would have it: keys without a value are left out, bytes are pictures.
+
+    Every row of a table has all keys, so that nothing is said by one that is empty; the content of
+    a message alone is kept.
+    """
+    import pyarrow as pa
+
+    if isinstance(value, pa.Scalar):
+        if not value.is_valid:
+            return None
+        if isinstance(value, pa.StructScalar):
+            value = dict(value.items())
+        elif isinstance(value, pa.ListScalar):  # and its subclasses
+            value = list(value)
+        elif pa.types.is_binary(value.type) or pa.types.is_large_binary(value.type):
+            return StoredImage(name(), value.as_buffer())
+        else:
+            return value.as_py()
+    if isinstance(value, dict):
+        if value.keys() == {"bytes", "path"}:
+            held = _plain(value["bytes"], name)
+            return held if held is not None else _plain(value["path"], name)
+        cells = {key: _plain(one, name) for key, one in value.items()}
+        return {key: one for key, one in cells.items() if one is not None or key == "content"}
+    if isinstance(value, list):
+        return [_plain(one, name) for one in value]
+    return value
+
+
+def _parsed(data: dict[str, Any]) -> dict[str, Any]:
+    """The record with turns that are written as JSON text read."""
+    for key in _TURNS:
+        value = data.get(key)
+        if isinstance(value, str):
+            try:
+                data[key] = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"its {key!r} is a text that is not JSON ({error.msg})") from None
+    return data
+
+
+# -- opening ------------------------------------------------------------------------------------
+
+
+def parquet_table(file: str) -> TableFile:
+    """A parquet file, by a copy that can be mapped, which is made once; see `parquet_copy`.
+
+    Raises:
+        UsageError: no parquet, or `pyarrow` is not installed.
+        MMGraftError: there is no room for the copy.
+    """
+    return TableFile(file, ArrowRows([str(parquet_copy(file))]))
+
+
+def saved_table(folder: str, split: str) -> TableFile:
+    """A folder that `save_to_disk` wrote.
+
+    Raises:
+        UsageError: it is damaged, has no such split, or `datasets` is not installed.
+    """
+    datasets = _datasets(folder)
+    found = _loaded(folder, lambda: datasets.load_from_disk(folder))
+    return TableFile(folder, rows_of(_of_split(found, folder, split)))
+
+
+def hub_table(name: str, split: str, subset: str | None, revision: str | None) -> TableFile:
+    """A data set of the Hub, downloaded whole into the cache of `datasets`.
+
+    Args:
+        name: `hub:OWNER/NAME`.
+        split: as `datasets` writes it: "train", "train[:1000]".
+        subset: the configuration, of a set that has several.
+        revision: a branch, tag or commit.
+
+    Raises:
+        UsageError: no such set, split or subset, or `datasets` is not installed.
+        MMGraftError: it cannot be downloaded.
+    """
+    datasets = _datasets(name)
+    where = name.removeprefix(HUB)
+
+    def load() -> Any:
+        return datasets.load_dataset(where, subset, split=split, revision=revision)
+
+    return TableFile(name, rows_of(_loaded(name, load)))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is what `save_to_disk` writes."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _of_split(found: Any, where: str, split: str) -> Any:
+    if not hasattr(found, "keys"):  # one table; "train" is what is asked where nothing is set
+        if split not in ("train", str(found.split)):
+            raise UsageError(
+                f"{where} is one set and has no split {split!r}; leave split out (limit takes its "
+                "first rows), or name the folder of that split"
+            )
+        return found
+    if split not in found:
+        raise UsageError(f"{where}: no split {split!r} but {', '.join(found)}; set split to one")
+    return found[split]
+
+
+def _datasets(where: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"{where} needs datasets to be read: pip install 'mmgraft[data]'"
+        ) from None
+    return datasets
+
+
+def _loaded(where: str, load: Callable[[], Any]) -> Any:
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        return load()
+    except (ConnectionError, TimeoutError) as error:
+        raise MMGraftError(
+            f"{where} cannot be downloaded ({first_line(error)}); try again"
+        ) from error
+    # What is no table, no split, or no name is told by nearly any exception.
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in ("httpx", "requests", "urllib3"):
+            raise MMGraftError(
+                f"{where} cannot be downloaded ({first_line(error)}); try again"
+            ) from error
+        if (
+            isinstance(error, OSError)
+            and error.errno is not None
+            and not isinstance(error, FileNotFoundError)
+        ):
+            raise MMGraftError(f"{where} cannot be kept on disk ({error}); make room") from error
+        raise no_table(where, error.__cause__ or error) from error
+    finally:
+        if not silent:
+            enable_progress_bars()

@@ -1,0 +1,1 @@
+"""Attention by layer (LAWS), summed without holding a map."""

@@ -1,0 +1,1 @@
+"""Interleaved image and text dialogues (IIT, Wings section 4)."""

@@ -1,0 +1,209 @@
+"""Builds the interleaved dialogues of a run: of which sets, and which questions are alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmgraft.errors import UsageError
+from mmgraft.evaluation.dialogues.dialogues import (
+    SHAPES,
+    WORDS,
+    Candidate,
+    build_dialogues,
+    buildable,
+    title,
+)
+from mmgraft.evaluation.dialogues.files import is_made_of, read_dialogues, save_dialogues
+from mmgraft.evaluation.items.files import data_file, file_sha256, read_items
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood.choice import shows_options
+from mmgraft.recipes.evaluation_set import SetSpec
+
+if TYPE_CHECKING:
+    from mmgraft.inference import Answerer
+
+Embed = Callable[[Sequence[str]], np.ndarray]
+"""Questions to what they mean, ``(n, h)``; rows of any length but 0."""
+
+EMBEDDING = "mean of the base's last hidden states"
+COUNT = 100
+"""Dialogues a shape."""
+
+_LONGEST = 512  # ids of a question that are read for its meaning, from its end
+_BATCH = 16  # questions read together; fixed, since rounding depends on it
+
+
+def question_vectors(answerer: Answerer, questions: Sequence[str]) -> np.ndarray:
+    """What questions mean to the base: the mean of its last hidden states over the tokens.
+
+    Args:
+        answerer: Whose base reads them, in text mode and without a chat template.
+        questions: Texts.
+
+    Returns:
+        ``(n, h)`` in fp32.
+    """
+    import torch
+
+    from mmgraft.data.batches.padding import pad
+
+    model, processor = answerer.model, answerer.processor
+    ids = [
+        list(processor.tokenizer(text or " ")["input_ids"])[-_LONGEST:] or [processor.pad_id]
+        for text in questions
+    ]
+    order = sorted(range(len(ids)), key=lambda at: len(ids[at]))
+    vectors: list[np.ndarray] = [np.empty(0)] * len(ids)
+    for start in range(0, len(order), _BATCH):
+        places = order[start : start + _BATCH]
+        rows = pad([ids[at] for at in places], processor.pad_id, "right").to(model.device)
+        mask = pad([[1] * len(ids[at]) for at in places], 0, "right").to(model.device)
+        with torch.no_grad(), model.text_only():
+            states = model.base.base_model(input_ids=rows, attention_mask=mask).last_hidden_state
+        weights = mask.unsqueeze(-1).float()  # (b, s, 1)
+        means = (states.float() * weights).sum(1) / weights.sum(1)  # (b, h)
+        for at, one in zip(places, means.cpu().numpy(), strict=True):
+            vectors[at] = one
+    return np.stack(vectors)
+
+
+def build_iit(
+    answerer: Answerer,
+    specs: Sequence[SetSpec],
+    folder: Path,
+    *,
+    count: int = COUNT,
+    shapes: Sequence[str] | None = None,
+    seed: int = 0,
+    root: Path | None = None,
+    embed: Embed | None = None,
+    embedding: str = EMBEDDING,
+    announce: Callable[[str], None] = lambda text: None,
+) -> dict[str, list[Item]]:
+    """The dialogues of a folder, built and saved there unless they are there already.
+
+    Every question is asked as its set asks it, and answered by the text of the right option; where
+    its prompt shows the options with letters, the letters are the options. Questions too long for
+    a dialogue of the longest shape are left out, and counted.
+
+    Args:
+        answerer: Whose base says which questions are alike.
+        specs: Sets; those of `choice` are used, by their modality.
+        folder: Of the data set; see :mod:`mmgraft.evaluation.dialogues.files`.
+        count: Dialogues a shape.
+        shapes: See :data:`SHAPES`. Default: all that the sets give.
+        seed: Of the draw.
+        root: What relative paths of the sets start from.
+        embed: Another way to tell which questions are alike.
+        embedding: What the data set says of it.
+        announce: Told in sentences what is done.
+
+    Returns:
+        Items by shape.
+
+    Raises:
+        UsageError: No multiple-choice set, sets too small for a shape, or rows of the folder that
+            were changed.
+    """
+    chosen = [spec for spec in specs if spec.metric == "choice"]
+    if not chosen:
+        raise UsageError(
+            "no multiple-choice set to build dialogues of; give at least one set with metric: "
+            "choice (modality: text, or with images)"
+        )
+    made_of = {
+        "seed": seed,
+        "count": count,
+        "shapes": None if shapes is None else list(shapes),
+        "embedding": embedding,
+        "base": _base_sha256(answerer),
+        "sets": [_source(spec, root) for spec in chosen],
+    }
+    if not is_made_of(folder, made_of):
+        parts = max(map(len, shapes or SHAPES))
+        read = [(spec.name, _answerable(spec, read_items(spec, root))) for spec in chosen]
+        fitting = [(name, _short(answerer, items, parts, announce)) for name, items in read]
+        pools = _pools(fitting, embed or (lambda texts: question_vectors(answerer, texts)))
+        sizes = {letter: len(pool) for letter, pool in pools.items()}
+        possible = list(shapes) if shapes is not None else buildable(sizes)
+        left = [title(shape) for shape in SHAPES if shapes is None and shape not in possible]
+        if left:
+            announce(
+                f"no dialogues {', '.join(left)}: there are {sizes['T']} text and {sizes['V']} "
+                "visual questions"
+            )
+        built = build_dialogues(pools, count, possible, seed)
+        save_dialogues(folder, built, made_of)
+        announce(f"built {sum(map(len, built.values()))} dialogues in {folder}")
+    return read_dialogues(folder)
+
+
+def _answerable(spec: SetSpec, items: Sequence[Item]) -> list[Item]:
+    """Items whose options are what may be answered: their texts, or the letters shown."""
+    if not shows_options(spec.prompt):
+        return list(items)
+    return [replace(item, options=tuple(ascii_uppercase[: len(item.options)])) for item in items]
+
+
+def _short(
+    answerer: Answerer, items: Sequence[Item], parts: int, announce: Callable[[str], None]
+) -> list[Item]:
+    """Items of which so many fit into what the base reads, each with its longest answer."""
+    from mmgraft.evaluation.likelihood.likelihood import context_length
+
+    processor = answerer.processor
+    most = context_length(answerer.model.base.config, processor.tokenizer) // parts
+    kept = []
+    for item in items:
+        answer = {"role": "assistant", "content": max(item.options, key=len)}
+        encoded = processor.encode(
+            [*item.messages, answer], add_generation_prompt=False, where=item.where
+        )
+        if len(encoded) <= most:
+            kept.append(item)
+    if len(kept) < len(items):
+        announce(
+            f"{items[0].file}: {len(items) - len(kept)} of {len(items)} questions are left out, "
+            f"which are longer than {most} positions, a dialogue's part of what the base reads"
+        )
+    return kept
+
+
+def _pools(sets: Sequence[tuple[str, Sequence[Item]]], embed: Embed) -> dict[str, list[Candidate]]:
+    pools: dict[str, list[Candidate]] = {letter: [] for letter in WORDS}
+    for name, items in sets:
+        if not items:
+            continue
+        vectors = np.asarray(embed([item.question for item in items]), dtype=np.float64)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        for item, vector in zip(items, vectors / np.maximum(lengths, 1e-12), strict=True):
+            pools["V" if item.has_image else "T"].append(Candidate(name, item, vector))
+    return pools
+
+
+def _source(spec: SetSpec, root: Path | None) -> dict[str, Any]:
+    file = data_file(spec, root)
+    return {
+        "name": spec.name,
+        "modality": spec.modality,
+        "file": file.name,
+        "sha256": file_sha256(file),
+        "prompt": spec.prompt,
+        "columns": spec.columns,
+        "limit": spec.limit,
+        "seed": spec.seed,
+        "images": None if spec.images is None else Path(spec.images).name,
+    }
+
+
+def _base_sha256(answerer: Answerer) -> str:
+    fingerprint = answerer.model.workflow().record.base.fingerprint
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()

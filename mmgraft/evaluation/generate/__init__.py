@@ -1,0 +1,1 @@
+"""Generate answers to sets in batches and keep each one as it comes."""

@@ -1,0 +1,60 @@
+"""The tower's features of a set's images, from the cache that the run was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.features import Shown, fill_cache, open_cache
+from mmgraft.data.images import is_data_uri
+from mmgraft.vision.feature_cache import tower_features
+
+if TYPE_CHECKING:
+    from mmgraft.model.modeling import GraftedModel
+
+FOLDER = "features"
+
+
+def run_features(
+    model: GraftedModel,
+    run: Path,
+    items: Sequence[Shown],
+    announce: Callable[[str], None] = lambda text: None,
+) -> Callable[[list[Path]], Tensor] | None:
+    """Features of image files ``(n, P, tower width)``, each picture computed once for all uses.
+
+    Args:
+        model: With its tower.
+        run: Whose cache is used: the recipe's folder of features, else one in the run.
+        items: Whose images are computed now.
+        announce: Told where they are kept.
+
+    Returns:
+        None where images are no files, or more than the cache holds: then each is computed when
+        it is shown.
+
+    Raises:
+        UsageError: An image that cannot be read; names the item.
+    """
+    tower = model.vision_tower
+    images = [image for item in items for image in images_of_all(item.messages)]
+    if tower is None or not images:
+        return None
+    if not all(isinstance(image, str) and not is_data_uri(image) for image in images):
+        return None
+    recipe = model.workflow().record.recipe or {}
+    named = recipe.get("feature_cache")
+    folder = Path(named).expanduser() if isinstance(named, str) else run / FOLDER
+    cache = open_cache(tower, folder)
+    picture_bytes = tower.num_patches * tower.hidden_size * cache.dtype.itemsize
+    if len(set(images)) * picture_bytes > cache.max_bytes:
+        return None
+    count = fill_cache(cache, tower, items)
+    announce(f"features of {count} images are in {cache.folder}")
+    compute = tower_features(tower)
+    return lambda paths: torch.stack(cache.get_many(paths, compute))

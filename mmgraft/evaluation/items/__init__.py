@@ -1,0 +1,1 @@
+"""Items to evaluate on, and the sets they come in."""

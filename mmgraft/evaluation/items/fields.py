@@ -1,0 +1,238 @@
+"""What a record says of an item: its question, options, right answers and box."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.evaluation.items.item import Box
+
+_KEYS: dict[str, tuple[str, ...]] = {
+    "id": ("id", "question_id"),
+    "question": ("question",),
+    "answer": ("answer", "caption"),
+    "answers": ("answers", "captions"),
+    "options": ("options", "choices"),
+    "image": ("image", "images"),
+    "box": ("box", "bbox"),
+    "kind": ("kind",),
+    "group": ("group",),
+    "text": ("text",),
+}
+"""Keys that are looked for where `columns` names none."""
+
+_PASSAGES = ("passage", "context")
+_LETTERED = re.compile(r"(?:^|\n)\s*([A-Z])[.)]\s+")
+_ENDS = " .?!"  # some sets have them at one of the two places only
+_LETTER = re.compile(r"\(?([A-Z])[.)]?")
+
+
+class Fields:
+    """Finds the fields of records by the names that a set gives them.
+
+    Args:
+        columns: `SetSpec.columns`, a field to the key it has in the records. `options` may be
+            several keys with commas between them.
+    """
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self.columns = columns
+
+    def check(self, keys: Sequence[str], file: str) -> None:
+        """Refuse a column that no record has.
+
+        Raises:
+            UsageError: It names the columns there are.
+        """
+        for field, name in self.columns.items():
+            for part in [name] if name in keys else [part.strip() for part in name.split(",")]:
+                if part not in keys:
+                    there = ", ".join(keys) or "none"
+                    raise UsageError(
+                        f"{file}: columns says that {field} is {part!r}, which no row has; there "
+                        f"are {there} ({did_you_mean(part, keys)})"
+                    )
+
+    def get(self, record: Mapping[str, Any], field: str) -> Any:
+        """A field's value, None where the record does not have it."""
+        named = self.columns.get(field)
+        if named is not None and (named in record or "," not in named):
+            return record.get(named)
+        if named is not None:
+            return [record.get(part.strip()) for part in named.split(",")]
+        for key in _KEYS[field]:
+            if record.get(key) is not None:
+                return record[key]
+        return None
+
+    def question(self, record: Mapping[str, Any], where: str) -> str | None:
+        """The question, behind the passage it is about where the record has one."""
+        value = self.get(record, "question")
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise UsageError(f"{where}: a question that is no text ({value!r}); write a text")
+        passage = self.passage(record)
+        return f"{passage}\n{value.strip()}" if passage else value.strip()
+
+    def passage(self, record: Mapping[str, Any]) -> str | None:
+        """The text under `passage` or `context` that comes before the question."""
+        for key in _PASSAGES:
+            value = record.get(key)
+            if isinstance(value, str) and value.strip() and key not in self.columns.values():
+                return value.strip()
+        return None
+
+    def answers(self, record: Mapping[str, Any], where: str) -> list[Any]:
+        """What the record gives as right: of `answers`, else of `answer`; numbers stay numbers.
+
+        VQAv2's `[{"answer": ...}]` is read as a list of texts.
+        """
+        value = self.get(record, "answers")
+        value = self.get(record, "answer") if value is None else value
+        if value is None:
+            return []
+        listed = value if isinstance(value, list) else [value]
+        plain = [one.get("answer") if isinstance(one, dict) else one for one in listed]
+        for one, given in zip(plain, listed, strict=True):
+            if isinstance(one, bool) or not isinstance(one, str | int | float):
+                raise UsageError(f"{where}: an answer that is no text ({given!r}); write texts")
+        return plain
+
+    def options(self, record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+        """The texts to choose from; none where the record has no options."""
+        value = self.get(record, "options")
+        if value is None:
+            value = _letter_columns(record)
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            listed: list[Any] = _split_letters(value, where)
+        elif isinstance(value, dict):
+            inner = value.get("text")  # {"text": [...], "label": [...]}, as ARC has it
+            listed = inner if isinstance(inner, list) else list(value.values())
+        elif isinstance(value, list):
+            listed = value
+        else:
+            raise UsageError(
+                f"{where}: options that are no list ({value!r}); write a list of texts"
+            )
+        while listed and (listed[-1] is None or str(listed[-1]).strip() == ""):
+            listed = listed[:-1]  # a table has cells for the question with the most options
+        texts = tuple(str(one).strip() for one in listed)
+        if len(texts) < 2 or "" in texts:
+            raise UsageError(f"{where}: options {list(texts)}; write at least two, none empty")
+        return texts
+
+
+def _letter_columns(record: Mapping[str, Any]) -> list[Any] | None:
+    """The columns A, B, C ... of a table."""
+    by_letter = {key.strip().upper(): value for key, value in record.items()}
+    found: list[Any] = []
+    while (letter := chr(ord("A") + len(found))) in by_letter and letter <= "Z":
+        found.append(by_letter[letter])
+    return found if len(found) > 1 else None
+
+
+def _split_letters(text: str, where: str) -> list[Any]:
+    """The options of lettered lines; one that begins with the next letter begins the next."""
+    starts: list[re.Match[str]] = []
+    for match in _LETTERED.finditer(text):
+        if match[1] == chr(ord("A") + len(starts)):
+            starts.append(match)
+    if len(starts) < 2 or any(map(str.isalnum, text[: starts[0].start()])):
+        raise UsageError(
+            f"{where}: options {text[:80]!r} are no lettered lines; write 'A. ...', 'B. ...' on "
+            "lines of their own, or a list of texts"
+        )
+    ends = [match.start() for match in starts[1:]] + [len(text)]
+    return [text[match.end() : end] for match, end in zip(starts, ends, strict=True)]
+
+
+def gold_of(answer: Any, options: Sequence[str], where: str) -> int:
+    """Which option an answer names.
+
+    Text is looked for in this order: an option, an option with its letter ("B. two"), its letter
+    ("B", "(b)"), its number from 0, an option whatever the case. A number counts from 0.
+
+    Raises:
+        UsageError: It names none.
+    """
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if 0 <= answer < len(options):
+            return answer
+        raise UsageError(
+            f"{where}: the answer is number {answer}, counted from 0, and there are {len(options)} "
+            "options; correct the number"
+        )
+    options, text = list(options), str(answer).strip()
+    lettered = _LETTERED.match(text)
+    if lettered and _at(lettered[1]) < len(options):
+        named = options[_at(lettered[1])]
+        if named.strip(_ENDS) == text[lettered.end() :].strip(_ENDS):
+            return _at(lettered[1])
+    if text in options:
+        return options.index(text)
+    letter = _LETTER.fullmatch(text.upper())
+    if letter and _at(letter[1]) < len(options):
+        return _at(letter[1])
+    if text.isdecimal() and int(text) < len(options):
+        return int(text)
+    lowered = [option.lower() for option in options]
+    if text.lower() in lowered:
+        return lowered.index(text.lower())
+    raise UsageError(
+        f"{where}: the answer {text!r} is not among the options {options}; write an option, "
+        "its letter or its number counted from 0"
+    )
+
+
+def _at(letter: str) -> int:
+    return ord(letter) - ord("A")
+
+
+def lettered_lines(options: Sequence[str]) -> str:
+    """Options as a prompt shows them: "A. one", "B. two", each on its line."""
+    return "\n".join(f"{chr(ord('A') + at)}. {option}" for at, option in enumerate(options))
+
+
+def fill_prompt(prompt: str, question: str, options: Sequence[str]) -> str:
+    """A prompt with `{question}` and `{options}` replaced; other braces stay as they are."""
+    lines = lettered_lines(options)
+    pieces = {"{question}": question, "{options}": lines}
+    return re.sub(r"\{question\}|\{options\}", lambda match: pieces[match[0]], prompt)
+
+
+def box_of(value: Any, size: tuple[int, int], where: str) -> Box:
+    """A box `(x1, y1, x2, y2)` in pixels, checked against its image.
+
+    Args:
+        value: Four numbers.
+        size: `(width, height)` of the image; a box may pass its edge by a rounding pixel.
+        where: Names the row in errors.
+
+    Raises:
+        UsageError: Not four numbers, not in order, or outside of the image.
+    """
+    numbers = value if isinstance(value, list | tuple) else []
+    if len(numbers) != 4 or any(
+        isinstance(one, bool) or not isinstance(one, int | float) for one in numbers
+    ):
+        raise UsageError(f"{where}: a box {value!r}; write [x1, y1, x2, y2] in pixels")
+    x1, y1, x2, y2 = map(float, numbers)
+    if not (x1 < x2 and y1 < y2):
+        raise UsageError(
+            f"{where}: the box {list(numbers)} has no area; write [x1, y1, x2, y2], the corner at "
+            "the top left before that at the bottom right"
+        )
+    width, height = size
+    if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:
+        raise UsageError(
+            f"{where}: the box {list(numbers)} leaves its image of {width} x {height} pixels; "
+            "write [x1, y1, x2, y2] in pixels, not [x, y, width, height]"
+        )
+    return x1, y1, x2, y2

@@ -1,0 +1,361 @@
+"""Items from files: the one reader of everything that is evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmgraft.data.chat.content import images_of_all, is_image
+from mmgraft.data.formats.sources import RowReader
+from mmgraft.data.images import check_image, open_image
+from mmgraft.errors import UsageError
+from mmgraft.evaluation.items.fields import Fields, box_of, fill_prompt, gold_of
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.items.packaged_text import PACKAGED, packaged_file
+from mmgraft.evaluation.items.records import item_records
+from mmgraft.recipes.evaluation_set import SetSpec
+
+TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
+"""What multiple choice of text asks where a set has no `prompt`: that of lm-eval's PIQA."""
+
+VQA_V2_ANSWERS = 10
+Message = Mapping[str, Any]
+
+
+def data_file(spec: SetSpec, root: Path | None = None) -> Path:
+    """The file of a set's items: its `path`, else the packaged set of that name.
+
+    Args:
+        spec: The set. Without a `path` its name is that of a packaged set.
+        root: What a relative path starts from; default: the working folder.
+
+    Raises:
+        UsageError: There is neither, or the package is not installed.
+    """
+    named = spec.path or spec.name
+    path = _under(root, named)
+    if path.is_file():
+        return path
+    if named in PACKAGED:
+        return packaged_file(named)
+    if spec.path is None:
+        raise UsageError(
+            f"set {spec.name!r} names no path and no packaged set; write path: FILE, or one of "
+            + ", ".join(PACKAGED)
+        )
+    raise UsageError(
+        f"set {spec.name!r}: no data file {path}; give a jsonl, json or csv of items, or one of "
+        + ", ".join(PACKAGED)
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_items(spec: SetSpec, root: Path | None = None) -> list[Item]:
+    """Read the items of a set.
+
+    Records are objects of a JSON list or of lines of JSON, or lines of a CSV file. One is either a
+    LLaVA row or messages, whose last assistant turn is the answer, or has keys of its own: see
+    :data:`mmgraft.recipes.evaluation_set.COLUMNS`, and `columns` for other names. A `passage` or
+    `context` goes before the question. For `perplexity` of plain text any other file is one text.
+
+    `options` are a list, an object, lettered lines ("A. one") or columns A, B, C; the answer is an
+    option, its letter or its number from 0. A `box` is in pixels of its image.
+
+    Args:
+        spec: The set; `limit` draws so many items by `seed`, in the order of the file.
+        root: What relative paths start from; default: the working folder.
+
+    Returns:
+        Items with what the metric needs. For `perplexity` of plain text the text is the item's
+        `question`, and it has no messages; of chats it is the first of its `answers`.
+
+    Raises:
+        UsageError: It names file and row: a missing image, an empty set, an unknown column, an
+            answer not among the options, an id that occurs twice, or what the metric lacks.
+    """
+    path = data_file(spec, root)
+    packaged = PACKAGED.get(spec.path or spec.name)
+    if _under(root, spec.path or spec.name).is_file():
+        packaged = None
+    columns = {**(packaged.columns if packaged else {}), **spec.columns}
+    reader = _ItemReader(spec, path, Fields(columns), _image_folder(spec, path, root))
+    found = item_records(path, list(columns.values()))
+    if packaged is not None:
+        damaged = {f"line {number}" for number in packaged.without}
+        found = [(place, record) for place, record in found if place not in damaged]
+    keys = list(dict.fromkeys(key for _, record in found for key in record))
+    reader.fields.check(keys, str(path))
+    if spec.metric == "perplexity" and not spec.chat:
+        found = reader.texts(found)
+    chosen = reader.named(found)
+    if spec.limit is not None and spec.limit < len(chosen):
+        places = random.Random(spec.seed).sample(range(len(chosen)), spec.limit)
+        chosen = [chosen[at] for at in sorted(places)]
+    items = [reader.item(index, place, record) for index, place, record in chosen]
+    if spec.modality == "image" and not any(item.has_image for item in items):
+        raise UsageError(
+            f"{path}: no item has an image; name its column (columns: image: ...), or write "
+            "modality: text"
+        )
+    return items
+
+
+def read_training_answers(spec: SetSpec, root: Path | None = None) -> list[tuple[str, str]]:
+    """Every question and answer of a set's `train` file: what the prior score counts.
+
+    Of messages and LLaVA rows all turns count; of other records the first answer. Images are not
+    looked for.
+
+    Raises:
+        UsageError: The set has no `train`, a row has no answer, or there is no row.
+    """
+    if spec.train is None:
+        raise UsageError(
+            f"set {spec.name!r} has no training rows to take the prior from; write train: FILE, or "
+            "leave prior out of blind"
+        )
+    path = _under(root, spec.train)
+    fields = Fields(spec.columns)
+    rows = RowReader(str(path), _image_folder(spec, path, root), "auto", check_images=False)
+    pairs: list[tuple[str, str]] = []
+    for place, record in item_records(path, list(spec.columns.values())):
+        where = f"{path}, {place}"
+        if "messages" in record or "conversations" in record:
+            pairs += _pairs(rows.row(place, record).messages)
+            continue
+        question, answers = fields.question(record, where), fields.answers(record, where)
+        if not answers:
+            raise UsageError(f"{where}: no answer to count; write one, or leave the row out")
+        options = fields.options(record, where)
+        first = answers[0]
+        pairs.append(
+            (question or "", options[gold_of(first, options, where)] if options else str(first))
+        )
+    if not pairs:
+        raise UsageError(f"{path} has no question with an answer after it to count; give such rows")
+    return pairs
+
+
+class _ItemReader:
+    """Makes items of the records of one file."""
+
+    def __init__(self, spec: SetSpec, path: Path, fields: Fields, images: str) -> None:
+        self.spec, self.file, self.fields = spec, str(path), fields
+        self.rows = RowReader(self.file, images, "auto", check_images=True)
+        self.prompt = spec.prompt
+        plain = spec.modality == "text" and not spec.chat
+        if spec.prompt is None and spec.metric == "choice" and plain:
+            self.prompt = TEXT_CHOICE_PROMPT
+        if spec.prompt is not None and spec.metric != "caption" and "{question}" not in spec.prompt:
+            raise UsageError(
+                f"set {spec.name!r}: the prompt {spec.prompt!r} does not ask the question; write "
+                "{question} where it goes"
+            )
+        self.sizes: dict[str, tuple[int, int]] = {}
+
+    def named(self, found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, str, dict]]:
+        """Ids, places and records; an id is the record's own, else its number in the file."""
+        places: dict[str, str] = {}
+        chosen = []
+        for place, record in found:
+            own = self.fields.get(record, "id")
+            index = place.split()[-1] if own is None else str(own)
+            if index in places:
+                raise UsageError(
+                    f"{self.file}, {place}: the id {index!r} stands at {places[index]} already; "
+                    "give every item its own, or name another column (columns: id: ...)"
+                )
+            places[index] = place
+            chosen.append((index, place, record))
+        return chosen
+
+    def texts(self, found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+        """Records with a text, each text once: a passage may stand beside many questions."""
+        seen: set[str] = set()
+        kept = []
+        for place, record in found:
+            text = self.fields.get(record, "text")
+            if not isinstance(text, str):
+                there = ", ".join(map(repr, record)) or "nothing"
+                raise UsageError(
+                    f"{self.file}, {place}: no text but {there}; name its column "
+                    "(columns: text: ...)"
+                )
+            if text.strip() and text not in seen:
+                seen.add(text)
+                kept.append((place, record))
+        if not kept:
+            raise UsageError(f"{self.file} has no text; give a file with at least one")
+        return kept
+
+    def item(self, index: str, place: str, record: dict[str, Any]) -> Item:
+        """One record as an item."""
+        where = f"{self.file}, {place} (id {index})"
+        kind, group = self.fields.get(record, "kind"), self.fields.get(record, "group")
+        kind = None if kind is None else str(kind)
+        named: dict[str, Any] = {"id": index, "kind": kind, "file": self.file, "place": place}
+        if self.spec.metric == "perplexity" and not self.spec.chat:
+            text = self.fields.get(record, "text")
+            return Item(messages=(), question=text, group=str(group or index), **named)
+        options = self.fields.options(record, where)
+        answers = self.fields.answers(record, where)
+        if "messages" in record or "conversations" in record:
+            turns = list(self.rows.row(place, record).messages)
+            messages, question, last = self._of_turns(turns, options, where)
+            answers = answers or ([] if last is None else [last])
+        else:
+            messages, question = self._of_fields(record, options, where)
+        images = [str(image) for image in images_of_all(messages)]
+        if images and self.spec.modality == "text":
+            raise UsageError(
+                f"{where}: an image in a set of text; write modality: image, or leave it out"
+            )
+        gold = gold_of(answers[0], options, where) if options and answers else None
+        texts = tuple(str(one).strip() for one in answers) if gold is None else (options[gold],)
+        self._check(texts, options, where)
+        size = box = None
+        if self.spec.metric == "box":
+            size = self._size(images, where)
+            box = box_of(self.fields.get(record, "box"), size, where)
+        if group is None:
+            group = "|".join(images) or self.fields.passage(record) or index
+        return Item(
+            messages=messages, question=question, answers=texts, options=options, gold=gold,
+            box=box, size=size, group=str(group), **named,
+        )  # fmt: skip
+
+    def _of_fields(
+        self, record: dict[str, Any], options: Sequence[str], where: str
+    ) -> tuple[list[Message], str]:
+        question = self.fields.question(record, where)
+        if question is None and self.spec.metric != "caption":
+            there = ", ".join(map(repr, record)) or "nothing"
+            raise UsageError(
+                f"{where}: no question but {there}; name its column (columns: question: ...)"
+            )
+        question = question or ""
+        text = question if self.prompt is None else fill_prompt(self.prompt, question, options)
+        given = self.fields.get(record, "image")
+        listed = given if isinstance(given, list) else [] if given in (None, "") else [given]
+        if not listed:
+            return [{"role": "user", "content": text}], question
+        parts: list[dict[str, Any]] = [
+            {"type": "image", "image": self.rows.resolve(one, where)} for one in listed
+        ]
+        parts += [{"type": "text", "text": text}] if text else []
+        return [{"role": "user", "content": parts}], question
+
+    def _of_turns(
+        self, turns: list[dict[str, Any]], options: Sequence[str], where: str
+    ) -> tuple[list[Message], str, str | None]:
+        """Messages up to the last question, the question, and the answer after it."""
+        last = None
+        if turns[-1]["role"] == "assistant":
+            last = _text_of(turns[-1].get("content"))
+            turns = turns[:-1]
+        if not turns or turns[-1]["role"] != "user":
+            raise UsageError(
+                f"{where}: no turn of a user before the answer; end with a question and its answer"
+            )
+        content = turns[-1].get("content")
+        question = _text_of(content).strip()
+        if self.prompt is not None:
+            text = fill_prompt(self.prompt, question, options)
+            if isinstance(content, list):
+                images = [part for part in content if is_image(part)]
+                content = [*images, {"type": "text", "text": text}]
+            else:
+                content = text
+            turns = [*turns[:-1], {**turns[-1], "content": content}]
+        return list(turns), question, last
+
+    def _check(self, answers: Sequence[str], options: Sequence[str], where: str) -> None:
+        """Refuse an item that lacks what the metric needs."""
+        metric = self.spec.metric
+        if metric == "choice" and not options:
+            raise UsageError(
+                f"{where}: no options, which choice needs; name their column (columns: "
+                "options: ...), or write another metric"
+            )
+        if metric != "box" and not answers:
+            raise UsageError(
+                f"{where}: no answer to compare with; name its column (columns: answer: ...)"
+            )
+        if metric == "perplexity" and not answers[0]:
+            raise UsageError(f"{where}: an empty answer; write one, or leave the row out")
+        if metric == "yes_no" and answers[0].lower().strip(" .!") not in ("yes", "no"):
+            raise UsageError(
+                f"{where}: the answer is {answers[0]!r}, and yes_no needs yes or no; write "
+                "another metric, or leave the row out"
+            )
+        if metric == "vqa_v2" and len(answers) != VQA_V2_ANSWERS:
+            raise UsageError(
+                f"{where}: {len(answers)} answers, and vqa_v2 compares with {VQA_V2_ANSWERS} of "
+                "them; write metric: vqa for one right answer"
+            )
+
+    def _size(self, images: Sequence[str], where: str) -> tuple[int, int]:
+        if len(images) != 1:
+            raise UsageError(f"{where}: {len(images)} images, and a box needs one; name its column")
+        if images[0] not in self.sizes:
+            self.sizes[images[0]] = _size_of(images[0], where)
+        return self.sizes[images[0]]
+
+
+def _size_of(image: str, where: str) -> tuple[int, int]:
+    """Width and height of an image as it is shown, without reading its pixels where that serves."""
+    if not os.path.isfile(image):
+        return open_image(image, where).size
+    width, height = check_image(image, where)
+    try:
+        with Image.open(image) as opened:
+            turned = opened.getexif().get(0x0112, 1) >= 5  # EXIF: on its side
+    except Exception:  # EXIF data that cannot be read
+        return open_image(image, where).size
+    return (height, width) if turned else (width, height)
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type") == "text")
+    return content if isinstance(content, str) else ""
+
+
+def _pairs(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Each question of a conversation, and the answer after it."""
+    pairs = []
+    for asked, given in pairwise(messages):
+        if asked["role"] == "user" and given["role"] == "assistant":
+            question, answer = _text_of(asked.get("content")), _text_of(given.get("content"))
+            pairs.append((question.strip(), answer.strip()))
+    return pairs
+
+
+def _under(root: Path | None, path: str) -> Path:
+    found = Path(path).expanduser()
+    return found if root is None else root / found
+
+
+def _image_folder(spec: SetSpec, path: Path, root: Path | None) -> str:
+    folder = path.parent if spec.images is None else _under(root, spec.images)
+    if not folder.is_dir():
+        raise UsageError(
+            f"set {spec.name!r}: no image folder {folder}; give the folder that image paths start "
+            "from"
+        )
+    return os.path.abspath(folder)

@@ -1,0 +1,56 @@
+"""The one item type of evaluation: a question, and what counts as its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmgraft.data.chat.content import has_image
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a set.
+
+    Attributes:
+        id: The source's own, else its position; unique in its set.
+        messages: The conversation up to the question, `{"role", "content"}` with image parts whose
+            paths are resolved; never an answer.
+        question: The question alone, without images or options: what `prior` counts by.
+        answers: What is right: one answer, the ten of VQAv2, or the references of a caption.
+        options: Texts to choose from, for multiple choice.
+        gold: Index of the right option.
+        box: `(x1, y1, x2, y2)` in pixels of the image, for grounding.
+        size: `(width, height)` of the image in pixels, for grounding.
+        kind: A breakdown's class, such as `color`.
+        group: Items of one group are drawn together by the bootstrap; an image's path by default.
+        file: Where the item was read.
+        place: Where in the file: "line 12" or "row 12", counted from 1.
+    """
+
+    id: str
+    messages: Sequence[Mapping[str, Any]]
+    question: str
+    answers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    gold: int | None = None
+    box: Box | None = None
+    size: tuple[int, int] | None = None
+    kind: str | None = None
+    group: str | None = None
+    file: str = ""
+    place: str = ""
+
+    @property
+    def has_image(self) -> bool:
+        """Whether any message has an image part."""
+        return has_image(self.messages)
+
+    @property
+    def where(self) -> str:
+        """The item as an error names it: "test.jsonl, line 12 (id abc)"."""
+        place = ", ".join(part for part in (self.file, self.place) if part)
+        return f"{place} (id {self.id})" if place else f"item {self.id}"

@@ -1,0 +1,80 @@
+"""Under which licence a set's pictures lie, as `mmgraft data prepare` has noted it beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.images import is_data_uri
+from mmgraft.evaluation.items.item import Item
+
+FREE = frozenset({"MIT", "CC0", "CC0-1.0"})
+"""Licences under which pictures may go along with a report."""
+
+SOURCES = "*.source.json"
+_LEVELS = 4  # folders above a picture that are looked into
+
+
+def stated_licences(file: Path, items: Iterable[Item]) -> set[str | None]:
+    """Licences of a file of items and of their pictures; None stands for one that nothing states.
+
+    A picture's is that of the nearest folder above it that has source files. The file's own must
+    name the file with its SHA-256: a file of one's own, put beside a packaged set, has none.
+
+    Args:
+        file: Of the items.
+        items: Those whose pictures are to be shown.
+    """
+    found = _of(_near(file), file)
+    folders = set()
+    for item in items:
+        for image in images_of_all(item.messages):
+            if isinstance(image, str) and not is_data_uri(image):
+                folders.add(Path(image.removeprefix("file://")).resolve().parent)
+            else:
+                found.add(None)
+    for folder in folders:
+        found |= _of(_near(folder / "picture"))
+    return found
+
+
+def all_free(licences: Iterable[str | None]) -> bool:
+    """Whether every licence is known, and a free one."""
+    return all(licence in FREE for licence in licences)
+
+
+def none_forbids(licences: Iterable[str | None]) -> bool:
+    """Whether every licence that is known is a free one."""
+    return all(licence is None or licence in FREE for licence in licences)
+
+
+def _near(path: Path) -> list[dict[str, Any]]:
+    """What the source files say that lie nearest above a path; all of that folder."""
+    for folder in list(path.resolve().parents)[:_LEVELS]:
+        files = sorted(folder.glob(SOURCES))
+        if files:
+            return [_read(file) for file in files]
+    return []
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _of(sources: Sequence[dict[str, Any]], file: Path | None = None) -> set[str | None]:
+    """Their licences; None where there is none, or none of them names the file."""
+    found: set[str | None] = {source.get("licence") for source in sources}
+    if file is not None:
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        sums = [source.get("sha256") for source in sources]
+        if not any(isinstance(one, dict) and one.get(file.name) == sha256 for one in sums):
+            found.add(None)
+    return found or {None}

@@ -1,0 +1,1 @@
+"""Log-probabilities of texts: multiple choice and perplexity."""

@@ -1,0 +1,265 @@
+"""Log-probabilities of texts that go on from a context, in batches, each context read once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from mmgraft.data.batches.padding import pad
+from mmgraft.data.images import open_images
+from mmgraft.model.modeling import GraftedModel
+from mmgraft.model.workflow import TEXT_WORKFLOW
+
+if TYPE_CHECKING:
+    from mmgraft.data.chat.processor import GraftProcessor
+
+Features = Callable[[list[Path]], Tensor]
+"""The tower's features of image files, ``(n, P, tower width)``."""
+
+DEFAULT_LENGTH = 2048
+"""Context length of a base that names none, as in lm-evaluation-harness."""
+
+_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
+_UNSET = 1e29  # transformers' own word for a tokenizer without a length
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+LOGITS_AT_ONCE = 1 << 27
+"""Logits that one pass may give; a batch is made smaller until it fits."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A context and what may follow it.
+
+    Attributes:
+        context: Ids, at least one; where an image stands, its placeholder at each position.
+        continuations: Ids of each, at least one.
+        kinds: 1 at an image's positions and 0 at text; empty where there is no image.
+        images: Paths, data URIs or PIL images, in order.
+    """
+
+    context: Sequence[int]
+    continuations: Sequence[Sequence[int]]
+    kinds: Sequence[int] = ()
+    images: Sequence[Any] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest row that the model reads; the last id is only predicted."""
+        return len(self.context) + max(map(len, self.continuations)) - 1
+
+
+class Likelihoods:
+    """Computes log-probabilities with one model and one workflow.
+
+    A context is read once into a cache, and its continuations go on from there. Where a cache would
+    not give what a full pass gives, each continuation is read with its context.
+
+    Args:
+        model: A grafted model, or a stock causal LM, in eval mode.
+        processor: The grafted model's; it pads rows and makes images into tensors.
+        workflow: Of all rows, for a grafted model.
+        features: The tower's features of image files; by default images are opened and run through
+            the tower.
+        share: Read contexts once where that is exact.
+    """
+
+    def __init__(
+        self,
+        model: GraftedModel | PreTrainedModel,
+        processor: GraftProcessor,
+        workflow: str = TEXT_WORKFLOW,
+        features: Features | None = None,
+        share: bool = True,
+    ) -> None:
+        self.model, self.processor, self.workflow = model, processor, workflow
+        self.features = features
+        base = model.base if isinstance(model, GraftedModel) else model
+        self.config: Any = base.config
+        self.length = context_length(self.config, processor.tokenizer)
+        self._takes_positions = (
+            "position_ids" in inspect.signature(base.base_model.forward).parameters
+        )
+        self.share = share and self._cacheable()
+
+    def batches(self, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+        """Places of requests in batches of like length, the longest first.
+
+        A batch has ``batch_size`` requests at most, and as few as its logits ask for.
+        """
+        order = sorted(range(len(requests)), key=lambda at: (-requests[at].longest, at))
+        most = LOGITS_AT_ONCE // int(self.config.get_text_config().vocab_size)
+        made: list[list[int]] = []
+        rows = width = 0
+        for at in order:
+            more = len(requests[at].continuations)
+            own = max(map(len, requests[at].continuations)) if self.share else requests[at].longest
+            width = max(width, own)
+            if not made or len(made[-1]) == batch_size or (rows + more) * width > most:
+                made.append([])
+                rows, width = 0, own
+            made[-1].append(at)
+            rows += more
+        return made
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[Request]) -> list[list[float]]:
+        """Each continuation's log-probability after its context, in nats.
+
+        A row longer than the model's context length loses its beginning, as in
+        lm-evaluation-harness.
+        """
+        if self.share and max(request.longest for request in requests) <= self.length:
+            return self._shared(requests)
+        return self._whole(requests)
+
+    # -- the two ways ---------------------------------------------------------------------------
+
+    def _shared(self, requests: Sequence[Request]) -> list[list[float]]:
+        contexts = [list(request.context) for request in requests]
+        kinds = [list(request.kinds) or [0] * len(request.context) for request in requests]
+        mask = self._tensor(pad([[1] * len(ids) for ids in contexts], 0, "left"))
+        cache = DynamicCache(config=self.config)
+        logits = self._forward(
+            self._tensor(pad(contexts, self.processor.pad_id, "left")),
+            mask,
+            self._tensor(pad(kinds, 0, "left")),
+            self._images(requests),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )  # (b, 1, vocab)
+        first = _log_probabilities(logits[:, -1:])[:, 0]  # (b, vocab)
+        sums = [
+            [float(first[row, each[0]]) for each in request.continuations]
+            for row, request in enumerate(requests)
+        ]
+        longer = [
+            (row, at)
+            for row, request in enumerate(requests)
+            for at, each in enumerate(request.continuations)
+            if len(each) > 1
+        ]
+        if not longer:
+            return sums
+        rows = [list(requests[row].continuations[at]) for row, at in longer]
+        owners = torch.tensor([row for row, _ in longer], device=mask.device)
+        cache.batch_select_indices(owners)
+        given = self._tensor(pad([row[:-1] for row in rows], self.processor.pad_id, "right"))
+        real = self._tensor(pad([[1] * (len(row) - 1) for row in rows], 0, "right"))
+        both = torch.cat([mask[owners], real], dim=1)
+        logits = self._forward(
+            given, both, torch.zeros_like(given), {}, past_key_values=cache, use_cache=True
+        )
+        for (row, at), ids, each in zip(longer, rows, logits, strict=True):
+            sums[row][at] += _sum(each[: len(ids) - 1], ids[1:])
+        return sums
+
+    def _whole(self, requests: Sequence[Request]) -> list[list[float]]:
+        """Every continuation with its context."""
+        rows, kinds, starts, wanted, owners = [], [], [], [], []
+        for request in requests:
+            before = list(request.kinds) or [0] * len(request.context)
+            for each in request.continuations:
+                cut = max(0, len(request.context) + len(each) - 1 - self.length)
+                rows.append([*request.context, *each][cut:-1])
+                kinds.append([*before, *([0] * (len(each) - 1))][cut:])
+                starts.append(len(rows[-1]) - len(each))
+                wanted.append(each)
+                owners.append(request)
+        logits = self._forward(
+            self._tensor(pad(rows, self.processor.pad_id, "right")),
+            self._tensor(pad([[1] * len(row) for row in rows], 0, "right")),
+            self._tensor(pad(kinds, 0, "right")),
+            self._images(owners),
+            use_cache=False,
+        )
+        sums = iter(
+            [
+                _sum(each[start : start + len(ids)], ids)
+                for each, start, ids in zip(logits, starts, wanted, strict=True)
+            ]
+        )
+        return [[next(sums) for _ in request.continuations] for request in requests]
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def _forward(
+        self, ids: Tensor, mask: Tensor, kinds: Tensor, images: dict[str, Tensor], **options: Any
+    ) -> Tensor:
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **images, **options}
+        if self._takes_positions:
+            given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if isinstance(self.model, GraftedModel):
+            given["workflow"] = self.workflow
+            if self.workflow != TEXT_WORKFLOW:
+                given["mm_token_type_ids"] = kinds
+        run: Callable[..., Any] = self.model
+        return run(**given).logits  # (b, s, vocab)
+
+    def _images(self, requests: Sequence[Request]) -> dict[str, Tensor]:
+        images = [image for request in requests for image in request.images]
+        if not images:
+            return {}
+        if self.features is not None:
+            features = self.features([Path(image) for image in images])
+            return {"image_features": features.to(self.model.device)}
+        pixels = self.processor.pixels(open_images(images, "a question"))
+        return {"pixel_values": pixels.to(self.model.device)}
+
+    def _tensor(self, padded: Tensor) -> Tensor:
+        return padded.to(self.model.device)
+
+    def _cacheable(self) -> bool:
+        if isinstance(self.model, GraftedModel) and self.workflow != TEXT_WORKFLOW:
+            cacheable = self.model.workflow(self.workflow).graft.cacheable
+            return cacheable and can_go_on(self.config)
+        return can_go_on(self.config)
+
+
+def can_go_on(config: Any) -> bool:
+    """Whether a base that goes on from a cache gives what a full pass gives, to float rounding."""
+    types = getattr(config.get_text_config(), "layer_types", None)
+    return types is None or _PLAIN_LAYERS.issuperset(types)
+
+
+def context_length(config: Any, tokenizer: Any = None) -> int:
+    """Positions that a model reads at most, found where lm-evaluation-harness finds them."""
+    text = getattr(config, "text_config", None) or config
+    for name in _LENGTHS:
+        value = getattr(text, name, None)
+        if value is not None:
+            return int(value)
+    value = getattr(tokenizer, "model_max_length", None)
+    return DEFAULT_LENGTH if value is None or value > _UNSET else int(value)
+
+
+def prefix_id(tokenizer: Any) -> int:
+    """What stands before a text that has no context: beginning of sequence, else its end."""
+    found = tokenizer.bos_token_id
+    return int(tokenizer.eos_token_id if found is None else found)
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text's ids with what the tokenizer puts around a text of its own accord.
+
+    A text that says the beginning of sequence itself does not get another.
+    """
+    says = text.startswith(tokenizer.decode(prefix_id(tokenizer)))
+    return list(tokenizer.encode(text, **({"add_special_tokens": False} if says else {})))
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
+
+
+def _sum(logits: Tensor, ids: Sequence[int]) -> float:
+    """The log-probability of ids, from the logits at the positions before them ``(n, vocab)``."""
+    wanted = torch.tensor(ids, device=logits.device)
+    return float(_log_probabilities(logits).gather(-1, wanted[:, None]).double().sum())

@@ -1,0 +1,184 @@
+"""A grafted model as lm-evaluation-harness sees one. Needs the extra `mmgraft[eval]`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lm_eval.models import hf_vlms, huggingface
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.images import open_images
+from mmgraft.errors import UsageError
+from mmgraft.inference import Answerer
+
+HFLM: Any = huggingface.HFLM  # their decorators hide what these classes are
+HFMultimodalLM: Any = hf_vlms.HFMultimodalLM
+
+PLACEHOLDER = "<image>"
+"""What a task of lm-evaluation-harness writes where an image stands."""
+
+
+def plain_lm(base: PreTrainedModel, processor: GraftProcessor, batch_size: int) -> Any:
+    """The harness's own `hf` model of a base, prompted as the graft's text workflow is."""
+    with _without_notes():
+        return HFLM(**_settings(base, processor, batch_size))
+
+
+class TextLM(HFLM):
+    """A grafted model's text rows: `hf` on the base, but that the graft's forward runs them.
+
+    What the harness reads from a model (its context length, its prefix token) it reads from the
+    base.
+
+    Args:
+        answerer: Model and processor.
+        workflow: Of all rows: ``text``, or one that sees, asked without an image.
+        batch_size: Rows at a time.
+    """
+
+    def __init__(self, answerer: Answerer, workflow: str, batch_size: int) -> None:
+        with _without_notes():
+            super().__init__(**_settings(answerer.model.base, answerer.processor, batch_size))
+        self._max_length = self.max_length
+        self._model = answerer.model
+        self._workflow = workflow
+
+    def _model_call(
+        self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        with torch.no_grad():
+            return self.model(inps, workflow=self._workflow).logits  # (b, s, vocab)
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> Tensor:
+        generation_kwargs["workflow"] = self._workflow
+        return super()._model_generate(context, max_length, stop, **generation_kwargs)
+
+
+class ImageLM(HFMultimodalLM):
+    """A grafted model's rows with images: `hf-multimodal`, tokenised by the graft's processor.
+
+    The harness knows prompts as texts. Those of a chat are its messages as JSON, so that the
+    processor's own template writes them when the images are there.
+
+    Args:
+        answerer: Model and processor.
+        workflow: Of all rows.
+        batch_size: Rows at a time.
+        chat: Whether prompts are chats for the graft's template, or plain text.
+    """
+
+    def __init__(self, answerer: Answerer, workflow: str, batch_size: int, chat: bool) -> None:
+        self._graft_processor = answerer.processor
+        with _without_notes():
+            super().__init__(
+                image_string=PLACEHOLDER,
+                **_settings(answerer.model.base, answerer.processor, batch_size),
+            )
+        self._max_length = self.max_length
+        self._model = answerer.model
+        self._workflow = workflow
+        self._chat = chat
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *_: Any, **__: Any) -> None:
+        self.tokenizer, self.processor = tokenizer, self._graft_processor
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        if not add_generation_prompt:
+            raise UsageError(
+                "the task begins the answer itself (gen_prefix), which prompts with images cannot; "
+                "move that text to the end of its doc_to_text"
+            )
+        return json.dumps(chat_history, ensure_ascii=False)
+
+    def tok_batch_multimodal_encode(
+        self,
+        strings: list[str],
+        images: list[list[Any]],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> dict[str, Any]:
+        processor = self._graft_processor
+        if not self._chat:
+            processor = processor.with_template("plain")
+        rows = []
+        for text, shown in zip(strings, images, strict=True):
+            plain = [{"role": "user", "content": text}]
+            rows.append(processor.encode(_placed(json.loads(text) if self._chat else plain, shown)))
+        longest = max(map(len, rows))
+        if left_truncate_len and longest > left_truncate_len:
+            raise UsageError(
+                f"a prompt has {longest} tokens, and {left_truncate_len} fit beside the answer; "
+                "lower max_gen_toks in the task's generation_kwargs, or its num_fewshot"
+            )
+        inputs: dict[str, Any] = processor.collate(rows, "left")
+        opened = [image for row in rows for image in open_images(row.images, "an image of a task")]
+        if opened:
+            inputs["pixel_values"] = processor.pixels(opened)
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return inputs | {"workflow": self._workflow}
+
+
+def _settings(base: PreTrainedModel, processor: GraftProcessor, batch_size: int) -> dict[str, Any]:
+    """What every model of the harness is made with."""
+    return {
+        "pretrained": base,
+        "backend": "causal",
+        "tokenizer": _tokenizer(processor),
+        "chat_template_args": dict(processor.options),
+        "batch_size": batch_size,
+    }
+
+
+def _tokenizer(processor: GraftProcessor) -> PreTrainedTokenizerBase:
+    """The base's with the graft's template; a copy, since the harness may add a padding token."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    if processor.template.text is not None:
+        tokenizer.chat_template = processor.template.text
+    return tokenizer
+
+
+def _placed(
+    messages: Sequence[Mapping[str, Any]], images: Sequence[Any]
+) -> list[Mapping[str, Any]]:
+    """Messages whose placeholders are image parts, in order."""
+    found = sum(str(message["content"]).count(PLACEHOLDER) for message in messages)
+    if found != len(images):
+        raise UsageError(
+            f"a prompt says {PLACEHOLDER} {found} times and has {len(images)} images; let the "
+            f"task's doc_to_text write {PLACEHOLDER} once for each image of its doc_to_image"
+        )
+    queue = iter(images)
+    placed: list[Mapping[str, Any]] = []
+    for message in messages:
+        first, *rest = str(message["content"]).split(PLACEHOLDER)
+        parts: list[dict[str, Any]] = [{"type": "text", "text": first}] if first else []
+        for piece in rest:
+            parts.append({"type": "image", "image": next(queue)})
+            parts += [{"type": "text", "text": piece}] if piece else []
+        placed.append({**message, "content": parts if rest else first})
+    return placed
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """Silence about being given a loaded model, which is what this package always does."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

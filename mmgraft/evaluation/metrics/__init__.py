@@ -1,0 +1,1 @@
+"""Metrics of answers: VQA, captions, boxes, yes/no, options; intervals."""

@@ -1,0 +1,152 @@
+"""A set's answers against what is right, by the set's metric. Free of torch."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from mmgraft.errors import UsageError
+from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood.choice import By, ChoiceScore
+from mmgraft.evaluation.metrics.boxes import measure_boxes
+from mmgraft.evaluation.metrics.captions import CiderD, measure_captions, words_of
+from mmgraft.evaluation.metrics.measured import Measured
+from mmgraft.evaluation.metrics.vqa import Prior, exact, vqa_match, vqa_v2
+from mmgraft.evaluation.metrics.yes_no import measure_yes_no, truth_of
+from mmgraft.evaluation.origin import as_scores
+from mmgraft.recipes.evaluation_set import Metric, SetSpec
+from mmgraft.runs.results import Score
+
+ANSWER_TOKENS: Mapping[Metric, int] = {
+    "exact": 16, "vqa": 16, "vqa_v2": 16, "yes_no": 8, "caption": 64, "box": 48,
+}  # fmt: skip
+"""Where an answer is cut, unless the set says so."""
+
+BY: Mapping[str, By] = {
+    "accuracy": "sum", "accuracy_per_token": "token", "accuracy_per_character": "character",
+}  # fmt: skip
+"""Scores of multiple choice: how the log-probability of an option's text is weighed."""
+
+
+def measure_answers(spec: SetSpec, items: Sequence[Item], answers: Sequence[str]) -> Measured:
+    """What texts are worth by any metric but `choice`.
+
+    Args:
+        spec: The set.
+        items: Its items.
+        answers: One text an item, in their order.
+
+    Raises:
+        UsageError: An item lacks what the metric needs; names file and row.
+    """
+    if spec.metric == "caption":
+        return measure_captions(answers, _cider(items))
+    if spec.metric == "yes_no":
+        truth = [truth_of(_first(item), item.where) for item in items]
+        return measure_yes_no(answers, truth)
+    if spec.metric == "box":
+        boxes, sizes = [], []
+        for item in items:
+            if item.box is None or item.size is None or spec.boxes is None:
+                raise UsageError(f"{item.where}: no box to compare with; name its column")
+            boxes.append(item.box)
+            sizes.append(item.size)
+        assert spec.boxes is not None
+        return measure_boxes(answers, boxes, sizes, spec.boxes)
+    if spec.metric == "vqa_v2":
+        return Measured.means(
+            accuracy=[vqa_v2(said, item.answers) for said, item in zip(answers, items, strict=True)]
+        )
+    match = _MATCHES.get(spec.metric)
+    if match is None:
+        raise UsageError(f"set {spec.name!r}: {spec.metric} does not score answers in words")
+    return Measured.means(
+        accuracy=[
+            any(match(said, right) for right in item.answers)
+            for said, item in zip(answers, items, strict=True)
+        ]
+    )
+
+
+def measure_choices(items: Sequence[Item], scores: Sequence[ChoiceScore]) -> Measured:
+    """Accuracy by log-probability: of an option's whole text, a token, and a character."""
+    return Measured.means(
+        **{
+            name: [one.prediction(by) == item.gold for one, item in zip(scores, items, strict=True)]
+            for name, by in BY.items()
+        }
+    )
+
+
+def measure_prior(
+    spec: SetSpec, items: Sequence[Item], seen: Iterable[tuple[str, str]]
+) -> Measured:
+    """What the most frequent training answer to each question is worth.
+
+    In multiple choice the option is taken that was right most often after the same question, of
+    those equal the one right most often after any, of those equal the first; `accuracy` is the only
+    score.
+
+    Args:
+        spec: The set.
+        items: Its items.
+        seen: Questions and answers of training.
+
+    Raises:
+        UsageError: There are none.
+    """
+    pairs = list(seen)
+    if spec.metric != "choice":
+        prior = Prior(pairs)
+        return measure_answers(spec, items, [prior(item.question) for item in items])
+    if not pairs:
+        raise UsageError("no training answers to count; give at least one")
+    overall = Counter(answer for _, answer in pairs)
+    asked: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, answer in pairs:
+        asked[question][answer] += 1
+    right = []
+    for item in items:
+        own = asked.get(item.question, Counter())
+        counts = [(own[option], overall[option]) for option in item.options]
+        right.append(counts.index(max(counts)) == item.gold)
+    return Measured.means(accuracy=right)
+
+
+def scores_by_kind(measured: Measured, items: Sequence[Item]) -> dict[str, dict[str, Score]]:
+    """The scores of each kind of item, in order of their names; none where items have none."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for at, item in enumerate(items):
+        if item.kind is not None:
+            places[item.kind].append(at)
+    groups = groups_of(items)
+    return {
+        kind: as_scores(measured.of(chosen).scores([groups[at] for at in chosen]))
+        for kind, chosen in sorted(places.items())
+    }
+
+
+def groups_of(items: Sequence[Item]) -> list[str]:
+    """What the bootstrap draws together: the items' groups, an item by itself without one."""
+    return [item.group if item.group is not None else item.id for item in items]
+
+
+_MATCHES: Mapping[str, Callable[[str, str], bool]] = {"exact": exact, "vqa": vqa_match}
+
+
+def _cider(items: Sequence[Item]) -> CiderD:
+    for item in items:
+        if not any(map(words_of, item.answers)):
+            raise UsageError(f"{item.where}: no caption with a word in it; write one")
+    if len(items) == 1:
+        raise UsageError(
+            f"{items[0].file}: CIDEr weighs words by how few items use them, and there is one; "
+            "give at least two"
+        )
+    return CiderD([item.answers for item in items])
+
+
+def _first(item: Item) -> str:
+    if not item.answers:
+        raise UsageError(f"{item.where}: no answer to compare with; name its column")
+    return item.answers[0]

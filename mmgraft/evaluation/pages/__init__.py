@@ -1,1 +1,0 @@
-"""Reports as pages: what stands on one, and how it becomes HTML or Markdown."""

@@ -1,0 +1,117 @@
+"""The folder that an export writes: which one it may be, and what the command says of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mmgraft.errors import UsageError
+from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
+
+Kind = Literal["graft", "full", "llava"]
+
+NOTE_KEY = "mmgraft"
+"""Key of an exported ``config.json`` that says what the model was made of."""
+
+_OF_A_RUN = ("checkpoints", "metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, or would write.
+
+    Attributes:
+        kind: what it was exported to.
+        folder: where.
+        workflow: the one workflow in it.
+        files: names and sizes in bytes; of a dry run only what is large.
+        notes: what the user must know of the result, a sentence each.
+        difference: largest difference between the logits of the stock model and the graft's.
+        written: false for a dry run.
+    """
+
+    kind: Kind
+    folder: Path
+    workflow: str
+    files: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+    difference: float | None = None
+    written: bool = True
+
+
+def default_folder(run: Path, kind: Kind) -> Path:
+    """Where an export goes when the user names no folder: beside the current folder's runs."""
+    return Path(f"{run.resolve().name}-{kind}")
+
+
+def find_workflow(run: Path, name: str | None) -> Path:
+    """The folder of the graft with this workflow: the run itself, or a graft right below it.
+
+    Raises:
+        UsageError: none of them is called so.
+    """
+    record = GraftFile.read(run)
+    if name is None or record.workflow == name:
+        return run
+    others = sorted(path.parent for path in run.glob(f"*/{CONFIG_NAME}"))
+    found = {GraftFile.read(folder).workflow: folder for folder in others}
+    if name in found:
+        return found[name]
+    raise UsageError(
+        f"{run} has no workflow {name!r}; give --workflow one of: "
+        f"{', '.join([record.workflow, *found])}."
+    )
+
+
+def check_folder(out: Path, run: Path, force: bool) -> Path:
+    """The absolute path of an output folder that may be written.
+
+    Raises:
+        UsageError: it is in use: not empty without `force`, or holding something else than an
+            earlier export, which `force` would destroy.
+    """
+    out = out.expanduser().resolve()
+    for place, what in ((run.resolve(), "the graft"), (Path.cwd(), "the current folder")):
+        if out == place or out in place.parents:
+            raise UsageError(f"{out} is or contains {what}; name another folder with --out.")
+    if not out.exists():
+        return out
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file; name a folder with --out.")
+    if not any(out.iterdir()):
+        return out
+    if not force:
+        raise UsageError(
+            f"{out} is not empty; name another folder with --out, or replace the export in it "
+            "with --force."
+        )
+    if not _is_export(out):
+        raise UsageError(
+            f"{out} holds something else than an earlier export, and --force would delete it; "
+            "name another folder with --out."
+        )
+    return out
+
+
+def _is_export(folder: Path) -> bool:
+    if (folder / CONFIG_NAME).is_file():
+        return not any((folder / name).exists() for name in _OF_A_RUN)
+    try:
+        return NOTE_KEY in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Every file below a folder with its size, by name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A copy of its own, also where the source is a link into a cache."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

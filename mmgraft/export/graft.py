@@ -1,0 +1,99 @@
+"""The small adapter in a folder of its own: what `mmgraft push` would send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmgraft.atomic import atomic_folder, atomic_text
+from mmgraft.export.folder import Exported, copy_file, sizes_in
+from mmgraft.hub.card import is_ours, render_card
+from mmgraft.hub.references import local_folder
+from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
+from mmgraft.runs.contents import README, RECIPE, UploadFile, belonging, graft_parameters
+from mmgraft.runs.results import measured
+from mmgraft.vision.spec import TRANSFORMERS_KIND
+
+
+def export_graft(
+    run: Path, out: Path, dry_run: bool = False, say: Callable[[str], None] | None = None
+) -> Exported:
+    """Write config, weights, recipe, results and card of a graft into a new folder.
+
+    A base or tower that lies inside the run goes along; one that lies elsewhere on this machine is
+    named by its whole path.
+
+    Args:
+        run: the graft's folder.
+        out: see :func:`mmgraft.export.folder.check_folder`.
+        dry_run: list the files and write nothing.
+        say: told what is being done.
+
+    Raises:
+        UsageError: a damaged graft.
+        MMGraftError: the disk is full; what stood in `out` is whole.
+    """
+    record, inside, notes = _settled(GraftFile.read(run), run)
+    files = belonging(run, inside)
+    if dry_run:
+        listed = {CONFIG_NAME: len(record.dump().encode())} | {f.name: f.size for f in files}
+        return Exported("graft", out, record.workflow, listed, notes, written=False)
+
+    def write(folder: Path) -> None:
+        if say is not None:
+            say(f"copying {len(files)} files")
+        write_files(folder, files)
+        write_record(folder, run, record, out.name, [file.name for file in files])
+
+    atomic_folder(out, write)
+    return Exported("graft", out, record.workflow, sizes_in(out), notes)
+
+
+def write_files(folder: Path, files: list[UploadFile]) -> None:
+    """Copy what belongs to a graft beside its record."""
+    for file in files:
+        assert isinstance(file.content, Path)
+        copy_file(file.content, folder / file.name)
+
+
+def write_record(
+    folder: Path, run: Path, record: GraftFile, name: str, files: Sequence[str] = ()
+) -> None:
+    """Write ``graft_config.json`` and the card; a README of the user's own is kept."""
+    atomic_text(folder / CONFIG_NAME, record.dump())
+    readme, recipe = run / README, run / RECIPE
+    if readme.is_file() and not is_ours(readme.read_text(encoding="utf-8", errors="replace")):
+        copy_file(readme, folder / README)
+        return
+    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+    card = render_card(
+        record, name, graft_parameters(run), text, measured=measured(run), files_there=files
+    )
+    atomic_text(folder / README, card)
+
+
+def _settled(record: GraftFile, run: Path) -> tuple[GraftFile, list[str], list[str]]:
+    """The record with references that hold from any folder, folders that go along, and notes."""
+    inside: list[str] = []
+    notes: list[str] = []
+    base, vision = record.base, record.vision
+    found = local_folder(base.id, base.revision, run)
+    if found is not None:
+        base = base.model_copy(update={"id": _place(found, run, inside, notes, "base")})
+    if vision.id is not None and vision.kind == TRANSFORMERS_KIND:
+        found = local_folder(vision.id, vision.revision, run)
+        if found is not None:
+            place = _place(found, run, inside, notes, "vision tower")
+            vision = vision.model_copy(update={"id": place})
+    return record.model_copy(update={"base": base, "vision": vision}), inside, notes
+
+
+def _place(folder: Path, run: Path, inside: list[str], notes: list[str], what: str) -> str:
+    folder, run = folder.resolve(), run.resolve()
+    if folder != run and folder.is_relative_to(run):
+        name = folder.relative_to(run).as_posix()
+        inside.append(name)
+        notes.append(f"the {what} goes along in ./{name}: it lies in the graft's own folder")
+        return f"./{name}"
+    notes.append(f"the {what} is not in it, but referred to: the folder {folder} of this machine")
+    return str(folder)

@@ -1,0 +1,1 @@
+"""A graft as a stock LLaVA model, which transformers loads without mmgraft."""

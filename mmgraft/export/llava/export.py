@@ -1,0 +1,142 @@
+"""A graft as an ordinary LLaVA model, which transformers loads without mmgraft."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from mmgraft.atomic import atomic_folder
+from mmgraft.basefiles.tensor_files import MAX_SHARD_BYTES, write_shards
+from mmgraft.errors import UsageError
+from mmgraft.export.folder import Exported, copy_file, sizes_in
+from mmgraft.export.llava.card import llava_card
+from mmgraft.export.llava.check import compare, take_samples
+from mmgraft.export.llava.config import empty_llava, llava_config
+from mmgraft.export.llava.fit import Ingredients, gather, text_note
+from mmgraft.export.llava.processor import StockProcessor, save_processor, stock_processor
+from mmgraft.export.llava.tensors import llava_tensors
+from mmgraft.runs.contents import README
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All of an exported model but its values."""
+
+    made_of: Ingredients
+    processor: StockProcessor
+    config: LlavaConfig
+    model: LlavaForConditionalGeneration
+
+
+def export_llava(
+    run: Path,
+    out: Path,
+    base: str | None = None,
+    dtype: str | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Exported:
+    """Write a graft as a ``LlavaForConditionalGeneration`` folder, and prove that it is the same.
+
+    An inserted layer of IAA ``c`` becomes an ordinary decoder layer after the one it follows. The
+    graft is run first; the folder is written tensor by tensor, loaded by stock transformers, and
+    kept only if ids, pixels and logits are the graft's.
+
+    Args:
+        run: the graft's folder.
+        out: see :func:`mmgraft.export.folder.check_folder`.
+        base: where the base lies, when not where the record says.
+        dtype: of all weights, such as ``"bfloat16"``; default: the base's.
+        dry_run: refuse what cannot be expressed, tell the size, and write nothing.
+        say: told what is being done.
+        max_shard_bytes: size of a weight file.
+
+    Raises:
+        UsageError: what the format cannot express, with the reason; a damaged graft; a base that is
+            not the one it was made for.
+        MMGraftError: the disk is full, or the result is not the graft's; what stood in `out` is
+            whole.
+    """
+    say = say or _silent
+    say("examining the graft, its base and its vision tower")
+    plan = _plan(gather(run, base, dtype))
+    made_of = plan.made_of
+    notes = _notes(plan)
+    with llava_tensors(made_of, plan.model) as tensors:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if dry_run:
+            listed = {"model.safetensors": size}
+            return Exported("llava", out, made_of.record.workflow, listed, notes, written=False)
+        say("running the graft on two short conversations")
+        samples = take_samples(made_of, plan.processor.graft, base)
+        found: list[float] = []
+
+        def write(folder: Path) -> None:
+            say(f"writing {size / 2**20:,.1f} MiB of weights")
+            write_shards(folder, "model", tensors, max_bytes=max_shard_bytes)
+            plan.config.save_pretrained(folder)
+            _generation_config(plan).save_pretrained(folder)
+            save_processor(plan.processor, folder)
+            for pattern in ("LICENSE*", "NOTICE*"):
+                for path in made_of.files.path.glob(pattern):
+                    copy_file(path, folder / path.name)
+            say("running the same conversations in stock transformers")
+            found.append(compare(folder, samples, made_of.dtype))
+            token = plan.processor.processor.image_token
+            (folder / README).write_text(llava_card(made_of, out.name, token, found[0]), "utf-8")
+
+        atomic_folder(out, write)
+    return Exported("llava", out, made_of.record.workflow, sizes_in(out), notes, found[0])
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
+
+
+def _plan(made_of: Ingredients) -> _Plan:
+    processor = stock_processor(made_of)
+    rows = processor.new_rows.stop
+    config = llava_config(made_of, processor.image_token_id, rows)
+    try:
+        return _Plan(made_of, processor, config, empty_llava(config))
+    except UsageError:
+        if not made_of.tied:
+            raise
+    # LLaVA ties its head to an embedding of one name only; elsewhere the head is written out.
+    made_of = replace(made_of, untied=True)
+    config = llava_config(made_of, processor.image_token_id, rows)
+    return _Plan(made_of, processor, config, empty_llava(config))
+
+
+def _notes(plan: _Plan) -> list[str]:
+    made_of, processor = plan.made_of, plan.processor
+    notes = [text_note(made_of.record, bool(made_of.inserted or made_of.owns))]
+    token = processor.processor.image_token
+    if processor.new_rows:
+        more = len(processor.new_rows)
+        rows = "one row" if more == 1 else f"{more} rows"
+        notes.append(
+            f"{token} is a new token: embedding and head are {rows} longer than the base's"
+        )
+    notes.append(f"text that contains {token} literally is read as an image position")
+    if made_of.anatomy.logit_scale != 1.0:
+        notes.append(
+            f"the base's factor on its logits, {made_of.anatomy.logit_scale:g}, went into the head"
+        )
+    return notes
+
+
+def _generation_config(plan: _Plan) -> GenerationConfig:
+    made_of = plan.made_of
+    try:
+        config = GenerationConfig.from_pretrained(made_of.files.path)
+    except OSError:
+        config = GenerationConfig.from_model_config(made_of.base_config)
+    config._from_model_config = False  # LLaVA's own config knows none of these ids
+    if plan.processor.new_rows:  # tokens that the base does not have, so never says
+        config.suppress_tokens = [*(config.suppress_tokens or []), *plan.processor.new_rows]
+    return config

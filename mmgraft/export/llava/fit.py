@@ -1,0 +1,241 @@
+"""Whether stock LLaVA can express a graft, and what goes into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from mmgraft.anatomy import Anatomy, examine, get_path, skeleton
+from mmgraft.basefiles import ModelFiles, TensorReader, load_config
+from mmgraft.errors import UsageError
+from mmgraft.grafts.registry import get_method
+from mmgraft.layers import parse_layers
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.model.files.load import base_files, check_base, local_tower
+from mmgraft.vision.spec import TRANSFORMERS_KIND
+from mmgraft.vision.towers.registry import load_tower
+from mmgraft.vision.towers.transformers import TransformersTower
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which base layer, or which inserted one, a layer of the exported decoder is.
+
+    Attributes:
+        index: the base layer that it is, or that it follows.
+        inserted: number of the inserted layer in the graft; None for the base's own.
+    """
+
+    index: int
+    inserted: int | None = None
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """All that an export to LLaVA is made of; of the base nothing but its config is in memory.
+
+    Attributes:
+        run: the graft's folder.
+        record: its record.
+        files: the base's files.
+        base_config: the base's config.
+        anatomy: the base's.
+        tower: the vision tower, in the dtype of its file.
+        dtype: of everything that is written.
+        layers: the decoder's layers in order.
+        owns: which of ``embedding``, ``norm`` and ``head`` the graft has.
+        tied_own: own embedding and own head are one tensor.
+        untied: write the head by itself also where it is the embedding.
+    """
+
+    run: Path
+    record: GraftFile
+    files: ModelFiles
+    base_config: PreTrainedConfig
+    anatomy: Anatomy
+    tower: TransformersTower
+    dtype: torch.dtype
+    layers: list[Source]
+    owns: frozenset[str] = field(default_factory=frozenset)
+    tied_own: bool = False
+    untied: bool = False
+
+    @property
+    def inserted(self) -> list[int]:
+        """The base layers that are followed by an inserted one."""
+        return [layer.index for layer in self.layers if layer.inserted is not None]
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head of the exported model are one tensor."""
+        if self.untied or self.anatomy.logit_scale != 1.0:
+            return False  # the scale goes into the head
+        return self.tied_own if {"embedding", "head"} & self.owns else self.anatomy.tied
+
+
+def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingredients:
+    """Read what an export needs, and refuse what LLaVA cannot express.
+
+    Args:
+        run: the graft's folder.
+        base: where the base lies, when not where the record says.
+        dtype: name of a torch dtype; default: the base's own.
+
+    Raises:
+        UsageError: with the reason; or a base that is not the one the graft was made for.
+    """
+    record = GraftFile.read(run)
+    settings: Any = get_method(record.method).config_class.model_validate(record.config)
+    active = bool(record.state.get("active", True))
+    _refuse_method(record, settings, active)
+    files = base_files(record, run, base)
+    check_base(record, files, "fast")
+    config = load_config(files)
+    blank = skeleton(config)
+    anatomy = examine(blank)
+    _refuse_base(anatomy, getattr(get_path(blank, anatomy.head_path), "bias", None) is not None)
+    _refuse_projector(record, anatomy)
+    tower = load_tower(local_tower(record, run)) if _stock(record) else None
+    if not isinstance(tower, TransformersTower):
+        raise _refusal(
+            f"its vision tower {record.vision.name} is no vision model of transformers, and LLaVA "
+            "loads no other"
+        )
+    _refuse_tower(tower)
+    places = parse_layers(settings.layers, anatomy.num_layers) if _inserts(settings, active) else []
+    owns = ("embedding", "norm", "head") if record.method == "iaa" and active else ()
+    owned = frozenset(name for name in owns if getattr(settings, name))
+    return Ingredients(
+        run=run,
+        record=record,
+        files=files,
+        base_config=config,
+        anatomy=anatomy,
+        tower=tower,
+        dtype=_dtype(dtype, config, files),
+        layers=_order(anatomy.num_layers, places),
+        owns=owned,
+        tied_own=anatomy.tied and {"embedding", "head"} <= owned and not settings.untie,
+    )
+
+
+def text_note(record: GraftFile, inserted: bool) -> str:
+    """What becomes of text in the exported model, in a sentence."""
+    name = record.workflow
+    if record.base_trained:
+        was = "those of the base that was trained with it, not the original model's"
+    elif inserted:
+        was = f"no longer the base's: rows without an image run {name} too"
+    else:
+        was = "still computed by the base's own layers, as they were before"
+    return f"it carries one workflow, {name}, and its text answers are {was}"
+
+
+def _order(num_layers: int, places: list[int]) -> list[Source]:
+    layers: list[Source] = []
+    for index in range(num_layers):
+        layers.append(Source(index))
+        if index in places:
+            layers.append(Source(index, places.index(index)))
+    return layers
+
+
+def _inserts(settings: Any, active: bool) -> bool:
+    return settings.method == "iaa" and active
+
+
+def _stock(record: GraftFile) -> bool:
+    return record.vision.kind == TRANSFORMERS_KIND
+
+
+def _refusal(reason: str) -> UsageError:
+    return UsageError(
+        f"this graft cannot be written as a stock LLaVA model: {reason}. Use --to full for one "
+        "folder that mmgraft loads."
+    )
+
+
+def _refuse_method(record: GraftFile, settings: Any, active: bool) -> None:
+    if record.method == "wings":
+        raise _refusal(
+            "Wings adds learners and a router beside the attention of its layers, and LLaVA has "
+            "a projector and a plain decoder, nothing else"
+        )
+    if record.method not in ("iaa", "llava"):
+        raise _refusal(
+            f"LLaVA has a projector and a plain decoder, and what method {record.method} adds "
+            "has no place in it"
+        )
+    if record.method == "iaa" and active and settings.structure != "c":
+        raise _refusal(
+            f"structure {settings.structure} of IAA adds its layers through gates, beside the "
+            "decoder; only structure c is a plain, deeper decoder"
+        )
+
+
+def _refuse_projector(record: GraftFile, anatomy: Anatomy) -> None:
+    if record.projector.norm:
+        raise _refusal(
+            "its projector has a norm (projector.norm), and LLaVA normalises nothing before its "
+            "projector; a graft for LLaVA must be trained without"
+        )
+    hidden = record.projector.hidden
+    if hidden not in (None, anatomy.hidden_size):
+        raise _refusal(
+            f"its projector is {hidden} wide in the middle, and LLaVA's has the decoder's width, "
+            f"{anatomy.hidden_size}"
+        )
+
+
+def _refuse_base(anatomy: Anatomy, head_bias: bool) -> None:
+    name = anatomy.class_name
+    if anatomy.logits_blocked is not None:
+        raise _refusal(f"the logits of {name} are no plain linear head's: {anatomy.logits_blocked}")
+    if anatomy.logit_softcap is not None:
+        raise _refusal(
+            f"{name} bounds its logits (soft cap {anatomy.logit_softcap:g}), and LLaVA's head does "
+            "not, so that its logits would differ"
+        )
+    if head_bias:
+        raise _refusal(f"the head of {name} has a bias, and LLaVA's head has none")
+    if anatomy.embedding_size != anatomy.hidden_size:
+        raise _refusal(
+            f"{name} embeds tokens in {anatomy.embedding_size} numbers and works in "
+            f"{anatomy.hidden_size}, and LLaVA's projector ends in the latter"
+        )
+
+
+def _refuse_tower(tower: TransformersTower) -> None:
+    seen, name = tower.feature_map, tower.spec.name
+    if seen.is_grid or seen.index is None:
+        raise _refusal(
+            f"the vision tower {name} gives a grid of features, and LLaVA reads tokens out of a "
+            "list of hidden states"
+        )
+    if seen.prefix > 1:
+        raise _refusal(
+            f"the vision tower {name} puts {seen.prefix} tokens before the patches, and LLaVA can "
+            "leave out none or one"
+        )
+    if seen.arguments:
+        raise _refusal(
+            f"the vision tower {name} is run at {tower.image_size[0]} x {tower.image_size[1]} "
+            "pixels with its position table stretched, which LLaVA does not ask for"
+        )
+
+
+def _dtype(name: str | None, config: PreTrainedConfig, files: ModelFiles) -> torch.dtype:
+    if name is not None:
+        found = getattr(torch, name, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise UsageError(f"--dtype {name} is no dtype; give float32, bfloat16 or float16.")
+        return found
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    with TensorReader(files) as reader:
+        kinds = (reader.dtype(key) for key in reader)
+        return next((kind for kind in kinds if kind.is_floating_point), torch.float32)

@@ -1,0 +1,214 @@
+"""Ask a grafted model: a loaded model with its processor, batches of answers, and a dialogue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.generation.streamers import TextStreamer
+from typing_extensions import Self
+
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
+from mmgraft.data.images import open_images
+from mmgraft.errors import UsageError
+from mmgraft.model.files.load import Verify, base_files, graft_folder, load_model
+from mmgraft.model.modeling import GraftedModel
+from mmgraft.model.workflow import TEXT_WORKFLOW
+
+Message = Mapping[str, Any]
+
+
+@dataclass
+class Answerer:
+    """A grafted model and the processor that belongs to it."""
+
+    model: GraftedModel
+    processor: GraftProcessor
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+        quantization: str | None = None,
+        base: str | None = None,
+        verify: Verify = "fast",
+        revision: str | None = None,
+    ) -> Self:
+        """Load a graft by folder or Hub id; see :func:`mmgraft.model.files.load.load_model`."""
+        folder = graft_folder(run, revision)
+        model = load_model(
+            folder,
+            device_map={"": device} if device != "cpu" or quantization else None,
+            dtype=dtype,
+            quantization=quantization,
+            base=base,
+            verify=verify,
+        )
+        files = base_files(model.workflow().record, folder, base)
+        return cls(model, model.processor(files.path))
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        """Settings of ``generate`` with a padding id, without those that are None."""
+        settings = {name: value for name, value in given.items() if value is not None}
+        settings.setdefault("pad_token_id", self.processor.pad_id)
+        return settings
+
+    def answers(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        workflow: str | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """Answer a batch of conversations, each ending with a user's turn.
+
+        Args:
+            conversations: As for :meth:`GraftProcessor.encode`.
+            workflow: For all rows; by default rows with an image run the graft's.
+            **settings: Of transformers' ``generate``, such as ``max_new_tokens``.
+
+        Returns:
+            The answers' texts, in order.
+        """
+        inputs = self.processor(list(conversations), padding_side="left")
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        length = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            out = self.model.generate(**inputs, workflow=workflow, **self.settings(**settings))
+        return [self.processor.decode(row[length:]).strip() for row in out]
+
+
+@dataclass
+class Dialogue:
+    """A conversation with a model, turn by turn.
+
+    What the cache holds is used again as far as the new prompt begins with it and the workflow is
+    the same; otherwise (a first picture in a dialogue that began as text) all is read anew. Either
+    way an answer is what a fresh run of the whole dialogue gives.
+    """
+
+    answerer: Answerer
+    system: str | None = None
+    workflow: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    waiting: list[Any] = field(default_factory=list)  # images for the next turn
+    _cache: Cache | None = None
+    _seen: tuple[list[int], list[int], list[Any]] | None = None  # ids, kinds, images in the cache
+
+    def add_image(self, image: Any) -> None:
+        """Show an image (path or PIL image) with the next turn.
+
+        Raises:
+            UsageError: It is missing or broken; nothing changes.
+        """
+        open_images([image], "the dialogue")
+        self.waiting.append(image)
+
+    def clear(self) -> None:
+        """Forget all turns."""
+        self.messages, self.waiting = [], []
+        self._cache = self._seen = None
+
+    def say(self, text: str, on_text: Callable[[str], None] | None = None, **settings: Any) -> str:
+        """Take a user's turn and give the answer.
+
+        Args:
+            text: What the user says.
+            on_text: Called with each piece of the answer as it comes.
+            **settings: Of transformers' ``generate``.
+
+        Raises:
+            UsageError: The template or the graft refuses the dialogue; the turn is not kept.
+        """
+        content: Any = text
+        if self.waiting:
+            parts = [{"type": "image", "image": image} for image in self.waiting]
+            content = [*parts, {"type": "text", "text": text}]
+        turn = {"role": "user", "content": content}
+        start = [{"role": "system", "content": self.system}] if self.system else []
+        encoded = self.answerer.processor.encode([*start, *self.messages, turn])
+        answer = self._generate(encoded, on_text, settings)
+        self.messages += [turn, {"role": "assistant", "content": answer}]
+        self.waiting = []
+        return answer
+
+    def _generate(
+        self, encoded: Encoded, on_text: Callable[[str], None] | None, settings: dict[str, Any]
+    ) -> str:
+        processor, model = self.answerer.processor, self.answerer.model
+        inputs: dict[str, Any] = processor.collate([encoded], "left")
+        workflow = self.workflow or (None if encoded.images else TEXT_WORKFLOW)
+        if encoded.images:
+            inputs["pixel_values"] = processor.pixels(open_images(encoded.images, "the dialogue"))
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        cache = self._reusable(encoded)
+        self._cache = self._seen = None  # a run that fails leaves its cache longer than was noted
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        elif self._caches(workflow):
+            inputs["past_key_values"] = cache = DynamicCache(config=model.base.config)
+        if on_text is not None:
+            inputs["streamer"] = _Streamer(processor, on_text)
+        with torch.inference_mode():
+            out = model.generate(**inputs, workflow=workflow, **self.answerer.settings(**settings))
+        ids = _list(out[0])
+        rows = 0 if cache is None else cast(Any, cache).layers[0].keys.shape[0]
+        if cache is not None and rows == 1:  # else beams or samples
+            held = int(cache.get_seq_length())
+            kinds = encoded.kinds + [0] * (len(ids) - len(encoded.kinds))
+            self._cache = cache
+            self._seen = (ids[:held], kinds[:held], list(encoded.images))
+        return processor.decode(ids[len(encoded.input_ids) :]).strip()
+
+    def _caches(self, workflow: str | None) -> bool:
+        if workflow == TEXT_WORKFLOW:
+            return True
+        return self.answerer.model.workflow(workflow).graft.cacheable
+
+    def _reusable(self, encoded: Encoded) -> Cache | None:
+        """The cache, if the new prompt begins with all that it holds and goes beyond it."""
+        if self._cache is None or self._seen is None:
+            return None
+        ids, kinds, images = self._seen
+        longer = len(encoded.input_ids) > len(ids)
+        same = encoded.input_ids[: len(ids)] == ids and encoded.kinds[: len(kinds)] == kinds
+        began_as_text = bool(encoded.images) and not images and self.workflow is None
+        same_images = list(encoded.images[: len(images)]) == images
+        return self._cache if longer and same and same_images and not began_as_text else None
+
+
+class _Streamer(TextStreamer):
+    """Hands pieces of the answer on, without the prompt."""
+
+    def __init__(self, processor: GraftProcessor, on_text: Callable[[str], None]) -> None:
+        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)
+
+
+def _list(ids: Tensor) -> list[int]:
+    return [int(token) for token in ids.tolist()]
+
+
+def prompt_of(messages: Sequence[dict[str, Any]], where: str) -> Sequence[dict[str, Any]]:
+    """A row's messages up to the last user's turn; an answer at the end is not shown.
+
+    Raises:
+        UsageError: The row asks nothing.
+    """
+    end = len(messages)
+    while end and messages[end - 1].get("role") != "user":
+        end -= 1
+    if not end:
+        raise UsageError(f"{where}: no turn of a user to answer; add one")
+    return list(messages[:end])

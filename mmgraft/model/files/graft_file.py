@@ -1,0 +1,123 @@
+"""``graft_config.json``: what a graft is, which base it belongs to, which tower it sees with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mmgraft import __version__
+from mmgraft.atomic import complete
+from mmgraft.errors import UsageError
+from mmgraft.vision.spec import ProjectorSpec, VisionSpec
+
+SCHEMA_VERSION = 1
+CONFIG_NAME = "graft_config.json"
+WEIGHTS_NAME = "graft.safetensors"
+OWN_BASE = "base"
+"""Folder inside a graft's folder that holds a base of its own (trained, or imported)."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class BaseReference(_Strict):
+    """The base: referred to, never copied.
+
+    Attributes:
+        id: Hub id, local path, or ``"./base"`` for a base that lies inside the graft's folder.
+        revision: Commit id on the Hub.
+        fingerprint: Normalised config and edges of every tensor, see ``basefiles.fingerprint``.
+    """
+
+    id: str
+    revision: str | None = None
+    fingerprint: dict[str, Any] = Field(default_factory=dict)
+
+
+class ImageToken(_Strict):
+    """The id that fills image positions in ``input_ids``; positions are told by their kind."""
+
+    id: int
+    why: str = ""
+
+
+class TemplateChoice(_Strict):
+    """How conversations become text: the tokenizer's template, plain, or a file's text."""
+
+    kind: Literal["chat", "plain", "file"] = "chat"
+    text: str | None = None
+
+
+class GraftFile(_Strict):
+    """The whole record.
+
+    Attributes:
+        state: What of the graft runs now (``active``, ``learners``): a stage may run a part of it.
+        base_trained: Text is then the trained base's, not the original's.
+        trained_from: The original of a trained base, to compare with.
+        recipe: The resolved recipe of the last training.
+        results: Measured results, for the model card.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    mmgraft_version: str = __version__
+    method: str
+    config: dict[str, Any]
+    workflow: str = "mm"
+    base: BaseReference
+    vision: VisionSpec
+    vision_fingerprint: str | None = None
+    projector: ProjectorSpec = ProjectorSpec()
+    image_token: ImageToken
+    template: TemplateChoice = TemplateChoice()
+    state: dict[str, Any] = Field(default_factory=dict)
+    base_trained: bool = False
+    trained_from: BaseReference | None = None
+    recipe: dict[str, Any] | None = None
+    results: dict[str, Any] | None = None
+
+    def dump(self) -> str:
+        """The file's text."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> GraftFile:
+        """Read and check a graft's config.
+
+        Raises:
+            UsageError: No graft there, a corrupt file, an unknown key or a newer schema.
+        """
+        complete(folder)
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise UsageError(
+                f"{folder} holds no {CONFIG_NAME}, so it is no graft. "
+                "Make one with: mmgraft graft BASE --method iaa --layers 22,24"
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(data, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            raise UsageError(
+                f"{path} is corrupt ({error}). Restore it from a checkpoint or graft again."
+            ) from None
+        version = data.get("schema_version")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise UsageError(
+                f"{path} has schema version {version}; this mmgraft ({__version__}) reads up to "
+                f"{SCHEMA_VERSION}. Upgrade it: pip install -U mmgraft"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise UsageError(
+                f"{path} is not a graft config that this mmgraft knows: {where}: {first['msg']}. "
+                "It may be damaged, or written by another version: pip install -U mmgraft"
+            ) from None

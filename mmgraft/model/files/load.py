@@ -1,0 +1,352 @@
+"""Load a saved graft with its base and its tower."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mmgraft.anatomy import Anatomy, decoder_layers, examine, get_path
+from mmgraft.basefiles import ModelFiles, compare_fingerprints, fetch, fingerprint, resolve
+from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.grafts.registry import get_method
+from mmgraft.model.files.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, GraftFile
+from mmgraft.model.files.parts import execution_device, shape_parts, share_config
+from mmgraft.model.files.save import INDEX_NAME
+from mmgraft.model.kernels.quantization import assert_unquantized, leave_file, quantization_config
+from mmgraft.model.workflow import Workflow
+from mmgraft.vision.projectors.mlp import Projector
+from mmgraft.vision.spec import VisionSpec
+from mmgraft.vision.towers.registry import load_tower
+
+if TYPE_CHECKING:
+    from mmgraft.model.modeling import GraftedModel
+
+_PROJECTOR = "projector.mlp.0.weight"
+Verify = Literal["fast", "full", "off"]
+_GRAFT_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.yaml",
+    "*.jinja",
+    f"{OWN_BASE}/*",
+    "vision/*",
+    "tower/*",
+]
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    quantization: str | None = None,
+    quantization_storage: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    verify: Verify = "fast",
+    base: str | None = None,
+    graft_dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> GraftedModel:
+    """Load a graft, its base and its tower.
+
+    Args:
+        source: A graft's folder, or its Hub id.
+        dtype: Of the base, such as ``"bfloat16"``; default: as it was saved.
+        device_map: As for transformers.
+        quantization: ``"nf4"`` holds the base in 4-bit; nothing else is quantised.
+        quantization_storage: Of the packed bytes; bf16 for FSDP2.
+        attn_implementation: As for transformers.
+        verify: ``"fast"`` compares the base's config, headers and the edges of every tensor with
+            the graft's record, ``"full"`` hashes every byte, ``"off"`` trusts.
+        base: Where the base lies, when not where the record says.
+        graft_dtype: Of tower, projector and graft; default: the base's. Training loads fp32.
+        revision: Of the graft on the Hub.
+
+    Raises:
+        UsageError: No graft, a corrupt or newer file, a base that is not the recorded one.
+    """
+    from mmgraft.model.modeling import GraftedModel
+
+    folder = graft_folder(source, revision)
+    record = GraftFile.read(folder)
+    files = base_files(record, folder, base)
+    check_base(record, files, verify)
+    loaded = load_base(
+        files, dtype, device_map, quantization, attn_implementation, quantization_storage
+    )
+    anatomy = examine(loaded)
+    tower = load_tower(local_tower(record, folder), dtype=loaded.dtype, device=loaded.device)
+    workflow = load_workflow(record, folder, loaded, graft_dtype or loaded.dtype, anatomy)
+    assert_unquantized(tower, "vision_tower")
+    model = GraftedModel(loaded, tower, [workflow], anatomy)
+    model.name_or_path = str(source)
+    return model
+
+
+def attach(
+    model: GraftedModel,
+    name: str,
+    source: str | Path,
+    *,
+    verify: Verify = "fast",
+    revision: str | None = None,
+) -> None:
+    """Add a saved graft as a further workflow of a loaded base.
+
+    Args:
+        model: Gets the workflow.
+        name: The workflow's name there.
+        source: The graft's folder, or its Hub id.
+        verify: ``"off"`` does not compare the two grafts' bases.
+        revision: Of the graft on the Hub.
+
+    Raises:
+        UsageError: The graft belongs to another base or sees with another tower, or the name is
+            taken.
+    """
+    if name in model.names:
+        raise UsageError(f"a workflow is called {name!r} already; choose another name.")
+    folder = graft_folder(source, revision)
+    record = GraftFile.read(folder)
+    first = model.workflow().record
+    if verify != "off":
+        _same_base(first, record, source)
+    if not _same_tower(first, record):
+        raise UsageError(
+            f"{source} sees with {record.vision.name}, this model with {first.vision.name}: "
+            "workflows of one model share a tower."
+        )
+    dtype = next(model.workflow().projector.parameters()).dtype
+    record = record.model_copy(update={"workflow": name})
+    model._attach(load_workflow(record, folder, model.base, dtype, model.anatomy))
+
+
+def _same_base(first: GraftFile, second: GraftFile, source: str | Path) -> None:
+    if not first.base.fingerprint or not second.base.fingerprint:
+        return  # a base made in memory has none; the tensors' shapes must still fit
+    difference = compare_fingerprints(first.base.fingerprint, second.base.fingerprint)
+    if difference is not None:
+        raise UsageError(f"{source} belongs to another base ({difference}); load it by itself.")
+
+
+def graft_folder(source: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a graft, downloaded from the Hub where ``source`` is an id."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    text = str(source)
+    if text.count("/") != 1 or text.startswith((".", "/")):
+        raise UsageError(f"{text} is neither a folder nor a Hub id (owner/name).")
+    return fetch(text, revision, _GRAFT_FILES, ignore=())
+
+
+def base_files(record: GraftFile, folder: Path, override: str | None = None) -> ModelFiles:
+    """Where a graft's base lies."""
+    if override is not None:
+        return resolve(override)
+    if record.base.id.startswith("./"):
+        return resolve(str(folder / record.base.id))
+    return resolve(record.base.id, record.base.revision)
+
+
+def local_tower(record: GraftFile, folder: Path) -> VisionSpec:
+    """What loads a graft's tower; one that lies beside the graft is named by its path here."""
+    name = record.vision.id
+    if name is None or not name.startswith("./"):
+        return record.vision
+    return record.vision.model_copy(update={"id": str((folder / name).resolve())})
+
+
+def _same_tower(first: GraftFile, second: GraftFile) -> bool:
+    """Whether two grafts see with one tower: by what it is where that is known, else by name."""
+    if first.vision_fingerprint and second.vision_fingerprint:
+        return first.vision_fingerprint == second.vision_fingerprint
+    return first.vision == second.vision
+
+
+def check_base(record: GraftFile, files: ModelFiles, verify: Verify) -> None:
+    """Stop unless the base is the one that the graft was made for.
+
+    Raises:
+        UsageError: Names the first config field or tensor that differs.
+    """
+    if verify == "off" or not record.base.fingerprint:
+        return
+    tensors = record.base.fingerprint["tensors"].values()
+    if verify == "full" and not all("full" in tensor for tensor in tensors):
+        raise UsageError(
+            "this graft recorded no hash of the whole base, so --verify full has nothing to "
+            "compare with: use --verify fast, or graft again with --verify full."
+        )
+    now = fingerprint(files, full=verify == "full")
+    difference = compare_fingerprints(record.base.fingerprint, now)
+    if difference is not None:
+        raise UsageError(
+            f"{files.id} is not the base that this graft was made for: {difference}. "
+            "Name the right one with --base, or graft again."
+        )
+
+
+def load_base(
+    files: ModelFiles,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    quantization: str | None = None,
+    attn_implementation: str | None = None,
+    quantization_storage: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """The base alone, as transformers loads it: frozen, in eval mode."""
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    options: dict[str, Any] = {"dtype": wanted or "auto"}
+    compute = wanted if isinstance(wanted, torch.dtype) else torch.bfloat16
+    quantized = quantization_config(quantization, compute, quantization_storage)
+    if quantized is not None:
+        options["quantization_config"] = quantized
+    if device_map is not None:
+        options["device_map"] = device_map
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if files.gguf is not None:
+        options["gguf_file"] = files.gguf
+    base = AutoModelForCausalLM.from_pretrained(files.path, **options)
+    if quantized is not None:
+        leave_file(base)
+    return base.requires_grad_(False).eval()
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a graft.
+
+    Raises:
+        UsageError: The file is missing or corrupt.
+    """
+    index = folder / INDEX_NAME
+    names = [WEIGHTS_NAME]
+    try:
+        if index.is_file() and not (folder / WEIGHTS_NAME).is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            with safe_open(folder / name, framework="pt") as file:
+                tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        return tensors
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder} has a {CONFIG_NAME} but lacks {names[0]}: copy it there, or graft again."
+        ) from None
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"the graft's weights in {folder} ({WEIGHTS_NAME}) are corrupt ({error}): "
+            "copy them there once more, or graft again."
+        ) from None
+
+
+def load_workflow(
+    record: GraftFile,
+    folder: Path,
+    base: PreTrainedModel,
+    dtype: torch.dtype,
+    anatomy: Anatomy | None = None,
+) -> Workflow:
+    """Build a workflow's modules on the meta device and put the saved tensors in."""
+    anatomy = examine(base) if anatomy is None else anatomy
+    tensors = read_tensors(folder)
+    if _PROJECTOR not in tensors:
+        raise UsageError(
+            f"{folder} does not hold what its {CONFIG_NAME} says: tensor {_PROJECTOR} is missing."
+        )
+    workflow = build_workflow(record, base, vision_width(tensors), anatomy)
+    shared = {f"graft.{name}" for name in workflow.graft.shares()}
+    wanted = {k: v for k, v in workflow.state_dict().items() if k not in shared}
+    problem = _mismatch(wanted, tensors)
+    if problem is not None:
+        raise UsageError(f"{folder} does not hold what its {CONFIG_NAME} says: {problem}.")
+    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    workflow.load_state_dict(tensors, strict=False, assign=True)
+    if hasattr(workflow.graft, "tie"):
+        workflow.graft.tie()  # type: ignore[operator]
+    finish(workflow, base, anatomy)
+    workflow.origin = folder
+    return workflow
+
+
+def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
+    for name in wanted:
+        if name not in found:
+            return f"tensor {name} is missing"
+        if wanted[name].shape != found[name].shape:
+            return f"{name} has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+    extra = set(found) - set(wanted)
+    return f"tensor {min(extra)} is unknown" if extra else None
+
+
+def vision_width(tensors: dict[str, Tensor]) -> int:
+    """Width of the tower's features, as the saved projector says."""
+    return tensors[_PROJECTOR].shape[1]
+
+
+def build_workflow(
+    record: GraftFile, base: PreTrainedModel, width: int, anatomy: Anatomy | None = None
+) -> Workflow:
+    """A workflow's modules, without values, for the base at hand."""
+    method = get_method(record.method)
+    config = method.config_class.parse(record.config, f"config of {CONFIG_NAME}")
+    anatomy = examine(base) if anatomy is None else anatomy
+    parts = shape_parts(base.config, anatomy)
+    with torch.device("meta"):
+        graft = method.load_graft().build(config, anatomy, parts)
+        projector = Projector.from_spec(width, anatomy.embedding_size, record.projector)
+    if record.state:
+        graft.set_state(record.state)
+    return Workflow(record.workflow, projector, graft, record)
+
+
+def finish(workflow: Workflow, base: PreTrainedModel, anatomy: Anatomy | None = None) -> None:
+    """Give a workflow the base's config and devices, fill buffers, and check that it is whole.
+
+    Raises:
+        MMGraftError: A tensor has no value (a method did not save it).
+    """
+    anatomy = examine(base) if anatomy is None else anatomy
+    share_config(workflow.graft, base.config)
+    layers = decoder_layers(base, anatomy)
+    for index, module in workflow.graft.layer_modules():
+        _fill_buffers(module, layers[index])
+        _to_device_of(module, layers[index])
+    twins = {
+        "embedding": base.get_input_embeddings(),
+        "norm": get_path(base, anatomy.norm_path) if anatomy.norm_path else None,
+        "head": base.get_output_embeddings(),
+    }
+    for name, twin in twins.items():
+        module = getattr(workflow.graft, name)
+        if module is not None and twin is not None:
+            _fill_buffers(module, twin)
+            _to_device_of(module, twin)
+    _to_device_of(workflow.projector, base.get_input_embeddings())
+    for name, tensor in workflow.state_dict().items():
+        if tensor.is_meta:
+            raise MMGraftError(f"{workflow.name}.{name} was not saved by its method: no value.")
+    assert_unquantized(workflow, f"workflow {workflow.name}")
+    workflow.requires_grad_(False).eval()
+
+
+def _fill_buffers(module: nn.Module, twin: nn.Module) -> None:
+    """Take buffers that no file holds (tables computed at build time) from the base's layer."""
+    own = dict(twin.named_buffers())
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta and name in own:
+            parent, _, leaf = name.rpartition(".")
+            module.get_submodule(parent)._buffers[leaf] = own[name].clone()
+
+
+def _to_device_of(module: nn.Module, other: nn.Module) -> None:
+    device = execution_device(other) or next((p.device for p in other.parameters()), None)
+    if device is not None and device.type != "meta":
+        module.to(device)

@@ -1,0 +1,258 @@
+"""What `mmgraft inspect` tells of a model or a graft, found without loading any weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmgraft.errors import UsageError
+from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME, GraftFile
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mmgraft.basefiles import ModelFiles
+
+INVARIANTS = (
+    "text rows give the base's logits",
+    "a fresh graft changes nothing on image rows",
+    "cached decoding equals the full forward",
+    "a row depends neither on its neighbours nor on padding",
+    "no position sees a later one",
+)
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One decoder layer; `refused` is the reason why it cannot carry a graft."""
+
+    index: int
+    kind: str
+    attention: str
+    parameters: int
+    bytes: int
+    refused: str | None
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A base: sizes, layers, and what cannot be grafted on it."""
+
+    id: str
+    revision: str | None
+    model_class: str
+    model_type: str
+    dtype: str
+    parameters: int
+    bytes: int
+    sizes: dict[str, Any]
+    layers: list[LayerRow]
+    parts: dict[str, int]  # parameters outside the layers
+    refusals: dict[str, str] = field(default_factory=dict)  # method -> why it cannot be used
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """Tensors that belong together in a graft's file."""
+
+    part: str
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GraftSummary:
+    """A graft: what it adds to which base, and what it does not promise."""
+
+    folder: str
+    method: str
+    workflow: str
+    config: dict[str, Any]
+    base: str
+    base_revision: str | None
+    base_trained: bool
+    tower: str
+    feature_layer: int | None
+    parts: list[PartRow]
+    parameters: int
+    bytes: int
+    lacks: dict[str, str]  # invariant -> why it does not hold
+
+
+def locate(name: str, revision: str | None = None) -> Path | ModelFiles:
+    """The folder of a graft, or the files of a model; of what is on the Hub, no model's weights.
+
+    Raises:
+        UsageError: when there is nothing of that name.
+    """
+    from mmgraft.aliases import resolve_alias
+    from mmgraft.basefiles import ModelFiles, resolve
+    from mmgraft.basefiles.files import fetch
+
+    path = Path(name).expanduser()
+    if (path / CONFIG_NAME).is_file():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")):
+        return resolve(name, revision)
+    name = resolve_alias(name)
+    folder = fetch(name, revision, ["config.json", CONFIG_NAME])
+    if (folder / CONFIG_NAME).is_file():
+        return fetch(name, revision, [CONFIG_NAME, "graft*.safetensors*"])
+    if (folder / "config.json").is_file():
+        return ModelFiles(name, folder, folder.name)
+    return resolve(name, revision)
+
+
+def summarise_model(files: ModelFiles) -> ModelSummary:
+    """Examine a base from its config alone.
+
+    Raises:
+        UsageError: when it is no causal language model that transformers knows.
+    """
+    import torch
+
+    from mmgraft.anatomy import decoder_layers, examine, get_path, skeleton
+    from mmgraft.basefiles import load_config
+
+    config = load_config(files)
+    model = skeleton(config)
+    anatomy = examine(model)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    layers = [
+        LayerRow(
+            index=index,
+            kind=type(layer).__name__,
+            attention=anatomy.layer_types[index],
+            parameters=_count(layer),
+            bytes=_count(layer) * dtype.itemsize,
+            refused=anatomy.blocked.get(index),
+        )
+        for index, layer in enumerate(decoder_layers(model, anatomy))
+    ]
+    paths = {
+        "embedding": anatomy.embedding_path,
+        "final norm": anatomy.norm_path,
+        "head": anatomy.head_path,
+    }
+    parts = {name: _count(get_path(model, path)) for name, path in paths.items() if path}
+    if anatomy.tied:
+        parts["head"] = 0
+    total = _count(model)
+    parts["other"] = total - sum(parts.values()) - sum(layer.parameters for layer in layers)
+    refusals = {"wings": anatomy.branch_blocked} if anatomy.branch_blocked else {}
+    return ModelSummary(
+        id=files.id,
+        revision=files.revision,
+        model_class=anatomy.class_name,
+        model_type=anatomy.model_type,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=total,
+        bytes=total * dtype.itemsize,
+        sizes={
+            "hidden size": anatomy.hidden_size,
+            "heads": anatomy.num_heads,
+            "key-value heads": anatomy.num_kv_heads,
+            "head size": anatomy.head_dim,
+            "vocabulary": anatomy.vocab_size,
+            "positions": anatomy.max_positions,
+            "sliding window": anatomy.sliding_window,
+            "tied head": anatomy.tied,
+        },
+        layers=layers,
+        parts=parts,
+        refusals=refusals,
+    )
+
+
+def summarise_graft(folder: Path) -> GraftSummary:
+    """Examine a graft from its config and the headers of its weight files.
+
+    Raises:
+        UsageError: when the config or a weight file is missing, corrupt or newer than this mmgraft.
+    """
+    record = GraftFile.read(folder)
+    rows: dict[str, PartRow] = {}
+    for name, (parameters, size) in _tensors(folder).items():
+        part = _part(name)
+        old = rows.get(part, PartRow(part, 0, 0, 0))
+        rows[part] = PartRow(part, old.tensors + 1, old.parameters + parameters, old.bytes + size)
+    return GraftSummary(
+        folder=str(folder),
+        method=record.method,
+        workflow=record.workflow,
+        config=record.config,
+        base=record.base.id,
+        base_revision=record.base.revision,
+        base_trained=record.base_trained,
+        tower=record.vision.name,
+        feature_layer=record.vision.feature_layer,
+        parts=list(rows.values()),
+        parameters=sum(row.parameters for row in rows.values()),
+        bytes=sum(row.bytes for row in rows.values()),
+        lacks=lacking(record),
+    )
+
+
+def lacking(record: GraftFile) -> dict[str, str]:
+    """The invariants that a graft does not promise, each with the reason."""
+    if record.method == "wings" and record.config.get("variant") == "official":
+        return dict.fromkeys(INVARIANTS, "variant official computes what the published code does")
+    lacks: dict[str, str] = {}
+    if record.base_trained:
+        lacks[INVARIANTS[0]] = "the base was trained: they are the trained base's"
+    if record.method == "iaa" and record.config.get("structure", "c") == "c":
+        lacks[INVARIANTS[1]] = "structure c has no gate: it is a deeper decoder from the start"
+    return lacks
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _tensors(folder: Path) -> dict[str, tuple[int, int]]:
+    """Parameters and bytes of every tensor, read from the headers."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[int, int]] = {}
+    path = folder / WEIGHTS_NAME
+    try:
+        for path in _weight_files(folder):
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    part = file.get_slice(name)
+                    count = prod(part.get_shape())
+                    found[name] = (count, count * _BYTES.get(part.get_dtype(), 1))
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder} lacks {path.name}: copy it there, or graft again") from error
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"the weights in {folder} ({path.name}) are corrupt ({error}): copy them there once "
+            "more, or graft again"
+        ) from error
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / f"{WEIGHTS_NAME}.index.json"
+    if not index.is_file():
+        return [folder / WEIGHTS_NAME]
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names)]
+
+
+def _part(tensor: str) -> str:
+    """The group of a tensor: `graft.layers.3.visual.query.up.weight` is `visual learners`."""
+    words = tensor.removeprefix("graft.").split(".")
+    for learner in ("visual", "textual"):
+        if learner in words:
+            return f"{learner} learners"
+    if "router" in words:
+        return "router"
+    return {"layers": "inserted layers"}.get(words[0], words[0])

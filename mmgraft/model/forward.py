@@ -1,0 +1,169 @@
+"""Run a base with the grafts of the active workflows in its path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from accelerate.utils.operations import send_to_device
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from mmgraft.anatomy import Anatomy, decoder_layers, get_path
+from mmgraft.grafts.base import Graft, Pass, select
+from mmgraft.model.files.parts import execution_device
+from mmgraft.model.kernels.activations import activations_again
+from mmgraft.model.kernels.compiling import is_compiled
+from mmgraft.model.kernels.quantization import gradients_through_packed
+from mmgraft.model.sharded.lockstep import join
+from mmgraft.patching import patched_forward
+
+
+@dataclass
+class Active:
+    """A graft in this pass, and the rows that run it (None: all)."""
+
+    graft: Graft
+    gate: Tensor | None  # (b,)
+
+
+@dataclass
+class _Run:
+    active: Sequence[Active]
+    state: Pass | None
+    checkpointing: bool
+    through_4bit: bool = False
+    lockstep: bool = False
+    carries: list[Tensor | None] = field(default_factory=list)
+
+
+@contextmanager
+def running(
+    base: PreTrainedModel,
+    anatomy: Anatomy,
+    active: Sequence[Active],
+    state: Pass | None,
+    checkpointing: bool = False,
+    lockstep: bool = False,
+) -> Iterator[None]:
+    """While the block lasts, ``base(...)`` runs the active grafts; afterwards it is untouched.
+
+    With ``checkpointing`` each decoder layer, with what a graft adds to it, is computed again in
+    the backward pass instead of keeping its activations. ``state`` is None for the base alone.
+    ``lockstep``: see :mod:`mmgraft.model.sharded.lockstep`.
+    """
+    active = [item for item in active if item.graft.active]
+    through_4bit = torch.is_grad_enabled() and bool(getattr(base, "is_quantized", False))
+    run = _Run(active, state, checkpointing, through_4bit, lockstep, [None] * len(active))
+    if state is not None:
+        for item in active:
+            item.graft.begin(state)
+    every_layer = checkpointing or (through_4bit and state is not None)
+    with ExitStack() as stack:
+        stack.enter_context(_one_precision(base, active))
+        if torch.is_grad_enabled() and not checkpointing and not is_compiled(base, anatomy):
+            grafts = [item.graft for item in active]
+            stack.enter_context(activations_again([*decoder_layers(base, anatomy), *grafts]))
+        for index, layer in enumerate(decoder_layers(base, anatomy)):
+            if every_layer or any(item.graft.acts_on(index) for item in active):
+                stack.enter_context(patched_forward(layer, partial(_layer, run, index, layer)))
+        for path, name in ((anatomy.norm_path, "norm"), (anatomy.head_path, "head")):
+            owners = [item for item in active if getattr(item.graft, name) is not None]
+            if owners and path is not None:
+                stack.enter_context(
+                    patched_forward(get_path(base, path), partial(_own, owners, name))
+                )
+        yield
+
+
+def _one_precision(base: PreTrainedModel, active: Sequence[Active]) -> AbstractContextManager[Any]:
+    """Autocast, where a graft in training (fp32) is asked beside a base in half precision."""
+    dtype, kind = base.dtype, base.device.type
+    if dtype == torch.float32 or torch.is_autocast_enabled(kind):
+        return nullcontext()
+    if all(p.dtype == dtype for item in active for p in item.graft.parameters()):
+        return nullcontext()
+    return torch.autocast(kind, dtype=dtype)
+
+
+def _layer(
+    run: _Run, index: int, layer: nn.Module, original: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """One base layer with its grafts, checkpointed or not."""
+    state = run.state
+    if state is None:
+        return checkpoint(original, *args, use_reentrant=False, **kwargs)
+    if args:
+        hidden, args = args[0], args[1:]
+    else:
+        hidden = kwargs.pop("hidden_states")
+    device = execution_device(layer)
+    if device is not None:  # as the base's own hook does, for the base's layer alone
+        hidden, args = hidden.to(device), cast(Any, send_to_device(args, device))
+        kwargs = cast(Any, send_to_device(kwargs, device, skip_keys="past_key_values"))
+        run.carries = [None if carry is None else carry.to(device) for carry in run.carries]
+
+    if run.lockstep:  # outside the part that is computed again: its gradients come after all others
+        hidden = join(hidden, _parameters_at(run, index))
+
+    def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, ...]:
+        here = state.on(hidden.device)
+        with ExitStack() as stack:
+            if run.through_4bit:
+                stack.enter_context(gradients_through_packed(layer))
+            for item in run.active:
+                if item.graft.acts_on(index):
+                    context = item.graft.layer_context(index, layer, hidden, here, item.gate)
+                    stack.enter_context(context)
+            out = original(hidden, *args, **kwargs)
+        left, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+
+        def call(module: nn.Module, x: Tensor) -> Tensor:
+            result = module(x, *args, **kwargs)
+            return result[0] if isinstance(result, tuple) else result
+
+        carried = list(carries)
+        for number, item in enumerate(run.active):
+            if item.graft.acts_on(index):
+                new, carried[number] = item.graft.after_layer(
+                    index, call, hidden, left, here, carries[number]
+                )
+                left = left if new is left else select(item.gate, new, left)
+        return (left if rest is None else (left, *rest)), carried
+
+    if run.checkpointing:
+        out, run.carries = checkpoint(forward, hidden, *run.carries, use_reentrant=False)
+    else:
+        out, run.carries = forward(hidden, *run.carries)
+    return out
+
+
+def _parameters_at(run: _Run, index: int) -> list[nn.Parameter]:
+    """Of what the active grafts run at a layer."""
+    return [
+        parameter
+        for item in run.active
+        for place, piece in item.graft.layer_modules()
+        if place == index
+        for parameter in piece.parameters()
+    ]
+
+
+def _own(owners: Sequence[Active], name: str, original: Any, x: Tensor) -> Tensor:
+    """A workflow's own norm or head for its rows, the base's for the others."""
+
+    def own(item: Active) -> Tensor:
+        module = getattr(item.graft, name)
+        return module(x.to(next(module.parameters()).device))
+
+    if len(owners) == 1 and owners[0].gate is None:
+        return own(owners[0])
+    out = original(x)
+    for item in owners:
+        out = select(item.gate, own(item), out)
+    return out

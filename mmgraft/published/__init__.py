@@ -1,0 +1,1 @@
+"""Checkpoints that the published IAA and Wings code wrote, read as grafts."""

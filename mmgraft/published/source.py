@@ -1,0 +1,134 @@
+"""Opens a published checkpoint: a folder, a Hub id, or (for a look) its headers on the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmgraft.basefiles.tensor_files import DTYPES, LazyTensor, open_tensors
+from mmgraft.errors import UsageError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TOWER_FILES = ("preprocessor_config.json", "vision_config.json")
+_SMALL_FILES = (*TOKENIZER_FILES, *_TOWER_FILES, "config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published checkpoint.
+
+    Attributes:
+        name: what the user called it.
+        config: its config.json.
+        tensors: its tensors by their published names.
+        files: small files beside them, by name.
+        readable: False where only the tensors' names and shapes are known.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: Mapping[str, LazyTensor]
+    files: dict[str, Path]
+    readable: bool = True
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A small file's content, or None where the checkpoint lacks it.
+
+        Raises:
+            UsageError: when it is no JSON object.
+        """
+        if name not in self.files:
+            return None
+        try:
+            data = json.loads(self.files[name].read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{self.files[name]} is broken ({error}); fetch it again") from None
+        if not isinstance(data, dict):
+            raise UsageError(f"{self.files[name]} is no JSON object; fetch it again")
+        return data
+
+
+def open_source(name: str, revision: str | None = None, headers_only: bool = False) -> Source:
+    """Open a checkpoint by folder or Hub id.
+
+    Args:
+        name: the folder or the id.
+        revision: commit, branch or tag on the Hub.
+        headers_only: of a Hub id fetch names and shapes only, a few MB at most.
+
+    Raises:
+        UsageError: when there is no such checkpoint, or it misses its config or tensors.
+        MMGraftError: when the Hub cannot be reached.
+    """
+    from mmgraft.basefiles import resolve
+
+    on_hub = not Path(name).expanduser().is_dir()
+    if headers_only and on_hub:
+        return _from_headers(name, revision)
+    found = resolve(name, revision)
+    files = {file: found.path / file for file in _SMALL_FILES if (found.path / file).is_file()}
+    if on_hub:  # no base has such files, so they were not fetched with it
+        files |= _fetch_small(name, found.revision, _TOWER_FILES)
+    return _with_config(name, open_tensors(found.path), files)
+
+
+def _with_config(
+    name: str, tensors: Mapping[str, LazyTensor], files: dict[str, Path], readable: bool = True
+) -> Source:
+    config = Source(name, {}, tensors, files).read_json("config.json")
+    if config is None:
+        raise UsageError(f"{name} has no config.json; give the folder of a whole checkpoint")
+    return Source(name, config, tensors, files, readable)
+
+
+def _fetch_small(name: str, revision: str | None, wanted: Iterable[str]) -> dict[str, Path]:
+    """Those of the wanted files that a Hub repository has."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    files: dict[str, Path] = {}
+    for file in wanted:
+        try:
+            files[file] = Path(hf_hub_download(name, file, revision=revision))
+        except EntryNotFoundError:
+            continue
+    return files
+
+
+def _from_headers(name: str, revision: str | None) -> Source:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        metadata = HfApi().get_safetensors_metadata(name, revision=revision)
+    except NotASafetensorsRepoError:
+        raise UsageError(
+            f"{name} holds pickled tensors, whose names cannot be read without all of them; "
+            "leave --dry-run out, or download it and give its folder"
+        ) from None
+
+    def unread() -> Tensor:
+        raise RuntimeError(f"only the headers of {name} were fetched")
+
+    tensors = {
+        tensor: LazyTensor(tuple(info.shape), DTYPES[info.dtype], unread)
+        for file in metadata.files_metadata.values()
+        for tensor, info in file.tensors.items()
+    }
+    files = _fetch_small(name, revision, _SMALL_FILES)
+    return _with_config(name, tensors, files, readable=False)

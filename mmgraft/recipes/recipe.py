@@ -1,0 +1,439 @@
+"""A recipe: the stages, data and settings of one training run, read from YAML. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from typing_extensions import Self
+
+from mmgraft.data.bad_rows import HUB, OnBadRow
+from mmgraft.errors import did_you_mean
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.strict import StrictModel
+from mmgraft.vision.spec import ProjectorSpec
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "iaa": ("projector", "graft", "layers", "embedding", "norm", "head"),
+    "wings": ("projector", "graft", "learners", "learners.visual", "learners.textual", "router"),
+    "llava": ("projector",),
+}
+"""What a stage of each shipped method can train, beside `base` where the recipe trains the base."""
+
+TextRows = Literal["skip", "graft", "base"]
+Precision = Literal["bf16", "fp32"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+Parallel = Literal["ddp", "fsdp2", "zero2", "zero3"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _workflow_name(name: str) -> str:
+    if name == "text" or not name.isidentifier():
+        raise ValueError(
+            "a workflow is called by a word such as mm or grounding (text is the base alone)"
+        )
+    return name
+
+
+WorkflowName = Annotated[str, AfterValidator(_workflow_name)]
+
+
+class DataEntry(StrictModel):
+    """Rows that belong together: one file, or the shards of one set."""
+
+    path: str | None = Field(
+        default=None,
+        description="json, jsonl, parquet, tar, a folder or pattern of them, or hub:OWNER/NAME; "
+        "empty until set",
+    )
+    images: str | None = Field(default=None, description="folder that image paths start from")
+    format: Literal["auto", "llava", "messages"] = "auto"
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=100_000,
+        description="2 shows every row twice an epoch, 0.5 every other",
+    )
+    limit: int | None = Field(default=None, ge=1, description="use the first rows only")
+    split: str = Field(default="train", description="of a set of the Hub, or that datasets saved")
+    subset: str | None = Field(default=None, description="configuration of a set of the Hub")
+    revision: str | None = Field(default=None, description="branch, tag or commit of that set")
+
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> Self:
+        if self.path is None or self.path.startswith(HUB):
+            return self
+        for name in ("subset", "revision"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} belongs to a set of the Hub, and {self.path} is none; write "
+                    f"hub:OWNER/NAME as its path, or leave {name} out"
+                )
+        return self
+
+
+class GraftDefaults(StrictModel):
+    """What `mmgraft graft` uses where its options are not given."""
+
+    base: str | None = Field(default=None, description="alias, Hub id or folder")
+    vision: str | None = Field(default=None, description="Hub id, folder or registered tower")
+    vision_options: dict[str, Any] = Field(
+        default_factory=dict, description="settings of a registered tower, such as image_size"
+    )
+    feature_layer: int | None = Field(
+        default=None, description="hidden state of the tower; -2 is usual"
+    )
+    config: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
+    projector: ProjectorSpec = ProjectorSpec()
+
+
+class Stage(StrictModel):
+    """One run of the Trainer.
+
+    Settings that are None take the recipe's value; see :meth:`Recipe.resolved`.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    train: list[str] = Field(min_length=1, description="groups of parameters")
+    lr: float | dict[str, float] = Field(description="one number, or one for each group")
+    data: list[DataEntry] | None = Field(default=None, description="instead of the recipe's data")
+    workflow: WorkflowName | None = None
+    graft_active: bool = Field(
+        default=True, description="false leaves inserted layers out of the path"
+    )
+    learners: list[Literal["visual", "textual"]] | None = Field(
+        default=None, description="in the path"
+    )
+    router: bool | None = Field(default=None, description="false adds a learner with weight 1")
+    epochs: float | None = Field(default=None, gt=0, le=100_000)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=1, ge=1, description="rows in one forward pass on one device")
+    accumulate: int = Field(
+        default=1, ge=1, description="forward passes in one step of the optimizer"
+    )
+    optimizer: Optimizer = "adamw"
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    clip_norm: float = Field(default=1.0, ge=0, description="0 clips nothing")
+    max_length: int | None = Field(
+        default=None, ge=8, description="positions in a row, images counted"
+    )
+    gradient_checkpointing: bool = False
+    packing: bool = Field(
+        default=False, description="several rows in a sequence of up to max_length positions"
+    )
+    group_by: Literal["length", "modality"] | None = Field(
+        default=None, description="rows of a batch alike in length, or all with or without an image"
+    )
+    template: str | None = Field(
+        default=None, description="chat, plain or a jinja file; None: the graft's own"
+    )
+    text_rows: TextRows | None = None
+    image_share: float | None = Field(
+        default=None, gt=0, lt=1, description="how much of the rows shown have an image"
+    )
+    precision: Precision | None = None
+    seed: Seed | None = None
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _refuse_fp16(cls, value: Any) -> Any:
+        return _refuse_fp16(value)
+
+    @field_validator("lr")
+    @classmethod
+    def _positive(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+        rates = value.values() if isinstance(value, dict) else [value]
+        if not rates or any(rate <= 0 for rate in rates):
+            raise ValueError(
+                "a learning rate is above 0; leave a group out of `train` to freeze it"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(f"stage {self.name!r}: give epochs or max_steps, not both")
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError(f"stage {self.name!r}: give warmup_ratio or warmup_steps, not both")
+        if self.packing and self.max_length is None:
+            raise ValueError(
+                f"stage {self.name!r}: packing fills sequences of max_length positions; give "
+                "max_length"
+            )
+        if self.packing and self.group_by is not None:
+            raise ValueError(
+                f"stage {self.name!r}: packing leaves nothing to group; give packing or group_by"
+            )
+        if isinstance(self.lr, dict) and "default" not in self.lr:
+            missing = [group for group in self.train if group not in self.lr]
+            if missing:
+                raise ValueError(
+                    f"stage {self.name!r}: lr names no rate for {', '.join(missing)}; "
+                    "add one, or `default`"
+                )
+        return self
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether base weights move in this stage."""
+        return "base" in self.train
+
+
+class Recipe(StrictModel):
+    """A whole training run. Shipped ones: `mmgraft recipes ls`."""
+
+    name: str
+    method: str
+    description: str = ""
+    graft: GraftDefaults = Field(default_factory=lambda: GraftDefaults())
+    workflow: WorkflowName | None = Field(
+        default=None, description="what is trained; None: the graft's"
+    )
+    base: Literal["frozen", "full"] = "frozen"
+    quantization: Literal["nf4"] | None = Field(
+        default=None, description="4-bit weights of a frozen base"
+    )
+    data: list[DataEntry] = Field(default_factory=list)
+    eval_data: list[DataEntry] = Field(default_factory=list)
+    stages: list[Stage] = Field(min_length=1)
+    text_rows: TextRows | None = None
+    image_share: float | None = Field(
+        default=None, gt=0, lt=1, description="how much of the rows shown have an image"
+    )
+    precision: Precision = "bf16"
+    seed: Seed = 0
+    tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    log_every: int = Field(default=10, ge=1, description="steps")
+    save_every: int | None = Field(
+        default=500, ge=1, description="steps; a stage's end always saves"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1)
+    eval_every: int | None = Field(default=None, ge=1, description="steps; needs eval_data")
+    evaluation: list[SetSpec] = Field(
+        default_factory=list, description="sets that `mmgraft eval` asks"
+    )
+    feature_cache: bool | str = Field(
+        default=False,
+        description="compute the tower once an image: true keeps it in the run, or a folder",
+    )
+    attention: Attention | None = Field(
+        default=None, description="kernel of the base's attention; None: the one transformers takes"
+    )
+    compile: bool = Field(default=False, description="decoder layers through torch.compile")
+    parallel: Parallel = Field(
+        default="ddp", description="how several processes share a training: --processes N"
+    )
+    workers: int = Field(default=0, ge=0, description="processes that load rows")
+    on_bad_row: OnBadRow = Field(
+        default="error",
+        description="error names a row that cannot be used; skip leaves it out and logs it",
+    )
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _refuse_fp16(cls, value: Any) -> Any:
+        return _refuse_fp16(value)
+
+    @field_validator("feature_cache")
+    @classmethod
+    def _named(cls, value: bool | str) -> bool | str:
+        if value == "":
+            raise ValueError("names no folder; write true, false or a folder")
+        return value
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _refuse_lora(cls, value: Any) -> Any:
+        if value == "lora":
+            raise ValueError("an image-gated LoRA on the base is not built; write frozen or full")
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        self._check_base()
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two stages are called {twice[0]!r}; give each its own name")
+        if self.eval_every is not None and not self.eval_data:
+            raise ValueError("eval_every is set, but eval_data is empty; add rows to evaluate on")
+        self._check_parallel()
+        for stage in self.stages:
+            self._check_groups(stage)
+            self._check_text_rows(stage)
+            self._check_batches(stage)
+            self._check_path(stage)
+        return self
+
+    def _check_base(self) -> None:
+        if self.base == "full" and self.quantization is not None:
+            raise ValueError(
+                f"quantization: {self.quantization} needs a frozen base, but base: full trains it; "
+                "remove one of the two"
+            )
+        if self.base == "full" and self.method == "iaa":
+            raise ValueError("IAA keeps its base frozen in every stage; write base: frozen")
+        if self.compile and self.quantization is not None:
+            raise ValueError(
+                f"compile: true and quantization: {self.quantization} together are not built; "
+                "remove one of the two"
+            )
+        trains = [stage.name for stage in self.stages if stage.trains_base]
+        if trains and self.base != "full":
+            raise ValueError(
+                f"stage {trains[0]!r} trains the base, but the recipe says base: {self.base}; "
+                "write base: full, or take base out of the stage's train"
+            )
+        if self.base == "full" and not trains:
+            raise ValueError(
+                "base: full, but no stage trains it; add base to a stage's train, or write "
+                "base: frozen"
+            )
+
+    def _check_parallel(self) -> None:
+        if self.parallel == "ddp":
+            return
+        if self.compile:
+            raise ValueError(
+                f"compile: true and parallel: {self.parallel} together are not built; write "
+                "parallel: ddp, or leave compile out"
+            )
+        if self.parallel == "zero3" and self.quantization is not None:
+            raise ValueError(
+                f"parallel: zero3 cannot hold the 4-bit weights of quantization: "
+                f"{self.quantization} in pieces; write parallel: ddp or fsdp2, or leave "
+                "quantization out"
+            )
+        for stage in self.stages:
+            if stage.optimizer != "adamw":
+                raise ValueError(
+                    f"stage {stage.name!r}: optimizer: {stage.optimizer} keeps whole states, and "
+                    f"parallel: {self.parallel} spreads them over the processes; write adamw, or "
+                    "parallel: ddp"
+                )
+
+    def _check_groups(self, stage: Stage) -> None:
+        known = GROUPS.get(self.method)
+        if known is None:
+            return  # a third party's method names its own groups; the model checks them
+        known = (*known, "base")
+        for group in stage.train:
+            if group not in known:
+                raise ValueError(
+                    f"stage {stage.name!r} trains {group!r}, which {self.method} does not have; "
+                    + did_you_mean(group, known)
+                )
+        if isinstance(stage.lr, dict):
+            for group in stage.lr:
+                if group not in (*known, "default"):
+                    raise ValueError(
+                        f"stage {stage.name!r} has a learning rate for {group!r}, which "
+                        f"{self.method} does not have; " + did_you_mean(group, (*known, "default"))
+                    )
+
+    def _check_text_rows(self, stage: Stage) -> None:
+        wanted = stage.text_rows or self.text_rows
+        if stage.text_rows == "base" and not stage.trains_base:
+            raise ValueError(
+                f"stage {stage.name!r}: text_rows: base sends rows without an image through the "
+                "base alone, which this stage does not train; write skip or graft"
+            )
+        if wanted == "base" and self.base != "full":
+            raise ValueError("text_rows: base needs base: full; write skip or graft")
+
+    def _check_batches(self, stage: Stage) -> None:
+        share = stage.image_share or self.image_share
+        if share is not None and self._text_rows_of(stage) == "skip":
+            raise ValueError(
+                f"stage {stage.name!r}: image_share: {share:g} mixes rows without an image in, and "
+                "text_rows: skip leaves them out; write text_rows: graft, or leave image_share out"
+            )
+        if stage.group_by == "modality" and self._text_rows_of(stage) == "skip":
+            raise ValueError(
+                f"stage {stage.name!r}: group_by: modality tells rows with an image from those "
+                "without, and text_rows: skip leaves the latter out; write group_by: length, or "
+                "text_rows: graft"
+            )
+        flash = self.attention is not None and self.attention.startswith("flash")
+        if flash and (stage.precision or self.precision) == "fp32":
+            raise ValueError(
+                f"stage {stage.name!r}: {self.attention} computes in bf16; write precision: bf16, "
+                "or attention: sdpa"
+            )
+        if stage.packing and flash and stage.batch_size > 1:
+            raise ValueError(
+                f"stage {stage.name!r}: {self.attention} keeps packed rows apart in one sequence "
+                "only; write batch_size: 1 and a larger max_length or accumulate"
+            )
+
+    def _check_path(self, stage: Stage) -> None:
+        where = f"stage {stage.name!r}"
+        if self.method != "wings" and (stage.learners is not None or stage.router is not None):
+            raise ValueError(f"{where}: learners and router belong to wings, not {self.method}")
+        if not stage.graft_active and any(g not in ("projector", "base") for g in stage.train):
+            raise ValueError(
+                f"{where}: graft_active: false leaves the graft out of the path, so it can train "
+                "projector (and base) only"
+            )
+        if self.method == "wings" and stage.learners is not None:
+            idle = {"visual", "textual"} - set(stage.learners)
+            for learner in sorted(idle & {g.removeprefix("learners.") for g in stage.train}):
+                raise ValueError(
+                    f"{where} trains learners.{learner}, but learners leaves it out of the path; "
+                    f"add {learner} to learners"
+                )
+
+    def resolved(self, workflow: str = "mm") -> Recipe:
+        """The recipe with every setting that a stage left to the recipe written into the stage.
+
+        Args:
+            workflow: The graft's own, for stages that name none.
+        """
+        stages = []
+        for stage in self.stages:
+            epochs = 1.0 if stage.epochs is None and stage.max_steps is None else stage.epochs
+            settings = {
+                "data": stage.data if stage.data is not None else self.data,
+                "workflow": stage.workflow or self.workflow or workflow,
+                "text_rows": self._text_rows_of(stage),
+                "image_share": stage.image_share or self.image_share,
+                "precision": stage.precision or self.precision,
+                "seed": self.seed if stage.seed is None else stage.seed,
+                "epochs": epochs,
+            }
+            stages.append(stage.model_copy(update=settings))
+        return self.model_copy(update={"stages": stages})
+
+    def _text_rows_of(self, stage: Stage) -> TextRows:
+        rows = stage.text_rows or self.text_rows
+        if rows is None or (rows == "base" and not stage.trains_base):
+            return "base" if stage.trains_base else "skip"
+        return rows
+
+    def data_to_set(self) -> Sequence[str]:
+        """Keys of data that is still empty, as a user writes them: ``stages[0].data[0].path``."""
+        keys: list[str] = []
+        for index, stage in enumerate(self.stages):
+            where = f"stages[{index}].data" if stage.data is not None else "data"
+            entries = stage.data if stage.data is not None else self.data
+            if not entries:
+                keys.append(f"{where}[0].path")
+            keys += [f"{where}[{i}].path" for i, entry in enumerate(entries) if not entry.path]
+        return list(dict.fromkeys(keys))
+
+
+def _refuse_fp16(value: Any) -> Any:
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(
+            "training in fp16 is refused: small gradients become zero and large ones inf; "
+            "write bf16 or fp32"
+        )
+    return value

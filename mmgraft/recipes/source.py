@@ -1,0 +1,308 @@
+"""Recipes as YAML: found by name or path, overridden from the command line, refused by line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.grafts.registry import Method, methods
+from mmgraft.recipes.files import recipe_dir
+from mmgraft.recipes.recipe import DataEntry, Recipe
+from mmgraft.strict import describe
+
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "steps": "max_steps",
+    "batch": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "gradient_accumulation": "accumulate",
+    "gradient_accumulation_steps": "accumulate",
+    "grad_accum": "accumulate",
+    "optim": "optimizer",
+    "lr_scheduler_type": "schedule",
+    "scheduler": "schedule",
+    "warmup": "warmup_ratio",
+    "max_grad_norm": "clip_norm",
+    "model_max_length": "max_length",
+    "max_seq_length": "max_length",
+    "trainable": "train",
+    "report_to": "tracking",
+    "save_steps": "save_every",
+    "logging_steps": "log_every",
+    "eval_steps": "eval_every",
+    "image_folder": "images",
+    "data_path": "path",
+}
+"""What other trainers call a key of ours, for the message about an unknown key."""
+
+Location = tuple["str | int", ...]
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with mmgraft, sorted."""
+    return sorted(path.stem for path in recipe_dir().glob("*.yaml"))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe named by path or by the name of a shipped one.
+
+    Raises:
+        UsageError: with the nearest shipped name.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = recipe_dir() / f"{name}.yaml"
+    if path.name == str(name) and shipped.is_file():
+        return shipped
+    if path.suffix in (".yaml", ".yml") or path.name != str(name):
+        raise UsageError(f"no recipe file {path}; `mmgraft recipes ls` lists the shipped ones")
+    raise UsageError(
+        f"no recipe {str(name)!r}; {did_you_mean(str(name), shipped_recipes())} "
+        "`mmgraft recipes ls` lists them"
+    )
+
+
+def method_recipe(method: Method) -> Path | None:
+    """The recipe that a method brings: a shipped one by its file name, or a file of its package.
+
+    Raises:
+        UsageError: it names a file that is not there.
+    """
+    if method.recipe is None:
+        return None
+    path = Path(method.recipe)
+    return find_recipe(path if path.is_absolute() else path.stem)
+
+
+def load_recipe(
+    source: str | Path, method: str | None = None, overrides: Sequence[str] = ()
+) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: a path, or the name of a shipped recipe.
+        method: refuse a recipe for another method.
+        overrides: ``key=value`` texts, such as ``stages.align.lr=1e-4`` or ``seed=3``.
+
+    Raises:
+        UsageError: for YAML that cannot be read, an unknown key (with the nearest right one and its
+            line), a wrong value, or a recipe for another method.
+    """
+    path = find_recipe(source)
+    text = path.read_text(encoding="utf-8")
+    data, lines = read_yaml(text, str(path))
+    for override in overrides:
+        _apply(data, override)
+    recipe = _check(data, str(path), lines)
+    if method is not None and recipe.method != method:
+        raise UsageError(
+            f"{path} is a recipe for {recipe.method}, but the graft is {method}; take one of "
+            f"{', '.join(_shipped_for(method)) or 'your own'} or run `mmgraft recipes ls`"
+        )
+    _check_method(recipe, str(path))
+    return recipe
+
+
+def read_yaml(text: str, what: str) -> tuple[dict[str, Any], dict[Location, int]]:
+    """A YAML mapping and the line (from 1) of every key in it.
+
+    Raises:
+        UsageError: for text that is no YAML, no mapping, or has a key twice.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{what} is not YAML: {error}") from error
+    if not isinstance(data, dict) or root is None:
+        raise UsageError(f"{what} holds no settings; `mmgraft recipes show iaa` shows how to write")
+    lines: dict[Location, int] = {}
+    _collect_lines(root, (), lines, what)
+    return data, lines
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that :func:`load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(
+        recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def with_data(recipe: Recipe, data: Sequence[str], images: str | None) -> Recipe:
+    """The recipe with its data replaced by files from the command line.
+
+    Args:
+        recipe: what was loaded.
+        data: ``FILE`` for every stage, or ``STAGE=FILE`` for one. Several add up.
+        images: folder of the images of all these files; alone, of the recipe's own entries.
+
+    Raises:
+        UsageError: for an unknown stage.
+    """
+    names = [stage.name for stage in recipe.stages]
+    chosen: dict[str | None, list[DataEntry]] = {}
+    for item in data:
+        stage, _, path = item.partition("=")
+        if not path or (stage not in names and Path(item).exists()):
+            stage, path = None, item
+        elif stage not in names:
+            raise UsageError(f"--data {item}: no stage {stage!r}; {did_you_mean(stage, names)}")
+        chosen.setdefault(stage, []).append(DataEntry(path=path, images=images))
+    stages = []
+    for stage in recipe.stages:
+        entries = chosen.get(stage.name) or chosen.get(None)
+        if entries is None and not data and images and stage.data is not None:
+            entries = [entry.model_copy(update={"images": images}) for entry in stage.data]
+        if entries is None:
+            stages.append(stage)
+            continue
+        stages.append(stage.model_copy(update={"data": entries}))
+    update: dict[str, Any] = {"stages": stages}
+    if images and not data:
+        update["data"] = [e.model_copy(update={"images": images}) for e in recipe.data]
+    return recipe.model_copy(update=update)
+
+
+def with_max_steps(recipe: Recipe, max_steps: int) -> Recipe:
+    """The recipe with every stage ending after `max_steps` steps."""
+    stages = [s.model_copy(update={"max_steps": max_steps, "epochs": None}) for s in recipe.stages]
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _check(data: dict[str, Any], what: str, lines: dict[Location, int]) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems: list[str] = []
+        for item in error.errors(include_url=False):
+            loc = tuple(item["loc"])
+            single = ValidationError.from_exception_data(error.title, [_line_error(item)])
+            text = describe(single, Recipe, "").removeprefix(": ")
+            if item["type"] == "extra_forbidden" and loc[-1] in OTHER_NAMES:
+                text = f"unknown key {_dotted(loc)!r}; here it is called {OTHER_NAMES[loc[-1]]!r}"
+            line = _line_of(loc, lines)
+            text = f"line {line}: {text}" if line else text
+            if text not in problems:
+                problems.append(text)
+    if len(problems) == 1:
+        comma = ", " if problems[0].startswith("line ") else ": "
+        raise UsageError(what + comma + problems[0])
+    shown = "\n".join(f"  - {problem}" for problem in problems)
+    raise UsageError(f"{what} has {len(problems)} problems:\n{shown}")
+
+
+def _line_error(item: Any) -> Any:
+    line_error = {"type": item["type"], "loc": item["loc"], "input": item["input"]}
+    if "ctx" in item:
+        line_error["ctx"] = item["ctx"]
+    return line_error
+
+
+def _line_of(loc: Location, lines: dict[Location, int]) -> int | None:
+    while loc:
+        if loc in lines:
+            return lines[loc]
+        loc = loc[:-1]
+    return None
+
+
+def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int], what: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise UsageError(f"{what}, line {line}: key {key.value!r} twice; remove one")
+            seen.add(key.value)
+            lines[(*at, key.value)] = line
+            _collect_lines(value, (*at, key.value), lines, what)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*at, index)] = value.start_mark.line + 1
+            _collect_lines(value, (*at, index), lines, what)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {override}: write key=value, such as --set stages.0.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override}: {text!r} is not a YAML value") from error
+    parts = [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
+    _set(data, parts, value, override)
+
+
+def _set(node: dict[str, Any] | list[Any], parts: list[str], value: Any, override: str) -> None:
+    part, rest = parts[0], parts[1:]
+    if isinstance(node, list):
+        for index in _indices(node, part, override):
+            if rest:
+                _set(node[index], rest, value, override)
+            else:
+                node[index] = value
+        return
+    if not rest:
+        node[part] = value
+        return
+    below = node.get(part)
+    if not isinstance(below, dict | list):
+        if below is None:
+            below = [{}] if rest[0].isdigit() else {}
+        elif part == "lr":  # one rate for all becomes a rate a group
+            below = {"default": below}
+        else:
+            raise UsageError(f"--set {override}: {part} is one value; set {part} itself")
+        node[part] = below
+    _set(below, rest, value, override)
+
+
+def _indices(node: list[Any], part: str, override: str) -> list[int]:
+    if part == "*":
+        return list(range(len(node)))
+    if part.isdigit():
+        if int(part) >= len(node):
+            raise UsageError(f"--set {override}: there are {len(node)} entries, counted from 0")
+        return [int(part)]
+    names = [str(item.get("name")) for item in node if isinstance(item, dict) and "name" in item]
+    if part not in names:
+        raise UsageError(f"--set {override}: no entry {part!r}; {did_you_mean(part, names)}")
+    return [names.index(part)]
+
+
+def _dotted(loc: Location) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+
+
+def _shipped_for(method: str) -> list[str]:
+    found = []
+    for name in shipped_recipes():
+        data, _ = read_yaml((recipe_dir() / f"{name}.yaml").read_text(encoding="utf-8"), name)
+        if data.get("method") == method:
+            found.append(name)
+    return found
+
+
+def _check_method(recipe: Recipe, what: str) -> None:
+    known = methods()
+    if recipe.method not in known:
+        raise UsageError(
+            f"{what}: no method {recipe.method!r}; {did_you_mean(recipe.method, known)}"
+        )
+    fields = known[recipe.method].config_class.model_fields
+    for key in recipe.graft.config:
+        if key not in fields:
+            raise UsageError(
+                f"{what}: unknown key 'graft.config.{key}'; {did_you_mean(key, fields)}"
+            )

@@ -1,0 +1,180 @@
+"""Which files of a run folder belong to the graft, and whether its weights can be read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+
+from mmgraft.errors import UsageError
+from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME
+
+README = "README.md"
+RECIPE = "recipe.yaml"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+
+_PROCESSOR = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+_RESULTS = ("results/*.json", "results/*.md", "results/*.html", "results/*.png")
+_RECORDS = (RECIPE, "results.json", *_RESULTS)
+_LEGAL = ("LICENSE*", "NOTICE*", "licenses/*")
+_MANAGED = ("graft*.safetensors", INDEX_NAME, *_RECORDS, "base/*")
+_NEVER_IN_A_MODEL = ("checkpoint*", "optimizer*", "scheduler*", "rng_state*", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True)
+class UploadFile:
+    """One file of the repository: its name there, and where its bytes are."""
+
+    name: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+
+def belonging(run: Path, folders: Iterable[str] = ()) -> list[UploadFile]:
+    """The files of `run` that make the graft, without its config and card.
+
+    Checkpoints, optimizer states, metrics and everything unknown stay at home.
+
+    Args:
+        run: the run folder.
+        folders: folders in it that hold a base or a tower and go along as they are.
+
+    Raises:
+        UsageError: when a weight file is missing or cannot be read.
+    """
+    names = [path.name for path in weight_files(run)]
+    if names != [WEIGHTS_NAME]:
+        names.append(INDEX_NAME)
+    for path in (*run.glob("*"), *run.glob("*/*")):
+        name = path.relative_to(run).as_posix()
+        if path.is_file() and _matches(name, (*_PROCESSOR, *_RECORDS, *_LEGAL)):
+            names.append(name)
+    for folder in folders:
+        names += _model_folder(run, folder)
+    return [UploadFile(name, run / name) for name in sorted(set(names))]
+
+
+def weight_files(run: Path) -> list[Path]:
+    """The graft's safetensors files, one or the shards of an index, each opened once.
+
+    Raises:
+        UsageError: when one is missing or cannot be read.
+    """
+    index = run / INDEX_NAME
+    names = {WEIGHTS_NAME}
+    if index.is_file() and not (run / WEIGHTS_NAME).is_file():  # as loading reads them
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError("it names no shards beside itself")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(index, error) from error
+    files = [run / name for name in sorted(names)]
+    for file in files:
+        tensor_sizes(file)
+    return files
+
+
+def tensor_sizes(file: Path) -> dict[str, int]:
+    """Numbers in each tensor of a safetensors file, from its header alone.
+
+    Raises:
+        UsageError: when the file is missing, cut short or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as tensors:
+            return {name: prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def graft_parameters(run: Path) -> dict[str, int]:
+    """How many numbers each part of the graft has: projector, layers, gates, router, ..."""
+    parts: dict[str, int] = {}
+    for file in weight_files(run):
+        for name, size in tensor_sizes(file).items():
+            part = _part(name)
+            parts[part] = parts.get(part, 0) + size
+    return parts
+
+
+def folder_named(file: UploadFile) -> str | None:
+    """The first path of this machine that a file of results names, or None."""
+    if not isinstance(file.content, Path) or not _matches(file.name, ("results/*.json",)):
+        return None
+    text = file.content.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r'"(/[^"/]+/[^"]*|~/[^"]+|[A-Za-z]:\\[^"]+)"', text)
+    return found.group(1) if found else None
+
+
+def managed(name: str) -> bool:
+    """Whether a file of the repository is one that a push replaces or removes."""
+    return _matches(name, _MANAGED)
+
+
+def _part(tensor: str) -> str:
+    """The part of a graft that a tensor belongs to, as people call it."""
+    words = [word for word in tensor.removeprefix("graft.").split(".") if not word.isdigit()]
+    if words[0] != "layers":
+        return words[0]
+    learners = {"visual": "visual learners", "textual": "textual learners", "router": "router"}
+    return learners.get("".join(words[1:2]), "layers")
+
+
+def _model_folder(run: Path, folder: str) -> list[str]:
+    root = run / folder
+    if not (root / "config.json").is_file():
+        raise UsageError(
+            f"{CONFIG_NAME} names ./{folder}, but {root} holds no model; restore that folder"
+        )
+    names = []
+    for path in root.rglob("*"):
+        inside = path.relative_to(root)
+        unwanted = any(
+            part.startswith(".") or _matches(part, _NEVER_IN_A_MODEL) for part in inside.parts
+        )
+        if path.is_file() and not unwanted:
+            names.append(path.relative_to(run).as_posix())
+            if path.suffix == ".safetensors":
+                tensor_sizes(path)
+    return names
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _unreadable(file: Path, error: Exception) -> UsageError:
+    why = "it is missing" if isinstance(error, FileNotFoundError) else f"it is damaged: {error}"
+    return UsageError(
+        f"{file} cannot be read ({why}); nothing was pushed. "
+        "Restore it from the run's checkpoints, or train or graft again"
+    )

@@ -1,0 +1,160 @@
+"""Losses and gradients that are not finite, noticed before the optimizer takes them in."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmgraft.errors import MMGraftError
+from mmgraft.model.sharded.gathering import is_piece
+
+_NAMED = 16
+"""Rows that a message names; a step may hold thousands."""
+
+
+class NotFinite(MMGraftError):
+    """A loss or gradient became nan or inf. No weight has taken it in."""
+
+
+@dataclass
+class FiniteWatch:
+    """Keeps the losses of one step with their rows until the step is about to be taken.
+
+    Looking at them once a step, not once a batch, leaves a graphics card one wait a step.
+
+    Attributes:
+        stage: Named in errors.
+    """
+
+    stage: str
+    _losses: list[tuple[Sequence[str], Tensor]] = field(default_factory=list)
+    _evaluated: list[str] = field(default_factory=list)
+
+    def note(self, rows: Sequence[str], loss: Tensor) -> None:
+        """Keep the loss of a batch to train on."""
+        self._losses.append((rows, loss.detach()))
+
+    def note_evaluated(self, rows: Sequence[str], loss: Tensor) -> None:
+        """Keep the rows of a batch to evaluate on if its loss is not finite."""
+        if not torch.isfinite(loss):
+            self._evaluated += rows
+
+    def check_step(self, step: int, norm: Tensor | float | None, ranks: int) -> None:
+        """Look at all that a step is made of; all ranks do so together and agree.
+
+        Args:
+            step: The step about to be taken, counted from 1.
+            norm: Of the gradient.
+            ranks: How many processes train.
+
+        Raises:
+            NotFinite: Names the rows whose loss it is, else all rows of the step.
+        """
+        seen, self._losses = self._losses, []
+        losses = torch.stack([loss.float() for _, loss in seen]).tolist() if seen else []
+        odd = [loss for loss in losses if not math.isfinite(loss)]
+        norm = 0.0 if norm is None else float(norm)
+        if not self._any(bool(odd) or not math.isfinite(norm), ranks, seen):
+            return
+        rows = [
+            row
+            for (names, _), loss in zip(seen, losses, strict=True)
+            for row in names
+            if not math.isfinite(loss)
+        ]
+        odd, rows = _gathered(odd, ranks), _gathered(rows, ranks)
+        if odd:
+            raise NotFinite(
+                f"the loss of stage {self.stage!r} became {odd[0]} in step {step}, on {named(rows)}"
+            )
+        rows = _gathered([row for names, _ in seen for row in names], ranks)
+        raise NotFinite(
+            f"the gradient of stage {self.stage!r} became {norm} in step {step}, though its loss "
+            f"is finite, on {named(rows)}"
+        )
+
+    def check_evaluation(self, step: int, loss: float, ranks: int) -> None:
+        """Look at the loss of an evaluation, which is the same on all ranks.
+
+        Raises:
+            NotFinite: Names the rows whose loss it is.
+        """
+        rows, self._evaluated = self._evaluated, []
+        if not math.isfinite(loss):
+            raise NotFinite(
+                f"the loss on eval_data became {loss} after step {step} of stage {self.stage!r}, "
+                f"on {named(_gathered(rows, ranks))}"
+            )
+
+    @staticmethod
+    def _any(found: bool, ranks: int, seen: Sequence[tuple[Any, Tensor]]) -> bool:
+        if ranks == 1:
+            return found
+        device = seen[0][1].device if seen else torch.device("cpu")
+        flag = torch.tensor([int(found)], device=device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def named(rows: Sequence[str]) -> str:
+    """Rows in a message: all of a few, the first of many and how many more there are."""
+    rows = list(dict.fromkeys(rows))
+    lines = "".join(f"\n  {row}" for row in rows[:_NAMED])
+    more = f"\n  and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return f"{len(rows)} row{'' if len(rows) == 1 else 's'}:{lines}{more}"
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether all that is trained is finite; all ranks ask together and agree."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = [p.to_local() if is_piece(p) else p for p in trained]  # type: ignore[attr-defined]
+    fine = all(bool(torch.isfinite(parameter).all()) for parameter in own)
+    if not any(map(is_piece, trained)):
+        return fine
+    flag = torch.tensor([int(fine)], device=own[0].device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def _gathered(items: list[Any], ranks: int) -> list[Any]:
+    if ranks == 1:
+        return items
+    parts: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """All random numbers to come, as they stood after a step.
+
+    A pass that fails has drawn some; a checkpoint written after it must not know of them, or the
+    run that goes on from it would draw others than one that never failed.
+    """
+
+    step: int
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def now(cls, step: int) -> RandomState:
+        """What stands now, after a step."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(step, random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Put the numbers back."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)

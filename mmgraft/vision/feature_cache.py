@@ -1,0 +1,253 @@
+"""Features of a frozen tower on disk, so that each picture passes through the tower once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmgraft.errors import MMGraftError
+from mmgraft.vision.images import load_image
+from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.towers.base import VisionTower
+
+logger = logging.getLogger(__name__)
+
+_SUFFIX = ".safetensors"
+_STALE_SECONDS = 3600
+
+Picture = Path | StoredImage
+"""An image file, or a picture inside another file."""
+
+
+class FeatureCache:
+    """Rows of features in a few shards, found by the bytes of the picture.
+
+    A picture's key is the SHA-256 of its file's bytes; the folder's name holds the tower's
+    fingerprint (its weights, layer and preprocessing) and the stored dtype. Shards are written to a
+    temporary name, synced and renamed, and never changed, so that processes can share a cache; a
+    shard that fails its checksum is removed and its pictures are computed again.
+
+    Args:
+        folder: The cache folder, shared by any number of towers.
+        tower_fingerprint: `VisionTower.fingerprint` of the tower.
+        max_bytes: Bound on the whole cache folder: the shards least recently used go first.
+        dtype: Dtype on disk and of what is returned: float32 or bfloat16.
+        shard_bytes: Size at which a shard is written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tower_fingerprint: str,
+        max_bytes: int = 20 * 2**30,
+        dtype: torch.dtype = torch.float32,
+        shard_bytes: int = 64 * 2**20,
+    ) -> None:
+        self.root = Path(folder)
+        self.max_bytes = max_bytes
+        self.dtype = dtype
+        self.shard_bytes = shard_bytes
+        name = f"{tower_fingerprint[:32]}-{str(dtype).removeprefix('torch.')}"
+        self.folder = self.root / name
+        self._shards: dict[Path, Tensor] = {}
+        self._rows: dict[str, tuple[Path, int]] = {}
+        self._digests: dict[tuple[str, int, int], str] = {}
+
+    def get_many(
+        self,
+        paths: Sequence[str | Picture],
+        compute: Callable[[list[Picture]], Tensor],
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Tensor]:
+        """Features of image files, computed where they are not stored yet.
+
+        Call it once with all pictures of a data set rather than once a step: what one call computes
+        shares shards.
+
+        Args:
+            paths: Image files, or pictures inside others; equal pictures are computed once.
+            compute: Features of some files: k paths -> (k, P, hidden). See `tower_features`.
+            batch_size: Files that `compute` gets at a time.
+            progress: Called with (computed, to compute) after every batch.
+
+        Returns:
+            One (P, hidden) tensor a path, in order, on the CPU; rows of shared storage, not to be
+            written to.
+
+        Raises:
+            UsageError: From `load_image`, for a missing or broken file.
+        """
+        pictures = [Path(path) if isinstance(path, str) else path for path in paths]
+        keys = [self._digest(picture) for picture in pictures]
+        if any(key not in self._rows for key in keys):
+            self._read_new_shards()
+        found: dict[str, Tensor] = {}
+        missing: dict[str, Picture] = {}
+        used: set[Path] = set()
+        for key, picture in zip(keys, pictures, strict=True):
+            if key in self._rows:
+                shard, row = self._rows[key]
+                found[key] = self._shards[shard][row]
+                used.add(shard)
+            else:
+                missing[key] = picture
+        for shard in used:
+            with contextlib.suppress(OSError):
+                os.utime(shard)
+        if missing:
+            for part_keys, features in self._compute(missing, compute, batch_size, progress):
+                found.update(zip(part_keys, self._store(part_keys, features), strict=True))
+            self._evict()
+        return [found[key] for key in keys]
+
+    def _compute(
+        self,
+        missing: dict[str, Picture],
+        compute: Callable[[list[Picture]], Tensor],
+        batch_size: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Iterator[tuple[list[str], Tensor]]:
+        """Keys and features (k, P, hidden) of a shard's worth of pictures at a time."""
+        keys: list[str] = []
+        parts: list[Tensor] = []
+        size = 0
+        todo = list(missing)
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            features = compute([missing[key] for key in batch]).detach()
+            features = features.to(device="cpu", dtype=self.dtype).contiguous()
+            keys += batch
+            parts.append(features)
+            size += features.nbytes
+            if progress is not None:
+                progress(start + len(batch), len(todo))
+            if size >= self.shard_bytes:
+                yield keys, torch.cat(parts)
+                keys, parts, size = [], [], 0
+        if parts:
+            yield keys, torch.cat(parts)
+
+    def _digest(self, path: Picture) -> str:
+        try:
+            if isinstance(path, StoredImage):
+                return path.digest()
+            stat = path.stat()
+            known = (str(path), stat.st_mtime_ns, stat.st_size)
+            if known not in self._digests:
+                self._digests[known] = hashlib.sha256(path.read_bytes()).hexdigest()
+        except (OSError, EOFError):
+            load_image(path)  # says what is wrong with the file
+            raise
+        return self._digests[known]
+
+    def _read_new_shards(self) -> None:
+        """Take in the shards that this or another process has written since."""
+        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
+            if path in self._shards:
+                continue
+            try:
+                keys, features = _read_shard(path)
+            except FileNotFoundError:
+                continue  # another process evicted it
+            except (SafetensorError, ValueError, KeyError, OSError) as error:
+                logger.warning("Removing the broken feature shard %s: %s", path, error)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                continue
+            self._add(path, keys, features)
+
+    def _add(self, path: Path, keys: list[str], features: Tensor) -> None:
+        self._shards[path] = features
+        for row, key in enumerate(keys):
+            self._rows.setdefault(key, (path, row))
+
+    def _store(self, keys: list[str], features: Tensor) -> Tensor:
+        """Write one shard and return it mapped from the file, so that memory can be given back.
+
+        A full disk costs the cache, not the work: the features then stay in memory.
+        """
+        path = self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}{_SUFFIX}"
+        temporary = path.with_suffix(".tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            metadata = {"keys": json.dumps(keys), "crc32": str(_checksum(features))}
+            save_file({"features": features}, temporary, metadata=metadata)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _, features = _read_shard(path)
+        except (OSError, SafetensorError, ValueError) as error:
+            logger.warning("Features are not kept in %s: %s", self.folder, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        self._add(path, keys, features)
+        return features
+
+    def _evict(self) -> None:
+        """Remove the shards used longest ago until the folder is within `max_bytes`."""
+        shards: list[tuple[float, int, Path]] = []
+        for path in self.root.glob("*/*"):
+            try:
+                stat = path.stat()
+            except OSError:
+                continue
+            if path.suffix == _SUFFIX:
+                shards.append((stat.st_mtime, stat.st_size, path))
+            elif path.suffix == ".tmp" and time.time() - stat.st_mtime > _STALE_SECONDS:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        total = sum(size for _, size, _ in shards)
+        for _, size, path in sorted(shards):
+            if total <= self.max_bytes:
+                break
+            with contextlib.suppress(OSError):
+                path.unlink()
+            total -= size
+
+
+def tower_features(tower: VisionTower) -> Callable[[list[Picture]], Tensor]:
+    """A `compute` for `FeatureCache.get_many`: read, preprocess, run the tower.
+
+    Raises:
+        UsageError: From the returned function, for a missing or broken image file.
+        MMGraftError: From the returned function, where the features are not finite.
+    """
+
+    def compute(paths: list[Picture]) -> Tensor:
+        features = tower(tower.preprocess([load_image(path) for path in paths]))
+        if not torch.isfinite(features).all():
+            raise MMGraftError(
+                f"{tower.spec.name} gives features that are not finite in {tower.dtype}: load the "
+                "tower in float32."
+            )
+        return features
+
+    return compute
+
+
+def _checksum(features: Tensor) -> int:
+    return zlib.crc32(features.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _read_shard(path: Path) -> tuple[list[str], Tensor]:
+    with safe_open(path, framework="pt") as shard:
+        metadata = shard.metadata() or {}
+        features = shard.get_tensor("features")
+    keys = json.loads(metadata["keys"])
+    if len(keys) != len(features) or int(metadata["crc32"]) != _checksum(features):
+        raise ValueError("its checksum does not match")
+    return keys, features

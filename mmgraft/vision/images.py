@@ -1,0 +1,127 @@
+"""Image files and PIL images of any mode, to plain RGB."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Literal, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmgraft.errors import UsageError, brief
+from mmgraft.vision.stored import StoredImage
+
+Fault = Literal["missing", "broken", "enormous", "outside"]
+
+_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
+"""Last bytes of a whole file. One that ends otherwise may be whole, or cut short."""
+
+_DRAWINGS = ("EPS", "WMF")
+
+T = TypeVar("T")
+
+
+class BadImage(UsageError):
+    """A picture that cannot be used.
+
+    Attributes:
+        fault: in one word.
+    """
+
+    def __init__(self, message: str, fault: Fault = "broken") -> None:
+        super().__init__(message)
+        self.fault: Fault = fault
+
+
+def load_image(path: str | Path | StoredImage) -> Image.Image:
+    """Read an image file whole and make it RGB, turned upright as its EXIF data says.
+
+    Raises:
+        BadImage: No such file, not an image, a broken one, or one so large that decoding it
+            could exhaust the memory (Pillow's limit, 89 million pixels); names the file.
+    """
+    return _with_file(path, decode)
+
+
+def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
+    """Width and height of an image file, without decoding it where its two ends are in order.
+
+    The head says that it is a picture, and how large; the end, whether it was cut short. Only a
+    file whose end is odd, or that ends in no known way, is decoded. Bytes that are wrong in between
+    are not seen: only `load_image` finds them.
+
+    Raises:
+        BadImage: As `load_image`.
+    """
+
+    def look(file: IO[bytes]) -> tuple[int, int]:
+        with _opened(file) as image:
+            size, ending = image.size, _ENDS.get(str(image.format))
+        file.seek(-min(16, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        if ending is None or not file.read().endswith(ending):
+            file.seek(0)
+            decode(file)
+        return size
+
+    return _with_file(path, look)
+
+
+def decode(file: IO[bytes]) -> Image.Image:
+    """A picture's bytes as upright RGB; raises whatever the decoder does, for a bomb Pillow's."""
+    with _opened(file) as image:
+        image.load()
+        return to_rgb(image)
+
+
+@contextmanager
+def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
+    """A picture whose pixels are not read yet; one of too many of them, or a program, is refused.
+
+    Pillow hands PostScript to another program, which would do what a stranger's file says.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file) as image:
+            if image.format in _DRAWINGS:
+                raise ValueError(f"a drawing ({image.format}), not a picture")
+            yield image
+
+
+def _with_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) -> T:
+    path = path if isinstance(path, StoredImage) else Path(path)
+    if isinstance(path, Path) and not os.path.isfile(path):  # which no name is too long for
+        raise BadImage(
+            f"Image file not found: {brief(path)}. Check the path (relative ones count from the "
+            "folder of the data file) or leave the row out.",
+            "missing",
+        )
+    try:
+        with path.open() if isinstance(path, StoredImage) else path.open("rb") as file:
+            return read(file)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadImage(
+            f"Image file too large: {path} ({error}). Scale it down before using it.", "enormous"
+        ) from error
+    # Decoders raise nearly anything on broken bytes: SyntaxError, struct.error, zlib.error ...
+    except Exception as error:
+        raise BadImage(
+            f"Image file cannot be read: {path} ({type(error).__name__}: {error}). Replace it with "
+            "a PNG, JPEG, WebP or another format that Pillow reads, or leave the row out."
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as upright RGB: transparency over white, 16-bit grey scaled to 8 bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        # convert("RGB") would clip at 255 and turn every brighter pixel white.
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

@@ -1,0 +1,1 @@
+"""Projectors: from a tower's features to the base's embedding width."""

@@ -1,0 +1,66 @@
+"""What names a vision tower and a projector: pydantic, importable without torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from mmgraft.strict import StrictModel
+
+TRANSFORMERS_KIND = "transformers"
+
+
+class VisionSpec(StrictModel):
+    """Which vision tower to load, and which of its hidden states are the features.
+
+    Attributes:
+        kind: ``"transformers"``, or a name registered with `register_tower` (or through the entry
+            point group ``mmgraft.towers``), such as ``"efficientnet-lite2"``.
+        id: Hub id or local folder of the tower; kinds that know their own weights leave it empty.
+        revision: Hub commit, branch or tag.
+        feature_layer: Index into the tower's hidden states. None means the tower's default: -2
+            for transformers that give tokens (as LLaVA, IAA and Wings do), -1 for convolutional
+            ones. A loaded tower's ``spec`` always holds the number that was used.
+        options: Further settings of the kind; each kind refuses those it does not know.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str = TRANSFORMERS_KIND
+    id: str | None = None
+    revision: str | None = None
+    feature_layer: int | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def from_name(cls, name: str) -> VisionSpec:
+        """The spec a user means by one word: a registered kind, or else a Hub id or a folder."""
+        from mmgraft.vision.towers.registry import tower_kinds
+
+        if name != TRANSFORMERS_KIND and name in tower_kinds():
+            return cls(kind=name)
+        return cls(id=name)
+
+    @property
+    def name(self) -> str:
+        """How messages and cards call the tower."""
+        return self.id or self.kind
+
+
+class ProjectorSpec(StrictModel):
+    """Shape and start of the projector between tower and base.
+
+    Attributes:
+        norm: A LayerNorm over the tower's features before the first linear layer. The published
+            projectors have none.
+        hidden: Width between the two linear layers; None means the width of the base.
+        init_scale: Factor on the initial weights and bias of the last linear layer; below 1 the
+            first image tokens are closer in size to the base's text embeddings.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    norm: bool = False
+    hidden: int | None = Field(default=None, ge=1)
+    init_scale: float = Field(default=1.0, gt=0.0)

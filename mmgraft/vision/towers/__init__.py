@@ -1,0 +1,1 @@
+"""Frozen image encoders: any vision model of transformers, and registered kinds."""

@@ -1,0 +1,5 @@
+"""The loopback Hub."""
+
+from hub_fixtures import hub
+
+__all__ = ["hub"]

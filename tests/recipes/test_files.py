@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mmgraft.recipes.files
+from mmgraft.errors import UsageError
+from mmgraft.recipes.files import recipe_dir
+
+
+def test_the_checkout_has_recipes_for_every_built_in_method() -> None:
+    from mmgraft.grafts.registry import BUILT_IN
+
+    for method in BUILT_IN:
+        assert method.recipe is not None
+        assert (recipe_dir() / method.recipe).is_file()
+
+
+def test_an_installed_package_uses_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmgraft.recipes.files, "_PACKAGE", tmp_path / "mmgraft")
+    with pytest.raises(UsageError, match="reinstall mmgraft"):
+        recipe_dir()
+    (tmp_path / "recipes").mkdir()
+    assert recipe_dir() == tmp_path / "recipes"
+    (tmp_path / "mmgraft" / "recipes").mkdir(parents=True)
+    assert recipe_dir() == tmp_path / "mmgraft" / "recipes"
