@@ -84,12 +84,17 @@ def train(
     Ctrl-C finishes the step, saves, and says how to go on.
     """
     from mmgraft.cli.console import note, print_json, stderr
+    from mmgraft.cli.processes import (
+        check_not_launched,
+        command_line,
+        end_with_launcher,
+        launch,
+    )
     from mmgraft.runs.find import find_run
 
+    end_with_launcher()
     folder = find_run(run, announce=note)
     if processes > 1:
-        from mmgraft.cli.processes import check_not_launched, command_line, launch
-
         check_not_launched()
         if not dry_run:
             context.params["run"] = folder

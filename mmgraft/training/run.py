@@ -16,7 +16,7 @@ import mmgraft
 from mmgraft.atomic import atomic_json, atomic_text
 from mmgraft.data import bad_rows
 from mmgraft.data.bad_rows import BadRow, BadRowLog
-from mmgraft.data.formats.indexed import Joined, facts_of
+from mmgraft.data.formats.indexed import Joined
 from mmgraft.data.rows import Row
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.grafts.registry import get_method
@@ -38,7 +38,6 @@ from mmgraft.training.devices import check_packages, is_main_rank, pick_device
 from mmgraft.training.distributed.parallel import (
     check_count,
     check_parallel,
-    check_rows_have_images,
     processes,
     way_on,
 )
@@ -168,10 +167,6 @@ def plan_training(
         skipped.append(check_rows(found, stage.name, stage.text_rows))
         rows.append(found)
     evaluated = reader.rows(resolved.eval_data, 0) if resolved.eval_every else []
-    for stage, found in zip(resolved.stages, rows, strict=True):
-        if stage.text_rows != "skip":
-            shown = facts_of(Joined([found, evaluated])).with_image
-            check_rows_have_images(resolved, stage.name, int((~shown).sum()), count)
     first = len(progress["finished"]) if resume and progress is not None else 0
     if resume:
         begun_with = checkpoint.read_rows(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,6 @@ from mmgraft.training.checkpoint import (
     write_checkpoint,
 )
 from mmgraft.training.devices import memory_in_use
-from mmgraft.training.distributed.parallel import deepspeed_config
 from mmgraft.training.distributed.sharding import (
     is_sharded,
     pieces_of_state,
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
     from mmgraft.training.grouping import Order
 
-DEEPSPEED = ".deepspeed"
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_8bit": "adamw_8bit",
@@ -93,7 +90,6 @@ def training_arguments(
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
-        deepspeed=deepspeed_config(recipe.parallel),
         report_to=[] if recipe.tracking == "none" else [recipe.tracking],
         disable_tqdm=True,
         average_tokens_across_devices=True,
@@ -359,9 +355,6 @@ class GraftTrainer(Trainer):
         trained = trained_tensors(cast(nn.Module, self.model), self.args.should_save)
         if is_sharded(cast(nn.Module, self.model)):
             self._whole_state = whole_state(self.optimizer, self.args.should_save)
-        if self.is_deepspeed_enabled:  # whose engine writes on all ranks; moved into place below
-            super()._save_optimizer_and_scheduler(str(folder / DEEPSPEED))
-            self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_checkpoint(target, lambda path: self._write_state(path, trained, sums, states))
             rotate(folder, self.keep)
@@ -383,10 +376,6 @@ class GraftTrainer(Trainer):
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:
-            for path in (Path(cast(str, self.args.output_dir)) / DEEPSPEED).iterdir():
-                shutil.move(path, output_dir)
-            return
         if self._whole_state is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 
 import torch
@@ -54,8 +53,4 @@ def _whole(tensor: Tensor) -> Tensor:
     plain = tensor.detach()
     if is_piece(plain):
         return plain.full_tensor().cpu()  # type: ignore[attr-defined]
-    if hasattr(tensor, "ds_id"):  # a parameter in DeepSpeed's keeping
-        deepspeed = importlib.import_module("deepspeed")
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().cpu().clone()
     return plain

@@ -1,4 +1,4 @@
-"""Settings of a recipe that save memory, what each saves, and which make a smaller card do."""
+"""Settings of a recipe that save memory, and what each saves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.training.memory.cards import Card, cards
 
 if TYPE_CHECKING:
     from mmgraft.training.memory.estimate import Estimator, StageEstimate
@@ -43,15 +42,6 @@ class Saving:
     peak: int
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A card that is enough once some switches are set."""
-
-    card: Card
-    write: list[str]
-    peak: int
-
-
 def _every_stage(change: Callable[[Stage], dict[str, object]]) -> Callable[[Recipe], Recipe]:
     def changed(recipe: Recipe) -> Recipe:
         stages = [stage.model_copy(update=change(stage)) for stage in recipe.stages]
@@ -79,7 +69,7 @@ def _cached(recipe: Recipe) -> Recipe:
 
 
 def _in_4bit(recipe: Recipe) -> Recipe:
-    if recipe.base == "full" or recipe.parallel == "zero3":
+    if recipe.base == "full":
         return recipe
     return recipe.model_copy(update={"quantization": "nf4"})
 
@@ -156,36 +146,3 @@ def savings(estimator: Estimator, recipe: Recipe, first: int = 0) -> list[Saving
         if before - peak > _WORTH * before:
             found.append(Saving(switch.name, switch.text, switch.costs, before - peak, peak))
     return sorted(found, key=lambda saving: -saving.saves)
-
-
-def smaller_cards(estimator: Estimator, recipe: Recipe) -> list[Fit]:
-    """Cards too small for the recipe as it is, the largest first, with switches that are enough.
-
-    Switches are set one after another until the recipe fits, then those that it fits without are
-    taken back. A card that all of them together do not make do is left out.
-    """
-    now = peak_of(estimator.stages(recipe))
-    every = switches_for(estimator.processes)
-    useful = [switch for switch in every if switch.change(recipe) != recipe]
-    found: list[Fit] = []
-    for card in reversed([card for card in cards() if card.usable < now]):
-        chosen: list[Switch] = []
-        for switch in useful:
-            chosen.append(switch)
-            if _peak(estimator, recipe, chosen) <= card.usable:
-                break
-        else:
-            break  # no smaller one does either
-        for switch in chosen[:-1]:
-            fewer = [one for one in chosen if one is not switch]
-            if _peak(estimator, recipe, fewer) <= card.usable:
-                chosen = fewer
-        peak = _peak(estimator, recipe, chosen)
-        found.append(Fit(card, [switch.text for switch in chosen], peak))
-    return found
-
-
-def _peak(estimator: Estimator, recipe: Recipe, chosen: Sequence[Switch]) -> int:
-    for switch in chosen:
-        recipe = switch.change(recipe)
-    return peak_of(estimator.stages(recipe))
