@@ -52,7 +52,7 @@ def end_with_launcher() -> None:
 
 
 def command_line(context: Any, without: str) -> list[str]:
-    """What was given to a command, as arguments for it again.
+    """Write what was given to a command as arguments for it again.
 
     Args:
         context: Click's, of the command.
@@ -156,7 +156,7 @@ def _first_failed(children: Sequence[Popen[bytes]]) -> int | None:
 
 
 def _exit_code(code: int, rank: int, count: int) -> int:
-    """As a shell says it; a signal that nobody sent through the launcher is named."""
+    """Return it as a shell says it; a signal that nobody sent through the launcher is named."""
     if code > 0:
         return code
     if -code not in (signal.SIGINT, signal.SIGTERM):

@@ -58,7 +58,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def _copied(tensor: Tensor | None, room: int) -> Tensor:
-    """A tensor of so many positions that begins with these, ``(b, n, room, d)``."""
+    """Copy a tensor to the front of one of so many positions, ``(b, n, room, d)``."""
     assert tensor is not None
     wide = tensor.new_empty(*tensor.shape[:-2], room, tensor.shape[-1])
     wide[..., : tensor.shape[-2], :] = tensor

@@ -18,15 +18,15 @@ _SKIPPED = frozenset(["checkpoints", "base", "node_modules", "__pycache__", "sit
 
 
 def find_run(path: str | Path | None = None, announce: Callable[[str], None] | None = None) -> Path:
-    """The folder of the graft that is meant.
+    """Find the folder of the graft that is meant.
 
     Args:
-        path: what the user named. None takes the current folder if it is a graft, else the only
+        path: What the user named. None takes the current folder if it is a graft, else the only
             graft up to three folders below it.
-        announce: told in one sentence which graft was taken, when none was named.
+        announce: Is called with a sentence that says which graft was taken, when none was named.
 
     Raises:
-        UsageError: when `path` is no graft; when there is no graft, or more than one, to take.
+        UsageError: When `path` is no graft; when there is no graft, or more than one, to take.
     """
     if path is not None:
         return _named(Path(path).expanduser())
@@ -48,12 +48,12 @@ def find_run(path: str | Path | None = None, announce: Callable[[str], None] | N
 
 
 def is_graft(folder: Path) -> bool:
-    """Whether `folder` holds a graft."""
+    """Tell whether a folder holds a graft."""
     return (folder / GRAFT_CONFIG).is_file()
 
 
 def grafts_below(folder: Path) -> Iterator[Path]:
-    """Every graft in the folders below `folder`, not those within another graft or a checkpoint."""
+    """Find every graft below a folder, but those within another graft or a checkpoint."""
     queue = deque([(folder, 0)])
     while queue:
         current, depth = queue.popleft()

@@ -31,7 +31,7 @@ _FLASH_PACKAGES = {
 
 
 def pick_device(wanted: str | None = None) -> str:
-    """The device that was asked for, else the first that is there: CUDA, MPS, CPU.
+    """Choose the device that is wanted, else the first that is there: CUDA, MPS, CPU.
 
     Raises:
         UsageError: for a device that is not there, or that no one knows.
@@ -112,12 +112,12 @@ def _check_bitsandbytes(what: str, device: str) -> None:
 
 
 def is_main_rank() -> bool:
-    """Whether this process writes files and talks: the only one, or the first of torchrun's."""
+    """Tell whether this process writes files and talks: the only one, or the first of several."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def memory_in_use(device: str) -> int | None:
-    """Peak bytes that this process has held: of the card on CUDA, else of main memory."""
+    """Return the peak bytes of this process: of the card on CUDA, else of main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if device == "mps":

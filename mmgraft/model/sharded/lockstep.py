@@ -52,7 +52,7 @@ class _Joined(torch.autograd.Function):
 
 
 def outside_layers(workflows: Iterable[Workflow]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters of workflows that stand before the layers, and those of their heads.
+    """List parameters of workflows that stand before the layers, and those of their heads.
 
     A head shares its tensor with an embedding where the base ties them; such a tensor is the
     head's.

@@ -104,7 +104,7 @@ class FiniteWatch:
 
 
 def named(rows: Sequence[str]) -> str:
-    """Rows in a message: all of a few, the first of many and how many more there are."""
+    """List rows for a message: all of a few, the first of many and how many more there are."""
     rows = list(dict.fromkeys(rows))
     lines = "".join(f"\n  {row}" for row in rows[:_NAMED])
     more = f"\n  and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
@@ -112,7 +112,7 @@ def named(rows: Sequence[str]) -> str:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether all that is trained is finite; all ranks ask together and agree."""
+    """Tell whether all that is trained is finite; all ranks call this together and agree."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = [p.to_local() if is_piece(p) else p for p in trained]  # type: ignore[attr-defined]
     fine = all(bool(torch.isfinite(parameter).all()) for parameter in own)
@@ -135,8 +135,8 @@ def _gathered(items: list[Any], ranks: int) -> list[Any]:
 class RandomState:
     """All random numbers to come, as they stood after a step.
 
-    A pass that fails has drawn some; a checkpoint written after it must not know of them, or the
-    run that goes on from it would draw others than one that never failed.
+    A pass that fails has used some; a checkpoint written after it must not know of them, or the
+    run that goes on from it would get others than one that never failed.
     """
 
     step: int
@@ -147,7 +147,7 @@ class RandomState:
 
     @classmethod
     def now(cls, step: int) -> RandomState:
-        """What stands now, after a step."""
+        """Take down what stands now, after a step."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(step, random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 

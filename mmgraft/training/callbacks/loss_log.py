@@ -34,7 +34,7 @@ class LossSum:
         self.total = loss.clone() if self.total is None else self.total + loss
 
     def value(self) -> Tensor:
-        """The sum, shape ``(1,)``."""
+        """Return the sum, shape ``(1,)``."""
         return torch.zeros(1) if self.total is None else self.total.reshape(1)
 
     def begin(self, step: int) -> None:
@@ -70,7 +70,7 @@ class LossSum:
 
 
 def counted(mean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss of a batch, 0 where it has nothing to learn, and its supervised tokens.
+    """Return the mean loss of a batch, 0 where nothing is supervised, and its supervised tokens.
 
     Args:
         mean: Over these tokens; nan may stand for a mean over none.
@@ -97,7 +97,7 @@ class EvalSum:
         self.tokens = count if fresh else self.tokens + count  # type: ignore[operator]
 
     def take(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The sum and the count, ``(1,)`` each; then begin anew."""
+        """Return the sum and the count, ``(1,)`` each, and start anew."""
         found = self.total, self.tokens
         self.total = self.tokens = None
         total, tokens = (torch.zeros(1) if one is None else one.reshape(1) for one in found)

@@ -79,7 +79,7 @@ def put_aside(run: Path) -> None:
 
 @contextmanager
 def tracking_folder(folder: Path) -> Iterator[None]:
-    """TensorBoard's files go into the run unless the user has chosen another place."""
+    """Put TensorBoard's files into the run unless the user has chosen another folder."""
     name = "TENSORBOARD_LOGGING_DIR"
     before = os.environ.get(name)
     if before is None:

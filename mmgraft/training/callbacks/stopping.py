@@ -29,7 +29,7 @@ class TrainingStopped(MMGraftError):
 
 
 def with_way_on(error: OSError | MMGraftError, run: Path, stage: str) -> MMGraftError | None:
-    """What a full disk or the like did to a stage, with the command that goes on.
+    """Explain what a full disk or the like did to a stage, with the command that goes on.
 
     It is met wherever a file of the run is written; checkpoints are whole or not there.
 

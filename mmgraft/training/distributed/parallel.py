@@ -45,12 +45,12 @@ _OF_ACCELERATE = (
 
 
 def processes() -> int:
-    """How many processes train together; torchrun, accelerate and ``--processes`` say it."""
+    """Return how many processes train together, as torchrun, accelerate or ``--processes`` says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def way_on(run: Path, count: int | None = None) -> str:
-    """The command that goes on with a run, in as many processes as now or as are given."""
+    """Write the command that goes on with a run, in as many processes as now or as are given."""
     count = count or processes()
     return f"mmgraft train {run} --resume" + (f" --processes {count}" if count > 1 else "")
 
@@ -78,7 +78,7 @@ def check_count(run: Path, progress: Mapping[str, Any] | None, count: int) -> No
 
 
 def processes_here() -> int:
-    """How many of them run on this machine."""
+    """Return how many of them run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
 
 

@@ -63,12 +63,12 @@ def shard(model: GraftedModel, device: str) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether :func:`shard` has spread the model."""
+    """Tell whether :func:`shard` has spread the model."""
     return bool(getattr(model, "lockstep", False))
 
 
 def whole_norm(norm: Any) -> Any:
-    """A gradient's norm, over all processes where each knows its part of it."""
+    """Return a gradient's norm, over all processes where each knows its part of it."""
     return norm.full_tensor() if isinstance(norm, Tensor) and is_piece(norm) else norm  # type: ignore[attr-defined]
 
 
@@ -80,7 +80,7 @@ def rest(model: nn.Module) -> None:
 
 
 def whole_state(optimizer: Any, keep: bool) -> dict[str, Any]:
-    """An optimizer's state dict with whole tensors; all processes call this together.
+    """Gather an optimizer's state dict with whole tensors; all processes call this together.
 
     Args:
         optimizer: Of sharded parameters.
@@ -103,19 +103,19 @@ def pieces_of_state(optimizer: Any) -> None:
 
 
 def pieces_at(model: GraftedModel, index: int) -> list[nn.Module]:
-    """What the grafts run at a layer."""
+    """List what the grafts run at a layer."""
     workflows: Sequence[Any] = list(model.workflows.values())
     return [
         piece
         for workflow in workflows
-        for place, piece in workflow.graft.layer_modules()
-        if place == index
+        for layer, piece in workflow.graft.layer_modules()
+        if layer == index
     ]
 
 
 @contextmanager
 def _within(layer: nn.Module, pieces: Sequence[nn.Module]) -> Iterator[None]:
-    """While the block lasts, pieces of grafts are children of the layer that they run at."""
+    """Make pieces of grafts children of the layer that they run at, while the block lasts."""
     names = [f"_mmgraft_piece_{number}" for number in range(len(pieces))]
     for name, piece in zip(names, pieces, strict=True):
         layer.add_module(name, piece)

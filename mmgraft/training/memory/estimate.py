@@ -95,7 +95,7 @@ class Estimator:
         self._outline: Outline | None = None
 
     def stages(self, recipe: Recipe, first: int = 0) -> list[StageEstimate]:
-        """Every stage of a resolved recipe from the `first` on.
+        """Estimate every stage of a resolved recipe from ``first`` on.
 
         Raises:
             MMGraftError: A base that does not run without values.
@@ -152,7 +152,7 @@ class Estimator:
         )
 
     def _in_pieces(self, recipe: Recipe) -> bool:
-        """Whether a process keeps its part of the gradients alone."""
+        """Tell whether a process keeps its part of the gradients alone."""
         return self.processes > 1 and recipe.parallel != "ddp"
 
     def _open(self, recipe: Recipe, index: int) -> tuple[GraftedModel, Step]:
@@ -196,7 +196,7 @@ class Estimator:
         return model, step
 
     def _tower(self, recipe: Recipe, images: int) -> tuple[int, int]:
-        """Bytes of the tower's weights, and of what it holds beside them to see some images."""
+        """Return the bytes of the tower's weights, and what it holds beside them while it runs."""
         dtype = loaded_dtype(recipe)
         key = (images, dtype)
         if key not in self._towers:
@@ -209,7 +209,7 @@ class Estimator:
 
 
 def not_counted(recipe: Recipe, device: str, processes: int) -> list[str]:
-    """A sentence for each setting of a recipe that an estimate knows little of.
+    """Write a sentence for each setting of a recipe that an estimate knows little of.
 
     Args:
         recipe: Resolved.

@@ -17,12 +17,12 @@ _GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None
 
 
 class Ledger(TorchDispatchMode):
-    """While the block lasts, every new storage is entered, and crossed out when it is freed.
+    """While the block lasts, every new storage is counted until it is freed.
 
     It stands on a ``FakeTensorMode``: floating point tensors have a shape and no values, so nothing
     is allocated, but every operation runs; what autograd keeps, what autocast copies and what a
     recomputation frees are counted as they happen. Whole numbers and truth values are computed
-    in earnest, for the code asks for them: ids, masks and positions are small.
+    in earnest, because the code reads them: ids, masks and positions are small.
 
     Args:
         known: Tensors that were there before and are not to be counted.
@@ -45,7 +45,7 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked tens of thousands of times
+            return args[0].fake_device  # read tens of thousands of times
         out = _run(func, args, kwargs or {})
         tree_map_only(torch.Tensor, self._enter, out)
         return out

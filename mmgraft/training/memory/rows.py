@@ -46,7 +46,7 @@ def measured(
     packing: bool = False,
     skip_bad: bool = False,
 ) -> RowSizes:
-    """The sizes of a stage's rows, by tokenising the longest ones; with packing, of a sequence.
+    """Measure a stage's rows by tokenising the longest ones; with packing, its sequences.
 
     Args:
         rows: Of the stage.
@@ -87,7 +87,7 @@ def measured(
 def _of_sequences(
     room: int, lengths: list[int], images: list[int], supervised: list[int], rows: int
 ) -> RowSizes:
-    """A full sequence of the rows that hold the most images and answers for their length."""
+    """Fill a sequence with the rows that hold the most images and answers for their length."""
 
     def most(counts: list[int]) -> int:
         return max(room * count // length for count, length in zip(counts, lengths, strict=True))
@@ -96,7 +96,7 @@ def _of_sequences(
 
 
 def assumed(length: int, patches: int, source: str, packing: bool = False) -> RowSizes:
-    """Sizes of rows of one length with one image, all the rest of it supervised.
+    """Assume rows of one length with one image, all the rest of it supervised.
 
     A packed sequence is one of many rows: as many images as it has room for, each with an answer.
 

@@ -64,7 +64,7 @@ class Share:
 
 
 def groups_of(model: GraftedModel) -> Groups:
-    """How FSDP2 would divide a model, as `mmgraft.training.distributed.sharding` does."""
+    """Divide a model as FSDP2 does in :mod:`mmgraft.training.distributed.sharding`."""
     whole = sum(weights_of(model).values())
     sizes: list[int] = []
     trained: list[int] = []
@@ -88,7 +88,7 @@ def share(
     scratch: int,
     groups: Groups,
 ) -> Share:
-    """What one process holds of a model.
+    """Count what one process holds of a model.
 
     Args:
         way: The recipe's `parallel`.
@@ -123,7 +123,7 @@ def share(
 def state_bytes(
     model: nn.Module, trained: Iterable[nn.Parameter], optimizer: Optimizer, device: str
 ) -> int:
-    """Bytes of both moments on the device where the parameters are.
+    """Count the bytes of both moments on the device where the parameters are.
 
     AdamW keeps two fp32 numbers for each; in 8 bits one byte each and a constant for 256, where
     embeddings and tensors under 4096 numbers keep fp32. Pages on CUDA lie in main memory.
@@ -143,7 +143,7 @@ def state_bytes(
 
 
 def scratch_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer, device: str) -> int:
-    """What a step holds beside the state: roots of the second moments.
+    """Count what a step holds beside the state: roots of the second moments.
 
     On CUDA torch takes all parameters together, elsewhere one by one with two copies.
     """

@@ -109,7 +109,7 @@ def simulate(
 
 
 def simulate_tower(outline: Outline, images: int, dtype: torch.dtype) -> int:
-    """Bytes that the tower needs at once to see some images, beside its weights."""
+    """Count the bytes that the tower needs at once to see some images, beside its weights."""
     module = outline.module
     with without_values(module, dtype):
         with Ledger([*module.parameters(), *module.buffers()]) as ledger, torch.no_grad():

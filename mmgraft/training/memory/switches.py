@@ -125,17 +125,17 @@ SEVERAL = Switch(
 
 
 def switches_for(processes: int) -> tuple[Switch, ...]:
-    """Those that so many processes have."""
+    """Return the switches that so many processes have."""
     return (SEVERAL, *SWITCHES) if processes > 1 else SWITCHES
 
 
 def peak_of(stages: Sequence[StageEstimate]) -> int:
-    """The recipe's peak: its largest stage's."""
+    """Return the recipe's peak: its largest stage's."""
     return max(stage.peak for stage in stages)
 
 
 def savings(estimator: Estimator, recipe: Recipe, first: int = 0) -> list[Saving]:
-    """What each switch saves by itself, the largest saving first; those that save nothing not."""
+    """Find what each switch saves by itself, the largest saving first, without those of nothing."""
     before = peak_of(estimator.stages(recipe, first))
     found: list[Saving] = []
     for switch in switches_for(estimator.processes):
