@@ -35,12 +35,7 @@ from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
 from mmgraft.training.callbacks.stopping import with_way_on
 from mmgraft.training.devices import check_packages, is_main_rank, pick_device
-from mmgraft.training.distributed.parallel import (
-    check_count,
-    check_parallel,
-    processes,
-    way_on,
-)
+from mmgraft.training.distributed.parallel import check_count, check_parallel, processes, way_on
 from mmgraft.training.memory.shortage import is_out_of_memory, out_of_memory
 from mmgraft.training.stage_data import (
     StageData,

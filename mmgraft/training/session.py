@@ -27,7 +27,6 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.model.files.graft_file import CONFIG_NAME
 from mmgraft.model.files.load import base_files, load_model
-from mmgraft.model.files.processor import load_processor
 from mmgraft.model.files.save import save_graft
 from mmgraft.model.kernels.compiling import check_compiled, compiled_layers
 from mmgraft.recipes.recipe import Stage
@@ -40,6 +39,7 @@ from mmgraft.training.devices import is_main_rank
 from mmgraft.training.distributed.parallel import processes, way_on
 from mmgraft.training.distributed.sharding import shard
 from mmgraft.training.grouping import arrange, check_packed_length
+from mmgraft.training.memory.subject import loaded_dtype
 from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.trainer import GraftTrainer, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, tower_features
@@ -132,7 +132,7 @@ class Session:
                 checkpoint.write_final(tensors, folder, trainer.state)
         self._save(index, model, size, steps)
         trainer.accelerator.wait_for_everyone()
-        if plan.recipe.parallel != "ddp" and trainer.args.world_size > 1:
+        if plan.in_pieces:
             self.model = None  # the next stage trains other parts, and has other pieces
         return taken, log.last.get("loss"), size
 
@@ -242,10 +242,10 @@ class Session:
         plan, stage = self.plan, self.plan.stages[index]
         processor = self._processor(stage)
         features = self._cached_features(Joined([plan.rows[index], plan.eval_rows]), stage)
-        rows, evaluated = (
-            self._dataset(given, processor, stage, features is None)
-            for given in (plan.rows[index], plan.eval_rows)
-        )
+        rows = self._dataset(plan.rows[index], processor, stage, features is None)
+        evaluated = None
+        if plan.eval_rows:
+            evaluated = self._dataset(plan.eval_rows, processor, stage, features is None)
         if plan.skipped[index]:
             self.announce(
                 f"stage {stage.name!r}: {plan.skipped[index]} of {len(plan.rows[index])} rows have "
@@ -256,7 +256,7 @@ class Session:
         if stage.packing:
             self.model.check_packing(stage.batch_size)
             collator = PackCollator(collator)
-        return rows, evaluated if plan.eval_rows else None, collator
+        return rows, evaluated, collator
 
     def _dataset(
         self, rows: Sequence[Row], processor: GraftProcessor, stage: Stage, load_images: bool
@@ -314,7 +314,6 @@ class Session:
         if not (folder / CONFIG_NAME).is_file():
             folder = self.plan.run
         plan = self.plan
-        full = plan.recipe.base == "full" or any(one.precision == "fp32" for one in plan.stages)
         device = plan.device
         if device == "cuda" and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"  # else every rank fills the first card
@@ -324,7 +323,7 @@ class Session:
         self.announce(f"loading {folder} on {plan.device}")
         model = load_model(
             folder,
-            dtype=torch.float32 if full else torch.bfloat16,
+            dtype=loaded_dtype(plan.recipe),
             device_map=device_map,
             quantization=plan.recipe.quantization,
             quantization_storage=torch.bfloat16 if plan.in_pieces else None,
@@ -332,13 +331,8 @@ class Session:
             graft_dtype=torch.float32,
         )
         _rename(model, stage.workflow)
-        record = model.workflow().record
         self.model = model
-        tower = model.vision_tower
-        assert tower is not None
-        self.processor = load_processor(
-            record, base_files(record, folder).path, tower.num_patches, tower.preprocess
-        )
+        self.processor = model.processor(base_files(model.workflow().record, folder).path)
         return model
 
     def _folder_of(self, workflow: str) -> Path:
@@ -355,13 +349,7 @@ class Session:
         if resumed and is_main_rank():
             done = {stage.name for stage in plan.stages[:index]}
             step = 0 if last is None else checkpoint.step_of(last)
-            name = plan.stages[index].name
-            metrics.trim(
-                plan.run,
-                lambda line: (
-                    line["stage"] in done or (line["stage"] == name and line["step"] <= step)
-                ),
-            )
+            metrics.trim(plan.run, done, plan.stages[index].name, step)
         return last
 
     def _save(self, index: int, model: GraftedModel, size: int, steps: int) -> None:

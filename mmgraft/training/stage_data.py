@@ -55,10 +55,7 @@ def absolute(recipe: Recipe) -> Recipe:
             return None
         return [
             entry.model_copy(
-                update={
-                    "path": _absolute(entry.path),
-                    "images": _absolute(entry.images),
-                }
+                update={"path": _absolute(entry.path), "images": _absolute(entry.images)}
             )
             for entry in entries
         ]
@@ -172,9 +169,7 @@ class StageData:
     """
 
     def __init__(
-        self,
-        on_bad_row: OnBadRow = "error",
-        left_out: Collection[tuple[str, str]] | None = None,
+        self, on_bad_row: OnBadRow = "error", left_out: Collection[tuple[str, str]] | None = None
     ) -> None:
         self.on_bad_row = on_bad_row
         self.bad: list[BadRow] = []

@@ -26,6 +26,7 @@ from mmgraft.training.checkpoint import (
     write_checkpoint,
 )
 from mmgraft.training.devices import memory_in_use
+from mmgraft.training.distributed.parallel import of_all_ranks
 from mmgraft.training.distributed.sharding import (
     is_sharded,
     pieces_of_state,
@@ -352,11 +353,7 @@ class GraftTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _write_state(
-        self,
-        folder: Path,
-        trained: dict[str, Tensor],
-        sums: Tensor,
-        states: Mapping[str, bytes],
+        self, folder: Path, trained: dict[str, Tensor], sums: Tensor, states: Mapping[str, bytes]
     ) -> None:
         save_tensors(trained, folder)
         self._save_optimizer_and_scheduler(str(folder))
@@ -390,8 +387,7 @@ class GraftTrainer(Trainer):
         with tempfile.TemporaryDirectory() as folder:
             self._save_rng_state(folder)
             found = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        parts: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(parts, found)
+        parts = of_all_ranks(found, self.args.world_size)
         return {name: state for part in parts for name, state in part.items()}
 
     def _load_from_checkpoint(

@@ -29,7 +29,7 @@ def activations_again(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Keep nothing of what these modules' activation functions give, while the block lasts.
 
     The backward pass calls the function on the same numbers, so its gradients are the same to the
-    bit. Tensors are recognised by their storage as long as the activation's result is in use: another
+    bit. Tensors are recognised by their storage while the activation's result is in use: another
     tensor cannot have it then. Where something else handles what is kept (such as
     ``torch.autograd.graph.save_on_cpu``), it does so and this does nothing.
 

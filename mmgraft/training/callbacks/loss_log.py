@@ -87,18 +87,16 @@ class EvalSum:
     So its mean is that over all supervised tokens, however the rows stand together in batches.
     """
 
-    total: Tensor | None = None
-    tokens: Tensor | None = None
+    total: Tensor | float = 0.0
+    tokens: Tensor | int = 0
 
     def add(self, mean: Tensor, count: Tensor) -> None:
         """Take in a batch by its mean loss and the tokens that it is of; see :func:`counted`."""
-        fresh = self.total is None or self.tokens is None
-        self.total = mean * count if fresh else self.total + mean * count  # type: ignore[operator]
-        self.tokens = count if fresh else self.tokens + count  # type: ignore[operator]
+        self.total = self.total + mean * count
+        self.tokens = self.tokens + count
 
     def take(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the sum and the count, ``(1,)`` each, and start anew."""
-        found = self.total, self.tokens
-        self.total = self.tokens = None
-        total, tokens = (torch.zeros(1) if one is None else one.reshape(1) for one in found)
+        total, tokens = (torch.as_tensor(one).reshape(1) for one in (self.total, self.tokens))
+        self.total = self.tokens = 0
         return total.to(device), tokens.to(device)

@@ -49,6 +49,23 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def any_rank(found: bool, device: torch.device, ranks: int) -> bool:
+    """Tell whether any process has found it; all of them call this together."""
+    if ranks == 1:
+        return found
+    flag = torch.tensor([int(found)], device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def of_all_ranks(item: Any, ranks: int) -> list[Any]:
+    """Collect an object of every process, by rank; all of them call this together."""
+    parts = [item] * ranks
+    if ranks > 1:
+        torch.distributed.all_gather_object(parts, item)
+    return parts
+
+
 def way_on(run: Path, count: int | None = None) -> str:
     """Write the command that goes on with a run, in as many processes as now or as are given."""
     count = count or processes()

@@ -82,11 +82,7 @@ class Estimator:
     """
 
     def __init__(
-        self,
-        subject: Subject,
-        rows: Sequence[RowSizes],
-        device: str = "cuda",
-        processes: int = 1,
+        self, subject: Subject, rows: Sequence[RowSizes], device: str = "cuda", processes: int = 1
     ) -> None:
         self.subject, self.rows, self.device = subject, list(rows), device
         self.processes = processes
@@ -221,6 +217,8 @@ def not_counted(recipe: Recipe, device: str, processes: int) -> list[str]:
         found.append("compile: counted as without it; torch.compile holds kernels and keeps less")
     if recipe.attention is not None and recipe.attention.startswith("flash"):
         found.append(f"attention: {recipe.attention} is counted as sdpa")
+    if device == "cpu" and any(stage.precision != "fp32" for stage in recipe.stages):
+        found.append("kernels: code that oneDNN makes for products in bf16, 0.6 GB at most")
     if device == "cpu" and recipe.workers:
         found.append(f"workers: the memory of the {recipe.workers} that load rows")
     if recipe.parallel != "ddp" and processes == 1:

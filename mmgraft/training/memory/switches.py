@@ -82,12 +82,7 @@ def _in_pieces(recipe: Recipe) -> Recipe:
 
 
 SWITCHES: tuple[Switch, ...] = (
-    Switch(
-        "feature_cache",
-        "feature_cache: true",
-        "disk space for the features",
-        _cached,
-    ),
+    Switch("feature_cache", "feature_cache: true", "disk space for the features", _cached),
     Switch(
         "gradient_checkpointing",
         "gradient_checkpointing: true",
@@ -100,12 +95,7 @@ SWITCHES: tuple[Switch, ...] = (
         "speed; the steps stay the same",
         _every_stage(_one_row),
     ),
-    Switch(
-        "optimizer",
-        "optimizer: adamw_8bit",
-        "rounded moments; needs bitsandbytes",
-        _in_8bit,
-    ),
+    Switch("optimizer", "optimizer: adamw_8bit", "rounded moments; needs bitsandbytes", _in_8bit),
     Switch(
         "quantization",
         "quantization: nf4",

@@ -1,4 +1,4 @@
-"""A cache slot that grows in place: what a token adds is written behind what is there."""
+"""A cache layer with room ahead: what a token adds is written behind what is there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SLACK = 64
 """Positions of room at least; an eighth of what is there where that is more."""
 
 
-class GrowingLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A :class:`DynamicLayer` whose tensors are views of larger ones.
 
     A dynamic layer copies all keys and values for every token. Here they are copied when the room
