@@ -88,15 +88,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.utils.distributed import get_free_port
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    shared = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
-        **os.environ,
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(get_free_port()),
-        _LAUNCHER: str(os.getpid()),
-    }
+    shared = _environment(count, get_free_port())
     ranks = range(count)
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # by torch: end all
     before = {number: signal.getsignal(number) for number in handled}
@@ -126,6 +118,19 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             said = Path(context.stderrs[first]).read_text("utf-8", "replace")
             sys.stderr.write(said)
     return _exit_code(children[first].returncode, first, count)
+
+
+def _environment(count: int, port: int) -> dict[str, str]:
+    """Return what all processes find in their environment."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        _LAUNCHER: str(os.getpid()),
+    }
 
 
 def _pass_on(children: Sequence[Popen[bytes]], before: Mapping[signal.Signals, Any]) -> None:

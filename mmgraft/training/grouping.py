@@ -8,8 +8,9 @@ their batches.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,9 @@ def _lengths(
                 "the rows that the training was begun with, or begin anew with --restart"
             )
         return found, []
-    loader = DataLoader(_Measured(rows), batch_size=_MEASURED, num_workers=workers, collate_fn=list)
+    measure: Any = partial(_measure, rows)
+    every: Any = range(len(rows))
+    loader = DataLoader(every, batch_size=_MEASURED, num_workers=workers, collate_fn=measure)
     lengths, bad = np.zeros(len(rows), dtype=np.int32), []
     for at, length in enumerate(one for several in loader for one in several):
         if isinstance(length, BadRow):
@@ -232,17 +235,9 @@ def _lengths(
     return torch.from_numpy(lengths).long(), bad
 
 
-class _Measured(Dataset[Any]):
-    """The length of each row, or why it cannot be used."""
-
-    def __init__(self, rows: RowDataset) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> int | BadRow:
-        return self.rows.length(index)
+def _measure(rows: RowDataset, indices: Sequence[int]) -> list[int | BadRow]:
+    """Measure the length of each row, or say why it cannot be used."""
+    return [rows.length(index) for index in indices]
 
 
 Order = EpochSampler | EvenSampler

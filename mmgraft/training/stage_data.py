@@ -53,12 +53,8 @@ def absolute(recipe: Recipe) -> Recipe:
     def moved(entries: Sequence[DataEntry] | None) -> list[DataEntry] | None:
         if entries is None:
             return None
-        return [
-            entry.model_copy(
-                update={"path": _absolute(entry.path), "images": _absolute(entry.images)}
-            )
-            for entry in entries
-        ]
+        paths = [{"path": _absolute(one.path), "images": _absolute(one.images)} for one in entries]
+        return [one.model_copy(update=each) for one, each in zip(entries, paths, strict=True)]
 
     stages = []
     for stage in recipe.stages:
