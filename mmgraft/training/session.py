@@ -19,8 +19,6 @@ from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset
 from mmgraft.data.batches.even_batches import EvenDataset, EvenSampler
 from mmgraft.data.batches.packing import PackCollator, examples_of
-from mmgraft.data.chat.processor import GraftProcessor
-from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.features import fill_cache, open_cache
 from mmgraft.data.formats.indexed import Joined, key_at, select
 from mmgraft.data.rows import Row
@@ -40,6 +38,7 @@ from mmgraft.training.distributed.parallel import processes, way_on
 from mmgraft.training.distributed.sharding import shard
 from mmgraft.training.grouping import arrange, check_packed_length
 from mmgraft.training.memory.subject import loaded_dtype
+from mmgraft.training.stage_data import with_template
 from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.trainer import GraftTrainer, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, tower_features
@@ -98,9 +97,8 @@ class Session:
             check_packed_length(stage, model.anatomy.position_table)
         if plan.recipe.on_bad_row == "error":
             for index, stage in enumerate(plan.stages[plan.first :], start=plan.first):
-                rows = (plan.rows[index], plan.eval_rows)
-                for each in filter(None, rows):
-                    self._dataset(each, self._processor(stage), stage, False).check()
+                for rows in filter(None, (plan.rows[index], plan.eval_rows)):
+                    self._dataset(rows, stage, False).check()
 
     def run_stage(
         self, index: int, callbacks: Sequence[TrainerCallback]
@@ -240,30 +238,28 @@ class Session:
     def _inputs(self, index: int) -> tuple[RowDataset, Any, Collator | PackCollator]:
         """Build the rows of a stage, those it is evaluated on, and the collator of both."""
         plan, stage = self.plan, self.plan.stages[index]
-        processor = self._processor(stage)
         features = self._cached_features(Joined([plan.rows[index], plan.eval_rows]), stage)
-        rows = self._dataset(plan.rows[index], processor, stage, features is None)
+        rows = self._dataset(plan.rows[index], stage, features is None)
         evaluated = None
         if plan.eval_rows:
-            evaluated = self._dataset(plan.eval_rows, processor, stage, features is None)
+            evaluated = self._dataset(plan.eval_rows, stage, features is None)
         if plan.skipped[index]:
             self.announce(
                 f"stage {stage.name!r}: {plan.skipped[index]} of {len(plan.rows[index])} rows have "
                 "no image and are left out (text_rows: skip)"
             )
         compute = None if features is None else tower_features(self.model.vision_tower)
+        processor = with_template(self.processor, stage.template)
         collator = Collator(processor, cast(Any, stage.text_rows), features, compute=compute)
         if stage.packing:
             self.model.check_packing(stage.batch_size)
             collator = PackCollator(collator)
         return rows, evaluated, collator
 
-    def _dataset(
-        self, rows: Sequence[Row], processor: GraftProcessor, stage: Stage, load_images: bool
-    ) -> RowDataset:
+    def _dataset(self, rows: Sequence[Row], stage: Stage, load_images: bool) -> RowDataset:
         return RowDataset(
             rows,
-            processor,
+            with_template(self.processor, stage.template),
             max_length=stage.max_length,
             text_rows=cast(Any, stage.text_rows),
             on_bad_row=self.plan.recipe.on_bad_row,
@@ -275,13 +271,6 @@ class Session:
     def _known_bad(self, stage: Stage) -> set[tuple[str, str]]:
         skips = self.plan.recipe.on_bad_row == "skip"
         return self.bad_rows.left_out(stage.name) if skips else set()
-
-    def _processor(self, stage: Stage) -> GraftProcessor:
-        if stage.template is None:
-            return self.processor
-        return self.processor.with_template(
-            resolve_template(stage.template, self.processor.tokenizer)
-        )
 
     def _cached_features(self, rows: Sequence[Row], stage: Stage) -> FeatureCache | None:
         wanted = self.plan.recipe.feature_cache

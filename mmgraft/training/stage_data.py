@@ -13,6 +13,8 @@ from mmgraft.data.bad_rows import HUB, BadRow, OnBadRow
 from mmgraft.data.batches.mixture import Part, mix
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.chat.masking import answer_turns
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.formats.indexed import RowIndex, facts_of, select
 from mmgraft.data.formats.sources import Checks, Source, index_rows
 from mmgraft.data.images import check_image
@@ -88,6 +90,13 @@ def _absolute(path: str | None) -> str | None:
     if path is None or path.startswith(HUB):
         return path
     return str(Path(path).expanduser().resolve())
+
+
+def with_template(processor: GraftProcessor, template: str | None) -> GraftProcessor:
+    """Return a processor with a stage's template; as it is where the stage names none."""
+    if template is None:
+        return processor
+    return processor.with_template(resolve_template(template, processor.tokenizer))
 
 
 def source_of(entry: DataEntry) -> Source:

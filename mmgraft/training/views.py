@@ -23,7 +23,7 @@ from mmgraft.recipes.recipe import DataEntry, Recipe
 from mmgraft.recipes.source import find_recipe, load_recipe
 from mmgraft.runs.find import is_graft
 from mmgraft.training.run import recipe_file
-from mmgraft.training.stage_data import check_data_is_set
+from mmgraft.training.stage_data import check_data_is_set, with_template
 from mmgraft.vision.towers.registry import describe_tower
 
 
@@ -93,7 +93,7 @@ def views(chosen: Selection) -> list[View]:
         given = (DataEntry(path=str(file), images=images),)
     if recipe is None:
         assert given is not None
-        reads = _with_template(processor, chosen.template)
+        reads = processor and with_template(processor, chosen.template)
         return [View(given, (), reads, chosen.max_length, positions=positions)]
     if given is None and run is not None:
         check_data_is_set(recipe, run, recipe_path)
@@ -107,7 +107,7 @@ def views(chosen: Selection) -> list[View]:
         skips = stage.text_rows == "skip"
         key = (repr(entries), template, length, skips)
         stages = (*found[key].stages, stage.name) if key in found else (stage.name,)
-        reads = _with_template(processor, template)
+        reads = processor and with_template(processor, template)
         found[key] = View(entries, stages, reads, length, skips, positions)
     if not found:
         names = [stage.name for stage in recipe.stages]
@@ -202,12 +202,6 @@ def _processor(
     template = resolve_template(chosen.template, tokenizer)
     filler, _ = choose_placeholder(tokenizer, len(tokenizer))
     return GraftProcessor(tokenizer, describe_tower(vision).num_patches, filler, template)
-
-
-def _with_template(processor: GraftProcessor | None, template: str | None) -> GraftProcessor | None:
-    if processor is None or template is None:
-        return processor
-    return processor.with_template(resolve_template(template, processor.tokenizer))
 
 
 def _placed(entry: DataEntry, chosen: Selection) -> DataEntry:

@@ -10,7 +10,6 @@ from mmgraft.basefiles import ModelFiles
 from mmgraft.basefiles.files import fetch_tokenizer
 from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.data.chat.processor import GraftProcessor
-from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.model.files.processor import load_processor
@@ -21,7 +20,7 @@ from mmgraft.training.memory.estimate import Estimator
 from mmgraft.training.memory.rows import RowSizes, assumed, measured
 from mmgraft.training.memory.subject import Subject, subject_of_recipe, subject_of_run
 from mmgraft.training.run import RECIPE, USED_RECIPE, Plan, recipe_file
-from mmgraft.training.stage_data import StageData, check_rows
+from mmgraft.training.stage_data import StageData, check_rows, with_template
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,7 @@ class _Reader:
         if self._plain is None:
             folder = _tokenizer_folder(self.subject.files)
             self._plain = load_processor(self.subject.record, folder, self.subject.patches, None)
-        if stage.template is None:
-            return self._plain
-        return self._plain.with_template(resolve_template(stage.template, self._plain.tokenizer))
+        return with_template(self._plain, stage.template)
 
 
 def _tokenizer_folder(files: ModelFiles) -> Path:
