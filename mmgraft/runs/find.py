@@ -17,7 +17,9 @@ _DEEPEST = 3
 _SKIPPED = frozenset(["checkpoints", "base", "node_modules", "__pycache__", "site-packages"])
 
 
-def find_run(path: str | Path | None = None, announce: Callable[[str], None] | None = None) -> Path:
+def find_run(
+    path: str | Path | None = None, announce: Callable[[str], None] = lambda text: None
+) -> Path:
     """Find the folder of the graft that is meant.
 
     Args:
@@ -32,7 +34,7 @@ def find_run(path: str | Path | None = None, announce: Callable[[str], None] | N
         return _named(Path(path).expanduser())
     here = Path.cwd()
     if is_graft(here):
-        _say(announce, f"taking the graft in the current folder, {here.name}")
+        announce(f"taking the graft in the current folder, {here.name}")
         return here
     found = sorted(grafts_below(here))
     if not found:
@@ -43,7 +45,7 @@ def find_run(path: str | Path | None = None, announce: Callable[[str], None] | N
     if len(found) > 1:
         listed = "\n".join(f"  {name}" for name in names)
         raise UsageError(f"there are {len(found)} grafts below {here}; name one of:\n{listed}")
-    _say(announce, f"taking the only graft here, {names[0]}")
+    announce(f"taking the only graft here, {names[0]}")
     return found[0]
 
 
@@ -87,8 +89,3 @@ def _named(path: Path) -> Path:
         listed = "\n".join(f"  {name}" for name in inside)
         raise UsageError(f"{path} is no graft, but holds {len(inside)}; name one of:\n{listed}")
     raise UsageError(f"{path} is no graft: it has no {GRAFT_CONFIG}; {_HOW_TO_MAKE_ONE}")
-
-
-def _say(announce: Callable[[str], None] | None, text: str) -> None:
-    if announce is not None:
-        announce(text)

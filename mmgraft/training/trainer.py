@@ -136,7 +136,6 @@ class GraftTrainer(Trainer):
         self._losses = LossSum()
         self._evaluated = EvalSum()
         self._random: RandomState | None = None
-        self._whole_state: dict[str, Any] | None = None
         self._rows: Sequence[str] = ()
         super().__init__(
             model=self.grafted,
@@ -341,35 +340,28 @@ class GraftTrainer(Trainer):
         self._save_checkpoint(self.grafted)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        folder = Path(cast(str, self.args.output_dir))
-        target = folder / f"checkpoint-{self.state.global_step}"
+        folder, writes = Path(cast(str, self.args.output_dir)), self.args.should_save
         sums, states = self._loss_sums(), self._random_states()
-        trained = trained_tensors(self.grafted, self.args.should_save)
-        if is_sharded(self.grafted):
-            self._whole_state = whole_state(self.optimizer, self.args.should_save)
-        if self.args.should_save:
-            write_checkpoint(target, lambda path: self._write_state(path, trained, sums, states))
+        trained = trained_tensors(self.grafted, writes)
+        optimizer = whole_state(self.optimizer, writes) if is_sharded(self.grafted) else None
+
+        def write(path: Path) -> None:
+            save_tensors(trained, path)
+            if optimizer is None:
+                self._save_optimizer_and_scheduler(str(path))
+            else:
+                torch.save(optimizer, path / "optimizer.pt")
+                torch.save(cast(Any, self.lr_scheduler).state_dict(), path / "scheduler.pt")
+            self._save_rng_state(str(path))
+            for name, state in states.items():
+                (path / name).write_bytes(state)
+            self._losses.write(path, sums)
+            self.state.save_to_json(str(path / "trainer_state.json"))
+
+        if writes:
+            write_checkpoint(folder / f"checkpoint-{self.state.global_step}", write)
             rotate(folder, self.keep)
         self.accelerator.wait_for_everyone()
-
-    def _write_state(
-        self, folder: Path, trained: dict[str, Tensor], sums: Tensor, states: Mapping[str, bytes]
-    ) -> None:
-        save_tensors(trained, folder)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_rng_state(str(folder))
-        for name, state in states.items():
-            (folder / name).write_bytes(state)
-        self._losses.write(folder, sums)
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._whole_state is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        torch.save(self._whole_state, Path(output_dir) / "optimizer.pt")
-        self._whole_state = None
-        torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
