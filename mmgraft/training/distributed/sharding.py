@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def shard(model: GraftedModel, device: str) -> None:
-    """Spread a model over all processes; it then runs in lockstep.
+    """Spread a model over all processes; each of its parts then runs in every pass.
 
     Call it when the process group stands and when it is settled what trains; all processes must
     hold the same weights. From here on the trained parameters are other objects, ``DTensor``.
