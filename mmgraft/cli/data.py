@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from mmgraft.data.checking import Report
     from mmgraft.training.views import View
 
-_STAMPS = "Pictures of stamps"
 _READS = "What reads the rows"
 _SHOWN = 10  # bad rows, rows that are cut, and rows that come twice; --json has all
 
@@ -70,45 +69,7 @@ def prepare(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write into; ./NAME when not given.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
-    source: Annotated[
-        Path | None,
-        typer.Option("--source", help="Folder of Tux Paint's stamps.", rich_help_panel=_STAMPS),
-    ] = None,
-    photos: Annotated[
-        Path | None,
-        typer.Option(
-            "--photos",
-            help="Folder of photographs to paste on; those of packages when not given.",
-            rich_help_panel=_STAMPS,
-        ),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option("--size", help="Side of the pictures in pixels.", rich_help_panel=_STAMPS),
-    ] = None,
-    boxes: Annotated[
-        str | None,
-        typer.Option(
-            "--boxes",
-            help="How boxes are written: unit, thousand, ten or pixel.",
-            rich_help_panel=_STAMPS,
-        ),
-    ] = None,
-    stamps: Annotated[
-        str | None,
-        typer.Option("--stamps", help="On a picture: 2, or 2-4.", rich_help_panel=_STAMPS),
-    ] = None,
-    pictures: Annotated[
-        int | None,
-        typer.Option("--pictures", help="To train on.", rich_help_panel=_STAMPS),
-    ] = None,
-    test_pictures: Annotated[
-        int | None,
-        typer.Option(
-            "--test-pictures", help="In each of the two test files.", rich_help_panel=_STAMPS
-        ),
-    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the samples that are drawn.")] = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Write over files of the same names.")
     ] = False,
@@ -122,22 +83,12 @@ def prepare(
     from mmgraft.cli.console import note, print_json
     from mmgraft.demo import packaged
 
-    options: dict[str, Any] = {
-        "source": source,
-        "photos": photos,
-        "size": size,
-        "boxes": boxes,
-        "stamps": stamps,
-        "pictures": pictures,
-        "test_pictures": test_pictures,
-    }
     done = packaged.prepare(
         name,
         out.expanduser() if out is not None else Path(name),
         seed=seed,
         force=force,
         dry_run=dry_run,
-        options=options,
         announce=note,
     )
     if json:
