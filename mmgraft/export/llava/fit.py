@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from mmgraft.anatomy import Anatomy, examine, get_path, skeleton
 from mmgraft.basefiles import ModelFiles, TensorReader, load_config
+from mmgraft.basefiles.parts import own_dtype
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.layers import parse_layers
@@ -234,8 +235,5 @@ def _dtype(name: str | None, config: PreTrainedConfig, files: ModelFiles) -> tor
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise UsageError(f"--dtype {name} is no dtype; give float32, bfloat16 or float16.")
         return found
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
     with TensorReader(files) as reader:
-        kinds = (reader.dtype(key) for key in reader)
-        return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+        return own_dtype(config, reader)
