@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
 Every message says what went wrong and what to do next. The command line shows the message alone,
-without a traceback, and exits with the error's `exit_code`.
+without a traceback, and exits with the error's ``exit_code``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class UsageError(MMGraftError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` was most likely meant to be, or None when nothing is close.
+    """Return the known word that ``word`` most likely stands for, or None when nothing is close.
 
-    Case is ignored; a known word that begins with `word` counts as close, however long it is.
+    Case is ignored; a known word that begins with ``word`` counts as close, however long it is.
     """
     by_lower = {name.lower(): name for name in known}
     lower = word.lower()
@@ -36,7 +36,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The tail of a message about an unknown word: the nearest known one, else all of them."""
+    """End a message about an unknown word: with the nearest known one, else with all of them."""
     names = list(known)
     guess = nearest(word, names)
     if guess is not None:
@@ -45,7 +45,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def brief(text: object, most: int = 400) -> str:
-    """A text from outside as a message can show it: not long, and with characters that print."""
+    """Return a text as a message can show it: not long, and with characters that print."""
     shown = str(text)
     if len(shown) > most:
         shown = f"{shown[: most // 2]}...{shown[-most // 2 :]} ({len(shown):,} characters)"

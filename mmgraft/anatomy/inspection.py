@@ -1,4 +1,4 @@
-"""Examines a causal LM: finds its parts by their roles and reads its sizes."""
+"""Examine a causal LM: finds its parts by their roles and reads its sizes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _TEXT_ONLY = "give a text model that predicts the next token, such as Llama or Q
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Builds the base's class on the meta device: every module, no memory, no weights.
+    """Build the base's class on the meta device: every module, no memory, no weights.
 
     Args:
-        config: the base's configuration; it is not changed.
+        config: The base's configuration; it is not changed.
 
     Raises:
-        UsageError: transformers has no causal LM for this configuration.
+        UsageError: Transformers has no causal LM for this configuration.
     """
     refuse_non_causal(config)
     try:
@@ -45,15 +45,15 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def examine_config(config: PreTrainedConfig) -> Anatomy:
-    """Examines the base that a configuration describes, without weights. See `examine`."""
+    """Examine the base that a configuration describes, without weights. See ``examine``."""
     return examine(skeleton(config))
 
 
 def examine(model: PreTrainedModel) -> Anatomy:
-    """Examines a causal LM, on any device, quantised or not; it is not changed.
+    """Examine a causal LM, on any device, quantised or not; it is not changed.
 
     Raises:
-        UsageError: the model is no decoder-only causal LM, or its parts cannot be found.
+        UsageError: The model is no decoder-only causal LM, or its parts cannot be found.
     """
     refuse_non_causal(model.config)
     config = model.config.get_text_config(decoder=True)
@@ -116,7 +116,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
 
 
 def refuse_non_causal(config: PreTrainedConfig) -> None:
-    """Raises UsageError for a configuration that cannot be that of a text-only decoder."""
+    """Raise UsageError for a configuration that cannot be that of a text-only decoder."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(f"{kind!r} is an encoder with a decoder; {_TEXT_ONLY}")
@@ -131,7 +131,7 @@ def _path_of(model: nn.Module, part: nn.Module | None) -> str | None:
 
 
 def _find_layers(model: nn.Module, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
-    """Finds the outermost list that has as many entries as the model has layers."""
+    """Find the outermost list that has as many entries as the model has layers."""
     count = getattr(config, "num_hidden_layers", None)
     for path, module in _outer_first(model):
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -148,7 +148,7 @@ def _outer_first(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _find_attention(layer: nn.Module) -> str | None:
-    """Finds the outermost part of a layer that is an attention by class name or projections."""
+    """Find the outermost part of a layer that is an attention by class name or projections."""
     for path, module in _outer_first(layer):
         if path and not is_norm(module) and "cross" not in path and _is_attention(module):
             return path
@@ -166,7 +166,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _find_norm(model: nn.Module, layers_path: str) -> str | None:
-    """Finds the norm beside the list of layers that is called last, after the layers."""
+    """Find the norm beside the list of layers that is called last, after the layers."""
     trunk_path, _, layers_name = layers_path.rpartition(".")
     trunk = model.get_submodule(trunk_path)
     source = inspect.getsource(type(trunk).forward)
@@ -182,7 +182,7 @@ def _find_norm(model: nn.Module, layers_path: str) -> str | None:
 
 
 def _common_branch(layers: list[nn.Module], attention: str) -> tuple[Branch, str | None]:
-    """Probes all layers; a graft on the branch needs them to be alike."""
+    """Probe all layers; a graft on the branch needs them to be alike."""
     unknown = Branch(1.0, None, False)
     if not layers:
         return unknown, "no layer can carry a graft"
@@ -196,7 +196,7 @@ def _common_branch(layers: list[nn.Module], attention: str) -> tuple[Branch, str
 
 
 def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Gives the type of every layer as transformers' caches derive it."""
+    """Return the type of every layer as transformers' caches derive it."""
     types = getattr(config, "layer_types", None)
     if types is not None:
         return tuple(types)

@@ -1,4 +1,4 @@
-"""What a causal LM does to the output of its head before it calls it logits."""
+"""The function between the output of a causal LM's head and its logits."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def _logits(model: nn.Module, head: str, trunk: str, state: torch.Tensor) -> tor
 
 @torch.no_grad()
 def examine_logits(model: nn.Module, head: str, trunk: str) -> tuple[float, float | None]:
-    """Finds the factor and the soft cap between the head's output z and the logits.
+    """Find the factor and the soft cap between the head's output z and the logits.
 
-    The model's own `forward` runs with stand-ins for the inner model and the head, so that z is a
-    known grid. Fitted is `scale * z`, or `cap * tanh(scale * z / cap)`.
+    The model's own ``forward`` runs with stand-ins for the inner model and the head, so that z is a
+    known grid. Fitted is ``scale * z``, or ``cap * tanh(scale * z / cap)``.
 
     Args:
-        model: a causal LM, on any device.
-        head: dotted name of its head.
-        trunk: dotted name of the inner model, which owns the list of layers.
+        model: A causal LM, on any device.
+        head: Dotted name of its head.
+        trunk: Dotted name of the inner model, which owns the list of layers.
 
     Returns:
         The factor, and the cap or None.
 
     Raises:
-        LogitsUnknown: the logits are another function of z.
+        LogitsUnknown: The logits are another function of z.
     """
     grid = torch.cat([torch.tensor([1e-4, 1e7]), torch.linspace(-40.0, 40.0, 30)]).double()
     logits = _logits(model, head, trunk, grid.view(1, 1, -1)).flatten()
@@ -79,6 +79,6 @@ def examine_logits(model: nn.Module, head: str, trunk: str) -> tuple[float, floa
 
 
 def _snapped(value: float) -> float:
-    """Takes off the float noise of measuring."""
+    """Take off the float noise of measuring."""
     short = float(f"{value:.6g}")
     return short if abs(short - value) <= 1e-7 * abs(value) else value

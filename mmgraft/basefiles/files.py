@@ -1,4 +1,4 @@
-"""Where the files of a base are: a local folder, or a snapshot from the Hub."""
+"""The files of a base: in a local folder, or in a snapshot from the Hub."""
 
 from __future__ import annotations
 

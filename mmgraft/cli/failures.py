@@ -1,4 +1,4 @@
-"""Turns what can go wrong outside mmgraft into a message and an exit code."""
+"""Turn what can go wrong outside mmgraft into a message and an exit code."""
 
 from __future__ import annotations
 

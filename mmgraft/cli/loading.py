@@ -1,4 +1,4 @@
-"""Load a model for a command that asks it."""
+"""Load a model for a command that generates or evaluates."""
 
 from __future__ import annotations
 
@@ -35,14 +35,10 @@ def load_answerer(
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype}: choose {', '.join(_DTYPES)}")
     with uncollected():
-        from transformers.utils import logging
-
-        from mmgraft.cli.console import stderr
         from mmgraft.inference import Answerer
         from mmgraft.training.devices import pick_device
 
-        if not stderr().is_terminal:
-            logging.disable_progress_bar()
+        quiet_bars()
         return Answerer.load(
             run,
             device=pick_device(device),
@@ -56,9 +52,9 @@ def load_answerer(
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """While the block imports and loads, Python's cycle collector rests.
+    """Suspend Python's cycle collector while the block imports and loads.
 
-    What a start makes, a million objects, stays; looking through it again and again for what might
+    A start makes a million objects that stay; looking through them again and again for what might
     be freed took a sixth of the time.
     """
     before = gc.isenabled()
@@ -68,3 +64,23 @@ def uncollected() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
+
+
+def seed_sampling(seed: int | None) -> None:
+    """Seed torch where a seed was given."""
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)
+
+
+def quiet_bars(json: bool = False) -> None:
+    """Keep the progress bars of transformers and of the Hub's client out of logs and JSON."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    from mmgraft.cli.console import stderr
+
+    if json or not stderr().is_terminal:
+        disable_progress_bars()
+        logging.disable_progress_bar()

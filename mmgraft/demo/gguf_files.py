@@ -25,7 +25,7 @@ def write_folder(gguf: Path, folder: Path) -> None:
         folder: An existing folder that is filled.
 
     Raises:
-        UsageError: gguf is not installed, or the file cannot be read.
+        UsageError: Gguf is not installed, or the file cannot be read.
     """
     if find_spec("gguf") is None:
         raise UsageError(f"{gguf.name} needs gguf to be read; run:\n  pip install 'mmgraft[gguf]'")

@@ -43,7 +43,7 @@ class Offer:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Names for pip of the packages that are not installed."""
+        """Name for pip of the packages that are not installed."""
         return tuple(package.name for package in self.packages if package.folder is None)
 
 

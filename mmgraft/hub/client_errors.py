@@ -1,4 +1,4 @@
-"""Turns what the Hub's client raises into errors that say what to do next."""
+"""Turn what the Hub's client raises into errors that say what to do next."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def hub_errors(doing: str) -> Iterator[None]:
     """While the block lasts, raise :class:`MMGraftError` where the Hub's client raises its own.
 
     Args:
-        doing: what is being done, for the message: "pushing to me/x".
+        doing: What is being done, for the message: "pushing to me/x".
 
     Raises:
-        UsageError: no or a refused token, no right to write, offline mode, a card that the Hub
+        UsageError: No or a refused token, no right to write, offline mode, a card that the Hub
             cannot read.
-        MMGraftError: everything else, foremost a network that went away.
+        MMGraftError: Everything else, foremost a network that went away.
     """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

@@ -1,4 +1,4 @@
-"""Puts a graft on the Hub: one commit with what belongs to it, or nothing."""
+"""Put a graft on the Hub: one commit with what belongs to it, or nothing."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class PushPlan:
     """What a push would send, made without any network.
 
     Attributes:
-        run: the run folder.
+        run: The run folder.
         record: ``graft_config.json`` as the repository will have it.
-        files: everything but the card.
-        own_readme: whether the run's README.md is the user's own; it is then sent as it is.
-        warnings: what the user should know before agreeing.
-        license: identifier for the card.
+        files: Everything but the card.
+        own_readme: Whether the run's README.md is the user's own; it is then sent as it is.
+        warnings: What the user should know before agreeing.
+        license: Identifier for the card.
         named: Hub ids that the user gave for base or tower; they must exist.
     """
 
@@ -56,7 +56,7 @@ class PushPlan:
     named: tuple[str, ...] = ()
 
     def all_files(self, repo_id: str) -> list[UploadFile]:
-        """Every file with its size, the card written for `repo_id`."""
+        """Return every file with its size, the card written for ``repo_id``."""
         config = UploadFile(CONFIG_NAME, self.record.dump().encode())
         readme = UploadFile(README, self.run / README)
         if not self.own_readme:
@@ -64,7 +64,7 @@ class PushPlan:
         return sorted([config, readme, *self.files], key=lambda file: file.name)
 
     def card(self, repo_id: str) -> str:
-        """The model card for `repo_id`."""
+        """Return the model card for ``repo_id``."""
         recipe = self.run / RECIPE
         return render_card(
             self.record,
@@ -83,11 +83,11 @@ class Target:
 
     Attributes:
         repo_id: ``owner/name``.
-        revision: its newest commit; None where there is no such repository yet.
-        private: whether it is private already.
-        stale: its files from an earlier push that the plan no longer has.
-        record: the plan's record, with the commit of a base or tower that was named by the user.
-        warnings: what the Hub says about base and tower.
+        revision: Its newest commit; None where there is no such repository yet.
+        private: Whether it is private already.
+        stale: Its files from an earlier push that the plan no longer has.
+        record: The plan's record, with the commit of a base or tower that was named by the user.
+        warnings: What the Hub says about base and tower.
     """
 
     api: HfApi = field(repr=False)
@@ -112,22 +112,22 @@ def push(
     """Push a graft with its model card, in one commit.
 
     Args:
-        run_dir: the run folder.
+        run_dir: The run folder.
         repo_id: ``owner/name``, or a name of your own; default: the folder's name.
-        private: make the repository private where it is new.
-        token: default: what `hf auth login` saved, or ``HF_TOKEN``.
+        private: Make the repository private where it is new.
+        token: Default: what ``hf auth login`` saved, or ``HF_TOKEN``.
         base_id: Hub id of the base, for a graft whose base is a local folder.
         vision_id: Hub id of the vision tower, likewise.
-        license: identifier for the card, such as ``apache-2.0``.
-        warn: told in a sentence each what the caller should know.
+        license: Identifier for the card, such as ``apache-2.0``.
+        warn: Told in a sentence each what the caller should know.
 
     Returns:
         The address of the repository.
 
     Raises:
-        UsageError: no token; a damaged graft; a base that others cannot get; a repository that
+        UsageError: No token; a damaged graft; a base that others cannot get; a repository that
             holds something else.
-        MMGraftError: the network failed. The run folder is whole, and the repository has either
+        MMGraftError: The network failed. The run folder is whole, and the repository has either
             the whole push or none of it.
     """
     plan = plan_push(Path(run_dir), base_id, vision_id, license)
@@ -147,7 +147,7 @@ def plan_push(
     """Check a run folder and list what a push would send. Touches no network.
 
     Raises:
-        UsageError: no graft, a damaged one, or one whose base others cannot get.
+        UsageError: No graft, a damaged one, or one whose base others cannot get.
     """
     portable = make_portable(GraftFile.read(run), run, base_id, vision_id)
     record = portable.record
@@ -161,10 +161,10 @@ def plan_push(
 
 
 def find_token(token: str | None = None) -> str:
-    """The token to push with.
+    """Return the token to push with.
 
     Raises:
-        UsageError: when there is none.
+        UsageError: When there is none.
     """
     from huggingface_hub import get_token
 
@@ -180,9 +180,9 @@ def find_target(
     """Ask the Hub who pushes, and what is there already. Changes nothing.
 
     Raises:
-        UsageError: no token or a refused one; a name that cannot be; a repository that holds
+        UsageError: No token or a refused one; a name that cannot be; a repository that holds
             something else than a graft, or is public where a private one was asked for.
-        MMGraftError: the network failed.
+        MMGraftError: The network failed.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -218,8 +218,8 @@ def send(plan: PushPlan, target: Target, private: bool = False) -> str:
         The address of the repository.
 
     Raises:
-        UsageError: the token may not write there.
-        MMGraftError: the network failed; the repository keeps its previous commit.
+        UsageError: The token may not write there.
+        MMGraftError: The network failed; the repository keeps its previous commit.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -243,12 +243,12 @@ def send(plan: PushPlan, target: Target, private: bool = False) -> str:
 
 
 def default_name(run: Path) -> str:
-    """The repository's name where none was given: the folder's."""
+    """Return the repository's name where none was given: the folder's."""
     return run.resolve().name
 
 
 def _without_folders(file: UploadFile) -> UploadFile:
-    """The recipe as it is pushed: folders of this machine are nobody's business."""
+    """Return the recipe as it is pushed: folders of this machine are nobody's business."""
     if file.name != RECIPE or not isinstance(file.content, Path):
         return file
     text = file.content.read_text(encoding="utf-8")

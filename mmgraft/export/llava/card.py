@@ -37,7 +37,7 @@ messages = [
         "role": "user",
         "content": [
             {{"type": "image", "path": "photo.jpg"}},
-            {{"type": "text", "text": "What is in the picture?"}},
+            {{"type": "text", "text": "What is in the image?"}},
         ],
     }}
 ]
@@ -49,7 +49,7 @@ print(processor.decode(answer, skip_special_tokens=True))
 ```
 
 Text that contains `{token}` literally is read as an image position, as in every LLaVA model.
-The model was trained on pictures resized by PIL. Where torchvision is installed, transformers
+The model was trained on images resized by PIL. Where torchvision is installed, transformers
 resizes with that, and pixels differ a little; for the same ones add
 
 ```python
@@ -61,13 +61,13 @@ processor.image_processor = AutoImageProcessor.from_pretrained("{title}", backen
 
 
 def llava_card(made_of: Ingredients, title: str, image_token: str, difference: float) -> str:
-    """The card as Markdown with its front matter.
+    """Write the card as Markdown with its front matter.
 
     Args:
-        made_of: the parts.
-        title: name of the folder.
-        image_token: text of the image token.
-        difference: largest difference of a logit from the graft's, as measured.
+        made_of: The parts.
+        title: Name of the folder.
+        image_token: Text of the image token.
+        difference: Largest difference of a logit from the graft's, as measured.
     """
     record = made_of.record
     local = record.base.id.startswith((".", "/"))

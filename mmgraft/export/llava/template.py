@@ -79,12 +79,12 @@ _PLAIN_WITHOUT_END = (
 def image_template(
     template: Template, tokenizer: PreTrainedTokenizerBase, image_token: str
 ) -> str | dict[str, str]:
-    """A template that stock transformers renders as mmgraft's processor renders the graft's.
+    """Return a template that stock transformers renders as mmgraft's processor renders the graft's.
 
     Args:
-        template: the graft's.
-        tokenizer: the base's, untouched.
-        image_token: text of the token that stands for an image.
+        template: The graft's.
+        tokenizer: The base's, untouched.
+        image_token: Text of the token that stands for an image.
 
     Returns:
         The jinja text, or several by name where the tokenizer has several.
@@ -99,7 +99,7 @@ def image_template(
 
 
 def _flatten(image_token: str, every: bool) -> str:
-    """Lines that flatten conversations with images, or every one with a list of parts."""
+    """Return lines that flatten conversations with images, or every one with a list of parts."""
     return _FLATTEN.replace("IMAGE", json.dumps(image_token)).replace("EVERY", json.dumps(every))
 
 
