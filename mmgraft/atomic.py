@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whole, whatever happens while writing."""
+"""Writing of files that are either the old one or the new one, whole, whatever happens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmgraft.errors import MMGraftError
 _BUILDING, _READY, _MOVES = ".building", ".ready", "moves.json"
 
 
-def atomic_write(path: Path | str, writer: Callable[[Path], None]) -> None:
+def atomic_write(path: Path | str, writer: Callable[[Path], object]) -> None:
     """Write a file beside its target, sync it, and put it there in one step.
 
     Args:
@@ -50,12 +50,12 @@ def atomic_write(path: Path | str, writer: Callable[[Path], None]) -> None:
 
 def atomic_text(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file in one step. See ``atomic_write``."""
-    atomic_write(path, lambda temporary: _write_text(temporary, text))
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def atomic_bytes(path: Path | str, data: bytes) -> None:
     """Write bytes to a file in one step. See ``atomic_write``."""
-    atomic_write(path, lambda temporary: _write_bytes(temporary, data))
+    atomic_write(path, lambda temporary: temporary.write_bytes(data))
 
 
 def atomic_json(path: Path | str, data: Any) -> None:
@@ -196,14 +196,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _failed(path: Path, error: Exception) -> MMGraftError:

@@ -44,9 +44,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(names)}" if names else "none is known"
 
 
-def brief(text: object, most: int = 400) -> str:
+def brief(text: object) -> str:
     """Return a text as a message can show it: not long, and with characters that print."""
     shown = str(text)
-    if len(shown) > most:
-        shown = f"{shown[: most // 2]}...{shown[-most // 2 :]} ({len(shown):,} characters)"
+    if len(shown) > 400:
+        shown = f"{shown[:200]}...{shown[-200:]} ({len(shown):,} characters)"
     return shown.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something, else its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmgraft.anatomy.stand_ins import first_argument, required_as_none, with_stand_ins
+from mmgraft.anatomy.stand_ins import first_argument, required_as_none, snapped, with_stand_ins
 
 # Attention hands back its output alone, or with its weights, or with a cache too; a feed-forward
 # its output alone or with router scores. Which one a layer unpacks is seen by trying.
@@ -158,10 +158,4 @@ def examine_branch(layer: nn.Module, attention: str) -> Branch:
         raise BranchUnknown(f"{type(layer).__name__} scales the residual stream itself")
     fed = [r.fed for r, _ in runs[:2]]
     parallel = fed[0] is not None and fed[1] is not None and torch.equal(fed[0], fed[1])
-    return Branch(_snapped(scale), next(iter(run.on_branch), None), parallel)
-
-
-def _snapped(value: float) -> float:
-    """Take off the float noise of the division."""
-    short = float(f"{value:.6g}")
-    return short if abs(short - value) <= 1e-9 * abs(value) else value
+    return Branch(snapped(scale, 1e-9), next(iter(run.on_branch), None), parallel)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mmgraft.anatomy.stand_ins import first_argument, with_stand_ins
+from mmgraft.anatomy.stand_ins import first_argument, snapped, with_stand_ins
 
 
 class LogitsUnknown(Exception):
@@ -65,20 +64,14 @@ def examine_logits(model: nn.Module, head: str, trunk: str) -> tuple[float, floa
     """
     grid = torch.cat([torch.tensor([1e-4, 1e7]), torch.linspace(-40.0, 40.0, 30)]).double()
     logits = _logits(model, head, trunk, grid.view(1, 1, -1)).flatten()
-    scale = float(logits[0] / grid[0])
-    fit = SimpleNamespace(cap=None, logits=scale * grid)
-    if not torch.allclose(logits, fit.logits, rtol=1e-5):
+    scale, cap = float(logits[0] / grid[0]), None
+    fitted = scale * grid
+    if not torch.allclose(logits, fitted, rtol=1e-5):
         cap = float(logits[1])
-        fit = SimpleNamespace(cap=cap, logits=cap * torch.tanh(scale * grid / cap))
-    if scale == 0 or not torch.allclose(logits, fit.logits, rtol=1e-5):
+        fitted = cap * torch.tanh(scale * grid / cap)
+    if scale == 0 or not torch.allclose(logits, fitted, rtol=1e-5):
         raise LogitsUnknown(
             f"{type(model).__name__} makes its logits in a way that is neither a factor nor a "
             "tanh soft cap"
         )
-    return _snapped(scale), None if fit.cap is None else _snapped(fit.cap)
-
-
-def _snapped(value: float) -> float:
-    """Take off the float noise of measuring."""
-    short = float(f"{value:.6g}")
-    return short if abs(short - value) <= 1e-7 * abs(value) else value
+    return snapped(scale, 1e-7), None if cap is None else snapped(cap, 1e-7)

@@ -87,3 +87,9 @@ def required_as_none(module: nn.Module) -> dict[str, None]:
         for p in parameters
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
+
+
+def snapped(value: float, tolerance: float) -> float:
+    """Round to six digits where that takes off no more than the noise of measuring."""
+    short = float(f"{value:.6g}")
+    return short if abs(short - value) <= tolerance * abs(value) else value

@@ -63,7 +63,7 @@ def confirm(question: str, yes: bool) -> bool:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> Table:
-    """Build a table whose number columns are aligned right and whose text is never read as markup."""
+    """Build a table: numbers aligned right, and no text read as markup."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], int | float) for row in rows) and bool(rows)

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from mmgraft.export.folder import Exported, Kind
 
 _KINDS = ("graft", "full", "llava")
-_DTYPES = ("bfloat16", "float32", "float16")
 
 
 def export(
@@ -77,6 +76,7 @@ def _write(
 
 def _check(to: str, dtype: str | None) -> None:
     """Refuse options that need no model to be refused."""
+    from mmgraft.cli.loading import check_dtype
     from mmgraft.errors import UsageError, did_you_mean
 
     if not to:
@@ -88,8 +88,7 @@ def _check(to: str, dtype: str | None) -> None:
             f"--dtype goes with --to llava: {to} keeps its files as they are, and takes a dtype "
             "when it is loaded"
         )
-    if dtype is not None and dtype not in _DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose {', '.join(_DTYPES)}")
+    check_dtype(dtype)
 
 
 def _find(run: str | None) -> Path:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mmgraft.inference import Answerer
     from mmgraft.model.files.load import Verify
 
-_DTYPES = ("bfloat16", "float32", "float16")
+DTYPES = ("bfloat16", "float32", "float16")
 
 
 def load_answerer(
@@ -32,8 +32,7 @@ def load_answerer(
     """
     if verify not in ("fast", "full", "off"):
         raise UsageError(f"--verify {verify}: choose fast, full or off")
-    if dtype is not None and dtype not in _DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose {', '.join(_DTYPES)}")
+    check_dtype(dtype)
     with uncollected():
         from mmgraft.inference import Answerer
         from mmgraft.training.devices import pick_device
@@ -48,6 +47,12 @@ def load_answerer(
             verify=cast("Verify", verify),
             revision=revision,
         )
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a dtype that no model is loaded or written in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose {', '.join(DTYPES)}")
 
 
 @contextmanager

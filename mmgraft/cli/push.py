@@ -47,11 +47,7 @@ def push(
     folder = find_run(run, announce=note)
     plan = plan_push(folder, base_id, vision_id, license)
     if dry_run:
-        named = repo_id or default_name(folder)
-        named = named if "/" in named else f"<you>/{named}"
-        for warning in plan.warnings:
-            note(f"note: {warning}")
-        _list(plan, named, private, json)
+        _list(plan, repo_id or default_name(folder), private, json)
         return
     quiet_bars(json)
     target = find_target(plan, repo_id, private)
@@ -79,8 +75,11 @@ def _question(plan: PushPlan, target: Target) -> str:
 
 
 def _list(plan: PushPlan, repo_id: str, private: bool, json: bool) -> None:
-    from mmgraft.cli.console import human_bytes, print_json, stdout, table
+    from mmgraft.cli.console import human_bytes, note, print_json, stdout, table
 
+    for warning in plan.warnings:
+        note(f"note: {warning}")
+    repo_id = repo_id if "/" in repo_id else f"<you>/{repo_id}"
     summary = _summary(plan, repo_id, private)
     if json:
         print_json({"url": None, **summary})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,14 +35,14 @@ _NOT_A_MODEL = (".gitattributes", README)
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push would send, made without any network.
+    """Files of a push, listed without any network.
 
     Attributes:
         run: The run folder.
         record: ``graft_config.json`` as the repository will have it.
         files: Everything but the card.
-        own_readme: Whether the run's README.md is the user's own; it is then sent as it is.
-        warnings: What the user should know before agreeing.
+        own_readme: True where the run's README.md is the user's own; it is then sent as it is.
+        warnings: Sentences that the user should read before agreeing.
         license: Identifier for the card.
         named: Hub ids that the user gave for base or tower; they must exist.
     """
@@ -84,10 +84,10 @@ class Target:
     Attributes:
         repo_id: ``owner/name``.
         revision: Its newest commit; None where there is no such repository yet.
-        private: Whether it is private already.
+        private: True where it is private already.
         stale: Its files from an earlier push that the plan no longer has.
         record: The plan's record, with the commit of a base or tower that was named by the user.
-        warnings: What the Hub says about base and tower.
+        warnings: Sentences about the Hub's base and tower.
     """
 
     api: HfApi = field(repr=False)
@@ -97,45 +97,6 @@ class Target:
     stale: list[str]
     record: GraftFile
     warnings: list[str]
-
-
-def push(
-    run_dir: str | Path,
-    repo_id: str | None = None,
-    private: bool = False,
-    token: str | None = None,
-    base_id: str | None = None,
-    vision_id: str | None = None,
-    license: str | None = None,
-    warn: Callable[[str], None] | None = None,
-) -> str:
-    """Push a graft with its model card, in one commit.
-
-    Args:
-        run_dir: The run folder.
-        repo_id: ``owner/name``, or a name of your own; default: the folder's name.
-        private: Make the repository private where it is new.
-        token: Default: what ``hf auth login`` saved, or ``HF_TOKEN``.
-        base_id: Hub id of the base, for a graft whose base is a local folder.
-        vision_id: Hub id of the vision tower, likewise.
-        license: Identifier for the card, such as ``apache-2.0``.
-        warn: Told in a sentence each what the caller should know.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        UsageError: No token; a damaged graft; a base that others cannot get; a repository that
-            holds something else.
-        MMGraftError: The network failed. The run folder is whole, and the repository has either
-            the whole push or none of it.
-    """
-    plan = plan_push(Path(run_dir), base_id, vision_id, license)
-    target = find_target(plan, repo_id, private, token)
-    for warning in (*plan.warnings, *target.warnings):
-        if warn is not None:
-            warn(warning)
-    return send(plan, target, private)
 
 
 def plan_push(
@@ -160,34 +121,20 @@ def plan_push(
     return PushPlan(run, record, files, own, warnings, license, named)
 
 
-def find_token(token: str | None = None) -> str:
-    """Return the token to push with.
-
-    Raises:
-        UsageError: When there is none.
-    """
-    from huggingface_hub import get_token
-
-    found = token or get_token()
-    if not found:
-        raise UsageError(f"there is no Hub token; {LOGIN}")
-    return found
-
-
-def find_target(
-    plan: PushPlan, repo_id: str | None = None, private: bool = False, token: str | None = None
-) -> Target:
-    """Ask the Hub who pushes, and what is there already. Changes nothing.
+def find_target(plan: PushPlan, repo_id: str | None = None, private: bool = False) -> Target:
+    """Find the repository to push to, and what it holds already. Changes nothing.
 
     Raises:
         UsageError: No token or a refused one; a name that cannot be; a repository that holds
             something else than a graft, or is public where a private one was asked for.
         MMGraftError: The network failed.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    api = HfApi(token=find_token(token), library_name="mmgraft", library_version=__version__)
+    if not get_token():
+        raise UsageError(f"there is no Hub token; {LOGIN}")
+    api = HfApi(library_name="mmgraft", library_version=__version__)
     with hub_errors("asking the Hub"):
         if repo_id is None or "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id or default_name(plan.run)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mmgraft.atomic import atomic_folder
-from mmgraft.basefiles.tensor_files import MAX_SHARD_BYTES, write_shards
+from mmgraft.basefiles.tensor_files import write_shards
 from mmgraft.errors import UsageError
 from mmgraft.export.folder import Exported, copy_file, sizes_in
 from mmgraft.export.llava.card import llava_card
@@ -38,7 +38,6 @@ def export_llava(
     dtype: str | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = lambda text: None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Exported:
     """Write a graft as a ``LlavaForConditionalGeneration`` folder, and prove that it is the same.
 
@@ -53,7 +52,6 @@ def export_llava(
         dtype: Of all weights, such as ``"bfloat16"``; default: the base's.
         dry_run: Refuse what cannot be expressed, return the size, and write nothing.
         say: Called with a sentence before each step.
-        max_shard_bytes: Size of a weight file.
 
     Raises:
         UsageError: The format cannot express the graft; it is damaged; its base is another one.
@@ -73,7 +71,7 @@ def export_llava(
 
         def write(folder: Path) -> None:
             say(f"writing {size / 2**20:,.1f} MiB of weights")
-            write_shards(folder, "model", tensors, max_bytes=max_shard_bytes)
+            write_shards(folder, "model", tensors)
             _write_small_files(plan, folder)
             say("running the same conversations in stock transformers")
             found.append(compare(folder, samples, made_of.dtype))
