@@ -1,4 +1,4 @@
-"""How long the rows of a stage are, as far as memory asks."""
+"""The sizes of a stage's rows that decide its memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mmgraft.errors import UsageError
 from mmgraft.vision.plan import Size
 
 TOKENISED = 64
-"""Rows of a stage that are tokenised: those with the most letters and images."""
-_LETTERS = 3  # a position, about
+"""Rows of a stage that are tokenised: those with the most characters and images."""
+_CHARACTERS = 3  # a position, about
 _POSITIONS = 256  # of an image, about, where its size decides
 
 
@@ -28,9 +28,8 @@ class RowSizes:
     Attributes:
         length: Positions, images counted.
         images: Images in the row that has the most.
-        supervised: Positions that are learned.
+        supervised: Supervised tokens in it.
         uneven: Rows differ in length.
-        lengths: How many lengths rows have, or may have.
         source: Where the numbers come from, in words.
         sizes: Of the images of that row, where their positions depend on them.
     """
@@ -39,7 +38,6 @@ class RowSizes:
     images: int
     supervised: int
     uneven: bool
-    lengths: int
     source: str
     sizes: tuple[Size, ...] = ()
 
@@ -52,7 +50,7 @@ def measured(
     packing: bool = False,
     skip_bad: bool = False,
 ) -> RowSizes:
-    """The sizes of a stage's rows, by tokenising the longest ones; with packing, of a sequence.
+    """Measure a stage's rows by tokenising the longest ones; with packing, its sequences.
 
     Args:
         rows: Of the stage.
@@ -69,9 +67,9 @@ def measured(
     facts = facts_of(kept)
     weights = facts.letters.astype(np.int64)
     each = processor.image_positions.fixed or _POSITIONS
-    weights += _LETTERS * each * facts.pictures.astype(np.int64)
+    weights += _CHARACTERS * each * facts.pictures.astype(np.int64)
     longest = [kept[int(at)] for at in np.argsort(-weights, kind="stable")[:TOKENISED]]
-    lengths, images, learned = [], [], []
+    lengths, images, supervised = [], [], []
     most: Encoded | None = None  # the row with the most image positions
     for at, row in enumerate(longest):
         try:
@@ -84,33 +82,32 @@ def measured(
             raise
         lengths.append(len(encoded))
         images.append(len(encoded.images))
-        learned.append(sum(label != -100 for label in encoded.labels))
+        supervised.append(sum(label != -100 for label in encoded.labels))
         if most is None or sum(encoded.kinds) > sum(most.kinds):
             most = encoded
     sizes = () if most is None else most.sizes
     if packing and max_length is not None:
-        found = _of_sequences(max_length, lengths, images, learned, len(kept))
+        found = _of_sequences(max_length, lengths, images, supervised, len(kept))
         return replace(found, sizes=sizes * (max_length // len(most))) if most and sizes else found
     uneven = len(kept) > len(longest) or len(set(lengths)) > 1
     source = f"longest of {len(kept)} rows"
-    different = len(set(lengths)) if len(kept) <= len(longest) else min(len(kept), max(lengths))
     shown = len(sizes) or max(images)
-    return RowSizes(max(lengths), shown, max(learned), uneven, different, source, sizes)
+    return RowSizes(max(lengths), shown, max(supervised), uneven, source, sizes)
 
 
 def _of_sequences(
-    room: int, lengths: list[int], images: list[int], learned: list[int], rows: int
+    room: int, lengths: list[int], images: list[int], supervised: list[int], rows: int
 ) -> RowSizes:
-    """A full sequence of the rows that hold the most images and answers for their length."""
+    """Fill a sequence with the rows that hold the most images and answers for their length."""
 
     def most(counts: list[int]) -> int:
         return max(room * count // length for count, length in zip(counts, lengths, strict=True))
 
-    return RowSizes(room, most(images), most(learned), True, room, f"packed, from {rows} rows")
+    return RowSizes(room, most(images), most(supervised), True, f"packed, from {rows} rows")
 
 
 def assumed(length: int, patches: int | None, source: str, packing: bool = False) -> RowSizes:
-    """Sizes of rows of one length with one image, all the rest of it learned.
+    """Assume rows of one length with one image, all the rest of it supervised.
 
     A packed sequence is one of many rows: as many images as it has room for, each with an answer.
 
@@ -128,4 +125,4 @@ def assumed(length: int, patches: int | None, source: str, packing: bool = False
             f"this tower, and an answer; give --length {patches + 64} or more"
         )
     images = length // (patches + 2) if packing else 1
-    return RowSizes(length, max(1, images), length - patches - 1, True, length, source)
+    return RowSizes(length, max(1, images), length - patches - 1, True, source)

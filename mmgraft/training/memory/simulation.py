@@ -27,8 +27,10 @@ class Load:
         rows: In the batch.
         length: Positions of the longest row, images counted.
         plans: Of the images of one row.
-        supervised: Positions of a row that are learned.
+        supervised: Supervised tokens of a row.
         padded: Rows differ in length, so that attention gets a mask.
+        width: Of the tower's features.
+        dtype: Of the tower's features.
     """
 
     rows: int
@@ -36,6 +38,8 @@ class Load:
     plans: list[Plan]
     supervised: int
     padded: bool
+    width: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -46,24 +50,17 @@ class Step:
         kept: Held when the forward is done, for the backward to use.
         layers: Of these, what each decoder layer holds, with what the graft adds to it.
         peak: The most that is held at once, gradients with it.
-        gradients: Held when the backward is done.
-        kernels: How many a CPU makes for the pass; see :mod:`mmgraft.training.memory.kernels`.
     """
 
     kept: int
     layers: list[int]
     peak: int
-    gradients: int
-    kernels: int
 
 
 def simulate(
     model: GraftedModel,
-    workflow: str,
     load: Load,
     *,
-    width: int,
-    feature_dtype: torch.dtype,
     precision: str,
     device: str,
     checkpointing: bool,
@@ -73,11 +70,8 @@ def simulate(
     """Run one step of a stage's model, opened for the stage; its parameters become fake ones.
 
     Args:
-        model: On the meta device.
-        workflow: Which one every row runs.
+        model: On the meta device, with one workflow.
         load: The batch.
-        width: Of the tower's features.
-        feature_dtype: Theirs.
         precision: ``bf16`` computes under autocast.
         device: ``cuda`` or ``cpu``: whose path the code takes.
         checkpointing: Recompute layers in the backward pass.
@@ -87,29 +81,26 @@ def simulate(
     Raises:
         MMGraftError: This base computes sizes from values, so that it cannot run without them.
     """
+    model.gradient_checkpointing = checkpointing
+    bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     layers: list[int] = []
     try:
-        with without_values(model), as_if_on(device):
-            model.gradient_checkpointing = checkpointing
+        with without_values(model), as_if_on(device), contextlib.ExitStack() as hooks:
             trained = [p for p in model.parameters() if p.requires_grad]
-            ledger = Ledger([*model.parameters(), *model.buffers()])
-            with ledger, contextlib.ExitStack() as hooks:
+            ledger = hooks.enter_context(Ledger([*model.parameters(), *model.buffers()]))
+            for parameter in trained:
                 if accumulates:
-                    for parameter in trained:
-                        parameter.grad = torch.empty_like(parameter)
+                    parameter.grad = torch.empty_like(parameter)
                 if gradients_leave:
-                    for parameter in trained:
-                        leaves = parameter.register_post_accumulate_grad_hook(_drop_gradient)
-                        hooks.callback(leaves.remove)
-                for layer in decoder_layers(model.base, model.anatomy):
-                    _watch(layer, ledger, layers, hooks)
-                with _autocast(precision):
-                    loss = _loss(model, workflow, load, width, feature_dtype)
-                kept = ledger.now
-                loss.backward()
-                del loss
-            gradients = sum(p.numel() * 4 for p in trained)
-            return Step(kept, layers, ledger.peak, gradients, ledger.kernels.count)
+                    leaves = parameter.register_post_accumulate_grad_hook(_drop_gradient)
+                    hooks.callback(leaves.remove)
+            for layer in decoder_layers(model.base, model.anatomy):
+                _watch(layer, ledger, layers, hooks)
+            with bf16:
+                loss = _loss(model, load)
+            kept = ledger.now
+            loss.backward()
+            return Step(kept, layers, ledger.peak)
     except Exception as error:  # whatever a foreign forward may raise over missing values
         raise MMGraftError(
             f"the memory of {model.anatomy.class_name} cannot be estimated: "
@@ -120,7 +111,7 @@ def simulate(
 def simulate_tower(
     outline: Outline, size: Size | None, plans: list[Plan], dtype: torch.dtype
 ) -> int:
-    """Bytes that the tower needs at once to see images of one size, beside its weights."""
+    """Count the bytes that the tower needs at once to see images of one size."""
     module = outline.module
     pixels = torch.empty_like(outline.pixels(size, len(plans)), device="meta")
     with without_values(module, dtype):
@@ -134,12 +125,6 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
-    if precision != "bf16":
-        return contextlib.nullcontext()
-    return torch.autocast("cpu", dtype=torch.bfloat16)
-
-
 def _watch(
     layer: torch.nn.Module, ledger: Ledger, kept: list[int], hooks: contextlib.ExitStack
 ) -> None:
@@ -151,18 +136,13 @@ def _watch(
     def leave(*_: Any) -> None:
         kept.append(ledger.now - before[0])
 
-    for handle in (
-        layer.register_forward_pre_hook(enter),
-        layer.register_forward_hook(leave),
-    ):
-        hooks.callback(handle.remove)
+    hooks.callback(layer.register_forward_pre_hook(enter).remove)
+    hooks.callback(layer.register_forward_hook(leave).remove)
 
 
-def _loss(
-    model: GraftedModel, name: str, load: Load, width: int, feature_dtype: torch.dtype
-) -> Tensor:
+def _loss(model: GraftedModel, load: Load) -> Tensor:
     shape = (load.rows, load.length)
-    projector = model.workflow(name).projector
+    projector = model.workflow().projector
     lengths = [projector.counts(plan) for plan in load.plans]
     shown = sum(lengths)
     real = torch.ones(shape, dtype=torch.long)
@@ -177,7 +157,7 @@ def _loss(
         plans = load.plans * load.rows
         entries = sum(plan.entries for plan in plans)
         features = Images(
-            torch.empty(entries, width, dtype=feature_dtype),
+            torch.empty(entries, load.width, dtype=load.dtype),
             plans,
             [row for row in range(load.rows) for _ in load.plans],
             lengths * load.rows,
@@ -188,6 +168,5 @@ def _loss(
         mm_token_type_ids=kinds,
         labels=labels,
         image_features=features,
-        workflow=name,
     )
     return out.loss
