@@ -128,7 +128,7 @@ def test_quick_runs_every_phase_and_little_of_it(
     assert len(read_rows(settings.out / "data/align.jsonl", tiny_data)) == 5
 
 
-@pytest.mark.parametrize("method", demo_run.METHODS)
+@pytest.mark.parametrize("method", demo_run.demo_methods())
 def test_the_shipped_recipes_have_the_demos_stages(method: str) -> None:
     recipe = load_recipe(f"demo-{method}", method=method)
     assert [stage.name for stage in recipe.stages] == [demo_run.ALIGN, demo_run.TUNE]
