@@ -89,6 +89,7 @@ def atomic_folder(path: Path | str, writer: Callable[[Path], None]) -> None:
                 file.chmod(_usual_mode())
                 _sync(file)
         temporary.chmod(0o777 & ~_mask())
+        _sync(temporary)
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.replace(old)

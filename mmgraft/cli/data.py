@@ -144,11 +144,11 @@ def check(
     from mmgraft.data.formats.indexed import Joined
     from mmgraft.data.formats.sources import Checks, index_rows
     from mmgraft.training.stage_data import source_of
-    from mmgraft.training.views import Asked, views
+    from mmgraft.training.views import Selection, views
 
-    asked = Asked(target, run, base, vision, recipe, stage, images, template, max_length)
+    chosen = Selection(target, run, base, vision, recipe, stage, images, template, max_length)
     found: list[tuple[View, Report]] = []
-    for view in views(asked):
+    for view in views(chosen):
         bad: list[BadRow] = []
         checks = Checks(images=False, on_bad=bad.append, one=False)
         rows = Joined([index_rows(source_of(entry), checks) for entry in view.entries])
@@ -191,13 +191,13 @@ def preview(
     from mmgraft.data.formats.sources import row_at
     from mmgraft.runs.find import find_run, is_graft
     from mmgraft.training.stage_data import source_of
-    from mmgraft.training.views import Asked, views
+    from mmgraft.training.views import Selection, views
 
     if is_there(str(target)) and not is_graft(target) and run is base is recipe is None:
         run = find_run(None, announce=note)
-    asked = Asked(target, run, base, vision, recipe, stage, images, template, max_length)
+    chosen = Selection(target, run, base, vision, recipe, stage, images, template, max_length)
     shown: list[tuple[View, Preview]] = []
-    for view in views(asked):
+    for view in views(chosen):
         if view.processor is None:
             raise UsageError("no base is known to read the row; give --run, or --base and --vision")
         one = row_at([source_of(entry) for entry in view.entries], row)
