@@ -1,4 +1,4 @@
-"""Dialogues as a data set: a folder with `dialogues.jsonl`, its images, and what it was made of.
+"""Dialogues as a data set: a folder with `dialogues.jsonl`, its images, and their sources.
 
 Every line is a row that can be trained on, whose last turn is the right answer, and an item that
 can be evaluated: `options`, `answer` (its number from 0), `kind` (the shape), `group` (what the
@@ -64,7 +64,7 @@ def save_dialogues(
 
 
 def is_made_of(folder: Path, made_of: Mapping[str, Any]) -> bool:
-    """Whether the folder holds the dialogues that building them again would give.
+    """Return whether the folder holds the dialogues that building them again would give.
 
     Raises:
         UsageError: Its rows are not those that were saved.
@@ -74,7 +74,7 @@ def is_made_of(folder: Path, made_of: Mapping[str, Any]) -> bool:
 
 
 def read_dialogues(folder: Path) -> dict[str, list[Item]]:
-    """The items of a saved data set by shape, the last question of each to be scored.
+    """Read the items of a saved data set by shape, the last question of each to be scored.
 
     Raises:
         UsageError: There is none, its rows are not those that were saved, or an image is missing.
@@ -135,7 +135,7 @@ class _Images:
         self.names: dict[str, str] = {}
 
     def moved(self, turn: Mapping[str, Any]) -> dict[str, Any]:
-        """A turn whose images lie in the folder."""
+        """Return a turn whose images lie in the folder."""
         content = turn.get("content")
         if not isinstance(content, list | tuple):
             return dict(turn)
