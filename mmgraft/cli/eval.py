@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,26 +29,22 @@ if TYPE_CHECKING:
 _EVERY = 5.0  # seconds between two lines of progress
 
 
-def _sets(help_text: str, **more: Any) -> Any:
-    return typer.Option(help=help_text, rich_help_panel="Which sets", **more)
+def _option(text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, **more)
 
 
-def _one(help_text: str) -> Any:
-    return typer.Option(help=help_text, rich_help_panel="A set without a recipe")
-
-
-def _all(help_text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help_text, **more)
+_sets = partial(_option, rich_help_panel="Which sets")
+_one = partial(_option, rich_help_panel="A set without a recipe")
 
 
 def evaluate(
     run: Annotated[
         str | None, typer.Argument(help="Folder of a graft; default: the one here.")
     ] = None,
-    text: Annotated[bool, _all("Is text as it was? Also sets of text.", "--text")] = False,
-    vision: Annotated[bool, _all("Evaluate sets with images.", "--vision")] = False,
-    iit: Annotated[bool, _all("Dialogues of text and images in six shapes.", "--iit")] = False,
-    harness: Annotated[str | None, _all("Tasks of lm-evaluation-harness: NAME[,NAME].")] = None,
+    text: Annotated[bool, _option("Is text as it was? Also sets of text.", "--text")] = False,
+    vision: Annotated[bool, _option("Evaluate sets with images.", "--vision")] = False,
+    iit: Annotated[bool, _option("Dialogues of text and images in six shapes.", "--iit")] = False,
+    harness: Annotated[str | None, _option("Tasks of lm-evaluation-harness: NAME[,NAME].")] = None,
     sets: Annotated[str | None, _sets("YAML with `evaluation:`; else the run's recipe.")] = None,
     only: Annotated[list[str] | None, _sets("Evaluate this set; may be repeated.")] = None,
     limit: Annotated[int | None, _sets("Sample so many items of each set.", min=1)] = None,
@@ -61,14 +58,14 @@ def evaluate(
     prompt: Annotated[str | None, _one("Prompt, with {question} and {options}.")] = None,
     boxes: Annotated[str | None, _one("unit, thousand, ten or pixel.")] = None,
     column: Annotated[list[str] | None, _one("FIELD=KEY of the rows; may be repeated.")] = None,
-    include_path: Annotated[Path | None, _all("Folder of harness tasks of your own.")] = None,
-    dialogues: Annotated[Path | None, _all("Dialogues that were saved before.")] = None,
-    dialogue_count: Annotated[int | None, _all("Dialogues of each shape.", min=1)] = None,
-    untouched: Annotated[str | None, _all("The base that text is compared with.")] = None,
+    include_path: Annotated[Path | None, _option("Folder of harness tasks of your own.")] = None,
+    dialogues: Annotated[Path | None, _option("Dialogues that were saved before.")] = None,
+    dialogue_count: Annotated[int | None, _option("Dialogues of each shape.", min=1)] = None,
+    untouched: Annotated[str | None, _option("The base that text is compared with.")] = None,
     workflow: Annotated[
-        str | None, _all("Workflow of rows with images; default: the graft's.")
+        str | None, _option("Workflow of rows with images; default: the graft's.")
     ] = None,
-    batch_size: Annotated[int | None, _all("Questions a batch.", min=1)] = None,
+    batch_size: Annotated[int | None, _option("Questions a batch.", min=1)] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,

@@ -17,9 +17,8 @@ from mmgraft.data.formats.shards import is_there
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.sets import choose_sets
 from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
-from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import DataEntry, Recipe
-from mmgraft.recipes.source import load_recipe, read_yaml
+from mmgraft.recipes.source import find_recipe, load_recipe, read_yaml, shipped_recipes
 from mmgraft.strict import StrictModel
 from mmgraft.vision.spec import VisionSpec
 
@@ -207,7 +206,7 @@ class Comparison(StrictModel):
 
 def shipped_comparisons() -> list[str]:
     """Return the names of the comparisons that come with mmgraft, sorted."""
-    return sorted(path.stem for path in (recipe_dir() / FOLDER).glob("*.yaml"))
+    return shipped_recipes(FOLDER)
 
 
 def find_comparison(name: str | Path) -> Path:
@@ -216,18 +215,7 @@ def find_comparison(name: str | Path) -> Path:
     Raises:
         UsageError: There is none; names the nearest shipped one.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    shipped = recipe_dir() / FOLDER / f"{name}.yaml"
-    if path.name == str(name) and shipped.is_file():
-        return shipped
-    if path.suffix in (".yaml", ".yml") or path.name != str(name):
-        raise UsageError(f"no file {path}; `mmgraft recipes ls` lists the shipped comparisons")
-    raise UsageError(
-        f"no comparison {str(name)!r}; {did_you_mean(str(name), shipped_comparisons())} "
-        "`mmgraft recipes ls` lists them"
-    )
+    return find_recipe(name, "comparison", FOLDER)
 
 
 def load_comparison(source: str | Path) -> Comparison:

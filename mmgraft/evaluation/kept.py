@@ -51,7 +51,7 @@ Compute = Callable[..., object]
 
 @dataclass(frozen=True)
 class Kept:
-    """Evaluates a graft, and its base where text is compared, and keeps every answer and score.
+    """A graft, and its base where text is compared, whose answers and scores are all kept.
 
     Files lie in `results/predictions/` of the run; the base's beside them, or in a folder that
     several grafts of one base share.
@@ -129,8 +129,8 @@ class Kept:
         if same and self.base_cache is not None:
             known = self.choices(name, items, workflow, letters, chat=chat, of_base=True)
             run = partial(_copy, items, known)
-        models = self._models(None if of_base else workflow, of_base)
-        settings = {"by": "log-probability", "letters": letters, **self._template(chat)}
+        models = self._models(None if of_base else workflow, of_base, of_text=chat is not None)
+        settings = {"letters": letters, **self._template(chat)}
         rows = self._rows(name, items, models, settings, run, choice_row)
         return list(map(read_choice_row, rows))
 
@@ -152,7 +152,8 @@ class Kept:
         if same and self.base_cache is not None:
             known = self.texts(name, items, chat, same=False, of_base=True)
             run = partial(_copy, items, known)
-        models = self._models(None if of_base else TEXT_WORKFLOW, of_base or beside is not None)
+        with_base = of_base or beside is not None
+        models = self._models(None if of_base else TEXT_WORKFLOW, with_base, of_text=True)
         rows = self._rows(name, items, models, self._template(chat), run, text_row, chat)
         return list(map(read_text_row, rows))
 
@@ -223,24 +224,30 @@ class Kept:
         )
         return [kept.done[item.id] for item in items]
 
-    def _models(self, workflow: str | None, base: bool = False) -> dict[str, Any]:
+    def _models(
+        self, workflow: str | None, base: bool = False, of_text: bool = False
+    ) -> dict[str, Any]:
         """Return the fingerprints of the models that read a set."""
-        graft = {} if base and workflow is None else {"graft": {**self.graft, "workflow": workflow}}
-        return {**graft, "base": self._base.fingerprint} if base else graft
+        graft = self.graft["sha256"] if of_text else {**self.graft, "workflow": workflow}
+        found: dict[str, Any] = {} if base and workflow is None else {"graft": graft}
+        return {**found, "base": self._base.fingerprint} if base else found
 
     @property
     def _base(self) -> Untouched:
         assert self.base is not None
         return self.base
 
-    def _template(self, chat: bool | None) -> dict[str, Any]:
-        """Return how a set of text is written: plain, or by which template."""
-        if not chat:
-            return {} if chat is None else {"chat": False}
-        template = self.processor.template
-        text = source_of(template, self.processor.tokenizer)
-        written = json.dumps([template.kind, text, self.processor.options], default=str)
-        return {"chat": hashlib.sha256(written.encode()).hexdigest()}
+    def _template(self, chat: bool | None) -> dict[str, str]:
+        """Return how a set of text is written, plain or by which template; None: it has images."""
+        if chat is None:
+            return {"by": "log-probability"}
+        settings = {"workflow": TEXT_WORKFLOW}
+        if chat:
+            template = self.processor.template
+            text = source_of(template, self.processor.tokenizer)
+            written = json.dumps([template.kind, text, self.processor.options], default=str)
+            settings["chat"] = hashlib.sha256(written.encode()).hexdigest()
+        return settings
 
 
 def _answer(

@@ -279,6 +279,24 @@ def test_a_second_run_asks_nothing_again(frozen: Path, parts: Path, monkeypatch:
     assert [one.scores for one in after.sets] == [one.scores for one in before.sets]
 
 
+def test_what_an_earlier_version_began_is_read(trained: Path, frozen: Path, parts: Path) -> None:
+    """Sets of text are told apart by these first lines since they are kept."""
+    for run, name, beside in ((frozen, "choice", False), (trained, "texts", True)):
+        results = _evaluate(run, _sets(parts))
+        path = run / "results/predictions" / f"{name}.jsonl"
+        first = json.loads(path.read_text().splitlines()[0])
+        identity = results.identity
+        base = {"base": identity["base_fingerprint"]} if beside else {}
+        letters = {"letters": False} if name == "choice" else {}
+        assert first == {
+            "mmgraft_predictions": 1,
+            "graft": results.graft["sha256"],
+            **base,
+            "set": first["set"],
+            "settings": {"workflow": "text", **letters, "dtype": "float32"},
+        }
+
+
 def test_a_half_written_file_is_gone_on_from(frozen: Path, parts: Path) -> None:
     before = _evaluate(frozen, _sets(parts))
     for found in before.sets:

@@ -59,7 +59,7 @@ class Sample(Protocol):
 
 
 def attention_shift(sums: np.ndarray) -> np.ndarray:
-    """``1 - pearson(before, after)`` over layers, ``(samples, layers, 3) -> (samples,)``.
+    """Compute ``1 - pearson(before, after)`` over layers, ``(samples, layers, 3) -> (samples,)``.
 
     Not a number where the before or the after side does not vary over the layers.
     """

@@ -186,17 +186,10 @@ def _pools(
 
 def _source(spec: SetSpec) -> dict[str, Any]:
     file = data_file(spec)
-    return {
-        "name": spec.name,
-        "modality": spec.modality,
-        "file": file.name,
-        "sha256": file_sha256(file),
-        "prompt": spec.prompt,
-        "columns": spec.columns,
-        "limit": spec.limit,
-        "seed": spec.seed,
-        "images": None if spec.images is None else Path(spec.images).name,
-    }
+    keys = {"name", "modality", "prompt", "columns", "limit", "seed"}
+    images = None if spec.images is None else Path(spec.images).name
+    own = {"file": file.name, "sha256": file_sha256(file), "images": images}
+    return {**spec.model_dump(include=keys), **own}
 
 
 def _base_sha256(answerer: Answerer) -> str:

@@ -114,7 +114,7 @@ def read_items(spec: SetSpec) -> list[Item]:
 
 
 def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:
-    """Every question and answer of a set's `train` file: what the prior score counts.
+    """Read every question and answer of a set's `train` file, which the prior score counts.
 
     Of messages and LLaVA rows all turns count; of other records the first answer. Images are not
     looked for.

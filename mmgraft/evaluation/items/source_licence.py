@@ -53,7 +53,7 @@ def none_forbids(licences: Iterable[str | None]) -> bool:
 
 
 def _near(path: Path) -> list[dict[str, Any]]:
-    """What the source files say that lie nearest above a path; all of that folder."""
+    """Return what the nearest source files above a path say; all of that folder."""
     for folder in list(path.resolve().parents)[:_LEVELS]:
         files = sorted(folder.glob(SOURCES))
         if files:
