@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mmgraft.cli.options import (
     BaseOption,
     DeviceOption,
@@ -18,6 +16,8 @@ from mmgraft.cli.options import (
     JsonFlag,
     QuantizationOption,
     VerifyOption,
+    argument,
+    option,
 )
 
 if TYPE_CHECKING:
@@ -27,24 +27,16 @@ if TYPE_CHECKING:
     from mmgraft.runs.results import Results
 
 _EVERY = 5.0  # seconds between two lines of progress
-
-
-def _option(text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, **more)
-
-
-_sets = partial(_option, rich_help_panel="Which sets")
-_one = partial(_option, rich_help_panel="A set without a recipe")
+_sets = partial(option, panel="Which sets")
+_one = partial(option, panel="A set without a recipe")
 
 
 def evaluate(
-    run: Annotated[
-        str | None, typer.Argument(help="Folder of a graft; default: the one here.")
-    ] = None,
-    text: Annotated[bool, _option("Is text as it was? Also sets of text.", "--text")] = False,
-    vision: Annotated[bool, _option("Evaluate sets with images.", "--vision")] = False,
-    iit: Annotated[bool, _option("Dialogues of text and images in six shapes.", "--iit")] = False,
-    harness: Annotated[str | None, _option("Tasks of lm-evaluation-harness: NAME[,NAME].")] = None,
+    run: Annotated[str | None, argument("Folder of a graft; default: the one here.")] = None,
+    text: Annotated[bool, option("--text", "Is text as it was? Also sets of text.")] = False,
+    vision: Annotated[bool, option("--vision", "Evaluate sets with images.")] = False,
+    iit: Annotated[bool, option("--iit", "Dialogues of text and images in six shapes.")] = False,
+    harness: Annotated[str | None, option("Tasks of lm-evaluation-harness: NAME[,NAME].")] = None,
     sets: Annotated[str | None, _sets("YAML with `evaluation:`; else the run's recipe.")] = None,
     only: Annotated[list[str] | None, _sets("Evaluate this set; may be repeated.")] = None,
     limit: Annotated[int | None, _sets("Sample so many items of each set.", min=1)] = None,
@@ -58,14 +50,14 @@ def evaluate(
     prompt: Annotated[str | None, _one("Prompt, with {question} and {options}.")] = None,
     boxes: Annotated[str | None, _one("unit, thousand, ten or pixel.")] = None,
     column: Annotated[list[str] | None, _one("FIELD=KEY of the rows; may be repeated.")] = None,
-    include_path: Annotated[Path | None, _option("Folder of harness tasks of your own.")] = None,
-    dialogues: Annotated[Path | None, _option("Dialogues that were saved before.")] = None,
-    dialogue_count: Annotated[int | None, _option("Dialogues of each shape.", min=1)] = None,
-    untouched: Annotated[str | None, _option("The base that text is compared with.")] = None,
+    include_path: Annotated[Path | None, option("Folder of harness tasks of your own.")] = None,
+    dialogues: Annotated[Path | None, option("Dialogues that were saved before.")] = None,
+    dialogue_count: Annotated[int | None, option("Dialogues of each shape.", min=1)] = None,
+    untouched: Annotated[str | None, option("The base that text is compared with.")] = None,
     workflow: Annotated[
-        str | None, _option("Workflow of rows with images; default: the graft's.")
+        str | None, option("Workflow of rows with images; default: the graft's.")
     ] = None,
-    batch_size: Annotated[int | None, _option("Questions a batch.", min=1)] = None,
+    batch_size: Annotated[int | None, option("Questions a batch.", min=1)] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mmgraft.cli.options import (
     BaseOption,
     DeviceOption,
     DryRunFlag,
     DtypeOption,
+    ImagesOption,
     JsonFlag,
     QuantizationOption,
     RevisionOption,
     VerifyOption,
+    argument,
+    option,
 )
 
 if TYPE_CHECKING:
@@ -26,28 +27,22 @@ if TYPE_CHECKING:
 JSON_NAME, PNG_NAME = "laws.json", "laws.png"
 
 
-def _option(help_text: str, **more: Any) -> Any:
-    return typer.Option(help=help_text, **more)
-
-
 def laws(
-    run: Annotated[str, typer.Argument(help="Folder or Hub id of a graft.")],
+    run: Annotated[str, argument("Folder or Hub id of a graft.")],
     rows: Annotated[
-        Path | None,
-        typer.Argument(help="Messages jsonl or LLaVA json; else a set of the run's recipe."),
+        Path | None, argument("Messages jsonl or LLaVA json; else a set of the run's recipe.")
     ] = None,
-    images: Annotated[Path | None, _option("Folder that image paths start from.")] = None,
+    images: ImagesOption = None,
     set_name: Annotated[
-        str | None,
-        typer.Option("--set", help="A set of the recipe's `evaluation`; default: its first."),
+        str | None, option("--set", "A set of the recipe's `evaluation`; default: its first.")
     ] = None,
-    limit: Annotated[int, _option("Sample so many rows.", min=1)] = 64,
-    seed: Annotated[int, _option("Seed of that sample.")] = 0,
+    limit: Annotated[int, option("Sample so many rows.", min=1)] = 64,
+    seed: Annotated[int, option("Seed of that sample.")] = 0,
     out: Annotated[
-        Path | None, _option(f"Folder for {JSON_NAME} and {PNG_NAME}; else RUN/results.")
+        Path | None, option(f"Folder for {JSON_NAME} and {PNG_NAME}; else RUN/results.")
     ] = None,
-    workflow: Annotated[str | None, _option("Workflow of all rows; default: the graft's.")] = None,
-    batch_size: Annotated[int, _option("Rows a batch, of like length.", min=1)] = 8,
+    workflow: Annotated[str | None, option("Workflow of all rows; default: the graft's.")] = None,
+    batch_size: Annotated[int, option("Rows a batch, of like length.", min=1)] = 8,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
