@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from mmgraft.data.batches.padding import pad
+from mmgraft.data.batches.padding import Side, pad
 from mmgraft.data.images import open_images
+from mmgraft.evaluation.generate.answers import Features
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
 if TYPE_CHECKING:
     from mmgraft.data.chat.processor import GraftProcessor
-
-Features = Callable[[list[Path]], Tensor]
-"""The tower's features of image files, ``(n, P, tower width)``."""
 
 DEFAULT_LENGTH = 2048
 """Context length of a base that names none, as in lm-evaluation-harness."""
@@ -113,12 +111,12 @@ class Likelihoods:
     def _shared(self, requests: Sequence[Request]) -> list[list[float]]:
         contexts = [list(request.context) for request in requests]
         kinds = [list(request.kinds) or [0] * len(request.context) for request in requests]
-        mask = self._tensor(pad([[1] * len(ids) for ids in contexts], 0, "left"))
+        ids, mask = self._padded(contexts, "left")
         cache = DynamicCache(config=self.config)
         logits = self._forward(
-            self._tensor(pad(contexts, self.processor.pad_id, "left")),
+            ids,
             mask,
-            self._tensor(pad(kinds, 0, "left")),
+            pad(kinds, 0, "left").to(mask.device),
             self._images(requests),
             past_key_values=cache,
             use_cache=True,
@@ -140,8 +138,7 @@ class Likelihoods:
         rows = [list(requests[row].continuations[at]) for row, at in longer]
         owners = torch.tensor([row for row, _ in longer], device=mask.device)
         cache.batch_select_indices(owners)
-        given = self._tensor(pad([row[:-1] for row in rows], self.processor.pad_id, "right"))
-        real = self._tensor(pad([[1] * (len(row) - 1) for row in rows], 0, "right"))
+        given, real = self._padded([row[:-1] for row in rows], "right")
         both = torch.cat([mask[owners], real], dim=1)
         logits = self._forward(
             given, both, torch.zeros_like(given), {}, past_key_values=cache, use_cache=True
@@ -162,13 +159,9 @@ class Likelihoods:
                 starts.append(len(rows[-1]) - len(each))
                 wanted.append(each)
                 owners.append(request)
-        logits = self._forward(
-            self._tensor(pad(rows, self.processor.pad_id, "right")),
-            self._tensor(pad([[1] * len(row) for row in rows], 0, "right")),
-            self._tensor(pad(kinds, 0, "right")),
-            self._images(owners),
-            use_cache=False,
-        )
+        ids, mask = self._padded(rows, "right")
+        kinds_of_all = pad(kinds, 0, "right").to(mask.device)
+        logits = self._forward(ids, mask, kinds_of_all, self._images(owners), use_cache=False)
         parts = zip(logits, starts, wanted, strict=True)
         sums = iter([_sum(each[start : start + len(ids)], ids) for each, start, ids in parts])
         return [[next(sums) for _ in request.continuations] for request in requests]
@@ -198,8 +191,10 @@ class Likelihoods:
         pixels = self.processor.pixels(open_images(images, "a question"))
         return {"pixel_values": pixels.to(self.model.device)}
 
-    def _tensor(self, padded: Tensor) -> Tensor:
-        return padded.to(self.model.device)
+    def _padded(self, rows: Sequence[Sequence[int]], side: Side) -> tuple[Tensor, Tensor]:
+        """Return ids and mask of rows."""
+        ids = pad(rows, self.processor.pad_id, side).to(self.model.device)
+        return ids, pad([[1] * len(row) for row in rows], 0, side).to(ids.device)
 
     def _cacheable(self) -> bool:
         if isinstance(self.model, GraftedModel) and self.workflow != TEXT_WORKFLOW:
