@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset, cut
-from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.images import open_image
 from mmgraft.data.rows import Row, caption_row

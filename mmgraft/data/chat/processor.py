@@ -112,6 +112,7 @@ class GraftProcessor:
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         where: str = "the conversation",
+        prompting: bool = False,
     ) -> Transcript:
         """The conversation as its template and tokenizer see it; see `Transcript`."""
         return write_transcript(
@@ -121,6 +122,7 @@ class GraftProcessor:
             tools=tools,
             options=self.options,
             where=where,
+            prompting=prompting,
         )
 
     def prompt(
@@ -132,9 +134,7 @@ class GraftProcessor:
     ) -> str:
         """The text that is tokenised: the base's own, or one with a sentinel for every image."""
         if has_image(messages):
-            return self.transcript(messages, tools, where).render(
-                add_generation_prompt=add_generation_prompt
-            )
+            return self.transcript(messages, tools, where, add_generation_prompt).tokens.text
         return render(
             self.template,
             self.tokenizer,
@@ -166,9 +166,8 @@ class GraftProcessor:
         if not has_image(messages):
             ids = self._text_ids(messages, add_generation_prompt, tools, where)
             return Encoded(ids, [0] * len(ids), [])
-        transcript = self.transcript(messages, tools, where)
-        text = transcript.render(add_generation_prompt=add_generation_prompt)
-        return self.expand(transcript, transcript.ids(text))
+        transcript = self.transcript(messages, tools, where, add_generation_prompt)
+        return self.expand(transcript, transcript.tokens.ids)
 
     def expand(
         self,

@@ -110,6 +110,37 @@ def render(
         raise refusal(error, where) from error
 
 
+def apply_masked(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    options: Mapping[str, Any],
+    where: str,
+) -> tuple[list[int], list[int]]:
+    """Tokenise a conversation with the template's own marks of what the assistant writes.
+
+    Returns:
+        The ids, and 1 for each that is marked, else 0.
+
+    Raises:
+        UsageError: The template refuses the conversation.
+    """
+    try:
+        encoding: Any = tokenizer.apply_chat_template(
+            list(messages),  # pyright: ignore[reportArgumentType]
+            tools=list(tools) if tools else None,
+            chat_template=template.text,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **options,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise refusal(error, where) from error
+    return list(encoding["input_ids"]), list(encoding["assistant_masks"])
+
+
 def refusal(error: Exception, where: str) -> UsageError:
     """The error for a conversation that a chat template does not take."""
     return UsageError(

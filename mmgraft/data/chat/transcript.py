@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ class Learnt:
 
     prefix: list[int] | None = None
     added_tokens: re.Pattern[str] | None = None
-    closings: dict[str, Any] = field(default_factory=dict)
+    closings: dict[bool, Any] = field(default_factory=dict)
 
 
 class SentinelTokenizers:
@@ -79,6 +80,7 @@ class Transcript:
         sentinel: stands for an image; None where there is none.
         sentinel_id: its id, which no text has.
         where: names the row in errors.
+        prompting: end with the header of an answer.
     """
 
     messages: list[dict[str, Any]]
@@ -92,6 +94,16 @@ class Transcript:
     sentinel: str | None = None
     sentinel_id: int | None = None
     where: str = "the conversation"
+    prompting: bool = False
+
+    def again(self) -> Transcript:
+        """The same conversation, to be written anew."""
+        return replace(self)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The conversation, written and tokenised once."""
+        return Tokens(self, self.render(add_generation_prompt=self.prompting))
 
     def render(
         self, messages: Sequence[Message] | None = None, add_generation_prompt: bool = False
@@ -114,17 +126,90 @@ class Transcript:
         A chat template writes its own special tokens. Plain text gets those that the tokenizer puts
         before a text (a beginning-of-sequence token), not those it may put after it.
         """
-        bare = _encode(self.tokenizer, text, special=False)
+        return self.prefix + _encode(self.tokenizer, text, special=False)
+
+    @property
+    def prefix(self) -> list[int]:
+        """Ids that the tokenizer itself puts before plain text."""
         if self.template.kind != "plain":
-            return bare
+            return []
         if self.learnt.prefix is None:
             self.learnt.prefix = _prefix(self.base)
-        return self.learnt.prefix + bare
+        return self.learnt.prefix
+
+    @property
+    def added_tokens(self) -> re.Pattern[str]:
+        """Matches the text of a special or added token, but no white space and no sentinel."""
+        if self.learnt.added_tokens is None:
+            texts = {token.content for token in self.base.added_tokens_decoder.values()}
+            texts |= set(self.base.all_special_tokens)
+            names = sorted((text for text in texts if text.strip()), key=len, reverse=True)
+            self.learnt.added_tokens = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        return self.learnt.added_tokens
 
     @property
     def source(self) -> str:
         """The jinja text in use; empty for plain text."""
         return source_of(self.template, self.tokenizer, self.tools)
+
+
+class Tokens:
+    """A text as ids, with the characters that each was made of.
+
+    Attributes:
+        text: As the template wrote it.
+        ids: Of the whole text, an image one id.
+    """
+
+    def __init__(self, transcript: Transcript, text: str) -> None:
+        self.transcript, self.text = transcript, text
+        self._encoding = transcript.tokenizer(text, add_special_tokens=False, verbose=False)
+        self.ids: list[int] = transcript.prefix + list(self._encoding["input_ids"])
+
+    def before(self, end: int) -> tuple[int, bool]:
+        """Count the first ids that are those of the text up to a character as well.
+
+        An added token parts a text in two that are tokenised by themselves, so that it is enough to
+        tokenise from the last one on. A tokenizer that does not say which characters its tokens
+        were made of tokenises all that is before the character.
+
+        Returns:
+            How many, and whether the text up to the character has no other ids than these.
+        """
+        character, token = self._last_added(end)
+        if character:
+            own = _encode(self.transcript.tokenizer, self.text[character:end], special=False)
+        else:
+            own = self.transcript.ids(self.text[:end])
+        shared = shared_length(own, self.ids[token : token + len(own)])
+        return token + shared, shared == len(own)
+
+    @cached_property
+    def _added(self) -> list[tuple[int, int, int]]:
+        """First and last character of each added token in the text, and the token's place."""
+        if not self.transcript.tokenizer.is_fast:
+            return []
+        found: list[tuple[int, int, int]] = []
+        first = len(self.transcript.prefix)
+        for match in self.transcript.added_tokens.finditer(self.text):
+            at = self._encoding.char_to_token(match.start())
+            index = self.transcript.base.convert_tokens_to_ids(match.group())
+            if at is not None and self.ids[at + first] == index:
+                found.append((match.start(), match.end(), at + first))
+        return found
+
+    def _last_added(self, end: int) -> tuple[int, int]:
+        """Find the last added token that ends by a character: its own first one, and its place."""
+        for start, stop, token in reversed(self._added):
+            if start and stop <= end:
+                return start, token
+        return 0, 0
+
+
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Count the first items that two sequences have in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
@@ -150,6 +235,7 @@ def write_transcript(
     tools: Sequence[Any] | None = None,
     options: Mapping[str, Any] | None = None,
     where: str = "the conversation",
+    prompting: bool = False,
 ) -> Transcript:
     """Flatten a conversation around a sentinel that occurs nowhere in it.
 
@@ -169,6 +255,7 @@ def write_transcript(
         tools=tools,
         options=options,
         where=where,
+        prompting=prompting,
     )
     if not images:
         return plain
@@ -190,8 +277,7 @@ def write_transcript(
         )
         if sentinel in transcript.source:
             continue
-        found = transcript.ids(transcript.render()).count(index)
-        if found == len(images):
+        if transcript.tokens.ids.count(index) == len(images):
             return transcript
     raise UsageError(
         f"{where}: the template does not write every image exactly once ({len(images)} image parts)"
