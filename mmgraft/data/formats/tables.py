@@ -5,46 +5,48 @@ A table lies memory-mapped on disk, so that any row is read without the others.
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mmgraft.data.bad_rows import HUB
-from mmgraft.data.formats.arrow_files import (
-    ArrowRows,
-    DatasetRows,
-    first_line,
-    no_table,
-    parquet_copy,
-    rows_of,
-)
 from mmgraft.data.formats.record_files import Found, Record
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.vision.stored import StoredImage
 
 _SLICE = 256
 """Rows that are looked at together."""
+_UNPACKED = 64
+"""Rows of a parquet file that are unpacked at a time."""
+_BOMB, _BOMB_RATIO = 1 << 30, 1000
+"""Bytes of a column of a group, and for each byte of it in the file: above both it is no data."""
 _TURNS = ("messages", "conversations", "tools")
 
 
 class TableFile:
-    """A table with a row a record; a record's position is its index."""
+    """A table with a row a record; a record's position is its index.
+
+    Args:
+        file: Names it in errors.
+        table: A `datasets.Dataset`.
+    """
 
     unit = "row"
 
-    def __init__(self, file: str, rows: ArrowRows | DatasetRows) -> None:
+    def __init__(self, file: str, table: Any) -> None:
         self.file = file
-        self.rows = rows
+        self.table = table.with_format("arrow")
 
     def scan(self) -> Iterator[Found]:
         """All rows."""
-        for start in range(0, len(self.rows), _SLICE):
-            stop = min(start + _SLICE, len(self.rows))
+        for start in range(0, len(self.table), _SLICE):
+            stop = min(start + _SLICE, len(self.table))
             for position, record in enumerate(self._between(start, stop), start=start):
                 yield Found(position, position + 1, record)
-            self.rows.give_back()
 
     def read(self, position: int, number: int) -> Record:
         """One row."""
@@ -54,7 +56,7 @@ class TableFile:
         return found
 
     def _between(self, start: int, stop: int) -> Iterator[Record | UsageError]:
-        for rows in self.rows.rows(start, stop):
+        for rows in self.table[start:stop].to_batches():
             yield from self._records(rows, start + 1)
             start += rows.num_rows
 
@@ -142,17 +144,37 @@ def _parsed(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-# -- opening ------------------------------------------------------------------------------------
-
-
 def parquet_table(file: str) -> TableFile:
-    """A parquet file, by a copy that can be mapped, which is made once; see `parquet_copy`.
+    """Open a parquet file by the copy of `datasets`, made once, of which any row can be read.
 
     Raises:
-        UsageError: no parquet, or `pyarrow` is not installed.
-        MMGraftError: there is no room for the copy.
+        UsageError: No parquet, or `datasets` is not installed.
+        MMGraftError: There is no room for the copy.
     """
-    return TableFile(file, ArrowRows([str(parquet_copy(file))]))
+    datasets = _datasets(file)
+    _refuse_bomb(file)
+    name = glob.escape(os.path.abspath(file))
+    load = datasets.Dataset.from_parquet
+    return TableFile(file, _loaded(file, lambda: load(name, batch_size=_UNPACKED)))
+
+
+def _refuse_bomb(file: str) -> None:
+    """Refuse a parquet file with a column that could fill the memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        head = pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise no_table(file, error) from None
+    for at, number in itertools.product(range(head.num_row_groups), range(head.num_columns)):
+        column = head.row_group(at).column(number)
+        size, packed = column.total_uncompressed_size, column.total_compressed_size
+        if size > max(_BOMB, _BOMB_RATIO * packed):
+            raise UsageError(
+                f"{file}: {packed:,} bytes of its column {column.path_in_schema} unpack to "
+                f"{size:,}, which is no data but could fill the memory; leave the file out"
+            )
 
 
 def saved_table(folder: str, split: str) -> TableFile:
@@ -163,7 +185,7 @@ def saved_table(folder: str, split: str) -> TableFile:
     """
     datasets = _datasets(folder)
     found = _loaded(folder, lambda: datasets.load_from_disk(folder))
-    return TableFile(folder, rows_of(_of_split(found, folder, split)))
+    return TableFile(folder, _of_split(found, folder, split))
 
 
 def hub_table(name: str, split: str, subset: str | None, revision: str | None) -> TableFile:
@@ -185,7 +207,7 @@ def hub_table(name: str, split: str, subset: str | None, revision: str | None) -
     def load() -> Any:
         return datasets.load_dataset(where, subset, split=split, revision=revision)
 
-    return TableFile(name, rows_of(_loaded(name, load)))
+    return TableFile(name, _loaded(name, load))
 
 
 def is_saved(folder: Path) -> bool:
@@ -227,19 +249,26 @@ def _loaded(where: str, load: Callable[[], Any]) -> Any:
         raise MMGraftError(
             f"{where} cannot be downloaded ({first_line(error)}); try again"
         ) from error
-    # What is no table, no split, or no name is told by nearly any exception.
+    # What is no table, no split, or no name raises nearly any exception.
     except Exception as error:
+        cause = error.__cause__ or error
         if type(error).__module__.split(".")[0] in ("httpx", "requests", "urllib3"):
             raise MMGraftError(
                 f"{where} cannot be downloaded ({first_line(error)}); try again"
             ) from error
-        if (
-            isinstance(error, OSError)
-            and error.errno is not None
-            and not isinstance(error, FileNotFoundError)
-        ):
-            raise MMGraftError(f"{where} cannot be kept on disk ({error}); make room") from error
-        raise no_table(where, error.__cause__ or error) from error
+        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, FileNotFoundError):
+            raise MMGraftError(f"{where} cannot be kept on disk ({cause}); make room") from error
+        raise no_table(where, cause) from error
     finally:
         if not silent:
             enable_progress_bars()
+
+
+def no_table(where: str, error: BaseException) -> UsageError:
+    """Give the error for what cannot be read as a table."""
+    return UsageError(f"{where} cannot be read as a table ({first_line(error)}); correct it")
+
+
+def first_line(error: BaseException) -> str:
+    """Give what an error says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
