@@ -34,7 +34,7 @@ def closing_of(transcript: Transcript, turn: int, where: str) -> Closing:
     """
     answer = {**transcript.messages[turn], "role": "assistant", "content": MARKER}
     usual = not answer.get("tool_calls")
-    known, key = transcript.learnt.closings, bool(transcript.tools)
+    known, key = transcript.copies.closings, bool(transcript.tools)
     if usual and key in known:
         return known[key]
     short = {name: answer[name] for name in ("role", "content")} if usual else answer
@@ -42,7 +42,7 @@ def closing_of(transcript: Transcript, turn: int, where: str) -> Closing:
         tails = _tails(transcript, [{"role": "user", "content": "a"}, short], where)
     except UsageError:
         tails = _tails(transcript, [*transcript.messages[:turn], answer], where)
-    closing = _common_closing(*tails, transcript.added_tokens)
+    closing = _common_closing(*tails, transcript.copies.added_tokens)
     if usual:
         known[key] = closing
     return closing

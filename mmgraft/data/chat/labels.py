@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from mmgraft.data.chat.closing import closing_of, content_ends, split_at_answer
 from mmgraft.data.chat.content import Message, answering
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
-from mmgraft.data.chat.template import apply_masked, marks_answers
+from mmgraft.data.chat.template import apply, marks_answers
 from mmgraft.data.chat.transcript import Transcript
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
@@ -86,14 +86,18 @@ def answer_turns(messages: Sequence[Message], where: str) -> list[int]:
 
 def _marked(transcript: Transcript) -> tuple[list[int], list[Span]]:
     """Take the spans of ``{% generation %}``, each with an end-of-turn token that it leaves out."""
-    ids, mask = apply_masked(
+    encoding = apply(
         transcript.template,
         transcript.tokenizer,
         transcript.messages,
-        transcript.tools,
-        transcript.options,
         transcript.where,
+        tools=list(transcript.tools) if transcript.tools else None,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **transcript.options,
     )
+    ids, mask = list(encoding["input_ids"]), list(encoding["assistant_masks"])
     closing = closing_of(transcript, len(transcript.messages) - 1, transcript.where)
     ends = {transcript.ids(text)[-1] for text in (closing.last, closing.inner) if text}
     spans: list[Span] = []

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +13,7 @@ from typing_extensions import Self
 
 from mmgraft.data.batches.padding import Side, pad
 from mmgraft.data.chat.content import Message, flatten, has_image, has_parts
-from mmgraft.data.chat.template import Template, reads_parts, refusal, render
+from mmgraft.data.chat.template import Template, apply, reads_parts, render
 from mmgraft.data.chat.transcript import SentinelTokenizers, Transcript, write_transcript
 from mmgraft.data.images import open_images
 from mmgraft.errors import UsageError
@@ -284,19 +283,18 @@ class GraftProcessor:
         if self.template.kind == "plain":
             text = render(self.template, self.tokenizer, messages, tools=tools, where=where)
             return list(self.tokenizer(text, verbose=False)["input_ids"])
-        try:
-            encoding = self.tokenizer.apply_chat_template(
-                list(messages),  # pyright: ignore[reportArgumentType]
-                tools=list(tools) if tools else None,
-                chat_template=self.template.text,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=True,
-                **self.options,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise refusal(error, where) from error
-        return list(encoding["input_ids"])  # pyright: ignore
+        encoding = apply(
+            self.template,
+            self.tokenizer,
+            messages,
+            where,
+            tools=list(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+            **self.options,
+        )
+        return list(encoding["input_ids"])
 
     def _text_only(self, messages: Sequence[Message], where: str) -> Sequence[Message]:
         """The messages as they are where the template reads lists of parts, else flattened."""

@@ -58,7 +58,7 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
     text = path.read_text(encoding="utf-8")
     template = Template("file", text)
     try:
-        _apply(template, tokenizer, [{"role": "user", "content": _PROBE}])
+        _apply(template, tokenizer, [{"role": "user", "content": _PROBE}], tokenize=False)
     except TemplateSyntaxError as error:
         raise UsageError(
             f"{spec}, line {error.lineno}: {error.message}; correct the template"
@@ -79,7 +79,7 @@ def render(
     sentinel: str | None = None,
     where: str = "the conversation",
 ) -> str:
-    """The text of a conversation.
+    """Write a conversation as one text.
 
     Args:
         template: how to write it.
@@ -97,56 +97,29 @@ def render(
     if template.kind == "plain":
         eos = tokenizer.eos_token
         return _plain(messages, tools, str(eos) if eos else None, sentinel, where)
-    try:
-        return _apply(
-            template,
-            tokenizer,
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            **(options or {}),
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise refusal(error, where) from error
+    settings = {"add_generation_prompt": add_generation_prompt, **(options or {})}
+    return str(apply(template, tokenizer, messages, where, tools=tools, tokenize=False, **settings))
 
 
-def apply_masked(
+def apply(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    tools: Sequence[Any] | None,
-    options: Mapping[str, Any],
     where: str,
-) -> tuple[list[int], list[int]]:
-    """Tokenise a conversation with the template's own marks of what the assistant writes.
-
-    Returns:
-        The ids, and 1 for each that is marked, else 0.
+    **settings: Any,
+) -> Any:
+    """Call `apply_chat_template` with a chat template.
 
     Raises:
         UsageError: The template refuses the conversation.
     """
     try:
-        encoding: Any = tokenizer.apply_chat_template(
-            list(messages),  # pyright: ignore[reportArgumentType]
-            tools=list(tools) if tools else None,
-            chat_template=template.text,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **options,
-        )
+        return _apply(template, tokenizer, messages, **settings)
     except (TemplateError, TypeError, ValueError) as error:
-        raise refusal(error, where) from error
-    return list(encoding["input_ids"]), list(encoding["assistant_masks"])
-
-
-def refusal(error: Exception, where: str) -> UsageError:
-    """The error for a conversation that a chat template does not take."""
-    return UsageError(
-        f"{where}: the chat template refuses this conversation: {error}; change its turns, or give "
-        "another template"
-    )
+        raise UsageError(
+            f"{where}: the chat template refuses this conversation: {error}; change its turns, or "
+            "give another template"
+        ) from error
 
 
 def _apply(
@@ -154,14 +127,12 @@ def _apply(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     **settings: Any,
-) -> str:
-    text = tokenizer.apply_chat_template(
+) -> Any:
+    return tokenizer.apply_chat_template(
         list(messages),  # pyright: ignore[reportArgumentType]
         chat_template=template.text,
-        tokenize=False,
         **settings,
     )
-    return str(text)
 
 
 def source_of(
@@ -185,8 +156,9 @@ def reads_parts(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
     texts: list[str] = []
     for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
         try:
-            texts.append(_apply(template, tokenizer, [{"role": "user", "content": content}]))
-        except (TemplateError, TypeError, ValueError):
+            message = {"role": "user", "content": content}
+            texts.append(apply(template, tokenizer, [message], "", tokenize=False))
+        except UsageError:
             return False
     return texts[0] == texts[1]
 

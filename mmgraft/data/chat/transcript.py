@@ -29,15 +29,6 @@ def _sentinels() -> Iterator[str]:
         yield f"\ue000image {number}\ue001"
 
 
-@dataclass
-class Learnt:
-    """What was found out once about a tokenizer and its template, for all conversations."""
-
-    prefix: list[int] | None = None
-    added_tokens: re.Pattern[str] | None = None
-    closings: dict[bool, Any] = field(default_factory=dict)
-
-
 class SentinelTokenizers:
     """Copies of a tokenizer, each with one more token that stands for an image.
 
@@ -47,7 +38,7 @@ class SentinelTokenizers:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.learnt = Learnt()
+        self.closings: dict[bool, Any] = {}  # of answers, with and without tools
         self._copies: dict[str, tuple[PreTrainedTokenizerBase, int]] = {}
 
     def get(self, sentinel: str) -> tuple[PreTrainedTokenizerBase, int] | None:
@@ -67,6 +58,24 @@ class SentinelTokenizers:
             self._copies[sentinel] = (clone, index)
         return self._copies[sentinel]
 
+    @cached_property
+    def prefix(self) -> list[int]:
+        """Ids that the tokenizer puts before a text of its own accord."""
+        probe = _encode(self.tokenizer, "a", special=False)
+        whole = _encode(self.tokenizer, "a", special=True)
+        for start in range(len(whole) - len(probe) + 1):
+            if whole[start : start + len(probe)] == probe:
+                return whole[:start]
+        return []
+
+    @cached_property
+    def added_tokens(self) -> re.Pattern[str]:
+        """Matches the text of a special or added token, but no white space and no sentinel."""
+        texts = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        texts |= set(self.tokenizer.all_special_tokens)
+        names = sorted((text for text in texts if text.strip()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
 
 @dataclass
 class Transcript:
@@ -75,8 +84,8 @@ class Transcript:
     Attributes:
         messages: contents are texts, images are sentinels.
         images: what the image parts held, in order.
-        base: the base's tokenizer.
-        tokenizer: the same where there is no image, else a copy that knows the sentinel.
+        copies: the base's tokenizer, and copies of it.
+        tokenizer: the base's where there is no image, else a copy that knows the sentinel.
         sentinel: stands for an image; None where there is none.
         sentinel_id: its id, which no text has.
         where: names the row in errors.
@@ -86,9 +95,8 @@ class Transcript:
     messages: list[dict[str, Any]]
     images: list[Any]
     template: Template
-    base: PreTrainedTokenizerBase
+    copies: SentinelTokenizers
     tokenizer: PreTrainedTokenizerBase
-    learnt: Learnt
     tools: Sequence[Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     sentinel: str | None = None
@@ -131,21 +139,7 @@ class Transcript:
     @property
     def prefix(self) -> list[int]:
         """Ids that the tokenizer itself puts before plain text."""
-        if self.template.kind != "plain":
-            return []
-        if self.learnt.prefix is None:
-            self.learnt.prefix = _prefix(self.base)
-        return self.learnt.prefix
-
-    @property
-    def added_tokens(self) -> re.Pattern[str]:
-        """Matches the text of a special or added token, but no white space and no sentinel."""
-        if self.learnt.added_tokens is None:
-            texts = {token.content for token in self.base.added_tokens_decoder.values()}
-            texts |= set(self.base.all_special_tokens)
-            names = sorted((text for text in texts if text.strip()), key=len, reverse=True)
-            self.learnt.added_tokens = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        return self.learnt.added_tokens
+        return self.copies.prefix if self.template.kind == "plain" else []
 
     @property
     def source(self) -> str:
@@ -191,9 +185,9 @@ class Tokens:
             return []
         found: list[tuple[int, int, int]] = []
         first = len(self.transcript.prefix)
-        for match in self.transcript.added_tokens.finditer(self.text):
+        for match in self.transcript.copies.added_tokens.finditer(self.text):
             at = self._encoding.char_to_token(match.start())
-            index = self.transcript.base.convert_tokens_to_ids(match.group())
+            index = self.transcript.tokenizer.convert_tokens_to_ids(match.group())
             if at is not None and self.ids[at + first] == index:
                 found.append((match.start(), match.end(), at + first))
         return found
@@ -217,16 +211,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> lis
     return list(encoding["input_ids"])
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text of its own accord."""
-    probe = _encode(tokenizer, "a", special=False)
-    whole = _encode(tokenizer, "a", special=True)
-    for start in range(len(whole) - len(probe) + 1):
-        if whole[start : start + len(probe)] == probe:
-            return whole[:start]
-    return []
-
-
 def write_transcript(
     copies: SentinelTokenizers,
     template: Template,
@@ -243,57 +227,29 @@ def write_transcript(
         UsageError: where the template drops or repeats an image, refuses the conversation, or a
             content part is neither text nor image.
     """
-    options = dict(options or {})
     flat, images = flatten(messages, STOCK_SENTINEL, where)
     plain = Transcript(
-        messages=flat,
-        images=[],
-        template=template,
-        base=copies.tokenizer,
-        tokenizer=copies.tokenizer,
-        learnt=copies.learnt,
-        tools=tools,
-        options=options,
-        where=where,
-        prompting=prompting,
-    )
+        flat, images, template, copies, copies.tokenizer, tools, dict(options or {}),
+        where=where, prompting=prompting,
+    )  # fmt: skip
     if not images:
         return plain
     for sentinel in _sentinels():
         flat, images = flatten(messages, sentinel, where)
-        if _elsewhere(sentinel, flat, len(images), tools, options):
-            continue
+        texts = strings_in([flat, list(tools or ()), plain.options])
+        if sum(text.count(sentinel) for text in texts) != len(images):
+            continue  # it stands where no image stands
         copied = copies.get(sentinel)
         if copied is None:
             continue
-        tokenizer, index = copied
         transcript = replace(
-            plain,
-            messages=flat,
-            images=images,
-            tokenizer=tokenizer,
-            sentinel=sentinel,
-            sentinel_id=index,
+            plain, messages=flat, tokenizer=copied[0], sentinel=sentinel, sentinel_id=copied[1]
         )
         if sentinel in transcript.source:
             continue
-        if transcript.tokens.ids.count(index) == len(images):
+        if transcript.tokens.ids.count(copied[1]) == len(images):
             return transcript
     raise UsageError(
         f"{where}: the template does not write every image exactly once ({len(images)} image parts)"
         "; move the images to a user turn, or give another template"
-    )
-
-
-def _elsewhere(
-    sentinel: str,
-    flat: Sequence[Message],
-    images: int,
-    tools: Sequence[Any] | None,
-    options: Mapping[str, Any],
-) -> bool:
-    """Whether the sentinel's text occurs where no image stands."""
-    written = sum(text.count(sentinel) for text in strings_in(list(flat)))
-    return written != images or any(
-        sentinel in text for value in (list(tools or ()), options) for text in strings_in(value)
     )
