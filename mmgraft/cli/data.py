@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from mmgraft.training.views import View
 
 _STAMPS = "Pictures of stamps"
-_READS = "What reads the rows"
 _SHOWN = 10  # bad rows, rows that are cut, and rows that come twice; --json has all
 
 app = typer.Typer(
@@ -32,36 +32,24 @@ def list_data(json: JsonFlag = False) -> None:
     from mmgraft.cli.console import print_json, stdout, table
     from mmgraft.demo.packaged import offers
 
-    found = offers()
+    found = [
+        {
+            "name": offer.name,
+            "kind": offer.kind,
+            "content": offer.content,
+            "licence": offer.licence,
+            "packages": [package.name for package in offer.packages],
+            "missing": list(offer.missing),
+        }
+        for offer in offers()
+    ]
     if json:
-        rows = [
-            {
-                "name": offer.name,
-                "kind": offer.kind,
-                "content": offer.content,
-                "licence": offer.licence,
-                "packages": [package.name for package in offer.packages],
-                "missing": list(offer.missing),
-            }
-            for offer in found
-        ]
-        print_json({"data": rows})
+        print_json({"data": found})
         return
-    stdout().print(
-        table(
-            ["name", "kind", "licence", "installed", "what it is"],
-            [
-                [
-                    offer.name,
-                    offer.kind,
-                    offer.licence,
-                    "no" if offer.missing else "yes",
-                    offer.content,
-                ]
-                for offer in found
-            ],
-        )
-    )
+    keys = ("name", "kind", "licence", "installed", "content")
+    rows = [{**one, "installed": "no" if one["missing"] else "yes"} for one in found]
+    titles = ["what it is" if key == "content" else key for key in keys]
+    stdout().print(table(titles, [[str(row[key]) for key in keys] for row in rows]))
 
 
 @app.command("prepare", epilog="Example: mmgraft data prepare easy-vqa --out easy-vqa")
@@ -151,38 +139,23 @@ def prepare(
     note(f"licence: {done.licence}")
 
 
+_reads = partial(typer.Option, rich_help_panel="What reads the rows")
 _Target = Annotated[
     Path,
     typer.Argument(
         metavar="ROWS|RUN", help="A file or shards of rows, hub:OWNER/NAME, or a graft's folder."
     ),
 ]
-_Run = Annotated[
-    Path | None,
-    typer.Option("--run", help="Read a file as this run does.", rich_help_panel=_READS),
-]
+_Run = Annotated[Path | None, _reads("--run", help="Run whose way of reading a file is used.")]
 _Base = Annotated[
-    str | None,
-    typer.Option("--base", help="Its tokenizer and template; no run.", rich_help_panel=_READS),
+    str | None, _reads("--base", help="Base whose tokenizer and template are used, without a run.")
 ]
-_Vision = Annotated[
-    str | None,
-    typer.Option("--vision", help="The tower beside --base.", rich_help_panel=_READS),
-]
-_Recipe = Annotated[
-    str | None,
-    typer.Option("--recipe", help="YAML file or shipped name.", rich_help_panel=_READS),
-]
-_Stage = Annotated[
-    str | None, typer.Option("--stage", help="Only this one.", rich_help_panel=_READS)
-]
-_Template = Annotated[
-    str | None,
-    typer.Option("--template", help="chat, plain or a jinja file.", rich_help_panel=_READS),
-]
+_Vision = Annotated[str | None, _reads("--vision", help="Vision tower that goes with --base.")]
+_Recipe = Annotated[str | None, _reads("--recipe", help="Recipe file or shipped name.")]
+_Stage = Annotated[str | None, _reads("--stage", help="Only stage to look at.")]
+_Template = Annotated[str | None, _reads("--template", help="chat, plain or a jinja file.")]
 _MaxLength = Annotated[
-    int | None,
-    typer.Option("--max-length", min=8, help="Where rows are cut.", rich_help_panel=_READS),
+    int | None, _reads("--max-length", min=8, help="Positions at which rows are cut.")
 ]
 _Images = Annotated[
     Path | None, typer.Option("--images", help="Folder that image paths start from.")
@@ -212,44 +185,42 @@ def check(
     tokenised with --run, or with --base and --vision.
     """
     from mmgraft.cli.console import print_json
+    from mmgraft.training.views import Asked, views
+
+    asked = Asked(target, run, base, vision, recipe, stage, images, template, max_length)
+    found = [(view, _checked(view, quick)) for view in views(asked)]
+    if json:
+        checks = [
+            {
+                "files": [entry.path for entry in view.entries],
+                "stages": list(view.stages),
+                **report.as_dict(),
+            }
+            for view, report in found
+        ]
+        print_json({"ok": not any(report.bad for _, report in found), "checks": checks})
+    else:
+        for view, report in found:
+            _show_report(view, report)
+    if count := len({row.key for _, report in found for row in report.bad}):
+        raise UsageError(
+            f"{count} row{' is' if count == 1 else 's are'} bad; mend or remove them, or write "
+            "on_bad_row: skip in the recipe to train without them"
+        )
+
+
+def _checked(view: View, quick: bool) -> Report:
     from mmgraft.data.bad_rows import BadRow
     from mmgraft.data.checking import Checker
     from mmgraft.data.formats.indexed import Joined
     from mmgraft.data.formats.sources import Checks, index_rows
     from mmgraft.training.stage_data import source_of
-    from mmgraft.training.views import Asked, views
 
-    asked = Asked(target, run, base, vision, recipe, stage, images, template, max_length)
-    found: list[tuple[View, Report]] = []
-    for view in views(asked):
-        bad: list[BadRow] = []
-        checks = Checks(images=False, on_bad=bad.append, one=False)
-        rows = Joined([index_rows(source_of(entry), checks) for entry in view.entries])
-        checker = Checker(view.processor, view.max_length, view.skip_text, quick, view.positions)
-        found.append((view, checker.check(rows, bad)))
-    count = len({row.key for _, report in found for row in report.bad})
-    if json:
-        print_json(
-            {
-                "ok": not count,
-                "checks": [
-                    {
-                        "files": [entry.path for entry in view.entries],
-                        "stages": list(view.stages),
-                        **report.as_dict(),
-                    }
-                    for view, report in found
-                ],
-            }
-        )
-    else:
-        for view, report in found:
-            _show_report(view, report)
-    if count:
-        raise UsageError(
-            f"{count} row{' is' if count == 1 else 's are'} bad; mend or remove them, or write "
-            "on_bad_row: skip in the recipe to train without them"
-        )
+    bad: list[BadRow] = []
+    checks = Checks(images=False, on_bad=bad.append, one=False)
+    rows = Joined([index_rows(source_of(entry), checks) for entry in view.entries])
+    checker = Checker(view.processor, view.max_length, view.skip_text, quick, view.positions)
+    return checker.check(rows, bad)
 
 
 @app.command("preview", epilog="Example: mmgraft data preview rows.jsonl --run qwen2-7b-iaa")

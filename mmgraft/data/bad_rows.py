@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,14 +48,8 @@ class BadRow:
         return self.file, self.place
 
     def as_dict(self) -> dict[str, Any]:
-        """As it is written."""
-        return {
-            "file": self.file,
-            "place": self.place,
-            "id": self.id,
-            "fault": self.fault,
-            "reason": self.reason,
-        }
+        """Give what is written of it."""
+        return asdict(self)
 
 
 def fault_of(error: UsageError, otherwise: str = "row") -> str:
@@ -95,8 +89,7 @@ class BadRowLog:
     def _read(self, text: str) -> None:
         try:
             line = json.loads(text)
-            names = ("file", "place", "id", "fault", "reason")
-            row = BadRow(**{name: line[name] for name in names})
+            row = BadRow(**{field.name: line[field.name] for field in fields(BadRow)})
             self._seen[(line["stage"], row.key)] = row
         except (ValueError, KeyError, TypeError):
             pass  # a line that a kill cut short; its row is met again

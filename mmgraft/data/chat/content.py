@@ -32,13 +32,8 @@ def image_of(part: Mapping[str, Any]) -> Any:
 
 
 def has_image(messages: Iterable[Message]) -> bool:
-    """Whether any message has an image part."""
-    return any(
-        is_image(part)
-        for message in messages
-        if isinstance(message.get("content"), list | tuple)
-        for part in message["content"]
-    )
+    """Tell whether any message has an image part."""
+    return any(True for _ in images_of_all(messages))
 
 
 def images_of_all(messages: Iterable[Message]) -> Iterator[Any]:

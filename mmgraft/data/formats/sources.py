@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mmgraft.data.bad_rows import HUB, BadRow, absolute, fault_of
 from mmgraft.data.formats.indexed import FactsBuilder, FileRows, Joined, RowIndex
 from mmgraft.data.formats.reader import Format, RowReader, id_of
 from mmgraft.data.formats.record_files import Found, RecordFile, json_file
-from mmgraft.data.formats.tables import hub_table, is_saved, parquet_table, saved_table
+from mmgraft.data.formats.tables import is_saved, open_table
 from mmgraft.data.formats.tar_files import TarFile
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
@@ -79,10 +80,9 @@ class Source:
         Raises:
             UsageError: nothing does.
         """
-        if file.startswith(HUB):
-            return hub_table(file, self.split, self.subset, self.revision)
-        if os.path.isdir(file):
-            return saved_table(file, self.split)
+        table = partial(open_table, file, self.split, self.subset, self.revision)
+        if file.startswith(HUB) or os.path.isdir(file):
+            return table()
         if self.split != "train":
             raise UsageError(
                 f"split: {self.split} is of a set of the Hub, or of one that datasets saved, and "
@@ -94,7 +94,7 @@ class Source:
             )
         ending = os.path.splitext(file)[1].lower()
         if ending == ".parquet":
-            return parquet_table(file)
+            return table()
         return TarFile(file) if ending == ".tar" else json_file(file)
 
     def folder(self, file: str) -> str | None:

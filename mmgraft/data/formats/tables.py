@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,18 +145,34 @@ def _parsed(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def parquet_table(file: str) -> TableFile:
-    """Open a parquet file by the copy of `datasets`, made once, of which any row can be read.
+def open_table(file: str, split: str, subset: str | None, revision: str | None) -> TableFile:
+    """Open what `datasets` reads, memory-mapped from its cache.
+
+    Args:
+        file: A parquet file, a folder that `save_to_disk` wrote, or `hub:OWNER/NAME`.
+        split: As `datasets` writes it: "train", "train[:1000]".
+        subset: Configuration of a set of the Hub that has several.
+        revision: Branch, tag or commit of a set of the Hub.
 
     Raises:
-        UsageError: No parquet, or `datasets` is not installed.
-        MMGraftError: There is no room for the copy.
+        UsageError: No table, no such set, split or subset, or `datasets` is not installed.
+        MMGraftError: It cannot be downloaded, or there is no room for it.
     """
-    datasets = _datasets(file)
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(f"{file} needs datasets to be read: pip install 'mmgraft[data]'") from None
+    if file.startswith(HUB):
+        name = file.removeprefix(HUB)
+        load = partial(datasets.load_dataset, name, subset, split=split, revision=revision)
+        return TableFile(file, _loaded(file, load))
+    if os.path.isdir(file):
+        found = _loaded(file, partial(datasets.load_from_disk, file))
+        return TableFile(file, _of_split(found, file, split))
     _refuse_bomb(file)
     name = glob.escape(os.path.abspath(file))
-    load = datasets.Dataset.from_parquet
-    return TableFile(file, _loaded(file, lambda: load(name, batch_size=_UNPACKED)))
+    load = partial(datasets.Dataset.from_parquet, name, batch_size=_UNPACKED)
+    return TableFile(file, _loaded(file, load))
 
 
 def _refuse_bomb(file: str) -> None:
@@ -177,39 +194,6 @@ def _refuse_bomb(file: str) -> None:
             )
 
 
-def saved_table(folder: str, split: str) -> TableFile:
-    """A folder that `save_to_disk` wrote.
-
-    Raises:
-        UsageError: it is damaged, has no such split, or `datasets` is not installed.
-    """
-    datasets = _datasets(folder)
-    found = _loaded(folder, lambda: datasets.load_from_disk(folder))
-    return TableFile(folder, _of_split(found, folder, split))
-
-
-def hub_table(name: str, split: str, subset: str | None, revision: str | None) -> TableFile:
-    """A data set of the Hub, downloaded whole into the cache of `datasets`.
-
-    Args:
-        name: `hub:OWNER/NAME`.
-        split: as `datasets` writes it: "train", "train[:1000]".
-        subset: the configuration, of a set that has several.
-        revision: a branch, tag or commit.
-
-    Raises:
-        UsageError: no such set, split or subset, or `datasets` is not installed.
-        MMGraftError: it cannot be downloaded.
-    """
-    datasets = _datasets(name)
-    where = name.removeprefix(HUB)
-
-    def load() -> Any:
-        return datasets.load_dataset(where, subset, split=split, revision=revision)
-
-    return TableFile(name, _loaded(name, load))
-
-
 def is_saved(folder: Path) -> bool:
     """Whether a folder is what `save_to_disk` writes."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
@@ -226,16 +210,6 @@ def _of_split(found: Any, where: str, split: str) -> Any:
     if split not in found:
         raise UsageError(f"{where}: no split {split!r} but {', '.join(found)}; set split to one")
     return found[split]
-
-
-def _datasets(where: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            f"{where} needs datasets to be read: pip install 'mmgraft[data]'"
-        ) from None
-    return datasets
 
 
 def _loaded(where: str, load: Callable[[], Any]) -> Any:
