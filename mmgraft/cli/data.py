@@ -58,7 +58,7 @@ def prepare(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write into; ./NAME when not given.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the samples that are drawn.")] = 0,
     source: Annotated[
         Path | None,
         typer.Option("--source", help="Folder of Tux Paint's stamps.", rich_help_panel=_STAMPS),
@@ -343,7 +343,7 @@ def _show_preview(view: View, one: Preview, first: bool) -> None:
     out.print(
         f"{one.count():,} positions{cut}: {one.count('image'):,} of images, "
         f"{one.count('learned'):,} learned"
-        + ("; left out, for it has no image (text_rows: skip)" if left_out else "")
+        + ("; left out, because it has no image (text_rows: skip)" if left_out else "")
     )
     text = Text()
     for piece in one.pieces:

@@ -14,12 +14,12 @@ class Row:
     """One conversation.
 
     Attributes:
-        id: the source's own, else its position.
-        messages: `{"role", "content"}`, content a text or a list of text and image parts; an image
-            is `{"type": "image", "image": path or data URI}`, its path resolved.
-        file: where the row was read.
-        place: where in the file: "line 12" or "row 12", counted from 1.
-        tools: for the chat template.
+        id: The source's own, else its position.
+        messages: ``{"role", "content"}``, content a text or a list of text and image parts; an
+            image is ``{"type": "image", "image": path or data URI}``, its path resolved.
+        file: Where the row was read.
+        place: Where in the file: "line 12" or "row 12", counted from 1.
+        tools: For the chat template.
     """
 
     id: str

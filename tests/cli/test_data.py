@@ -182,7 +182,7 @@ def test_preview_marks_what_is_trained_and_folds_the_picture(cli, parts, run, ro
     assert "\u20394 image positions\u203a" in ran.out
     assert f"{shown['positions']} positions: 4 of images, {shown['learned']} learned" in ran.out
     text = cli(*given, "--row", 4)
-    assert "left out, for it has no image" in text.out
+    assert "left out, because it has no image" in text.out
 
 
 def test_preview_counts_over_all_entries_of_a_stage(cli, parts, run) -> None:

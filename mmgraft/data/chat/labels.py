@@ -9,8 +9,8 @@ assistant writes with ``{% generation %}``, its marks are used. Where it does no
   differently once more turns follow (Qwen3 drops the reasoning of all but the last) are fine as
   long as that holds; where it does not, an error names row and turn.
 - An answer ends with its content and what the template writes after it, up to the end-of-turn token
-  (`closing.py`). The newline that some templates put after that is not supervised, because no model
-  has to write it.
+  (``closing.py``). The newline that some templates put after that is not supervised, because no
+  model has to write it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Span = tuple[int, int]
 
 
 def supervise_row(processor: GraftProcessor, row: Row) -> Encoded:
-    """Tokenise a row, with the spans to supervise; see `supervise`."""
+    """Tokenise a row, with the spans to supervise; see ``supervise``."""
     return supervise(processor, row.messages, row.tools, row.where)
 
 

@@ -25,7 +25,7 @@ class Template:
     Attributes:
         kind: "chat" is the tokenizer's own, "plain" is the contents one after another, "file" is
             the jinja text of a file.
-        text: the jinja text of kind "file", else None.
+        text: The jinja text of kind "file", else None.
     """
 
     kind: Literal["chat", "plain", "file"] = "chat"
@@ -37,7 +37,7 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
 
     Args:
         spec: "chat" (also None), "plain", or the path of a jinja file.
-        tokenizer: the base's.
+        tokenizer: The base's.
 
     Raises:
         UsageError: "chat" for a tokenizer that has no template, a file that is missing or is not
@@ -82,17 +82,17 @@ def render(
     """Write a conversation as one text.
 
     Args:
-        template: how to write it.
-        tokenizer: the base's, or a copy of it.
-        messages: with string contents, unless the template reads parts.
-        tools: for the chat template.
-        add_generation_prompt: end with the header of an answer; plain text has none.
-        options: variables of the chat template, such as `enable_thinking`.
-        sentinel: the text that stands for an image in `messages`; plain text needs it.
-        where: names the row in an error.
+        template: How to write it.
+        tokenizer: The base's, or a copy of it.
+        messages: With string contents, unless the template reads parts.
+        tools: For the chat template.
+        add_generation_prompt: End with the header of an answer; plain text has none.
+        options: Variables of the chat template, such as ``enable_thinking``.
+        sentinel: The text that stands for an image in ``messages``; plain text needs it.
+        where: Names the row in an error.
 
     Raises:
-        UsageError: where the template refuses the conversation.
+        UsageError: Where the template refuses the conversation.
     """
     if template.kind == "plain":
         eos = tokenizer.eos_token
@@ -108,7 +108,7 @@ def apply(
     where: str,
     **settings: Any,
 ) -> Any:
-    """Call `apply_chat_template` with a chat template.
+    """Call ``apply_chat_template`` with a chat template.
 
     Raises:
         UsageError: The template refuses the conversation.
@@ -138,19 +138,19 @@ def _apply(
 def source_of(
     template: Template, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None = None
 ) -> str:
-    """The jinja text that is used for a conversation with these tools; empty for plain text."""
+    """Return the jinja text that is used with these tools; empty for plain text."""
     if template.kind == "plain":
         return ""
     return tokenizer.get_chat_template(template.text, list(tools) if tools else None)
 
 
 def marks_answers(source: str) -> bool:
-    """Whether a template marks what the assistant writes with `{% generation %}`."""
+    """Tell whether a template marks what the assistant writes with ``{% generation %}``."""
     return _MARK.search(source) is not None
 
 
 def reads_parts(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template writes a list of text parts as it writes the same text."""
+    """Tell whether a chat template writes a list of text parts as it writes the same text."""
     if template.kind == "plain":
         return False
     texts: list[str] = []
@@ -170,7 +170,7 @@ def _plain(
     sentinel: str | None,
     where: str,
 ) -> str:
-    """The contents one after another; an answer ends with the end-of-sequence token.
+    """Return the contents one after another; an answer ends with the end-of-sequence token.
 
     Two texts that would run into each other are kept apart: an answer by a space, any other turn by
     a newline. Nothing comes between an image and a caption.

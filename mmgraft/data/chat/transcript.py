@@ -16,7 +16,7 @@ from mmgraft.data.chat.template import Template, render, source_of
 from mmgraft.errors import UsageError
 
 STOCK_SENTINEL = "<image>"
-"""What transformers' `LlavaProcessor` calls it; the first choice, so that prompts look familiar."""
+"""Name of transformers' ``LlavaProcessor``; the first choice, so that prompts look familiar."""
 
 _TRIES = 8
 
@@ -32,8 +32,8 @@ def _sentinels() -> Iterator[str]:
 class SentinelTokenizers:
     """Copies of a tokenizer, each with one more token that stands for an image.
 
-    The tokenizer itself is never touched: adding `<image>` to it would turn the ordinary words "an
-    <image> tag" into an id past the vocabulary.
+    The tokenizer itself is never touched: adding ``<image>`` to it would turn the ordinary words
+    "an <image> tag" into an id past the vocabulary.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -42,7 +42,7 @@ class SentinelTokenizers:
         self._copies: dict[str, tuple[PreTrainedTokenizerBase, int]] = {}
 
     def get(self, sentinel: str) -> tuple[PreTrainedTokenizerBase, int] | None:
-        """A copy that knows the sentinel, and its id; None where the base has such a token."""
+        """Return a copy that knows the sentinel, and its id; None if the base has such a token."""
         if sentinel not in self._copies:
             if self.tokenizer.convert_tokens_to_ids(sentinel) not in (
                 None,
@@ -82,14 +82,14 @@ class Transcript:
     """A conversation, flattened, with all that is needed to write and tokenise pieces of it.
 
     Attributes:
-        messages: contents are texts, images are sentinels.
-        images: what the image parts held, in order.
-        copies: the base's tokenizer, and copies of it.
-        tokenizer: the base's where there is no image, else a copy that knows the sentinel.
-        sentinel: stands for an image; None where there is none.
-        sentinel_id: its id, which no text has.
-        where: names the row in errors.
-        prompting: end with the header of an answer.
+        messages: Contents are texts, images are sentinels.
+        images: What the image parts held, in order.
+        copies: The base's tokenizer, and copies of it.
+        tokenizer: The base's where there is no image, else a copy that knows the sentinel.
+        sentinel: Stands for an image; None where there is none.
+        sentinel_id: Its id, which no text has.
+        where: Names the row in errors.
+        prompting: End with the header of an answer.
     """
 
     messages: list[dict[str, Any]]
@@ -105,7 +105,7 @@ class Transcript:
     prompting: bool = False
 
     def again(self) -> Transcript:
-        """The same conversation, to be written anew."""
+        """Return the same conversation, to be written anew."""
         return replace(self)
 
     @cached_property
@@ -116,7 +116,7 @@ class Transcript:
     def render(
         self, messages: Sequence[Message] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The text of the conversation, or of other messages by the same rules."""
+        """Return the text of the conversation, or of other messages by the same rules."""
         return render(
             self.template,
             self.tokenizer,
@@ -129,7 +129,7 @@ class Transcript:
         )
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a rendered text, an image one id.
+        """Return token ids of a rendered text, an image one id.
 
         A chat template writes its own special tokens. Plain text gets those that the tokenizer puts
         before a text (a beginning-of-sequence token), not those it may put after it.
@@ -224,7 +224,7 @@ def write_transcript(
     """Flatten a conversation around a sentinel that occurs nowhere in it.
 
     Raises:
-        UsageError: where the template drops or repeats an image, refuses the conversation, or a
+        UsageError: Where the template drops or repeats an image, refuses the conversation, or a
             content part is neither text nor image.
     """
     flat, images = flatten(messages, STOCK_SENTINEL, where)

@@ -37,14 +37,14 @@ class Source:
     """Rows that belong together: a file, or the shards of one set.
 
     Attributes:
-        path: a file, a folder of shards, a pattern (`shards/*.tar`, `{000..127}.tar`), a folder
-            that `datasets` saved, or `hub:OWNER/NAME`.
-        images: the folder that image paths start from; None: each file's own.
+        path: A file, a folder of shards, a pattern (``shards/*.tar``, ``{000..127}.tar``), a folder
+            that ``datasets`` saved, or ``hub:OWNER/NAME``.
+        images: The folder that image paths start from; None: each file's own.
         format: "auto" tells LLaVA's rows from messages by their keys.
-        limit: the first rows only.
-        split: of a set of `datasets`.
-        subset: of a set of the Hub.
-        revision: of a set of the Hub.
+        limit: The first rows only.
+        split: Of a set of ``datasets``.
+        subset: Of a set of the Hub.
+        revision: Of a set of the Hub.
     """
 
     path: str
@@ -56,10 +56,10 @@ class Source:
     revision: str | None = None
 
     def files(self) -> list[str]:
-        """The files, in the order in which their rows are counted.
+        """Return the files, in the order in which their rows are counted.
 
         Raises:
-            UsageError: none is there.
+            UsageError: None is there.
         """
         path = self.path
         if path.startswith(HUB) or os.path.isfile(path):
@@ -75,10 +75,10 @@ class Source:
         return found
 
     def open(self, file: str) -> RecordFile:
-        """What reads one of the files.
+        """Open one of the files.
 
         Raises:
-            UsageError: nothing does.
+            UsageError: Nothing does.
         """
         table = partial(open_table, file, self.split, self.subset, self.revision)
         if file.startswith(HUB) or os.path.isdir(file):
@@ -98,10 +98,10 @@ class Source:
         return TarFile(file) if ending == ".tar" else json_file(file)
 
     def folder(self, file: str) -> str | None:
-        """The folder that image paths of a file start from, as a whole path.
+        """Return the folder that image paths of a file start from, as a whole path.
 
         Raises:
-            UsageError: it is not there.
+            UsageError: It is not there.
         """
         if self.images is None and file.startswith(HUB):
             return None
@@ -115,14 +115,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Checks:
-    """What is asked of a row before it counts.
+    """What a row must be before it counts.
 
     Attributes:
-        images: refuse a row whose image file is missing now, not when it is used.
-        on_bad: told of each row that cannot be used, which is left out; None raises instead.
-        leave_out: keys (see `BadRow.key`) of rows that are not looked at.
-        accept: raises UsageError for a row that shall count as bad.
-        one: refuse a source that has not one row to use.
+        images: Refuse a row whose image file is missing now, not when it is used.
+        on_bad: Called with each row that cannot be used, which is left out; None raises instead.
+        leave_out: Keys (see ``BadRow.key``) of rows that are not looked at.
+        accept: Raises UsageError for a row that shall count as bad.
+        one: Refuse a source that has not one row to use.
     """
 
     images: bool = True
@@ -139,26 +139,26 @@ def read_rows(
     limit: int | None = None,
     check_images: bool = True,
 ) -> list[Row]:
-    """Read all rows of a file into memory; `index_rows` leaves them where they are.
+    """Read all rows of a file into memory; ``index_rows`` leaves them where they are.
 
     A file of JSON is a list or one object a line. A row is one of
 
-    - LLaVA's: `{"id", "image": path or list, "conversations": [{"from": "human", "value": ...}]}`,
-      where every `<image>` in a value is one of the images, in order;
-    - messages: `{"messages": [{"role", "content"}]}`, content a text or a list of
-      `{"type": "text", "text"}`, `{"type": "image", "image": path}` and
-      `{"type": "image_url", "image_url": {"url": path or data URI}}`; `{"type": "image"}` alone
-      takes the next of a list `"images"` beside the messages.
+    - LLaVA's: ``{"id", "image": path or list, "conversations": [{"from": "human", "value"}]}``,
+      where every ``<image>`` in a value is one of the images, in order;
+    - messages: ``{"messages": [{"role", "content"}]}``, content a text or a list of
+      ``{"type": "text", "text"}``, ``{"type": "image", "image": path}`` and
+      ``{"type": "image_url", "image_url": {"url": path or data URI}}``; ``{"type": "image"}`` alone
+      takes the next of a list ``"images"`` beside the messages.
 
     Args:
-        path: the file; for what else it may be, see `Source`.
-        images: the folder that image paths start from, and must not leave; by default the file's.
+        path: The file; for what else it may be, see ``Source``.
+        images: The folder that image paths start from, and must not leave; by default the file's.
         format: "auto" tells the two kinds of rows apart by their keys.
-        limit: read this many rows, from the first.
-        check_images: see `Checks`.
+        limit: Read this many rows, from the first.
+        check_images: See ``Checks``.
 
     Raises:
-        UsageError: naming file, row and what is wrong.
+        UsageError: Naming file, row and what is wrong.
     """
     source = Source(str(path), None if images is None else str(images), format, limit)
     return list(index_rows(source, Checks(check_images)))
@@ -168,11 +168,11 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
     """Read and check all rows once, and keep where they lie.
 
     Args:
-        source: the files.
-        checks: what is asked of a row.
+        source: The files.
+        checks: What a row must be.
 
     Raises:
-        UsageError: naming file, row and what is wrong.
+        UsageError: Naming file, row and what is wrong.
     """
     checks = checks or Checks()
     parts: list[FileRows] = []
@@ -202,12 +202,12 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
 
 
 def row_at(sources: Sequence[Source], number: int) -> Row:
-    """One row, counted from 1 over all files of all sources; the others are not looked at.
+    """Read one row, counted from 1 over all files of all sources; the others are not looked at.
 
     Of a source with a limit, its first rows are counted.
 
     Raises:
-        UsageError: as `read_rows`, for this row; or there are fewer.
+        UsageError: As ``read_rows``, for this row; or there are fewer.
     """
     count = 0
     for source in sources:
@@ -223,25 +223,21 @@ def row_at(sources: Sequence[Source], number: int) -> Row:
     )
 
 
-def records(path: Path, on_bad: OnBad | None = None) -> Iterator[tuple[str, Any]]:
-    """Every record of a file and its place, from a JSON list or from lines of JSON.
+def records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every record of a file and its place, from a JSON list or from lines of JSON.
 
     Raises:
-        UsageError: for what is not JSON; of lines `on_bad` is told instead, where it is given.
+        UsageError: Something in it is not JSON.
     """
     file = json_file(str(path))
     for found in file.scan():
-        place = f"{file.unit} {found.number}"
         if isinstance(found.record, UsageError):
-            if on_bad is None:
-                raise found.record
-            on_bad(BadRow(absolute(file.file), place, None, "row", str(found.record)))
-            continue
-        yield place, found.record.data
+            raise found.record
+        yield f"{file.unit} {found.number}", found.record.data
 
 
 def _opened(source: Source) -> Iterator[tuple[RecordFile, str | None]]:
-    """Every file, and the folder that its image paths start from."""
+    """Yield every file, and the folder that its image paths start from."""
     for file in source.files():
         folder = source.folder(file)
         yield source.open(file), folder
@@ -250,7 +246,7 @@ def _opened(source: Source) -> Iterator[tuple[RecordFile, str | None]]:
 def _good(
     file: RecordFile, folder: str | None, source: Source, checks: Checks
 ) -> Iterator[tuple[Found, Row]]:
-    """The rows that can be used."""
+    """Yield the rows that can be used."""
     whole = absolute(file.file)
     for found in file.scan():
         place = f"{file.unit} {found.number}"
@@ -275,7 +271,7 @@ def _row(
 ) -> Row:
     if isinstance(found.record, UsageError):
         raise found.record
-    reader = RowReader(file.file, folder, source.format, check_images, found.record.pictures)
+    reader = RowReader(file.file, folder, source.format, check_images, found.record.images)
     return reader.row(f"{file.unit} {found.number}", found.record.data)
 
 
@@ -298,7 +294,7 @@ def _refuse_none(source: Source, checks: Checks) -> None:
 
 
 def is_there(path: str) -> bool:
-    """Whether a name stands for rows: one of the Hub's, a file, shards in a folder, a pattern."""
+    """Tell whether a name stands for rows: of the Hub, a file, shards in a folder, a pattern."""
     if path.startswith(HUB) or os.path.isfile(path):
         return True
     if os.path.isdir(path):
@@ -335,10 +331,10 @@ def _in_folder(folder: str) -> list[str]:
 
 
 def _matching(pattern: str) -> list[str]:
-    """Files of a pattern, in order of their names; of a range, in order of its numbers.
+    """Return files of a pattern, in order of their names; of a range, in order of its numbers.
 
     Raises:
-        UsageError: a number of a range is missing, though others are there.
+        UsageError: A number of a range is missing, though others are there.
     """
     found: list[str] = []
     missing: list[str] = []
@@ -355,7 +351,7 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _ranges(pattern: str) -> Sequence[str]:
-    """`{000..127}` written out."""
+    """Return ``{000..127}`` written out."""
     found = _RANGE.search(pattern)
     if found is None:
         return [pattern]

@@ -1,4 +1,4 @@
-"""Tables of rows: parquet shards, and data sets that the `datasets` package keeps as Arrow files.
+"""Tables of rows: parquet shards, and data sets that the ``datasets`` package keeps as Arrow files.
 
 A table lies memory-mapped on disk, so that any row is read without the others.
 """
@@ -9,6 +9,7 @@ import glob
 import itertools
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,9 @@ from mmgraft.vision.stored import StoredImage
 
 _SLICE = 256
 """Rows that are looked at together."""
-_UNPACKED = 64
+_MAPPED_ANEW = 64
+"""Reads after which files are mapped anew."""
+_UNPACKED = 256
 """Rows of a parquet file that are unpacked at a time."""
 _BOMB, _BOMB_RATIO = 1 << 30, 1000
 """Bytes of a column of a group, and for each byte of it in the file: above both it is no data."""
@@ -33,7 +36,7 @@ class TableFile:
 
     Args:
         file: Names it in errors.
-        table: A `datasets.Dataset`.
+        table: A ``datasets.Dataset``.
     """
 
     unit = "row"
@@ -41,20 +44,29 @@ class TableFile:
     def __init__(self, file: str, table: Any) -> None:
         self.file = file
         self.table = table.with_format("arrow")
+        self._reads = 0
 
     def scan(self) -> Iterator[Found]:
-        """All rows."""
+        """Yield all rows."""
         for start in range(0, len(self.table), _SLICE):
             stop = min(start + _SLICE, len(self.table))
             for position, record in enumerate(self._between(start, stop), start=start):
                 yield Found(position, position + 1, record)
+            self._count_read()
 
     def read(self, position: int, number: int) -> Record:
-        """One row."""
+        """Read one row."""
         (found,) = self._between(position, position + 1)
+        self._count_read()
         if isinstance(found, UsageError):
             raise found
         return found
+
+    def _count_read(self) -> None:
+        """Map the files anew from time to time, or all that was read stays resident memory."""
+        self._reads += 1
+        if self._reads % _MAPPED_ANEW == 0:
+            self.table = pickle.loads(pickle.dumps(self.table))
 
     def _between(self, start: int, stop: int) -> Iterator[Record | UsageError]:
         for rows in self.table[start:stop].to_batches():
@@ -99,12 +111,12 @@ class TableFile:
 
 
 def _values(column: Any) -> list[Any]:
-    """Cells of a column as Python values; only where there are bytes, as Arrow's own."""
+    """Return cells of a column as Python values; only where there are bytes, as Arrow's own."""
     return list(column) if "binary" in str(column.type) else column.to_pylist()
 
 
 def _plain(value: Any, name: Callable[[], str]) -> Any:
-    """A cell as JSON would have it: keys without a value are left out, bytes are pictures.
+    """Return a cell as JSON would have it: keys without a value are left out, bytes are images.
 
     Every row of a table has all keys, so that nothing is said by one that is empty; the content of
     a message alone is kept.
@@ -134,7 +146,7 @@ def _plain(value: Any, name: Callable[[], str]) -> Any:
 
 
 def _parsed(data: dict[str, Any]) -> dict[str, Any]:
-    """The record with turns that are written as JSON text read."""
+    """Return the record with turns that are written as JSON text read."""
     for key in _TURNS:
         value = data.get(key)
         if isinstance(value, str):
@@ -146,16 +158,16 @@ def _parsed(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_table(file: str, split: str, subset: str | None, revision: str | None) -> TableFile:
-    """Open what `datasets` reads, memory-mapped from its cache.
+    """Open what ``datasets`` reads, memory-mapped from its cache.
 
     Args:
-        file: A parquet file, a folder that `save_to_disk` wrote, or `hub:OWNER/NAME`.
-        split: As `datasets` writes it: "train", "train[:1000]".
+        file: A parquet file, a folder that ``save_to_disk`` wrote, or ``hub:OWNER/NAME``.
+        split: As ``datasets`` writes it: "train", "train[:1000]".
         subset: Configuration of a set of the Hub that has several.
         revision: Branch, tag or commit of a set of the Hub.
 
     Raises:
-        UsageError: No table, no such set, split or subset, or `datasets` is not installed.
+        UsageError: No table, no such set, split or subset, or ``datasets`` is not installed.
         MMGraftError: It cannot be downloaded, or there is no room for it.
     """
     try:
@@ -195,12 +207,12 @@ def _refuse_bomb(file: str) -> None:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder is what `save_to_disk` writes."""
+    """Tell whether a folder is what ``save_to_disk`` writes."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _of_split(found: Any, where: str, split: str) -> Any:
-    if not hasattr(found, "keys"):  # one table; "train" is what is asked where nothing is set
+    if not hasattr(found, "keys"):  # one table; "train" is the split where nothing is set
         if split not in ("train", str(found.split)):
             raise UsageError(
                 f"{where} is one set and has no split {split!r}; leave split out (limit takes its "
