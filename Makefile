@@ -1,6 +1,6 @@
 # make demo    the whole job on a small real model, on a CPU
 # make test    the whole test suite
-# make lint    style, types, import contracts
+# make lint    style, types, import contracts, lines of code
 #
 # Each creates .venv the first time. PYTHON chooses the interpreter, JOBS the number of test processes.
 
@@ -27,6 +27,7 @@ lint: env
 	$(RUN)/ruff format --check .
 	$(RUN)/pyright --pythonpath $(RUN)/python
 	$(RUN)/lint-imports
+	$(RUN)/python tests/support/lines_of_code.py
 
 env: $(VENV)/.installed
 
