@@ -50,7 +50,7 @@ def read_prefix(
 ) -> Prefix | None:
     """Read the prefix that rows share, and then each different first image once.
 
-    What comes after it may be padded in between: positions and masks count what is not padding.
+    None where too little is shared, or where a cache would not give what a full pass gives.
 
     Args:
         model: In eval mode.
@@ -59,15 +59,11 @@ def read_prefix(
         workflow: Of all rows.
         image_inputs: Images to inputs of the forward.
         max_new_tokens: Positions that an answer may add.
-
-    Returns:
-        None where too little is shared, or where a cache would not give what a full pass gives.
     """
     plan = _plan(rows, patches)
     if plan is None or not _exact(model, workflow, max(map(len, rows)) + max_new_tokens):
         return None
-    cache = DynamicCache(config=model.base.config)
-    device = model.device
+    cache, device = DynamicCache(config=model.base.config), model.device
 
     def read(ids: list[list[int]], kind: int, past: int, **images: Tensor) -> None:
         new = torch.tensor(ids, device=device)
