@@ -77,15 +77,19 @@ def _laws(given: Any) -> None:
     if given.out is None and not local:
         raise UsageError(f"{given.run} is on the Hub, where nothing is written; give --out FOLDER")
     GraftFile.read(folder)
-    name, file, samples = _samples(
-        folder, given.rows, given.images, given.set_name, given.limit, given.seed
-    )
+    name, file, samples = _samples(folder, given)
     target = given.out or folder / "results"
     if given.dry_run:
         note(f"would measure {len(samples)} rows of {file} and write {target / JSON_NAME}")
         return
+    _measure(given, folder, target, name, file, samples)
 
+
+def _measure(
+    given: Any, folder: Path, target: Path, name: str, file: Path, samples: Sequence[Any]
+) -> None:
     from mmgraft.atomic import atomic_bytes, atomic_json
+    from mmgraft.cli.console import note
     from mmgraft.cli.loading import load_answerer
     from mmgraft.evaluation.attention.laws import evaluate_laws
     from mmgraft.evaluation.report.plots import laws_plot
@@ -112,7 +116,7 @@ def _laws(given: Any) -> None:
         announce=note,
         progress=lambda done, total: note(f"{done} of {total} rows"),
     )
-    plot = laws_plot({folder.resolve().name if local else given.run: results})
+    plot = laws_plot({folder.resolve().name if Path(given.run).is_dir() else given.run: results})
     target.mkdir(parents=True, exist_ok=True)
     for path in put_aside(folder, results) if given.out is None else ():
         note(f"results of the graft as it was before are {path.name} now")
@@ -142,23 +146,17 @@ def _show(results: Results, target: Path, json: bool) -> None:
     note(f"wrote {target / JSON_NAME} and {PNG_NAME}")
 
 
-def _samples(
-    folder: Path,
-    rows: Path | None,
-    images: Path | None,
-    set_name: str | None,
-    limit: int,
-    seed: int,
-) -> tuple[str, Path, Sequence[Any]]:
+def _samples(folder: Path, given: Any) -> tuple[str, Path, Sequence[Any]]:
     """Return name, file and samples: those of a file, or of a set of the recipe."""
     from mmgraft.errors import UsageError
     from mmgraft.evaluation.attention.laws import read_samples
 
+    rows, images, limit, seed = given.rows, given.images, given.limit, given.seed
     if rows is not None:
         return rows.stem, rows, read_samples(rows, images, limit, seed)
     from mmgraft.evaluation.items.files import data_file, read_items
 
-    spec = _set(folder, set_name)
+    spec = _set(folder, given.set_name)
     if images is not None:
         spec = spec.model_copy(update={"images": str(images)})
     if spec.limit is None or limit < spec.limit:

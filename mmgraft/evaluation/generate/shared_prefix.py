@@ -48,14 +48,12 @@ def read_prefix(
     image_inputs: Callable[[list[Any]], dict[str, Tensor]],
     max_new_tokens: int = 0,
 ) -> Prefix | None:
-    """Read the prefix that rows share, and then each different first image once.
-
-    None where too little is shared, or where a cache would not give what a full pass gives.
+    """Read the prefix that rows share, where a cache is exact, and each first image once.
 
     Args:
         model: In eval mode.
         rows: A batch.
-        patches: Positions of one image.
+        patches: Positions of an image.
         workflow: Of all rows.
         image_inputs: Images to inputs of the forward.
         max_new_tokens: Positions that an answer may add.
