@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mmgraft.anatomy.blocked import blocked_layer, explicit_router_reason, in_registry
+from mmgraft.anatomy.blocked import blocked_layer, explicit_weights_reason, in_registry
 from mmgraft.anatomy.branch import Branch, BranchUnknown, examine_branch, is_norm
 from mmgraft.anatomy.description import Anatomy
 from mmgraft.anatomy.logits import LogitsUnknown, examine_logits
@@ -105,7 +105,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
         residual_scale=branch.scale,
         branch_norm=branch.norm,
         attention_in_registry=in_registry(attention),
-        explicit_router=explicit_router_reason(model, attention),
+        explicit_weights=explicit_weights_reason(model, attention),
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         blocked=blocked,

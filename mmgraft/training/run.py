@@ -343,10 +343,8 @@ def _refuse_second_training(run: Path, progress: dict[str, Any] | None) -> None:
 
 
 def _check_graft(record: GraftFile, recipe: Recipe) -> None:
-    if record.config.get("variant") == "official":
-        raise UsageError(
-            "the official Wings variant leaks later text into earlier positions, so training it "
-            "teaches nothing; graft with --variant paper"
-        )
+    why = record.promises.training
+    if why:
+        raise UsageError(f"{record.method} is not trained: {why}")
     if record.base_trained and recipe.quantization is not None:
         raise MMGraftError("a base of its own in 4-bit is not trained; leave quantization out")

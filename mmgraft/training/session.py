@@ -27,10 +27,11 @@ from mmgraft.data.formats.indexed import Joined, key_at, select
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.model.files.graft_file import CONFIG_NAME
-from mmgraft.model.files.load import base_files, load_model
+from mmgraft.model.files.load import base_files
 from mmgraft.model.files.processor import load_processor
 from mmgraft.model.files.save import save_graft
 from mmgraft.model.kernels.compiling import check_compiled, compiled_layers
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Stage
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
@@ -47,7 +48,6 @@ from mmgraft.vision.feature_cache import FeatureCache, tower_features
 from mmgraft.vision.towers.base import VisionTower
 
 if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
     from mmgraft.training.run import Plan
 
 WORKFLOWS = "workflows"
@@ -338,7 +338,7 @@ class Session:
         if plan.in_pieces and not plan.recipe.quantization:
             device_map = None  # main memory; a card never holds more than its pieces and a layer
         self.announce(f"loading {folder} on {plan.device}")
-        model = load_model(
+        model = GraftedModel.from_pretrained(
             folder,
             dtype=torch.float32 if full else torch.bfloat16,
             device_map=device_map,

@@ -133,8 +133,8 @@ def evaluate_laws(
         The section ``laws``: one set whose scores are the mean shifts of every series
         (``shift_SERIES``), ``change`` the paired differences to the base with the projector, and
         in ``details[name]`` the curves: for every series its layers and each side's share of a
-        query's attention, averaged over queries and samples. For Wings ``learners_change`` there
-        is the paired difference that adding the learners to the main branch makes.
+        query's attention, averaged over queries and samples. ``learners_change`` there
+        is the paired difference that a graft's own attention makes to the base's.
 
     Raises:
         UsageError: No sample is left, an image that cannot be read, or an attention whose weights

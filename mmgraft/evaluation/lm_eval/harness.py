@@ -237,11 +237,13 @@ def _workflow_of(answerer: Answerer, name: str, loaded: Any, workflow: str | Non
     if len({bool(getattr(task, "MULTIMODAL", False)) for task in leaves}) > 1:
         raise UsageError(f"{name} has tasks with images and tasks without; name them one by one")
     if not _has_images(loaded):
-        if workflow not in (None, TEXT_WORKFLOW) and not _pads(answerer, workflow):
-            raise UsageError(
-                f"task {name} is text, and workflow {workflow!r} takes an image with every row; "
-                f"ask it in {TEXT_WORKFLOW}"
-            )
+        if workflow not in (None, TEXT_WORKFLOW):
+            why = answerer.model.workflow(workflow).graft.promises.no_image
+            if why:
+                raise UsageError(
+                    f"task {name} is text, which workflow {workflow!r} cannot answer ({why}); "
+                    f"evaluate it with {TEXT_WORKFLOW}"
+                )
         return workflow or TEXT_WORKFLOW
     if workflow == TEXT_WORKFLOW:
         raise UsageError(f"task {name} has images, and the text workflow sees none; leave it out")
@@ -254,16 +256,12 @@ def _workflow_of(answerer: Answerer, name: str, loaded: Any, workflow: str | Non
     return workflow or answerer.model.default_workflow
 
 
-def _pads(answerer: Answerer, workflow: str) -> bool:
-    """Whether rows may be padded, or have no image; the official variant of Wings takes neither."""
-    return answerer.model.workflow(workflow).graft.cacheable
-
-
 def _model(answerer: Answerer, workflow: str, batch_size: int, images: bool, chat: bool) -> Any:
     from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM
 
     if images:
-        return ImageLM(answerer, workflow, batch_size if _pads(answerer, workflow) else 1, chat)
+        pads = not answerer.model.workflow(workflow).graft.promises.padding
+        return ImageLM(answerer, workflow, batch_size if pads else 1, chat)
     return TextLM(answerer, workflow, batch_size)
 
 

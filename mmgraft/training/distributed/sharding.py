@@ -3,8 +3,8 @@
 A decoder layer and what grafts run at it are one group: its parameters are gathered before the
 layer runs and given up after it, forwards and backwards. That is where the patched forward of a
 layer stands (``running.py``), so the grafts' parts are whole whenever they are called, however they
-are called: torch's hooks are on the layer, and Wings' learners have no call of their own to hang
-them on. Everything else (embeddings, last norm, head, projector) is the model's own group. The
+are called: torch's hooks are on the layer, and a part of a graft may have no call of its own to
+hang them on. Everything else (embeddings, last norm, head, projector) is the model's own group. The
 frozen vision tower stays whole: it also works between steps, for one process alone.
 
 accelerate's FSDP plugin knows none of this, and on a CPU it trains with DDP without a word.

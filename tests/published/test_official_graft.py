@@ -8,9 +8,10 @@ import torch
 from grafting import batch, distance, graft_on, logits_of, own, perturb, plain, rows, text_of
 from mmgraft import GraftedModel, WingsConfig
 from mmgraft.errors import UsageError
-from mmgraft.grafts.wings.official_graft import OfficialWingsGraft
+from mmgraft.published.wings.config import OfficialWingsConfig
+from mmgraft.published.wings.graft import OfficialWingsGraft
 
-OFFICIAL = WingsConfig(variant="official", rank=4, system_prompt_length=2, image_token_length=4)
+OFFICIAL = OfficialWingsConfig(rank=4, system_prompt_length=2, image_token_length=4)
 PAPER = WingsConfig(rank=4)
 
 
@@ -53,7 +54,7 @@ def test_what_it_cannot_do_is_refused() -> None:
         logits_of(official, batch(rows("tttttiiiittttt", "tttttttttt")))
     with pytest.raises(UsageError, match="one image a row"):
         logits_of(official, batch(rows("tiiiittiiiit")))
-    with pytest.raises(UsageError, match="--variant paper"):
+    with pytest.raises(UsageError, match="--method wings"):
         official.set_trainable(["graft"])
 
 
