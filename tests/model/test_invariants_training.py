@@ -119,5 +119,6 @@ def test_the_same_training_finds_a_leak_in_every_place(arch: str) -> None:
     leaky = Leaky(CONFIGS["llava"], model.anatomy)
     model.workflow().graft = leaky.to(model.dtype)
     leaky.method = "leaky"
+    leaky.promises = Promises()
     losses = trained_on_noise(model, list(PLACES))
     assert all(loss < CHANCE - 0.5 for loss in losses.values()), losses
