@@ -12,6 +12,7 @@ def methods(json: JsonFlag = False) -> None:
     from mmgraft.cli.console import note, print_json, stdout, table
     from mmgraft.grafts.registry import broken_methods
     from mmgraft.grafts.registry import methods as usable_methods
+    from mmgraft.vision.projectors.registry import find_projector, projectors
 
     usable, broken = usable_methods().values(), broken_methods()
     if json:
@@ -25,7 +26,21 @@ def methods(json: JsonFlag = False) -> None:
             }
             for method in usable
         ]
-        print_json({"methods": rows, "broken": [asdict(one) for one in broken]})
+        made = [find_projector(name) for name in projectors()]
+        print_json(
+            {
+                "methods": rows,
+                "broken": [asdict(one) for one in broken],
+                "projectors": [
+                    {
+                        "name": kind.name,
+                        "title": kind.title,
+                        "settings": kind.config_class.model_json_schema()["properties"],
+                    }
+                    for kind in made
+                ],
+            }
+        )
         return
     stdout().print(
         table(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.chat.content import images_of_all
@@ -75,7 +76,7 @@ def fill_cache(
             bad.append(BadRow.of(cast(Row, row), error))
     plain = tower_features(tower)
 
-    def compute(paths: list[Picture]) -> torch.Tensor:
+    def compute(paths: list[Picture]) -> Sequence[Tensor]:
         try:
             return plain(paths)
         except UsageError:

@@ -7,12 +7,20 @@ import io
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from PIL import Image
 
 from mmgraft.errors import UsageError, brief
-from mmgraft.vision.images import BadImage, decode, load_image, look_at, to_rgb
+from mmgraft.vision.images import (
+    BadImage,
+    decode,
+    load_image,
+    look_at,
+    shown_size,
+    size_in,
+    to_rgb,
+)
 from mmgraft.vision.stored import StoredImage
 
 T = TypeVar("T")
@@ -39,7 +47,7 @@ def open_image(image: Any, where: str) -> Image.Image:
         raise UsageError(f"{where}: an image of type {type(image).__name__}; give a path")
     name = os.fspath(image)
     if is_data_uri(name):
-        return _open_data_uri(name, where)
+        return _from_data_uri(name, where, decode)
     refuse_web(name, where)
     return _named(load_image, name.removeprefix("file://"), where)
 
@@ -57,6 +65,23 @@ def check_image(image: Any, where: str) -> tuple[int, int]:
     name = os.fspath(image)
     refuse_web(name, where)
     return _named(look_at, name.removeprefix("file://"), where)
+
+
+def size_of(image: Any, where: str) -> tuple[int, int]:
+    """Width and height of what `open_image` gives, from the head of a file; no pixel is decoded.
+
+    Raises:
+        UsageError: As `open_image`, where the head is wrong.
+    """
+    if isinstance(image, StoredImage):
+        return _named(shown_size, image, where)
+    if not isinstance(image, str | os.PathLike):
+        return open_image(image, where).size
+    name = os.fspath(image)
+    if is_data_uri(name):
+        return _from_data_uri(name, where, size_in)
+    refuse_web(name, where)
+    return _named(shown_size, name.removeprefix("file://"), where)
 
 
 def _named(read: Callable[[Any], T], image: Any, where: str) -> T:
@@ -81,13 +106,13 @@ def refuse_web(name: str, where: str) -> None:
         )
 
 
-def _open_data_uri(uri: str, where: str) -> Image.Image:
+def _from_data_uri(uri: str, where: str, read: Callable[[IO[bytes]], T]) -> T:
     head = _DATA_URI.match(uri)
     if head is None:
         raise UsageError(f"{where}: a data URI ({uri[:40]}...) not in base64; write ;base64, in it")
     try:
         data = base64.b64decode(uri[head.end() :], validate=True)
-        return decode(io.BytesIO(data))
+        return read(io.BytesIO(data))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(
             f"{where}: a data URI ({uri[:40]}...) of an image too large ({error}); scale it down",

@@ -105,19 +105,6 @@ def _asked(
     return names
 
 
-def refuse_unplaced(*images: Tensor | None) -> None:
-    """Refuse images where no row has a position for one: they would be left out unsaid.
-
-    Raises:
-        UsageError: An image was given.
-    """
-    if any(tensor is not None and len(tensor) for tensor in images):
-        raise UsageError(
-            "images were given, but no row has a position for one: pass mm_token_type_ids too "
-            "(the processor makes both)."
-        )
-
-
 def kinds_of(
     batch: tuple[int, int],
     image_mask: Tensor | None,

@@ -24,7 +24,7 @@ from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.registry import methods
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.strict import StrictModel
-from mmgraft.vision.spec import ProjectorSpec
+from mmgraft.vision.projectors.configs import AnyProjector, MlpConfig
 
 TextRows = Literal["skip", "graft", "base"]
 Precision = Literal["bf16", "fp32"]
@@ -92,7 +92,7 @@ class GraftDefaults(StrictModel):
         default=None, description="hidden state of the tower; -2 is usual"
     )
     config: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
-    projector: ProjectorSpec = ProjectorSpec()
+    projector: AnyProjector = MlpConfig()
 
 
 class Stage(StageSwitches):

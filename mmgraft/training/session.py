@@ -350,10 +350,7 @@ class Session:
         _rename(model, stage.workflow)
         record = model.workflow().record
         self.model = model
-        tower = self._tower()
-        self.processor = load_processor(
-            record, base_files(record, folder).path, tower.num_patches, tower.preprocess
-        )
+        self.processor = load_processor(record, base_files(record, folder).path, self._tower())
         return model
 
     def _folder_of(self, workflow: str) -> Path:

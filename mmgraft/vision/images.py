@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.stored import StoredImage
@@ -21,6 +21,9 @@ _ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
 """Last bytes of a whole file. One that ends otherwise may be whole, or cut short."""
 
 _DRAWINGS = ("EPS", "WMF")
+
+_HEADS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""Formats whose head says the size and how the image is turned."""
 
 T = TypeVar("T")
 
@@ -68,6 +71,42 @@ def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
         return size
 
     return _with_file(path, look)
+
+
+def shown_size(path: str | Path | StoredImage) -> tuple[int, int]:
+    """Width and height of what `load_image` gives for an image file, from its head alone.
+
+    Raises:
+        BadImage: As `load_image`, where the head is wrong; what follows it is not looked at.
+    """
+    return _with_file(path, size_in)
+
+
+def size_in(file: IO[bytes]) -> tuple[int, int]:
+    """Width and height of an image's bytes as they are shown, decoded only where heads may lie."""
+    with _opened(file) as image:
+        if image.format not in _HEADS or (image.format == "PNG" and _says_more(file)):
+            image.load()
+            return ImageOps.exif_transpose(image).size
+        # Not its own getexif: that of a PNG reads the pixels.
+        turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        width, height = image.size
+        return (height, width) if turn in (5, 6, 7, 8) else (width, height)
+
+
+def _says_more(file: IO[bytes]) -> bool:
+    """Whether a PNG has chunks behind its pixels, which may say how it is turned."""
+    before = file.tell()
+    file.seek(8)
+    kind, pixels = b"", False
+    while len(head := file.read(8)) == 8 and kind != b"IEND":
+        kind = head[4:]
+        if pixels and kind not in (b"IDAT", b"IEND"):
+            break
+        pixels = kind == b"IDAT"
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(before)
+    return pixels and kind not in (b"IDAT", b"IEND")
 
 
 def decode(file: IO[bytes]) -> Image.Image:

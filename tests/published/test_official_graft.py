@@ -59,11 +59,12 @@ def test_what_it_cannot_do_is_refused() -> None:
 
 
 def test_a_row_without_an_image_takes_a_dummy_one() -> None:
-    """As the published code gives a black image to it: one image for each row, shown or not."""
+    """As the published code gives a black image to it: an image of no positions in that row."""
     official, _ = pair()
     inputs = batch(rows("tttttiiiittttt", "tttttttttttttt"))
     dummy = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(3))
     given = {**inputs, "image_features": torch.cat([inputs["image_features"], dummy])}
+    given |= {"image_rows": torch.arange(2), "image_lengths": torch.tensor([4, 0])}
     found = logits_of(official, given, workflow="mm")
     given["image_features"] = torch.cat([inputs["image_features"], dummy + 1])
     assert torch.equal(logits_of(official, given, workflow="mm")[0], found[0])

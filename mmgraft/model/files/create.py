@@ -19,8 +19,9 @@ from mmgraft.model.files.parts import LoadedParts, ReadParts, check_layers
 from mmgraft.model.files.save import graft_tensors, write_graft
 from mmgraft.model.workflow import Workflow
 from mmgraft.strict import StrictModel
-from mmgraft.vision.projectors.mlp import Projector
-from mmgraft.vision.spec import TRANSFORMERS_KIND, ProjectorSpec, VisionSpec
+from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
+from mmgraft.vision.projectors.registry import build_projector
+from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import describe_tower
 
@@ -36,7 +37,7 @@ def make_on_loaded(
     anatomy: Anatomy,
     config: StrictModel,
     workflow: str,
-    projector: ProjectorSpec,
+    projector: ProjectorConfig,
     template: TemplateChoice | None,
     tower: VisionTower | None,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -70,7 +71,7 @@ def create_graft(
     folder: str | Path,
     *,
     workflow: str = "mm",
-    projector: ProjectorSpec | None = None,
+    projector: ProjectorConfig | None = None,
     template: TemplateChoice | None = None,
     revision: str | None = None,
     full_fingerprint: bool = False,
@@ -84,7 +85,7 @@ def create_graft(
         config: The method's settings.
         folder: Where the graft goes.
         workflow: Its name.
-        projector: Its shape and start.
+        projector: Which one, with its settings; default: the two layers of ``MlpConfig``.
         template: How conversations become text.
         revision: Of the base on the Hub.
         full_fingerprint: Hash every byte of the base, so that ``verify="full"`` can compare.
@@ -102,7 +103,7 @@ def create_graft(
     spec = _pinned(spec)
     shape = describe_tower(spec)
     files = resolve(base, revision)
-    spec_of = projector or ProjectorSpec()
+    spec_of = projector or MlpConfig()
     made = make_from_files(files, config, workflow, spec_of, template, width=shape.hidden_size)
     if full_fingerprint:
         made.record.base.fingerprint = fingerprint(files, full=True)
@@ -129,7 +130,7 @@ def make_from_files(
     files: ModelFiles,
     config: StrictModel,
     workflow: str,
-    projector: ProjectorSpec,
+    projector: ProjectorConfig,
     template: TemplateChoice | None,
     tower: VisionTower | None = None,
     width: int | None = None,
@@ -176,7 +177,7 @@ def _make(
     anatomy: Anatomy,
     parts: BaseParts,
     workflow: str,
-    spec: ProjectorSpec,
+    spec: ProjectorConfig,
     width: int | None,
     reference: BaseReference,
     token: tuple[int, str],
@@ -195,7 +196,7 @@ def _make(
     with torch.random.fork_rng(devices=[]):  # the same graft twice, whatever was drawn before
         torch.manual_seed(SEED)
         # The projector first: the same one whatever the method, so that methods compare.
-        projector = Projector.from_spec(width or size, size, spec)
+        projector = build_projector(spec, width or size, size)
         graft: Graft = method.load_graft()(config, anatomy, parts)
     record = GraftFile(
         method=config.method,

@@ -15,7 +15,8 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.method import Promises
 from mmgraft.grafts.registry import get_method, methods, moved
 from mmgraft.strict import StrictModel
-from mmgraft.vision.spec import ProjectorSpec, VisionSpec
+from mmgraft.vision.projectors.configs import AnyProjector, MlpConfig
+from mmgraft.vision.spec import VisionSpec
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class GraftFile(_Strict):
     base: BaseReference
     vision: VisionSpec
     vision_fingerprint: str | None = None
-    projector: ProjectorSpec = ProjectorSpec()
+    projector: AnyProjector = MlpConfig()
     image_token: ImageToken
     template: TemplateChoice = TemplateChoice()
     state: dict[str, Any] = Field(default_factory=dict)

@@ -92,10 +92,13 @@ class OfficialWingsGraft(Graft):
             if state.segments is not None:
                 raise UsageError("wings-official takes one row a sequence: leave segments out.")
             width = self.config.router_width if self.config.routed else None
+            images, rows = None, state.kinds.shape[0]
+            if state.images is not None and state.image_rows.tolist() == list(range(rows)):
+                images = state.images.unflatten(0, (rows, -1))  # (b, P, h), dummies too
             state.shared["official"] = plan_official(
                 state.features,
                 state.kinds,
-                state.images,
+                images,
                 self.config.system_prompt_length,
                 width,
             )

@@ -16,6 +16,7 @@ from mmgraft.training.memory.simulation import Load, Step, simulate, simulate_to
 from mmgraft.training.memory.stand_in import Outline, count_of, meta_model, weights_of
 from mmgraft.training.memory.subject import Subject, loaded_dtype
 from mmgraft.training.stages import open_stage
+from mmgraft.vision.plan import Plan
 
 PROCESS = {"cuda": 0, "cpu": 100_000_000}
 """Bytes that a process takes beside its tensors once it trains: code that is read as it is used."""
@@ -122,10 +123,10 @@ class Estimator:
     def _stage(self, recipe: Recipe, index: int) -> StageEstimate:
         stage, rows = recipe.stages[index], self.rows[index]
         made = self._open(recipe, index)
-        tower, one_batch = self._tower(recipe, stage.batch_size * rows.images)
+        tower, one_batch = self._tower(recipe, rows, stage.batch_size * rows.images)
         seeing = one_batch
         if recipe.feature_cache:
-            seeing = self._tower(recipe, CACHED_AT_ONCE)[1]
+            seeing = self._tower(recipe, rows, CACHED_AT_ONCE)[1]
         held = self._share(recipe, stage, made)
         still = sum(held.weights.values()) + tower + PROCESS[self.device]
         kernels = self._kernels(stage, rows, made.step)
@@ -225,8 +226,7 @@ class Estimator:
         load = Load(
             rows=stage.batch_size,
             length=rows.length,
-            images=rows.images,
-            patches=self.subject.patches,
+            plans=self._plans(rows),
             supervised=rows.supervised,
             padded=stage.packing or (rows.uneven and stage.batch_size > 1),
         )
@@ -243,15 +243,25 @@ class Estimator:
             gradients_leave=in_pieces,
         )
 
-    def _tower(self, recipe: Recipe, images: int) -> tuple[int, int]:
+    def _plans(self, rows: RowSizes) -> list[Plan]:
+        """Of the images of the row that has the most."""
+        if rows.sizes:
+            return [self.subject.plan(size) for size in rows.sizes]
+        return [self.subject.plan(None)] * rows.images if rows.images else []
+
+    def _tower(self, recipe: Recipe, rows: RowSizes, images: int) -> tuple[int, int]:
         """Bytes of the tower's weights, and of what it holds beside them to see some images."""
         dtype = loaded_dtype(recipe)
-        key = (images, dtype)
+        largest = max(rows.sizes, key=lambda size: self.subject.plan(size).entries, default=None)
+        key = (images, largest, dtype)
         if key not in self._towers:
             if self._outline is None:
                 self._outline = self.subject.outline()
             weights = count_of(self._outline.module) * dtype.itemsize
-            seeing = simulate_tower(self._outline, images, dtype) if images else 0
+            seeing = 0
+            if images:
+                plans = [self.subject.plan(largest)] * images
+                seeing = simulate_tower(self._outline, largest, plans, dtype)
             self._towers[key] = weights, seeing
         return self._towers[key]
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mmgraft.data.batches.dataset import cut
 from mmgraft.data.chat.masking import supervise_row
-from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.formats.indexed import facts_of, select
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.vision.plan import Size
 
 TOKENISED = 64
 """Rows of a stage that are tokenised: those with the most letters and images."""
 _LETTERS = 3  # a position, about
+_POSITIONS = 256  # of an image, about, where its size decides
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,12 @@ class RowSizes:
 
     Attributes:
         length: Positions, images counted.
-        images: Pictures in it.
+        images: Images in the row that has the most.
         supervised: Positions that are learned.
         uneven: Rows differ in length.
         lengths: How many lengths rows have, or may have.
         source: Where the numbers come from, in words.
+        sizes: Of the images of that row, where their positions depend on them.
     """
 
     length: int
@@ -38,6 +41,7 @@ class RowSizes:
     uneven: bool
     lengths: int
     source: str
+    sizes: tuple[Size, ...] = ()
 
 
 def measured(
@@ -63,15 +67,17 @@ def measured(
     """
     kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
     facts = facts_of(kept)
-    sizes = facts.letters.astype(np.int64)
-    sizes += _LETTERS * processor.num_patches * facts.pictures.astype(np.int64)
-    longest = [kept[int(at)] for at in np.argsort(-sizes, kind="stable")[:TOKENISED]]
+    weights = facts.letters.astype(np.int64)
+    each = processor.image_positions.fixed or _POSITIONS
+    weights += _LETTERS * each * facts.pictures.astype(np.int64)
+    longest = [kept[int(at)] for at in np.argsort(-weights, kind="stable")[:TOKENISED]]
     lengths, images, learned = [], [], []
+    most: Encoded | None = None  # the row with the most image positions
     for at, row in enumerate(longest):
         try:
             encoded = supervise_row(processor, row)
             if max_length is not None and len(encoded) > max_length:
-                encoded = cut(encoded, max_length, processor.num_patches, row.where)
+                encoded = cut(encoded, max_length, row.where)
         except UsageError:
             if skip_bad and (lengths or at + 1 < len(longest)):
                 continue
@@ -79,12 +85,17 @@ def measured(
         lengths.append(len(encoded))
         images.append(len(encoded.images))
         learned.append(sum(label != -100 for label in encoded.labels))
+        if most is None or sum(encoded.kinds) > sum(most.kinds):
+            most = encoded
+    sizes = () if most is None else most.sizes
     if packing and max_length is not None:
-        return _of_sequences(max_length, lengths, images, learned, len(kept))
+        found = _of_sequences(max_length, lengths, images, learned, len(kept))
+        return replace(found, sizes=sizes * (max_length // len(most))) if most and sizes else found
     uneven = len(kept) > len(longest) or len(set(lengths)) > 1
     source = f"longest of {len(kept)} rows"
     different = len(set(lengths)) if len(kept) <= len(longest) else min(len(kept), max(lengths))
-    return RowSizes(max(lengths), max(images), max(learned), uneven, different, source)
+    shown = len(sizes) or max(images)
+    return RowSizes(max(lengths), shown, max(learned), uneven, different, source, sizes)
 
 
 def _of_sequences(
@@ -98,14 +109,19 @@ def _of_sequences(
     return RowSizes(room, most(images), most(learned), True, room, f"packed, from {rows} rows")
 
 
-def assumed(length: int, patches: int, source: str, packing: bool = False) -> RowSizes:
+def assumed(length: int, patches: int | None, source: str, packing: bool = False) -> RowSizes:
     """Sizes of rows of one length with one image, all the rest of it learned.
 
     A packed sequence is one of many rows: as many images as it has room for, each with an answer.
 
     Raises:
-        UsageError: An image does not fit into the row.
+        UsageError: An image does not fit into the row, or its size decides how much it takes.
     """
+    if patches is None:
+        raise UsageError(
+            "with this tower the size of an image decides how many positions it takes; give --data "
+            "FILE"
+        )
     if length <= patches + 1:
         raise UsageError(
             f"a row of {length} positions has no room for an image, which takes {patches} with "

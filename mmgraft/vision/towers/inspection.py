@@ -37,11 +37,6 @@ class FeatureMap:
     hidden_size: int
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def num_patches(self) -> int:
-        """Feature vectors of one image."""
-        return self.grid[0] * self.grid[1]
-
     def features(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         """Run the model and read its patches, row by row: (n, 3, H, W) -> (n, P, hidden)."""
         # A list of indices keeps one hidden state in memory; models that know no lists keep all.

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.vision.plan import Plan, Size
+from mmgraft.vision.positions import ImagePositions
+from mmgraft.vision.projectors.configs import ProjectorConfig
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 
 if TYPE_CHECKING:
@@ -18,11 +22,37 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "mmgraft.towers"
 
 
-class TowerShape(NamedTuple):
-    """What a projector must know of a tower: the feature width and the positions of one image."""
+@dataclass
+class TowerShape:
+    """What a projector and a processor must know of a tower.
+
+    Attributes:
+        hidden_size: Width of a feature vector.
+        plan: The plan of every image, or a function of an image's size. A number may be given for
+            one view of so many vectors.
+    """
 
     hidden_size: int
-    num_patches: int
+    plan: Plan | Callable[[Size], Plan] | int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.plan, int):
+            self.plan = Plan.of_count(self.plan)
+
+    @property
+    def num_patches(self) -> int | None:
+        """Feature vectors of one image, where all images have the same number."""
+        return self.plan.entries if isinstance(self.plan, Plan) else None
+
+    @classmethod
+    def of(cls, tower: VisionTower) -> TowerShape:
+        """The shape of a loaded tower."""
+        return cls(tower.hidden_size, tower.fixed_plan or tower.plan)
+
+    def positions(self, projector: ProjectorConfig) -> ImagePositions:
+        """How many positions an image takes with a projector."""
+        assert not isinstance(self.plan, int)
+        return ImagePositions(projector.counts, self.plan)
 
 
 Loader = Callable[[VisionSpec], "VisionTower"]
@@ -38,35 +68,21 @@ class TowerKind:
     describe: Describer | None = None
 
 
-def _load_transformers(spec: VisionSpec) -> VisionTower:
-    from mmgraft.vision.towers.transformers import load
+def _built_in(name: str, module: str) -> TowerKind:
+    """A kind whose module, with ``load`` and ``describe``, is imported when it is asked."""
 
-    return load(spec)
+    def call(function: str) -> Callable[[VisionSpec], Any]:
+        def run(spec: VisionSpec) -> Any:
+            return getattr(import_module(f"mmgraft.vision.towers.{module}"), function)(spec)
 
+        return run
 
-def _describe_transformers(spec: VisionSpec) -> TowerShape:
-    from mmgraft.vision.towers.transformers import describe
-
-    return describe(spec)
-
-
-def _load_efficientnet(spec: VisionSpec) -> VisionTower:
-    from mmgraft.vision.towers.efficientnet import load
-
-    return load(spec)
+    return TowerKind(name, call("load"), call("describe"))
 
 
-def _describe_efficientnet(spec: VisionSpec) -> TowerShape:
-    from mmgraft.vision.towers.efficientnet import describe
-
-    return describe(spec)
-
-
-_KINDS: dict[str, TowerKind] = {
-    TRANSFORMERS_KIND: TowerKind(TRANSFORMERS_KIND, _load_transformers, _describe_transformers)
-}
+_KINDS = {TRANSFORMERS_KIND: _built_in(TRANSFORMERS_KIND, "transformers")}
 for _name in ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"):
-    _KINDS[_name] = TowerKind(_name, _load_efficientnet, _describe_efficientnet)
+    _KINDS[_name] = _built_in(_name, "efficientnet")
 
 
 def register_tower(kind: str, loader: Loader, describe: Describer | None = None) -> None:
@@ -138,7 +154,7 @@ def load_tower(
 
 
 def describe_tower(spec: VisionSpec | str) -> TowerShape:
-    """Feature width and positions of one image, without loading weights where the kind can.
+    """Return feature width and plan, without loading weights where the kind can.
 
     Raises:
         UsageError: As `load_tower`.
@@ -149,4 +165,4 @@ def describe_tower(spec: VisionSpec | str) -> TowerShape:
     if kind.describe is not None:
         return kind.describe(spec)
     tower = load_tower(spec)
-    return TowerShape(tower.hidden_size, tower.num_patches)
+    return TowerShape.of(tower)
