@@ -26,21 +26,9 @@ def methods(json: JsonFlag = False) -> None:
             }
             for method in usable
         ]
-        made = [find_projector(name) for name in projectors()]
-        print_json(
-            {
-                "methods": rows,
-                "broken": [asdict(one) for one in broken],
-                "projectors": [
-                    {
-                        "name": kind.name,
-                        "title": kind.title,
-                        "settings": kind.config_class.model_json_schema()["properties"],
-                    }
-                    for kind in made
-                ],
-            }
-        )
+        titles = {name: find_projector(name).title for name in projectors()}
+        broken_too = [asdict(one) for one in broken]
+        print_json({"methods": rows, "broken": broken_too, "projectors": titles})
         return
     stdout().print(
         table(

@@ -39,17 +39,7 @@ def open_images(images: Sequence[Any], where: str) -> list[Image.Image]:
 
 def open_image(image: Any, where: str) -> Image.Image:
     """Open one path, data URI, stored or PIL image as RGB; see `open_images`."""
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if isinstance(image, StoredImage):
-        return _named(load_image, image, where)
-    if not isinstance(image, str | os.PathLike):
-        raise UsageError(f"{where}: an image of type {type(image).__name__}; give a path")
-    name = os.fspath(image)
-    if is_data_uri(name):
-        return _from_data_uri(name, where, decode)
-    refuse_web(name, where)
-    return _named(load_image, name.removeprefix("file://"), where)
+    return _read(image, where, load_image, decode, to_rgb)
 
 
 def check_image(image: Any, where: str) -> tuple[int, int]:
@@ -58,13 +48,7 @@ def check_image(image: Any, where: str) -> tuple[int, int]:
     Raises:
         UsageError: as `open_image`.
     """
-    if isinstance(image, StoredImage):
-        return _named(look_at, image, where)
-    if not isinstance(image, str | os.PathLike) or is_data_uri(os.fspath(image)):
-        return open_image(image, where).size
-    name = os.fspath(image)
-    refuse_web(name, where)
-    return _named(look_at, name.removeprefix("file://"), where)
+    return _read(image, where, look_at, lambda file: decode(file).size, lambda i: to_rgb(i).size)
 
 
 def size_of(image: Any, where: str) -> tuple[int, int]:
@@ -73,21 +57,30 @@ def size_of(image: Any, where: str) -> tuple[int, int]:
     Raises:
         UsageError: As `open_image`, where the head is wrong.
     """
-    if isinstance(image, StoredImage):
-        return _named(shown_size, image, where)
-    if not isinstance(image, str | os.PathLike):
-        return open_image(image, where).size
-    name = os.fspath(image)
-    if is_data_uri(name):
-        return _from_data_uri(name, where, size_in)
-    refuse_web(name, where)
-    return _named(shown_size, name.removeprefix("file://"), where)
+    return _read(image, where, shown_size, size_in, lambda i: to_rgb(i).size)
 
 
-def _named(read: Callable[[Any], T], image: Any, where: str) -> T:
-    """What a reader gives; its error names the row as well."""
+def _read(
+    image: Any,
+    where: str,
+    file: Callable[[str | StoredImage], T],
+    data: Callable[[IO[bytes]], T],
+    opened: Callable[[Image.Image], T],
+) -> T:
+    """What a reader of the image's kind gives; an error names the row as well."""
+    if isinstance(image, Image.Image):
+        return opened(image)
+    name: Any = image
+    if not isinstance(image, StoredImage):
+        if not isinstance(image, str | os.PathLike):
+            raise UsageError(f"{where}: an image of type {type(image).__name__}; give a path")
+        name = os.fspath(image)
+        if is_data_uri(name):
+            return _from_data_uri(name, where, data)
+        refuse_web(name, where)
+        name = name.removeprefix("file://")
     try:
-        return read(image)
+        return file(name)
     except BadImage as error:
         raise BadImage(f"{where}: {error}", error.fault) from error
 

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from mmgraft.anatomy import Anatomy, examine
 from mmgraft.errors import UsageError
 from mmgraft.model.config import GraftedConfig
-from mmgraft.model.images import Counts, GivenImages, Images, place
+from mmgraft.model.images import GivenImages, Images, place, plan_features, plan_images
 from mmgraft.model.workflow import TEXT_WORKFLOW, Workflow
 from mmgraft.vision.plan import Plan
 from mmgraft.vision.towers.base import VisionTower
@@ -117,54 +117,17 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
             image_sizes: ``(images, 2)``, width and height, where the tower's plan depends on them.
 
         Returns:
-            ``(sum of entries, tower width)``, image after image.
+            ``(sum of entries, tower width)``, image after image; of a tower with one plan for all
+            images ``(images, entries, tower width)``.
         """
-        if self.vision_tower is None:
+        tower = self.vision_tower
+        if tower is None:
             raise UsageError("this model was loaded without its vision tower: give image_features.")
-        tower = self.vision_tower
-        plans = self._plans(len(pixel_values), image_sizes)
+        pixels = pixel_values.to(device=tower.device, dtype=tower.dtype)
         with torch.no_grad():
-            return tower.encode(pixel_values.to(device=tower.device, dtype=tower.dtype), plans)
-
-    def _plans(self, images: int, sizes: Tensor | None) -> list[Plan]:
-        tower = self.vision_tower
-        assert tower is not None
-        if tower.fixed_plan is not None:
-            return [tower.fixed_plan] * images
-        if sizes is None:
-            raise UsageError(
-                f"{tower.spec.name} sees each image by its size: give image_sizes, which the "
-                "processor of this model makes."
-            )
-        return [tower.plan((int(width), int(height))) for width, height in sizes.tolist()]
-
-    def _planned(self, given: GivenImages) -> tuple[Tensor, list[Plan]]:
-        """Packed features and the plan of each image."""
-        features, sizes = given.features, given.sizes
-        if features is None:
-            assert given.pixels is not None
-            packed = self.image_features(given.pixels, sizes)
-            return packed, self._plans(len(given.pixels), sizes)
-        tower = self.vision_tower
-        if tower is not None:
-            each = 1 if tower.fixed_plan is None else tower.num_patches
-            packed = features.flatten(0, 1) if features.dim() == 3 else features
-            plans = self._plans(len(packed) // each, sizes)
-        elif features.dim() == 3:
-            packed, plans = (
-                features.flatten(0, 1),
-                [Plan.of_count(features.shape[1])] * len(features),
-            )
-        elif given.lengths is not None:
-            packed, plans = features, [Plan.of_count(n) for n in given.lengths.tolist()]
-        else:
-            raise UsageError("packed image_features without a tower need image_lengths.")
-        if sum(plan.entries for plan in plans) != len(packed):
-            raise UsageError(
-                f"image_features hold {len(packed)} vectors, and {len(plans)} images of this tower "
-                f"have {sum(plan.entries for plan in plans)}."
-            )
-        return packed, plans
+            if tower.fixed_plan is not None:
+                return tower(pixels)
+            return tower.encode(pixels, plan_images(tower, len(pixels), image_sizes))
 
     def images_in(self, given: GivenImages, names: Sequence[str], shown: Tensor) -> Images | None:
         """The images of a batch, held against the image positions of its rows.
@@ -178,33 +141,31 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
             UsageError: Images and positions do not match.
         """
         positions = shown.sum(dim=1).tolist()
-        if given.features is None and given.pixels is None:
+        if not given.any:
             if any(positions):
                 raise UsageError(
                     f"{sum(positions)} image positions but no image: give pixel_values or "
                     "image_features."
                 )
             return None
-        if isinstance(given.features, Images):
-            given.features.check(positions, self._counts(names))
-            return given.features
-        features, plans = self._planned(given)
-        if not plans and not any(positions):
-            return None
-        counts = self._counts(names)
-        if given.rows is None or given.lengths is None:
-            rows = place(plans, positions, counts)
-            lengths = [counts(row, plan) for row, plan in zip(rows, plans, strict=True)]
-        else:
-            rows, lengths = given.rows.tolist(), given.lengths.tolist()
-        images = Images(features, plans, rows, lengths)
-        images.check(positions, counts)
-        return images
 
-    def _counts(self, names: Sequence[str]) -> Counts:
         def counts(row: int, plan: Plan) -> int:
             if names[row] == TEXT_WORKFLOW:
                 raise UsageError(f"row {row} runs the text workflow, which takes no images.")
             return self.workflow(names[row]).projector.counts(plan)
 
-        return counts
+        images = given.features
+        if not isinstance(images, Images):
+            features = images
+            if features is None:
+                assert given.pixels is not None
+                features = self.image_features(given.pixels, given.sizes)
+            plans = plan_features(self.vision_tower, features, given.sizes)
+            if given.rows is None or given.lengths is None:
+                rows = place(plans, positions, counts)
+                lengths = [counts(row, plan) for row, plan in zip(rows, plans, strict=True)]
+            else:
+                rows, lengths = given.rows.tolist(), given.lengths.tolist()
+            images = Images(features, plans, rows, lengths)
+        images.check(positions, counts)
+        return images

@@ -52,17 +52,13 @@ class WorkflowGeneration(TrainingState):
         if new is None:
             raise UsageError("give input_ids (or inputs_embeds) to generate from.")
         self._check_positions(new.shape[1], kwargs)
-        cache = kwargs.get("past_key_values")
         rows = sort_rows(
             (new.shape[0], new.shape[1]),
             kwargs.get("mm_token_type_ids"),
             TEXT_WORKFLOW if self._only_text else workflow,
             self.names,
             self.default_workflow,
-            RowSlot(cache, self.anatomy.num_layers),
-            0
-            if cache is None or RowSlot(cache, self.anatomy.num_layers).filled
-            else int(cache.get_seq_length()),
+            RowSlot(kwargs.get("past_key_values"), self.anatomy.num_layers),
         )
         images = GivenImages(**{k: kwargs.pop(v, None) for k, v in _IMAGE_INPUTS.items()})
         if rows.text_only:
@@ -73,9 +69,9 @@ class WorkflowGeneration(TrainingState):
         for name in set(rows.names) - {TEXT_WORKFLOW}:
             if self.workflow(name).graft.promises.cache:
                 kwargs["use_cache"] = False
-        mask = kwargs.get("mm_token_type_ids")
-        shown = torch.zeros_like(new[..., :1]) if mask is None else mask
         if images.any:  # seen by the tower once, for all beams and steps
+            mask = kwargs.get("mm_token_type_ids")
+            shown = new.new_zeros(new.shape[0], 1) if mask is None else mask
             kwargs["image_features"] = self.images_in(images, rows.names, shown != 0)
         numbers = [self.names.index(n) if n != TEXT_WORKFLOW else -1 for n in rows.names]
         kwargs["workflow"] = torch.tensor(numbers, device=new.device)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mmgraft.errors import UsageError
 from mmgraft.vision.plan import Plan
+from mmgraft.vision.projectors.base import Projector
+from mmgraft.vision.towers.base import VisionTower
 
 Counts = Callable[[int, Plan], int]
 """Positions of an image in a row, by the row's workflow: the row's number, the image's plan."""
@@ -20,7 +22,8 @@ class Images:
     """Images in order of appearance, row after row.
 
     Attributes:
-        features: The tower's, ``(sum of entries, width)``, image after image.
+        features: The tower's, ``(sum of entries, width)``, image after image; as the tower gives
+            them, ``(images, entries, width)``, where all have one plan.
         plans: Of each image.
         rows: The row of each image.
         lengths: Positions of each image in its row; 0 for an image that only the graft sees.
@@ -35,14 +38,23 @@ class Images:
 
     def choose(self, numbers: Sequence[int], rows: Sequence[int] | None = None) -> Images:
         """Take some of the images, perhaps in other rows."""
-        pieces = self.features.split([plan.entries for plan in self.plans])
+        if self.features.dim() == 3 or not numbers:
+            features = self.features[list(numbers)]
+        else:
+            pieces = self.features.split([plan.entries for plan in self.plans])
+            features = torch.cat([pieces[n] for n in numbers])
         return Images(
-            torch.cat([pieces[n] for n in numbers]) if numbers else self.features[:0],
+            features,
             [self.plans[n] for n in numbers],
             [self.rows[n] for n in numbers] if rows is None else list(rows),
             [self.lengths[n] for n in numbers],
             [self.counts[n] for n in numbers],
         )
+
+    def project(self, projector: Projector) -> Tensor:
+        """Their vectors in a row of the base's width, ``(sum of counts, h)``."""
+        features = self.features if projector.any_shape else self.features.flatten(0, -2)
+        return projector(features, self.plans).flatten(0, -2)
 
     def of_row(self, row: int) -> list[int]:
         """Numbers of a row's images."""
@@ -83,6 +95,8 @@ class Images:
         Raises:
             UsageError: Names the row, the image and both numbers.
         """
+        if self.rows != sorted(self.rows):
+            raise UsageError(f"image_rows {self.rows}: give images row after row.")
         self.counts = [counts(row, plan) for row, plan in zip(self.rows, self.plans, strict=True)]
         for number, wanted in enumerate(self.counts):
             row, length = self.rows[number], self.lengths[number]
@@ -96,9 +110,9 @@ class Images:
             taken = sum(self.lengths[number] for number in self.of_row(row))
             if taken != held:
                 raise UsageError(
-                    f"row {row} has {held} image positions, and its {len(self.of_row(row))} images "
-                    f"take {taken}: every image needs its own positions, made by the processor of "
-                    "this model."
+                    f"row {row} has {held} image positions, and its images {self.of_row(row)} take "
+                    f"{taken}: every image needs its own positions, made by the processor of this "
+                    "model."
                 )
 
 
@@ -134,34 +148,52 @@ class GivenImages:
 
 
 def place(plans: Sequence[Plan], positions: Sequence[int], counts: Counts) -> list[int]:
-    """Find the row of each image from the image positions of the rows alone.
+    """Find the row of each image: images fill the image positions of the rows in order."""
+    rows: list[int] = []
+    row, left = 0, positions[0]
+    for plan in plans:
+        while left <= 0 and row + 1 < len(positions):
+            row += 1
+            left = positions[row]
+        left -= counts(row, plan)
+        rows.append(row)
+    return rows
+
+
+def plan_images(tower: VisionTower, images: int, sizes: Tensor | None) -> list[Plan]:
+    """Plan some images, from their sizes where the tower looks at these.
 
     Raises:
-        UsageError: The images do not fill the positions; names the row, the image and both numbers.
+        UsageError: Sizes are needed and not given.
     """
-    rows: list[int] = []
-    row, left = -1, 0
-    for number, plan in enumerate(plans):
-        while left == 0:
-            row += 1
-            if row == len(positions):
-                raise UsageError(
-                    f"{len(plans)} images do not fill {sum(positions)} image positions: no row has "
-                    f"positions left for image {number}; every image of the batch needs its own."
-                )
-            left = positions[row]
-        wanted = counts(row, plan)
-        if wanted > left:
-            raise UsageError(
-                f"row {row} has {left} image positions left for image {number}, which takes "
-                f"{wanted}: make mm_token_type_ids with the processor of this model."
-            )
-        left -= wanted
-        rows.append(row)
-    if left or sum(positions[row + 1 :]):
+    if tower.fixed_plan is not None:
+        return [tower.fixed_plan] * images
+    if sizes is None:
         raise UsageError(
-            f"{len(plans)} images do not fill {sum(positions)} image positions: row "
-            f"{row if left else row + 1} has positions without an image; every image position "
-            "belongs to an image."
+            f"{tower.spec.name} sees each image by its size: give image_sizes, which the processor "
+            "of this model makes."
         )
-    return rows
+    return [tower.plan((int(width), int(height))) for width, height in sizes.tolist()]
+
+
+def plan_features(tower: VisionTower | None, features: Tensor, sizes: Tensor | None) -> list[Plan]:
+    """Plan the images of features, ``(sum of entries, width)`` or ``(images, entries, width)``.
+
+    Raises:
+        UsageError: The features are not those of whole images.
+    """
+    vectors = features.shape[:-1].numel()
+    if tower is None:
+        if features.dim() != 3:
+            raise UsageError(
+                "a model without a tower takes image_features (images, entries, width)."
+            )
+        return [Plan.of_count(features.shape[1])] * len(features)
+    each = tower.fixed_plan.entries if tower.fixed_plan is not None else 1
+    plans = plan_images(tower, vectors // each, sizes)
+    if sum(plan.entries for plan in plans) != vectors:
+        raise UsageError(
+            f"image_features hold {vectors} vectors, and {len(plans)} images of this tower have "
+            f"{sum(plan.entries for plan in plans)}."
+        )
+    return plans

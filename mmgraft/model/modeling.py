@@ -326,7 +326,6 @@ class GraftedModel(WorkflowLoss):
             self.names,
             self.default_workflow,
             slot,
-            int(past_key_values.get_seq_length()) if past_key_values is not None else 0,
         )
         if segments is not None:
             self.check_packing(segments.shape[0])
@@ -341,8 +340,7 @@ class GraftedModel(WorkflowLoss):
                     input_ids, attention_mask, position_ids, labels, num_items_in_batch
                 )
             if slot.filled and position_ids is None and self._takes_positions:
-                past = int(past_key_values.get_seq_length())  # type: ignore[union-attr]
-                position_ids = _positions(attention_mask, past, new.shape[1], new.device)
+                position_ids = _positions(attention_mask, slot.past, new.shape[1], new.device)
             given = {
                 "input_ids": input_ids, "attention_mask": attention_mask,
                 "position_ids": position_ids, "past_key_values": past_key_values,
@@ -481,12 +479,12 @@ class GraftedModel(WorkflowLoss):
         """Each image through the projector of its row's workflow, ``(sum of counts, h)``."""
         names = [rows.names[row] for row in images.rows]
         if len(set(names)) == 1:
-            return self.workflow(names[0]).projector(images.features, images.plans)
+            return images.project(self.workflow(names[0]).projector)
         found: dict[int, Tensor] = {}
         for name in dict.fromkeys(names):
             mine = [number for number, other in enumerate(names) if other == name]
             chosen = images.choose(mine)
-            made = self.workflow(name).projector(chosen.features, chosen.plans)
+            made = chosen.project(self.workflow(name).projector)
             found.update(zip(mine, made.split(chosen.counts), strict=True))
         return torch.cat([found[number] for number in range(len(names))])
 
@@ -501,7 +499,7 @@ class GraftedModel(WorkflowLoss):
         slot: RowSlot,
     ) -> Pass:
         length = embeds.shape[1]
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = slot.past
         if position_ids is None:
             position_ids = _positions(attention_mask, past, length, embeds.device)
         positions = position_ids.to(embeds.device).expand(embeds.shape[0], -1)

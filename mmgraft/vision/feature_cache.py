@@ -1,4 +1,4 @@
-"""Features of a frozen tower on disk, so that each picture passes through the tower once."""
+"""Features of a frozen tower on disk, so that each image passes through the tower once."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 _STALE_SECONDS = 3600
 
-Picture = Path | StoredImage
+ImageFile = Path | StoredImage
 """An image file, or one inside another file."""
 
-Compute = Callable[[list[Picture]], Sequence[Tensor]]
+Compute = Callable[[list[ImageFile]], Sequence[Tensor]]
 """The features of some images, each (vectors, hidden)."""
 
 
@@ -41,7 +41,7 @@ class FeatureCache:
     An image's key is the SHA-256 of its file's bytes; the folder's name holds the tower's
     fingerprint (its weights, layer and preprocessing) and the stored dtype. Shards are written to a
     temporary name, synced and renamed, and never changed, so that processes can share a cache; a
-    shard that fails its checksum is removed and its pictures are computed again.
+    shard that fails its checksum is removed and its images are computed again.
 
     Args:
         folder: The cache folder, shared by any number of towers.
@@ -71,18 +71,18 @@ class FeatureCache:
 
     def get_many(
         self,
-        paths: Sequence[str | Picture],
+        paths: Sequence[str | ImageFile],
         compute: Compute,
         batch_size: int = 32,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
         """Features of image files, computed where they are not stored yet.
 
-        Call it once with all pictures of a data set rather than once a step: what one call computes
+        Call it once with all images of a data set rather than once a step: what one call computes
         shares shards.
 
         Args:
-            paths: Image files, or pictures inside others; equal pictures are computed once.
+            paths: Image files, or images inside others; equal images are computed once.
             compute: Features of some files, one tensor a file. See `tower_features`.
             batch_size: Files that `compute` gets at a time.
             progress: Called with (computed, to compute) after every batch.
@@ -94,20 +94,20 @@ class FeatureCache:
         Raises:
             UsageError: From `load_image`, for a missing or broken file.
         """
-        pictures = [Path(path) if isinstance(path, str) else path for path in paths]
-        keys = [self._digest(picture) for picture in pictures]
+        images = [Path(path) if isinstance(path, str) else path for path in paths]
+        keys = [self._digest(image) for image in images]
         if any(key not in self._rows for key in keys):
             self._read_new_shards()
         found: dict[str, Tensor] = {}
-        missing: dict[str, Picture] = {}
+        missing: dict[str, ImageFile] = {}
         used: set[Path] = set()
-        for key, picture in zip(keys, pictures, strict=True):
+        for key, image in zip(keys, images, strict=True):
             if key in self._rows:
                 shard, row = self._rows[key]
                 found[key] = self._shards[shard][row]
                 used.add(shard)
             else:
-                missing[key] = picture
+                missing[key] = image
         for shard in used:
             with contextlib.suppress(OSError):
                 os.utime(shard)
@@ -119,7 +119,7 @@ class FeatureCache:
 
     def _compute(
         self,
-        missing: dict[str, Picture],
+        missing: dict[str, ImageFile],
         compute: Compute,
         batch_size: int,
         progress: Callable[[int, int], None] | None,
@@ -143,7 +143,7 @@ class FeatureCache:
         if found:
             yield keys, found
 
-    def _digest(self, path: Picture) -> str:
+    def _digest(self, path: ImageFile) -> str:
         try:
             if isinstance(path, StoredImage):
                 return path.digest()
@@ -231,7 +231,7 @@ def tower_features(tower: VisionTower) -> Compute:
         MMGraftError: From the returned function, where the features are not finite.
     """
 
-    def compute(paths: list[Picture]) -> Sequence[Tensor]:
+    def compute(paths: list[ImageFile]) -> Sequence[Tensor]:
         images = [load_image(path) for path in paths]
         plans = [tower.plan(image.size) for image in images]
         features = tower.encode(tower.preprocess(images), plans)

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class BadImage(UsageError):
-    """A picture that cannot be used.
+    """An image that cannot be used.
 
     Attributes:
         fault: in one word.
@@ -53,7 +53,7 @@ def load_image(path: str | Path | StoredImage) -> Image.Image:
 def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
     """Width and height of an image file, without decoding it where its two ends are in order.
 
-    The head says that it is a picture, and how large; the end, whether it was cut short. Only a
+    The head says that it is an image, and how large; the end, whether it was cut short. Only a
     file whose end is odd, or that ends in no known way, is decoded. Bytes that are wrong in between
     are not seen: only `load_image` finds them.
 
@@ -110,7 +110,7 @@ def _says_more(file: IO[bytes]) -> bool:
 
 
 def decode(file: IO[bytes]) -> Image.Image:
-    """A picture's bytes as upright RGB; raises whatever the decoder does, for a bomb Pillow's."""
+    """An image's bytes as upright RGB; raises whatever the decoder does, for a bomb Pillow's."""
     with _opened(file) as image:
         image.load()
         return to_rgb(image)
@@ -118,7 +118,7 @@ def decode(file: IO[bytes]) -> Image.Image:
 
 @contextmanager
 def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
-    """A picture whose pixels are not read yet; one of too many of them, or a program, is refused.
+    """An image whose pixels are not read yet; one of too many of them, or a program, is refused.
 
     Pillow hands PostScript to another program, which would do what a stranger's file says.
     """
@@ -126,7 +126,7 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file) as image:
             if image.format in _DRAWINGS:
-                raise ValueError(f"a drawing ({image.format}), not a picture")
+                raise ValueError(f"a drawing ({image.format}), not an image")
             yield image
 
 

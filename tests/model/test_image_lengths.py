@@ -21,7 +21,7 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate import answers as answering
 from mmgraft.inference import Answerer, Dialogue
-from mmgraft.vision.projectors.configs import MlpConfig, PixelShuffleConfig
+from mmgraft.vision.projectors.configs import MlpConfig, PixelShuffleConfig, PoolConfig
 from mmgraft.vision.towers.registry import TowerShape
 from sized_tower import plan, sized_tower
 from tiny import tiny_model
@@ -137,6 +137,26 @@ def test_an_image_that_takes_no_position_is_only_for_the_graft(answerer: Answere
         wanted = answerer.model(**text, workflow="mm").logits
     assert torch.equal(got, wanted)
     assert whole["image_lengths"].min() > 0
+
+
+def test_workflows_of_one_batch_may_have_different_projectors() -> None:
+    """The rows of each workflow are what they are in a model that has it alone."""
+    one, two = made(), made("llava", PoolConfig())
+    workflow = two.model.workflow()
+    workflow.name = "pooled"
+    both = GraftedModel(one.model.base, sized_tower(), [one.model.workflow(), workflow])
+    owners = [one, two, one]
+    encoded = [each.processor.encode(c) for each, c in zip(owners, CHATS, strict=True)]
+    inputs = one.processor.collate(encoded, "right")
+    pixels = one.processor.pixels([image for row in encoded for image in row.images])
+    names = ["mm", "pooled", "mm"]
+    with torch.no_grad():
+        found = both(**inputs, pixel_values=pixels, workflow=names, use_cache=False).logits
+    for row, (owner, messages) in enumerate(zip(owners, CHATS, strict=True)):
+        owner.model.workflow().name = "mm"
+        alone = GraftedModel(one.model.base, sized_tower(), [owner.model.workflow()])
+        (wanted,) = logits(Answerer(alone, owner.processor), [messages])
+        assert (found[row][: len(wanted)] - wanted).abs().max() < 1e-4
 
 
 def test_text_is_the_bases(answerer: Answerer) -> None:

@@ -13,7 +13,7 @@ from mmgraft.data.batches.padding import pad
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.images import is_data_uri
 from mmgraft.errors import UsageError
-from mmgraft.vision.feature_cache import Compute, FeatureCache, Picture
+from mmgraft.vision.feature_cache import Compute, FeatureCache, ImageFile
 from mmgraft.vision.stored import StoredImage
 
 
@@ -90,7 +90,7 @@ def _paths(example: Example) -> list[str | StoredImage]:
     return list(example.images)
 
 
-def _not_cached(paths: list[Picture]) -> list[Tensor]:
+def _not_cached(paths: list[ImageFile]) -> list[Tensor]:
     raise UsageError(
         f"the feature cache does not hold {paths[0]}; compute the features of all images first"
     )

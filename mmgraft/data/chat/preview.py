@@ -19,8 +19,8 @@ class Piece:
     """Neighbouring positions of one kind.
 
     Attributes:
-        kind: "learned" is trained, "prompt" only read, "image" one picture's.
-        text: as the tokenizer writes it; a picture's path for an image.
+        kind: "learned" is trained, "prompt" only read, "image" one image's.
+        text: as the tokenizer writes it; an image's path for an image.
         positions: how many.
     """
 

@@ -1,4 +1,4 @@
-"""What the rows of a batch begin with alike is read once: a system prompt, and each picture."""
+"""What the rows of a batch begin with alike is read once: a system prompt, and each image."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,13 @@ class Projector(nn.Module):
     Attributes:
         config: Its settings.
         in_features: Width of the tower's features.
+        any_shape: Features may also come as a tower gives them where all images have one plan,
+            ``(images, entries, in_features)``, which spares a copy.
     """
 
     config: Any
     in_features: int
+    any_shape: ClassVar[bool] = False
 
     def __init__(self, config: Any, in_features: int) -> None:
         super().__init__()
@@ -71,6 +74,7 @@ def by_grid(
     Returns:
         The vectors of all grids row by row, in the order of the views.
     """
+    features = features.flatten(0, -2)
     grids = [view.grid for plan in plans for view in plan.views]
     if len(set(grids)) == 1:
         return compress(features.unflatten(0, (len(grids), *grids[0]))).flatten(0, 2)

@@ -14,6 +14,8 @@ from mmgraft.vision.projectors.base import Projector, draw_anew
 class LinearProjector(Projector):
     """One linear layer, with an optional norm before it."""
 
+    any_shape = True
+
     def __init__(self, config: Any, in_features: int, out_features: int) -> None:
         super().__init__(config, in_features)
         self.norm = nn.LayerNorm(in_features) if config.norm else nn.Identity()

@@ -18,6 +18,8 @@ class MlpProjector(Projector):
     ``norm.*``. Linear layers start as torch starts them.
     """
 
+    any_shape = True
+
     def __init__(self, config: Any, in_features: int, out_features: int) -> None:
         super().__init__(config, in_features)
         width = self.width_in(in_features)

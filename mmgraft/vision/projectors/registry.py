@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.vision.kinds import Kinds
 from mmgraft.vision.projectors.configs import (
     LinearConfig,
     MlpConfig,
@@ -19,8 +18,6 @@ from mmgraft.vision.projectors.configs import (
 
 if TYPE_CHECKING:
     from mmgraft.vision.projectors.base import Projector
-
-ENTRY_POINT_GROUP = "mmgraft.projectors"
 
 
 @dataclass(frozen=True)
@@ -47,23 +44,22 @@ def _built_in(name: str, title: str, config: type[ProjectorConfig], module: str)
     return ProjectorKind(name, title, config, load)
 
 
-_KINDS = {
-    kind.name: kind
-    for kind in (
-        _built_in("mlp", "two linear layers", MlpConfig, "MlpProjector"),
-        _built_in("linear", "one linear layer", LinearConfig, "LinearProjector"),
-        _built_in(
-            "pixel_shuffle",
-            "k x k neighbours side by side, then two linear layers",
-            PixelShuffleConfig,
-            "PixelShuffleProjector",
-        ),
-        _built_in(
-            "pool", "the mean of k x k neighbours, then two linear layers", PoolConfig,
-            "PoolProjector",
-        ),
-    )
-}  # fmt: skip
+_KINDS: Kinds[ProjectorKind] = Kinds("projector", "mmgraft.projectors", lambda _, kind: kind)
+for _kind in (
+    _built_in("mlp", "two linear layers", MlpConfig, "MlpProjector"),
+    _built_in("linear", "one linear layer", LinearConfig, "LinearProjector"),
+    _built_in(
+        "pixel_shuffle",
+        "k x k neighbours side by side, then two linear layers",
+        PixelShuffleConfig,
+        "PixelShuffleProjector",
+    ),
+    _built_in(
+        "pool", "the mean of k x k neighbours, then two linear layers", PoolConfig, "PoolProjector"
+    ),
+):
+    _KINDS.register(_kind.name, _kind)
+projectors, find_projector, unregister_projector = _KINDS.names, _KINDS.find, _KINDS.unregister
 
 
 def register_projector(kind: ProjectorKind) -> None:
@@ -75,32 +71,7 @@ def register_projector(kind: ProjectorKind) -> None:
     Raises:
         UsageError: The name is taken.
     """
-    if kind.name in _KINDS:
-        raise UsageError(f"The projector '{kind.name}' is already registered: use another name.")
-    _KINDS[kind.name] = kind
-
-
-def unregister_projector(name: str) -> None:
-    """Forget a kind that `register_projector` added; unknown kinds are ignored."""
-    _KINDS.pop(name, None)
-
-
-def projectors() -> list[str]:
-    """Every projector that can be made: built in, registered, or of an installed package."""
-    return sorted({*_KINDS, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
-
-
-def find_projector(name: str) -> ProjectorKind:
-    """Return the projector of that name.
-
-    Raises:
-        UsageError: No such projector; names the nearest one.
-    """
-    if name in _KINDS:
-        return _KINDS[name]
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
-        return point.load()
-    raise UsageError(f"unknown projector {name!r}; {did_you_mean(name, projectors())}")
+    _KINDS.register(kind.name, kind)
 
 
 def build_projector(config: ProjectorConfig, in_features: int, out_features: int) -> Projector:

@@ -26,7 +26,7 @@ from mmgraft.vision.towers.registry import TowerShape
 
 HIDDEN_SIZE = 1280
 STRIDE = 32
-# Convolutions round differently at different batch sizes. At one size a picture's features are the
+# Convolutions round differently at different batch sizes. At one size an image's features are the
 # same to the bit whatever its neighbours; this size is also nearly the fastest on a CPU.
 BATCH = 8
 
@@ -35,7 +35,7 @@ class EfficientNetOptions(StrictModel):
     """Options of the EfficientNet-Lite kinds.
 
     Attributes:
-        image_size: Side of the square that pictures are resized to, a multiple of 32; every 32 x 32
+        image_size: Side of the square that images are resized to, a multiple of 32; every 32 x 32
             pixels become one image position.
     """
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.vision.kinds import Kinds
 from mmgraft.vision.plan import Plan, Size
 from mmgraft.vision.positions import ImagePositions
 from mmgraft.vision.projectors.configs import ProjectorConfig
@@ -19,25 +18,19 @@ if TYPE_CHECKING:
 
     from mmgraft.vision.towers.base import VisionTower
 
-ENTRY_POINT_GROUP = "mmgraft.towers"
 
-
-@dataclass
 class TowerShape:
     """What a projector and a processor must know of a tower.
 
-    Attributes:
+    Args:
         hidden_size: Width of a feature vector.
-        plan: The plan of every image, or a function of an image's size. A number may be given for
-            one view of so many vectors.
+        plan: The plan of every image, or a function of an image's size; a number stands for one
+            view of so many vectors.
     """
 
-    hidden_size: int
-    plan: Plan | Callable[[Size], Plan] | int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.plan, int):
-            self.plan = Plan.of_count(self.plan)
+    def __init__(self, hidden_size: int, plan: Plan | Callable[[Size], Plan] | int) -> None:
+        self.hidden_size = hidden_size
+        self.plan = Plan.of_count(plan) if isinstance(plan, int) else plan
 
     @property
     def num_patches(self) -> int | None:
@@ -51,7 +44,6 @@ class TowerShape:
 
     def positions(self, projector: ProjectorConfig) -> ImagePositions:
         """How many positions an image takes with a projector."""
-        assert not isinstance(self.plan, int)
         return ImagePositions(projector.counts, self.plan)
 
 
@@ -80,9 +72,15 @@ def _built_in(name: str, module: str) -> TowerKind:
     return TowerKind(name, call("load"), call("describe"))
 
 
-_KINDS = {TRANSFORMERS_KIND: _built_in(TRANSFORMERS_KIND, "transformers")}
+def _of_entry_point(name: str, value: Any) -> TowerKind:
+    return value if isinstance(value, TowerKind) else TowerKind(name, value)
+
+
+_KINDS: Kinds[TowerKind] = Kinds("vision tower kind", "mmgraft.towers", _of_entry_point)
+_KINDS.register(TRANSFORMERS_KIND, _built_in(TRANSFORMERS_KIND, "transformers"))
 for _name in ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"):
-    _KINDS[_name] = _built_in(_name, "efficientnet")
+    _KINDS.register(_name, _built_in(_name, "efficientnet"))
+tower_kinds, find_kind, unregister_tower = _KINDS.names, _KINDS.find, _KINDS.unregister
 
 
 def register_tower(kind: str, loader: Loader, describe: Describer | None = None) -> None:
@@ -101,33 +99,7 @@ def register_tower(kind: str, loader: Loader, describe: Describer | None = None)
     Raises:
         UsageError: The name is taken.
     """
-    if kind in _KINDS:
-        raise UsageError(f"The vision tower kind '{kind}' is already registered: use another name.")
-    _KINDS[kind] = TowerKind(kind, loader, describe)
-
-
-def unregister_tower(kind: str) -> None:
-    """Forget a kind that `register_tower` added; unknown kinds are ignored."""
-    _KINDS.pop(kind, None)
-
-
-def tower_kinds() -> list[str]:
-    """Every kind that can be loaded: built in, registered, or offered by an installed package."""
-    return sorted({*_KINDS, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
-
-
-def find_kind(kind: str) -> TowerKind:
-    """The registered kind of that name.
-
-    Raises:
-        UsageError: No such kind; names the nearest one.
-    """
-    if kind in _KINDS:
-        return _KINDS[kind]
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=kind):
-        value = point.load()
-        return value if isinstance(value, TowerKind) else TowerKind(kind, value)
-    raise UsageError(f"Unknown vision tower kind {kind!r}; {did_you_mean(kind, tower_kinds())}")
+    _KINDS.register(kind, TowerKind(kind, loader, describe))
 
 
 def load_tower(

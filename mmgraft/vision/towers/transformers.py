@@ -43,7 +43,7 @@ class TransformersOptions(StrictModel):
     """Options of kind ``transformers``: preprocessing in place of the tower's own processor.
 
     Attributes:
-        image_size: Resize every picture to this square. None means the config's own size.
+        image_size: Resize every image to this square. None means the config's own size.
         image_mean: Mean of each channel on 0..1; None means the processor's.
         image_std: Standard deviation of each channel; None means the processor's.
     """
