@@ -126,7 +126,7 @@ class GraftedModel(WorkflowLoss):
 
     @classmethod
     @known_keywords
-    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def from_pretrained(
         cls,
         source: str | Path,
         *,
@@ -177,7 +177,7 @@ class GraftedModel(WorkflowLoss):
         return model
 
     @known_keywords
-    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save_pretrained(
         self,
         folder: str | Path,
         workflow: str | None = None,
