@@ -13,7 +13,8 @@ sys.path.insert(0, str(DOCS.parent))
 from pydantic import BaseModel  # noqa: E402
 from pygments.lexers.special import TextLexer  # noqa: E402
 
-import mmgraft  # noqa: E402
+import mmgraft.grafts  # noqa: E402
+import mmgraft.vision  # noqa: E402
 
 project = "mmgraft"
 author = "The mmgraft authors"
@@ -39,6 +40,10 @@ autodoc_default_options = {
 napoleon_use_ivar = True
 napoleon_numpy_docstring = False
 default_role = "code"  # `name` in a docstring is code, as in the pages
+
+for _module in (mmgraft, mmgraft.grafts, mmgraft.vision):  # names that are loaded when first used
+    for _name in getattr(_module, "__all__", ()):
+        setattr(_module, _name, getattr(_module, _name))
 
 _SECTION = re.compile(r"^(To [^\n]+):\n\n((?:[-*] .+\n(?:  .+\n)*)+)", re.MULTILINE)
 _PAGE = re.compile(r"^- \[[^\]]+\]\(([\w/-]+)\.md\)", re.MULTILINE)
