@@ -1,6 +1,6 @@
 # make demo    the whole job on a small real model, on a CPU
 # make test    the whole test suite
-# make lint    style, types, import contracts
+# make lint    style, types, import contracts, lines of code
 # make docs    the pages and the Python reference as HTML, in build/docs
 #
 # Each creates .venv the first time (docs also .venv-docs). PYTHON chooses the interpreter, JOBS the number of test processes.
@@ -29,6 +29,7 @@ lint: env
 	$(RUN)/ruff format --check .
 	$(RUN)/pyright --pythonpath $(RUN)/python
 	$(RUN)/lint-imports
+	$(RUN)/python tests/support/lines_of_code.py
 
 # Warnings and broken links fail; so does a page that would fetch something when it is opened.
 docs: env $(DOCS_VENV)/.installed

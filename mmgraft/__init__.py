@@ -1,6 +1,6 @@
 """Grafts sight onto a language model that is never edited.
 
-The names below are loaded when first used, so that `import mmgraft` costs nothing.
+The names below are loaded when first used, so that ``import mmgraft`` costs nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m mmgraft`, the same as the command `mmgraft`."""
+"""``python -m mmgraft``, the same as the command ``mmgraft``."""
 
 from mmgraft.cli.app import main
 

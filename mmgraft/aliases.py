@@ -1,4 +1,4 @@
-"""Short names of models, read from `aliases.toml`."""
+"""Short names of models, read from ``aliases.toml``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ else:
 
 
 def resolve_alias(name: str) -> str:
-    """The Hub id or folder that `name` means.
+    """Return the Hub id or folder that ``name`` means.
 
-    A path, a Hub id (anything with a `/`) and a folder that exists are what they are; anything else
-    must be an alias, in upper or lower case.
+    A path, a Hub id (anything with a ``/``) and a folder that exists are what they are; anything
+    else must be an alias, in upper or lower case.
 
     Raises:
-        UsageError: for a word that is neither, with the nearest alias.
+        UsageError: For a word that is neither, with the nearest alias.
     """
     if not name.strip():
         raise UsageError("the model's name is empty; give an alias, a Hub id or a folder")
@@ -41,12 +41,12 @@ def resolve_alias(name: str) -> str:
 
 
 def default_tower() -> str:
-    """The vision tower of a graft that names none."""
+    """Return the vision tower of a graft that names none."""
     return _data()["defaults"]["tower"]
 
 
 def aliases() -> dict[str, str]:
-    """Every alias and the Hub id that it stands for."""
+    """Return every alias and the Hub id that it stands for."""
     return _data()["models"]
 
 

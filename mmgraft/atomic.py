@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whole, whatever happens while writing."""
+"""Writing of files that are either the old one or the new one, whole, whatever happens."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mmgraft.errors import MMGraftError
 _BUILDING, _READY, _MOVES = ".building", ".ready", "moves.json"
 
 
-def atomic_write(path: Path | str, writer: Callable[[Path], None]) -> None:
-    """Writes a file beside its place, syncs it, and puts it there in one step.
+def atomic_write(path: Path | str, writer: Callable[[Path], object]) -> None:
+    """Write a file beside its target, sync it, and put it there in one step.
 
     Args:
-        path: where the file is to stand; what stands there stays until the new one is on disk.
-        writer: called with the path of a temporary file in the same folder, which it fills.
+        path: Where the file is to stand; what stands there stays until the new one is on disk.
+        writer: Called with the path of a temporary file in the same folder, which it fills.
 
     Raises:
-        MMGraftError: the disk is full or cannot be written to; `path` is as it was.
+        MMGraftError: The disk is full or cannot be written to; ``path`` is as it was.
     """
     path = Path(path)
     try:
@@ -49,29 +49,29 @@ def atomic_write(path: Path | str, writer: Callable[[Path], None]) -> None:
 
 
 def atomic_text(path: Path | str, text: str) -> None:
-    """Writes a UTF-8 text file in one step. See `atomic_write`."""
-    atomic_write(path, lambda temporary: _write_text(temporary, text))
+    """Write a UTF-8 text file in one step. See ``atomic_write``."""
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def atomic_bytes(path: Path | str, data: bytes) -> None:
-    """Write bytes to a file in one step. See `atomic_write`."""
-    atomic_write(path, lambda temporary: _write_bytes(temporary, data))
+    """Write bytes to a file in one step. See ``atomic_write``."""
+    atomic_write(path, lambda temporary: temporary.write_bytes(data))
 
 
 def atomic_json(path: Path | str, data: Any) -> None:
-    """Writes a JSON file in one step. See `atomic_write`."""
+    """Write a JSON file in one step. See ``atomic_write``."""
     atomic_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def atomic_folder(path: Path | str, writer: Callable[[Path], None]) -> None:
-    """Writes a folder beside its place and puts it there when it is whole.
+    """Write a folder beside its target and put it there when it is whole.
 
     Args:
-        path: where the folder is to stand; one that stands there stays until the new one is whole.
-        writer: called with the path of an empty temporary folder, which it fills.
+        path: Where the folder is to stand; one that stands there stays until the new one is whole.
+        writer: Called with the path of an empty temporary folder, which it fills.
 
     Raises:
-        MMGraftError: the disk is full or cannot be written to; `path` is as it was.
+        MMGraftError: The disk is full or cannot be written to; ``path`` is as it was.
     """
     path = Path(path)
     old = path.with_name(f".{path.name}.old")
@@ -89,6 +89,7 @@ def atomic_folder(path: Path | str, writer: Callable[[Path], None]) -> None:
                 file.chmod(_usual_mode())
                 _sync(file)
         temporary.chmod(0o777 & ~_mask())
+        _sync(temporary)
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.replace(old)
@@ -109,19 +110,19 @@ def replace_together(
     writers: Mapping[str, Callable[[Path], object]],
     gone: Collection[str] = (),
 ) -> None:
-    """Replaces files and folders that belong together: all are the old ones, or all the new ones.
+    """Replace files and folders that belong together: all are the old ones, or all the new ones.
 
     They are written into a hidden folder, whose renaming makes them the ones that count. A kill
-    after that loses nothing: `complete`, called by who reads, moves what was not yet moved.
+    after that loses nothing: ``complete``, called by who reads, moves what was not yet moved.
 
     Args:
-        folder: where they stand; made where it is missing.
-        writers: called in order with a path each, where they write a file or make a folder. They
+        folder: Where they stand; made where it is missing.
+        writers: Called in order with a path each, where they write a file or make a folder. They
             are moved in this order, too.
-        gone: names that are removed together with what is replaced.
+        gone: Names that are removed together with what is replaced.
 
     Raises:
-        MMGraftError: the disk is full or cannot be written to; all is as it was.
+        MMGraftError: The disk is full or cannot be written to; all is as it was.
     """
     folder = Path(folder)
     building, ready = folder / _BUILDING, folder / _READY
@@ -155,10 +156,10 @@ def replace_together(
 
 
 def complete(folder: Path | str) -> None:
-    """Finishes what a killed `replace_together` had begun to move; mostly there is nothing to do.
+    """Finish what a killed ``replace_together`` had begun to move; mostly there is nothing to do.
 
     Raises:
-        MMGraftError: it cannot be finished, for want of rights.
+        MMGraftError: It cannot be finished, for want of rights.
     """
     ready = Path(folder) / _READY
     if not ready.is_dir():
@@ -182,7 +183,7 @@ def complete(folder: Path | str) -> None:
 
 
 def _move(fresh: Path, path: Path) -> None:
-    """Puts a fresh file or folder in its place, unless that was done already."""
+    """Put a fresh file or folder in its place, unless that was done already."""
     if fresh.is_dir() and path.exists():  # a folder cannot be renamed over another one
         old = fresh.with_name(f"{fresh.name}.old")
         _remove(old)
@@ -198,14 +199,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
 def _failed(path: Path, error: Exception) -> MMGraftError:
     return MMGraftError(
         f"could not write {path} ({error}); what stood there is as it was. Make room, or choose "
@@ -214,12 +207,12 @@ def _failed(path: Path, error: Exception) -> MMGraftError:
 
 
 def _mode_of(path: Path) -> int:
-    """Gives the mode of the file to be replaced, or the one a new file gets."""
+    """Return the mode of the file to be replaced, or the one a new file gets."""
     return path.stat().st_mode & 0o777 if path.exists() else _usual_mode()
 
 
 def _usual_mode() -> int:
-    """What a new file gets; safetensors gives its own to nobody but their owner."""
+    """Return the mode of a new file; safetensors lets nobody but the owner read its own."""
     return 0o666 & ~_mask()
 
 
@@ -238,7 +231,7 @@ def _sync(path: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """A name beside a file that is put aside: `x.stale-1.jsonl` of `x.jsonl`."""
+    """Return a name beside a file that is put aside: ``x.stale-1.jsonl`` of ``x.jsonl``."""
     number = 1
     while (name := path.with_suffix(f".stale-{number}{path.suffix}")).exists():
         number += 1

@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
 Every message says what went wrong and what to do next. The command line shows the message alone,
-without a traceback, and exits with the error's `exit_code`.
+without a traceback, and exits with the error's ``exit_code``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class UsageError(MMGraftError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` was most likely meant to be, or None when nothing is close.
+    """Return the known word that ``word`` most likely stands for, or None when nothing is close.
 
-    Case is ignored; a known word that begins with `word` counts as close, however long it is.
+    Case is ignored; a known word that begins with ``word`` counts as close, however long it is.
     """
     by_lower = {name.lower(): name for name in known}
     lower = word.lower()
@@ -36,7 +36,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The tail of a message about an unknown word: the nearest known one, else all of them."""
+    """End a message about an unknown word: with the nearest known one, else with all of them."""
     names = list(known)
     guess = nearest(word, names)
     if guess is not None:
@@ -44,9 +44,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(names)}" if names else "none is known"
 
 
-def brief(text: object, most: int = 400) -> str:
-    """A text from outside as a message can show it: not long, and with characters that print."""
+def brief(text: object) -> str:
+    """Return a text as a message can show it: not long, and with characters that print."""
     shown = str(text)
-    if len(shown) > most:
-        shown = f"{shown[: most // 2]}...{shown[-most // 2 :]} ({len(shown):,} characters)"
+    if len(shown) > 400:
+        shown = f"{shown[:200]}...{shown[-200:]} ({len(shown):,} characters)"
     return shown.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something, else its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

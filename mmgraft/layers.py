@@ -1,6 +1,6 @@
-"""The small language in which layers are named: `22,24`, `0-31:5`, `every:4`, `last:8`, `all`.
+"""Choices of layers in text: ``22,24``, ``0-31:5``, ``every:4``, ``last:8``, ``all``.
 
-Layers are counted from 0. Parts are joined by commas and may be mixed: `0,5-9,last:2`.
+Layers are counted from 0. Parts are joined by commas and may be mixed: ``0,5-9,last:2``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MOST_LAYERS = 1 << 20  # a larger number is a slip of the keyboard; the limit b
 
 
 def parse_layers(text: str | Sequence[int], num_layers: int) -> list[int]:
-    """Read which base layers ``text`` names, as sorted indices.
+    """Return which base layers ``text`` names, as sorted indices.
 
     Of a base of 12 layers,
 
@@ -58,10 +58,10 @@ def parse_layers(text: str | Sequence[int], num_layers: int) -> list[int]:
 
 
 def check_layers(text: str | Sequence[int]) -> None:
-    """Check the form of `text` before the base, and so its number of layers, is known.
+    """Check the form of ``text`` before the base, and so its number of layers, is known.
 
     Raises:
-        UsageError: for text in no known form, or a layer that is plainly named twice.
+        UsageError: For text in no known form, or a layer that is plainly named twice.
     """
     plain = [int(part) for part in _split(text) if _NUMBER.fullmatch(part)]
     for layer in plain:
@@ -70,7 +70,7 @@ def check_layers(text: str | Sequence[int]) -> None:
 
 
 def _split(text: str | Sequence[int]) -> list[str]:
-    """The parts of `text`, each in a known form."""
+    """Return the parts of ``text``, each in a known form."""
     if isinstance(text, str):
         parts = [part.strip().lower() for part in text.split(",")]
     else:

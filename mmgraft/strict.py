@@ -26,7 +26,7 @@ def _layer_choice(value: Any) -> list[int] | str:
 
 
 LayerChoice = Annotated[list[int] | str, BeforeValidator(_layer_choice)]
-"""Layers as a config names them: checked in form here, against the base by `parse_layers`."""
+"""Layers as a config names them: checked in form here, against the base by ``parse_layers``."""
 
 
 class StrictModel(BaseModel):
@@ -39,14 +39,14 @@ class StrictModel(BaseModel):
 
     @classmethod
     def parse(cls, data: Any, what: str) -> Self:
-        """Check `data` (plain dicts and lists) and build the config.
+        """Check ``data`` (plain dicts and lists) and build the config.
 
         Args:
-            data: what a YAML or JSON file or a command line gave.
-            what: its name in the message: "recipe iaa.yaml", "graft_config.json".
+            data: What a YAML or JSON file or a command line gave.
+            what: Its name in the message: "recipe iaa.yaml", "graft_config.json".
 
         Raises:
-            UsageError: with one line for every wrong key or value, and the nearest right key.
+            UsageError: With one line for every wrong key or value, and the nearest right key.
         """
         try:
             return cls.model_validate(data)
@@ -93,7 +93,7 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Keys that the nested model at `loc` knows; empty when `loc` leads to no single model."""
+    """Keys that the nested model at ``loc`` knows; empty when ``loc`` leads to no single model."""
     current: Any = model
     for part in loc:
         if isinstance(part, int):

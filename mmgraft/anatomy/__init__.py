@@ -1,4 +1,4 @@
-"""Where the parts of a causal LM are, how large they are, and which layers can carry a graft.
+"""The parts of a causal LM, their sizes, and the layers that can carry a graft.
 
 Everything is found by inspection of the model, real or on the meta device: its modules, the
 signature and source of its layers, and two probes that run a layer and the head with stand-ins in

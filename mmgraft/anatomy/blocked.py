@@ -47,14 +47,14 @@ _ORDINARY_KEYWORDS = {
 def blocked_layer(
     layer: nn.Module, index: int, layer_type: str, attention: str | None, config: PreTrainedConfig
 ) -> str | None:
-    """Gives the reason why one decoder layer cannot carry a graft, or None if it can.
+    """Return the reason why one decoder layer cannot carry a graft, or None if it can.
 
     Args:
-        layer: the decoder layer.
-        index: its number, counted from 0.
-        layer_type: its type as the cache sees it.
-        attention: dotted name of its attention; None if it has none.
-        config: the base's text configuration.
+        layer: The decoder layer.
+        index: Its number, counted from 0.
+        layer_type: Its type as the cache sees it.
+        attention: Dotted name of its attention; None if it has none.
+        config: The base's text configuration.
     """
     recurrent = next(
         (type(m).__name__ for m in layer.modules() if _RECURRENT.search(type(m).__name__)), None
@@ -86,12 +86,12 @@ def blocked_layer(
 
 
 def in_registry(attention: nn.Module) -> bool:
-    """Tells whether an attention calls a function of transformers' attention registry."""
+    """Return whether an attention calls a function of transformers' attention registry."""
     return any("ALL_ATTENTION_FUNCTIONS" in source for source in _sources(attention))
 
 
 def explicit_router_reason(model: nn.Module, attention: nn.Module) -> str | None:
-    """Gives the reason why the Wings router cannot go through fused attention, or None if it can.
+    """Return the reason why the Wings router cannot go through fused attention, or None if it can.
 
     The router's columns ride beside the values. That is exact only if the attention function does
     nothing but softmax(q k^T) v, with a mask.
@@ -145,7 +145,7 @@ def _interface_calls(attention: nn.Module) -> list[ast.Call]:
 
 
 def _is_active(value: ast.expr, attention: nn.Module) -> bool:
-    """Tells whether a keyword is more than None, as far as the source and the module say."""
+    """Return whether a keyword is more than None, as far as the source and the module say."""
     missing = object()
     found: Any = missing
     if isinstance(value, ast.Constant):

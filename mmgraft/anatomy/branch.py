@@ -1,4 +1,4 @@
-"""How the attention's output joins the residual stream of a decoder layer."""
+"""The way in which the attention's output joins the residual stream of a decoder layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmgraft.anatomy.stand_ins import first_argument, required_as_none, with_stand_ins
+from mmgraft.anatomy.stand_ins import first_argument, required_as_none, snapped, with_stand_ins
 
 # Attention hands back its output alone, or with its weights, or with a cache too; a feed-forward
 # its output alone or with router scores. Which one a layer unpacks is seen by trying.
@@ -19,12 +19,12 @@ _OTHER_RETURNS = (1, 2)
 
 @dataclass(frozen=True)
 class Branch:
-    """What the probe found in one decoder layer.
+    """Findings of the probe in one decoder layer.
 
     Attributes:
-        scale: factor on the attention's output where it joins the residual stream.
-        norm: name of the norm that the attention's output passes first, if any.
-        parallel: the feed-forward does not read the attention's output.
+        scale: Factor on the attention's output where it joins the residual stream.
+        norm: Name of the norm that the attention's output passes first, if any.
+        parallel: The feed-forward does not read the attention's output.
     """
 
     scale: float
@@ -37,14 +37,14 @@ class BranchUnknown(Exception):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tells a normalisation by its class name."""
+    """Return whether a module is a normalisation, by its class name."""
     name = type(module).__name__.lower()
     return "norm" in name and "atten" not in name
 
 
 @dataclass
 class _Run:
-    """One pass of a layer: `state` enters it, its attention gives `branch`."""
+    """One forward of a layer: ``state`` goes in, its attention gives ``branch``."""
 
     state: torch.Tensor
     branch: torch.Tensor
@@ -120,18 +120,18 @@ def _runs(layer: nn.Module, attention: str) -> list[tuple]:
 
 @torch.no_grad()
 def examine_branch(layer: nn.Module, attention: str) -> Branch:
-    """Finds out how a layer adds the output of its attention to the residual stream.
+    """Find out how a layer adds the output of its attention to the residual stream.
 
-    The layer's own `forward` runs with stand-ins: norms and dropouts give back what they get, the
+    The layer's own ``forward`` runs with stand-ins: norms and dropouts give back what they get, the
     feed-forward gives zeros, the attention gives known numbers t. The layer's output then must be
-    `x + scale * t` for the state x that entered it.
+    ``x + scale * t`` for the hidden states x that go in.
 
     Args:
-        layer: a decoder layer, on any device.
-        attention: dotted name of its attention.
+        layer: A decoder layer, on any device.
+        attention: Dotted name of its attention.
 
     Raises:
-        BranchUnknown: the output is not linear in t with one fixed factor, or something other
+        BranchUnknown: The output is not linear in t with one fixed factor, or something other
             than a norm or a dropout stands on the way.
     """
     runs = _runs(layer, attention)
@@ -158,10 +158,4 @@ def examine_branch(layer: nn.Module, attention: str) -> Branch:
         raise BranchUnknown(f"{type(layer).__name__} scales the residual stream itself")
     fed = [r.fed for r, _ in runs[:2]]
     parallel = fed[0] is not None and fed[1] is not None and torch.equal(fed[0], fed[1])
-    return Branch(_snapped(scale), next(iter(run.on_branch), None), parallel)
-
-
-def _snapped(value: float) -> float:
-    """Takes off the float noise of the division."""
-    short = float(f"{value:.6g}")
-    return short if abs(short - value) <= 1e-9 * abs(value) else value
+    return Branch(snapped(scale, 1e-9), next(iter(run.on_branch), None), parallel)

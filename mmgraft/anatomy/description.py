@@ -1,4 +1,4 @@
-"""What is known about a base once it has been examined."""
+"""The description of an examined base."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ class Anatomy:
     """The parts and sizes of one causal LM. Paths are dotted names from the model itself.
 
     Attributes:
-        model_type: transformers' name of the architecture, such as `llama`.
-        class_name: the model's class, such as `LlamaForCausalLM`.
-        layers_path: the list of decoder layers, such as `model.layers`.
-        attention_name: the attention inside a decoder layer, such as `self_attn`.
-        embedding_path: the token embedding.
-        norm_path: the norm after the last layer; None where the model has none.
-        head_path: the linear layer that gives the logits.
-        num_layers: decoder layers.
-        hidden_size: width of the state that goes from layer to layer.
-        embedding_size: width of the token embedding; differs from `hidden_size` in OPT-350M.
-        num_heads: query heads.
-        num_kv_heads: key and value heads.
-        head_dim: width of a query head.
-        vocab_size: rows of the embedding.
-        max_positions: longest sequence the base was made for; None if it states none (Bloom).
-        position_table: longest row that it can take at all, where positions are looked up in a
+        model_type: Transformers' name of the architecture, such as ``llama``.
+        class_name: The model's class, such as ``LlamaForCausalLM``.
+        layers_path: The list of decoder layers, such as ``model.layers``.
+        attention_name: The attention inside a decoder layer, such as ``self_attn``.
+        embedding_path: The token embedding.
+        norm_path: The norm after the last layer; None where the model has none.
+        head_path: The linear layer that gives the logits.
+        num_layers: Decoder layers.
+        hidden_size: Width of the state that goes from layer to layer.
+        embedding_size: Width of the token embedding; differs from ``hidden_size`` in OPT-350M.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        head_dim: Width of a query head.
+        vocab_size: Rows of the embedding.
+        max_positions: Longest sequence the base was made for; None if it states none (Bloom).
+        position_table: Longest row that it can take at all, where positions are looked up in a
             table (GPT-2, OPT); None where they are computed.
-        layer_types: one of `full_attention`, `sliding_attention`, ... a layer, as its cache is.
-        sliding_window: positions that a sliding layer sees; None without such layers.
-        rope_theta: base of the rotary frequencies (of the full layers where they differ by layer
+        layer_types: One of ``full_attention``, ``sliding_attention``, ... a layer, as its cache is.
+        sliding_window: Positions that a sliding layer sees; None without such layers.
+        rope_theta: Base of the rotary frequencies (of the full layers where they differ by layer
             type); None without rotary positions.
-        tied: the head's weight is the embedding's.
-        parallel_block: the feed-forward reads the layer's input, not the attention's result.
-        residual_scale: factor on the attention's output where it joins the residual stream.
-        branch_norm: name of the norm inside the layer that stands between the attention's output
+        tied: The head's weight is the embedding's.
+        parallel_block: The feed-forward reads the layer's input, not the attention's result.
+        residual_scale: Factor on the attention's output where it joins the residual stream.
+        branch_norm: Name of the norm inside the layer that stands between the attention's output
             and the residual stream (Gemma 2 and 3, OLMo 2, GLM-4, ...).
-        attention_in_registry: the attention calls a function of transformers' attention registry.
-        explicit_router: why the Wings router needs explicit attention weights; None if it does
+        attention_in_registry: The attention calls a function of transformers' attention registry.
+        explicit_router: Why the Wings router needs explicit attention weights; None if it does
             not.
-        logit_scale: factor on the head's output (Cohere, Granite, ...).
-        logit_softcap: bound c of `c * tanh(logits / c)` after that factor; None without one.
-        blocked: layer -> why it cannot carry a graft.
-        branch_blocked: why nothing can be added to the attention's branch (Wings); None if it can.
-        logits_blocked: why logits cannot be computed from `norm_path`, `head_path`, `logit_scale`
-            and `logit_softcap` alone; None if they can.
+        logit_scale: Factor on the head's output (Cohere, Granite, ...).
+        logit_softcap: Bound c of ``c * tanh(logits / c)`` after that factor; None without one.
+        blocked: Layer -> why it cannot carry a graft.
+        branch_blocked: Why nothing can be added to the attention's branch (Wings); None if it can.
+        logits_blocked: Why logits cannot be computed from ``norm_path``, ``head_path``,
+            ``logit_scale`` and ``logit_softcap`` alone; None if they can.
     """
 
     model_type: str
@@ -82,17 +82,17 @@ class Anatomy:
 
 
 def get_path(model: nn.Module, path: str) -> nn.Module:
-    """Gives the submodule at a dotted path, such as `model.layers`."""
+    """Return the submodule at a dotted path, such as ``model.layers``."""
     return model.get_submodule(path)
 
 
 def decoder_layers(model: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
-    """Gives the base's list of decoder layers."""
+    """Return the base's list of decoder layers."""
     layers = get_path(model, anatomy.layers_path)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
 def attention_of(layer: nn.Module, anatomy: Anatomy) -> nn.Module:
-    """Gives the self-attention inside one decoder layer."""
+    """Return the self-attention inside one decoder layer."""
     return get_path(layer, anatomy.attention_name)

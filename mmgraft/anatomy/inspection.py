@@ -1,4 +1,4 @@
-"""Examines a causal LM: finds its parts by their roles and reads its sizes."""
+"""Examine a causal LM: finds its parts by their roles and reads its sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mmgraft.anatomy.blocked import blocked_layer, explicit_router_reason, in_registry
-from mmgraft.anatomy.branch import Branch, BranchUnknown, examine_branch, is_norm
+from mmgraft.anatomy.branch import BranchUnknown, examine_branch, is_norm
 from mmgraft.anatomy.description import Anatomy
 from mmgraft.anatomy.logits import LogitsUnknown, examine_logits
 from mmgraft.anatomy.positions import position_table
@@ -23,13 +23,13 @@ _TEXT_ONLY = "give a text model that predicts the next token, such as Llama or Q
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Builds the base's class on the meta device: every module, no memory, no weights.
+    """Build the base's class on the meta device: every module, no memory, no weights.
 
     Args:
-        config: the base's configuration; it is not changed.
+        config: The base's configuration; it is not changed.
 
     Raises:
-        UsageError: transformers has no causal LM for this configuration.
+        UsageError: Transformers has no causal LM for this configuration.
     """
     refuse_non_causal(config)
     try:
@@ -45,44 +45,34 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def examine_config(config: PreTrainedConfig) -> Anatomy:
-    """Examines the base that a configuration describes, without weights. See `examine`."""
+    """Examine the base that a configuration describes, without weights. See ``examine``."""
     return examine(skeleton(config))
 
 
 def examine(model: PreTrainedModel) -> Anatomy:
-    """Examines a causal LM, on any device, quantised or not; it is not changed.
+    """Examine a causal LM, on any device, quantised or not; it is not changed.
 
     Raises:
-        UsageError: the model is no decoder-only causal LM, or its parts cannot be found.
+        UsageError: The model is no decoder-only causal LM, or its parts cannot be found.
     """
     refuse_non_causal(model.config)
     config = model.config.get_text_config(decoder=True)
-    head_path = _path_of(model, model.get_output_embeddings())
-    embedding = model.get_input_embeddings()
-    embedding_path = _path_of(model, embedding)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head_path, embedding_path = _path_of(model, head), _path_of(model, embedding)
     if head_path is None or embedding_path is None or not isinstance(embedding, nn.Embedding):
         raise UsageError(f"{type(model).__name__} has no language model head; {_TEXT_ONLY}")
     layers_path, layers = _find_layers(model, config)
     attentions = [_find_attention(layer) for layer in layers]
     layer_types = _layer_types(config)
-    blocked = {
-        i: reason
+    reasons = [
+        blocked_layer(layer, i, layer_types[i], attentions[i], config)
         for i, layer in enumerate(layers)
-        if (reason := blocked_layer(layer, i, layer_types[i], attentions[i], config))
-    }
+    ]
+    blocked = {i: reason for i, reason in enumerate(reasons) if reason}
     carriers = [i for i in range(len(layers)) if i not in blocked]
     first = carriers[0] if carriers else 0
     attention_name = attentions[first] or ""
     attention = layers[first].get_submodule(attention_name)
-    branch, branch_blocked = _common_branch([layers[i] for i in carriers], attention_name)
-    logit_scale, logit_softcap, logits_blocked = 1.0, None, None
-    try:
-        logit_scale, logit_softcap = examine_logits(
-            model, head_path, layers_path.rpartition(".")[0]
-        )
-    except LogitsUnknown as error:
-        logits_blocked = str(error)
-    head_weight = getattr(model.get_output_embeddings(), "weight", None)
     return Anatomy(
         model_type=config.model_type,
         class_name=type(model).__name__,
@@ -100,23 +90,26 @@ def examine(model: PreTrainedModel) -> Anatomy:
         layer_types=layer_types,
         sliding_window=_window(config) if set(layer_types) != {"full_attention"} else None,
         rope_theta=_rope_theta(config),
-        tied=head_weight is embedding.weight,
-        parallel_block=branch.parallel,
-        residual_scale=branch.scale,
-        branch_norm=branch.norm,
+        tied=getattr(head, "weight", None) is embedding.weight,
         attention_in_registry=in_registry(attention),
         explicit_router=explicit_router_reason(model, attention),
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
         blocked=blocked,
-        branch_blocked=branch_blocked,
-        logits_blocked=logits_blocked,
+        **_branch([layers[i] for i in carriers], attention_name),
+        **_logits(model, head_path, layers_path),
         **_heads(attention, config),
     )
 
 
+def _logits(model: PreTrainedModel, head_path: str, layers_path: str) -> dict[str, Any]:
+    try:
+        scale, cap = examine_logits(model, head_path, layers_path.rpartition(".")[0])
+    except LogitsUnknown as error:
+        return {"logits_blocked": str(error)}
+    return {"logit_scale": scale, "logit_softcap": cap}
+
+
 def refuse_non_causal(config: PreTrainedConfig) -> None:
-    """Raises UsageError for a configuration that cannot be that of a text-only decoder."""
+    """Raise UsageError for a configuration that cannot be that of a text-only decoder."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(f"{kind!r} is an encoder with a decoder; {_TEXT_ONLY}")
@@ -131,7 +124,7 @@ def _path_of(model: nn.Module, part: nn.Module | None) -> str | None:
 
 
 def _find_layers(model: nn.Module, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
-    """Finds the outermost list that has as many entries as the model has layers."""
+    """Find the outermost list that has as many entries as the model has layers."""
     count = getattr(config, "num_hidden_layers", None)
     for path, module in _outer_first(model):
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -148,7 +141,7 @@ def _outer_first(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _find_attention(layer: nn.Module) -> str | None:
-    """Finds the outermost part of a layer that is an attention by class name or projections."""
+    """Find the outermost part of a layer that is an attention by class name or projections."""
     for path, module in _outer_first(layer):
         if path and not is_norm(module) and "cross" not in path and _is_attention(module):
             return path
@@ -166,7 +159,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _find_norm(model: nn.Module, layers_path: str) -> str | None:
-    """Finds the norm beside the list of layers that is called last, after the layers."""
+    """Find the norm beside the list of layers that is called last, after the layers."""
     trunk_path, _, layers_name = layers_path.rpartition(".")
     trunk = model.get_submodule(trunk_path)
     source = inspect.getsource(type(trunk).forward)
@@ -181,22 +174,25 @@ def _find_norm(model: nn.Module, layers_path: str) -> str | None:
     return f"{trunk_path}.{last}"
 
 
-def _common_branch(layers: list[nn.Module], attention: str) -> tuple[Branch, str | None]:
-    """Probes all layers; a graft on the branch needs them to be alike."""
-    unknown = Branch(1.0, None, False)
+def _branch(layers: list[nn.Module], attention: str) -> dict[str, Any]:
+    """Probe all layers; a graft on the branch needs them to be alike."""
     if not layers:
-        return unknown, "no layer can carry a graft"
+        return {"branch_blocked": "no layer can carry a graft"}
     try:
         found = [examine_branch(layer, attention) for layer in layers]
     except BranchUnknown as error:
-        return unknown, str(error)
-    if len(set(found)) > 1:
-        return found[0], "its layers add their attention to the residual stream in different ways"
-    return found[0], None
+        return {"branch_blocked": str(error)}
+    differs = "its layers add their attention to the residual stream in different ways"
+    return {
+        "parallel_block": found[0].parallel,
+        "residual_scale": found[0].scale,
+        "branch_norm": found[0].norm,
+        "branch_blocked": differs if len(set(found)) > 1 else None,
+    }
 
 
 def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Gives the type of every layer as transformers' caches derive it."""
+    """Return the type of every layer as transformers' caches derive it."""
     types = getattr(config, "layer_types", None)
     if types is not None:
         return tuple(types)

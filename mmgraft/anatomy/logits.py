@@ -1,15 +1,14 @@
-"""What a causal LM does to the output of its head before it calls it logits."""
+"""The function between the output of a causal LM's head and its logits."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mmgraft.anatomy.stand_ins import first_argument, with_stand_ins
+from mmgraft.anatomy.stand_ins import first_argument, snapped, with_stand_ins
 
 
 class LogitsUnknown(Exception):
@@ -47,38 +46,32 @@ def _logits(model: nn.Module, head: str, trunk: str, state: torch.Tensor) -> tor
 
 @torch.no_grad()
 def examine_logits(model: nn.Module, head: str, trunk: str) -> tuple[float, float | None]:
-    """Finds the factor and the soft cap between the head's output z and the logits.
+    """Find the factor and the soft cap between the head's output z and the logits.
 
-    The model's own `forward` runs with stand-ins for the inner model and the head, so that z is a
-    known grid. Fitted is `scale * z`, or `cap * tanh(scale * z / cap)`.
+    The model's own ``forward`` runs with stand-ins for the inner model and the head, so that z is a
+    known grid. Fitted is ``scale * z``, or ``cap * tanh(scale * z / cap)``.
 
     Args:
-        model: a causal LM, on any device.
-        head: dotted name of its head.
-        trunk: dotted name of the inner model, which owns the list of layers.
+        model: A causal LM, on any device.
+        head: Dotted name of its head.
+        trunk: Dotted name of the inner model, which owns the list of layers.
 
     Returns:
         The factor, and the cap or None.
 
     Raises:
-        LogitsUnknown: the logits are another function of z.
+        LogitsUnknown: The logits are another function of z.
     """
     grid = torch.cat([torch.tensor([1e-4, 1e7]), torch.linspace(-40.0, 40.0, 30)]).double()
     logits = _logits(model, head, trunk, grid.view(1, 1, -1)).flatten()
-    scale = float(logits[0] / grid[0])
-    fit = SimpleNamespace(cap=None, logits=scale * grid)
-    if not torch.allclose(logits, fit.logits, rtol=1e-5):
+    scale, cap = float(logits[0] / grid[0]), None
+    fitted = scale * grid
+    if not torch.allclose(logits, fitted, rtol=1e-5):
         cap = float(logits[1])
-        fit = SimpleNamespace(cap=cap, logits=cap * torch.tanh(scale * grid / cap))
-    if scale == 0 or not torch.allclose(logits, fit.logits, rtol=1e-5):
+        fitted = cap * torch.tanh(scale * grid / cap)
+    if scale == 0 or not torch.allclose(logits, fitted, rtol=1e-5):
         raise LogitsUnknown(
             f"{type(model).__name__} makes its logits in a way that is neither a factor nor a "
             "tanh soft cap"
         )
-    return _snapped(scale), None if fit.cap is None else _snapped(fit.cap)
-
-
-def _snapped(value: float) -> float:
-    """Takes off the float noise of measuring."""
-    short = float(f"{value:.6g}")
-    return short if abs(short - value) <= 1e-7 * abs(value) else value
+    return snapped(scale, 1e-7), None if cap is None else snapped(cap, 1e-7)

@@ -1,4 +1,4 @@
-"""How long a sequence a base can take at all: some look positions up in a table of fixed size."""
+"""The longest sequence of a base that looks positions up in a table of fixed size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def position_table(model: PreTrainedModel, config: PreTrainedConfig) -> int | None:
-    """The positions that a base has entries for; None where it computes them (rotary, ALiBi).
+    """Return the length of a base's table of positions; None where it computes them, as rotary.
 
     A table is an embedding beside that of tokens, or a tensor that is no weight, whose size is the
     longest sequence that the configuration states.
@@ -27,7 +27,7 @@ def position_table(model: PreTrainedModel, config: PreTrainedConfig) -> int | No
 
 
 def _sizes(model: PreTrainedModel) -> Iterator[int]:
-    """Sizes of all that might be a table of positions."""
+    """Yield sizes of all that might be a table of positions."""
     tokens = model.get_input_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Embedding):

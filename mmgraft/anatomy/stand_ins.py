@@ -1,6 +1,6 @@
 """Shallow copies of modules whose parts are replaced by stand-ins, to see what the code does.
 
-The copy runs the real `forward` of the module's class on a few numbers on the CPU, while every
+The copy runs the real ``forward`` of the module's class on a few numbers on the CPU, while every
 child is a stand-in without weights. So it works alike for a real model of any size, a quantised
 one and a skeleton on the meta device, and the original is never touched.
 """
@@ -17,7 +17,7 @@ from torch import nn
 
 
 class StandIn(nn.Module):
-    """Calls `answer(name, args, kwargs)` in place of the child called `name`."""
+    """Calls ``answer(name, args, kwargs)`` in place of the child called ``name``."""
 
     def __init__(self, name: str, answer: Callable[[str, tuple, dict], Any]) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class StandIn(nn.Module):
         self._answer = answer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Hands the call on."""
+        """Hand the call on."""
         return self._answer(self._name, args, kwargs)
 
 
@@ -36,15 +36,15 @@ def with_stand_ins(
     prefix: str = "",
     seed: int = 0,
 ) -> nn.Module:
-    """Copies `module` with stand-ins for its children.
+    """Copy ``module`` with stand-ins for its children.
 
     Args:
-        module: what to copy; it is not changed.
-        answer: what the stand-ins return, given the child's dotted name and the call's arguments.
-        opened: dotted names of descendants; the modules on the way to them are copied in the same
+        module: What to copy; it is not changed.
+        answer: What the stand-ins return, given the child's dotted name and the call's arguments.
+        opened: Dotted names of descendants; the modules on the way to them are copied in the same
             manner instead of being replaced.
-        prefix: dotted name of `module` itself, with a dot at its end.
-        seed: the module's own parameters (not its children's) become random numbers drawn with it.
+        prefix: Dotted name of ``module`` itself, with a dot at its end.
+        seed: The module's own parameters (not its children's) become random numbers drawn with it.
     """
     twin = copy.copy(module)
     twin.__dict__.pop("forward", None)  # accelerate's hooks replace it on the instance
@@ -72,7 +72,7 @@ def with_stand_ins(
 
 
 def first_argument(args: tuple, kwargs: dict) -> torch.Tensor:
-    """Gives the first tensor of a call, positional or by name."""
+    """Return the first tensor of a call, positional or by name."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
             return value
@@ -80,10 +80,16 @@ def first_argument(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def required_as_none(module: nn.Module) -> dict[str, None]:
-    """Gives None for every required argument of `forward` but the first."""
+    """Return None for every required argument of ``forward`` but the first."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
     return {
         p.name: None
         for p in parameters
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
+
+
+def snapped(value: float, tolerance: float) -> float:
+    """Round to six digits where that takes off no more than the noise of measuring."""
+    short = float(f"{value:.6g}")
+    return short if abs(short - value) <= tolerance * abs(value) else value

@@ -1,4 +1,4 @@
-"""Where the files of a base are: a local folder, or a snapshot from the Hub."""
+"""The files of a base: in a local folder, or in a snapshot from the Hub."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class ModelFiles:
 
     Attributes:
         id: Hub id, or the absolute path of a local folder or GGUF file.
-        path: the folder that holds the files.
-        revision: commit id on the Hub; None for a local folder.
-        gguf: name of the GGUF file inside the folder, where the weights are in one.
-        slow: why reading tensors needs the whole base loaded once; None for safetensors.
+        path: The folder that holds the files.
+        revision: Commit id on the Hub; None for a local folder.
+        gguf: Name of the GGUF file inside the folder, where the weights are in one.
+        slow: Reason why reading tensors needs the whole base loaded once; None for safetensors.
     """
 
     id: str
@@ -61,18 +61,18 @@ class ModelFiles:
 
 
 def resolve(id_or_path: str | Path, revision: str | None = None) -> ModelFiles:
-    """Finds the files of a base, and fetches them from the Hub if they are not here.
+    """Find the files of a base, and fetch them from the Hub if they are not here.
 
-    Fetched are the config, the weights as safetensors and the tokenizer; `.bin` weights only
+    Fetched are the config, the weights as safetensors and the tokenizer; ``.bin`` weights only
     where there are no others.
 
     Args:
-        id_or_path: a local folder, a local GGUF file, or a Hub id.
-        revision: commit, branch or tag on the Hub.
+        id_or_path: A local folder, a local GGUF file, or a Hub id.
+        revision: Commit, branch or tag on the Hub.
 
     Raises:
-        UsageError: nothing of that name, no access to it, or no weights in it.
-        MMGraftError: the Hub cannot be reached, or the download failed.
+        UsageError: Nothing of that name, no access to it, or no weights in it.
+        MMGraftError: The Hub cannot be reached, or the download failed.
     """
     path = Path(id_or_path).expanduser()
     if path.is_dir():
@@ -94,10 +94,10 @@ def resolve(id_or_path: str | Path, revision: str | None = None) -> ModelFiles:
 
 
 def load_config(files: ModelFiles) -> PreTrainedConfig:
-    """Reads the configuration of a base.
+    """Read the configuration of a base.
 
     Raises:
-        UsageError: it is broken, unknown to this transformers, or not that of a causal LM.
+        UsageError: It is broken, unknown to this transformers, or not that of a causal LM.
     """
     try:
         config = AutoConfig.from_pretrained(files.path, gguf_file=files.gguf)
@@ -118,11 +118,11 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
 def fetch(
     name: str, revision: str | None, patterns: list[str], ignore: Sequence[str] = _NOT_WANTED
 ) -> Path:
-    """Fetches files of a Hub repository, or finds them in the cache.
+    """Fetch files of a Hub repository, or find them in the cache.
 
     Raises:
-        UsageError: no such repository or revision, or no access to it.
-        MMGraftError: the Hub cannot be reached, or the download failed.
+        UsageError: No such repository or revision, or no access to it.
+        MMGraftError: The Hub cannot be reached, or the download failed.
     """
     try:
         return Path(
@@ -159,17 +159,17 @@ def fetch(
 
 
 def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
-    """Fetches config and tokenizer of a base on the Hub, and no weights.
+    """Fetch config and tokenizer of a base on the Hub, and no weights.
 
     Raises:
-        UsageError: as `fetch`.
-        MMGraftError: as `fetch`.
+        UsageError: See :func:`fetch`.
+        MMGraftError: See :func:`fetch`.
     """
     return fetch(name, revision, _SMALL)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the files of a base's tokenizer as they are, into a folder with other weights."""
+    """Copy the files of a base's tokenizer as they are, into a folder with other weights."""
     for pattern in _TOKENIZER:
         for path in source.glob(pattern):
             if path.is_file():

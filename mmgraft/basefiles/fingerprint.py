@@ -1,4 +1,4 @@
-"""What identifies a base, so that a graft is never put on another one unnoticed."""
+"""Identify a base, so that a graft is never put on another one unnoticed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import hashlib
 import json
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmgraft.basefiles.files import ModelFiles, load_config
-from mmgraft.basefiles.tensors import TensorEntry, TensorReader, dtype_name
+from mmgraft.basefiles.tensor_files import TensorEntry, dtype_name
+from mmgraft.basefiles.tensors import TensorReader
 
 EDGE = 16 * 1024
-"""Bytes that are hashed at each end of a tensor."""
-
-_CHUNK = 16 * 1024 * 1024
+"""Number of bytes that are hashed at each end of a tensor."""
 
 # Fields that say where, by what or how a model was saved or is run, not what it computes.
 _VOLATILE = {
@@ -37,18 +37,18 @@ _VOLATILE = {
 
 
 def fingerprint(files: ModelFiles, full: bool = False) -> dict[str, Any]:
-    """Describes a base by its configuration and its tensors.
+    """Describe a base by its configuration and its tensors.
 
     Args:
-        files: the base's files.
-        full: hash every byte as well, under the key `full` of each tensor; reads the whole base.
+        files: The base's files.
+        full: Hash every byte as well, under the key ``full`` of each tensor; reads the whole base.
 
     Returns:
-        `{"config": {...}, "tensors": {name: {"dtype", "shape", "sha256"}}}`, ready for JSON.
-        `sha256` covers the first and last 16 KiB of the tensor's bytes.
+        ``{"config": {...}, "tensors": {name: {"dtype", "shape", "sha256"}}}``, ready for JSON.
+        ``sha256`` covers the first and last 16 KiB of the tensor's bytes.
 
     Raises:
-        UsageError: the files are broken or incomplete.
+        UsageError: The files are broken or incomplete.
     """
     config = json.loads(load_config(files).to_json_string(use_diff=False))
     with TensorReader(files) as reader:
@@ -57,13 +57,13 @@ def fingerprint(files: ModelFiles, full: bool = False) -> dict[str, Any]:
 
 
 def compare_fingerprints(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Names the first difference between two fingerprints, or gives None.
+    """Name the first difference between two fingerprints, or return None.
 
     Configurations are compared in the fields that both have: another version of transformers may
     know more fields. Whole hashes are compared where both have them.
 
     Returns:
-        A clause such as `config field 'rope_theta' was 500.0 and is 10000.0`.
+        A clause such as ``config field 'rope_theta' was 500.0 and is 10000.0``.
     """
     return _config_difference(saved["config"], now["config"]) or _tensor_difference(
         saved["tensors"], now["tensors"]
@@ -114,13 +114,19 @@ def _describe(reader: TensorReader, key: str, full: bool) -> dict[str, Any]:
     if entry is None:
         tensor = reader.get(key).detach().cpu().contiguous()
         data = tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
-        edges, whole = _edge_hash(data), hashlib.sha256(data).hexdigest() if full else None
         dtype, shape = dtype_name(tensor.dtype), list(tensor.shape)
     else:
-        edges, whole = _file_hashes(entry, full)
-        dtype, shape = entry.dtype, list(entry.shape)
-    described: dict[str, Any] = {"dtype": dtype, "shape": shape, "sha256": edges}
-    return {**described, "full": whole} if full else described
+        data, dtype, shape = _stored(entry), entry.dtype, list(entry.shape)
+    described: dict[str, Any] = {"dtype": dtype, "shape": shape, "sha256": _edge_hash(data)}
+    return {**described, "full": hashlib.sha256(data).hexdigest()} if full else described
+
+
+def _stored(entry: TensorEntry) -> Any:
+    """Map a tensor's bytes, of which only those that are hashed are read."""
+    size = entry.end - entry.start
+    if not size:
+        return b""
+    return np.memmap(entry.file, np.uint8, "r", offset=entry.start, shape=(size,)).data
 
 
 def _edge_hash(data: Any) -> str:
@@ -129,25 +135,3 @@ def _edge_hash(data: Any) -> str:
     digest = hashlib.sha256(data[:EDGE])
     digest.update(data[-EDGE:])
     return digest.hexdigest()
-
-
-def _file_hashes(entry: TensorEntry, full: bool) -> tuple[str, str | None]:
-    size = entry.end - entry.start
-    with entry.file.open("rb") as stream:
-        stream.seek(entry.start)
-        if size <= 2 * EDGE:
-            data = stream.read(size)
-        else:
-            data = stream.read(EDGE)
-            stream.seek(entry.end - EDGE)
-            data += stream.read(EDGE)
-        edges = hashlib.sha256(data).hexdigest()
-        if not full:
-            return edges, None
-        digest = hashlib.sha256()
-        stream.seek(entry.start)
-        while size > 0:
-            chunk = stream.read(min(size, _CHUNK))
-            digest.update(chunk)
-            size -= len(chunk)
-        return edges, digest.hexdigest()

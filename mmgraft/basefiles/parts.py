@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.quantization_config import Mxfp4Config
 
-from mmgraft.anatomy import Anatomy, examine, get_path, skeleton
+from mmgraft.anatomy import Anatomy, examine_config, get_path, skeleton
 from mmgraft.basefiles.tensors import TensorReader
 from mmgraft.errors import UsageError
 
@@ -24,12 +24,12 @@ class BaseParts:
     """Modules of a base, of its own classes, on the CPU in eval mode.
 
     Attributes:
-        layers: the decoder layers that were asked for, in that order.
-        embedding: the token embedding, or None if not asked for.
-        norm: the final norm, or None if not asked for or not there.
-        head: the head, or None if not asked for. Its weight is the embedding's own where the base
-            ties them and both were asked for.
-        config: the base's configuration as the modules know it.
+        layers: The decoder layers that were wanted, in that order.
+        embedding: The token embedding, or None if not wanted.
+        norm: The final norm, or None if not wanted or not there.
+        head: The head, or None if not wanted. Its weight is the embedding's own where the base
+            ties them and both were wanted.
+        config: The base's configuration as the modules know it.
     """
 
     layers: list[nn.Module]
@@ -49,7 +49,7 @@ def read_layers(
     dtype: torch.dtype | None = None,
     anatomy: Anatomy | None = None,
 ) -> BaseParts:
-    """Reads chosen parts of a base, and of its tensors only theirs.
+    """Read chosen parts of a base, and of its tensors only theirs.
 
     The base's own class is built on the meta device, everything that is not wanted is taken out
     of it, and transformers loads what is left, with the conversions that it has for the class
@@ -57,28 +57,27 @@ def read_layers(
     derives from the number: sliding window, rotary embedding, kind of feed-forward.
 
     Args:
-        reader: the base's tensors.
-        config: the base's configuration; it is not changed.
-        layers: numbers of the layers, counted from 0, each at most once.
-        embedding: read the token embedding.
-        norm: read the final norm.
-        head: read the head; of a tied base that is the embedding's tensor.
-        dtype: dtype of the parts; by default the one that the base itself loads in.
-        anatomy: of the same configuration, where it was examined before.
+        reader: The base's tensors.
+        config: The base's configuration; it is not changed.
+        layers: Numbers of the layers, counted from 0, each at most once.
+        embedding: Read the token embedding.
+        norm: Read the final norm.
+        head: Read the head; of a tied base that is the embedding's tensor.
+        dtype: Dtype of the parts; by default the one that the base itself loads in.
+        anatomy: Anatomy of the same configuration, where it was examined before.
 
     Raises:
-        UsageError: the base lacks tensors of these parts, or its checkpoint is quantised by
+        UsageError: The base lacks tensors of these parts, or its checkpoint is quantised by
             another method than MXFP4, which is unpacked.
     """
     _refuse_quantised(config, reader.files.id)
-    empty = skeleton(config)
-    anatomy = examine(empty) if anatomy is None else anatomy
+    anatomy = anatomy or examine_config(config)
     tied_head = head and anatomy.tied
     wanted = {f"{anatomy.layers_path}.{index}" for index in layers}
     wanted |= {anatomy.embedding_path} if embedding or tied_head else set()
     wanted |= {anatomy.norm_path} if norm and anatomy.norm_path else set()
     wanted |= {anatomy.head_path} if head else set()
-    model = _read(type(empty), reader, config, wanted, dtype, tied_head)
+    model = read_modules(reader, config, wanted, dtype, tied_head)
     loaded = get_path(model, anatomy.layers_path)
     return BaseParts(
         layers=[loaded._modules[str(index)] for index in layers],  # type: ignore[misc]
@@ -96,37 +95,27 @@ def read_modules(
     dtype: torch.dtype | None = None,
     tied: bool = False,
 ) -> PreTrainedModel:
-    """Reads the modules at these paths; all others are taken out of the model that is given.
+    """Read the modules at these paths; all others are taken out of the model that is returned.
 
     Args:
-        reader: the base's tensors.
-        config: the base's configuration; it is not changed.
-        paths: dotted names from the model itself, such as `model.layers.3`.
-        dtype: dtype of the modules; by default the one that the base itself loads in.
-        tied: the head is among them and is the embedding's tensor.
+        reader: The base's tensors.
+        config: The base's configuration; it is not changed.
+        paths: Dotted names from the model itself, such as ``model.layers.3``.
+        dtype: Dtype of the modules; by default the one that the base itself loads in.
+        tied: The head is among them and is the embedding's tensor.
 
     Raises:
-        UsageError: as `read_layers`.
+        UsageError: See :func:`read_layers`.
     """
     _refuse_quantised(config, reader.files.id)
-    return _read(type(skeleton(config)), reader, config, paths, dtype, tied)
-
-
-def _read(
-    base_class: type[PreTrainedModel],
-    reader: TensorReader,
-    config: PreTrainedConfig,
-    paths: Collection[str],
-    dtype: torch.dtype | None,
-    tied: bool,
-) -> PreTrainedModel:
+    reduced = _reduced(type(skeleton(config)), set(paths))
     config = copy.deepcopy(config)
     config.tie_word_embeddings = tied
-    return _load(_reduced(base_class, set(paths)), config, reader, dtype)
+    return _load(reduced, config, reader, dtype)
 
 
 def _reduced(base_class: type[PreTrainedModel], wanted: set[str]) -> type[PreTrainedModel]:
-    """Makes a class whose instances hold the wanted modules of the base class alone."""
+    """Make a class whose instances hold the wanted modules of the base class alone."""
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:
         base_class.__init__(self, config)
@@ -167,7 +156,7 @@ def _load(
                 None,
                 config=config,
                 state_dict=tensors,
-                dtype=dtype or _own_dtype(config, reader),
+                dtype=dtype or own_dtype(config, reader),
                 output_loading_info=True,
                 **_dequantised(config),
             )
@@ -179,16 +168,13 @@ def _load(
     return model
 
 
-def _own_dtype(config: PreTrainedConfig, reader: TensorReader) -> torch.dtype:
-    """Gives the dtype that the base loads in when none is asked for."""
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    found = (reader.dtype(key) for key in reader)
-    return next((d for d in found if d.is_floating_point), torch.float32)
+def own_dtype(config: PreTrainedConfig, reader: TensorReader) -> torch.dtype:
+    """Return the dtype that a base loads in where no other is named."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else reader.main_dtype()
 
 
 def _method(config: PreTrainedConfig) -> str | None:
-    """Gives the name of the method by which the checkpoint is quantised, or None."""
+    """Return the name of the method by which the checkpoint is quantised, or None."""
     stored: Any = getattr(config, "quantization_config", None)
     if not stored:
         return None
@@ -196,7 +182,7 @@ def _method(config: PreTrainedConfig) -> str | None:
 
 
 def _dequantised(config: PreTrainedConfig) -> dict[str, Any]:
-    """Gives the argument that unpacks MXFP4, the one form in which gpt-oss is published."""
+    """Return the argument that unpacks MXFP4, the one form in which gpt-oss is published."""
     return {"quantization_config": Mxfp4Config(dequantize=True)} if _method(config) else {}
 
 
@@ -211,7 +197,7 @@ def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers from reporting the tensors that are left out on purpose."""
+    """Keep transformers from reporting the tensors that are left out on purpose."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Reads and writes tensor files one tensor at a time, so that a 70 B model needs little memory.
+"""Read and write tensor files one tensor at a time, so that a 70 B model needs little memory.
 
 A safetensors file is eight bytes with the length of its header, the header as JSON (names, dtypes,
 shapes, offsets), and the tensors' bytes. The header is known before the first byte of a tensor is
@@ -8,9 +8,11 @@ read, so tensors go from their source to the disk one after the other.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,7 +39,23 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-"""What safetensors calls each dtype."""
+"""Each dtype by the name that safetensors has for it."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that safetensors uses for a dtype, such as ``BF16``."""
+    return _NAMES.get(dtype, str(dtype))
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: ``start`` and ``end`` are byte offsets in ``file``."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -45,9 +63,9 @@ class LazyTensor:
     """A tensor that is read when it is needed.
 
     Attributes:
-        shape: its shape.
-        dtype: its dtype.
-        read: reads it.
+        shape: Its shape.
+        dtype: Its dtype.
+        read: Reads it.
     """
 
     shape: tuple[int, ...]
@@ -62,55 +80,81 @@ class LazyTensor:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+
+def read_headers(folder: Path) -> dict[str, TensorEntry]:
+    """Return where each tensor of a folder's safetensors files lies; empty where it has none.
+
+    Raises:
+        UsageError: A shard is missing, cut short or no safetensors file.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for file in _weight_files(folder, "model", ".safetensors"):
+        entries.update(_read_header(file))
+    return entries
 
 
 def open_tensors(folder: Path) -> dict[str, LazyTensor]:
-    """Every tensor of a checkpoint: of its safetensors files, else of its pickled ones.
+    """Return every tensor of a checkpoint: of its safetensors files, else of its pickled ones.
 
     Raises:
-        UsageError: when there is neither, and for a file that cannot be read.
+        UsageError: There is neither, or a file cannot be read.
     """
-    for stem, suffix, opened in (
-        ("model", ".safetensors", _open_safetensors),
-        ("pytorch_model", ".bin", _open_pickled),
-    ):
-        paths = _weight_files(folder, stem, suffix)
-        tensors: dict[str, LazyTensor] = {}
-        for path in paths:
+    found: dict[str, LazyTensor] = {}
+    files: dict[Path, Any] = {}
+    for name, entry in read_headers(folder).items():
+        if entry.file not in files:
+            files[entry.file] = safe_open(entry.file, framework="pt")
+        read = partial(files[entry.file].get_tensor, name)
+        found[name] = LazyTensor(entry.shape, DTYPES[entry.dtype], read)
+    if not found:
+        for path in _weight_files(folder, "pytorch_model", ".bin"):
             try:
-                tensors.update(opened(path))
-            except (SafetensorError, OSError, RuntimeError, EOFError, KeyError) as error:
+                found.update(_open_pickled(path))
+            except (OSError, RuntimeError, EOFError, KeyError) as error:
                 raise UsageError(f"{path} cannot be read ({error}); fetch it again") from error
-        if tensors:
-            return tensors
-    raise UsageError(
-        f"{folder} holds no tensors (*.safetensors or pytorch_model*.bin); "
-        "give the folder of a whole checkpoint"
-    )
+    if not found:
+        raise UsageError(
+            f"{folder} holds no tensors (*.safetensors or pytorch_model*.bin); "
+            "give the folder of a whole checkpoint"
+        )
+    return found
 
 
 def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
-    """The shards that an index names, else the one file, else all of the kind."""
+    """Return the shards that an index names, else the one file, else all of the kind."""
     index = folder / f"{stem}{suffix}.index.json"
-    if index.is_file():
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [folder / name for name in sorted(set(places.values()))]
-    single = folder / f"{stem}{suffix}"
-    if single.is_file():
-        return [single]
-    return sorted(folder.glob(f"*{suffix}" if suffix == ".safetensors" else f"{stem}*{suffix}"))
+    if not index.is_file():
+        single = folder / f"{stem}{suffix}"
+        every = folder.glob(f"*{suffix}" if suffix == ".safetensors" else f"{stem}*{suffix}")
+        others = sorted(path for path in every if "adapter" not in path.name)
+        return [single] if single.is_file() else others
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index} is broken ({error}); fetch it again") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(f"{folder} lacks {', '.join(missing)}; fetch it again")
+    return [folder / name for name in names]
 
 
-def _open_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
-    file = safe_open(path, framework="pt")
-    for name in file.keys():  # noqa: SIM118  (no mapping)
-        piece = file.get_slice(name)
-        shape, dtype = tuple(piece.get_shape()), DTYPES[piece.get_dtype()]
-        yield name, LazyTensor(shape, dtype, lambda name=name: file.get_tensor(name))
+def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
+    try:
+        with safe_open(file, framework="pt"):  # checks the header against the file's size
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(
+            f"{file} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+    header.pop("__metadata__", None)
+    for name, value in header.items():
+        start, end = (8 + length + offset for offset in value["data_offsets"])
+        yield name, TensorEntry(file, value["dtype"], tuple(value["shape"]), start, end)
 
 
 def _open_pickled(path: Path) -> Iterator[tuple[str, LazyTensor]]:
@@ -129,9 +173,9 @@ def write_tensors(
     """Write one safetensors file, one tensor in memory at a time.
 
     Args:
-        path: the file, which must not matter yet: a killed write leaves half of it.
-        tensors: what to write.
-        metadata: strings for the header; `format` is added.
+        path: The file, which must not matter yet: a killed write leaves half of it.
+        tensors: The tensors to write.
+        metadata: Strings for the header; ``format`` is added.
     """
     # Widest first, as safetensors itself orders them, so that every tensor lies aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -172,14 +216,14 @@ def write_shards(
     metadata: Mapping[str, str] | None = None,
     max_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
-    """Write `stem.safetensors`, or numbered shards and `stem.safetensors.index.json`.
+    """Write ``stem.safetensors``, or numbered shards and ``stem.safetensors.index.json``.
 
     Args:
-        folder: where, made if it is missing.
-        stem: `model` or `graft`.
-        tensors: what to write; their order decides which share a shard.
-        metadata: strings for the headers.
-        max_bytes: size of a shard; a larger tensor has one of its own.
+        folder: Where to write; made if it is missing.
+        stem: ``model`` or ``graft``.
+        tensors: The tensors to write; their order decides which share a shard.
+        metadata: Strings for the headers.
+        max_bytes: Largest size of a shard; a larger tensor has one of its own.
 
     Returns:
         Names of the files written.
@@ -194,12 +238,12 @@ def write_shards(
         f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
         write_tensors(folder / name, shard, metadata)
-        places.update(dict.fromkeys(shard, name))
+        weight_map.update(dict.fromkeys(shard, name))
     total = sum(lazy.nbytes for lazy in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     index_name = f"{stem}.safetensors.index.json"
     (folder / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [*names, index_name]

@@ -1,7 +1,7 @@
-"""The `mmgraft` command: which commands there are, and what happens when one fails.
+"""The ``mmgraft`` command: a table of commands, and what happens when one fails.
 
-A command's module is imported when the command runs or is asked for its own help, so that
-`mmgraft --help` and shell completion import neither torch nor transformers.
+A command's module is imported when the command runs or shows its own help, so that
+``mmgraft --help`` and shell completion import neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -18,145 +18,102 @@ from typer.core import TyperGroup
 
 from mmgraft import __version__
 from mmgraft.cli.failures import explain
+from mmgraft.cli.options import option
 
 _MAKE, _USE, _SHARE, _LOOK = "Make", "Use", "Share", "Look"
 
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command lives, what the overview says of it, and a line to copy for its own help."""
+    """One command.
 
-    module: str
-    attribute: str  # a function, or a Typer app for a group of commands
-    help: str
+    Attributes:
+        panel: Its heading in the overview.
+        help: Its line in the overview.
+        example: A line to copy, without ``mmgraft``, for its own help.
+        attribute: Name of its function in ``mmgraft/cli/NAME.py``, or of the Typer app of a group
+            of commands; the command's own name where empty.
+    """
+
     panel: str
+    help: str
     example: str
+    attribute: str = ""
 
-    def load(self) -> Callable[..., Any] | typer.Typer:
-        """The function or app, imported now."""
-        return getattr(importlib.import_module(self.module), self.attribute)
+    def load(self, name: str) -> Callable[..., Any] | typer.Typer:
+        """Import the function or app of the command with this name."""
+        module = "import_" if name == "import" else name
+        return getattr(importlib.import_module(f"mmgraft.cli.{module}"), self.attribute or name)
 
 
 COMMANDS: dict[str, Command] = {
     "graft": Command(
-        "mmgraft.cli.graft",
-        "graft",
-        "Put a vision tower on a language model, without loading it.",
         _MAKE,
-        "mmgraft graft qwen2-7b --method iaa --layers 22,24",
+        "Put a vision tower on a language model, without loading it.",
+        "graft qwen2-7b --method iaa --layers 22,24",
     ),
     "train": Command(
-        "mmgraft.cli.train",
-        "train",
+        _MAKE,
         "Train a graft by its recipe, or go on with a run.",
-        _MAKE,
-        "mmgraft train qwen2-7b-iaa --data rows.jsonl",
+        "train qwen2-7b-iaa --data rows.jsonl",
     ),
-    "recipes": Command(
-        "mmgraft.cli.recipes",
-        "app",
-        "List, show, copy and check training recipes.",
-        _MAKE,
-        "mmgraft recipes ls",
-    ),
+    "recipes": Command(_MAKE, "List, show, copy and check training recipes.", "recipes ls", "app"),
     "data": Command(
-        "mmgraft.cli.data",
-        "app",
-        "List and write the data sets and models that packages carry.",
-        _MAKE,
-        "mmgraft data ls",
+        _MAKE, "List and write the data sets and models that packages carry.", "data ls", "app"
     ),
     "compare": Command(
-        "mmgraft.cli.compare",
-        "compare",
+        _MAKE,
         "Train several grafts alike, measure them alike, and write one report.",
-        _MAKE,
-        "mmgraft compare easy-vqa --out compare-easy-vqa",
+        "compare easy-vqa --out compare-easy-vqa",
     ),
-    "demo": Command(
-        "mmgraft.cli.demo",
-        "demo",
-        "Do the whole job on a small real model, on a CPU.",
-        _MAKE,
-        "mmgraft demo",
-    ),
+    "demo": Command(_MAKE, "Do the whole job on a small real model, on a CPU.", "demo"),
     "chat": Command(
-        "mmgraft.cli.chat",
-        "chat",
-        "Talk with a grafted model about pictures, or anything.",
         _USE,
-        "mmgraft chat qwen2-7b-iaa --image cat.jpg 'What is this?'",
+        "Talk with a grafted model about images, or anything.",
+        "chat qwen2-7b-iaa --image cat.jpg 'What is this?'",
     ),
     "generate": Command(
-        "mmgraft.cli.generate",
-        "generate",
-        "Answer a file of rows in batches: jsonl in, jsonl out.",
         _USE,
-        "mmgraft generate qwen2-7b-iaa rows.jsonl --out answers.jsonl",
+        "Answer a file of rows in batches: jsonl in, jsonl out.",
+        "generate qwen2-7b-iaa rows.jsonl --out answers.jsonl",
     ),
     "export": Command(
-        "mmgraft.cli.export",
-        "export",
-        "Write a graft for use elsewhere: stock LLaVA, one full folder.",
         _SHARE,
-        "mmgraft export qwen2-7b-iaa --to llava",
+        "Write a graft for use elsewhere: stock LLaVA, one full folder.",
+        "export qwen2-7b-iaa --to llava",
     ),
     "push": Command(
-        "mmgraft.cli.push",
-        "push",
-        "Put a graft on the Hub, with its model card.",
-        _SHARE,
-        "mmgraft push qwen2-7b-iaa --private",
+        _SHARE, "Put a graft on the Hub, with its model card.", "push qwen2-7b-iaa --private"
     ),
     "import": Command(
-        "mmgraft.cli.import_",
-        "import_checkpoint",
-        "Turn a published IAA or Wings checkpoint into grafts.",
         _SHARE,
-        "mmgraft import AIDC-AI/Wings-Qwen1_5-8B --dry-run",
+        "Turn a published IAA or Wings checkpoint into grafts.",
+        "import AIDC-AI/Wings-Qwen1_5-8B --dry-run",
+        "import_checkpoint",
     ),
     "eval": Command(
-        "mmgraft.cli.eval",
-        "evaluate",
-        "Measure what a graft keeps of text, and what it sees.",
         _LOOK,
-        "mmgraft eval qwen2-7b-iaa --text --vision",
+        "Measure what a graft keeps of text, and what it sees.",
+        "eval qwen2-7b-iaa --text --vision",
+        "evaluate",
     ),
     "estimate": Command(
-        "mmgraft.cli.estimate",
-        "estimate",
-        "Say what memory a training takes, which card is enough, and what saves.",
         _LOOK,
-        "mmgraft estimate iaa --base qwen2-7b --set graft.config.layers=22,24",
+        "Say what memory a training takes, which card is enough, and what saves.",
+        "estimate iaa --base qwen2-7b --set graft.config.layers=22,24",
     ),
     "inspect": Command(
-        "mmgraft.cli.inspect",
-        "inspect",
-        "Show a model's layers and where a graft may go, or what a graft adds.",
         _LOOK,
-        "mmgraft inspect smollm2-135m",
+        "Show a model's layers and where a graft may go, or what a graft adds.",
+        "inspect smollm2-135m",
     ),
     "laws": Command(
-        "mmgraft.cli.laws",
-        "laws",
+        _LOOK,
         "Show how much each layer attends to the image and to the text around it.",
-        _LOOK,
-        "mmgraft laws qwen2-7b-iaa rows.jsonl --images photos",
+        "laws qwen2-7b-iaa rows.jsonl --images photos",
     ),
-    "methods": Command(
-        "mmgraft.cli.methods",
-        "methods",
-        "List the methods of grafting, built in and installed.",
-        _LOOK,
-        "mmgraft methods",
-    ),
-    "env": Command(
-        "mmgraft.cli.env",
-        "env",
-        "Show versions, device, caches and what is missing.",
-        _LOOK,
-        "mmgraft env --json",
-    ),
+    "methods": Command(_LOOK, "List the methods of grafting, built in and installed.", "methods"),
+    "env": Command(_LOOK, "Show versions, device, caches and what is missing.", "env --json"),
 }
 
 
@@ -164,7 +121,7 @@ class LazyGroup(TyperGroup):
     """A group whose commands are placeholders until one of them is used."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that `args` begin with, its module imported."""
+        """Import the module of the command that ``args`` begin with."""
         name, command, rest = super().resolve_command(ctx, args)
         if name in COMMANDS:
             command = _real_command(name, COMMANDS[name])
@@ -172,8 +129,8 @@ class LazyGroup(TyperGroup):
 
 
 def _real_command(name: str, command: Command) -> Any:
-    target = command.load()
-    epilog = f"Example: {command.example}"
+    target = command.load(name)
+    epilog = f"Example: mmgraft {command.example}"
     if isinstance(target, typer.Typer):
         target.info.name = name
         target.info.epilog = epilog
@@ -196,16 +153,14 @@ def _show_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and stop."
-        ),
+        option("--version", "Show the version and stop.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Gives a language model eyes by grafting, and leaves the language model as it was."""
+    """Give a language model eyes by grafting, and leave the language model as it was."""
 
 
 def build_app() -> typer.Typer:
-    """The whole command line, its commands still placeholders."""
+    """Build the whole command line, its commands still placeholders."""
     app = typer.Typer(
         name="mmgraft",
         cls=LazyGroup,
@@ -222,10 +177,10 @@ def build_app() -> typer.Typer:
 
 
 def run(args: Sequence[str] | None = None) -> int:
-    """Run one command line and give its exit code: 0 done, 1 failed, 2 wrong use, 130 stopped.
+    """Run one command line and return its exit code: 0 done, 1 failed, 2 wrong use, 130 stopped.
 
     Raises:
-        Exception: only what is a defect of mmgraft, so that its traceback can be reported.
+        Exception: Only what is a defect of mmgraft, so that its traceback can be reported.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -249,5 +204,5 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     sys.exit(run())

@@ -1,4 +1,4 @@
-"""`mmgraft chat`."""
+"""``mmgraft chat``."""
 
 from __future__ import annotations
 
@@ -6,53 +6,48 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mmgraft.cli.options import (
     BaseOption,
     DeviceOption,
     DtypeOption,
     JsonFlag,
+    MaxNewTokensOption,
     QuantizationOption,
     RevisionOption,
+    RunArgument,
+    SamplingSeedOption,
+    TemperatureOption,
     VerifyOption,
+    WorkflowOption,
+    argument,
+    option,
 )
 
 if TYPE_CHECKING:
     from mmgraft.inference import Dialogue
 
 _HELP = (
-    "/image PATH shows a picture with your next line, /clear forgets the dialogue, "
+    "/image PATH shows an image with your next line, /clear forgets the dialogue, "
     "/help says this, /quit (or Ctrl-D) ends."
 )
 
+PromptArgument = Annotated[
+    str | None, argument("Question to answer once; without one a dialogue begins.")
+]
+ImageOption = Annotated[list[str] | None, option("--image", "Image to show; may be repeated.")]
+TopPOption = Annotated[float | None, option("--top-p", "Nucleus to sample from.", min=0.0, max=1.0)]
+
 
 def chat(
-    run: Annotated[
-        str | None,
-        typer.Argument(help="Folder or Hub id of a graft; the only one here when not given."),
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Argument(help="Ask this once and end; else a dialogue begins.")
-    ] = None,
-    image: Annotated[
-        list[str] | None, typer.Option("--image", help="Picture to show; may be repeated.")
-    ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
-    workflow: Annotated[
-        str | None,
-        typer.Option("--workflow", help="Of all turns; default: the graft's once it sees."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")
-    ] = 256,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
-    ] = 0.0,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus to sample from.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of sampling.")] = None,
+    run: RunArgument = None,
+    prompt: PromptArgument = None,
+    image: ImageOption = None,
+    system: Annotated[str | None, option("--system", "System prompt.")] = None,
+    workflow: WorkflowOption = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = None,
+    seed: SamplingSeedOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
@@ -61,45 +56,47 @@ def chat(
     revision: RevisionOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Talk with a grafted model. Without a picture it is the base itself, word for word.
+    """Talk with a grafted model. Without an image it is the base itself, word for word.
 
-    /image PATH brings a picture in at any turn, also into a dialogue that began as text.
+    /image PATH brings an image in at any turn, also into a dialogue that began as text.
     """
     from mmgraft.cli.console import note, print_json
-    from mmgraft.cli.loading import load_answerer
+    from mmgraft.cli.loading import load_answerer, seed_sampling
     from mmgraft.errors import UsageError
 
     run, prompt = _which(run, prompt)
     if json and prompt is None:
         raise UsageError("--json needs a prompt: mmgraft chat RUN 'What is this?' --json")
     answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
+    dialogue = _dialogue(answerer, system, workflow, image or [])
+    _warn_of_lacks(answerer)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    settings |= {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    seed_sampling(seed)
+    if prompt is None:
+        note(_HELP)
+        _talk(dialogue, settings)
+    elif json:
+        print_json({"prompt": prompt, "answer": dialogue.say(prompt, **settings)})
+    else:
+        _say(dialogue, prompt, settings)
+
+
+def _dialogue(
+    answerer: Any, system: str | None, workflow: str | None, images: list[str]
+) -> Dialogue:
     from mmgraft.inference import Dialogue
 
     if workflow is not None and workflow != "text":
         answerer.model.workflow(workflow)
     dialogue = Dialogue(answerer, system=system, workflow=workflow)
-    for one in image or []:
+    for one in images:
         dialogue.add_image(one)
-    _warn_of_lacks(answerer)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        settings |= {"temperature": temperature, "top_p": top_p}
-    if seed is not None:
-        import torch
-
-        torch.manual_seed(seed)
-    if prompt is None:
-        note(f"{_HELP}")
-        _talk(dialogue, settings)
-        return
-    if json:
-        print_json({"prompt": prompt, "answer": dialogue.say(prompt, **settings)})
-        return
-    _say(dialogue, prompt, settings)
+    return dialogue
 
 
 def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
-    """Run and prompt; a lone argument that names no folder and no Hub id is the prompt."""
+    """Return run and prompt; a lone argument that names no folder and no Hub id is the prompt."""
     from mmgraft.cli.console import note
     from mmgraft.runs.find import find_run
 
@@ -143,7 +140,7 @@ def _talk(dialogue: Dialogue, settings: dict[str, Any]) -> None:
 
 
 def _say(dialogue: Dialogue, text: str, settings: dict[str, Any]) -> None:
-    """One turn, the answer printed as it comes."""
+    """Hold one turn, and print the answer as it comes."""
 
     def show(piece: str) -> None:
         sys.stdout.write(piece)

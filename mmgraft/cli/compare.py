@@ -1,13 +1,11 @@
-"""`mmgraft compare`."""
+"""``mmgraft compare``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from mmgraft.cli.options import DryRunFlag, JsonFlag
+from mmgraft.cli.options import DryRunFlag, JsonFlag, argument, option
 
 if TYPE_CHECKING:
     from mmgraft.comparison.plan import ComparisonPlan, StagePlan
@@ -16,48 +14,46 @@ if TYPE_CHECKING:
 _SHARED, _TRIAL = "What all arms share", "Less than all"
 
 
-def _option(flag: str, help: str, panel: str | None = None, **more: Any) -> Any:
-    return typer.Option(flag, help=help, rich_help_panel=panel, **more)
-
-
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A shipped comparison (`mmgraft recipes ls`), or a YAML file.")
+    str, argument("A shipped comparison (`mmgraft recipes ls`), or a YAML file.")
 ]
-OutOption = Annotated[Path | None, _option("--out", "Folder; ./compare-NAME when not given.")]
-BaseOption = Annotated[str | None, _option("--base", "Alias, Hub id or folder.", _SHARED)]
+OutOption = Annotated[Path | None, option("--out", "Folder; ./compare-NAME when not given.")]
+BaseOption = Annotated[str | None, option("--base", "Alias, Hub id or folder.", panel=_SHARED)]
 VisionOption = Annotated[
-    str | None, _option("--vision", "Hub id, folder or registered tower.", _SHARED)
+    str | None, option("--vision", "Hub id, folder or registered tower.", panel=_SHARED)
 ]
 RootOption = Annotated[
-    str | None, _option("--root", "Folder that the file's paths start from.", _SHARED)
+    str | None, option("--root", "Folder that the file's paths start from.", panel=_SHARED)
 ]
 DataOption = Annotated[
     list[str] | None,
-    _option(
-        "--data", "Rows to train on, for all stages or as STAGE=FILE; may be repeated.", _SHARED
+    option(
+        "--data",
+        "Rows to train on, for all stages or as STAGE=FILE; may be repeated.",
+        panel=_SHARED,
     ),
 ]
 ImagesOption = Annotated[
-    str | None, _option("--images", "Folder that image paths start from.", _SHARED)
+    str | None, option("--images", "Folder that image paths start from.", panel=_SHARED)
 ]
-SeedOption = Annotated[int | None, _option("--seed", "Seed of the order of rows.", _SHARED)]
+SeedOption = Annotated[int | None, option("--seed", "Seed of the order of rows.", panel=_SHARED)]
 _SET_HELP = "KEY=VALUE in every arm's recipe, or ARM:KEY=VALUE in one; may be repeated."
-SetOption = Annotated[list[str] | None, _option("--set", _SET_HELP, _SHARED)]
+SetOption = Annotated[list[str] | None, option("--set", _SET_HELP, panel=_SHARED)]
 OnlyOption = Annotated[
-    list[str] | None, _option("--only", "Run this arm; may be repeated.", _TRIAL)
+    list[str] | None, option("--only", "Run this arm; may be repeated.", panel=_TRIAL)
 ]
 MaxStepsOption = Annotated[
-    int | None, _option("--max-steps", "Largest number of steps a stage.", _TRIAL, min=1)
+    int | None, option("--max-steps", "Largest number of steps a stage.", panel=_TRIAL, min=1)
 ]
 LimitOption = Annotated[
-    int | None, _option("--limit", "Largest number of items a set.", _TRIAL, min=1)
+    int | None, option("--limit", "Largest number of items a set.", panel=_TRIAL, min=1)
 ]
-TrainOnlyFlag = Annotated[bool, _option("--train-only", "Evaluate in a later call.", _TRIAL)]
+TrainOnlyFlag = Annotated[bool, option("--train-only", "Evaluate in a later call.", panel=_TRIAL)]
 BatchSizeOption = Annotated[
-    int | None, _option("--batch-size", "Questions a batch in evaluation.", min=1)
+    int | None, option("--batch-size", "Questions a batch in evaluation.", min=1)
 ]
 DeviceOption = Annotated[
-    str | None, _option("--device", "cuda, mps or cpu; default: the first available.")
+    str | None, option("--device", "cuda, mps or cpu; default: the first available.")
 ]
 
 
@@ -98,13 +94,10 @@ def compare(
 
 
 def _plan(comparison: Comparison, out: Path | None, **options: Any) -> ComparisonPlan:
-    from transformers.utils import logging
-
-    from mmgraft.cli.console import stderr
+    from mmgraft.cli.loading import quiet_bars
     from mmgraft.comparison.plan import make_plan
 
-    if not stderr().is_terminal:
-        logging.disable_progress_bar()
+    quiet_bars()
     return make_plan(comparison, out or Path(f"compare-{comparison.name}"), **options)
 
 

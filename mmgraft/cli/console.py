@@ -1,4 +1,4 @@
-"""What commands share when they print: results on stdout, everything else on stderr."""
+"""Printing of commands: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PLAIN_WIDTH = 160  # a pipe has no width; tables must not be folded for it
 
 
 def stdout() -> Console:
-    """Where results go. Colour only on a terminal."""
+    """Return the console of results, coloured only on a terminal."""
     return _console(stderr=False, terminal=sys.stdout.isatty())
 
 
 def stderr() -> Console:
-    """Where progress, notes and errors go, so that stdout can be piped."""
+    """Return the console of progress, notes and errors, so that stdout can be piped."""
     return _console(stderr=True, terminal=sys.stderr.isatty())
 
 
@@ -35,7 +35,7 @@ def _console(stderr: bool, terminal: bool) -> Console:
 
 
 def print_json(data: Any) -> None:
-    """Print `data` as JSON on stdout, and nothing else."""
+    """Print data as JSON on stdout, and nothing else."""
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
@@ -50,10 +50,10 @@ def show_error(message: str) -> None:
 
 
 def confirm(question: str, yes: bool) -> bool:
-    """Ask a question that spends or overwrites something; `yes` answers it.
+    """Ask a question that spends or overwrites something; ``yes`` answers it.
 
     Raises:
-        UsageError: when there is no terminal to ask on.
+        UsageError: When there is no terminal to ask on.
     """
     if yes:
         return True
@@ -63,10 +63,10 @@ def confirm(question: str, yes: bool) -> bool:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> Table:
-    """A table whose number columns are aligned right and whose text is never read as markup."""
+    """Build a table: numbers aligned right, and no text read as markup."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for place, column in enumerate(columns):
-        numeric = all(isinstance(row[place], int | float) for row in rows) and bool(rows)
+    for index, column in enumerate(columns):
+        numeric = all(isinstance(row[index], int | float) for row in rows) and bool(rows)
         made.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         made.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
@@ -74,18 +74,18 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | No
 
 
 def human_count(number: int) -> str:
-    """`134515008` as `134.5 M`."""
+    """Write ``134515008`` as ``134.5 M``."""
     return _scaled(number, 1000, ("", "K", "M", "B", "T"))
 
 
 def human_bytes(number: int) -> str:
-    """`538090176` as `513.2 MiB`."""
+    """Write ``538090176`` as ``513.2 MiB``."""
     return _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def _scaled(number: int, base: int, units: Sequence[str]) -> str:
-    value, place = float(number), 0
-    while abs(value) >= base and place < len(units) - 1:
+    value, power = float(number), 0
+    while abs(value) >= base and power < len(units) - 1:
         value /= base
-        place += 1
-    return f"{number} {units[0]}".strip() if place == 0 else f"{value:.1f} {units[place]}"
+        power += 1
+    return f"{number} {units[0]}".strip() if power == 0 else f"{value:.1f} {units[power]}"

@@ -1,4 +1,4 @@
-"""`mmgraft data`: sets and models that packages carry, and a look at rows before a training."""
+"""``mmgraft data``: sets and models that packages carry, and a look at rows before a training."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmgraft.cli.options import DryRunFlag, JsonFlag
+from mmgraft.cli.options import DryRunFlag, ImagesOption, JsonFlag, OverwriteFlag, argument, option
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
     from mmgraft.data.chat.preview import Preview
     from mmgraft.data.checking import Report
+    from mmgraft.demo.packaged import Offer
     from mmgraft.training.views import View
 
-_STAMPS = "Pictures of stamps"
 _READS = "What reads the rows"
 _SHOWN = 10  # bad rows, rows that are cut, and rows that come twice; --json has all
 
@@ -34,84 +34,34 @@ def list_data(json: JsonFlag = False) -> None:
 
     found = offers()
     if json:
-        rows = [
-            {
-                "name": offer.name,
-                "kind": offer.kind,
-                "content": offer.content,
-                "licence": offer.licence,
-                "packages": [package.name for package in offer.packages],
-                "missing": list(offer.missing),
-            }
-            for offer in found
-        ]
-        print_json({"data": rows})
+        print_json({"data": [_offer_data(offer) for offer in found]})
         return
-    stdout().print(
-        table(
-            ["name", "kind", "licence", "installed", "what it is"],
-            [
-                [
-                    offer.name,
-                    offer.kind,
-                    offer.licence,
-                    "no" if offer.missing else "yes",
-                    offer.content,
-                ]
-                for offer in found
-            ],
-        )
-    )
+    rows = [
+        [offer.name, offer.kind, offer.licence, "no" if offer.missing else "yes", offer.content]
+        for offer in found
+    ]
+    stdout().print(table(["name", "kind", "licence", "installed", "what it is"], rows))
+
+
+def _offer_data(offer: Offer) -> dict[str, Any]:
+    return {
+        "name": offer.name,
+        "kind": offer.kind,
+        "content": offer.content,
+        "licence": offer.licence,
+        "packages": [package.name for package in offer.packages],
+        "missing": list(offer.missing),
+    }
 
 
 @app.command("prepare", epilog="Example: mmgraft data prepare easy-vqa --out easy-vqa")
 def prepare(
-    name: Annotated[str, typer.Argument(help="A name of `mmgraft data ls`.")],
+    name: Annotated[str, argument("A name of `mmgraft data ls`.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write into; ./NAME when not given.")
+        Path | None, option("--out", "Folder to write into; ./NAME when not given.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
-    source: Annotated[
-        Path | None,
-        typer.Option("--source", help="Folder of Tux Paint's stamps.", rich_help_panel=_STAMPS),
-    ] = None,
-    photos: Annotated[
-        Path | None,
-        typer.Option(
-            "--photos",
-            help="Folder of photographs to paste on; those of packages when not given.",
-            rich_help_panel=_STAMPS,
-        ),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option("--size", help="Side of the pictures in pixels.", rich_help_panel=_STAMPS),
-    ] = None,
-    boxes: Annotated[
-        str | None,
-        typer.Option(
-            "--boxes",
-            help="How boxes are written: unit, thousand, ten or pixel.",
-            rich_help_panel=_STAMPS,
-        ),
-    ] = None,
-    stamps: Annotated[
-        str | None,
-        typer.Option("--stamps", help="On a picture: 2, or 2-4.", rich_help_panel=_STAMPS),
-    ] = None,
-    pictures: Annotated[
-        int | None,
-        typer.Option("--pictures", help="To train on.", rich_help_panel=_STAMPS),
-    ] = None,
-    test_pictures: Annotated[
-        int | None,
-        typer.Option(
-            "--test-pictures", help="In each of the two test files.", rich_help_panel=_STAMPS
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Write over files of the same names.")
-    ] = False,
+    seed: Annotated[int, option("--seed", "Seed of the samples that are drawn.")] = 0,
+    force: OverwriteFlag = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -122,22 +72,12 @@ def prepare(
     from mmgraft.cli.console import note, print_json
     from mmgraft.demo import packaged
 
-    options: dict[str, Any] = {
-        "source": source,
-        "photos": photos,
-        "size": size,
-        "boxes": boxes,
-        "stamps": stamps,
-        "pictures": pictures,
-        "test_pictures": test_pictures,
-    }
     done = packaged.prepare(
         name,
         out.expanduser() if out is not None else Path(name),
         seed=seed,
         force=force,
         dry_run=dry_run,
-        options=options,
         announce=note,
     )
     if json:
@@ -153,46 +93,34 @@ def prepare(
 
 _Target = Annotated[
     Path,
-    typer.Argument(
-        metavar="ROWS|RUN", help="A file or shards of rows, hub:OWNER/NAME, or a graft's folder."
-    ),
+    argument("A file or shards of rows, hub:OWNER/NAME, or a graft's folder.", metavar="ROWS|RUN"),
 ]
-_Run = Annotated[
-    Path | None,
-    typer.Option("--run", help="Read a file as this run does.", rich_help_panel=_READS),
-]
+_Run = Annotated[Path | None, option("--run", "Run whose settings read the file.", panel=_READS)]
 _Base = Annotated[
     str | None,
-    typer.Option("--base", help="Its tokenizer and template; no run.", rich_help_panel=_READS),
+    option(
+        "--base", "Base whose tokenizer and template read the rows, without a run.", panel=_READS
+    ),
 ]
-_Vision = Annotated[
-    str | None,
-    typer.Option("--vision", help="The tower beside --base.", rich_help_panel=_READS),
-]
+_Vision = Annotated[str | None, option("--vision", "Vision tower beside --base.", panel=_READS)]
 _Recipe = Annotated[
-    str | None,
-    typer.Option("--recipe", help="YAML file or shipped name.", rich_help_panel=_READS),
+    str | None, option("--recipe", "Recipe: a YAML file or a shipped name.", panel=_READS)
 ]
 _Stage = Annotated[
-    str | None, typer.Option("--stage", help="Only this one.", rich_help_panel=_READS)
+    str | None, option("--stage", "Stage whose rows are read; default: all.", panel=_READS)
 ]
 _Template = Annotated[
-    str | None,
-    typer.Option("--template", help="chat, plain or a jinja file.", rich_help_panel=_READS),
+    str | None, option("--template", "Template: chat, plain or a jinja file.", panel=_READS)
 ]
 _MaxLength = Annotated[
-    int | None,
-    typer.Option("--max-length", min=8, help="Where rows are cut.", rich_help_panel=_READS),
-]
-_Images = Annotated[
-    Path | None, typer.Option("--images", help="Folder that image paths start from.")
+    int | None, option("--max-length", "Position where rows are cut.", panel=_READS, min=8)
 ]
 
 
 @app.command("check", epilog="Example: mmgraft data check rows.jsonl --run qwen2-7b-iaa")
 def check(
     target: _Target,
-    images: _Images = None,
+    images: ImagesOption = None,
     run: _Run = None,
     base: _Base = None,
     vision: _Vision = None,
@@ -201,12 +129,11 @@ def check(
     template: _Template = None,
     max_length: _MaxLength = None,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Look at both ends of a picture; do not decode it."),
+        bool, option("--quick", "Look at both ends of an image; do not decode it.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Look at all rows of a file or a run: counts, lengths, pictures, rows that are no good.
+    """Look at all rows of a file or a run: counts, lengths, images, rows that are no good.
 
     Exit code 2 where a row is bad. A run's rows are read as its stages read them; a file's are
     tokenised with --run, or with --base and --vision.
@@ -217,11 +144,11 @@ def check(
     from mmgraft.data.formats.indexed import Joined
     from mmgraft.data.formats.sources import Checks, index_rows
     from mmgraft.training.stage_data import source_of
-    from mmgraft.training.views import Asked, views
+    from mmgraft.training.views import Selection, views
 
-    asked = Asked(target, run, base, vision, recipe, stage, images, template, max_length)
+    chosen = Selection(target, run, base, vision, recipe, stage, images, template, max_length)
     found: list[tuple[View, Report]] = []
-    for view in views(asked):
+    for view in views(chosen):
         bad: list[BadRow] = []
         checks = Checks(images=False, on_bad=bad.append, one=False)
         rows = Joined([index_rows(source_of(entry), checks) for entry in view.entries])
@@ -229,19 +156,7 @@ def check(
         found.append((view, checker.check(rows, bad)))
     count = len({row.key for _, report in found for row in report.bad})
     if json:
-        print_json(
-            {
-                "ok": not count,
-                "checks": [
-                    {
-                        "files": [entry.path for entry in view.entries],
-                        "stages": list(view.stages),
-                        **report.as_dict(),
-                    }
-                    for view, report in found
-                ],
-            }
-        )
+        print_json({"ok": not count, "checks": [_check_data(*one) for one in found]})
     else:
         for view, report in found:
             _show_report(view, report)
@@ -255,8 +170,8 @@ def check(
 @app.command("preview", epilog="Example: mmgraft data preview rows.jsonl --run qwen2-7b-iaa")
 def preview(
     target: _Target,
-    row: Annotated[int, typer.Option("--row", min=1, help="Which, counted from 1.")] = 1,
-    images: _Images = None,
+    row: Annotated[int, option("--row", "Number of the row, counted from 1.", min=1)] = 1,
+    images: ImagesOption = None,
     run: _Run = None,
     base: _Base = None,
     vision: _Vision = None,
@@ -266,7 +181,7 @@ def preview(
     max_length: _MaxLength = None,
     json: JsonFlag = False,
 ) -> None:
-    """Show one row as the model sees it: what is trained stands out, pictures are folded.
+    """Show one row as the model sees it: what is trained stands out, images are folded.
 
     Without colour, what is trained stands between ⟦ and ⟧.
     """
@@ -276,13 +191,13 @@ def preview(
     from mmgraft.data.formats.sources import row_at
     from mmgraft.runs.find import find_run, is_graft
     from mmgraft.training.stage_data import source_of
-    from mmgraft.training.views import Asked, views
+    from mmgraft.training.views import Selection, views
 
     if is_there(str(target)) and not is_graft(target) and run is base is recipe is None:
         run = find_run(None, announce=note)
-    asked = Asked(target, run, base, vision, recipe, stage, images, template, max_length)
+    chosen = Selection(target, run, base, vision, recipe, stage, images, template, max_length)
     shown: list[tuple[View, Preview]] = []
-    for view in views(asked):
+    for view in views(chosen):
         if view.processor is None:
             raise UsageError("no base is known to read the row; give --run, or --base and --vision")
         one = row_at([source_of(entry) for entry in view.entries], row)
@@ -296,6 +211,11 @@ def preview(
         _show_preview(view, one, first=number == 0)
 
 
+def _check_data(view: View, report: Report) -> dict[str, Any]:
+    files = [entry.path for entry in view.entries]
+    return {"files": files, "stages": list(view.stages), **report.as_dict()}
+
+
 def _show_report(view: View, report: Report) -> None:
     from rich.markup import escape
 
@@ -307,7 +227,7 @@ def _show_report(view: View, report: Report) -> None:
         ("bad", _faults(report)),
         ("no image", _text_rows(view, report)),
         ("twice", f"{len(report.twice):,} rows, {report.ids_twice:,} ids"),
-        ("images", _pictures(report)),
+        ("images", _images(report)),
         ("positions", _positions(report)),
     ]
     if report.max_length is not None:
@@ -340,7 +260,7 @@ def _text_rows(view: View, report: Report) -> str:
     return f"{report.text_rows:,}{left_out}"
 
 
-def _pictures(report: Report) -> str:
+def _images(report: Report) -> str:
     text = f"{report.images:,} in {report.files:,} files"
     if report.largest is not None:
         width, height, name = report.largest
@@ -373,7 +293,7 @@ def _show_preview(view: View, one: Preview, first: bool) -> None:
     out.print(
         f"{one.count():,} positions{cut}: {one.count('image'):,} of images, "
         f"{one.count('learned'):,} learned"
-        + ("; left out, for it has no image (text_rows: skip)" if left_out else "")
+        + ("; left out, because it has no image (text_rows: skip)" if left_out else "")
     )
     text = Text()
     for piece in one.pieces:

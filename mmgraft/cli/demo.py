@@ -1,13 +1,11 @@
-"""`mmgraft demo`."""
+"""``mmgraft demo``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from mmgraft.cli.options import DryRunFlag, JsonFlag
+from mmgraft.cli.options import DryRunFlag, JsonFlag, option
 
 if TYPE_CHECKING:
     from mmgraft.demo.report import DemoReport
@@ -18,25 +16,23 @@ BUDGET_MINUTES = 15
 
 
 def demo(
-    method: Annotated[str, typer.Option("--method", help="iaa, wings or llava.")] = "iaa",
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder; ./demo-<method> when not given.")
-    ] = None,
+    method: Annotated[str, option("--method", "iaa, wings or llava.")] = "iaa",
+    out: Annotated[Path | None, option("--out", "Folder; ./demo-<method> when not given.")] = None,
     seed: Annotated[
-        int, typer.Option("--seed", help="Of the graft's first values and the order of rows.")
+        int, option("--seed", "Seed of the graft's first values and the order of rows.")
     ] = 0,
     hub: Annotated[
-        bool, typer.Option("--hub", help="Take both models from the Hub, not from packages.")
+        bool, option("--hub", "Take both models from the Hub, not from packages.")
     ] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two steps a stage and 20 questions: does it run?")
+        bool, option("--quick", "Two steps a stage and 20 questions: does it run?")
     ] = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Do the whole job on a small real model: graft, train, ask, chat, and compare text.
+    """Do the whole job on a small real model: graft, train, answer, chat, and compare text.
 
-    SmolLM2-135M-Instruct learns to answer easy-VQA's questions about pictures, on two CPU cores in
+    SmolLM2-135M-Instruct learns to answer easy-VQA's questions about images, on two CPU cores in
     under 15 minutes. No graphics card and, with the demo's packages installed, no network.
     """
     from mmgraft.cli.console import note, print_json, stderr
@@ -80,7 +76,7 @@ def _plan(settings: DemoSettings, json: bool) -> None:
     listed = ", ".join(f"{name} ({count} steps)" for name, count in steps.items())
     note(
         f"would graft {settings.method} onto SmolLM2-135M-Instruct in {settings.out}, train it by "
-        f"{recipe.name}: {listed}, and ask {settings.questions} test questions before and after"
+        f"{recipe.name}: {listed}, and answer {settings.questions} test questions before and after"
     )
 
 
@@ -97,8 +93,8 @@ def show(report: DemoReport) -> None:
     out.print(_accuracies(report))
     out.print()
     out.print(table(["what", "result"], _facts(report)))
-    note(f"pictures with answers: {report.sheet}")
-    note(f"talk to it: mmgraft chat {report.out} --image PICTURE 'what shape is in the image?'")
+    note(f"images with answers: {report.sheet}")
+    note(f"talk to it: mmgraft chat {report.out} --image FILE 'what shape is in the image?'")
 
 
 def _accuracies(report: DemoReport) -> Any:

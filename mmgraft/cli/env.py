@@ -1,4 +1,4 @@
-"""`mmgraft env`."""
+"""``mmgraft env``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def env(json: JsonFlag = False) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Everything that `mmgraft env` shows, as plain data."""
+    """Return all that ``mmgraft env`` shows, as plain data."""
     import torch
     from huggingface_hub import constants, get_token
 
@@ -96,7 +96,7 @@ def _how_to_get(name: str) -> str:
 
 
 def _devices(torch: Any) -> list[str]:
-    """Usable devices, the one that commands take by default first."""
+    """List the usable devices, the one that commands take by default first."""
     found = [
         f"cuda:{index} {torch.cuda.get_device_name(index)} "
         f"({torch.cuda.get_device_properties(index).total_memory / 2**30:.0f} GiB)"

@@ -11,63 +11,44 @@ from mmgraft.cli.options import JsonFlag
 
 if TYPE_CHECKING:
     from mmgraft.training.memory.request import Request
-    from mmgraft.training.memory.switches import Fit, Saving
 
 _PLAN, _ROWS = "What is trained", "Length of rows"
 _OF_SEVERAL = ("of others, for a moment", "to exchange")
 
 
+def _option(panel: str | None, name: str, text: str, **more: Any) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=panel, **more)
+
+
+_Target = Annotated[
+    str, typer.Argument(metavar="RECIPE|RUN", help="Shipped name, YAML file, or a graft.")
+]
+_Base = Annotated[str | None, _option(_PLAN, "--base", "Base: alias, Hub id or folder.")]
+_Vision = Annotated[str | None, _option(_PLAN, "--vision", "Tower: Hub id, folder or name.")]
+_Recipe = Annotated[str | None, _option(_PLAN, "--recipe", "Recipe instead of the run's own.")]
+_SET = "Change a value: stages.*.batch_size=2, graft.config.layers=last:8."
+_Set = Annotated[list[str] | None, _option(_PLAN, "--set", _SET)]
+_LENGTH = "Positions of a row, images included."
+_Length = Annotated[int | None, _option(_ROWS, "--length", _LENGTH, min=2)]
+_DATA = "Rows to measure: FILE, or STAGE=FILE."
+_Data = Annotated[list[str] | None, _option(_ROWS, "--data", _DATA)]
+_Images = Annotated[str | None, _option(_ROWS, "--images", "Folder that image paths start from.")]
+_Device = Annotated[str, _option(None, "--device", "Where the training would run: cuda or cpu.")]
+_PROCESSES = "Number of processes that train together; sizes are those of one of them."
+_Processes = Annotated[int, _option(None, "--processes", _PROCESSES, min=1)]
+
+
 def estimate(
-    target: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="Shipped name, YAML file, or a graft.")
-    ],
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Alias, Hub id or folder.", rich_help_panel=_PLAN),
-    ] = None,
-    vision: Annotated[
-        str | None,
-        typer.Option("--vision", help="Hub id, folder or registered tower.", rich_help_panel=_PLAN),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", help="Of a run, instead of its own.", rich_help_panel=_PLAN),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Change a value: stages.*.batch_size=2, graft.config.layers=last:8.",
-            rich_help_panel=_PLAN,
-        ),
-    ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            "--length", min=2, help="Positions of a row, images counted.", rich_help_panel=_ROWS
-        ),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data", help="FILE or STAGE=FILE, to measure rows in.", rich_help_panel=_ROWS
-        ),
-    ] = None,
-    images: Annotated[
-        str | None,
-        typer.Option("--images", help="Folder that image paths start from.", rich_help_panel=_ROWS),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="cuda or cpu: where it would train.")
-    ] = "cuda",
-    processes: Annotated[
-        int,
-        typer.Option(
-            "--processes",
-            min=1,
-            help="So many train together, as the recipe's parallel says; of each of them.",
-        ),
-    ] = 1,
+    target: _Target,
+    base: _Base = None,
+    vision: _Vision = None,
+    recipe: _Recipe = None,
+    set_: _Set = None,
+    length: _Length = None,
+    data: _Data = None,
+    images: _Images = None,
+    device: _Device = "cuda",
+    processes: _Processes = 1,
     json: JsonFlag = False,
 ) -> None:
     """Say what memory a training takes, stage by stage, before anything is loaded.
@@ -103,83 +84,49 @@ def estimate(
 
 def _found(request: Request) -> dict[str, Any]:
     from mmgraft.training.memory.cards import reserve, smallest
-    from mmgraft.training.memory.limits import not_counted
-    from mmgraft.training.memory.switches import peak_of, savings, smaller_cards
+    from mmgraft.training.memory.estimate import not_counted
+    from mmgraft.training.memory.switches import peak_of, savings
 
-    estimator = request.estimator()
-    stages = estimator.stages(request.recipe)
-    peak = peak_of(stages)
-    card = smallest(peak)
-    on_cards = request.device == "cuda"
+    estimator, recipe = request.estimator(), request.recipe
+    stages = estimator.stages(recipe)
+    card = smallest(peak_of(stages))
+    files, record = request.subject.files, request.subject.record
     return {
-        "recipe": request.recipe.name,
-        "method": request.recipe.method,
-        "base": request.subject.record.base.id if request.subject.files.id.startswith("./")
-        else request.subject.files.id,
+        "recipe": recipe.name,
+        "method": recipe.method,
+        "base": record.base.id if files.id.startswith("./") else files.id,
         "tower": request.subject.vision.name,
         "device": request.device,
-        "quantization": request.recipe.quantization,
+        "quantization": recipe.quantization,
         "processes": request.processes,
-        "parallel": request.recipe.parallel,
+        "parallel": recipe.parallel,
         "stages": [asdict(stage) for stage in stages],
-        "peak": peak,
+        "peak": peak_of(stages),
         "reserve": reserve(),
         "card": None if card is None else {"gb": card.gb, "such_as": card.such_as},
-        "savings": [_saving(one) for one in savings(estimator, request.recipe)],
-        "smaller_cards": [_fit(one) for one in smaller_cards(estimator, request.recipe)]
-        if on_cards
-        else [],
-        "not_counted": not_counted(request.recipe, request.device, request.processes),
-    }  # fmt: skip
-
-
-def _saving(one: Saving) -> dict[str, Any]:
-    return asdict(one)
-
-
-def _fit(one: Fit) -> dict[str, Any]:
-    return {"gb": one.card.gb, "such_as": one.card.such_as, "write": one.write, "peak": one.peak}
+        "savings": [asdict(one) for one in savings(estimator, recipe)],
+        "not_counted": not_counted(recipe, request.device, request.processes),
+    }
 
 
 def _show(found: dict[str, Any]) -> None:
-    from mmgraft.cli.console import human_count, stdout, table
+    from mmgraft.cli.console import stdout, table
 
-    out = stdout()
-    out.print(
-        f"{found['recipe']} ({found['method']}) on {found['base']}, seen with {found['tower']}",
-        markup=False,
-    )
-    stages = found["stages"]
-    parts: list[list[Any]] = [
-        ["rows at once", *(stage["batch_size"] for stage in stages)],
-        ["positions a row", *(_row(stage["rows"]) for stage in stages)],
-        ["parameters", *(human_count(stage["parameters"]) for stage in stages)],
-        ["trained", *(human_count(stage["trained"]) for stage in stages)],
-        ["weights", *(_weights(stage["weights"]) for stage in stages)],
-        ["vision tower", *(_gb(stage["tower"]) for stage in stages)],
-        ["  while it runs", *(_gb(stage["seeing"]) for stage in stages)],
-        ["optimizer", *(_gb(stage["optimizer"]) for stage in stages)],
-        ["gradients", *(_gb(stage["gradients"]) for stage in stages)],
-        ["of others, for a moment", *(_gb(stage["gathered"]) for stage in stages)],
-        ["to exchange", *(_gb(stage["buffers"]) for stage in stages)],
-        ["kernels", *(_gb(stage["kernels"]) for stage in stages)],
-        ["activations", *(_gb(stage["activations"]) for stage in stages)],
-        ["  of a layer", *(_layer(stage["layers"]) for stage in stages)],
-        ["peak", *(_gb(stage["peak"]) for stage in stages)],
-        ["  reached in", *(stage["moment"] for stage in stages)],
+    out, stages, several = stdout(), found["stages"], found["processes"] > 1
+    lines = [
+        f"{found['recipe']} ({found['method']}) on {found['base']}, seen with {found['tower']}"
     ]
-    several = found["processes"] > 1
-    if not any(stage["kernels"] for stage in stages):
-        parts = [part for part in parts if part[0] != "kernels"]
-    if not several:
-        parts = [part for part in parts if part[0] not in _OF_SEVERAL]
-    else:
-        each = f"each of {found['processes']} processes, parallel: {found['parallel']}"
-        out.print(each, markup=False)
-    out.print(table(["", *(stage["stage"] for stage in stages)], parts))
+    if several:
+        lines.append(f"each of {found['processes']} processes, parallel: {found['parallel']}")
+    for line in lines:
+        out.print(line, markup=False)
+    columns = [_lines(stage) for stage in stages]
+    labels = [label for label in columns[0] if several or label not in _OF_SEVERAL]
+    rows = [[label, *(column[label] for column in columns)] for label in labels]
+    out.print(table(["", *(stage["stage"] for stage in stages)], rows))
     if found["device"] == "cuda":
         card = found["card"]
-        enough = "no card of the list" if card is None else _card(card)
+        enough = "no card of the list" if card is None else f"{card['gb']} GB ({card['such_as']})"
         enough += ", for each process" if several and card is not None else ""
         out.print(f"enough: {enough}; {found['reserve']} are left free", markup=False)
     elif several:
@@ -187,26 +134,32 @@ def _show(found: dict[str, Any]) -> None:
     if found["savings"]:
         rows = [[one["write"], _gb(one["saves"]), one["costs"]] for one in found["savings"]]
         out.print(table(["to save, write", "saves", "it costs"], rows))
-    for fit in found["smaller_cards"]:
-        out.print(f"for {_card(fit)}: {'; '.join(fit['write'])} ({_gb(fit['peak'])})", markup=False)
     for text in found["not_counted"]:
         out.print(f"not counted: {text}", markup=False)
 
 
-def _row(rows: dict[str, Any]) -> str:
-    return f"{rows['length']} ({rows['source']})"
+def _lines(stage: dict[str, Any]) -> dict[str, Any]:
+    """Build a stage's column of the table: what stands beside each label."""
+    from mmgraft.cli.console import human_count
 
-
-def _weights(weights: dict[str, int]) -> str:
-    return " + ".join(f"{_gb(size)} {name}" for name, size in weights.items())
-
-
-def _layer(layers: list[int]) -> str:
-    return _gb(round(sum(layers) / len(layers))) if layers else ""
-
-
-def _card(card: dict[str, Any]) -> str:
-    return f"{card['gb']} GB ({card['such_as']})"
+    layers = stage["layers"]
+    return {
+        "rows at once": stage["batch_size"],
+        "positions a row": "{length} ({source})".format(**stage["rows"]),
+        "parameters": human_count(stage["parameters"]),
+        "trained": human_count(stage["trained"]),
+        "weights": " + ".join(f"{_gb(size)} {kind}" for kind, size in stage["weights"].items()),
+        "vision tower": _gb(stage["tower"]),
+        "  while it runs": _gb(stage["seeing"]),
+        "optimizer": _gb(stage["optimizer"]),
+        "gradients": _gb(stage["gradients"]),
+        "of others, for a moment": _gb(stage["gathered"]),
+        "to exchange": _gb(stage["buffers"]),
+        "activations": _gb(stage["activations"]),
+        "  of a layer": _gb(round(sum(layers) / len(layers))) if layers else "",
+        "peak": _gb(stage["peak"]),
+        "  reached in": stage["moment"],
+    }
 
 
 def _gb(size: int) -> str:

@@ -1,51 +1,33 @@
-"""`mmgraft export`."""
+"""``mmgraft export``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
-
-from mmgraft.cli.options import DryRunFlag, JsonFlag
+from mmgraft.cli.options import BaseOption, DryRunFlag, JsonFlag, RunArgument, option
 
 if TYPE_CHECKING:
     from mmgraft.export.folder import Exported, Kind
 
 _KINDS = ("graft", "full", "llava")
-_DTYPES = ("bfloat16", "float32", "float16")
 
 
 def export(
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            help="Folder or Hub id of the graft. Default: the one here, or the only one below."
-        ),
-    ] = None,
+    run: RunArgument = None,
     to: Annotated[
         str,
-        typer.Option(
-            "--to", help="graft: the adapter alone; full: with base and tower; llava: stock LLaVA."
-        ),
+        option("--to", "graft: the adapter alone; full: with base and tower; llava: stock LLaVA."),
     ] = "",
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder. Default: ./<graft>-<to>.")
-    ] = None,
+    out: Annotated[Path | None, option("--out", "-o", "Folder. Default: ./<graft>-<to>.")] = None,
     workflow: Annotated[
-        str | None,
-        typer.Option("--workflow", help="Which one, where an import wrote several."),
+        str | None, option("--workflow", "Workflow to export, where an import wrote several.")
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="llava: bfloat16, float32 or float16. Default: the base's."),
+        str | None, option("--dtype", "llava: bfloat16, float32 or float16. Default: the base's.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Where the base lies, if it was moved.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an earlier export in the folder.")
-    ] = False,
+    base: BaseOption = None,
+    force: Annotated[bool, option("--force", "Replace an earlier export in the folder.")] = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -56,28 +38,16 @@ def export(
     is compared with the graft before it is kept.
     """
     from mmgraft.cli.console import note, print_json
+    from mmgraft.cli.loading import quiet_bars
 
     _check(to, dtype)
     kind = cast("Kind", to)
-    _quiet_unless_terminal(json)
+    quiet_bars(json)
     from mmgraft.export.folder import check_folder, default_folder, find_workflow
 
     folder = _find(run)
     target = check_folder(out or default_folder(folder, kind), folder, force)
-    chosen = find_workflow(folder, workflow)
-    options: dict[str, Any] = {"dry_run": dry_run, "say": note}
-    if kind == "graft":
-        from mmgraft.export.graft import export_graft
-
-        result = export_graft(chosen, target, **options)
-    elif kind == "full":
-        from mmgraft.export.full import export_full
-
-        result = export_full(chosen, target, base, **options)
-    else:
-        from mmgraft.export.llava.export import export_llava
-
-        result = export_llava(chosen, target, base, dtype, **options)
+    result = _write(find_workflow(folder, workflow), target, kind, base, dtype, dry_run)
     for text in result.notes:
         note(f"note: {text}")
     if json:
@@ -86,8 +56,27 @@ def export(
         _show(result)
 
 
+def _write(
+    run: Path, out: Path, kind: Kind, base: str | None, dtype: str | None, dry_run: bool
+) -> Exported:
+    from mmgraft.cli.console import note
+
+    if kind == "graft":
+        from mmgraft.export.graft import export_graft
+
+        return export_graft(run, out, dry_run, note)
+    if kind == "full":
+        from mmgraft.export.full import export_full
+
+        return export_full(run, out, base, dry_run, note)
+    from mmgraft.export.llava.export import export_llava
+
+    return export_llava(run, out, base, dtype, dry_run, note)
+
+
 def _check(to: str, dtype: str | None) -> None:
-    """Refuse what needs no model to be refused."""
+    """Refuse options that need no model to be refused."""
+    from mmgraft.cli.loading import check_dtype
     from mmgraft.errors import UsageError, did_you_mean
 
     if not to:
@@ -99,8 +88,7 @@ def _check(to: str, dtype: str | None) -> None:
             f"--dtype goes with --to llava: {to} keeps its files as they are, and takes a dtype "
             "when it is loaded"
         )
-    if dtype is not None and dtype not in _DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose {', '.join(_DTYPES)}")
+    check_dtype(dtype)
 
 
 def _find(run: str | None) -> Path:
@@ -132,7 +120,6 @@ def _show(result: Exported) -> None:
 
     rows = [[name, human_bytes(size)] for name, size in result.files.items()]
     rows.append([f"{len(result.files)} files", human_bytes(sum(result.files.values()))])
-    verb: Literal["written to", "would be written to"]
     verb = "written to" if result.written else "would be written to"
     out = stdout()
     out.print(table(["file", "size"], rows, title=f"{verb} {result.folder}"))
@@ -142,15 +129,3 @@ def _show(result: Exported) -> None:
             f"{result.difference:.1e}",
             markup=False,
         )
-
-
-def _quiet_unless_terminal(json: bool) -> None:
-    """Keep transformers' and the Hub client's bars out of logs and out of JSON."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
-    from mmgraft.cli.console import stderr
-
-    if json or not stderr().is_terminal:
-        disable_progress_bars()
-        logging.disable_progress_bar()

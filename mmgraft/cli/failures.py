@@ -1,11 +1,11 @@
-"""Turns what can go wrong outside mmgraft into a message and an exit code."""
+"""Turn what can go wrong outside mmgraft into a message and an exit code."""
 
 from __future__ import annotations
 
 import errno
 import re
 
-from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.errors import MMGraftError, UsageError, first_line
 
 _NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 _PEER = re.compile("Connection (closed|reset) by peer|[Tt]imed out waiting .*ms for recv")
@@ -29,7 +29,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return _explain_hub(error, found), UsageError.exit_code
     if "huggingface_hub" in packages or packages & _NETWORK_PACKAGES:
         return (
-            f"the Hub could not be reached or refused: {_first_line(error)}\n"
+            f"the Hub could not be reached or refused: {first_line(error)}\n"
             "Check the network and HF_ENDPOINT, then run the same command again.",
             MMGraftError.exit_code,
         )
@@ -42,7 +42,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     no_room = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds or no_room:
         return (
-            f"out of memory: {_first_line(error)}\n"
+            f"out of memory: {first_line(error)}\n"
             "Use a smaller batch, --quantization nf4, or gradient checkpointing in the recipe.",
             MMGraftError.exit_code,
         )
@@ -65,7 +65,7 @@ def _explain_hub(error: BaseException, found: set[str]) -> str:
         todo = "Ask for access on its page, then log in with `hf auth login`."
     else:
         todo = "Check the name and the revision; a private one needs `hf auth login`."
-    return f"{_first_line(error)}\n{todo}"
+    return f"{first_line(error)}\n{todo}"
 
 
 def _explain_os(error: OSError) -> str:
@@ -77,9 +77,4 @@ def _explain_os(error: OSError) -> str:
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not allowed to read or write{where}; choose another folder or mend its rights."
-    return f"{_first_line(error)}; mend this and run the same command again."
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return f"{first_line(error)}; mend this and run the same command again."

@@ -1,38 +1,30 @@
-"""`mmgraft import`."""
+"""``mmgraft import``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption
+from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption, argument, option
 
 if TYPE_CHECKING:
     from mmgraft.published.importer import ImportReport
 
 
 def import_checkpoint(
-    checkpoint: Annotated[
-        str, typer.Argument(help="Folder or Hub id of a checkpoint of the published code.")
-    ],
+    checkpoint: Annotated[str, argument("Folder or Hub id of a checkpoint of the published code.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where to. Default: a folder of its name.")
+        Path | None, option("--out", "-o", "Folder to write. Default: one of its name.")
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(
-            "--base", help="The original LLM; if all tensors are equal, it is referred to."
-        ),
+        option("--base", "The original LLM; if all tensors are equal, it is referred to."),
     ] = None,
     layers: Annotated[
-        str | None,
-        typer.Option("--layers", help="IAA: the base layers, where the checkpoint names none."),
+        str | None, option("--layers", "IAA: the base layers, where the checkpoint names none.")
     ] = None,
     tower: Annotated[
-        str | None,
-        typer.Option("--tower", help="The vision tower it was trained with, if it names another."),
+        str | None, option("--tower", "Vision tower of its training, if it names another.")
     ] = None,
     revision: RevisionOption = None,
     force: ForceFlag = False,
@@ -45,17 +37,14 @@ def import_checkpoint(
     tensor by tensor, and an equal base is referred to instead. --dry-run on a Hub id fetches names
     and shapes only.
     """
-    import sys
     from dataclasses import asdict
-
-    from huggingface_hub.utils import disable_progress_bars
 
     from mmgraft.aliases import resolve_alias
     from mmgraft.cli.console import note, print_json
+    from mmgraft.cli.loading import quiet_bars
     from mmgraft.published.importer import import_checkpoint as run
 
-    if json or not sys.stderr.isatty():
-        disable_progress_bars()
+    quiet_bars(json)
     report = run(
         checkpoint,
         out or _default_folder(checkpoint),
@@ -74,7 +63,7 @@ def import_checkpoint(
 
 
 def _default_folder(checkpoint: str) -> Path:
-    """`./wings-qwen1_5-8b` for a Hub id; for a folder its name and `-graft`."""
+    """Return ``./wings-qwen1_5-8b`` for a Hub id; for a folder its name and ``-graft``."""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return Path(f"{folder.resolve().name}-graft")
@@ -104,4 +93,4 @@ def _show(report: ImportReport, dry_run: bool) -> None:
     for text in report.notes:
         note(f"note: {text}")
     if not dry_run:
-        note(f"try it: mmgraft chat {report.folder} --image PICTURE 'What is this?'")
+        note(f"try it: mmgraft chat {report.folder} --image FILE 'What is this?'")

@@ -1,4 +1,4 @@
-"""`mmgraft inspect`."""
+"""``mmgraft inspect``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from mmgraft.cli.options import JsonFlag, RevisionOption
+from mmgraft.cli.options import JsonFlag, RevisionOption, argument
 
 if TYPE_CHECKING:
     from mmgraft.model.files.summary import GraftSummary, ModelSummary
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="An alias, a Hub id, a folder, or a graft.")],
+    model: Annotated[str, argument("An alias, a Hub id, a folder, or a graft.")],
     revision: RevisionOption = None,
     json: JsonFlag = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Load a model for a command that asks it."""
+"""Load a model for a command that generates or evaluates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mmgraft.inference import Answerer
     from mmgraft.model.files.load import Verify
 
-_DTYPES = ("bfloat16", "float32", "float16")
+DTYPES = ("bfloat16", "float32", "float16")
 
 
 def load_answerer(
@@ -32,17 +32,12 @@ def load_answerer(
     """
     if verify not in ("fast", "full", "off"):
         raise UsageError(f"--verify {verify}: choose fast, full or off")
-    if dtype is not None and dtype not in _DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose {', '.join(_DTYPES)}")
+    check_dtype(dtype)
     with uncollected():
-        from transformers.utils import logging
-
-        from mmgraft.cli.console import stderr
         from mmgraft.inference import Answerer
         from mmgraft.training.devices import pick_device
 
-        if not stderr().is_terminal:
-            logging.disable_progress_bar()
+        quiet_bars()
         return Answerer.load(
             run,
             device=pick_device(device),
@@ -54,11 +49,17 @@ def load_answerer(
         )
 
 
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a dtype that no model is loaded or written in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose {', '.join(DTYPES)}")
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """While the block imports and loads, Python's cycle collector rests.
+    """Suspend Python's cycle collector while the block imports and loads.
 
-    What a start makes, a million objects, stays; looking through it again and again for what might
+    A start makes a million objects that stay; looking through them again and again for what might
     be freed took a sixth of the time.
     """
     before = gc.isenabled()
@@ -68,3 +69,23 @@ def uncollected() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
+
+
+def seed_sampling(seed: int | None) -> None:
+    """Seed torch where a seed was given."""
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)
+
+
+def quiet_bars(json: bool = False) -> None:
+    """Keep the progress bars of transformers and of the Hub's client out of logs and JSON."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    from mmgraft.cli.console import stderr
+
+    if json or not stderr().is_terminal:
+        disable_progress_bars()
+        logging.disable_progress_bar()

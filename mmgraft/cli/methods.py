@@ -1,4 +1,4 @@
-"""`mmgraft methods`."""
+"""``mmgraft methods``."""
 
 from __future__ import annotations
 

@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-DryRunFlag = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
+
+def option(*words: str, panel: str | None = None, **more: Any) -> Any:
+    """Declare an option: its flags, then its help text.
+
+    Args:
+        words: One flag or more, and the help text at the end.
+        panel: Heading below which the help shows it.
+        more: Further arguments of ``typer.Option``, such as ``min``.
+    """
+    *flags, text = words
+    return typer.Option(*flags, help=text, rich_help_panel=panel, **more)
+
+
+def argument(text: str, **more: Any) -> Any:
+    """Declare a positional argument by its help text."""
+    return typer.Argument(help=text, **more)
+
+
+JsonFlag = Annotated[bool, option("--json", "Print the result as JSON on stdout.")]
+DryRunFlag = Annotated[bool, option("--dry-run", "Say what would be done, and write nothing.")]
+ForceFlag = Annotated[bool, option("--force", "Write into a folder that is not empty.")]
+OverwriteFlag = Annotated[bool, option("--force", "Write over files that are there.")]
+YesFlag = Annotated[bool, option("--yes", "-y", "Agree to every question.")]
+RevisionOption = Annotated[str | None, option("--revision", "Commit, branch or tag on the Hub.")]
+ImagesOption = Annotated[Path | None, option("--images", "Folder that image paths start from.")]
+
+RunArgument = Annotated[
+    str | None,
+    argument("Folder or Hub id of the graft. Default: the one here, or the only one below."),
 ]
-ForceFlag = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
-YesFlag = Annotated[bool, typer.Option("--yes", "-y", help="Agree to every question.")]
-RevisionOption = Annotated[
-    str | None, typer.Option("--revision", help="Commit, branch or tag on the Hub.")
+
+_ANSWERS = "How answers are generated"
+MaxNewTokensOption = Annotated[
+    int, option("--max-new-tokens", "Largest number of tokens in an answer.", min=1, panel=_ANSWERS)
+]
+TemperatureOption = Annotated[
+    float, option("--temperature", "0 takes the likeliest token.", min=0.0, panel=_ANSWERS)
+]
+SamplingSeedOption = Annotated[int | None, option("--seed", "Seed of sampling.", panel=_ANSWERS)]
+WorkflowOption = Annotated[
+    str | None,
+    option("--workflow", "Workflow of all turns. Default: the graft's once it sees an image."),
 ]
 
 _LOADING = "How the model is loaded"
 DeviceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--device", help="cuda, mps or cpu; else the first there is.", rich_help_panel=_LOADING
-    ),
+    str | None, option("--device", "cuda, mps or cpu; else the first there is.", panel=_LOADING)
 ]
 DtypeOption = Annotated[
-    str | None,
-    typer.Option("--dtype", help="bfloat16, float32; default: as saved.", rich_help_panel=_LOADING),
+    str | None, option("--dtype", "bfloat16, float32; default: as saved.", panel=_LOADING)
 ]
 QuantizationOption = Annotated[
-    str | None,
-    typer.Option("--quantization", help="nf4 holds the base in 4-bit.", rich_help_panel=_LOADING),
+    str | None, option("--quantization", "nf4 holds the base in 4-bit.", panel=_LOADING)
 ]
 BaseOption = Annotated[
-    str | None,
-    typer.Option("--base", help="Where the base lies, if it was moved.", rich_help_panel=_LOADING),
+    str | None, option("--base", "Where the base lies, if it was moved.", panel=_LOADING)
 ]
 VerifyOption = Annotated[
-    str,
-    typer.Option(
-        "--verify", help="How the base is checked: fast, full or off.", rich_help_panel=_LOADING
-    ),
+    str, option("--verify", "Check of the base: fast, full or off.", panel=_LOADING)
 ]

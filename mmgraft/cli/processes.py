@@ -1,29 +1,29 @@
-"""``--processes N``: the same command N times, each process knowing its rank. Free of torch.
+"""``--processes N``: the same command N times, started and ended by torch's elastic launcher.
 
-torchrun does as much, but shows a traceback of its own for whatever goes wrong and gives the exit
-code 1 for all of it.
+torchrun itself shows a traceback of its own for whatever goes wrong, gives the exit code 1 for all
+of it, and kills a training that is still saving; so this is its lower half, ``start_processes``.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
 
 from mmgraft.errors import UsageError
 
 COMMAND = (sys.executable, "-m", "mmgraft")
 GRACE = 15.0
 """Seconds that the others have to end by themselves after one has failed."""
+_LAUNCHER = "MMGRAFT_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def check_not_launched() -> None:
@@ -39,8 +39,20 @@ def check_not_launched() -> None:
         )
 
 
+def end_with_launcher() -> None:
+    """Let a training whose launcher is killed stop too, saved, instead of going on unseen."""
+    launcher = os.environ.pop(_LAUNCHER, None)
+    if launcher is None or sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(launcher):
+        sys.exit(128 + signal.SIGTERM)
+
+
 def command_line(context: Any, without: str) -> list[str]:
-    """What was given to a command, as arguments for it again.
+    """Write what was given to a command as arguments for it again.
 
     Args:
         context: Click's, of the command.
@@ -62,7 +74,7 @@ def command_line(context: Any, without: str) -> list[str]:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run ``mmgraft ARGUMENTS`` in several processes; gives the exit code of the command.
+    """Run ``mmgraft ARGUMENTS`` in several processes and return the exit code of the command.
 
     The first process talks as if it were alone. The others are quiet; if one of them is the first
     to fail, what it said is shown at the end. Ctrl-C and SIGTERM go to all of them, once for each
@@ -72,122 +84,89 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         count: Processes.
         arguments: Of the command, with its name.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    shared = _environment(count, get_free_port())
+    ranks = range(count)
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # by torch: end all
+    before = {number: signal.getsignal(number) for number in handled}
     with tempfile.TemporaryDirectory(prefix="mmgraft-processes-") as folder:
-        port = _free_port()
-        said = [open(f"{folder}/{rank}", "w+b") for rank in range(1, count)]  # noqa: SIM115
-        children: list[subprocess.Popen[bytes]] = []
+        context: Any = start_processes(
+            "mmgraft",
+            COMMAND[0],
+            args={rank: (*COMMAND[1:], *arguments) for rank in ranks},
+            envs={rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
+            logs_specs=DefaultLogsSpecs(
+                folder,
+                redirects={rank: Std.ERR if rank else Std.NONE for rank in ranks},
+                local_ranks_filter={0},
+            ),
+        )
+        children = [context.subprocess_handlers[rank].proc for rank in ranks]
         try:
-            with _passed_on(children):
-                for rank in range(count):
-                    children.append(_start(rank, count, port, arguments, said))
-                first = _wait(children)
-            if first is not None and first > 0 and children[0].returncode != 2:
-                _show(said[first - 1])
-            if first is not None:
-                _say_killed(first, children)
-            return _exit_code(children, first)
+            _pass_on(children, before)
+            first = _first_failed(children)
         finally:
-            for child in children:
-                if child.poll() is None:
-                    child.kill()
-                    child.wait()
-            for file in said:
-                file.close()
+            context.close(timeout=GRACE)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if first is None:
+            return 0
+        if first and children[first].returncode > 0 and children[0].returncode != 2:
+            said = Path(context.stderrs[first]).read_text("utf-8", "replace")
+            sys.stderr.write(said)
+    return _exit_code(children[first].returncode, first, count)
 
 
-def _start(
-    rank: int, count: int, port: int, arguments: Sequence[str], said: Sequence[IO[bytes]]
-) -> subprocess.Popen[bytes]:
-    environment = {
+def _environment(count: int, port: int) -> dict[str, str]:
+    """Return what all processes find in their environment."""
+    return {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
         **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        _LAUNCHER: str(os.getpid()),
     }
-    return subprocess.Popen(
-        [*COMMAND, *arguments],
-        env=environment,
-        stdin=subprocess.DEVNULL if rank else None,
-        stdout=subprocess.DEVNULL if rank else None,
-        stderr=said[rank - 1] if rank else None,
-        start_new_session=True,  # Ctrl-C comes from here, once
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-    )
 
 
-def _end_with_parent() -> None:
-    """Let a training whose launcher is killed stop too, saved, instead of going on unseen."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait for all; gives the first that failed. The others end soon after it, or are ended."""
-    first: int | None = None
-    due = float("inf")
-    asked = False
-    while any(child.poll() is None for child in children):
-        failed = [rank for rank, child in enumerate(children) if child.poll() not in (None, 0)]
-        if failed and first is None:
-            first, due = failed[0], time.monotonic() + GRACE
-        if time.monotonic() > due:
-            for child in children:
-                if child.poll() is None:
-                    child.kill() if asked else child.terminate()
-            asked, due = True, time.monotonic() + GRACE
-        time.sleep(0.05)
-    failed = [rank for rank, child in enumerate(children) if child.returncode]
-    return first if first is not None else next(iter(failed), None)
-
-
-def _exit_code(children: Sequence[subprocess.Popen[bytes]], first: int | None) -> int:
-    if first is None:
-        return 0
-    code = children[first].returncode
-    return code if code > 0 else 128 - code  # ended by a signal, as a shell says it
-
-
-def _say_killed(first: int, children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Say that a process was ended by a signal that nobody sent through this one."""
-    code = -children[first].returncode
-    if code <= 0 or code in _SIGNALS:
-        return
-    sys.stderr.write(
-        f"error: process {first + 1} of {len(children)} was ended by {signal.Signals(code).name} "
-        "(the system does that where memory runs out); go on with --resume\n"
-    )
-    sys.stderr.flush()
-
-
-def _show(file: IO[bytes]) -> None:
-    file.seek(0)
-    sys.stderr.write(file.read().decode("utf-8", "replace"))
-    sys.stderr.flush()
-
-
-@contextmanager
-def _passed_on(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """While the block lasts, signals that stop a training go to the processes that train."""
+def _pass_on(children: Sequence[Popen[bytes]], before: Mapping[signal.Signals, Any]) -> None:
+    """Send signals that stop a training to the processes that train; the others act as before."""
 
     def pass_on(number: int, frame: object) -> None:
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number, handler in before.items():
+        stops = number in (signal.SIGINT, signal.SIGTERM)
+        signal.signal(number, pass_on if stops else handler)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _first_failed(children: Sequence[Popen[bytes]]) -> int | None:
+    """Wait until all have ended, or for a grace after one has failed; return the first that did."""
+    first: int | None = None
+    due = float("inf")
+    while True:
+        alive = [child for child in children if child.poll() is None]
+        if first is None:
+            first = next((rank for rank, one in enumerate(children) if one.returncode), None)
+            due = due if first is None else time.monotonic() + GRACE
+        if not alive or time.monotonic() > due:
+            return first
+        time.sleep(0.05)
+
+
+def _exit_code(code: int, rank: int, count: int) -> int:
+    """Return it as a shell says it; a signal that nobody sent through the launcher is named."""
+    if code > 0:
+        return code
+    if -code not in (signal.SIGINT, signal.SIGTERM):
+        sys.stderr.write(
+            f"error: process {rank + 1} of {count} was ended by {signal.Signals(-code).name} "
+            "(the system does that where memory runs out); go on with --resume\n"
+        )
+    return 128 - code

@@ -1,4 +1,4 @@
-"""`mmgraft push`."""
+"""``mmgraft push``."""
 
 from __future__ import annotations
 
@@ -8,34 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmgraft.cli.options import DryRunFlag, JsonFlag, YesFlag
+from mmgraft.cli.options import DryRunFlag, JsonFlag, YesFlag, argument, option
 
 if TYPE_CHECKING:
-    from mmgraft.hub.push import PushPlan
+    from mmgraft.hub.push import PushPlan, Target
 
 
 def push(
     run: Annotated[
-        Path | None,
-        typer.Argument(help="Folder of the graft. Default: the one here, or the only one below."),
+        Path | None, argument("Folder of the graft. Default: the one here, or the only one below.")
     ] = None,
     repo_id: Annotated[
-        str | None,
-        typer.Option("--repo-id", help="OWNER/NAME. Default: your name and the folder's."),
+        str | None, option("--repo-id", "OWNER/NAME. Default: your name and the folder's.")
     ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the new repository private.")
-    ] = False,
+    private: Annotated[bool, option("--private", "Make the new repository private.")] = False,
     base_id: Annotated[
-        str | None,
-        typer.Option("--base-id", help="Hub id of the base, where it is a local folder."),
+        str | None, option("--base-id", "Hub id of the base, where it is a local folder.")
     ] = None,
     vision_id: Annotated[
-        str | None,
-        typer.Option("--vision-id", help="Hub id of the tower, where it is a local folder."),
+        str | None, option("--vision-id", "Hub id of the tower, where it is a local folder.")
     ] = None,
     license: Annotated[
-        str | None, typer.Option("--license", help="For the model card, such as apache-2.0.")
+        str | None, option("--license", "Licence in the model card, such as apache-2.0.")
     ] = None,
     dry_run: DryRunFlag = False,
     yes: YesFlag = False,
@@ -45,29 +39,22 @@ def push(
 
     Checkpoints stay here. A base on the Hub is referred to; one inside the folder goes along.
     """
-    from mmgraft.cli.console import confirm, human_bytes, note, print_json
+    from mmgraft.cli.console import confirm, note, print_json
+    from mmgraft.cli.loading import quiet_bars
     from mmgraft.hub.push import default_name, find_target, plan_push, send
     from mmgraft.runs.find import find_run
 
     folder = find_run(run, announce=note)
     plan = plan_push(folder, base_id, vision_id, license)
     if dry_run:
-        named = repo_id or default_name(folder)
-        named = named if "/" in named else f"<you>/{named}"
-        for warning in plan.warnings:
-            note(f"note: {warning}")
-        _list(plan, named, private, json)
+        _list(plan, repo_id or default_name(folder), private, json)
         return
-    _quiet_unless_terminal(json)
+    quiet_bars(json)
     target = find_target(plan, repo_id, private)
     for warning in (*plan.warnings, *target.warnings):
         note(f"note: {warning}")
     plan = replace(plan, record=target.record)
-    files = plan.all_files(target.repo_id)
-    size = human_bytes(sum(file.size for file in files))
-    kind = "private" if target.private else "public"
-    new = "new " if target.revision is None else ""
-    if not confirm(f"Push {len(files)} files, {size}, to the {new}{kind} {target.repo_id}?", yes):
+    if not confirm(_question(plan, target), yes):
         note("nothing was pushed")
         raise typer.Exit(1)
     url = send(plan, target, private)
@@ -77,9 +64,22 @@ def push(
     typer.echo(url)
 
 
-def _list(plan: PushPlan, repo_id: str, private: bool, json: bool) -> None:
-    from mmgraft.cli.console import human_bytes, print_json, stdout, table
+def _question(plan: PushPlan, target: Target) -> str:
+    from mmgraft.cli.console import human_bytes
 
+    files = plan.all_files(target.repo_id)
+    size = human_bytes(sum(file.size for file in files))
+    new = "new " if target.revision is None else ""
+    kind = "private" if target.private else "public"
+    return f"Push {len(files)} files, {size}, to the {new}{kind} {target.repo_id}?"
+
+
+def _list(plan: PushPlan, repo_id: str, private: bool, json: bool) -> None:
+    from mmgraft.cli.console import human_bytes, note, print_json, stdout, table
+
+    for warning in plan.warnings:
+        note(f"note: {warning}")
+    repo_id = repo_id if "/" in repo_id else f"<you>/{repo_id}"
     summary = _summary(plan, repo_id, private)
     if json:
         print_json({"url": None, **summary})
@@ -100,13 +100,3 @@ def _summary(plan: PushPlan, repo_id: str, private: bool) -> dict[str, Any]:
         "bytes": sum(file["bytes"] for file in files),
         "warnings": plan.warnings,
     }
-
-
-def _quiet_unless_terminal(json: bool) -> None:
-    """Keep the Hub client's progress bars out of logs and out of JSON."""
-    import sys
-
-    from huggingface_hub.utils import disable_progress_bars
-
-    if json or not sys.stderr.isatty():
-        disable_progress_bars()

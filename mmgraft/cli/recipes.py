@@ -1,13 +1,16 @@
-"""`mmgraft recipes`: list, show, copy and check training recipes and comparisons."""
+"""``mmgraft recipes``: list, show, copy and check training recipes and comparisons."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmgraft.cli.options import DryRunFlag, JsonFlag
+from mmgraft.cli.options import DryRunFlag, JsonFlag, OverwriteFlag, argument, option
+
+if TYPE_CHECKING:
+    from mmgraft.recipes.recipe import Recipe, Stage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,16 +18,12 @@ app = typer.Typer(
     help="List, show, copy and check training recipes.",
 )
 
-Name = Annotated[
-    str, typer.Argument(help="A shipped recipe or comparison, or the path of a YAML file.")
-]
+Name = Annotated[str, argument("A shipped recipe or comparison, or the path of a YAML file.")]
 
 
 @app.command("ls", epilog="Example: mmgraft recipes ls")
 def list_recipes(
-    method: Annotated[
-        str | None, typer.Option("--method", help="Only recipes for this method.")
-    ] = None,
+    method: Annotated[str | None, option("--method", "Only recipes for this method.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """List the recipes that come with mmgraft, and the comparisons for `mmgraft compare`."""
@@ -40,50 +39,43 @@ def list_recipes(
     names = shipped_comparisons() if method is None else []
     comparisons = {name: load_comparison(name) for name in names}
     if json:
-        rows = [
+        print_json(
             {
-                "name": recipe.name,
-                "method": recipe.method,
-                "base": recipe.base,
-                "quantization": recipe.quantization,
-                "stages": [stage.name for stage in recipe.stages],
-                "description": recipe.description,
-            }
-            for recipe in recipes
-        ]
-        listed = [
-            {"name": name, "arms": list(one.all_arms()), "description": one.description}
-            for name, one in comparisons.items()
-        ]
-        print_json({"recipes": rows, "comparisons": listed})
-        return
-    out = stdout()
-    out.print(
-        table(
-            ["recipe", "method", "base", "stages", "what it is"],
-            [
-                [
-                    recipe.name,
-                    recipe.method,
-                    recipe.quantization or recipe.base,
-                    ", ".join(stage.name for stage in recipe.stages),
-                    recipe.description,
-                ]
-                for recipe in recipes
-            ],
-        )
-    )
-    if comparisons:
-        out.print()
-        out.print(
-            table(
-                ["comparison", "arms", "what it is"],
-                [
-                    [name, ", ".join(one.all_arms()), one.description]
+                "recipes": [_recipe_data(recipe) for recipe in recipes],
+                "comparisons": [
+                    {"name": name, "arms": list(one.all_arms()), "description": one.description}
                     for name, one in comparisons.items()
                 ],
-            )
+            }
         )
+        return
+    rows = [
+        [one.name, one.method, one.quantization or one.base, _stages(one), one.description]
+        for one in recipes
+    ]
+    out = stdout()
+    out.print(table(["recipe", "method", "base", "stages", "what it is"], rows))
+    if comparisons:
+        out.print()
+        rows = [
+            [name, ", ".join(one.all_arms()), one.description] for name, one in comparisons.items()
+        ]
+        out.print(table(["comparison", "arms", "what it is"], rows))
+
+
+def _recipe_data(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "base": recipe.base,
+        "quantization": recipe.quantization,
+        "stages": [stage.name for stage in recipe.stages],
+        "description": recipe.description,
+    }
+
+
+def _stages(recipe: Recipe) -> str:
+    return ", ".join(stage.name for stage in recipe.stages)
 
 
 @app.command("show", epilog="Example: mmgraft recipes show iaa-24gb")
@@ -102,7 +94,7 @@ def show(name: Name, json: JsonFlag = False) -> None:
 
 
 def _find(name: str) -> Path:
-    """The file of a recipe or a comparison; no two shipped ones have one name."""
+    """Return the file of a recipe or a comparison; no two shipped ones have one name."""
     from mmgraft.comparison.spec import find_comparison, shipped_comparisons
     from mmgraft.recipes.source import find_recipe
 
@@ -115,11 +107,9 @@ def _find(name: str) -> Path:
 def copy(
     name: Name,
     to: Annotated[
-        Path | None, typer.Argument(help="File or folder to write; ./NAME.yaml when not given.")
+        Path | None, argument("File or folder to write; ./NAME.yaml when not given.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Write over a file that is there.")
-    ] = False,
+    force: OverwriteFlag = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -148,9 +138,7 @@ def copy(
 @app.command("validate", epilog="Example: mmgraft recipes validate my-recipe.yaml")
 def validate(
     name: Name,
-    method: Annotated[
-        str | None, typer.Option("--method", help="Refuse a recipe for another method.")
-    ] = None,
+    method: Annotated[str | None, option("--method", "Refuse a recipe for another method.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Check a recipe: every key, every value, and what a stage may train."""
@@ -169,29 +157,23 @@ def validate(
         resolved = recipe.model_dump(mode="json")
         print_json({"valid": True, "data_to_set": missing, "recipe": resolved})
         return
-    rows = []
-    for stage in recipe.stages:
-        length = f"{stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
-        rate = stage.lr
-        if isinstance(rate, dict):
-            rate = ", ".join(f"{group} {value:g}" for group, value in rate.items())
-        rows.append(
-            [
-                stage.name,
-                ", ".join(stage.train),
-                f"{rate:g}" if isinstance(rate, float) else rate,
-                stage.batch_size * stage.accumulate,
-                length,
-                stage.text_rows,
-            ]
-        )
     out = stdout()
     out.print(f"{path.name} is a right recipe for {recipe.method}")
-    out.print(
-        table(["stage", "trains", "learning rate", "rows a step", "length", "text rows"], rows)
-    )
+    columns = ["stage", "trains", "learning rate", "rows a step", "length", "text rows"]
+    out.print(table(columns, [_stage_row(stage) for stage in recipe.stages]))
     if missing:
         out.print(f"still to set: {', '.join(missing)} (or give --data to `mmgraft train`)")
+
+
+def _stage_row(stage: Stage) -> list[Any]:
+    length = f"{stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
+    rate = stage.lr
+    if isinstance(rate, dict):
+        rate = ", ".join(f"{group} {value:g}" for group, value in rate.items())
+    elif isinstance(rate, float):
+        rate = f"{rate:g}"
+    rows = stage.batch_size * stage.accumulate
+    return [stage.name, ", ".join(stage.train), rate, rows, length, stage.text_rows]
 
 
 def _validate_comparison(path: Path, method: str | None, json: bool) -> None:
@@ -210,7 +192,7 @@ def _validate_comparison(path: Path, method: str | None, json: bool) -> None:
     out = stdout()
     out.print(f"{path.name} is a right comparison of {len(arms)} arms")
     rows = [
-        [name, recipe.method, arms[name].recipe, ", ".join(stage.name for stage in recipe.stages)]
+        [name, recipe.method, arms[name].recipe, _stages(recipe)]
         for name, recipe in recipes.items()
     ]
     out.print(table(["arm", "method", "recipe", "stages"], rows))

@@ -18,64 +18,42 @@ if TYPE_CHECKING:
 _PLAN, _GO_ON = "What to train", "Go on or begin anew"
 
 
+def _option(panel: str | None, name: str, text: str, **more: Any) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=panel, **more)
+
+
+_RUN = "Folder of a graft; the only one here when not given."
+_Run = Annotated[Path | None, typer.Argument(help=_RUN)]
+_Recipe = Annotated[str | None, _option(_PLAN, "--recipe", "Recipe: YAML file or shipped name.")]
+_DATA = "LLaVA json or messages jsonl, for all stages or as STAGE=FILE; may be repeated."
+_Data = Annotated[list[str] | None, _option(_PLAN, "--data", _DATA)]
+_Images = Annotated[str | None, _option(_PLAN, "--images", "Folder that image paths start from.")]
+_SET = "Change a value: stages.align.lr=1e-4, stages.*.batch_size=2, seed=3."
+_Set = Annotated[list[str] | None, _option(_PLAN, "--set", _SET)]
+_MOST = "Number of steps after which every stage ends."
+_MaxSteps = Annotated[int | None, _option(_PLAN, "--max-steps", _MOST, min=1)]
+_Device = Annotated[
+    str | None, _option(None, "--device", "cuda, mps or cpu; else the first found.")
+]
+_PROCESSES = "Number of processes, on CUDA one a card; the recipe says how they share: parallel."
+_Processes = Annotated[int, _option(None, "--processes", _PROCESSES, min=1)]
+_Resume = Annotated[bool, _option(_GO_ON, "--resume", "Go on where a run stopped.")]
+_RESTART = "Train a trained or stopped run from its graft as it is."
+_Restart = Annotated[bool, _option(_GO_ON, "--restart", _RESTART)]
+
+
 def train(
     context: typer.Context,
-    run: Annotated[
-        Path | None,
-        typer.Argument(help="Folder of a graft; the only one here when not given."),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", help="YAML file or shipped name.", rich_help_panel=_PLAN),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            help="LLaVA json or messages jsonl, for all stages or as STAGE=FILE; may be repeated.",
-            rich_help_panel=_PLAN,
-        ),
-    ] = None,
-    images: Annotated[
-        str | None,
-        typer.Option("--images", help="Folder that image paths start from.", rich_help_panel=_PLAN),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Change a value: stages.align.lr=1e-4, stages.*.batch_size=2, seed=3.",
-            rich_help_panel=_PLAN,
-        ),
-    ] = None,
-    max_steps: Annotated[
-        int | None,
-        typer.Option("--max-steps", min=1, help="End every stage there.", rich_help_panel=_PLAN),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cuda, mps or cpu; else the first there is."),
-    ] = None,
-    processes: Annotated[
-        int,
-        typer.Option(
-            "--processes",
-            min=1,
-            help="Train in so many at once, on CUDA one a card; the recipe says how: parallel.",
-        ),
-    ] = 1,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on where a run stopped.", rich_help_panel=_GO_ON),
-    ] = False,
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--restart",
-            help="Train a trained or stopped run from its graft as it is.",
-            rich_help_panel=_GO_ON,
-        ),
-    ] = False,
+    run: _Run = None,
+    recipe: _Recipe = None,
+    data: _Data = None,
+    images: _Images = None,
+    set_: _Set = None,
+    max_steps: _MaxSteps = None,
+    device: _Device = None,
+    processes: _Processes = 1,
+    resume: _Resume = False,
+    restart: _Restart = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -83,31 +61,21 @@ def train(
 
     Ctrl-C finishes the step, saves, and says how to go on.
     """
-    from mmgraft.cli.console import note, print_json, stderr
+    from mmgraft.cli import processes as launcher
+    from mmgraft.cli.console import note
     from mmgraft.runs.find import find_run
 
+    launcher.end_with_launcher()
     folder = find_run(run, announce=note)
     if processes > 1:
-        from mmgraft.cli.processes import check_not_launched, command_line, launch
-
-        check_not_launched()
+        launcher.check_not_launched()
         if not dry_run:
             context.params["run"] = folder
-            again = ["train", *command_line(context, without="processes")]
-            raise typer.Exit(launch(processes, again))
-    # Everything below loads torch.
-    from transformers.utils import logging
-
-    from mmgraft.training.callbacks.progress import ProgressDisplay
-    from mmgraft.training.devices import is_main_rank
-    from mmgraft.training.distributed.parallel import processes as started
-    from mmgraft.training.memory.shortage import warning
+            again = ["train", *launcher.command_line(context, without="processes")]
+            raise typer.Exit(launcher.launch(processes, again))
+    from mmgraft.training.distributed.parallel import processes as started  # loads torch
     from mmgraft.training.run import plan_training
-    from mmgraft.training.run import train as train_run
 
-    if not stderr().is_terminal:
-        logging.disable_progress_bar()
-    count = max(processes, started())  # --processes is more than 1 here in a dry run alone
     plan = plan_training(
         folder,
         recipe=recipe,
@@ -118,29 +86,36 @@ def train(
         restart=restart,
         max_steps=max_steps,
         device=device,
-        count=count,
+        count=max(processes, started()),  # --processes is more than 1 here in a dry run alone
     )
-    summary = _summary(plan, count)
     if dry_run:
-        if is_main_rank():
-            _show(summary, json)
-        return
+        _show(_summary(plan, max(processes, started())), json)
+    else:
+        _train(plan, json)
+
+
+def _train(plan: Plan, json: bool) -> None:
+    from transformers.utils import logging
+
+    from mmgraft.cli.console import note, print_json, stderr
+    from mmgraft.training.callbacks.progress import ProgressDisplay
+    from mmgraft.training.devices import is_main_rank
+    from mmgraft.training.memory.shortage import warning
+    from mmgraft.training.run import train as train_run
 
     def display(stage: Stage, number: int, stages: int) -> list[ProgressDisplay]:
         return [ProgressDisplay(stage.name, number, stages, stderr())]
 
+    if not stderr().is_terminal:
+        logging.disable_progress_bar()
     if is_main_rank() and (too_much := warning(plan)) is not None:
         note(f"warning: {too_much}")
     results = train_run(plan, announce=note, display=display)
-    if not is_main_rank():
-        return
-    if json:
-        print_json(
-            {"run": str(folder), "device": plan.device, "stages": list(map(asdict, results))}
-        )
-        return
-    if results:
-        note(f"trained; talk to it with: mmgraft chat {folder}")
+    if json and is_main_rank():
+        stages = list(map(asdict, results))
+        print_json({"run": str(plan.run), "device": plan.device, "stages": stages})
+    elif results and is_main_rank():
+        note(f"trained; talk to it with: mmgraft chat {plan.run}")
 
 
 def _summary(plan: Plan, processes: int) -> dict[str, Any]:
@@ -180,7 +155,10 @@ def _summary(plan: Plan, processes: int) -> dict[str, Any]:
 
 def _show(summary: dict[str, Any], json: bool) -> None:
     from mmgraft.cli.console import note, print_json, stdout, table
+    from mmgraft.training.devices import is_main_rank
 
+    if not is_main_rank():
+        return
     if json:
         print_json(summary)
         return

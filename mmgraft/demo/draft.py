@@ -1,14 +1,19 @@
-"""What a packaged set is going to write, before anything is written."""
+"""A packaged set before it is written, and its way to a folder: whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from mmgraft.atomic import atomic_json, complete, replace_together
+from mmgraft.errors import UsageError
 
 Writer = Callable[[Path], object]
 
@@ -19,38 +24,105 @@ class Draft:
 
     Attributes:
         writers: Name to a function that writes the file or makes the folder. They are put in place
-            in this order, so that pictures come before the rows that name them.
-        rows: How many rows each file of rows has.
-        notes: What else the source file of the set should say, such as what was left out.
+            in this order, so that images come before the rows that name them.
+        rows: Number of rows in each file of rows.
+        notes: Further entries of the set's source file, such as what was left out.
     """
 
     writers: dict[str, Writer]
     rows: dict[str, int] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of_rows(
+        cls,
+        files: Mapping[str, Sequence[Mapping[str, Any]]],
+        images: Writer | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Draft:
+        """Plan jsonl files, and the folder ``images`` that they name.
 
-def rows_writer(rows: Sequence[Mapping[str, Any]]) -> Writer:
-    """Writes rows as jsonl."""
-
-    def write(path: Path) -> None:
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    return write
-
-
-def copy_writer(source: Path) -> Writer:
-    """Copies a file."""
-    return lambda path: shutil.copyfile(source, path)
+        Args:
+            files: Name of each file to its rows.
+            images: Fills the folder.
+            notes: Further entries of the source file.
+        """
+        writers: dict[str, Writer] = {} if images is None else {"images": images}
+        writers |= {name: partial(write_rows, rows) for name, rows in files.items()}
+        return cls(writers, {name: len(rows) for name, rows in files.items()}, dict(notes or {}))
 
 
-def link_writer(source: Path) -> Writer:
-    """Makes a second name for a large file; copies it where the disk cannot do that."""
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write rows as jsonl."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def write(path: Path) -> None:
-        try:
-            os.link(source, path)
-        except OSError:
-            shutil.copyfile(source, path)
 
-    return write
+def link_file(source: Path, path: Path) -> None:
+    """Make a second name for a large file, or a copy where the disk cannot do that."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
+
+
+def check_target(draft: Draft, out: Path, name: str, force: bool) -> tuple[str, ...]:
+    """Return the names to be written, if they may be.
+
+    Raises:
+        UsageError: One of them is there already, without ``force``; or a folder is, without the
+            source file that says who wrote it.
+    """
+    source = f"{name}.source.json"
+    names = (*draft.writers, source)
+    there = [out / file for file in names if (out / file).exists()]
+    if there and not force:
+        raise UsageError(
+            f"{there[0]} is there already; give --force to write over it, or another --out"
+        )
+    foreign = [path for path in there if path.is_dir() and not (out / source).is_file()]
+    if foreign:
+        raise UsageError(
+            f"the folder {foreign[0]} was not written by this command (there is no {source} beside "
+            "it); move it away, or name another --out"
+        )
+    return names
+
+
+def write_set(
+    draft: Draft, out: Path, name: str, about: Mapping[str, Any], force: bool = False
+) -> tuple[str, ...]:
+    """Write a set, and NAME.source.json beside it with the SHA-256 of each file of rows.
+
+    Args:
+        draft: The files.
+        out: The folder; made where it is missing. Other files in it stay.
+        name: Of the set.
+        about: Entries of the source file: licence, seed and the like.
+        force: Replace files of these names that stand there.
+
+    Returns:
+        Names of the files and folders written.
+
+    Raises:
+        UsageError: A file is there already.
+        MMGraftError: The disk is full.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; name a folder with --out")
+    complete(out)
+    names = check_target(draft, out, name, force)
+    sums: dict[str, str] = {}
+
+    def write(file: str, path: Path) -> None:
+        draft.writers[file](path)
+        if file in draft.rows:
+            sums[file] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def write_source(path: Path) -> None:
+        entries = {"name": name, **about, "rows": draft.rows, "sha256": sums, **draft.notes}
+        atomic_json(path, entries)
+
+    writers: dict[str, Writer] = {file: partial(write, file) for file in draft.writers}
+    replace_together(out, {**writers, names[-1]: write_source})
+    return names

@@ -14,19 +14,18 @@ from typing import Any
 from mmgraft.errors import UsageError
 
 
-def write_folder(gguf: Path, folder: Path, dtype: str = "bfloat16") -> None:
+def write_folder(gguf: Path, folder: Path) -> None:
     """Dequantise a causal LM and write it with its tokenizer and chat template.
 
     transformers holds what it reads from GGUF to be quantised and would not save it, so the
-    weights move into a plain model of the same class.
+    weights move, as bfloat16, into a plain model of the same class.
 
     Args:
         gguf: The file.
         folder: An existing folder that is filled.
-        dtype: Of the stored weights.
 
     Raises:
-        UsageError: gguf is not installed, or the file cannot be read.
+        UsageError: Gguf is not installed, or the file cannot be read.
     """
     if find_spec("gguf") is None:
         raise UsageError(f"{gguf.name} needs gguf to be read; run:\n  pip install 'mmgraft[gguf]'")
@@ -51,11 +50,10 @@ def write_folder(gguf: Path, folder: Path, dtype: str = "bfloat16") -> None:
     config = type(read.config).from_dict(settings)
     with torch.device("meta"):
         plain = type(read)(config)
-    wanted = getattr(torch, dtype)
-    weights = {name: tensor.to(wanted) for name, tensor in read.state_dict().items()}
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in read.state_dict().items()}
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
-    plain.config.dtype = wanted
+    plain.config.dtype = torch.bfloat16
     plain.generation_config = read.generation_config
     with _quietly():
         plain.save_pretrained(folder)
@@ -68,10 +66,8 @@ def _quietly() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
-    bars, level = (
-        transformers_logging.is_progress_bar_enabled(),
-        transformers_logging.get_verbosity(),
-    )
+    bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
     tqdm = getattr(reader, "tqdm", None)
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What the demo found, as plain data."""
+"""The demo's results as plain data."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mmgraft.evaluation.metrics.intervals import Estimate
 
 @dataclass(frozen=True)
 class Score:
-    """How many of the test questions were answered right.
+    """Share of the test questions that were answered right.
 
     Attributes:
         overall: All of them, with an interval.
-        kinds: The share for `color`, `shape` and `yes/no`.
+        kinds: The share for ``color``, ``shape`` and ``yes/no``.
     """
 
     overall: Estimate
@@ -27,9 +27,9 @@ class Phase:
     """A part of the demo and how long it took.
 
     Attributes:
-        name: What was done.
-        seconds: By the clock.
-        cpu_seconds: Of processor time, all threads together: what it costs whatever else runs.
+        name: Name of the part.
+        seconds: Time by the clock.
+        cpu_seconds: Processor time of all threads: what it costs whatever else runs.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and answer of the short chat; `image` is a file or None."""
+    """One question and answer of the short chat; ``image`` is a file or None."""
 
     question: str
     answer: str
@@ -51,21 +51,21 @@ class DemoReport:
     """Everything that the final table shows.
 
     Attributes:
-        method: Of the graft.
+        method: Method of the graft.
         base: Folder or Hub id.
         vision: Name of the tower.
-        questions: Test questions asked, drawn by a fixed seed.
+        questions: Number of test questions, sampled with a fixed seed.
         question_only: The most frequent training answer to each question.
         before: The fresh graft.
         after: The trained one.
         identity: Text of the trained graft beside an untouched base.
-        parameters: Of the graft, those that were trained.
-        base_parameters: Of the base, none of which was.
-        steps: Of the optimizer, by stage.
+        parameters: Number of the graft's parameters that were trained.
+        base_parameters: Number of the base's parameters, none of which was.
+        steps: Optimizer steps by stage.
         chat: A few turns.
-        phases: In order, with their time.
-        seconds: All of them together, by the clock.
-        cpu_seconds: Of processor time.
+        phases: The phases in order, with their time.
+        seconds: Time of all phases, by the clock.
+        cpu_seconds: Processor time of all phases.
         out: The run's folder.
         sheet: The contact sheet.
     """
@@ -89,11 +89,11 @@ class DemoReport:
     cpu_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
     def results(self) -> dict[str, Any]:
-        """What goes into the graft's record, and from there into a model card."""
+        """Return the entries of the graft's record, which go into its model card."""
         return {
             f"easy-VQA test, {self.questions} questions": {
                 "question only": str(self.question_only.overall),

@@ -1,4 +1,4 @@
-"""The whole job on a small real model: graft, train, ask, chat, and prove that text is the base's.
+"""The whole job on a small real model: graft, train, answer, chat, and prove text unchanged.
 
 SmolLM2-135M-Instruct, EfficientNet-Lite2 and easy-VQA, on two CPU cores in under 15 minutes.
 """
@@ -19,6 +19,7 @@ from mmgraft.atomic import atomic_bytes, atomic_json, atomic_text
 from mmgraft.data.rows import Row
 from mmgraft.demo import easy_vqa
 from mmgraft.demo.assets import DemoModels, check_packages, demo_models
+from mmgraft.demo.draft import write_rows
 from mmgraft.demo.report import DemoReport, Phase, Score, Turn
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.answers import answer
@@ -45,26 +46,24 @@ if TYPE_CHECKING:
 METHODS = ("iaa", "wings", "llava")
 QUESTIONS = 1000
 DRAW_SEED = 2026
-"""Draws the test questions: always the same ones, whatever the seed of a training."""
+"""Seed of the test questions: always the same ones, whatever the seed of a training."""
 ANSWER_TOKENS = 3
-"""Two make the longest answer and one ends it; a model that says more is wrong by then."""
-TURNS = 5
-"""Questions about one picture in a row to train on."""
-QUICK_STEPS, QUICK_QUESTIONS, QUICK_PICTURES = 2, 20, 24
+"""Largest number of tokens in an answer: two make the longest one, and one ends it."""
+QUICK_STEPS, QUICK_QUESTIONS, QUICK_IMAGES = 2, 20, 24
 ALIGN, TUNE = "align", "tune"
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What a demo does.
+    """Settings of a demo.
 
     Attributes:
-        method: `iaa`, `wings` or `llava`.
+        method: ``iaa``, ``wings`` or ``llava``.
         out: Folder of the run; it must not exist, or be empty.
-        seed: Of the graft's first values and of the order of rows.
-        questions: Test questions.
-        pictures: Training pictures, from the first; None takes all.
-        max_steps: End each stage there; None leaves it to the recipe.
+        seed: Seed of the graft's first values and of the order of rows.
+        questions: Number of test questions.
+        images: Number of training images, from the first; None takes all.
+        max_steps: Largest number of steps a stage; None leaves it to the recipe.
         hub: Take the models from the Hub.
         recipe: Name or file of the recipe; None takes the method's shipped one.
     """
@@ -73,15 +72,15 @@ class DemoSettings:
     out: Path
     seed: int = 0
     questions: int = QUESTIONS
-    pictures: int | None = None
+    images: int | None = None
     max_steps: int | None = None
     hub: bool = False
     recipe: str | Path | None = None
 
     @classmethod
     def quick(cls, method: str, out: Path, seed: int = 0, hub: bool = False) -> DemoSettings:
-        """Every phase, none of them long enough to learn anything."""
-        return cls(method, out, seed, QUICK_QUESTIONS, QUICK_PICTURES, QUICK_STEPS, hub)
+        """Return settings for every phase, none of them long enough to learn anything."""
+        return cls(method, out, seed, QUICK_QUESTIONS, QUICK_IMAGES, QUICK_STEPS, hub)
 
 
 def run_demo(
@@ -93,13 +92,13 @@ def run_demo(
     """Do the whole job and leave a trained run with its report.
 
     Args:
-        settings: What to do.
-        announce: Told in sentences what goes on, with the clock of each phase.
-        display: Makes the callbacks that show a stage's progress; see `mmgraft.training.run`.
+        settings: Method, folder and sizes.
+        announce: Called with a sentence at the end of each phase, with its time.
+        display: Makes the callbacks that show a stage's progress; see ``mmgraft.training.run``.
         models: Used instead of the demo's own.
 
     Returns:
-        The report, also written as `results/demo.json` in the run.
+        The report, also written as ``results/demo.json`` in the run.
 
     Raises:
         UsageError: An unknown method, a missing package, or a folder that is not empty.
@@ -137,14 +136,14 @@ class _Demo:
         self._since = time.monotonic(), time.process_time()
 
     def run(self, models: DemoModels | None) -> DemoReport:
-        """All phases in order."""
+        """Run all phases in order."""
         settings = self.settings
         if models is None:
             check_packages(settings.hub)
         with self._phase("data"):
             root = easy_vqa.folder()
             train_set, test_set = easy_vqa.questions("train"), easy_vqa.questions("test")
-            asked = easy_vqa.draw(test_set, settings.questions, DRAW_SEED)
+            tested = easy_vqa.draw(test_set, settings.questions, DRAW_SEED)
             prior = Prior((question.text, question.answer) for question in train_set)
         with self._phase("models"):
             models = models or demo_models(settings.hub, self.announce)
@@ -152,23 +151,23 @@ class _Demo:
             data = self._write_rows(train_set)
             self._graft(models)
         with self._phase("before training"):
-            answers, _ = self._ask(asked, root)
-            before = _score(asked, answers)
+            answers, _ = self._answer(tested, root)
+            before = _score(tested, answers)
         stages = self._train(data, root)
         with self._phase("after training"):
-            answers, answerer = self._ask(asked, root)
-            after = _score(asked, answers)
+            answers, answerer = self._answer(tested, root)
+            after = _score(tested, answers)
         with self._phase("text compared"):
             identity = self._compare(answerer)
-        with self._phase("chat and pictures"):
-            chat = _chat(answerer, asked[0], root)
-            sheet = self._sheet(asked, answers, root)
+        with self._phase("chat and images"):
+            chat = _chat(answerer, tested[0], root)
+            sheet = self._sheet(tested, answers, root)
         report = DemoReport(
             method=settings.method,
             base=models.base,
             vision=models.vision.name,
-            questions=len(asked),
-            question_only=_score(asked, [prior(question.text) for question in asked]),
+            questions=len(tested),
+            question_only=_score(tested, [prior(question.text) for question in tested]),
             before=before,
             after=after,
             identity=identity,
@@ -193,7 +192,7 @@ class _Demo:
         self._took(name)
 
     def _took(self, name: str) -> None:
-        """A phase ends here, which began where the one before it ended."""
+        """End a phase, which began where the one before it ended."""
         now = time.monotonic(), time.process_time()
         phase = Phase(name, now[0] - self._since[0], now[1] - self._since[1])
         self._since = now
@@ -201,18 +200,18 @@ class _Demo:
         self.announce(f"{name}: {phase.seconds:.0f} s")
 
     def _write_rows(self, found: Sequence[Question]) -> dict[str, Path]:
-        """Rows for both stages: captions to align by, questions to tune by."""
+        """Write the rows of both stages: captions to align by, questions to tune by."""
         settings = self.settings
-        if settings.pictures is not None:
-            found = [question for question in found if question.picture < settings.pictures]
+        if settings.images is not None:
+            found = [question for question in found if question.number < settings.images]
         rows = {
             ALIGN: easy_vqa.caption_rows(found),
-            TUNE: easy_vqa.question_rows(found, TURNS, seed=settings.seed),
+            TUNE: easy_vqa.question_rows(found, seed=settings.seed),
         }
         (settings.out / "data").mkdir(parents=True, exist_ok=True)
         files = {stage: settings.out / "data" / f"{stage}.jsonl" for stage in rows}
         for stage, file in files.items():
-            easy_vqa.write_rows(file, rows[stage])
+            write_rows(rows[stage], file)
         return files
 
     def _graft(self, models: DemoModels) -> None:
@@ -227,14 +226,14 @@ class _Demo:
         )
         atomic_text(settings.out / "recipe.yaml", file.read_text(encoding="utf-8"))
 
-    def _ask(self, asked: Sequence[Question], root: Path) -> tuple[list[str], Answerer]:
-        """The answers of the run as it is now, and the loaded model."""
+    def _answer(self, tested: Sequence[Question], root: Path) -> tuple[list[str], Answerer]:
+        """Return the answers of the run as it is now, and the loaded model."""
         answerer = Answerer.load(self.settings.out, device=self.device)
         rows = [
             Row(str(number), easy_vqa.prompt(question, root))
-            for number, question in enumerate(asked, start=1)
+            for number, question in enumerate(tested, start=1)
         ]
-        # The same cache as training's, so that no picture passes through the tower twice.
+        # The same cache as training's, so that no image passes through the tower twice.
         features = run_features(answerer.model, self.settings.out, rows)
         answers = answer(
             answerer.model,
@@ -272,7 +271,7 @@ class _Demo:
         untouched, tokenizer = load_untouched(folder, answerer.model.base)
         return text_identity(answerer.model, answerer.processor, untouched, tokenizer)
 
-    def _sheet(self, asked: Sequence[Question], answers: Sequence[str], root: Path) -> Path:
+    def _sheet(self, tested: Sequence[Question], answers: Sequence[str], root: Path) -> Path:
         shown = [
             SheetItem(
                 root / question.image,
@@ -280,11 +279,11 @@ class _Demo:
                 question.answer,
                 [Answer("", said, _right(question, said))],
             )
-            for question, said in zip(asked[:24], answers, strict=False)
+            for question, said in zip(tested[:24], answers, strict=False)
         ]
         path = self.settings.out / "results" / "contact_sheet.png"
         path.parent.mkdir(exist_ok=True)
-        title = f"easy-VQA test pictures, {self.settings.method} on SmolLM2-135M-Instruct"
+        title = f"easy-VQA test images, {self.settings.method} on SmolLM2-135M-Instruct"
         atomic_bytes(path, sheet_png(draw_sheet(shown, columns=6, title=title)))
         return path
 
@@ -299,25 +298,25 @@ def _right(question: Question, said: str) -> bool:
     return exact(said, question.answer)
 
 
-def _score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
-    right = [_right(question, said) for question, said in zip(asked, answers, strict=True)]
-    pictures = [question.picture for question in asked]
-    kinds = [question.kind for question in asked]
-    return Score(mean(right, groups=pictures), by_kind(right, kinds))
+def _score(tested: Sequence[Question], answers: Sequence[str]) -> Score:
+    right = [_right(question, said) for question, said in zip(tested, answers, strict=True)]
+    images = [question.number for question in tested]
+    kinds = [question.kind for question in tested]
+    return Score(mean(right, groups=images), by_kind(right, kinds))
 
 
 def _chat(answerer: Answerer, shown: Question, root: Path) -> list[Turn]:
-    """Two turns about a test picture, and one without a picture, which the base answers."""
+    """Hold two turns about a test image, and one without an image, which the base answers."""
     settings: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
     image = str(root / shown.image)
     seeing = Dialogue(answerer)
     seeing.add_image(image)
     turns = []
-    for text, picture in (
+    for text, shows in (
         ("what shape is in the image?", image),
         ("what color is the shape?", None),
     ):
-        turns.append(Turn(text, seeing.say(text, **settings), picture))
+        turns.append(Turn(text, seeing.say(text, **settings), shows))
     text = "What is the capital of France?"
     turns.append(Turn(text, Dialogue(answerer).say(text, **settings), None))
     return turns

@@ -1,4 +1,4 @@
-"""The folder that an export writes: which one it may be, and what the command says of it."""
+"""The folder that an export writes, and the result that the command shows."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _OF_A_RUN = ("checkpoints", "metrics.jsonl")
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote, or would write.
+    """Result of an export, or of a dry run.
 
     Attributes:
-        kind: what it was exported to.
-        folder: where.
-        workflow: the one workflow in it.
-        files: names and sizes in bytes; of a dry run only what is large.
-        notes: what the user must know of the result, a sentence each.
-        difference: largest difference between the logits of the stock model and the graft's.
-        written: false for a dry run.
+        kind: Kind of export.
+        folder: Its folder.
+        workflow: The one workflow in it.
+        files: Names and sizes in bytes; of a dry run only large files.
+        notes: Sentences that the user must know about the result.
+        difference: Largest difference between the logits of the stock model and the graft's.
+        written: False for a dry run.
     """
 
     kind: Kind
@@ -43,15 +43,15 @@ class Exported:
 
 
 def default_folder(run: Path, kind: Kind) -> Path:
-    """Where an export goes when the user names no folder: beside the current folder's runs."""
+    """Return the folder of an export when the user names none, below the current folder."""
     return Path(f"{run.resolve().name}-{kind}")
 
 
 def find_workflow(run: Path, name: str | None) -> Path:
-    """The folder of the graft with this workflow: the run itself, or a graft right below it.
+    """Return the folder of the graft with this workflow: the run itself, or a graft right below it.
 
     Raises:
-        UsageError: none of them is called so.
+        UsageError: None of them is called so.
     """
     record = GraftFile.read(run)
     if name is None or record.workflow == name:
@@ -67,15 +67,15 @@ def find_workflow(run: Path, name: str | None) -> Path:
 
 
 def check_folder(out: Path, run: Path, force: bool) -> Path:
-    """The absolute path of an output folder that may be written.
+    """Return the absolute path of an output folder that may be written.
 
     Raises:
-        UsageError: it is in use: not empty without `force`, or holding something else than an
-            earlier export, which `force` would destroy.
+        UsageError: It is in use: not empty without ``force``, or holding something else than an
+            earlier export, which ``force`` would destroy.
     """
     out = out.expanduser().resolve()
-    for place, what in ((run.resolve(), "the graft"), (Path.cwd(), "the current folder")):
-        if out == place or out in place.parents:
+    for used, what in ((run.resolve(), "the graft"), (Path.cwd(), "the current folder")):
+        if out == used or out in used.parents:
             raise UsageError(f"{out} is or contains {what}; name another folder with --out.")
     if not out.exists():
         return out
@@ -106,7 +106,7 @@ def _is_export(folder: Path) -> bool:
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
-    """Every file below a folder with its size, by name."""
+    """Return every file below a folder with its size, by name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 

@@ -39,22 +39,21 @@ def export_full(
     out: Path,
     base: str | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Copy base and tower beside the graft, and let its record name them there.
 
     Args:
-        run: the graft's folder.
-        out: see :func:`mmgraft.export.folder.check_folder`.
-        base: where the base lies, when not where the record says.
-        dry_run: list the large files and write nothing.
-        say: told what is being done.
+        run: The graft's folder.
+        out: See :func:`mmgraft.export.folder.check_folder`.
+        base: Where the base lies, when not where the record says.
+        dry_run: List the large files and write nothing.
+        say: Called with a sentence before each step.
 
     Raises:
-        UsageError: a damaged graft, or a base that is not the one it was made for.
-        MMGraftError: the disk is full; what stood in `out` is whole.
+        UsageError: A damaged graft, or a base that is not the one it was made for.
+        MMGraftError: The disk is full; what stood in ``out`` is whole.
     """
-    say = say or _silent
     record = GraftFile.read(run)
     files = base_files(record, run, base)
     say(f"checking the base {files.id}")
@@ -86,10 +85,6 @@ def export_full(
     return Exported("full", out, record.workflow, sizes_in(out), notes)
 
 
-def _silent(_: str) -> None:
-    """Say nothing."""
-
-
 def _notes(record: GraftFile) -> list[str]:
     notes = [f"it carries one workflow, {record.workflow}, with its base and what it sees with"]
     if record.base_trained:
@@ -103,7 +98,7 @@ def _notes(record: GraftFile) -> list[str]:
 
 
 def _files_of(files: ModelFiles) -> dict[str, Path]:
-    """The files that make a base, by name: config, tokenizer, licence, and the weights in use."""
+    """Return the files of a base by name: config, tokenizer, licence, and the weights in use."""
     found: set[Path] = set()
     for pattern in _KEPT:
         found |= {path for path in files.path.glob(pattern) if path.is_file()}
@@ -123,10 +118,10 @@ def _files_of(files: ModelFiles) -> dict[str, Path]:
 
 def _write_tower(spec: VisionSpec, folder: Path) -> tuple[VisionSpec, str]:
     """Save the tower beside the graft; a kind that writes nothing keeps its own spec."""
-    place = folder / OWN_TOWER
+    target = folder / OWN_TOWER
     tower = load_tower(spec)
-    saved = tower.save(place)
-    if saved.id is None or Path(saved.id) != place:
+    saved = tower.save(target)
+    if saved.id is None or Path(saved.id) != target:
         return saved, tower.fingerprint()
     if load_tower(saved).fingerprint() != tower.fingerprint():
         raise UsageError(

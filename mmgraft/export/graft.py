@@ -1,4 +1,4 @@
-"""The small adapter in a folder of its own: what `mmgraft push` would send."""
+"""The small adapter in a folder of its own: what ``mmgraft push`` would send."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from mmgraft.vision.spec import TRANSFORMERS_KIND
 
 
 def export_graft(
-    run: Path, out: Path, dry_run: bool = False, say: Callable[[str], None] | None = None
+    run: Path,
+    out: Path,
+    dry_run: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write config, weights, recipe, results and card of a graft into a new folder.
 
@@ -24,14 +27,14 @@ def export_graft(
     named by its whole path.
 
     Args:
-        run: the graft's folder.
-        out: see :func:`mmgraft.export.folder.check_folder`.
-        dry_run: list the files and write nothing.
-        say: told what is being done.
+        run: The graft's folder.
+        out: See :func:`mmgraft.export.folder.check_folder`.
+        dry_run: List the files and write nothing.
+        say: Called with a sentence before each step.
 
     Raises:
-        UsageError: a damaged graft.
-        MMGraftError: the disk is full; what stood in `out` is whole.
+        UsageError: A damaged graft.
+        MMGraftError: The disk is full; what stood in ``out`` is whole.
     """
     record, inside, notes = _settled(GraftFile.read(run), run)
     files = belonging(run, inside)
@@ -40,8 +43,7 @@ def export_graft(
         return Exported("graft", out, record.workflow, listed, notes, written=False)
 
     def write(folder: Path) -> None:
-        if say is not None:
-            say(f"copying {len(files)} files")
+        say(f"copying {len(files)} files")
         write_files(folder, files)
         write_record(folder, run, record, out.name, [file.name for file in files])
 
@@ -73,22 +75,22 @@ def write_record(
 
 
 def _settled(record: GraftFile, run: Path) -> tuple[GraftFile, list[str], list[str]]:
-    """The record with references that hold from any folder, folders that go along, and notes."""
+    """Return the record with references that hold anywhere, folders that go along, and notes."""
     inside: list[str] = []
     notes: list[str] = []
     base, vision = record.base, record.vision
     found = local_folder(base.id, base.revision, run)
     if found is not None:
-        base = base.model_copy(update={"id": _place(found, run, inside, notes, "base")})
+        base = base.model_copy(update={"id": _portable(found, run, inside, notes, "base")})
     if vision.id is not None and vision.kind == TRANSFORMERS_KIND:
         found = local_folder(vision.id, vision.revision, run)
         if found is not None:
-            place = _place(found, run, inside, notes, "vision tower")
-            vision = vision.model_copy(update={"id": place})
+            own = _portable(found, run, inside, notes, "vision tower")
+            vision = vision.model_copy(update={"id": own})
     return record.model_copy(update={"base": base, "vision": vision}), inside, notes
 
 
-def _place(folder: Path, run: Path, inside: list[str], notes: list[str], what: str) -> str:
+def _portable(folder: Path, run: Path, inside: list[str], notes: list[str], what: str) -> str:
     folder, run = folder.resolve(), run.resolve()
     if folder != run and folder.is_relative_to(run):
         name = folder.relative_to(run).as_posix()

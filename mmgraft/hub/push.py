@@ -1,8 +1,8 @@
-"""Puts a graft on the Hub: one commit with what belongs to it, or nothing."""
+"""Put a graft on the Hub: one commit with what belongs to it, or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,15 +35,15 @@ _NOT_A_MODEL = (".gitattributes", README)
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push would send, made without any network.
+    """Files of a push, listed without any network.
 
     Attributes:
-        run: the run folder.
+        run: The run folder.
         record: ``graft_config.json`` as the repository will have it.
-        files: everything but the card.
-        own_readme: whether the run's README.md is the user's own; it is then sent as it is.
-        warnings: what the user should know before agreeing.
-        license: identifier for the card.
+        files: Everything but the card.
+        own_readme: True where the run's README.md is the user's own; it is then sent as it is.
+        warnings: Sentences that the user should read before agreeing.
+        license: Identifier for the card.
         named: Hub ids that the user gave for base or tower; they must exist.
     """
 
@@ -56,7 +56,7 @@ class PushPlan:
     named: tuple[str, ...] = ()
 
     def all_files(self, repo_id: str) -> list[UploadFile]:
-        """Every file with its size, the card written for `repo_id`."""
+        """Return every file with its size, the card written for ``repo_id``."""
         config = UploadFile(CONFIG_NAME, self.record.dump().encode())
         readme = UploadFile(README, self.run / README)
         if not self.own_readme:
@@ -64,7 +64,7 @@ class PushPlan:
         return sorted([config, readme, *self.files], key=lambda file: file.name)
 
     def card(self, repo_id: str) -> str:
-        """The model card for `repo_id`."""
+        """Return the model card for ``repo_id``."""
         recipe = self.run / RECIPE
         return render_card(
             self.record,
@@ -83,11 +83,11 @@ class Target:
 
     Attributes:
         repo_id: ``owner/name``.
-        revision: its newest commit; None where there is no such repository yet.
-        private: whether it is private already.
-        stale: its files from an earlier push that the plan no longer has.
-        record: the plan's record, with the commit of a base or tower that was named by the user.
-        warnings: what the Hub says about base and tower.
+        revision: Its newest commit; None where there is no such repository yet.
+        private: True where it is private already.
+        stale: Its files from an earlier push that the plan no longer has.
+        record: The plan's record, with the commit of a base or tower that was named by the user.
+        warnings: Sentences about the Hub's base and tower.
     """
 
     api: HfApi = field(repr=False)
@@ -99,45 +99,6 @@ class Target:
     warnings: list[str]
 
 
-def push(
-    run_dir: str | Path,
-    repo_id: str | None = None,
-    private: bool = False,
-    token: str | None = None,
-    base_id: str | None = None,
-    vision_id: str | None = None,
-    license: str | None = None,
-    warn: Callable[[str], None] | None = None,
-) -> str:
-    """Push a graft with its model card, in one commit.
-
-    Args:
-        run_dir: the run folder.
-        repo_id: ``owner/name``, or a name of your own; default: the folder's name.
-        private: make the repository private where it is new.
-        token: default: what `hf auth login` saved, or ``HF_TOKEN``.
-        base_id: Hub id of the base, for a graft whose base is a local folder.
-        vision_id: Hub id of the vision tower, likewise.
-        license: identifier for the card, such as ``apache-2.0``.
-        warn: told in a sentence each what the caller should know.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        UsageError: no token; a damaged graft; a base that others cannot get; a repository that
-            holds something else.
-        MMGraftError: the network failed. The run folder is whole, and the repository has either
-            the whole push or none of it.
-    """
-    plan = plan_push(Path(run_dir), base_id, vision_id, license)
-    target = find_target(plan, repo_id, private, token)
-    for warning in (*plan.warnings, *target.warnings):
-        if warn is not None:
-            warn(warning)
-    return send(plan, target, private)
-
-
 def plan_push(
     run: Path,
     base_id: str | None = None,
@@ -147,7 +108,7 @@ def plan_push(
     """Check a run folder and list what a push would send. Touches no network.
 
     Raises:
-        UsageError: no graft, a damaged one, or one whose base others cannot get.
+        UsageError: No graft, a damaged one, or one whose base others cannot get.
     """
     portable = make_portable(GraftFile.read(run), run, base_id, vision_id)
     record = portable.record
@@ -160,34 +121,20 @@ def plan_push(
     return PushPlan(run, record, files, own, warnings, license, named)
 
 
-def find_token(token: str | None = None) -> str:
-    """The token to push with.
+def find_target(plan: PushPlan, repo_id: str | None = None, private: bool = False) -> Target:
+    """Find the repository to push to, and what it holds already. Changes nothing.
 
     Raises:
-        UsageError: when there is none.
-    """
-    from huggingface_hub import get_token
-
-    found = token or get_token()
-    if not found:
-        raise UsageError(f"there is no Hub token; {LOGIN}")
-    return found
-
-
-def find_target(
-    plan: PushPlan, repo_id: str | None = None, private: bool = False, token: str | None = None
-) -> Target:
-    """Ask the Hub who pushes, and what is there already. Changes nothing.
-
-    Raises:
-        UsageError: no token or a refused one; a name that cannot be; a repository that holds
+        UsageError: No token or a refused one; a name that cannot be; a repository that holds
             something else than a graft, or is public where a private one was asked for.
-        MMGraftError: the network failed.
+        MMGraftError: The network failed.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    api = HfApi(token=find_token(token), library_name="mmgraft", library_version=__version__)
+    if not get_token():
+        raise UsageError(f"there is no Hub token; {LOGIN}")
+    api = HfApi(library_name="mmgraft", library_version=__version__)
     with hub_errors("asking the Hub"):
         if repo_id is None or "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id or default_name(plan.run)}"
@@ -218,8 +165,8 @@ def send(plan: PushPlan, target: Target, private: bool = False) -> str:
         The address of the repository.
 
     Raises:
-        UsageError: the token may not write there.
-        MMGraftError: the network failed; the repository keeps its previous commit.
+        UsageError: The token may not write there.
+        MMGraftError: The network failed; the repository keeps its previous commit.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -243,12 +190,12 @@ def send(plan: PushPlan, target: Target, private: bool = False) -> str:
 
 
 def default_name(run: Path) -> str:
-    """The repository's name where none was given: the folder's."""
+    """Return the repository's name where none was given: the folder's."""
     return run.resolve().name
 
 
 def _without_folders(file: UploadFile) -> UploadFile:
-    """The recipe as it is pushed: folders of this machine are nobody's business."""
+    """Return the recipe as it is pushed: folders of this machine are nobody's business."""
     if file.name != RECIPE or not isinstance(file.content, Path):
         return file
     text = file.content.read_text(encoding="utf-8")

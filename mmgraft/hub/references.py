@@ -1,4 +1,4 @@
-"""Whether the base and the tower that a graft names can be found by anybody else."""
+"""References of a graft to its base and tower that anybody else can follow."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Portable:
     """A graft's record as others can use it.
 
     Attributes:
-        record: with references that are Hub ids or folders beside the record.
-        folders: the folders inside the run that it names; they are pushed too.
+        record: With references that are Hub ids or folders beside the record.
+        folders: The folders inside the run that it names; they are pushed too.
     """
 
     record: GraftFile
@@ -36,13 +36,13 @@ def make_portable(
     """Replace references that only this machine understands.
 
     Args:
-        record: what ``graft_config.json`` says.
-        run: its folder.
-        base_id: the Hub id under which the base was pushed, instead of the one recorded.
-        vision_id: the same for the vision tower.
+        record: What ``graft_config.json`` says.
+        run: Its folder.
+        base_id: The Hub id under which the base was pushed, instead of the one recorded.
+        vision_id: The same for the vision tower.
 
     Raises:
-        UsageError: for a base or tower that is a folder outside the run, and for an id that is
+        UsageError: For a base or tower that is a folder outside the run, and for an id that is
             not of the form ``owner/name``.
     """
     folders: list[str] = []
@@ -74,7 +74,7 @@ def make_portable(
 
 
 def local_folder(name: str, revision: str | None, run: Path) -> Path | None:
-    """The folder that `name` means on this machine, or None where it is a Hub id.
+    """Return the folder that ``name`` means on this machine, or None where it is a Hub id.
 
     A name that could be both is a Hub id when a revision was recorded with it.
     """
@@ -92,15 +92,15 @@ def confirm_references(
     """Ask the Hub for base and tower, and pin those that have no commit yet.
 
     Args:
-        record: a portable record.
-        api: the Hub.
-        named: ids that the user gave for this push.
+        record: A portable record.
+        api: The Hub.
+        named: Ids that the user gave for this push.
 
     Returns:
         The record, and a sentence for each reference that others will not get.
 
     Raises:
-        UsageError: for an id in `named` that the Hub does not give out.
+        UsageError: For an id in ``named`` that the Hub does not give out.
     """
     warnings: list[str] = []
     update: dict[str, Any] = {}

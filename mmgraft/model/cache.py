@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION
-from mmgraft.model.growing import GrowingLayer
+from mmgraft.model.preallocated import PreallocatedLayer
 
 
 def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
@@ -58,7 +58,7 @@ def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
     cache.layers.append(DynamicLayer())
     for index in slot_layers:
         cache.layers.append(
-            GrowingLayer() if index == FULL_ATTENTION else _like(cache.layers[index])
+            PreallocatedLayer() if index == FULL_ATTENTION else _like(cache.layers[index])
         )
 
 

@@ -103,6 +103,6 @@ class TrainingState(GraftedCore):
         """A zero that depends on every trained parameter, so that every rank has all gradients."""
         total = torch.zeros((), device=self.device)
         for parameter in self.parameters():
-            if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # ZeRO 3: in pieces
+            if parameter.requires_grad:
                 total = total + parameter.flatten()[0].float().to(total.device) * 0
         return total

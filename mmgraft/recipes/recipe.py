@@ -24,7 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 TextRows = Literal["skip", "graft", "base"]
 Precision = Literal["bf16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
-Parallel = Literal["ddp", "fsdp2", "zero2", "zero3"]
+Parallel = Literal["ddp", "fsdp2"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -249,6 +249,13 @@ class Recipe(StrictModel):
             raise ValueError("names no folder; write true, false or a folder")
         return value
 
+    @field_validator("parallel", mode="before")
+    @classmethod
+    def _refuse_deepspeed(cls, value: Any) -> Any:
+        if value in ("zero2", "zero3"):
+            raise ValueError(f"{value} (DeepSpeed) is not built; write fsdp2, which shards as well")
+        return value
+
     @field_validator("base", mode="before")
     @classmethod
     def _refuse_lora(cls, value: Any) -> Any:
@@ -305,12 +312,6 @@ class Recipe(StrictModel):
             raise ValueError(
                 f"compile: true and parallel: {self.parallel} together are not built; write "
                 "parallel: ddp, or leave compile out"
-            )
-        if self.parallel == "zero3" and self.quantization is not None:
-            raise ValueError(
-                f"parallel: zero3 cannot hold the 4-bit weights of quantization: "
-                f"{self.quantization} in pieces; write parallel: ddp or fsdp2, or leave "
-                "quantization out"
             )
         for stage in self.stages:
             if stage.optimizer != "adamw":

@@ -57,16 +57,16 @@ class UploadFile:
 
 
 def belonging(run: Path, folders: Iterable[str] = ()) -> list[UploadFile]:
-    """The files of `run` that make the graft, without its config and card.
+    """List the files of a run that make the graft, without its config and card.
 
     Checkpoints, optimizer states, metrics and everything unknown stay at home.
 
     Args:
-        run: the run folder.
-        folders: folders in it that hold a base or a tower and go along as they are.
+        run: The run folder.
+        folders: Folders in it that hold a base or a tower and go along as they are.
 
     Raises:
-        UsageError: when a weight file is missing or cannot be read.
+        UsageError: When a weight file is missing or cannot be read.
     """
     names = [path.name for path in weight_files(run)]
     if names != [WEIGHTS_NAME]:
@@ -81,10 +81,10 @@ def belonging(run: Path, folders: Iterable[str] = ()) -> list[UploadFile]:
 
 
 def weight_files(run: Path) -> list[Path]:
-    """The graft's safetensors files, one or the shards of an index, each opened once.
+    """List the graft's safetensors files, one or the shards of an index, each opened once.
 
     Raises:
-        UsageError: when one is missing or cannot be read.
+        UsageError: When one is missing or cannot be read.
     """
     index = run / INDEX_NAME
     names = {WEIGHTS_NAME}
@@ -102,10 +102,10 @@ def weight_files(run: Path) -> list[Path]:
 
 
 def tensor_sizes(file: Path) -> dict[str, int]:
-    """Numbers in each tensor of a safetensors file, from its header alone.
+    """Count the numbers in each tensor of a safetensors file, from its header alone.
 
     Raises:
-        UsageError: when the file is missing, cut short or no safetensors file.
+        UsageError: When the file is missing, cut short or no safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -117,7 +117,7 @@ def tensor_sizes(file: Path) -> dict[str, int]:
 
 
 def graft_parameters(run: Path) -> dict[str, int]:
-    """How many numbers each part of the graft has: projector, layers, gates, router, ..."""
+    """Count the numbers of each part of the graft: projector, layers, gates, router, ..."""
     parts: dict[str, int] = {}
     for file in weight_files(run):
         for name, size in tensor_sizes(file).items():
@@ -127,7 +127,7 @@ def graft_parameters(run: Path) -> dict[str, int]:
 
 
 def folder_named(file: UploadFile) -> str | None:
-    """The first path of this machine that a file of results names, or None."""
+    """Find the first path of this machine that a file of results names, or None."""
     if not isinstance(file.content, Path) or not _matches(file.name, ("results/*.json",)):
         return None
     text = file.content.read_text(encoding="utf-8", errors="replace")
@@ -136,12 +136,12 @@ def folder_named(file: UploadFile) -> str | None:
 
 
 def managed(name: str) -> bool:
-    """Whether a file of the repository is one that a push replaces or removes."""
+    """Tell whether a file of the repository is one that a push replaces or removes."""
     return _matches(name, _MANAGED)
 
 
 def _part(tensor: str) -> str:
-    """The part of a graft that a tensor belongs to, as people call it."""
+    """Name the part of a graft that a tensor belongs to, as people call it."""
     words = [word for word in tensor.removeprefix("graft.").split(".") if not word.isdigit()]
     if words[0] != "layers":
         return words[0]

@@ -17,22 +17,24 @@ _DEEPEST = 3
 _SKIPPED = frozenset(["checkpoints", "base", "node_modules", "__pycache__", "site-packages"])
 
 
-def find_run(path: str | Path | None = None, announce: Callable[[str], None] | None = None) -> Path:
-    """The folder of the graft that is meant.
+def find_run(
+    path: str | Path | None = None, announce: Callable[[str], None] = lambda text: None
+) -> Path:
+    """Find the folder of the graft that is meant.
 
     Args:
-        path: what the user named. None takes the current folder if it is a graft, else the only
+        path: What the user named. None takes the current folder if it is a graft, else the only
             graft up to three folders below it.
-        announce: told in one sentence which graft was taken, when none was named.
+        announce: Is called with a sentence that says which graft was taken, when none was named.
 
     Raises:
-        UsageError: when `path` is no graft; when there is no graft, or more than one, to take.
+        UsageError: When `path` is no graft; when there is no graft, or more than one, to take.
     """
     if path is not None:
         return _named(Path(path).expanduser())
     here = Path.cwd()
     if is_graft(here):
-        _say(announce, f"taking the graft in the current folder, {here.name}")
+        announce(f"taking the graft in the current folder, {here.name}")
         return here
     found = sorted(grafts_below(here))
     if not found:
@@ -43,17 +45,17 @@ def find_run(path: str | Path | None = None, announce: Callable[[str], None] | N
     if len(found) > 1:
         listed = "\n".join(f"  {name}" for name in names)
         raise UsageError(f"there are {len(found)} grafts below {here}; name one of:\n{listed}")
-    _say(announce, f"taking the only graft here, {names[0]}")
+    announce(f"taking the only graft here, {names[0]}")
     return found[0]
 
 
 def is_graft(folder: Path) -> bool:
-    """Whether `folder` holds a graft."""
+    """Tell whether a folder holds a graft."""
     return (folder / GRAFT_CONFIG).is_file()
 
 
 def grafts_below(folder: Path) -> Iterator[Path]:
-    """Every graft in the folders below `folder`, not those within another graft or a checkpoint."""
+    """Find every graft below a folder, but those within another graft or a checkpoint."""
     queue = deque([(folder, 0)])
     while queue:
         current, depth = queue.popleft()
@@ -87,8 +89,3 @@ def _named(path: Path) -> Path:
         listed = "\n".join(f"  {name}" for name in inside)
         raise UsageError(f"{path} is no graft, but holds {len(inside)}; name one of:\n{listed}")
     raise UsageError(f"{path} is no graft: it has no {GRAFT_CONFIG}; {_HOW_TO_MAKE_ONE}")
-
-
-def _say(announce: Callable[[str], None] | None, text: str) -> None:
-    if announce is not None:
-        announce(text)

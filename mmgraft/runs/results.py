@@ -26,7 +26,7 @@ class Score(MeasuredModel):
     high: float
     count: int
     groups: int | None = Field(
-        default=None, description="what was drawn for the interval; of one there is none"
+        default=None, description="what is resampled for the interval; of one there is none"
     )
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class SetResult(MeasuredModel):
     items: int
     scores: dict[str, Score]
     base: dict[str, Score] = Field(
-        default_factory=dict, description="the same items asked of the untouched base"
+        default_factory=dict, description="scores of the untouched base on the same items"
     )
     change: dict[str, Score] = Field(
         default_factory=dict, description="paired difference, graft minus base"
@@ -88,7 +88,7 @@ class Results(MeasuredModel):
 
 
 def results_file(run: Path, section: Section) -> Path:
-    """Where a section lies."""
+    """Return where a section lies."""
     return run / FOLDER / f"{section}.json"
 
 
@@ -101,7 +101,7 @@ def write_results(run: Path, results: Results) -> Path:
 
 
 def read_results(run: Path, section: Section) -> Results | None:
-    """A section, or None where it was never measured.
+    """Read a section, or None where it was never measured.
 
     Raises:
         UsageError: The file is damaged, or of a newer schema.
@@ -123,7 +123,7 @@ def read_results(run: Path, section: Section) -> Results | None:
 
 
 def measured(run: Path) -> list[Results]:
-    """The sections that a run has, in their order.
+    """Read the sections that a run has, in their order.
 
     Raises:
         UsageError: One is damaged or of a newer schema.

@@ -85,5 +85,5 @@ def save_sets(run: Path, results: Results) -> Path:
 
 
 def _called(one: SetResult) -> tuple[str, bool]:
-    """A task of lm-evaluation-harness may have the name of a set of the recipe."""
+    """Name a set; a task of lm-evaluation-harness may be called like a set of the recipe."""
     return one.name, "harness" in one.settings

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmgraft.atomic import atomic_json
+from mmgraft.atomic import atomic_folder, atomic_json
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.model.sharded.gathering import gathered, like
 from mmgraft.training.distributed.parallel import way_on
@@ -30,11 +28,10 @@ TENSORS = "trained.safetensors"
 PROGRESS = "progress.json"
 ROWS = "rows.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_OLD = ".old"
 
 
 def stage_folder(run: Path, index: int, name: str) -> Path:
-    """Where the checkpoints of a stage lie, stages counted from 1."""
+    """Return where the checkpoints of a stage lie, stages counted from 1."""
     return run / FOLDER / f"{index + 1}-{name}"
 
 
@@ -50,12 +47,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
+    """Return the step after which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def trained_tensors(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Parameters that are trained, by name; those that share one tensor once.
+    """Collect the parameters that are trained, by name; those that share one tensor once.
 
     Where the model is in pieces over processes, all of them must call this together.
 
@@ -78,31 +75,14 @@ def write_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
     Raises:
         MMGraftError: The disk is full or fails; earlier checkpoints are whole.
     """
-    temporary: Path | None = None
-    old = target.with_name(f".{target.name}{_OLD}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        write(temporary)
-        for path in sorted(temporary.iterdir()):
-            _sync(path)
-        _sync(temporary)
-        if target.exists():  # the same step written again
-            shutil.rmtree(old, ignore_errors=True)
-            target.replace(old)
-        temporary.replace(target)
-        _sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        _bring_back(old)
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | RuntimeError | SafetensorError):
-            raise MMGraftError(_unwritten(target, error)) from error
-        raise
+        atomic_folder(target, write)
+    except (MMGraftError, RuntimeError) as error:  # torch raises the latter where a disk is full
+        cause = error.__cause__ or error
+        raise MMGraftError(_unwritten(target, cause)) from cause
 
 
-def _unwritten(target: Path, error: Exception) -> str:
+def _unwritten(target: Path, error: BaseException) -> str:
     earlier = [path for path in checkpoints(target.parent) if path != target]
     whole = f"the one before, {earlier[-1].name}, is whole" if earlier else "there is none before"
     run = target.parent.parent.parent
@@ -112,26 +92,13 @@ def _unwritten(target: Path, error: Exception) -> str:
     )
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _bring_back(old: Path) -> None:
-    """Give a checkpoint that was put aside its name again, unless a new one has it."""
-    target = old.with_name(old.name[1:].removesuffix(_OLD))
-    if old.is_dir() and not target.exists():
-        old.replace(target)
-
-
 def sweep(folder: Path) -> None:
     """Remove what killed saves of a stage left behind; a checkpoint put aside comes back."""
     if folder.is_dir():
-        for path in folder.glob(f".checkpoint-*{_OLD}"):
-            _bring_back(path)
+        for old in folder.glob(".checkpoint-*.old"):
+            whole = old.with_name(old.name[1:].removesuffix(".old"))
+            if not whole.exists():
+                old.replace(whole)
         for path in folder.glob(".checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -204,7 +171,7 @@ def load_tensors(model: nn.Module, folder: Path) -> None:
 
 
 def read_progress(run: Path) -> dict[str, Any] | None:
-    """What a run has done so far; None for a fresh run.
+    """Read what a run has done so far; None for a fresh run.
 
     It has ``recipe``, ``stages``, ``finished``, and ``trained_parameters`` of finished stages.
 
@@ -226,7 +193,7 @@ def read_progress(run: Path) -> dict[str, Any] | None:
 
 
 def read_rows(run: Path) -> dict[str, Any]:
-    """What the rows of each stage were known by when the run was begun; empty where it is lost."""
+    """Read the fingerprints of the rows that the run was begun with; empty where they are lost."""
     try:
         found = json.loads((run / FOLDER / ROWS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -236,13 +203,14 @@ def read_rows(run: Path) -> dict[str, Any]:
 
 def write_rows(run: Path, rows: Mapping[str, Any]) -> None:
     """Record by what the rows of each stage are known."""
-    path = run / FOLDER / ROWS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_json(path, dict(rows))
+    _write(run, ROWS, rows)
 
 
 def write_progress(run: Path, progress: Mapping[str, Any]) -> None:
     """Record what a run has done so far."""
-    path = run / FOLDER / PROGRESS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_json(path, dict(progress))
+    _write(run, PROGRESS, progress)
+
+
+def _write(run: Path, name: str, data: Mapping[str, Any]) -> None:
+    (run / FOLDER).mkdir(parents=True, exist_ok=True)
+    atomic_json(run / FOLDER / name, dict(data))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +33,7 @@ _FLASH_PACKAGES = {
 
 
 def pick_device(wanted: str | None = None) -> str:
-    """The device that was asked for, else the first that is there: CUDA, MPS, CPU.
+    """Choose the device that is wanted, else the first that is there: CUDA, MPS, CPU.
 
     Raises:
         UsageError: for a device that is not there, or that no one knows.
@@ -63,7 +65,15 @@ def check_packages(recipe: Recipe, device: str) -> None:
             compiler; a tracker whose package is missing.
     """
     if recipe.attention in _FLASH_PACKAGES:
-        _check_flash(recipe.attention, device)
+        what, (module, package) = (
+            f"attention: {recipe.attention}",
+            _FLASH_PACKAGES[recipe.attention],
+        )
+        if device != "cuda":
+            raise UsageError(
+                f"{what} needs a CUDA card, and this is {device}; write attention: sdpa"
+            )
+        _check_installed(what, (module,), package, "attention=sdpa")
     if recipe.compile:
         _check_compiler(device)
     if recipe.quantization is not None:
@@ -71,24 +81,15 @@ def check_packages(recipe: Recipe, device: str) -> None:
     for stage in recipe.stages:
         if stage.optimizer != "adamw":
             _check_bitsandbytes(f"stage {stage.name!r} with optimizer: {stage.optimizer}", device)
-    packages = _TRACKER_PACKAGES.get(recipe.tracking, ())
-    if packages and not any(importlib.util.find_spec(package) for package in packages):
-        raise UsageError(
-            f"tracking: {recipe.tracking} needs a package that is not installed: "
-            f"pip install {packages[0]}, or --set tracking=none"
-        )
+    if (modules := _TRACKER_PACKAGES.get(recipe.tracking)) is not None:
+        _check_installed(f"tracking: {recipe.tracking}", modules, modules[0], "tracking=none")
 
 
-def _check_flash(name: str, device: str) -> None:
-    module, package = _FLASH_PACKAGES[name]
-    if device != "cuda":
+def _check_installed(what: str, modules: Sequence[str], package: str, instead: str) -> None:
+    if not any(importlib.util.find_spec(module) for module in modules):
         raise UsageError(
-            f"attention: {name} needs a CUDA card, and this is {device}; write attention: sdpa"
-        )
-    if importlib.util.find_spec(module) is None:
-        raise UsageError(
-            f"attention: {name} needs a package that is not installed: pip install {package}, or "
-            "--set attention=sdpa"
+            f"{what} needs a package that is not installed: pip install {package}, or "
+            f"--set {instead}"
         )
 
 
@@ -112,12 +113,12 @@ def _check_bitsandbytes(what: str, device: str) -> None:
 
 
 def is_main_rank() -> bool:
-    """Whether this process writes files and talks: the only one, or the first of torchrun's."""
+    """Tell whether this process writes files and talks: the only one, or the first of several."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def memory_in_use(device: str) -> int | None:
-    """Peak bytes that this process has held: of the card on CUDA, else of main memory."""
+    """Return the peak bytes of this process: of the card on CUDA, else of main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if device == "mps":
@@ -125,7 +126,6 @@ def memory_in_use(device: str) -> int | None:
     if importlib.util.find_spec("resource") is None:  # Windows
         return None
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -7,17 +7,19 @@ their batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from mmgraft.atomic import atomic_write
+from mmgraft.atomic import atomic_bytes
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.batches.dataset import RowDataset
 from mmgraft.data.batches.even_batches import EvenSampler
@@ -30,7 +32,7 @@ from mmgraft.training.devices import is_main_rank
 
 LENGTHS = "lengths.npy"
 """In the folder of a stage's checkpoints: positions of its rows, 0 for one that cannot be used."""
-_SIZES = 256  # rows whose lengths differ less than a sequence by this are drawn alike
+_SIZES = 256  # rows whose lengths differ less than a sequence by this are taken as equal
 _WINDOW = 64  # batches whose rows are sorted by length together
 _MEASURED = 256  # rows measured in one go
 
@@ -65,13 +67,13 @@ def arrange(
     Args:
         rows: All of them.
         stage: Of a resolved recipe.
-        folder: Of the stage's checkpoints; lengths are kept there for a sitting to come.
+        folder: Of the stage's checkpoints; lengths are kept there for a later session.
         ranks: Processes that share a step.
         workers: Processes that measure rows.
-        kept: Take the lengths of an earlier sitting, so that the order is the same.
+        kept: Take the lengths of an earlier session, so that the order is the same.
 
     Raises:
-        UsageError: A row that cannot be used, or other rows than in the sitting before.
+        UsageError: A row that cannot be used, or other rows than in the session before.
     """
     seed, together = stage.seed or 0, stage.batch_size * ranks
     if stage.group_by == "modality":
@@ -114,22 +116,7 @@ def check_packed_length(stage: Stage, positions: int | None) -> None:
     )
 
 
-class _Drawn(Sampler[Any]):
-    """An order drawn from a seed and an epoch number."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, counted from 0."""
-        self.epoch = epoch
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-
-
-class GroupSampler(_Drawn):
+class GroupSampler(EpochSampler):
     """Every row once; the rows of a batch are alike in length, or all with or without an image.
 
     Args:
@@ -140,16 +127,13 @@ class GroupSampler(_Drawn):
     """
 
     def __init__(self, keys: Tensor, together: int, seed: int = 0, sort: bool = True) -> None:
-        super().__init__(seed)
+        super().__init__(len(keys), seed)
         self.keys = keys
         self.together = together
         self.sort = sort
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
     def __iter__(self) -> Iterator[int]:
-        generator = self._generator()
+        generator = self.generator()
         rows = torch.randperm(len(self.keys), generator=generator)
         whole, rest = self._sorted(rows) if self.sort else self._apart(rows)
         batches = whole.view(-1, self.together)
@@ -173,16 +157,16 @@ class GroupSampler(_Drawn):
         return torch.cat(whole), torch.cat(rest)
 
 
-class PackSampler(_Drawn):
+class PackSampler(EpochSampler):
     """Every usable row once, in packs that fit into a sequence; yields tuples of rows.
 
     Which sizes go together is the same in every epoch, which rows of a size, and in which order the
-    packs come, is drawn: so every epoch has the same number of packs.
+    packs come, is random: so every epoch has the same number of packs.
 
     Args:
         lengths: Of the rows, ``(n,)``; a row of length 0 is left out.
         capacity: Positions of a sequence, at least the longest row's.
-        seed: Of the draw.
+        seed: Of the order.
         apart: ``(n,)``, rows of a pack have the same; None allows any.
 
     Raises:
@@ -192,14 +176,13 @@ class PackSampler(_Drawn):
     def __init__(
         self, lengths: Tensor, capacity: int, seed: int = 0, apart: Tensor | None = None
     ) -> None:
-        super().__init__(seed)
-        self.rows = lengths.nonzero().flatten()
-        if not len(self.rows):
+        usable = lengths.nonzero().flatten()
+        if not len(usable):
             raise UsageError("not one row can be used; look at all of them: mmgraft data check")
         unit = max(1, capacity // _SIZES)
         room = capacity // unit
-        sizes = (-(lengths[self.rows] // -unit)).clamp(max=room)  # a longest row takes all of it
-        kinds = torch.zeros_like(sizes) if apart is None else apart[self.rows].long()
+        sizes = (-(lengths[usable] // -unit)).clamp(max=room)  # a longest row takes all of it
+        kinds = torch.zeros_like(sizes) if apart is None else apart[usable].long()
         self.keys = kinds * (room + 1) + room - sizes  # the largest first
         bins: list[Tensor] = []
         count = 0
@@ -207,27 +190,25 @@ class PackSampler(_Drawn):
             falling = sizes[kinds == kind].sort(descending=True).values
             bins.append(torch.tensor(fill(falling.tolist(), room)) + count)
             count = int(bins[-1].max()) + 1
+        super().__init__(count, seed)
+        self.usable = usable
         self.bins = torch.cat(bins)  # of the rows in order of their keys
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        generator = self._generator()
-        drawn = torch.randperm(len(self.rows), generator=generator)
-        drawn = drawn[self.keys[drawn].argsort(stable=True)]
-        by_bin = self.rows[drawn[self.bins.argsort(stable=True)]]
-        ends = self.bins.bincount(minlength=self.count).cumsum(0)
+        generator = self.generator()
+        order = torch.randperm(len(self.usable), generator=generator)
+        order = order[self.keys[order].argsort(stable=True)]
+        by_bin = self.usable[order[self.bins.argsort(stable=True)]]
+        ends = self.bins.bincount(minlength=len(self)).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        for pack in torch.randperm(self.count, generator=generator):
+        for pack in torch.randperm(len(self), generator=generator):
             yield tuple(by_bin[starts[pack] : ends[pack]].tolist())
 
 
 def _lengths(
     rows: RowDataset, folder: Path, workers: int, kept: bool
 ) -> tuple[Tensor, list[BadRow]]:
-    """Positions of every row ``(n,)``, 0 where it cannot be used, and those rows."""
+    """Measure every row's positions ``(n,)``, 0 where it cannot be used, and list those rows."""
     file = folder / LENGTHS
     if kept and file.is_file():
         found = torch.from_numpy(np.load(file)).long()
@@ -237,7 +218,9 @@ def _lengths(
                 "the rows that the training was begun with, or begin anew with --restart"
             )
         return found, []
-    loader = DataLoader(_Measured(rows), batch_size=_MEASURED, num_workers=workers, collate_fn=list)
+    measure: Any = partial(_measure, rows)
+    every: Any = range(len(rows))
+    loader = DataLoader(every, batch_size=_MEASURED, num_workers=workers, collate_fn=measure)
     lengths, bad = np.zeros(len(rows), dtype=np.int32), []
     for at, length in enumerate(one for several in loader for one in several):
         if isinstance(length, BadRow):
@@ -246,27 +229,16 @@ def _lengths(
             lengths[at] = length
     if is_main_rank():
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, lambda path: _save(path, lengths))
+        content = io.BytesIO()
+        np.save(content, lengths)
+        atomic_bytes(file, content.getvalue())
     return torch.from_numpy(lengths).long(), bad
 
 
-def _save(path: Path, lengths: np.ndarray[Any, Any]) -> None:
-    with path.open("wb") as file:
-        np.save(file, lengths)
+def _measure(rows: RowDataset, indices: Sequence[int]) -> list[int | BadRow]:
+    """Measure the length of each row, or say why it cannot be used."""
+    return [rows.length(index) for index in indices]
 
 
-class _Measured(Dataset[Any]):
-    """The length of each row, or why it cannot be used."""
-
-    def __init__(self, rows: RowDataset) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> int | BadRow:
-        return self.rows.length(index)
-
-
-Order = EpochSampler | GroupSampler | PackSampler | EvenSampler
+Order = EpochSampler | EvenSampler
 """Of the rows of an epoch, whose number is set with `set_epoch`."""

@@ -16,7 +16,7 @@ import mmgraft
 from mmgraft.atomic import atomic_json, atomic_text
 from mmgraft.data import bad_rows
 from mmgraft.data.bad_rows import BadRow, BadRowLog
-from mmgraft.data.formats.indexed import Joined, facts_of
+from mmgraft.data.formats.indexed import Joined
 from mmgraft.data.rows import Row
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.grafts.registry import get_method
@@ -35,19 +35,13 @@ from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
 from mmgraft.training.callbacks.stopping import with_way_on
 from mmgraft.training.devices import check_packages, is_main_rank, pick_device
-from mmgraft.training.distributed.parallel import (
-    check_count,
-    check_parallel,
-    check_rows_have_images,
-    processes,
-    way_on,
-)
+from mmgraft.training.distributed.parallel import check_count, check_parallel, processes, way_on
 from mmgraft.training.memory.shortage import is_out_of_memory, out_of_memory
 from mmgraft.training.stage_data import (
     StageData,
     absolute,
     check_data_is_set,
-    check_pictures,
+    check_images,
     check_rows,
     fingerprint,
     refuse_other_rows,
@@ -55,6 +49,8 @@ from mmgraft.training.stage_data import (
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from mmgraft.training.session import Session
 
 RECIPE = "recipe.yaml"
 """What `mmgraft graft` writes into a run, for its owner to change."""
@@ -88,8 +84,8 @@ class Plan:
     record: GraftFile
     recipe: Recipe  # resolved
     device: str
-    rows: list[Sequence[Row]]
-    skipped: list[int]
+    rows: list[Sequence[Row]] = field(default_factory=list)  # by stage
+    skipped: list[int] = field(default_factory=list)  # rows without an image, by stage
     eval_rows: Sequence[Row] = ()
     bad: list[BadRow] = field(default_factory=list)  # left out, and in no log yet
     first: int = 0
@@ -138,48 +134,42 @@ def plan_training(
     """
     run = Path(run)
     record = GraftFile.read(run)
-    progress = checkpoint.read_progress(run) if not restart else None
-    if resume and restart:
-        raise UsageError("--resume goes on and --restart begins anew; give one of them")
     if resume:
-        loaded, file = _resumed_recipe(run, record, progress, recipe, overrides, max_steps)
-    else:
-        _refuse_second_training(run, progress)
-        file = recipe_file(run, record, recipe)
-        loaded = load_recipe(file, method=record.method, overrides=overrides)
+        _check_resume(run, restart, changes=bool(recipe or overrides or max_steps))
+    progress = None if restart else checkpoint.read_progress(run)
+    file = _check_progress(run, progress, resume) or recipe_file(run, record, recipe)
+    loaded = load_recipe(file, method=record.method, overrides=overrides)
     loaded = with_data(loaded, data, images)
     if max_steps is not None:
         loaded = with_max_steps(loaded, max_steps)
     check_data_is_set(loaded, run, file)
-    chosen = pick_device(device)
-    check_packages(loaded, chosen)
-    count = count or processes()
-    check_parallel(loaded, chosen, count)
-    if resume:
-        check_count(run, progress, count)
+    plan = Plan(run, record, loaded.resolved(record.workflow), pick_device(device), resume=resume)
+    check_packages(loaded, plan.device)
+    check_parallel(loaded, plan.device, count or processes())
+    if resume and progress is not None:
+        check_count(run, progress, count or processes())
+        plan.first = len(progress["finished"])
     _check_graft(record, loaded)
-    resolved = loaded.resolved(record.workflow)
-    left_out = BadRowLog(run).left_out(None) if resume else None
-    reader = StageData(resolved.on_bad_row, left_out)
-    rows: list[Sequence[Row]] = []
-    skipped: list[int] = []
-    for stage in resolved.stages:
-        found = reader.rows(stage.data or [], resolved.seed, stage.image_share)
-        skipped.append(check_rows(found, stage.name, stage.text_rows))
-        rows.append(found)
-    evaluated = reader.rows(resolved.eval_data, 0) if resolved.eval_every else []
-    for stage, found in zip(resolved.stages, rows, strict=True):
-        if stage.text_rows != "skip":
-            shown = facts_of(Joined([found, evaluated])).with_image
-            check_rows_have_images(resolved, stage.name, int((~shown).sum()), count)
-    first = len(progress["finished"]) if resume and progress is not None else 0
-    if resume:
-        begun_with = checkpoint.read_rows(run)
-        for stage, found in zip(resolved.stages[first:], rows[first:], strict=True):
-            refuse_other_rows(found, begun_with.get(stage.name), stage.name, run)
-    if resolved.on_bad_row == "error":
-        check_pictures(Joined([*rows[first:], evaluated]))
-    return Plan(run, record, resolved, chosen, rows, skipped, evaluated, reader.bad, first, resume)
+    _read_rows(plan)
+    return plan
+
+
+def _read_rows(plan: Plan) -> None:
+    """Read and check the rows of all stages; those of a resumed run must be the same as before."""
+    run, recipe = plan.run, plan.recipe
+    left_out = BadRowLog(run).left_out(None) if plan.resume else None
+    reader = StageData(recipe.on_bad_row, left_out)
+    for stage in plan.stages:
+        rows = reader.rows(stage.data or [], recipe.seed, stage.image_share)
+        plan.skipped.append(check_rows(rows, stage.name, stage.text_rows))
+        plan.rows.append(rows)
+    plan.eval_rows = reader.rows(recipe.eval_data, 0) if recipe.eval_every else []
+    plan.bad = reader.bad
+    begun_with = checkpoint.read_rows(run) if plan.resume else {}
+    for stage, rows in zip(plan.stages[plan.first :], plan.rows[plan.first :], strict=True):
+        refuse_other_rows(rows, begun_with.get(stage.name), stage.name, run)
+    if recipe.on_bad_row == "error":
+        check_images(Joined([*plan.rows[plan.first :], plan.eval_rows]))
 
 
 def train(
@@ -189,7 +179,7 @@ def train(
 
     Args:
         plan: From :func:`plan_training`.
-        announce: Told in sentences what goes on.
+        announce: Is called with a sentence when something happens.
         display: Callbacks that show a stage's progress, given the stage, its number and how many
             there are.
 
@@ -200,65 +190,69 @@ def train(
     """
     from mmgraft.training.session import Session
 
-    run = plan.run
-    trains_base = any(stage.trains_base for stage in plan.stages)
-    if plan.resume and is_main_rank():  # a kill may have come before these were removed
+    run, main = plan.run, is_main_rank()
+    session = Session(plan, announce)
+    watches_text = main and any(stage.trains_base for stage in plan.stages)
+    if plan.resume and main:  # a kill may have come before these were removed
         for index, stage in enumerate(plan.stages[: plan.first]):
             checkpoint.remove(checkpoint.stage_folder(run, index, stage.name))
     if plan.first >= len(plan.stages):
-        if trains_base and is_main_rank() and text_change.is_due(run):
-            Session(plan, announce).measure_text()
+        if watches_text and text_change.is_due(run):
+            session.measure_text()
         announce(f"all stages of {run} are trained; --restart trains it further")
         return []
-    session = Session(plan, announce)
     session.load()  # which checks the base, before anything of an earlier training is put away
-    if not plan.resume:
-        _begin(run, plan.recipe, plan.rows)
-    if is_main_rank():
+    if main:
+        _begin(plan)
         session.bad_rows.put(plan.bad)
-    if trains_base and is_main_rank():
+    if watches_text:
         session.remember_text()
     results: list[StageResult] = []
     for index in range(plan.first, len(plan.stages)):
-        stage = plan.stages[index]
-        began = time.monotonic()
-        with ExitStack() as stack:
-            callbacks = list(display(stage, index + 1, len(plan.stages)))
-            for callback in callbacks:
-                stack.callback(getattr(callback, "close", lambda: None))
-            try:
-                steps, loss, parameters = session.run_stage(index, callbacks)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise out_of_memory(plan.recipe, stage, error) from error
-            except (OSError, MMGraftError) as error:
-                told = with_way_on(error, run, stage.name)
-                if told is None:
-                    raise
-                raise told from error
-        results.append(
-            StageResult(
-                stage.name,
-                steps,
-                loss,
-                time.monotonic() - began,
-                len(plan.rows[index]) - plan.skipped[index],
-                plan.skipped[index],
-                parameters,
-                session.bad_rows.count(stage.name),
-            )
-        )
-        if session.stop_requested and index + 1 < len(plan.stages):
-            raise session.stopped(f"after stage {stage.name!r}")
-    if trains_base and is_main_rank():
+        if session.stop_requested:
+            raise session.stopped(f"after stage {plan.stages[index - 1].name!r}")
+        results.append(_run_stage(session, index, display))
+    if watches_text:
         session.measure_text()
     return results
 
 
-def _begin(run: Path, recipe: Recipe, rows: Sequence[Sequence[Row]]) -> None:
-    if not is_main_rank():
+def _run_stage(session: Session, index: int, display: Display) -> StageResult:
+    """Train one stage; what goes wrong on disk or in memory is said with the way on."""
+    plan, began = session.plan, time.monotonic()
+    stage = plan.stages[index]
+    with ExitStack() as stack:
+        callbacks = list(display(stage, index + 1, len(plan.stages)))
+        for callback in callbacks:
+            stack.callback(getattr(callback, "close", lambda: None))
+        try:
+            steps, loss, parameters = session.run_stage(index, callbacks)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(plan.recipe, stage, error) from error
+        except (OSError, MMGraftError) as error:
+            explained = with_way_on(error, plan.run, stage.name)
+            if explained is None:
+                raise
+            raise explained from error
+    return StageResult(
+        stage=stage.name,
+        steps=steps,
+        loss=loss,
+        seconds=time.monotonic() - began,
+        rows=len(plan.rows[index]) - plan.skipped[index],
+        text_rows_skipped=plan.skipped[index],
+        trained_parameters=parameters,
+        bad_rows=session.bad_rows.count(stage.name),
+    )
+
+
+def _begin(plan: Plan) -> None:
+    """Put away what an earlier training has left in a run that begins, and record this one."""
+    if plan.resume:
         return
+    run, recipe = plan.run, plan.recipe
     shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
     (run / text_change.BEFORE).unlink(missing_ok=True)
     metrics.put_aside(run)
@@ -267,20 +261,13 @@ def _begin(run: Path, recipe: Recipe, rows: Sequence[Sequence[Row]]) -> None:
     atomic_text(run / USED_RECIPE, dump_recipe(absolute(recipe)))
     atomic_json(run / VERSIONS, versions())
     names = [stage.name for stage in recipe.stages]
-    checkpoint.write_rows(run, dict(zip(names, map(fingerprint, rows), strict=True)))
-    checkpoint.write_progress(
-        run,
-        {
-            "recipe": recipe.name,
-            "processes": processes(),
-            "stages": names,
-            "finished": [],
-        },
-    )
+    checkpoint.write_rows(run, dict(zip(names, map(fingerprint, plan.rows), strict=True)))
+    begun = {"recipe": recipe.name, "processes": processes(), "stages": names, "finished": []}
+    checkpoint.write_progress(run, begun)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run was computed with."""
+    """Collect the versions of what a run is computed with."""
     found = {"mmgraft": mmgraft.__version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes"):
         try:
@@ -291,7 +278,7 @@ def versions() -> dict[str, str]:
 
 
 def recipe_file(run: Path, record: GraftFile, named: str | Path | None) -> Path:
-    """The recipe of a run: the one that is named, else its own, else its method's."""
+    """Find the recipe of a run: the one that is named, else its own, else its method's."""
     if named is not None:
         return find_recipe(named)
     if (run / RECIPE).is_file():
@@ -304,36 +291,32 @@ def recipe_file(run: Path, record: GraftFile, named: str | Path | None) -> Path:
     return default
 
 
-def _resumed_recipe(
-    run: Path,
-    record: GraftFile,
-    progress: dict[str, Any] | None,
-    recipe: str | Path | None,
-    overrides: Sequence[str],
-    max_steps: int | None,
-) -> tuple[Recipe, Path]:
-    file = run / USED_RECIPE
-    if progress is None or not file.is_file():
-        raise UsageError(f"{run} has no training to go on with; begin with: mmgraft train {run}")
-    if recipe is not None or overrides or max_steps is not None:
+def _check_resume(run: Path, restart: bool, changes: bool) -> None:
+    if restart:
+        raise UsageError("--resume goes on and --restart begins anew; give one of them")
+    if changes:
         raise UsageError(
-            f"--resume goes on exactly, with {file}; leave --recipe, --set and --max-steps out, or "
-            "begin anew with --restart"
+            f"--resume goes on exactly, with {run / USED_RECIPE}; leave --recipe, --set and "
+            "--max-steps out, or begin anew with --restart"
         )
-    return load_recipe(file, method=record.method), file
 
 
-def _refuse_second_training(run: Path, progress: dict[str, Any] | None) -> None:
+def _check_progress(run: Path, progress: dict[str, Any] | None, resume: bool) -> Path | None:
+    """Refuse to go on with nothing, or to begin over something; return the recipe to go on with."""
+    if resume:
+        if progress is None or not (run / USED_RECIPE).is_file():
+            way = f"mmgraft train {run}"
+            raise UsageError(f"{run} has no training to go on with; begin with: {way}")
+        return run / USED_RECIPE
     if progress is None or not is_main_rank():
-        return  # another rank may find what the first one has just begun
+        return None  # another rank may find what the first one has just begun
     finished, stages = progress["finished"], progress.get("stages", [])
     if not finished and not any((run / checkpoint.FOLDER).glob("*/checkpoint-*")):
-        return  # it ended before anything was saved, so there is nothing to lose
+        return None  # it ended before anything was saved, so there is nothing to lose
     if len(finished) < len(stages):
-        where = stages[len(finished)]
         way = way_on(run, progress.get("processes", 1))
         raise UsageError(
-            f"a training of {run} stopped in stage {where!r}; go on with: {way}\n"
+            f"a training of {run} stopped in stage {stages[len(finished)]!r}; go on with: {way}\n"
             "or begin anew, from the graft as it is now, with --restart"
         )
     raise UsageError(

@@ -1,4 +1,4 @@
-"""One sitting of a training: the model in memory, and what a stage needs around the Trainer."""
+"""One session of a training: the model in memory, and what a stage needs around the Trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from mmgraft.data.bad_rows import BadRow
@@ -20,15 +19,12 @@ from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset
 from mmgraft.data.batches.even_batches import EvenDataset, EvenSampler
 from mmgraft.data.batches.packing import PackCollator, examples_of
-from mmgraft.data.chat.processor import GraftProcessor
-from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.features import fill_cache, open_cache
 from mmgraft.data.formats.indexed import Joined, key_at, select
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.model.files.graft_file import CONFIG_NAME
 from mmgraft.model.files.load import base_files, load_model
-from mmgraft.model.files.processor import load_processor
 from mmgraft.model.files.save import save_graft
 from mmgraft.model.kernels.compiling import check_compiled, compiled_layers
 from mmgraft.recipes.recipe import Stage
@@ -41,10 +37,11 @@ from mmgraft.training.devices import is_main_rank
 from mmgraft.training.distributed.parallel import processes, way_on
 from mmgraft.training.distributed.sharding import shard
 from mmgraft.training.grouping import arrange, check_packed_length
+from mmgraft.training.memory.subject import loaded_dtype
+from mmgraft.training.stage_data import with_template
 from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.trainer import GraftTrainer, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, tower_features
-from mmgraft.vision.towers.base import VisionTower
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
@@ -59,15 +56,15 @@ class Session:
 
     Args:
         plan: The checked training.
-        announce: Told in sentences what goes on.
+        announce: Is called with a sentence when something happens.
     """
 
     def __init__(self, plan: Plan, announce: Callable[[str], None]) -> None:
         self.plan = plan
         self.announce = announce if is_main_rank() else lambda text: None
         self.stopper = Stopper()
-        self.model: GraftedModel | None = None
-        self.processor: GraftProcessor | None = None
+        self.model: Any = None  # a GraftedModel, once it is loaded
+        self.processor: Any = None  # its GraftProcessor
         self._features: FeatureCache | None = None
         self.bad_rows = BadRows(plan.run, self.announce, plan.resume)
 
@@ -77,7 +74,7 @@ class Session:
         return self.stopper.requested
 
     def stopped(self, where: str) -> TrainingStopped:
-        """The error that says how to go on."""
+        """Make the error that says how to go on."""
         return TrainingStopped(
             f"stopped {where}; all is saved. Go on with: {way_on(self.plan.run)}"
         )
@@ -100,14 +97,13 @@ class Session:
             check_packed_length(stage, model.anatomy.position_table)
         if plan.recipe.on_bad_row == "error":
             for index, stage in enumerate(plan.stages[plan.first :], start=plan.first):
-                rows = (plan.rows[index], plan.eval_rows)
-                for each in filter(None, rows):
-                    self._dataset(each, self._processor(stage), stage, False).check()
+                for rows in filter(None, (plan.rows[index], plan.eval_rows)):
+                    self._dataset(rows, stage, False).check()
 
     def run_stage(
         self, index: int, callbacks: Sequence[TrainerCallback]
     ) -> tuple[int, float | None, int]:
-        """Train a stage and save its graft; gives steps taken, last loss, trained parameters.
+        """Train a stage, save its graft, return steps taken, last loss and trained parameters.
 
         Raises:
             TrainingStopped: Ctrl-C before the stage's last step.
@@ -119,45 +115,38 @@ class Session:
             checkpoint.sweep(folder)
         last = self._last_checkpoint(index, folder)
         groups = open_stage(model, stage)
-        if stage.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        else:
-            model.gradient_checkpointing_disable()
+        model.gradient_checkpointing = stage.gradient_checkpointing
         size = sum(group.size for group in groups)
         log = metrics.MetricsFile(plan.run, stage.name)
         with metrics.tracking_folder(plan.run / "tracking" / folder.name):
             trainer = self._trainer(index, folder, groups, [log, self.stopper, *callbacks])
         if last is not None and _is_final(last):
-            checkpoint.load_tensors(cast(nn.Module, model), last)
+            checkpoint.load_tensors(model, last)
             taken, steps = 0, checkpoint.step_of(last)
         else:
-            taken = self._train(trainer, stage, last)
-            steps = trainer.state.global_step
-            tensors = checkpoint.trained_tensors(cast(nn.Module, model), is_main_rank())
+            taken, steps = self._train(trainer, stage, last)
+            tensors = checkpoint.trained_tensors(model, is_main_rank())
             if is_main_rank():
                 checkpoint.write_final(tensors, folder, trainer.state)
         self._save(index, model, size, steps)
         trainer.accelerator.wait_for_everyone()
-        if plan.recipe.parallel != "ddp" and trainer.args.world_size > 1:
+        if plan.in_pieces:
             self.model = None  # the next stage trains other parts, and has other pieces
         return taken, log.last.get("loss"), size
 
     def remember_text(self) -> None:
         """Keep what the base says to a few prompts before it is trained."""
-        assert self.model is not None
-        assert self.processor is not None
         text_change.remember(self.plan.run, self.model, self.processor)
 
     def measure_text(self) -> None:
         """Say, and record, how far text has moved."""
         self._model_for(self.plan.stages[-1])
-        assert self.model is not None
-        assert self.processor is not None
         self.announce(str(text_change.measure(self.plan.run, self.model, self.processor)))
 
     # -- parts of a stage -----------------------------------------------------------------------
 
-    def _train(self, trainer: GraftTrainer, stage: Stage, last: Path | None) -> int:
+    def _train(self, trainer: GraftTrainer, stage: Stage, last: Path | None) -> tuple[int, int]:
+        """Train from a checkpoint on; return the steps taken now and those taken in all."""
         before = 0 if last is None else checkpoint.step_of(last)
         try:
             with self.stopper, self._compiled():
@@ -174,12 +163,12 @@ class Session:
         done, wanted = trainer.state.global_step, trainer.state.max_steps
         if done < wanted:
             raise self.stopped(f"in stage {stage.name!r} after step {done} of {wanted}")
-        return done - before
+        return done - before, done
 
     def _compiled(self) -> AbstractContextManager[None]:
-        model = self.model
-        if model is None or not self.plan.recipe.compile:
+        if not self.plan.recipe.compile:
             return nullcontext()
+        model = self.model
         return compiled_layers(model.base, model.anatomy, [model.workflow().graft])
 
     def _kept(self, trainer: GraftTrainer, stage: Stage, before: int) -> str:
@@ -197,7 +186,7 @@ class Session:
         """Save the steps before the one that failed, and say how to go on."""
         step, way = trainer.state.global_step, way_on(self.plan.run)
         again = f"or begin anew with --restart and a lower lr: --set stages.{stage.name}.lr=NUMBER"
-        if not is_finite(cast(nn.Module, self.model)):
+        if not is_finite(self.model):
             return (
                 f"\nweights of stage {stage.name!r} are not finite either, so they are not saved; "
                 f"go on from the last checkpoint with: {way}\n{again}"
@@ -215,38 +204,17 @@ class Session:
         self, index: int, folder: Path, groups: Any, callbacks: Sequence[TrainerCallback]
     ) -> GraftTrainer:
         plan, stage = self.plan, self.plan.stages[index]
-        assert self.model is not None
-        processor = self._processor(stage)
-        features = self._cached_features(Joined([plan.rows[index], plan.eval_rows]), stage)
-        rows = self._dataset(plan.rows[index], processor, stage, features is None)
-        evaluated = None
-        if plan.eval_rows:
-            evaluated = self._dataset(plan.eval_rows, processor, stage, features is None)
-        if plan.skipped[index]:
-            self.announce(
-                f"stage {stage.name!r}: {plan.skipped[index]} of {len(plan.rows[index])} rows have "
-                "no image and are left out (text_rows: skip)"
-            )
-        collator = Collator(
-            processor,
-            cast(Any, stage.text_rows),
-            features,
-            compute=None if features is None else tower_features(self._tower()),
-        )
-        if stage.packing:
-            self.model.check_packing(stage.batch_size)
-            collator = PackCollator(collator)
+        rows, evaluated, collator = self._inputs(index)
         name = f"{plan.run.resolve().name}-{stage.name}"
         arguments = training_arguments(plan.recipe, stage, folder, plan.device, name)
+        ranks = arguments.world_size
         kept = plan.resume and index == plan.first
-        arranged = arrange(
-            rows, stage, folder, arguments.world_size, plan.recipe.workers, kept=kept
-        )
+        arranged = arrange(rows, stage, folder, ranks, plan.recipe.workers, kept)
         self.bad_rows.put(arranged.bad, stage.name, 0)
         if arranged.says is not None:
             self.announce(arranged.says)
-        if arguments.world_size > 1:
-            together = stage.batch_size * arguments.world_size
+        if ranks > 1:
+            together = stage.batch_size * ranks
             arranged.dataset = EvenDataset(arranged.dataset)
             evaluated = evaluated and EvenDataset(evaluated, together)
             arranged.sampler = EvenSampler(arranged.sampler, together)
@@ -260,20 +228,38 @@ class Session:
             groups,
             arranged.dataset,
             _Batches(collator),
+            arranged.sampler,
             keep=plan.recipe.keep_checkpoints,
             eval_dataset=evaluated,
             callbacks=callbacks,
             on_bad=lambda bad, step: self.bad_rows.put(bad, stage.name, step),
-            sampler=arranged.sampler,
         )
 
-    def _dataset(
-        self, rows: Sequence[Row], processor: GraftProcessor, stage: Stage, load_images: bool
-    ) -> RowDataset:
-        assert self.model is not None
+    def _inputs(self, index: int) -> tuple[RowDataset, Any, Collator | PackCollator]:
+        """Build the rows of a stage, those it is evaluated on, and the collator of both."""
+        plan, stage = self.plan, self.plan.stages[index]
+        features = self._cached_features(Joined([plan.rows[index], plan.eval_rows]), stage)
+        rows = self._dataset(plan.rows[index], stage, features is None)
+        evaluated = None
+        if plan.eval_rows:
+            evaluated = self._dataset(plan.eval_rows, stage, features is None)
+        if plan.skipped[index]:
+            self.announce(
+                f"stage {stage.name!r}: {plan.skipped[index]} of {len(plan.rows[index])} rows have "
+                "no image and are left out (text_rows: skip)"
+            )
+        compute = None if features is None else tower_features(self.model.vision_tower)
+        processor = with_template(self.processor, stage.template)
+        collator = Collator(processor, cast(Any, stage.text_rows), features, compute=compute)
+        if stage.packing:
+            self.model.check_packing(stage.batch_size)
+            collator = PackCollator(collator)
+        return rows, evaluated, collator
+
+    def _dataset(self, rows: Sequence[Row], stage: Stage, load_images: bool) -> RowDataset:
         return RowDataset(
             rows,
-            processor,
+            with_template(self.processor, stage.template),
             max_length=stage.max_length,
             text_rows=cast(Any, stage.text_rows),
             on_bad_row=self.plan.recipe.on_bad_row,
@@ -286,19 +272,11 @@ class Session:
         skips = self.plan.recipe.on_bad_row == "skip"
         return self.bad_rows.left_out(stage.name) if skips else set()
 
-    def _processor(self, stage: Stage) -> GraftProcessor:
-        assert self.processor is not None
-        if stage.template is None:
-            return self.processor
-        return self.processor.with_template(
-            resolve_template(stage.template, self.processor.tokenizer)
-        )
-
     def _cached_features(self, rows: Sequence[Row], stage: Stage) -> FeatureCache | None:
         wanted = self.plan.recipe.feature_cache
         if wanted is False:
             return None
-        tower = self._tower()
+        tower = self.model.vision_tower
         if self._features is None:
             folder = self.plan.run / "features" if wanted is True else Path(str(wanted))
             self._features = open_cache(tower, folder.expanduser())
@@ -312,15 +290,10 @@ class Session:
         self.announce(f"features of {count} images are in {self._features.folder}")
         return self._features
 
-    def _tower(self) -> VisionTower:
-        assert self.model is not None
-        assert self.model.vision_tower is not None
-        return self.model.vision_tower
-
     # -- the model ------------------------------------------------------------------------------
 
     def _model_for(self, stage: Stage) -> GraftedModel:
-        """The model with the stage's workflow; one that has no graft yet begins as a copy."""
+        """Load the model with the stage's workflow; one that has no graft yet begins as a copy."""
         assert stage.workflow is not None
         if self.model is not None and stage.workflow in self.model.names:
             return self.model
@@ -330,7 +303,6 @@ class Session:
         if not (folder / CONFIG_NAME).is_file():
             folder = self.plan.run
         plan = self.plan
-        full = plan.recipe.base == "full" or any(one.precision == "fp32" for one in plan.stages)
         device = plan.device
         if device == "cuda" and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"  # else every rank fills the first card
@@ -340,7 +312,7 @@ class Session:
         self.announce(f"loading {folder} on {plan.device}")
         model = load_model(
             folder,
-            dtype=torch.float32 if full else torch.bfloat16,
+            dtype=loaded_dtype(plan.recipe),
             device_map=device_map,
             quantization=plan.recipe.quantization,
             quantization_storage=torch.bfloat16 if plan.in_pieces else None,
@@ -348,12 +320,8 @@ class Session:
             graft_dtype=torch.float32,
         )
         _rename(model, stage.workflow)
-        record = model.workflow().record
         self.model = model
-        tower = self._tower()
-        self.processor = load_processor(
-            record, base_files(record, folder).path, tower.num_patches, tower.preprocess
-        )
+        self.processor = model.processor(base_files(model.workflow().record, folder).path)
         return model
 
     def _folder_of(self, workflow: str) -> Path:
@@ -362,7 +330,7 @@ class Session:
         return self.plan.run / WORKFLOWS / workflow
 
     def _last_checkpoint(self, index: int, folder: Path) -> Path | None:
-        """The newest checkpoint of a stage that is resumed; metrics after it are dropped."""
+        """Find the newest checkpoint of a resumed stage, and drop the metrics after it."""
         plan = self.plan
         resumed = plan.resume and index == plan.first
         found = checkpoint.checkpoints(folder) if resumed else []
@@ -370,13 +338,7 @@ class Session:
         if resumed and is_main_rank():
             done = {stage.name for stage in plan.stages[:index]}
             step = 0 if last is None else checkpoint.step_of(last)
-            name = plan.stages[index].name
-            metrics.trim(
-                plan.run,
-                lambda line: (
-                    line["stage"] in done or (line["stage"] == name and line["step"] <= step)
-                ),
-            )
+            metrics.trim(plan.run, done, plan.stages[index].name, step)
         return last
 
     def _save(self, index: int, model: GraftedModel, size: int, steps: int) -> None:
@@ -435,7 +397,7 @@ def _rename(model: GraftedModel, name: str) -> None:
 
 
 def _of_worker(error: UsageError) -> str:
-    """What an error says, without the traceback that a process loading rows puts before it."""
+    """Return what an error says, without the traceback that a process loading rows adds."""
     name = type(error)
     return str(error).rpartition(f"{name.__module__}.{name.__name__}: ")[2].rstrip()
 

@@ -13,6 +13,8 @@ from mmgraft.data.bad_rows import HUB, BadRow, OnBadRow
 from mmgraft.data.batches.mixture import Part, mix
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.chat.masking import answer_turns
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.formats.indexed import RowIndex, facts_of, select
 from mmgraft.data.formats.sources import Checks, Source, index_rows
 from mmgraft.data.images import check_image
@@ -48,20 +50,13 @@ def check_data_is_set(recipe: Recipe, run: Path, recipe_file: Path) -> None:
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """The recipe with paths that mean the same from any folder."""
+    """Return the recipe with paths that mean the same from any folder."""
 
     def moved(entries: Sequence[DataEntry] | None) -> list[DataEntry] | None:
         if entries is None:
             return None
-        return [
-            entry.model_copy(
-                update={
-                    "path": _absolute(entry.path),
-                    "images": _absolute(entry.images),
-                }
-            )
-            for entry in entries
-        ]
+        paths = [{"path": _absolute(one.path), "images": _absolute(one.images)} for one in entries]
+        return [one.model_copy(update=each) for one, each in zip(entries, paths, strict=True)]
 
     stages = []
     for stage in recipe.stages:
@@ -80,7 +75,7 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def _whole_paths(spec: SetSpec) -> SetSpec:
-    """A set with whole paths wherever one is found; a packaged set has a name instead."""
+    """Return a set with whole paths wherever one is found; a packaged set has a name instead."""
     paths = {"path": spec.path, "images": spec.images, "train": spec.train}
     return spec.model_copy(
         update={
@@ -97,8 +92,15 @@ def _absolute(path: str | None) -> str | None:
     return str(Path(path).expanduser().resolve())
 
 
+def with_template(processor: GraftProcessor, template: str | None) -> GraftProcessor:
+    """Return a processor with a stage's template; as it is where the stage names none."""
+    if template is None:
+        return processor
+    return processor.with_template(resolve_template(template, processor.tokenizer))
+
+
 def source_of(entry: DataEntry) -> Source:
-    """The files of an entry that is set."""
+    """Return the files of an entry that is set."""
     assert entry.path is not None
     path = entry.path if entry.path.startswith(HUB) else str(Path(entry.path).expanduser())
     return Source(
@@ -112,7 +114,7 @@ _MENDED = 8
 
 
 def fingerprint(rows: Sequence[Row]) -> dict[str, Any]:
-    """What tells whether a run that goes on has the rows that it was begun with, in that order."""
+    """Describe rows so that a run that goes on can know them again, in their order."""
     facts = facts_of(rows)
     pieces = np.array_split(np.arange(len(rows)), min(_PIECES, len(rows)) or 1)
     hashes = [
@@ -153,9 +155,9 @@ def refuse_other_rows(rows: Sequence[Row], begun_with: Any, stage: str, run: Pat
 
 
 _LOOKED_AT = 10_000
-"""Pictures whose two ends are looked at before a training."""
+"""Images whose two ends are looked at before a training."""
 _READ_FOR_EACH = 10
-"""Rows that are read for each of these, for several may show one picture."""
+"""Rows that are read for each of these, because several may show one image."""
 
 
 class StageData:
@@ -163,8 +165,8 @@ class StageData:
 
     Args:
         on_bad_row: "error" raises for a row that cannot be used, "skip" leaves it out.
-        left_out: Keys of rows that an earlier sitting left out. Then these are left out again,
-            mended or not, and a picture that is missing now is found when its turn comes: the same
+        left_out: Keys of rows that an earlier session left out. Then these are left out again,
+            mended or not, and an image that is missing now is found when its turn comes: the same
             rows stand in the same order as before.
 
     Attributes:
@@ -172,9 +174,7 @@ class StageData:
     """
 
     def __init__(
-        self,
-        on_bad_row: OnBadRow = "error",
-        left_out: Collection[tuple[str, str]] | None = None,
+        self, on_bad_row: OnBadRow = "error", left_out: Collection[tuple[str, str]] | None = None
     ) -> None:
         self.on_bad_row = on_bad_row
         self.bad: list[BadRow] = []
@@ -184,7 +184,7 @@ class StageData:
     def rows(
         self, entries: Sequence[DataEntry], seed: int, image_share: float | None = None
     ) -> RowIndex:
-        """The mixture of some entries, the same for the same seed; see `mix`.
+        """Return the mixture of some entries, the same for the same seed; see ``mix``.
 
         Raises:
             UsageError: A file or row that cannot be used.
@@ -207,7 +207,7 @@ class StageData:
 
 
 def check_rows(rows: Sequence[Row], stage: str, text_rows: str | None) -> int:
-    """The number of rows that a stage leaves out because they have no image.
+    """Count the rows that a stage leaves out because they have no image.
 
     Raises:
         UsageError: It would leave out all of them, or one that it keeps has no answer to learn.
@@ -219,25 +219,25 @@ def check_rows(rows: Sequence[Row], stage: str, text_rows: str | None) -> int:
     if not kept.any() and len(rows):
         raise UsageError(
             f"stage {stage!r}: not one of {len(rows)} rows has an image, and text_rows: skip "
-            "leaves such rows out, for they reach nothing that is trained; give image rows, or "
+            "leaves such rows out, because they reach nothing that is trained; give image rows, or "
             "write text_rows: graft"
         )
     return len(rows) - int(kept.sum())
 
 
-def check_pictures(rows: Sequence[Row], most: int = _LOOKED_AT) -> int:
-    """Look at the two ends of the pictures of rows; gives the number of pictures looked at.
+def check_images(rows: Sequence[Row], most: int = _LOOKED_AT) -> int:
+    """Look at the two ends of the images of rows and return how many were looked at.
 
-    Of more than `most` pictures an even sample is looked at, so that it takes seconds however many
+    Of more than ``most`` images an even sample is looked at, so that it takes seconds however many
     there are; the others are found when their turn comes, or by ``mmgraft data check``.
 
     Raises:
-        UsageError: For one that is missing, no picture, cut short or enormous, with its row.
+        UsageError: For one that is missing, no image, cut short or enormous, with its row.
     """
     facts = facts_of(rows)
     shown = np.flatnonzero(facts.with_image)
     shown = shown[:: -(-int(facts.pictures.sum(dtype=np.int64)) // (_READ_FOR_EACH * most)) or 1]
-    found: dict[str, int] = {}  # the first row that shows a picture
+    found: dict[str, int] = {}  # the first row that shows an image
     for at, row in zip(shown.tolist(), select(rows, shown), strict=True):
         for image in images_of_all(row.messages):
             found.setdefault(str(image), at)

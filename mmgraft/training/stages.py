@@ -75,7 +75,7 @@ def set_path(model: GraftedModel, stage: Stage) -> None:
 
 
 def rate_groups(model: GraftedModel, stage: Stage) -> list[RateGroup]:
-    """Every trained parameter under the rate of the smallest named group that holds it."""
+    """Put every trained parameter under the rate of the smallest named group that holds it."""
     known = model.groups(stage.workflow)
     rates = stage.lr if isinstance(stage.lr, dict) else {}
     default = stage.lr if isinstance(stage.lr, float) else rates.get("default")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,6 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mmgraft.data.bad_rows import BadRow
-from mmgraft.data.batches.sampler import EpochSampler
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training.callbacks.finite import FiniteWatch, RandomState
 from mmgraft.training.callbacks.loss_log import EvalSum, LossSum, counted
@@ -28,7 +26,7 @@ from mmgraft.training.checkpoint import (
     write_checkpoint,
 )
 from mmgraft.training.devices import memory_in_use
-from mmgraft.training.distributed.parallel import deepspeed_config
+from mmgraft.training.distributed.parallel import of_all_ranks
 from mmgraft.training.distributed.sharding import (
     is_sharded,
     pieces_of_state,
@@ -41,26 +39,19 @@ if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
     from mmgraft.training.grouping import Order
 
-DEEPSPEED = ".deepspeed"
-_OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "adamw_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
+_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 def training_arguments(
     recipe: Recipe, stage: Stage, folder: Path, device: str, run_name: str
 ) -> TrainingArguments:
-    """A stage's settings as transformers' Trainer takes them.
+    """Write a stage's settings as transformers' Trainer takes them.
 
     Precision is left to :class:`GraftTrainer`, which computes under autocast itself, so that no
     model is wrapped or cast and frozen modules keep their own dtype.
     """
-    optimizer = stage.optimizer
-    if device != "cuda" and optimizer == "paged_adamw_8bit":
-        optimizer = "adamw_8bit"  # there are no pages to move where there is no card
+    paged = stage.optimizer == "paged_adamw_8bit" and device == "cuda"  # a CPU has no pages to move
     arguments = TrainingArguments(
         output_dir=str(folder),
         run_name=run_name,
@@ -70,15 +61,13 @@ def training_arguments(
         per_device_train_batch_size=stage.batch_size,
         per_device_eval_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.accumulate,
-        optim=_OPTIMIZERS[optimizer],
+        optim=stage.optimizer if paged else _OPTIMIZERS[stage.optimizer],
         weight_decay=stage.weight_decay,
         adam_beta1=stage.betas[0],
         adam_beta2=stage.betas[1],
         adam_epsilon=stage.eps,
         lr_scheduler_type=_SCHEDULES[stage.schedule],
-        warmup_steps=stage.warmup_steps
-        if stage.warmup_steps is not None
-        else stage.warmup_ratio or 0,
+        warmup_steps=stage.warmup_ratio or 0 if stage.warmup_steps is None else stage.warmup_steps,
         max_grad_norm=stage.clip_norm,
         seed=stage.seed or 0,
         logging_steps=recipe.log_every,
@@ -93,7 +82,6 @@ def training_arguments(
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
-        deepspeed=deepspeed_config(recipe.parallel),
         report_to=[] if recipe.tracking == "none" else [recipe.tracking],
         disable_tqdm=True,
         average_tokens_across_devices=True,
@@ -113,11 +101,11 @@ class GraftTrainer(Trainer):
         groups: Trained parameters by learning rate.
         train_dataset: Rows.
         data_collator: Rows to a batch.
+        sampler: The order of the rows.
         keep: Checkpoints to keep.
         eval_dataset: Rows to evaluate on.
         callbacks: Further callbacks.
-        on_bad: Told of rows that could not be used when the batch without them is, and the step.
-        sampler: The order of the rows; by default all of them, drawn anew every epoch.
+        on_bad: Is called with the rows that a batch had to do without, and the step.
     """
 
     def __init__(
@@ -128,18 +116,19 @@ class GraftTrainer(Trainer):
         groups: Sequence[RateGroup],
         train_dataset: Dataset[Any],
         data_collator: Any,
-        keep: int = 2,
-        eval_dataset: Dataset[Any] | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
-        on_bad: Callable[[Sequence[BadRow], int], None] = lambda rows, step: None,
-        sampler: Order | None = None,
+        sampler: Order,
+        *,
+        keep: int,
+        eval_dataset: Dataset[Any] | None,
+        callbacks: Sequence[TrainerCallback],
+        on_bad: Callable[[Sequence[BadRow], int], None],
     ) -> None:
+        self.grafted: Any = model  # the Trainer's own `model` may be wrapped
         self.on_bad = on_bad
         self.stage = stage
         self.groups = list(groups)
         self.keep = keep
-        count = len(cast(Any, train_dataset))
-        self.sampler: Order = sampler or EpochSampler(count, stage.seed or 0)
+        self.sampler = sampler
         self._tokens = 0
         self._since = time.perf_counter()
         self._rates: dict[str, float] = {}
@@ -147,10 +136,9 @@ class GraftTrainer(Trainer):
         self._losses = LossSum()
         self._evaluated = EvalSum()
         self._random: RandomState | None = None
-        self._whole_state: dict[str, Any] | None = None
         self._rows: Sequence[str] = ()
         super().__init__(
-            model=cast(Any, model),
+            model=self.grafted,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -164,9 +152,9 @@ class GraftTrainer(Trainer):
     # -- parameters -----------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW, a parameter group for every rate; norms and biases do not decay."""
+        """Make AdamW with a parameter group for every rate; norms and biases do not decay."""
         if self.optimizer is None:
-            decays = set(self.get_decay_parameter_names(cast(nn.Module, self.model)))
+            decays = set(self.get_decay_parameter_names(self.grafted))
             parts: list[dict[str, Any]] = []
             for group in self.groups:
                 for decay in (True, False):
@@ -177,20 +165,20 @@ class GraftTrainer(Trainer):
                             {"params": chosen, "lr": group.lr, "weight_decay": weight,
                              "name": group.name}
                         )  # fmt: skip
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.grafted)
             options.pop("lr", None)
             self.optimizer = kind(parts, lr=self.groups[0].lr, **options)
             self._keep_embeddings_whole(kind)
         return self.optimizer
 
     def _keep_embeddings_whole(self, kind: type) -> None:
-        """Embeddings keep 32-bit optimizer states: their gradients are sparse and uneven."""
+        """Keep 32-bit optimizer states of embeddings: their gradients are sparse and uneven."""
         if not kind.__module__.startswith("bitsandbytes"):
             return
         from bitsandbytes.optim.optimizer import GlobalOptimManager
 
         manager = GlobalOptimManager.get_instance()
-        for module in cast(nn.Module, self.model).modules():
+        for module in self.grafted.modules():
             if isinstance(module, nn.Embedding) and module.weight.requires_grad:
                 manager.register_module_override(module, "weight", {"optim_bits": 32})
 
@@ -205,17 +193,17 @@ class GraftTrainer(Trainer):
         """Supervised tokens of a whole step, over all ranks, of rows that train something."""
         total = torch.zeros((), dtype=torch.long)
         for batch in batch_samples:
-            learned = (batch["labels"][:, 1:] != -100).sum(dim=1)  # (b,)
+            supervised = (batch["labels"][:, 1:] != -100).sum(dim=1)  # (b,)
             if self.stage.text_rows == "skip":
-                learned = learned * _has_image(batch).to(learned.device)
-            total = total + learned.sum().cpu()
+                supervised = supervised * _has_image(batch).to(supervised.device)
+            total = total + supervised.sum().cpu()
         total = total.to(device)
         if self.args.world_size > 1:
             total = cast(Tensor, self.accelerator.gather(total)).sum()
         return total
 
     def _workflows(self, inputs: Mapping[str, Any]) -> list[str]:
-        """The workflow of each row: rows without an image train what `text_rows` says."""
+        """Choose the workflow of each row: rows without an image train what ``text_rows`` says."""
         own = cast(str, self.stage.workflow)
         if self.stage.text_rows == "graft":
             return [own] * len(inputs["input_ids"])
@@ -225,7 +213,7 @@ class GraftTrainer(Trainer):
         inputs = dict(inputs)
         self._rows = inputs.pop("rows", ())
         if bad := inputs.pop("bad_rows", ()):
-            self.on_bad(bad, self.state.global_step + cast(nn.Module, self.model).training)
+            self.on_bad(bad, self.state.global_step + self.grafted.training)
         return super()._prepare_inputs(inputs)
 
     # -- the step -------------------------------------------------------------------------------
@@ -233,7 +221,7 @@ class GraftTrainer(Trainer):
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
     ) -> contextlib.AbstractContextManager[Any]:
-        """bf16 autocast over fp32 parameters; nothing in fp32 runs."""
+        """Compute in bf16 over fp32 parameters; a stage in fp32 is left alone."""
         if self.stage.precision != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(
@@ -247,7 +235,7 @@ class GraftTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss: summed over supervised tokens, divided by those of the whole step.
+        """Compute the loss: summed over supervised tokens, divided by those of the whole step.
 
         Of a batch to evaluate on: divided by its own.
         """
@@ -262,20 +250,19 @@ class GraftTrainer(Trainer):
         )
         loss = outputs.loss
         self._watch.note(self._rows, loss)
-        if num_items_in_batch is not None and self.args.world_size > 1:
-            # Ranks average their gradients, and each must have one for every trained parameter.
-            loss = loss * self.args.world_size
-            if not is_sharded(cast(nn.Module, self.model)):  # which sees to it in every layer
-                loss = loss + cast("GraftedModel", self.model).touch()
-        elif not loss.requires_grad:
-            # Rows without an image alone, where only a projector is trained.
-            loss = loss + cast("GraftedModel", self.model).touch()
+        averaged = num_items_in_batch is not None and self.args.world_size > 1
+        if averaged:
+            loss = loss * self.args.world_size  # because ranks average their gradients
+        # Each rank must have a gradient for every trained parameter, and a loss must have one where
+        # rows without an image alone train only a projector. A sharded model sees to it by layer.
+        if not is_sharded(self.grafted) if averaged else not loss.requires_grad:
+            loss = loss + self.grafted.touch()
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """One forward and backward pass; counts positions for the display."""
+        """Run one forward and backward pass, and count positions for the display."""
         self._tokens += int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.add(loss)
@@ -292,7 +279,7 @@ class GraftTrainer(Trainer):
         self._random = RandomState.now(self.state.global_step)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted."""
+        """Return 0: they are not counted."""
         return 0
 
     # -- logs -----------------------------------------------------------------------------------
@@ -325,19 +312,19 @@ class GraftTrainer(Trainer):
         super().log(logs, start_time)
 
     def _mean_loss(self) -> float:
-        """Of a step since the last log, over all ranks; a resumed run knows of those before it."""
+        """Average the steps since the last log, over all ranks and over sessions."""
         step, steps = self.state.global_step, self.state.global_step - self._losses.step
         mean = float(self._loss_sums().mean()) / steps
         self._losses.begin(step)
         return mean
 
     def _mean_evaluated(self) -> float:
-        """Over the supervised tokens of all rows, on all ranks."""
+        """Average over the supervised tokens of all rows, on all ranks."""
         total, tokens = map(self._of_all, self._evaluated.take(self.args.device))
         return float(total.sum() / tokens.sum().clamp(min=1))
 
     def _loss_sums(self) -> Tensor:
-        """Losses since the last log, one sum a rank."""
+        """Return the losses since the last log, one sum a rank."""
         return self._of_all(self._losses.value().to(self.args.device))
 
     def _of_all(self, own: Tensor) -> Tensor:
@@ -350,53 +337,35 @@ class GraftTrainer(Trainer):
         if self._random is not None and self._random.step == self.state.global_step:
             self._random.restore()
         self._losses.restore(self.state.global_step)
-        self._save_checkpoint(cast(nn.Module, self.model))
+        self._save_checkpoint(self.grafted)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        folder = Path(cast(str, self.args.output_dir))
-        target = folder / f"checkpoint-{self.state.global_step}"
+        folder, writes = Path(cast(str, self.args.output_dir)), self.args.should_save
         sums, states = self._loss_sums(), self._random_states()
-        trained = trained_tensors(cast(nn.Module, self.model), self.args.should_save)
-        if is_sharded(cast(nn.Module, self.model)):
-            self._whole_state = whole_state(self.optimizer, self.args.should_save)
-        if self.is_deepspeed_enabled:  # whose engine writes on all ranks; moved into place below
-            super()._save_optimizer_and_scheduler(str(folder / DEEPSPEED))
-            self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_checkpoint(target, lambda path: self._write_state(path, trained, sums, states))
+        trained = trained_tensors(self.grafted, writes)
+        optimizer = whole_state(self.optimizer, writes) if is_sharded(self.grafted) else None
+
+        def write(path: Path) -> None:
+            save_tensors(trained, path)
+            if optimizer is None:
+                self._save_optimizer_and_scheduler(str(path))
+            else:
+                torch.save(optimizer, path / "optimizer.pt")
+                torch.save(cast(Any, self.lr_scheduler).state_dict(), path / "scheduler.pt")
+            self._save_rng_state(str(path))
+            for name, state in states.items():
+                (path / name).write_bytes(state)
+            self._losses.write(path, sums)
+            self.state.save_to_json(str(path / "trainer_state.json"))
+
+        if writes:
+            write_checkpoint(folder / f"checkpoint-{self.state.global_step}", write)
             rotate(folder, self.keep)
         self.accelerator.wait_for_everyone()
 
-    def _write_state(
-        self,
-        folder: Path,
-        trained: dict[str, Tensor],
-        sums: Tensor,
-        states: Mapping[str, bytes],
-    ) -> None:
-        save_tensors(trained, folder)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_rng_state(str(folder))
-        for name, state in states.items():
-            (folder / name).write_bytes(state)
-        self._losses.write(folder, sums)
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:
-            for path in (Path(cast(str, self.args.output_dir)) / DEEPSPEED).iterdir():
-                shutil.move(path, output_dir)
-            return
-        if self._whole_state is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        torch.save(self._whole_state, Path(output_dir) / "optimizer.pt")
-        self._whole_state = None
-        torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and is_sharded(cast(nn.Module, self.model)):
+        if checkpoint is not None and is_sharded(self.grafted):
             pieces_of_state(self.optimizer)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
@@ -410,20 +379,19 @@ class GraftTrainer(Trainer):
         with tempfile.TemporaryDirectory() as folder:
             self._save_rng_state(folder)
             found = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        parts: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(parts, found)
+        parts = of_all_ranks(found, self.args.world_size)
         return {name: state for part in parts for name, state in part.items()}
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder, args = Path(resume_from_checkpoint), self.args
-        load_tensors(cast(nn.Module, self.model), folder)
+        load_tensors(self.grafted, folder)
         self._losses.read(folder, args.process_index, args.world_size, args.device)
 
 
 class _Epochs(TrainerCallback):
-    """Tells the sampler its epoch and the trainer its rates, and has the last step logged."""
+    """Sets the sampler's epoch, keeps the rates of a step, and has the last step logged."""
 
     def __init__(self, trainer: GraftTrainer) -> None:
         self.trainer = trainer
@@ -440,7 +408,7 @@ class _Epochs(TrainerCallback):
 
 
 def _has_image(batch: Mapping[str, Any]) -> Tensor:
-    """Rows with an image position, ``(b,)``."""
+    """Find the rows with an image position, ``(b,)``."""
     kinds = batch.get("mm_token_type_ids")
     if kinds is None:
         return torch.zeros(len(batch["labels"]), dtype=torch.bool)

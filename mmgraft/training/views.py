@@ -23,24 +23,24 @@ from mmgraft.recipes.recipe import DataEntry, Recipe
 from mmgraft.recipes.source import find_recipe, load_recipe
 from mmgraft.runs.find import is_graft
 from mmgraft.training.run import recipe_file
-from mmgraft.training.stage_data import check_data_is_set
+from mmgraft.training.stage_data import check_data_is_set, with_template
 from mmgraft.vision.towers.registry import describe_tower
 
 
 @dataclass(frozen=True)
-class Asked:
+class Selection:
     """What a user named.
 
     Attributes:
-        target: a file of rows, or the folder of a run.
-        run: reads a file as this run would.
-        base: reads it with this base's tokenizer instead; needs `vision`.
-        vision: the tower that says how many positions an image has.
-        recipe: instead of the run's.
-        stage: of the recipe; None takes all.
-        images: folder that image paths start from.
-        template: instead of the graft's and the stages'.
-        max_length: instead of the stages'.
+        target: A file of rows, or the folder of a run.
+        run: Reads a file as this run would.
+        base: Reads it with this base's tokenizer instead; needs ``vision``.
+        vision: The tower that says how many positions an image has.
+        recipe: Instead of the run's.
+        stage: Of the recipe; None takes all.
+        images: Folder that image paths start from.
+        template: Instead of the graft's and the stages'.
+        max_length: Instead of the stages'.
     """
 
     target: Path
@@ -59,12 +59,12 @@ class View:
     """Rows, and what reads them in some stages.
 
     Attributes:
-        entries: files of rows.
-        stages: that read them so; none for a file by itself.
+        entries: Files of rows.
+        stages: That read them so; none for a file by itself.
         processor: None where no tokenizer is known.
-        max_length: where rows are cut.
-        skip_text: rows without an image are left out.
-        positions: that the base has a table of; None where it has none, or is not known.
+        max_length: Where rows are cut.
+        skip_text: Rows without an image are left out.
+        positions: Of the base's position table; None where it has none, or is not known.
     """
 
     entries: tuple[DataEntry, ...]
@@ -75,129 +75,123 @@ class View:
     positions: int | None = None
 
 
-def views(asked: Asked) -> list[View]:
-    """How the rows that a user named are read: once for stages that read them alike.
+def views(chosen: Selection) -> list[View]:
+    """Find how the rows that a user named are read: once for stages that read them alike.
 
     Raises:
         UsageError: Something that is not there, or options that do not go together.
     """
-    run, file = _run_and_file(asked)
+    run, file = _run_and_file(chosen)
     record = GraftFile.read(run) if run is not None else None
-    recipe = _recipe(asked, run, record)
-    base = _base(asked, run, record, recipe)
-    processor = _processor(asked, run, record, recipe, base)
+    recipe, recipe_path = _recipe(chosen, run, record)
+    base = _base(chosen, run, record, recipe)
+    processor = None if base is None else _processor(chosen, run, record, recipe, base)
     positions = None if base is None else _positions(base)
     given = None
     if file is not None:
-        images = None if asked.images is None else str(asked.images)
+        images = None if chosen.images is None else str(chosen.images)
         given = (DataEntry(path=str(file), images=images),)
     if recipe is None:
         assert given is not None
-        if processor is not None and asked.template is not None:
-            processor = _with_template(processor, asked.template)
-        return [View(given, (), processor, asked.max_length, positions=positions)]
+        reads = processor and with_template(processor, chosen.template)
+        return [View(given, (), reads, chosen.max_length, positions=positions)]
     if given is None and run is not None:
-        check_data_is_set(recipe, run, _file_of(asked, run, record))
+        check_data_is_set(recipe, run, recipe_path)
     found: dict[tuple[object, ...], View] = {}
     for stage in recipe.stages:
-        if asked.stage not in (None, stage.name):
+        if chosen.stage not in (None, stage.name):
             continue
-        entries = given or tuple(_placed(entry, asked) for entry in stage.data or [])
-        template = asked.template or stage.template
-        length = asked.max_length or stage.max_length
+        entries = given or tuple(_placed(entry, chosen) for entry in stage.data or [])
+        template = chosen.template or stage.template
+        length = chosen.max_length or stage.max_length
         skips = stage.text_rows == "skip"
         key = (repr(entries), template, length, skips)
         stages = (*found[key].stages, stage.name) if key in found else (stage.name,)
-        reads = processor
-        if processor is not None and template is not None:
-            reads = _with_template(processor, template)
+        reads = processor and with_template(processor, template)
         found[key] = View(entries, stages, reads, length, skips, positions)
     if not found:
         names = [stage.name for stage in recipe.stages]
-        raise UsageError(f"no stage {asked.stage!r}; {did_you_mean(str(asked.stage), names)}")
+        raise UsageError(f"no stage {chosen.stage!r}; {did_you_mean(str(chosen.stage), names)}")
     return list(found.values())
 
 
-def _run_and_file(asked: Asked) -> tuple[Path | None, Path | None]:
-    target = asked.target
-    if target.is_dir() and not (is_there(str(target)) and not is_graft(target)):
-        if not is_graft(target):
-            raise UsageError(
-                f"{target} is neither a file of rows nor the folder of a graft or of shards; give "
-                "one of them, or a pattern of files"
-            )
-        if asked.run is not None:
+def _run_and_file(chosen: Selection) -> tuple[Path | None, Path | None]:
+    target, run, file = chosen.target, chosen.run, None
+    if is_graft(target):
+        if run is not None:
             raise UsageError(f"{target} is a run itself; give --run beside a file of rows")
-        run, file = target, None
+        run = target
+    elif is_there(str(target)):
+        file = target
+    elif target.is_dir():
+        raise UsageError(
+            f"{target} is neither a file of rows nor the folder of a graft or of shards; give "
+            "one of them, or a pattern of files"
+        )
     else:
-        if not is_there(str(target)):
-            raise UsageError(
-                f"no file and no run {target}; give a LLaVA json, a messages jsonl, or the folder "
-                "of a graft"
-            )
-        run, file = asked.run, target
-    if run is not None and (asked.base or asked.vision):
+        raise UsageError(
+            f"no file and no run {target}; give a LLaVA json, a messages jsonl, or the folder "
+            "of a graft"
+        )
+    if run is not None and (chosen.base or chosen.vision):
         raise UsageError(f"the run {run} names its base and tower; leave --base and --vision out")
-    if asked.stage is not None and run is None and asked.recipe is None:
+    if chosen.stage is not None and run is None and chosen.recipe is None:
         raise UsageError("--stage is of a recipe; give --run or --recipe as well")
     return run, file
 
 
-def _file_of(asked: Asked, run: Path, record: GraftFile | None) -> Path:
-    assert record is not None
-    return recipe_file(run, record, asked.recipe)
-
-
-def _recipe(asked: Asked, run: Path | None, record: GraftFile | None) -> Recipe | None:
+def _recipe(
+    chosen: Selection, run: Path | None, record: GraftFile | None
+) -> tuple[Recipe | None, Path]:
+    """Read the recipe of a run or the one that is named, and say where it lies."""
     if run is not None and record is not None:
-        loaded = load_recipe(_file_of(asked, run, record), method=record.method)
-        return loaded.resolved(record.workflow)
-    if asked.recipe is None:
-        return None
-    return load_recipe(find_recipe(asked.recipe)).resolved()
+        path = recipe_file(run, record, chosen.recipe)
+        return load_recipe(path, method=record.method).resolved(record.workflow), path
+    if chosen.recipe is None:
+        return None, Path()
+    path = find_recipe(chosen.recipe)
+    return load_recipe(path).resolved(), path
 
 
 def _base(
-    asked: Asked, run: Path | None, record: GraftFile | None, recipe: Recipe | None
+    chosen: Selection, run: Path | None, record: GraftFile | None, recipe: Recipe | None
 ) -> ModelFiles | None:
-    """The base of a run, or the one that is named; None where none is."""
+    """Find the base of a run, or the one that is named; None where none is."""
     if run is not None and record is not None:
         return base_files(record, run)
-    named = asked.base or (recipe.graft.base if recipe is not None else None)
+    named = chosen.base or (recipe.graft.base if recipe is not None else None)
     if named is None:
         return None
-    if _vision(asked, recipe) is None:
+    if _vision(chosen, recipe) is None:
         raise UsageError("--base without --vision; name the tower too, for an image's positions")
     return resolve(resolve_alias(named))
 
 
-def _vision(asked: Asked, recipe: Recipe | None) -> str | None:
-    return asked.vision or (recipe.graft.vision if recipe is not None else None)
+def _vision(chosen: Selection, recipe: Recipe | None) -> str | None:
+    return chosen.vision or (recipe.graft.vision if recipe is not None else None)
 
 
 def _positions(base: ModelFiles) -> int | None:
-    """See :func:`mmgraft.anatomy.positions.position_table`; no weights are read."""
+    """Find the base's position table, if it has one; no weights are read."""
     try:
         config = load_config(base)
         return position_table(skeleton(config), config.get_text_config(decoder=True))
     except UsageError:
-        return None  # no text model: the rows are told of all the same, and no graft is made on it
+        return None  # no text model: its rows are read all the same, and no graft is made on it
 
 
 def _processor(
-    asked: Asked,
+    chosen: Selection,
     run: Path | None,
     record: GraftFile | None,
     recipe: Recipe | None,
-    base: ModelFiles | None,
-) -> GraftProcessor | None:
-    """A run's, or that of a base and a tower; no weights are read."""
-    if base is None:
-        return None
+    base: ModelFiles,
+) -> GraftProcessor:
+    """Load a run's, or that of a base and a tower; no weights are read."""
     if run is not None and record is not None:
         patches = describe_tower(local_tower(record, run)).num_patches
         return load_processor(record, base.path, patches, None)
-    vision = _vision(asked, recipe)
+    vision = _vision(chosen, recipe)
     assert vision is not None
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path)
@@ -205,16 +199,12 @@ def _processor(
         raise UsageError(
             f"the base {base.id} has no tokenizer that transformers can load ({error})"
         ) from None
-    template = resolve_template(asked.template, tokenizer)
+    template = resolve_template(chosen.template, tokenizer)
     filler, _ = choose_placeholder(tokenizer, len(tokenizer))
     return GraftProcessor(tokenizer, describe_tower(vision).num_patches, filler, template)
 
 
-def _with_template(processor: GraftProcessor, template: str) -> GraftProcessor:
-    return processor.with_template(resolve_template(template, processor.tokenizer))
-
-
-def _placed(entry: DataEntry, asked: Asked) -> DataEntry:
-    if asked.images is None:
+def _placed(entry: DataEntry, chosen: Selection) -> DataEntry:
+    if chosen.images is None:
         return entry
-    return entry.model_copy(update={"images": str(asked.images)})
+    return entry.model_copy(update={"images": str(chosen.images)})

@@ -30,7 +30,7 @@ def test_every_tensor_of_every_shard_as_it_was_saved(shard: str, tmp_path: Path)
             assert reader.shape(key) == tuple(tensor.shape)
             assert reader.dtype(key) == tensor.dtype == torch.bfloat16
             assert torch.equal(reader.get(key), tensor)
-        assert reader.total_bytes == sum(t.numel() * 2 for t in saved.values())
+        assert reader.main_dtype() == torch.bfloat16
         with pytest.raises(UsageError, match="no tensor 'x'"):
             reader.get("x")
 
@@ -69,7 +69,6 @@ def test_weights_in_a_bin_file_are_the_same_and_flagged(tmp_path: Path) -> None:
         state = tiny_model("mixtral").state_dict()
         assert reader.keys() == sorted(state)
         assert all(torch.equal(reader.get(key), state[key]) for key in reader)
-        assert reader.total_bytes == expected.total_bytes
         config = load_config(reader.files)
         ours = read_layers(reader, config, [2], embedding=True, norm=True, head=True)
         theirs = read_layers(expected, config, [2], embedding=True, norm=True, head=True)

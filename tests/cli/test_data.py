@@ -71,44 +71,10 @@ def test_an_unknown_name_exits_2(cli) -> None:
     assert "did you mean 'smollm2-135m'" in ran.err
 
 
-def test_options_of_stamps_reach_the_pictures(cli, tmp_path: Path) -> None:
-    from PIL import Image
-
-    from tiny_stamps import make_photographs, make_stamps
-
-    make_stamps(tmp_path / "stamps")
-    make_photographs(tmp_path / "photographs")
-    asked = ["data", "prepare", "stamps-grounding", "--out", tmp_path / "out", "--json"]
-    given = {
-        "source": tmp_path / "stamps", "photos": tmp_path / "photographs", "size": 64, "seed": 5,
-        "boxes": "thousand", "stamps": "3", "pictures": 2, "test-pictures": 1,
-    }  # fmt: skip
-    ran = cli(*asked, *(word for key, value in given.items() for word in (f"--{key}", value)))
-    assert ran.code == 0, ran.err
-    assert json.loads(ran.out)["rows"] == {
-        "align.jsonl": 2, "train.jsonl": 2, "test.jsonl": 3, "seen.jsonl": 3,
-    }  # fmt: skip
-    with Image.open(tmp_path / "out/images/train/0.jpg") as picture:
-        assert picture.size == (64, 64)
-    answer = json.loads((tmp_path / "out/test.jsonl").read_text().splitlines()[0])
-    assert max(map(int, answer["messages"][1]["content"].strip("[]").split(","))) > 100
-    source = json.loads((tmp_path / "out/stamps-grounding.source.json").read_text())
-    assert (source["seed"], source["options"]["stamps"]) == (5, "3")
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["easy-vqa", "--size", "64"], "easy-vqa has no --size"),
-        (["siqa", "--test-pictures", "4"], "siqa has no --test-pictures"),
-        (["stamps-grounding", "--boxes", "percent"], "choose unit, thousand, ten, pixel"),
-        (["stamps", "--source", "nowhere"], "--source"),
-    ],
-)
-def test_options_that_do_not_fit_exit_2(cli, tmp_path: Path, words: list[str], said: str) -> None:
-    ran = cli("data", "prepare", *words, "--out", tmp_path / "out")
+def test_the_makers_of_stamps_are_examples_now(cli, tmp_path: Path) -> None:
+    ran = cli("data", "prepare", "stamps", "--out", tmp_path / "out")
     assert ran.code == 2
-    assert said in ran.err
+    assert "examples/grounding" in ran.err
     assert not (tmp_path / "out").exists()
 
 
@@ -182,7 +148,7 @@ def test_preview_marks_what_is_trained_and_folds_the_picture(cli, parts, run, ro
     assert "\u20394 image positions\u203a" in ran.out
     assert f"{shown['positions']} positions: 4 of images, {shown['learned']} learned" in ran.out
     text = cli(*given, "--row", 4)
-    assert "left out, for it has no image" in text.out
+    assert "left out, because it has no image" in text.out
 
 
 def test_preview_counts_over_all_entries_of_a_stage(cli, parts, run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -113,6 +114,15 @@ def test_ctrl_c_comes_to_all_once(script, tmp_path: Path):
     assert launch(2, []) == 130
     thread.join()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody ends with the launcher")
+@pytest.mark.parametrize(("alive", "code"), [(True, 0), (False, 128 + signal.SIGTERM)])
+def test_a_process_whose_launcher_is_gone_ends(alive: bool, code: int):
+    begin = "from mmgraft.cli.processes import end_with_launcher as end; end()"
+    launcher = os.getpid() if alive else os.getpid() + 1
+    environment = {**os.environ, "MMGRAFT_LAUNCHER": str(launcher)}
+    assert subprocess.run([sys.executable, "-c", begin], env=environment).returncode == code
 
 
 @pytest.mark.parametrize("count", ["2", "3"])

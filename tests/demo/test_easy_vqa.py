@@ -7,16 +7,16 @@ import pytest
 
 from mmgraft.data.formats.sources import read_rows
 from mmgraft.demo import easy_vqa
+from mmgraft.demo.draft import write_rows
 from mmgraft.demo.easy_vqa import (
     Question,
+    by_image,
     caption,
     caption_rows,
     draw,
     facts,
-    pictures,
     prompt,
     question_rows,
-    write_rows,
 )
 from mmgraft.errors import MMGraftError, UsageError
 
@@ -69,10 +69,10 @@ def test_a_caption_row_for_each_picture_that_is_fully_told(two_pictures) -> None
 
 
 def test_question_rows_hold_distinct_questions_of_their_own_picture(two_pictures) -> None:
-    rows = question_rows(two_pictures, turns=3, rounds=4)
+    rows = [row for seed in range(4) for row in question_rows(two_pictures, turns=3, seed=seed)]
     assert len(rows) == 8
-    assert len({row["id"] for row in rows}) == 8
-    by_picture = {f"train/images/{n}.png": asked for n, asked in pictures(two_pictures).items()}
+    assert len({row["id"] for row in rows}) == 2
+    by_picture = {f"train/images/{n}.png": asked for n, asked in by_image(two_pictures).items()}
     for row in rows:
         users, answers = row["messages"][::2], row["messages"][1::2]
         image, first = users[0]["content"]
@@ -83,9 +83,9 @@ def test_question_rows_hold_distinct_questions_of_their_own_picture(two_pictures
 
 
 def test_half_of_a_row_asks_for_shape_or_color_in_any_place(two_pictures) -> None:
-    rows = question_rows(two_pictures, turns=4, rounds=40)
+    rows = [row for seed in range(40) for row in question_rows(two_pictures, turns=4, seed=seed)]
     firsts = set()
-    for row in rows[::2]:  # rounds of the first picture
+    for row in rows[::2]:  # those of the first image
         answers = [turn["content"] for turn in row["messages"][1::2]]
         assert sorted(answers) == ["blue", "circle", "no", "no"]
         firsts.add(answers[0])
@@ -93,11 +93,10 @@ def test_half_of_a_row_asks_for_shape_or_color_in_any_place(two_pictures) -> Non
     assert all(len(row["messages"]) == 8 for row in rows[1::2]), "filled up with what there is"
 
 
-def test_rows_are_the_same_for_the_same_seed_and_differ_between_rounds(two_pictures) -> None:
-    rows = question_rows(two_pictures, turns=3, rounds=2, seed=5)
-    assert rows == question_rows(two_pictures, turns=3, rounds=2, seed=5)
-    assert rows != question_rows(two_pictures, turns=3, rounds=2, seed=6)
-    assert rows[0]["messages"] != rows[2]["messages"]
+def test_rows_are_the_same_for_the_same_seed_alone(two_pictures) -> None:
+    rows = question_rows(two_pictures, turns=3, seed=5)
+    assert rows == question_rows(two_pictures, turns=3, seed=5)
+    assert rows != question_rows(two_pictures, turns=3, seed=6)
 
 
 def test_turns_beyond_the_questions_there_are_take_all_of_them(two_pictures) -> None:
@@ -125,7 +124,7 @@ def test_written_rows_are_read_by_the_reader_of_recipes(two_pictures, tmp_path: 
     for picture in (0, 7):
         (tmp_path / f"train/images/{picture}.png").write_bytes(b"")
     rows = question_rows(two_pictures, turns=2)
-    write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(rows, tmp_path / "rows.jsonl")
     read = read_rows(tmp_path / "rows.jsonl", tmp_path)
     assert [row.id for row in read] == [row["id"] for row in rows]
     assert all(row.has_image for row in read)
@@ -133,7 +132,7 @@ def test_written_rows_are_read_by_the_reader_of_recipes(two_pictures, tmp_path: 
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(easy_vqa.PICTURES.__class__, "folder", None)
+    monkeypatch.setattr(easy_vqa.EASY_VQA.__class__, "folder", None)
     with pytest.raises(UsageError, match="pip install --no-deps easy-vqa"):
         easy_vqa.questions("train")
 
@@ -150,7 +149,7 @@ def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 # -- the published set ----------------------------------------------------------------------------
 
-installed = pytest.mark.skipif(easy_vqa.PICTURES.folder is None, reason="easy-vqa is not installed")
+installed = pytest.mark.skipif(easy_vqa.EASY_VQA.folder is None, reason="easy-vqa is not installed")
 
 
 @installed
@@ -168,7 +167,7 @@ def test_no_picture_of_the_published_set_contradicts_itself() -> None:
     """`facts` reads every question form right: two forms never tell different colours."""
     train = easy_vqa.questions("train")
     told = {}
-    for number, asked in pictures(train).items():
+    for number, asked in by_image(train).items():
         for question in asked:
             for what, word in facts([question]).items():
                 assert told.setdefault((number, what), word) == word

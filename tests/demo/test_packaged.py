@@ -52,7 +52,7 @@ def test_easy_vqa_is_written_with_its_split_kept_apart(tiny_data: Path, tmp_path
                 question.text,
                 question.answer,
                 question.kind,
-                f"images/{split}/{question.picture}.png",
+                f"images/{split}/{question.number}.png",
             )
             for question in easy_vqa.questions(split)
         ]
@@ -176,14 +176,14 @@ def test_a_model_is_copied_where_links_are_refused(model: Path, tmp_path: Path, 
 # -- wrong use ------------------------------------------------------------------------------------
 
 
-def test_unknown_names_and_options_are_refused(tmp_path: Path) -> None:
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean 'easy-vqa'"):
         prepare("easyvqa", tmp_path / "out")
-    with pytest.raises(UsageError, match="easy-vqa has no --photos"):
-        prepare("easy-vqa", tmp_path / "out", options={"photos": tmp_path})
+    with pytest.raises(UsageError, match="examples/grounding"):
+        prepare("stamps-grounding", tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", [offer.name for offer in offers() if offer.packages])
+@pytest.mark.parametrize("name", [offer.name for offer in offers()])
 def test_missing_packages_are_named_with_the_lines_that_install_them(
     name: str, tmp_path: Path, monkeypatch
 ) -> None:

@@ -49,7 +49,7 @@ def test_the_whole_job(settings: DemoSettings, tiny_models, tiny_data: Path, mon
     names = [phase.name for phase in report.phases]
     assert names == [
         "data", "models", "graft", "before training", "training: align", "training: tune",
-        "after training", "text compared", "chat and pictures",
+        "after training", "text compared", "chat and images",
     ]  # fmt: skip
     assert sum(phase.seconds for phase in report.phases) == pytest.approx(report.seconds)
     assert report.seconds == pytest.approx(took, abs=1)
@@ -121,7 +121,7 @@ def test_a_text_that_changed_is_reported(settings: DemoSettings, tiny_models, mo
 def test_quick_runs_every_phase_and_little_of_it(
     settings: DemoSettings, tiny_models, tiny_data: Path
 ) -> None:
-    quick = replace(DemoSettings.quick("iaa", settings.out), recipe=settings.recipe, pictures=5)
+    quick = replace(DemoSettings.quick("iaa", settings.out), recipe=settings.recipe, images=5)
     report = run_demo(quick, models=tiny_models)
     assert report.questions == 20
     assert report.steps == {"align": 2, "tune": 2}

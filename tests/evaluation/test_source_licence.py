@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from box_example import GPL, make_boxes, state_licence
-from mmgraft.demo.packaged import offers
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.items.source_licence import all_free, none_forbids, stated_licences
 from mmgraft.recipes.evaluation_set import SetSpec
@@ -62,10 +61,3 @@ def test_a_source_file_that_cannot_be_read_frees_nothing(tmp_path: Path, text: s
     spec = make_boxes(tmp_path / "set")
     (tmp_path / "set" / "made.source.json").write_text(text)
     assert licences(spec) == {None}
-
-
-def test_of_what_is_shipped_the_stamps_are_not_free() -> None:
-    free = {
-        offer.name for offer in offers() if offer.kind == "images" and all_free([offer.licence])
-    }
-    assert free == {"easy-vqa"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,9 @@ def test_shards_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return read(reader, config, paths, dtype)
 
     monkeypatch.setattr(llava_tensors, "read_modules", spy)
-    export_llava(run, tmp_path / "out", max_shard_bytes=60_000)
+    small = partial(llava.write_shards, max_bytes=60_000)
+    monkeypatch.setattr(llava, "write_shards", small)
+    export_llava(run, tmp_path / "out")
     assert all(len(paths) == 1 for paths in asked)
     layers = [paths[0] for paths in asked]
     assert sorted(set(layers)) == [f"model.layers.{number}" for number in range(BASE_LAYERS)]

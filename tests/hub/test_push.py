@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hub_server import HubServer
 from hub_store import Blob
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.hub.card import MARKER
-from mmgraft.hub.push import find_target, plan_push, push, send
+from mmgraft.hub.push import find_target, plan_push, send
 from mmgraft.model.files.graft_file import BaseReference, GraftFile
 from mmgraft.runs.contents import UploadFile, graft_parameters
 from mmgraft.runs.results import write_results
@@ -29,6 +30,21 @@ SENT = [
     "results.json",
     "tokenizer.json",
 ]
+
+
+def push(
+    run: Path,
+    repo_id: str | None = None,
+    private: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
+    **options: str,
+) -> str:
+    """Push as the command does."""
+    plan = plan_push(run, **options)
+    target = find_target(plan, repo_id, private)
+    for warning in (*plan.warnings, *target.warnings):
+        warn(warning)
+    return send(plan, target, private)
 
 
 @pytest.fixture
@@ -110,12 +126,17 @@ def test_no_token(hub: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch) ->
         push(run)
     assert caught.value.exit_code == 2
     assert hub.requests == []
-    assert push(run, token=hub.token)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert push(run)
 
 
-def test_a_refused_token_and_somebody_elses_name(hub: HubServer, run: Path) -> None:
-    with pytest.raises(UsageError, match=r"refuses the token .*hf auth login"):
-        push(run, token="hf_wrong")
+def test_a_refused_token_and_somebody_elses_name(
+    hub: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as wrong:
+        wrong.setenv("HF_TOKEN", "hf_wrong")
+        with pytest.raises(UsageError, match=r"refuses the token .*hf auth login"):
+            push(run)
     with pytest.raises(UsageError, match="not allowed with this token"):
         push(run, repo_id="acme/mine")
     assert hub.repos == {}

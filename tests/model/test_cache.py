@@ -33,7 +33,7 @@ from mmgraft import GraftedModel, WingsConfig
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION
 from mmgraft.model.cache import RowSlot, extend
-from mmgraft.model.growing import GrowingLayer
+from mmgraft.model.preallocated import PreallocatedLayer
 from tiny import LAYERS, WINDOW, tiny_config
 
 both = pytest.mark.parametrize("method", ["iaa-c", "wings"])
@@ -64,7 +64,7 @@ def test_slots_take_the_type_of_their_layer() -> None:
     dynamic = DynamicCache(config=config)
     extend(dynamic, LAYERS, slots)
     kinds = [type(layer) for layer in dynamic.layers[LAYERS:]]
-    assert kinds == [DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer, DynamicLayer]
+    assert kinds == [DynamicLayer, PreallocatedLayer, DynamicSlidingWindowLayer, DynamicLayer]
     assert dynamic.layers[LAYERS + 2].sliding_window == WINDOW
     static = StaticCache(config=config, max_cache_len=20)
     extend(static, LAYERS, [0, 1])

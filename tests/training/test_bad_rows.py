@@ -15,7 +15,7 @@ from mmgraft.data.bad_rows import BadRow, BadRowLog
 from mmgraft.errors import UsageError
 from mmgraft.training.callbacks.stopping import TrainingStopped
 from mmgraft.training.run import plan_training, train
-from mmgraft.training.stage_data import check_pictures
+from mmgraft.training.stage_data import check_images
 from tiny_runs import losses, make_rows, make_run, write_recipe
 
 STAGES = [
@@ -112,9 +112,9 @@ def test_by_default_the_ends_of_every_picture_are_looked_at_before(parts, tmp_pa
         plan_training(run)
     shutil.copy(data / "images" / "0.png", data / "images" / "4.png")
     plan = plan_training(run)  # the other one is broken in its middle
-    assert check_pictures(plan.rows[0]) == 9
-    assert check_pictures(plan.rows[0], most=4) == 3
-    assert check_pictures([]) == 0
+    assert check_images(plan.rows[0]) == 9
+    assert check_images(plan.rows[0], most=4) == 3
+    assert check_images([]) == 0
 
 
 def test_a_row_that_a_later_stage_cuts_to_nothing_is_found_before_the_first(parts, tmp_path):

@@ -114,7 +114,7 @@ def test_a_disk_that_is_full(parts: Path, tmp_path: Path, undisturbed: Path) -> 
     ("owner", "name", "says"),
     [
         (metrics.MetricsFile, "on_log", "stage 'align' stopped"),
-        (atomic, "_sync", "could not write"),  # of the graft, when a stage is trained
+        (atomic, "_mode_of", "could not write"),  # of the graft, when a stage is trained
     ],
 )
 def test_wherever_it_is_met_the_way_on_is_said(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from same_run import same
-from sittings import Kill, Server, server
+from sessions import Kill, Server, server
 from tiny_runs import make_run, write_recipe
 
 pytestmark = pytest.mark.xdist_group("killed")
@@ -52,7 +52,7 @@ AT_A_BORDER = 30
 
 
 @pytest.fixture(scope="module")
-def sitting() -> Iterator[Server]:
+def session() -> Iterator[Server]:
     with server() as serving:
         yield serving
 
@@ -67,14 +67,14 @@ def make(parts: Path, run: Path, method: str, **more: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(dropout_parts: Path, tmp_path_factory: Any, sitting: Server) -> Any:
+def undisturbed(dropout_parts: Path, tmp_path_factory: Any, session: Server) -> Any:
     made: dict[str, Path] = {}
 
     def get(method: str) -> Path:
         if method not in made:
             folder = tmp_path_factory.mktemp("undisturbed")
             made[method] = make(dropout_parts, folder / "run", method)
-            assert sitting.sit(made[method]) == 0
+            assert session.sit(made[method]) == 0
         return made[method]
 
     return get
@@ -92,24 +92,24 @@ def ten_kills(steps: list[int], seed: int) -> list[Kill]:
 
 @pytest.mark.parametrize("method", RUNS)
 def test_killed_ten_times(
-    method: str, dropout_parts: Path, tmp_path: Path, undisturbed: Any, sitting: Server
+    method: str, dropout_parts: Path, tmp_path: Path, undisturbed: Any, session: Server
 ) -> None:
     run = make(dropout_parts, tmp_path / "run", method)
     steps = RUNS[method][1]
     kills = ten_kills(steps, seed=len(method))
-    ends = [sitting.sit(run, kill) for kill in kills]
+    ends = [session.sit(run, kill) for kill in kills]
     assert ends == [-9] * 10, kills
-    sitting.sit(run, Kill(len(steps) - 1, steps[-1], len(method) * 2))  # mostly in the last save
-    assert sitting.sit(run) == 0
+    session.sit(run, Kill(len(steps) - 1, steps[-1], len(method) * 2))  # mostly in the last save
+    assert session.sit(run) == 0
     same(run, undisturbed(method))
 
 
 @pytest.mark.parametrize("moments", [2, 12, 40])
 def test_a_stage_that_saves_nothing_on_its_way(
-    moments: int, dropout_parts: Path, tmp_path: Path, undisturbed: Any, sitting: Server
+    moments: int, dropout_parts: Path, tmp_path: Path, undisturbed: Any, session: Server
 ) -> None:
     """Its graft may be saved when it is killed, and must not be trained a second time."""
     run = make(dropout_parts, tmp_path / "run", "wings", save_every=None)
-    assert sitting.sit(run, Kill(0, 3, moments)) == -9
-    assert sitting.sit(run) == 0
+    assert session.sit(run, Kill(0, 3, moments)) == -9
+    assert session.sit(run) == 0
     same(run, undisturbed("wings"))

@@ -43,9 +43,9 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_steps_that_are_taken_again_are_dropped_and_half_lines_too(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"stage": "a", "step": 1}\n{"stage": "a", "step": 2}\n{"stage": "a", "st')
-    trim(tmp_path, lambda line: line["step"] < 2)
+    trim(tmp_path, (), "a", 1)
     assert lines(tmp_path) == [{"stage": "a", "step": 1}]
-    trim(tmp_path / "nowhere", lambda line: True)  # a run without metrics is no error
+    trim(tmp_path / "nowhere", (), "a", 1)  # a run without metrics is no error
 
 
 def test_metrics_of_an_earlier_training_are_kept(tmp_path):

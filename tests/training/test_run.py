@@ -20,6 +20,7 @@ from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.source import load_recipe, shipped_recipes
 from mmgraft.training.run import Plan, plan_training, train
 from mmgraft.training.session import Session
+from mmgraft.training.stage_data import with_template
 from tiny_runs import losses, make_run, write_recipe
 
 ALIGN = {"name": "align", "train": ["projector"], "lr": 1e-3, "batch_size": 4, "max_steps": 1}
@@ -195,7 +196,8 @@ def test_the_template_of_a_stage_is_its_own(parts, tmp_path):
     write_recipe(run, parts, "llava", stages)
     session = Session(plan_training(run), lambda text: None)
     session.run_stage(0, [])
-    kinds = [session._processor(stage).template.kind for stage in session.plan.stages]
+    read = [with_template(session.processor, stage.template) for stage in session.plan.stages]
+    kinds = [processor.template.kind for processor in read]
     assert kinds == ["plain", "chat"]
     assert json.loads((run / "graft_config.json").read_text())["template"]["kind"] == "chat"
 

@@ -18,7 +18,7 @@ from mmgraft.errors import UsageError
 from mmgraft.recipes.recipe import Recipe
 from mmgraft.training.callbacks.stopping import TrainingStopped
 from mmgraft.training.run import plan_training, train
-from mmgraft.training.stage_data import check_pictures
+from mmgraft.training.stage_data import check_images
 from tiny_runs import losses, make_run, write_recipe
 
 STAGES = [{"name": "tune", "train": ["projector"], "lr": 1e-3, "epochs": 2, "batch_size": 2}]
@@ -147,7 +147,7 @@ def test_a_share_of_image_rows_is_what_a_stage_shows(parts, tmp_path):
     run = make(parts, tmp_path / "run", None, text_rows="graft", image_share=0.5)
     plan = plan_training(run)
     assert facts_of(plan.rows[0]).with_image.tolist().count(True) == 6  # of 12; 9 of them else
-    assert check_pictures(plan.rows[0]) == 6
+    assert check_images(plan.rows[0]) == 6
     stage = {**STAGES[0], "image_share": 0.25}
     kept = {"name": "r", "method": "llava", "text_rows": "graft", "image_share": 0.5}
     recipe = Recipe.model_validate({**kept, "stages": [stage, {**STAGES[0], "name": "more"}]})

@@ -19,7 +19,7 @@ from mmgraft.training import stage_data
 from mmgraft.training.stage_data import (
     StageData,
     absolute,
-    check_pictures,
+    check_images,
     check_rows,
     fingerprint,
     refuse_other_rows,
@@ -117,10 +117,10 @@ def test_pictures_are_looked_at_in_an_even_sample_of_rows_that_are_read(
     read: list[int] = []
     original = FileRows.row
     monkeypatch.setattr(FileRows, "row", lambda self, at: read.append(at) or original(self, at))
-    assert check_pictures(rows, most=20) == 9
+    assert check_images(rows, most=20) == 9
     assert set(read) == set(range(180))
     read.clear()
-    assert check_pictures(rows, most=3) == 3
+    assert check_images(rows, most=3) == 3
     assert set(read) == set(range(0, 180, 6))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mmgraft.training.callbacks.stopping import Stopper
 
-ARGS = SimpleNamespace(world_size=1)
+ARGS = SimpleNamespace(world_size=1, device="cpu")
 
 
 def control() -> SimpleNamespace:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(Sampler[Any]):
     """Every row once, in an order that the seed and the epoch number fix.
 
     Args:
@@ -28,7 +29,10 @@ class EpochSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.rows
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        order = torch.randperm(self.rows, generator=generator).numpy()
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(self.rows, generator=self.generator()).numpy()
         return map(int, order)  # a list of a million numbers takes 40 MB
+
+    def generator(self) -> torch.Generator:
+        """Make the source of the epoch's random numbers."""
+        return torch.Generator().manual_seed((self.seed << 20) + self.epoch)

@@ -7,67 +7,20 @@ from collections.abc import Iterator
 import yaml
 
 from mmgraft import __version__
+from mmgraft.evaluation.report.markdown import render
 from mmgraft.export.llava.fit import Ingredients, text_note
 
 _HUB = "https://huggingface.co/"
 
-_CARD = """\
----
-{front}---
-
-# {title}
-
-A vision-language model that stock transformers loads, without mmgraft and without remote code. It
-was exported from a graft: {method} on the language model {base}.
-
-**{note}.**
-The graft itself leaves the base as it was and can run several workflows; an export cannot.
-
-| | |
-|---|---|
-{facts}
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{title}")
-model = AutoModelForImageTextToText.from_pretrained("{title}", dtype="auto", device_map="auto")
-messages = [
-    {{
-        "role": "user",
-        "content": [
-            {{"type": "image", "path": "photo.jpg"}},
-            {{"type": "text", "text": "What is in the picture?"}},
-        ],
-    }}
-]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-).to(model.device, model.dtype)
-answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
-print(processor.decode(answer, skip_special_tokens=True))
-```
-
-Text that contains `{token}` literally is read as an image position, as in every LLaVA model.
-The model was trained on pictures resized by PIL. Where torchvision is installed, transformers
-resizes with that, and pixels differ a little; for the same ones add
-
-```python
-from transformers import AutoImageProcessor
-
-processor.image_processor = AutoImageProcessor.from_pretrained("{title}", backend="pil")
-```
-"""
-
 
 def llava_card(made_of: Ingredients, title: str, image_token: str, difference: float) -> str:
-    """The card as Markdown with its front matter.
+    """Write the card as Markdown with its front matter.
 
     Args:
-        made_of: the parts.
-        title: name of the folder.
-        image_token: text of the image token.
-        difference: largest difference of a logit from the graft's, as measured.
+        made_of: The parts.
+        title: Name of the folder.
+        image_token: Text of the image token.
+        difference: Largest difference of a logit from the graft's, as measured.
     """
     record = made_of.record
     local = record.base.id.startswith((".", "/"))
@@ -77,7 +30,8 @@ def llava_card(made_of: Ingredients, title: str, image_token: str, difference: f
     tags = ["mmgraft", "llava", record.method, "vision-language", "multimodal"]
     note = text_note(record, bool(made_of.inserted or made_of.owns))
     facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(made_of, difference))
-    return _CARD.format(
+    return render(
+        "export/llava/card.md.jinja",
         front=yaml.safe_dump({**front, "tags": tags}, sort_keys=False),
         title=title,
         method=f"`{record.method}`",

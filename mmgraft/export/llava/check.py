@@ -28,7 +28,7 @@ class Sample:
     """A conversation and what the graft makes of it.
 
     Attributes:
-        messages: the conversation; its images are pictures in memory.
+        messages: The conversation; its images are in memory.
         ids: ``(s,)`` ids, the placeholder where an image stands.
         kinds: ``(s,)`` 1 at image positions.
         pixels: ``(images, 3, H, W)`` or None.
@@ -44,15 +44,15 @@ class Sample:
 
 @torch.no_grad()
 def take_samples(made_of: Ingredients, processor: GraftProcessor, base: str | None) -> list[Sample]:
-    """Run the graft itself on a conversation with two pictures and on one without.
+    """Run the graft itself on a conversation with two images and on one without.
 
     Args:
-        made_of: the parts of the export.
-        processor: the graft's.
-        base: where the base lies, when not where the record says.
+        made_of: The parts of the export.
+        processor: The graft's.
+        base: Where the base lies, when not where the record says.
 
     Raises:
-        UsageError: the graft's files do not fit its record.
+        UsageError: The graft's files do not fit its record.
     """
     model = load_model(made_of.run, dtype=made_of.dtype, verify="off", base=base)
     samples = []
@@ -71,15 +71,15 @@ def compare(folder: Path, samples: list[Sample], dtype: torch.dtype) -> float:
     """Load an exported folder with stock transformers and run the samples through it.
 
     Args:
-        folder: the export.
-        samples: what the graft gave.
-        dtype: of the exported weights.
+        folder: The export.
+        samples: What the graft gave.
+        dtype: Of the exported weights.
 
     Returns:
         The largest difference of a logit.
 
     Raises:
-        MMGraftError: ids, pixels or logits differ by more than rounding.
+        MMGraftError: Ids, pixels or logits differ by more than rounding.
     """
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -114,12 +114,12 @@ def compare(folder: Path, samples: list[Sample], dtype: torch.dtype) -> float:
 
 
 def _conversations() -> list[list[dict[str, Any]]]:
-    pictures = [{"type": "image", "image": _picture(which)} for which in range(2)]
+    images = [{"type": "image", "image": _image(which)} for which in range(2)]
     first = [
-        pictures[0],
-        {"type": "text", "text": "What is in this picture"},
+        images[0],
+        {"type": "text", "text": "What is in this image"},
         {"type": "text", "text": ", and how does it differ from"},
-        pictures[1],
+        images[1],
         {"type": "text", "text": "this one?"},
     ]
     return [
@@ -128,8 +128,8 @@ def _conversations() -> list[list[dict[str, Any]]]:
     ]
 
 
-def _picture(which: int) -> Image.Image:
-    """A picture without symmetries: two ramps and their product."""
+def _image(which: int) -> Image.Image:
+    """Return an image without symmetries: two ramps and their product."""
     width, height = 96 + 32 * which, 80
     x = torch.arange(width).expand(height, width)
     y = torch.arange(height)[:, None].expand(height, width)

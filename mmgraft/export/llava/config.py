@@ -21,15 +21,15 @@ _NOT_STRUCTURE = {"layer_idx", "layer_index", "training"}
 
 
 def llava_config(made_of: Ingredients, image_token: int, vocab_size: int) -> LlavaConfig:
-    """The config of the whole model.
+    """Return the config of the whole model.
 
     Args:
-        made_of: the parts.
-        image_token: id that stands for an image position.
-        vocab_size: rows of embedding and head.
+        made_of: The parts.
+        image_token: Id that stands for an image position.
+        vocab_size: Rows of embedding and head.
 
     Raises:
-        UsageError: the base's config cannot describe a deeper decoder.
+        UsageError: The base's config cannot describe a deeper decoder.
     """
     sources = [layer.index for layer in made_of.layers]
     text = stretch(made_of.base_config, sources)
@@ -59,13 +59,13 @@ def select_strategy(made_of: Ingredients) -> Literal["default", "full"]:
 
 
 def stretch(config: PreTrainedConfig, sources: Sequence[int]) -> PreTrainedConfig:
-    """A base's config for a decoder whose layer ``j`` is built as its layer ``sources[j]``.
+    """Return a base's config for a decoder whose layer ``j`` is built as its layer ``sources[j]``.
 
-    Every list with one entry a layer (`layer_types`, `no_rope_layers`, ...) is stretched, and every
-    list of layer numbers (`mlp_only_layers`) renumbered.
+    Every list with one entry a layer (``layer_types``, ``no_rope_layers``, ...) is stretched, and
+    every list of layer numbers (``mlp_only_layers``) renumbered.
 
     Raises:
-        UsageError: a layer would be built differently: the class derives something from a layer's
+        UsageError: A layer would be built differently: the class derives something from a layer's
             number that no list of its config holds.
     """
     count = config.attribute_map.get(_COUNT, _COUNT)
@@ -99,10 +99,10 @@ def _indescribable(config: PreTrainedConfig, sources: Sequence[int], reason: str
 
 
 def empty_llava(config: LlavaConfig) -> LlavaForConditionalGeneration:
-    """The model on the meta device: every name and shape, no memory.
+    """Return the model on the meta device: every name and shape, no memory.
 
     Raises:
-        UsageError: transformers cannot build it around this base.
+        UsageError: Transformers cannot build it around this base.
     """
     try:
         with torch.device("meta"), no_init_weights():
@@ -139,7 +139,7 @@ def _note(made_of: Ingredients) -> dict[str, Any]:
 
 
 def _holds_numbers(key: str, value: Sequence[Any], layers: int) -> bool:
-    """Whether a list holds numbers of layers, each once."""
+    """Return whether a list holds numbers of layers, each once."""
     numbers = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
     return (
         key.endswith(("_layers", "_layer_ids", "_layer_indices"))
@@ -172,7 +172,7 @@ def _difference(
 
 
 def _structure(layer: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a layer is built of: classes, shapes, and plain settings such as a window."""
+    """Yield what a layer is built of: classes, shapes, and plain settings such as a window."""
     for path, module in layer.named_modules():
         prefix = f"{path}." if path else ""
         yield f"{prefix}class", type(module).__name__

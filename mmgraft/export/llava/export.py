@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mmgraft.atomic import atomic_folder
-from mmgraft.basefiles.tensor_files import MAX_SHARD_BYTES, write_shards
+from mmgraft.basefiles.tensor_files import write_shards
 from mmgraft.errors import UsageError
 from mmgraft.export.folder import Exported, copy_file, sizes_in
 from mmgraft.export.llava.card import llava_card
@@ -37,8 +37,7 @@ def export_llava(
     base: str | None = None,
     dtype: str | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write a graft as a ``LlavaForConditionalGeneration`` folder, and prove that it is the same.
 
@@ -47,25 +46,20 @@ def export_llava(
     kept only if ids, pixels and logits are the graft's.
 
     Args:
-        run: the graft's folder.
-        out: see :func:`mmgraft.export.folder.check_folder`.
-        base: where the base lies, when not where the record says.
-        dtype: of all weights, such as ``"bfloat16"``; default: the base's.
-        dry_run: refuse what cannot be expressed, tell the size, and write nothing.
-        say: told what is being done.
-        max_shard_bytes: size of a weight file.
+        run: The graft's folder.
+        out: See :func:`mmgraft.export.folder.check_folder`.
+        base: Where the base lies, when not where the record says.
+        dtype: Of all weights, such as ``"bfloat16"``; default: the base's.
+        dry_run: Refuse what cannot be expressed, return the size, and write nothing.
+        say: Called with a sentence before each step.
 
     Raises:
-        UsageError: what the format cannot express, with the reason; a damaged graft; a base that is
-            not the one it was made for.
-        MMGraftError: the disk is full, or the result is not the graft's; what stood in `out` is
-            whole.
+        UsageError: The format cannot express the graft; it is damaged; its base is another one.
+        MMGraftError: The disk is full, or the result differs; what stood in ``out`` is whole.
     """
-    say = say or _silent
     say("examining the graft, its base and its vision tower")
     plan = _plan(gather(run, base, dtype))
-    made_of = plan.made_of
-    notes = _notes(plan)
+    made_of, notes = plan.made_of, _notes(plan)
     with llava_tensors(made_of, plan.model) as tensors:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if dry_run:
@@ -77,13 +71,8 @@ def export_llava(
 
         def write(folder: Path) -> None:
             say(f"writing {size / 2**20:,.1f} MiB of weights")
-            write_shards(folder, "model", tensors, max_bytes=max_shard_bytes)
-            plan.config.save_pretrained(folder)
-            _generation_config(plan).save_pretrained(folder)
-            save_processor(plan.processor, folder)
-            for pattern in ("LICENSE*", "NOTICE*"):
-                for path in made_of.files.path.glob(pattern):
-                    copy_file(path, folder / path.name)
+            write_shards(folder, "model", tensors)
+            _write_small_files(plan, folder)
             say("running the same conversations in stock transformers")
             found.append(compare(folder, samples, made_of.dtype))
             token = plan.processor.processor.image_token
@@ -93,8 +82,13 @@ def export_llava(
     return Exported("llava", out, made_of.record.workflow, sizes_in(out), notes, found[0])
 
 
-def _silent(_: str) -> None:
-    """Say nothing."""
+def _write_small_files(plan: _Plan, folder: Path) -> None:
+    plan.config.save_pretrained(folder)
+    _generation_config(plan).save_pretrained(folder)
+    save_processor(plan.processor, folder)
+    for pattern in ("LICENSE*", "NOTICE*"):
+        for path in plan.made_of.files.path.glob(pattern):
+            copy_file(path, folder / path.name)
 
 
 def _plan(made_of: Ingredients) -> _Plan:

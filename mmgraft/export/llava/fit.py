@@ -1,4 +1,4 @@
-"""Whether stock LLaVA can express a graft, and what goes into it."""
+"""Refusal of grafts that stock LLaVA cannot express, and the ingredients of those it can."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from mmgraft.anatomy import Anatomy, examine, get_path, skeleton
 from mmgraft.basefiles import ModelFiles, TensorReader, load_config
+from mmgraft.basefiles.parts import own_dtype
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.layers import parse_layers
@@ -26,8 +27,8 @@ class Source:
     """Which base layer, or which inserted one, a layer of the exported decoder is.
 
     Attributes:
-        index: the base layer that it is, or that it follows.
-        inserted: number of the inserted layer in the graft; None for the base's own.
+        index: The base layer that it is, or that it follows.
+        inserted: Number of the inserted layer in the graft; None for the base's own.
     """
 
     index: int
@@ -39,17 +40,17 @@ class Ingredients:
     """All that an export to LLaVA is made of; of the base nothing but its config is in memory.
 
     Attributes:
-        run: the graft's folder.
-        record: its record.
-        files: the base's files.
-        base_config: the base's config.
-        anatomy: the base's.
-        tower: the vision tower, in the dtype of its file.
-        dtype: of everything that is written.
-        layers: the decoder's layers in order.
-        owns: which of ``embedding``, ``norm`` and ``head`` the graft has.
-        tied_own: own embedding and own head are one tensor.
-        untied: write the head by itself also where it is the embedding.
+        run: The graft's folder.
+        record: Its record.
+        files: The base's files.
+        base_config: The base's config.
+        anatomy: The base's.
+        tower: The vision tower, in the dtype of its file.
+        dtype: Of everything that is written.
+        layers: The decoder's layers in order.
+        owns: Which of ``embedding``, ``norm`` and ``head`` the graft has.
+        tied_own: Own embedding and own head are one tensor.
+        untied: Write the head by itself also where it is the embedding.
     """
 
     run: Path
@@ -71,7 +72,7 @@ class Ingredients:
 
     @property
     def tied(self) -> bool:
-        """Whether embedding and head of the exported model are one tensor."""
+        """Return whether embedding and head of the exported model are one tensor."""
         if self.untied or self.anatomy.logit_scale != 1.0:
             return False  # the scale goes into the head
         return self.tied_own if {"embedding", "head"} & self.owns else self.anatomy.tied
@@ -81,12 +82,12 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
     """Read what an export needs, and refuse what LLaVA cannot express.
 
     Args:
-        run: the graft's folder.
-        base: where the base lies, when not where the record says.
-        dtype: name of a torch dtype; default: the base's own.
+        run: The graft's folder.
+        base: Where the base lies, when not where the record says.
+        dtype: Name of a torch dtype; default: the base's own.
 
     Raises:
-        UsageError: with the reason; or a base that is not the one the graft was made for.
+        UsageError: With the reason; or a base that is not the one the graft was made for.
     """
     record = GraftFile.read(run)
     settings: Any = get_method(record.method).config_class.model_validate(record.config)
@@ -124,7 +125,7 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
 
 
 def text_note(record: GraftFile, inserted: bool) -> str:
-    """What becomes of text in the exported model, in a sentence."""
+    """Return what becomes of text in the exported model, in a sentence."""
     name = record.workflow
     if record.base_trained:
         was = "those of the base that was trained with it, not the original model's"
@@ -234,8 +235,5 @@ def _dtype(name: str | None, config: PreTrainedConfig, files: ModelFiles) -> tor
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise UsageError(f"--dtype {name} is no dtype; give float32, bfloat16 or float16.")
         return found
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
     with TensorReader(files) as reader:
-        kinds = (reader.dtype(key) for key in reader)
-        return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+        return own_dtype(config, reader)

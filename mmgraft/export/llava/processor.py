@@ -30,10 +30,10 @@ class StockProcessor:
     """The processor to save, and what the model must know of it.
 
     Attributes:
-        processor: transformers' own, with the image token in its tokenizer.
-        image_token_id: the id of an image position.
-        new_rows: ids past the base's embedding, up to and with the image token's.
-        graft: mmgraft's processor of the same graft.
+        processor: Transformers' own, with the image token in its tokenizer.
+        image_token_id: The id of an image position.
+        new_rows: Ids past the base's embedding, up to and with the image token's.
+        graft: Mmgraft's processor of the same graft.
     """
 
     processor: LlavaProcessor
@@ -46,7 +46,7 @@ def stock_processor(made_of: Ingredients) -> StockProcessor:
     """Make the processor of an exported model.
 
     Raises:
-        UsageError: the base has no tokenizer, or the tower's pixels cannot be made by transformers.
+        UsageError: The base has no tokenizer, or the tower's pixels cannot be made by transformers.
     """
     tower = made_of.tower
     graft = load_processor(made_of.record, made_of.files.path, tower.num_patches, tower.preprocess)
@@ -75,11 +75,11 @@ def save_processor(stock: StockProcessor, folder: Path) -> None:
 def image_tokenizer(
     tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> tuple[PreTrainedTokenizerBase, str]:
-    """A copy of the base's tokenizer that knows an image position and the graft's template.
+    """Return a copy of the base's tokenizer that knows an image position and the graft's template.
 
     Args:
-        tokenizer: the base's; it is not changed.
-        template: the graft's.
+        tokenizer: The base's; it is not changed.
+        template: The graft's.
 
     Returns:
         The copy, and the text of its new token.
@@ -102,7 +102,7 @@ def image_tokenizer(
 
 
 def _adds_to(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a processor would put special tokens around what the template has written.
+    """Return whether a processor would put special tokens around what the template has written.
 
     It does so where the tokenizer does, unless the text begins with the token that begins texts.
     """
@@ -116,7 +116,7 @@ def _adds_to(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _patch_size(made_of: Ingredients) -> int:
-    """What LlavaProcessor divides the picture's sides by to count its positions."""
+    """Return the number by which LlavaProcessor divides an image's sides to count its positions."""
     tower = made_of.tower
     height, width = tower.image_size
     size = height // tower.feature_map.grid[0]
@@ -130,7 +130,7 @@ def _patch_size(made_of: Ingredients) -> int:
 
 
 def _image_processor(made_of: Ingredients) -> Any:
-    """The tower's own image processor, or one that does what its options say."""
+    """Return the tower's own image processor, or one that does what its options say."""
     tower = made_of.tower
     if tower.image_processor is not None:
         return tower.image_processor

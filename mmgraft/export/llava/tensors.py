@@ -33,8 +33,8 @@ class Piece:
     """Tensors that are read together, such as one layer.
 
     Attributes:
-        names: their names in the exported model.
-        read: reads them all.
+        names: Their names in the exported model.
+        read: Reads them all.
     """
 
     names: tuple[str, ...]
@@ -45,17 +45,17 @@ class Piece:
 def llava_tensors(
     made_of: Ingredients, model: LlavaForConditionalGeneration
 ) -> Iterator[dict[str, LazyTensor]]:
-    """Every tensor by its name on disk, as transformers itself would save it.
+    """Yield every tensor by its name on disk, as transformers itself would save it.
 
     One piece of the model (a layer, the embedding, the tower) is in memory at a time, as long as
     tensors are read in the order given. The files stay open while the block lasts.
 
     Args:
-        made_of: the parts.
-        model: the exported model on the meta device.
+        made_of: The parts.
+        model: The exported model on the meta device.
 
     Raises:
-        UsageError: the base has tensors that the exported model has no place for.
+        UsageError: The base has tensors that the exported model has no place for.
     """
     with TensorReader(made_of.files) as reader:
         pieces = list(_Pieces(made_of, model, reader).all())
@@ -102,7 +102,7 @@ class _Pieces:
         self.own = _own_tensors(made_of)
 
     def all(self) -> Iterator[Piece]:
-        """Every piece in the order of the model."""
+        """Yield every piece in the order of the model."""
         anatomy = self.anatomy
         for path in self._outside(self.base, ""):
             if path == anatomy.embedding_path:
@@ -125,7 +125,7 @@ class _Pieces:
         yield Piece(tuple(named), lambda: named)
 
     def _outside(self, module: nn.Module, prefix: str) -> Iterator[str]:
-        """Paths of the modules with tensors that are no decoder layers."""
+        """Yield paths of the modules with tensors that are no decoder layers."""
         layers = self.anatomy.layers_path
         for name, child in module.named_children():
             path = prefix + name
@@ -135,7 +135,7 @@ class _Pieces:
                 yield path
 
     def _place(self, path: str) -> str:
-        """The exported model's name for a module of the base's decoder."""
+        """Return the exported model's name for a module of the base's decoder."""
         if not path.startswith(self.prefix):
             raise UsageError(
                 f"{self.anatomy.class_name} has tensors in {path}, beside its decoder, which LLaVA "
@@ -213,7 +213,7 @@ def pad_rows(weight: Tensor, rows: int) -> Tensor:
 
 
 def _own_tensors(made_of: Ingredients) -> dict[str, Callable[[], Tensor]]:
-    """What reads each tensor of the graft."""
+    """Return what reads each tensor of the graft."""
     found: dict[str, Callable[[], Tensor]] = {}
     for path in weight_files(made_of.run):
         file = safe_open(path, framework="pt")
@@ -223,7 +223,7 @@ def _own_tensors(made_of: Ingredients) -> dict[str, Callable[[], Tensor]]:
 
 
 def _wanted(made_of: Ingredients, model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
-    """Every tensor of the exported model, empty, in the dtype that is written."""
+    """Return every tensor of the exported model, empty, in the dtype that is written."""
     found = {
         name: tensor.to(made_of.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()

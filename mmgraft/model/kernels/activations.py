@@ -26,11 +26,11 @@ KEEPS_ITS_INPUT = (nn.SiLU, nn.GELU, SiLUActivation, GELUActivation, GELUTanh)
 
 @contextmanager
 def activations_again(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While the block lasts, what these modules' activation functions give is not kept.
+    """Keep nothing of what these modules' activation functions give, while the block lasts.
 
     The backward pass calls the function on the same numbers, so its gradients are the same to the
-    bit. Tensors are told by their storage as long as the activation's result is in use: another
-    tensor cannot have it then. Where something else has asked to handle what is kept (such as
+    bit. Tensors are recognised by their storage while the activation's result is in use: another
+    tensor cannot have it then. Where something else handles what is kept (such as
     ``torch.autograd.graph.save_on_cpu``), it does so and this does nothing.
 
     Args:
@@ -93,7 +93,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _same_numbers(tensor: Tensor, out: Tensor) -> bool:
-    """Whether `tensor` is all of `out`, perhaps in another shape."""
+    """Tell whether ``tensor`` is all of ``out``, perhaps in another shape."""
     return (
         tensor.dtype == out.dtype
         and tensor.numel() == out.numel()

@@ -21,7 +21,7 @@ from mmgraft.patching import patched_forward
 def compiled_layers(
     base: PreTrainedModel, anatomy: Anatomy, grafts: Sequence[Graft], **options: Any
 ) -> Iterator[None]:
-    """While the block lasts, the base's decoder layers and inserted ones run compiled.
+    """Run the base's decoder layers and inserted ones compiled, while the block lasts.
 
     The block holds forward and backward passes, as layers may be computed again in the latter.
     Compiled is what a layer does when it first runs; layers of one class share what is compiled. A
@@ -51,7 +51,7 @@ def compiled_layers(
 def check_compiled(
     base: PreTrainedModel, anatomy: Anatomy, grafts: Sequence[Graft]
 ) -> list[nn.Module]:
-    """The base's layers that :func:`compiled_layers` compiles.
+    """Find the base's layers that :func:`compiled_layers` compiles.
 
     Raises:
         UsageError: No layer is left to compile.
@@ -67,7 +67,7 @@ def check_compiled(
 
 
 def is_compiled(base: PreTrainedModel, anatomy: Anatomy) -> bool:
-    """Whether layers of the base run compiled now."""
+    """Tell whether layers of the base run compiled now."""
     patches = (layer.__dict__.get("forward") for layer in decoder_layers(base, anatomy))
     return any(getattr(patch, "func", None) is _instead for patch in patches)
 
@@ -77,7 +77,7 @@ def _instead(made: Callable[..., Any], _: Callable[..., Any], *args: Any, **kwar
 
 
 def _reached(grafts: Sequence[Graft], index: int) -> bool:
-    """Whether a graft changes what a layer does inside."""
+    """Tell whether a graft changes what a layer does inside."""
     return any(
         type(graft).layer_context is not Graft.layer_context and graft.acts_on(index)
         for graft in grafts

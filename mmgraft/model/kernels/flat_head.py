@@ -15,7 +15,7 @@ from mmgraft.patching import patched_forward
 
 @contextmanager
 def flat_heads(model: GraftedModel) -> Iterator[None]:
-    """While the block lasts, every head gets ``(b * s, h)`` where it was given ``(b, s, h)``.
+    """Give every head ``(b * s, h)`` for ``(b, s, h)`` while the block lasts.
 
     ``generate`` hands a head the last position of each row, which is a view with gaps. torch then
     repeats the head's weight for every row of the batch before it multiplies: with a vocabulary of

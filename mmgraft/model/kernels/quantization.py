@@ -75,7 +75,7 @@ def leave_file(base: nn.Module) -> None:
 
 @contextmanager
 def gradients_through_packed(module: nn.Module) -> Iterator[None]:
-    """While the block lasts, gradients flow through 4-bit layers that bitsandbytes has packed.
+    """Let gradients flow through 4-bit layers that bitsandbytes has packed, in the block.
 
     On a CPU with bfloat16 instructions it packs a layer's weights for a faster kernel at the first
     forward without gradients, an evaluation for instance. That kernel has no backward pass: a
@@ -116,7 +116,7 @@ class _ThroughPacked(torch.autograd.Function):
 
 
 def _unpacked(module: nn.Module) -> Tensor:
-    """The weights ``(out, in)`` of a packed layer, which stays as it is."""
+    """Return the weights ``(out, in)`` of a packed layer, which stays as it is."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 
     weight: Any = module.weight

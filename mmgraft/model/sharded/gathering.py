@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 
 def is_piece(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor (a ``DTensor``)."""
+    """Tell whether this process holds a part of the tensor (a ``DTensor``)."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
@@ -19,7 +18,7 @@ def is_piece(tensor: Tensor) -> bool:
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Tensors by name, whole and in main memory where they were in pieces.
+    """Gather tensors by name, whole and in main memory where they were in pieces.
 
     All processes must call this together, with the same names in the same order. They are gathered
     one by one, so that a process that keeps none never holds more than one.
@@ -40,7 +39,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tens
 
 
 def like(whole: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor that every process has, in the same pieces as another."""
+    """Split a whole tensor that every process has into the same pieces as another."""
     if not is_piece(other):
         return whole
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -54,8 +53,4 @@ def _whole(tensor: Tensor) -> Tensor:
     plain = tensor.detach()
     if is_piece(plain):
         return plain.full_tensor().cpu()  # type: ignore[attr-defined]
-    if hasattr(tensor, "ds_id"):  # a parameter in DeepSpeed's keeping
-        deepspeed = importlib.import_module("deepspeed")
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().cpu().clone()
     return plain

@@ -2,9 +2,9 @@
 
 Every piece is gathered from all processes before it runs, and its gradients are handed out to all
 of them afterwards. A process whose rows leave a part out (no image, so no projector) would leave
-the others waiting. So in lockstep every part runs in every pass, for no row where no row wants it
-(a gate that is false everywhere), and what cannot run for no row is joined here: it gets a gradient
-of zeros at its turn.
+the others waiting. So every part runs in every pass, for no row where no row wants it (a gate that
+is false everywhere), and what cannot run for no row is joined here: it gets a gradient of zeros at
+its turn.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Joined(torch.autograd.Function):
 
 
 def outside_layers(workflows: Iterable[Workflow]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters of workflows that stand before the layers, and those of their heads.
+    """List parameters of workflows that stand before the layers, and those of their heads.
 
     A head shares its tensor with an embedding where the base ties them; such a tensor is the
     head's.

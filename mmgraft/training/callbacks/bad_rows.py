@@ -12,11 +12,11 @@ _SAID = 5
 
 
 class BadRows:
-    """The log of a run, and what a person is told of it.
+    """The log of a run, and what a person sees of it.
 
     Args:
         run: The run folder.
-        announce: Told of the first few.
+        announce: Is called with the first few.
         resume: Go on with the log that is there.
     """
 
@@ -38,10 +38,10 @@ class BadRows:
         self._said += len(new)
 
     def left_out(self, stage: str) -> set[tuple[str, str]]:
-        """Keys of the rows that a stage has met and does without."""
+        """Return the keys of the rows that a stage has met and does without."""
         return self.log.left_out(stage)
 
     def count(self, stage: str) -> int:
-        """Rows that a stage did without, those that were left out before it began counted."""
+        """Count the rows that a stage did without, those left out before it began included."""
         log = BadRowLog(self.run)  # of all ranks
         return len(log.left_out(None) | log.left_out(stage))

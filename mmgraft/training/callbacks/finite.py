@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmgraft.errors import MMGraftError
 from mmgraft.model.sharded.gathering import is_piece
+from mmgraft.training.distributed.parallel import any_rank, of_all_ranks, processes
 
 _NAMED = 16
 """Rows that a message names; a step may hold thousands."""
@@ -61,7 +62,8 @@ class FiniteWatch:
         losses = torch.stack([loss.float() for _, loss in seen]).tolist() if seen else []
         odd = [loss for loss in losses if not math.isfinite(loss)]
         norm = 0.0 if norm is None else float(norm)
-        if not self._any(bool(odd) or not math.isfinite(norm), ranks, seen):
+        device = seen[0][1].device if seen else torch.device("cpu")
+        if not any_rank(bool(odd) or not math.isfinite(norm), device, ranks):
             return
         rows = [
             row
@@ -93,18 +95,9 @@ class FiniteWatch:
                 f"on {named(_gathered(rows, ranks))}"
             )
 
-    @staticmethod
-    def _any(found: bool, ranks: int, seen: Sequence[tuple[Any, Tensor]]) -> bool:
-        if ranks == 1:
-            return found
-        device = seen[0][1].device if seen else torch.device("cpu")
-        flag = torch.tensor([int(found)], device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
-
 
 def named(rows: Sequence[str]) -> str:
-    """Rows in a message: all of a few, the first of many and how many more there are."""
+    """List rows for a message: all of a few, the first of many and how many more there are."""
     rows = list(dict.fromkeys(rows))
     lines = "".join(f"\n  {row}" for row in rows[:_NAMED])
     more = f"\n  and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
@@ -112,31 +105,24 @@ def named(rows: Sequence[str]) -> str:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether all that is trained is finite; all ranks ask together and agree."""
+    """Tell whether all that is trained is finite; all ranks call this together and agree."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = [p.to_local() if is_piece(p) else p for p in trained]  # type: ignore[attr-defined]
-    fine = all(bool(torch.isfinite(parameter).all()) for parameter in own)
-    if not any(map(is_piece, trained)):
-        return fine
-    flag = torch.tensor([int(fine)], device=own[0].device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    return bool(flag.item())
+    ranks = processes() if any(map(is_piece, trained)) else 1
+    odd = not all(bool(torch.isfinite(parameter).all()) for parameter in own)
+    return not any_rank(odd, own[0].device, ranks)
 
 
 def _gathered(items: list[Any], ranks: int) -> list[Any]:
-    if ranks == 1:
-        return items
-    parts: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+    return [item for part in of_all_ranks(items, ranks) for item in part]
 
 
 @dataclass(frozen=True)
 class RandomState:
     """All random numbers to come, as they stood after a step.
 
-    A pass that fails has drawn some; a checkpoint written after it must not know of them, or the
-    run that goes on from it would draw others than one that never failed.
+    A pass that fails has used some; a checkpoint written after it must not know of them, or the
+    run that goes on from it would get others than one that never failed.
     """
 
     step: int
@@ -147,7 +133,7 @@ class RandomState:
 
     @classmethod
     def now(cls, step: int) -> RandomState:
-        """What stands now, after a step."""
+        """Take down what stands now, after a step."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(step, random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 

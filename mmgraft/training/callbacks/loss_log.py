@@ -34,7 +34,7 @@ class LossSum:
         self.total = loss.clone() if self.total is None else self.total + loss
 
     def value(self) -> Tensor:
-        """The sum, shape ``(1,)``."""
+        """Return the sum, shape ``(1,)``."""
         return torch.zeros(1) if self.total is None else self.total.reshape(1)
 
     def begin(self, step: int) -> None:
@@ -70,7 +70,7 @@ class LossSum:
 
 
 def counted(mean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss of a batch, 0 where it has nothing to learn, and its supervised tokens.
+    """Return the mean loss of a batch, 0 where nothing is supervised, and its supervised tokens.
 
     Args:
         mean: Over these tokens; nan may stand for a mean over none.
@@ -87,18 +87,16 @@ class EvalSum:
     So its mean is that over all supervised tokens, however the rows stand together in batches.
     """
 
-    total: Tensor | None = None
-    tokens: Tensor | None = None
+    total: Tensor | float = 0.0
+    tokens: Tensor | int = 0
 
     def add(self, mean: Tensor, count: Tensor) -> None:
         """Take in a batch by its mean loss and the tokens that it is of; see :func:`counted`."""
-        fresh = self.total is None or self.tokens is None
-        self.total = mean * count if fresh else self.total + mean * count  # type: ignore[operator]
-        self.tokens = count if fresh else self.tokens + count  # type: ignore[operator]
+        self.total = self.total + mean * count
+        self.tokens = self.tokens + count
 
     def take(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The sum and the count, ``(1,)`` each; then begin anew."""
-        found = self.total, self.tokens
-        self.total = self.tokens = None
-        total, tokens = (torch.zeros(1) if one is None else one.reshape(1) for one in found)
+        """Return the sum and the count, ``(1,)`` each, and start anew."""
+        total, tokens = (torch.as_tensor(one).reshape(1) for one in (self.total, self.tokens))
+        self.total = self.tokens = 0
         return total.to(device), tokens.to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,15 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
-def trim(run: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop lines of steps that a resumed run will take again."""
+def trim(run: Path, done: Collection[str], stage: str, step: int) -> None:
+    """Drop lines of steps that a resumed run will take again: those of a stage after a step.
+
+    Args:
+        run: The run folder.
+        done: Stages whose lines stay.
+        stage: That is gone on with.
+        step: Its last one that stays.
+    """
     path = run / FILE
     if not path.is_file():
         return
@@ -61,7 +68,7 @@ def trim(run: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
             line = json.loads(text)
         except ValueError:
             continue  # a line that a kill cut short
-        if keep(line):
+        if line["stage"] in done or (line["stage"] == stage and line["step"] <= step):
             lines.append(text + "\n")
     atomic_text(path, "".join(lines))
 
@@ -79,7 +86,7 @@ def put_aside(run: Path) -> None:
 
 @contextmanager
 def tracking_folder(folder: Path) -> Iterator[None]:
-    """TensorBoard's files go into the run unless the user has chosen another place."""
+    """Put TensorBoard's files into the run unless the user has chosen another folder."""
     name = "TENSORBOARD_LOGGING_DIR"
     before = os.environ.get(name)
     if before is None:

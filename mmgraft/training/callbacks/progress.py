@@ -6,13 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 
@@ -21,7 +15,7 @@ class ProgressDisplay(TrainerCallback):
 
     Args:
         stage: Its name.
-        number: Its place among the stages, from 1.
+        number: Its number among the stages, from 1.
         stages: How many there are.
         console: Where to; on a terminal the line is live, elsewhere every log is a line.
     """
@@ -86,7 +80,7 @@ class ProgressDisplay(TrainerCallback):
             self._progress = None
 
     def time_left(self, step: int, steps: int) -> float | None:
-        """Seconds until the last step, at the speed since this session began."""
+        """Estimate the seconds until the last step, at the speed since this session began."""
         done = step - self._first_step
         if done <= 0:
             return None
@@ -97,7 +91,7 @@ class ProgressDisplay(TrainerCallback):
 
 
 def numbers(logs: dict[str, float]) -> str:
-    """Loss, speed and memory in few words."""
+    """Write loss, speed and memory in few words."""
     parts = [f"loss {logs['loss']:.4f}"]
     if "tokens_per_second" in logs:
         parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")

@@ -9,13 +9,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from typing_extensions import Self
 
 from mmgraft.errors import MMGraftError
-from mmgraft.training.distributed.parallel import way_on
+from mmgraft.training.distributed.parallel import any_rank, way_on
 
 _OF_DISKS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
@@ -29,7 +28,7 @@ class TrainingStopped(MMGraftError):
 
 
 def with_way_on(error: OSError | MMGraftError, run: Path, stage: str) -> MMGraftError | None:
-    """What a full disk or the like did to a stage, with the command that goes on.
+    """Explain what a full disk or the like did to a stage, with the command that goes on.
 
     It is met wherever a file of the run is written; checkpoints are whole or not there.
 
@@ -79,10 +78,7 @@ class Stopper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Ask the Trainer to save and stop; all ranks do so after the same step."""
-        if args.world_size > 1:
-            flag = torch.tensor([int(self.requested)], device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            self.requested = bool(flag.item())
+        self.requested = any_rank(self.requested, args.device, args.world_size)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

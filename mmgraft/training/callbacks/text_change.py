@@ -65,12 +65,12 @@ def remember(run: Path, model: GraftedModel, processor: GraftProcessor) -> None:
 
 
 def is_due(run: Path) -> bool:
-    """Whether text was remembered, but the run's results do not say how far it has moved."""
+    """Tell whether text was remembered, but results do not say how far it has moved."""
     return (run / BEFORE).is_file() and _KEY not in (GraftFile.read(run).results or {})
 
 
 def forgotten(results: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Results of a graft without what an earlier training had done to its text."""
+    """Return a graft's results without what an earlier training had done to its text."""
     return {key: value for key, value in (results or {}).items() if key != _KEY} or None
 
 
@@ -85,7 +85,7 @@ def measure(run: Path, model: GraftedModel, processor: GraftProcessor) -> TextCh
 
 
 def compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> TextChange:
-    """The change between two sets of log-probabilities, each ``(positions, vocab)`` by prompt."""
+    """Compare two sets of log-probabilities, each ``(positions, vocab)`` by prompt."""
     divergence, same, positions = 0.0, 0, 0
     for name, old in before.items():
         new = after[name]
@@ -96,7 +96,7 @@ def compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> TextCh
 
 
 def _log_probabilities(model: GraftedModel, processor: GraftProcessor) -> dict[str, Tensor]:
-    """Of every next token after every position, ``(s, vocab)`` in fp32 by prompt."""
+    """Compute those of the next token at every position, ``(s, vocab)`` in fp32 by prompt."""
     training = model.training
     model.eval()
     found: dict[str, Tensor] = {}

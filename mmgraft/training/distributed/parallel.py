@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +17,57 @@ _FSDP2_TORCH = "2.8"
 """Since then one group of parameters may hold a frozen base in bf16 and a graft in fp32."""
 
 
+_OF_ACCELERATE = (
+    (
+        ("ACCELERATE_USE_FSDP",),
+        "with FSDP, whose plan does not know grafts, and which on a CPU trains with DDP without "
+        "saying so",
+        " and write --set parallel=fsdp2: mmgraft shards the model itself",
+    ),
+    (
+        ("ACCELERATE_USE_DEEPSPEED",),
+        "with DeepSpeed, which is not built here",
+        " and write --set parallel=fsdp2: mmgraft shards the model itself",
+    ),
+    (
+        ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"),
+        "to split layers over processes (Megatron or a parallelism configuration), which is not "
+        "built here",
+        " and write --set parallel=ddp or fsdp2",
+    ),
+    (
+        ("ACCELERATE_DYNAMO_BACKEND",),
+        "with a dynamo backend, which would compile the whole model",
+        " and write --set compile=true: mmgraft compiles layers",
+    ),
+)
+"""Variables of its environment, what they say, and what to write instead."""
+
+
 def processes() -> int:
-    """How many processes train together; torchrun, accelerate and ``--processes`` say it."""
+    """Return how many processes train together, as torchrun, accelerate or ``--processes`` says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def any_rank(found: bool, device: torch.device, ranks: int) -> bool:
+    """Tell whether any process has found it; all of them call this together."""
+    if ranks == 1:
+        return found
+    flag = torch.tensor([int(found)], device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def of_all_ranks(item: Any, ranks: int) -> list[Any]:
+    """Collect an object of every process, by rank; all of them call this together."""
+    parts = [item] * ranks
+    if ranks > 1:
+        torch.distributed.all_gather_object(parts, item)
+    return parts
+
+
 def way_on(run: Path, count: int | None = None) -> str:
-    """The command that goes on with a run, in as many processes as now or as are given."""
+    """Write the command that goes on with a run, in as many processes as now or as are given."""
     count = count or processes()
     return f"mmgraft train {run} --resume" + (f" --processes {count}" if count > 1 else "")
 
@@ -53,19 +95,8 @@ def check_count(run: Path, progress: Mapping[str, Any] | None, count: int) -> No
 
 
 def processes_here() -> int:
-    """How many of them run on this machine."""
+    """Return how many of them run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
-
-
-def deepspeed_config(parallel: str) -> dict[str, Any] | None:
-    """The shipped DeepSpeed configuration of that name; None for what needs none.
-
-    Neither was run yet: DeepSpeed was not there where mmgraft is tested.
-    """
-    if not parallel.startswith("zero") or processes() == 1:
-        return None
-    path = Path(__file__).parent / "deepspeed" / f"{parallel}.json"
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def check_parallel(recipe: Recipe, device: str, count: int) -> None:
@@ -95,61 +126,20 @@ def check_parallel(recipe: Recipe, device: str, count: int) -> None:
         raise UsageError("several processes do not train on MPS; use --device cpu, or one process")
     if recipe.parallel == "fsdp2":
         _check_fsdp2(recipe, device)
-    if recipe.parallel.startswith("zero"):
-        _check_deepspeed(recipe, device)
-
-
-def check_rows_have_images(recipe: Recipe, stage: str, without: int, count: int) -> None:
-    """Refuse rows without an image where a process that has none would keep the others waiting.
-
-    Args:
-        recipe: Resolved.
-        stage: Its name.
-        without: Rows without an image that the stage shows.
-        count: Processes.
-
-    Raises:
-        UsageError: ZeRO 3 and such rows.
-    """
-    if recipe.parallel == "zero3" and count > 1 and without:
-        raise UsageError(
-            f"stage {stage!r} has {without} rows without an image, and with parallel: zero3 a "
-            "process whose rows have none would keep the others waiting for ever; write "
-            "parallel: fsdp2, which trains such rows too, or give image rows alone"
-        )
 
 
 def _check_accelerate(recipe: Recipe) -> None:
-    if _is_set("ACCELERATE_USE_FSDP"):
-        raise UsageError(
-            "accelerate was configured with FSDP, whose plan does not know grafts, and which on a "
-            "CPU trains with DDP without saying so; take FSDP out of that configuration and write "
-            "--set parallel=fsdp2: mmgraft shards the model itself"
-        )
-    if _is_set("ACCELERATE_USE_DEEPSPEED") and not recipe.parallel.startswith("zero"):
-        raise UsageError(
-            f"accelerate was configured with DeepSpeed, but the recipe says parallel: "
-            f"{recipe.parallel}; write --set parallel=zero2 or zero3, which bring their own "
-            "configuration, or take DeepSpeed out of accelerate's"
-        )
-    if _is_set("ACCELERATE_USE_MEGATRON_LM") or _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        raise UsageError(
-            "accelerate was configured to split layers over processes (Megatron or a parallelism "
-            "configuration), which is not built here; take it out, and write --set parallel=ddp "
-            "or fsdp2"
-        )
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise UsageError(
-            "accelerate was configured with a dynamo backend, which would compile the whole model; "
-            "take it out, and write --set compile=true: mmgraft compiles layers"
-        )
+    """Refuse what ``accelerate config`` has set and the recipe should say."""
+    for names, set_to, instead in _OF_ACCELERATE:
+        if any(_is_set(name) for name in names):
+            raise UsageError(f"accelerate was configured {set_to}; take it out of there{instead}")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     for wanted in sorted({stage.precision or recipe.precision for stage in recipe.stages}):
         if precision not in ("no", wanted):
             raise UsageError(
                 f"accelerate was configured with mixed_precision: {precision}, but the recipe says "
-                f"precision: {wanted}; write mixed_precision: no there, for mmgraft does what the "
-                "recipe says"
+                f"precision: {wanted}; write mixed_precision: no there, because mmgraft does what "
+                "the recipe says"
             )
 
 
@@ -167,18 +157,5 @@ def _check_fsdp2(recipe: Recipe, device: str) -> None:
         )
 
 
-def _check_deepspeed(recipe: Recipe, device: str) -> None:
-    if device != "cuda":
-        raise UsageError(
-            f"parallel: {recipe.parallel} runs on CUDA only; on this {device} write "
-            "--set parallel=fsdp2, or ddp"
-        )
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UsageError(
-            f"parallel: {recipe.parallel} needs a package that is not installed: pip install "
-            "deepspeed; or write --set parallel=fsdp2, which does the same without it"
-        )
-
-
 def _is_set(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1")
+    return os.environ.get(name, "no").lower() not in ("no", "false", "0", "")

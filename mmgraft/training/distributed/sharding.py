@@ -2,9 +2,9 @@
 
 A decoder layer and what grafts run at it are one group: its parameters are gathered before the
 layer runs and given up after it, forwards and backwards. That is where the patched forward of a
-layer stands (``running.py``), so the grafts' parts are whole whenever they are called, however they
-are called: torch's hooks are on the layer, and Wings' learners have no call of their own to hang
-them on. Everything else (embeddings, last norm, head, projector) is the model's own group. The
+layer stands (``model/forward.py``), so the grafts' parts are whole whenever they are called,
+however they are called: torch's hooks are on the layer, and some parts have no call of their own to
+hang them on. Everything else (embeddings, last norm, head, projector) is the model's own group. The
 frozen vision tower stays whole: it also works between steps, for one process alone.
 
 accelerate's FSDP plugin knows none of this, and on a CPU it trains with DDP without a word.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def shard(model: GraftedModel, device: str) -> None:
-    """Spread a model over all processes; it then runs in lockstep.
+    """Spread a model over all processes; each of its parts then runs in every pass.
 
     Call it when the process group stands and when it is settled what trains; all processes must
     hold the same weights. From here on the trained parameters are other objects, ``DTensor``.
@@ -63,12 +63,12 @@ def shard(model: GraftedModel, device: str) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether :func:`shard` has spread the model."""
+    """Tell whether :func:`shard` has spread the model."""
     return bool(getattr(model, "lockstep", False))
 
 
 def whole_norm(norm: Any) -> Any:
-    """A gradient's norm, over all processes where each knows its part of it."""
+    """Return a gradient's norm, over all processes where each knows its part of it."""
     return norm.full_tensor() if isinstance(norm, Tensor) and is_piece(norm) else norm  # type: ignore[attr-defined]
 
 
@@ -80,7 +80,7 @@ def rest(model: nn.Module) -> None:
 
 
 def whole_state(optimizer: Any, keep: bool) -> dict[str, Any]:
-    """An optimizer's state dict with whole tensors; all processes call this together.
+    """Gather an optimizer's state dict with whole tensors; all processes call this together.
 
     Args:
         optimizer: Of sharded parameters.
@@ -103,19 +103,19 @@ def pieces_of_state(optimizer: Any) -> None:
 
 
 def pieces_at(model: GraftedModel, index: int) -> list[nn.Module]:
-    """What the grafts run at a layer."""
+    """List what the grafts run at a layer."""
     workflows: Sequence[Any] = list(model.workflows.values())
     return [
         piece
         for workflow in workflows
-        for place, piece in workflow.graft.layer_modules()
-        if place == index
+        for layer, piece in workflow.graft.layer_modules()
+        if layer == index
     ]
 
 
 @contextmanager
 def _within(layer: nn.Module, pieces: Sequence[nn.Module]) -> Iterator[None]:
-    """While the block lasts, pieces of grafts are children of the layer that they run at."""
+    """Make pieces of grafts children of the layer that they run at, while the block lasts."""
     names = [f"_mmgraft_piece_{number}" for number in range(len(pieces))]
     for name, piece in zip(names, pieces, strict=True):
         layer.add_module(name, piece)

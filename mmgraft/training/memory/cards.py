@@ -28,7 +28,7 @@ class Card:
 
 @cache
 def cards() -> tuple[Card, ...]:
-    """All sizes, the smallest first."""
+    """Return all sizes, the smallest first."""
     data = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
     fixed, share = data["reserve"]["fixed_gb"], data["reserve"]["share"]
     made = [
@@ -39,11 +39,11 @@ def cards() -> tuple[Card, ...]:
 
 
 def reserve() -> str:
-    """What is left free on every card, in words."""
+    """Say what is left free on every card."""
     data = yaml.safe_load(_FILE.read_text(encoding="utf-8"))["reserve"]
     return f"{data['fixed_gb']:g} GB and {data['share']:.0%} of a card"
 
 
 def smallest(needed: int) -> Card | None:
-    """The smallest card that has so many bytes to give; None where none has."""
+    """Find the smallest card that has so many bytes to give; None where none has."""
     return next((card for card in cards() if card.usable >= needed), None)

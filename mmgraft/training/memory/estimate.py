@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.training.memory.kernels import kernel_bytes
-from mmgraft.training.memory.optimizer import scratch_bytes, state_bytes
+from mmgraft.recipes.recipe import Recipe
 from mmgraft.training.memory.rows import RowSizes
-from mmgraft.training.memory.sharing import Groups, Share, groups_of, share
+from mmgraft.training.memory.sharing import groups_of, scratch_bytes, share, state_bytes
 from mmgraft.training.memory.simulation import Load, Step, simulate, simulate_tower
 from mmgraft.training.memory.stand_in import Outline, count_of, meta_model, weights_of
 from mmgraft.training.memory.subject import Subject, loaded_dtype
@@ -41,7 +39,6 @@ class StageEstimate:
         trained: Of these, how many the stage trains.
         weights: Of base, graft and projector, by dtype; ``nf4`` with its constants.
         gathered: Weights of other processes that are whole here while they are computed with.
-        kernels: Of a CPU's products in bf16, one for each shape; see the docs.
         buffers: What several processes hold all the time to exchange gradients.
         gradients: Of what is trained, in fp32.
         optimizer: Its state.
@@ -62,7 +59,6 @@ class StageEstimate:
     trained: int
     weights: dict[str, int]
     gathered: int
-    kernels: int
     buffers: int
     gradients: int
     optimizer: int
@@ -73,19 +69,6 @@ class StageEstimate:
     seeing: int
     peak: int
     moment: str
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """What a stage's model alone decides."""
-
-    parameters: int
-    trained: int
-    weights: dict[str, int]
-    states: dict[str, int]  # by optimizer
-    scratch: dict[str, int]
-    groups: Groups
-    step: Step
 
 
 class Estimator:
@@ -99,20 +82,16 @@ class Estimator:
     """
 
     def __init__(
-        self,
-        subject: Subject,
-        rows: Sequence[RowSizes],
-        device: str = "cuda",
-        processes: int = 1,
+        self, subject: Subject, rows: Sequence[RowSizes], device: str = "cuda", processes: int = 1
     ) -> None:
         self.subject, self.rows, self.device = subject, list(rows), device
         self.processes = processes
-        self._opened: dict[Any, _Opened] = {}
+        self._opened: dict[Any, tuple[GraftedModel, Step]] = {}
         self._towers: dict[Any, tuple[int, int]] = {}
         self._outline: Outline | None = None
 
     def stages(self, recipe: Recipe, first: int = 0) -> list[StageEstimate]:
-        """Every stage of a resolved recipe from the `first` on.
+        """Estimate every stage of a resolved recipe from ``first`` on.
 
         Raises:
             MMGraftError: A base that does not run without values.
@@ -120,45 +99,47 @@ class Estimator:
         return [self._stage(recipe, index) for index in range(first, len(recipe.stages))]
 
     def _stage(self, recipe: Recipe, index: int) -> StageEstimate:
-        stage, rows = recipe.stages[index], self.rows[index]
-        made = self._open(recipe, index)
-        tower, one_batch = self._tower(recipe, stage.batch_size * rows.images)
-        seeing = one_batch
-        if recipe.feature_cache:
-            seeing = self._tower(recipe, CACHED_AT_ONCE)[1]
-        held = self._share(recipe, stage, made)
-        still = sum(held.weights.values()) + tower + PROCESS[self.device]
-        kernels = self._kernels(stage, rows, made.step)
-        still += held.buffers + kernels
-        sums = held.gradients if stage.accumulate > 1 else 0
-        state = held.optimizer
-        if self._in_pieces(recipe):
-            working = made.step.peak + held.passing + held.gradients - sums
-        else:
-            working = made.step.peak - sums
+        stage, rows, in_pieces = recipe.stages[index], self.rows[index], self._in_pieces(recipe)
+        model, step = self._open(recipe, index)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        weights = weights_of(model)
+        held = share(
+            recipe.parallel,
+            self.processes,
+            weights=weights,
+            trained=sum(p.numel() for p in trained),
+            optimizer=state_bytes(model, trained, stage.optimizer, self.device),
+            scratch=scratch_bytes(trained, stage.optimizer, self.device),
+            groups=groups_of(model),
+        )
+        images = CACHED_AT_ONCE if recipe.feature_cache else stage.batch_size * rows.images
+        tower, seeing = self._tower(recipe, images)
+        process = tower + PROCESS[self.device]
+        still = sum(held.weights.values()) + process + held.buffers
+        state, sums = held.optimizer, held.gradients if stage.accumulate > 1 else 0
+        working = step.peak - sums + (held.passing + held.gradients if in_pieces else 0)
         moving = int(working * ALLOCATOR[self.device])
         moments = {
             "forward and backward": still + held.gathered + state + sums + moving,
             "the optimizer's step": still + state + held.gradients + held.scratch,
             "the vision tower": still + seeing + (0 if recipe.feature_cache else state + sums),
         }
-        if recipe.quantization and self._in_pieces(recipe):
-            moments["loading"] = sum(made.weights.values()) + tower + PROCESS[self.device]
+        if recipe.quantization and in_pieces:
+            moments["loading"] = sum(weights.values()) + process
         moment = max(moments, key=lambda name: moments[name])
         return StageEstimate(
             stage=stage.name,
             rows=rows,
             batch_size=stage.batch_size,
-            parameters=made.parameters,
-            trained=made.trained,
+            parameters=count_of(model),
+            trained=sum(p.numel() for p in trained),
             weights=held.weights,
             gathered=held.gathered,
-            kernels=kernels,
             buffers=held.buffers,
             gradients=held.gradients,
             optimizer=state,
-            activations=made.step.kept - (0 if self._in_pieces(recipe) else sums),
-            layers=made.step.layers,
+            activations=step.kept - (0 if in_pieces else sums),
+            layers=step.layers,
             working=working,
             tower=tower,
             seeing=seeing,
@@ -166,85 +147,52 @@ class Estimator:
             moment=moment,
         )
 
-    def _kernels(self, stage: Stage, rows: RowSizes, step: Step) -> int:
-        """Bytes of a CPU's kernels; of several rows in a batch the longest decides many shapes."""
-        if self.device != "cpu":
-            return 0
-        lengths = rows.lengths if stage.batch_size == 1 else -(-rows.lengths // 2)
-        passes = None if stage.max_steps is None else stage.max_steps * stage.accumulate
-        return kernel_bytes(step.kernels, lengths if passes is None else min(lengths, passes))
-
     def _in_pieces(self, recipe: Recipe) -> bool:
-        """Whether a process keeps its part of the gradients alone."""
+        """Tell whether a process keeps its part of the gradients alone."""
         return self.processes > 1 and recipe.parallel != "ddp"
 
-    def _share(self, recipe: Recipe, stage: Stage, made: _Opened) -> Share:
-        return share(
-            recipe.parallel,
-            self.processes,
-            weights=made.weights,
-            parameters=made.parameters,
-            trained=made.trained,
-            optimizer=made.states[stage.optimizer],
-            scratch=made.scratch[stage.optimizer],
-            groups=made.groups,
-        )
-
-    def _open(self, recipe: Recipe, index: int) -> _Opened:
-        stage = recipe.stages[index]
+    def _open(self, recipe: Recipe, index: int) -> tuple[GraftedModel, Step]:
+        """Open a stage's model and simulate its step; what the optimizer is does not matter."""
+        stage, subject, in_pieces = recipe.stages[index], self.subject, self._in_pieces(recipe)
         dtype = loaded_dtype(recipe)
         key = (
             index, tuple(stage.train), stage.batch_size, stage.accumulate > 1,
             stage.gradient_checkpointing, recipe.quantization, stage.precision, dtype,
-            recipe.attention, self._in_pieces(recipe),
+            recipe.attention, in_pieces,
         )  # fmt: skip
         if key in self._opened:
             return self._opened[key]
-        record = self.subject.record.model_copy(update={"workflow": stage.workflow})
+        record = subject.record.model_copy(update={"workflow": stage.workflow})
         model = meta_model(
-            record,
-            self.subject.config,
-            self.subject.width,
-            dtype,
-            recipe.quantization,
-            recipe.attention,
+            record, subject.config, subject.width, dtype, recipe.quantization, recipe.attention
         )
         open_stage(model, stage)
         model.train()
-        self._opened[key] = _Opened(
-            **_counted(model, self.device),
-            step=self._step(model, stage, index, dtype, self._in_pieces(recipe)),
-        )
-        return self._opened[key]
-
-    def _step(
-        self, model: GraftedModel, stage: Stage, index: int, dtype: Any, in_pieces: bool
-    ) -> Step:
         rows = self.rows[index]
-        assert stage.workflow is not None
         load = Load(
             rows=stage.batch_size,
             length=rows.length,
             images=rows.images,
-            patches=self.subject.patches,
+            patches=subject.patches,
             supervised=rows.supervised,
             padded=stage.packing or (rows.uneven and stage.batch_size > 1),
+            width=subject.width,
+            dtype=dtype,
         )
-        return simulate(
+        step = simulate(
             model,
-            stage.workflow,
             load,
-            width=self.subject.width,
-            feature_dtype=dtype,
             precision=stage.precision or "bf16",
             device=self.device,
             checkpointing=stage.gradient_checkpointing,
             accumulates=stage.accumulate > 1 and not in_pieces,
             gradients_leave=in_pieces,
         )
+        self._opened[key] = model, step
+        return model, step
 
     def _tower(self, recipe: Recipe, images: int) -> tuple[int, int]:
-        """Bytes of the tower's weights, and of what it holds beside them to see some images."""
+        """Return the bytes of the tower's weights, and what it holds beside them while it runs."""
         dtype = loaded_dtype(recipe)
         key = (images, dtype)
         if key not in self._towers:
@@ -256,14 +204,28 @@ class Estimator:
         return self._towers[key]
 
 
-def _counted(model: GraftedModel, device: str) -> dict[str, Any]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    kinds = ("adamw", "adamw_8bit", "paged_adamw_8bit")
-    return {
-        "parameters": count_of(model),
-        "trained": sum(p.numel() for p in trained),
-        "weights": weights_of(model),
-        "states": {kind: state_bytes(model, trained, kind, device) for kind in kinds},
-        "scratch": {kind: scratch_bytes(trained, kind, device) for kind in kinds},
-        "groups": groups_of(model),
-    }
+def not_counted(recipe: Recipe, device: str, processes: int) -> list[str]:
+    """Write a sentence for each setting of a recipe that an estimate knows little of.
+
+    Args:
+        recipe: Resolved.
+        device: ``cuda`` or ``cpu``.
+        processes: How many train together.
+    """
+    found: list[str] = []
+    if recipe.compile:
+        found.append("compile: counted as without it; torch.compile holds kernels and keeps less")
+    if recipe.attention is not None and recipe.attention.startswith("flash"):
+        found.append(f"attention: {recipe.attention} is counted as sdpa")
+    if device == "cpu" and any(stage.precision != "fp32" for stage in recipe.stages):
+        found.append("kernels: code that oneDNN makes for products in bf16, 0.6 GB at most")
+    if device == "cpu" and recipe.workers:
+        found.append(f"workers: the memory of the {recipe.workers} that load rows")
+    if recipe.parallel != "ddp" and processes == 1:
+        found.append(f"parallel: {recipe.parallel}: one process shares nothing; give --processes N")
+    if processes > 1:
+        found.append(
+            f"parallel: {recipe.parallel}: its parts are counted by what it does, and were never "
+            "compared with a measured peak"
+        )
+    return found

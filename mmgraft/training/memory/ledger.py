@@ -12,19 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mmgraft.training.memory.kernels import Kernels
-
 _GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
 """The product of a mixture of experts. Only in bf16 does torch know its shape without values."""
 
 
 class Ledger(TorchDispatchMode):
-    """While the block lasts, every new storage is entered, and crossed out when it is freed.
+    """While the block lasts, every new storage is counted until it is freed.
 
     It stands on a ``FakeTensorMode``: floating point tensors have a shape and no values, so nothing
     is allocated, but every operation runs; what autograd keeps, what autocast copies and what a
     recomputation frees are counted as they happen. Whole numbers and truth values are computed
-    in earnest, for the code asks for them: ids, masks and positions are small.
+    in earnest, because the code reads them: ids, masks and positions are small.
 
     Args:
         known: Tensors that were there before and are not to be counted.
@@ -32,14 +30,12 @@ class Ledger(TorchDispatchMode):
     Attributes:
         now: Bytes that live.
         peak: The most that lived at once.
-        kernels: What a CPU makes for the products.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
-        self.kernels = Kernels()
         self._entries: dict[int, weakref.ref[Any]] = {}
         for tensor in known:
             storage = tensor.untyped_storage()
@@ -49,8 +45,7 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked tens of thousands of times
-        self.kernels.see(func, args)
+            return args[0].fake_device  # read tens of thousands of times
         out = _run(func, args, kwargs or {})
         tree_map_only(torch.Tensor, self._enter, out)
         return out
@@ -76,7 +71,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if any(isinstance(tensor, FakeTensor) for tensor in given):
         if func is torch.ops.aten.index.Tensor:
-            args = (args[0], _places(args[1]))
+            args = (args[0], _indices(args[1]))
         if func is _GROUPED and args[0].dtype != torch.bfloat16:
             halves = [one.bfloat16() for one in args[:2]]
             return func(*halves, *args[2:], **kwargs).to(args[0].dtype)
@@ -89,8 +84,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
 
-def _places(indices: Any) -> list[Any]:
-    """An index in which masks are lists of places: how many a mask chooses is then known."""
+def _indices(indices: Any) -> list[Any]:
+    """Turn masks in an index into lists of positions: how many a mask chooses is then known."""
     found: list[Any] = []
     for index in indices:
         known = isinstance(index, Tensor) and not isinstance(index, FakeTensor)

@@ -1,33 +1,26 @@
-"""What `mmgraft estimate` is asked: a run or a recipe, with changes, and rows or their length."""
+"""What an estimate is made for: a run or a recipe, with changes, and rows or their length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmgraft.basefiles import ModelFiles
 from mmgraft.basefiles.files import fetch_tokenizer
 from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.data.chat.processor import GraftProcessor
-from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
-from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.processor import load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe, with_data
+from mmgraft.recipes.source import find_recipe, load_recipe, with_data
 from mmgraft.training.distributed import parallel
 from mmgraft.training.memory.estimate import Estimator
 from mmgraft.training.memory.rows import RowSizes, assumed, measured
 from mmgraft.training.memory.subject import Subject, subject_of_recipe, subject_of_run
-from mmgraft.training.stage_data import StageData, check_rows
-
-if TYPE_CHECKING:
-    from mmgraft.training.run import Plan
-
-_RUN_RECIPES = ("recipe.yaml", "recipe.used.yaml")
+from mmgraft.training.run import RECIPE, USED_RECIPE, Plan, recipe_file
+from mmgraft.training.stage_data import StageData, check_rows, with_template
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ def read_request(
     device: str = "cuda",
     processes: int = 1,
 ) -> Request:
-    """Find out what is asked; of base and tower only configs and tokenizer are read.
+    """Read what an estimate needs; of base and tower that is configs and tokenizer only.
 
     Args:
         target: The folder of a graft, or a recipe's file or shipped name.
@@ -78,8 +71,10 @@ def read_request(
     path = Path(target).expanduser()
     if path.is_dir():
         subject = subject_of_run(path, base, vision)
-        method = subject.record.method
-        loaded = load_recipe(_recipe_of(path, method, recipe), method=method, overrides=overrides)
+        if recipe is None and not (path / RECIPE).is_file() and (path / USED_RECIPE).is_file():
+            recipe = path / USED_RECIPE
+        file = recipe_file(path, subject.record, recipe)
+        loaded = load_recipe(file, method=subject.record.method, overrides=overrides)
     else:
         if recipe is not None:
             raise UsageError(f"{target} is a recipe itself; leave --recipe out, or name a run")
@@ -92,7 +87,7 @@ def read_request(
 
 
 def estimator_of_plan(plan: Plan) -> Estimator:
-    """For a training that is about to begin, whose rows are read already."""
+    """Make one for a training that is about to begin, whose rows are read already."""
     subject = subject_of_run(plan.run)
     reader = _Reader(subject, plan.recipe.on_bad_row)
     sizes = [
@@ -101,24 +96,12 @@ def estimator_of_plan(plan: Plan) -> Estimator:
     return Estimator(subject, sizes, plan.device, parallel.processes())
 
 
-def _recipe_of(run: Path, method: str, named: str | Path | None) -> Path:
-    if named is not None:
-        return find_recipe(named)
-    for name in _RUN_RECIPES:
-        if (run / name).is_file():
-            return run / name
-    default = method_recipe(get_method(method))
-    if default is None:
-        raise UsageError(f"{run} has no recipe.yaml; give --recipe FILE")
-    return default
-
-
 class _Reader:
     """Sizes of rows, from data where a stage names them."""
 
-    def __init__(self, subject: Subject, on_bad_row: OnBadRow = "error") -> None:
+    def __init__(self, subject: Subject, on_bad_row: OnBadRow) -> None:
         self.subject = subject
-        self.on_bad_row: OnBadRow = on_bad_row
+        self.on_bad_row = on_bad_row
         self.data = StageData(on_bad_row)
         self._plain: GraftProcessor | None = None
 
@@ -139,24 +122,16 @@ class _Reader:
         )
 
     def of_rows(self, rows: Sequence[Row], stage: Stage) -> RowSizes:
-        """Sizes of rows that are read already."""
-        processor = self.processor(stage)
-        return measured(
-            rows,
-            processor,
-            stage.max_length,
-            stage.text_rows,
-            stage.packing,
-            skip_bad=self.on_bad_row == "skip",
-        )
+        """Measure rows that are read already."""
+        skip_bad = self.on_bad_row == "skip"
+        sizes = stage.max_length, stage.text_rows, stage.packing
+        return measured(rows, self.processor(stage), *sizes, skip_bad)
 
     def processor(self, stage: Stage) -> GraftProcessor:
         if self._plain is None:
             folder = _tokenizer_folder(self.subject.files)
             self._plain = load_processor(self.subject.record, folder, self.subject.patches, None)
-        if stage.template is None:
-            return self._plain
-        return self._plain.with_template(resolve_template(stage.template, self._plain.tokenizer))
+        return with_template(self._plain, stage.template)
 
 
 def _tokenizer_folder(files: ModelFiles) -> Path:

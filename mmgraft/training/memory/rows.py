@@ -1,4 +1,4 @@
-"""How long the rows of a stage are, as far as memory asks."""
+"""The sizes of a stage's rows that decide its memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 
 TOKENISED = 64
-"""Rows of a stage that are tokenised: those with the most letters and images."""
-_LETTERS = 3  # a position, about
+"""Rows of a stage that are tokenised: those with the most characters and images."""
+_CHARACTERS = 3  # a position, about
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,9 @@ class RowSizes:
 
     Attributes:
         length: Positions, images counted.
-        images: Pictures in it.
-        supervised: Positions that are learned.
+        images: Images in it.
+        supervised: Supervised tokens in it.
         uneven: Rows differ in length.
-        lengths: How many lengths rows have, or may have.
         source: Where the numbers come from, in words.
     """
 
@@ -36,7 +35,6 @@ class RowSizes:
     images: int
     supervised: int
     uneven: bool
-    lengths: int
     source: str
 
 
@@ -48,7 +46,7 @@ def measured(
     packing: bool = False,
     skip_bad: bool = False,
 ) -> RowSizes:
-    """The sizes of a stage's rows, by tokenising the longest ones; with packing, of a sequence.
+    """Measure a stage's rows by tokenising the longest ones; with packing, its sequences.
 
     Args:
         rows: Of the stage.
@@ -64,9 +62,9 @@ def measured(
     kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
     facts = facts_of(kept)
     sizes = facts.letters.astype(np.int64)
-    sizes += _LETTERS * processor.num_patches * facts.pictures.astype(np.int64)
+    sizes += _CHARACTERS * processor.num_patches * facts.pictures.astype(np.int64)
     longest = [kept[int(at)] for at in np.argsort(-sizes, kind="stable")[:TOKENISED]]
-    lengths, images, learned = [], [], []
+    lengths, images, supervised = [], [], []
     for at, row in enumerate(longest):
         try:
             encoded = supervise_row(processor, row)
@@ -78,28 +76,27 @@ def measured(
             raise
         lengths.append(len(encoded))
         images.append(len(encoded.images))
-        learned.append(sum(label != -100 for label in encoded.labels))
+        supervised.append(sum(label != -100 for label in encoded.labels))
     if packing and max_length is not None:
-        return _of_sequences(max_length, lengths, images, learned, len(kept))
+        return _of_sequences(max_length, lengths, images, supervised, len(kept))
     uneven = len(kept) > len(longest) or len(set(lengths)) > 1
     source = f"longest of {len(kept)} rows"
-    different = len(set(lengths)) if len(kept) <= len(longest) else min(len(kept), max(lengths))
-    return RowSizes(max(lengths), max(images), max(learned), uneven, different, source)
+    return RowSizes(max(lengths), max(images), max(supervised), uneven, source)
 
 
 def _of_sequences(
-    room: int, lengths: list[int], images: list[int], learned: list[int], rows: int
+    room: int, lengths: list[int], images: list[int], supervised: list[int], rows: int
 ) -> RowSizes:
-    """A full sequence of the rows that hold the most images and answers for their length."""
+    """Fill a sequence with the rows that hold the most images and answers for their length."""
 
     def most(counts: list[int]) -> int:
         return max(room * count // length for count, length in zip(counts, lengths, strict=True))
 
-    return RowSizes(room, most(images), most(learned), True, room, f"packed, from {rows} rows")
+    return RowSizes(room, most(images), most(supervised), True, f"packed, from {rows} rows")
 
 
 def assumed(length: int, patches: int, source: str, packing: bool = False) -> RowSizes:
-    """Sizes of rows of one length with one image, all the rest of it learned.
+    """Assume rows of one length with one image, all the rest of it supervised.
 
     A packed sequence is one of many rows: as many images as it has room for, each with an answer.
 
@@ -112,4 +109,4 @@ def assumed(length: int, patches: int, source: str, packing: bool = False) -> Ro
             f"this tower, and an answer; give --length {patches + 64} or more"
         )
     images = length // (patches + 2) if packing else 1
-    return RowSizes(length, max(1, images), length - patches - 1, True, length, source)
+    return RowSizes(length, max(1, images), length - patches - 1, True, source)

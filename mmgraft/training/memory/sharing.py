@@ -1,4 +1,4 @@
-"""What one of several processes holds, by the way in which they share a training.
+"""What one process holds: its optimizer, and its share where several train together.
 
 These are counts by what each way does, worked out by hand in its tests; none was compared with a
 measured peak.
@@ -6,9 +6,11 @@ measured peak.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from mmgraft.anatomy import decoder_layers
 from mmgraft.training.distributed.sharding import pieces_at
@@ -16,12 +18,11 @@ from mmgraft.training.memory.stand_in import weights_of
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
-    from mmgraft.recipes.recipe import Parallel
+    from mmgraft.recipes.recipe import Optimizer, Parallel
 
-_BUCKET = 500_000_000
-"""Numbers in a bucket of DeepSpeed, which the shipped configurations leave as it is; in fp32."""
-_LIVE = 1_000_000_000
-"""Parameters that ZeRO 3 holds whole at once at most, likewise."""
+_WHOLE = 4096  # bitsandbytes keeps the state of smaller tensors in 32 bits
+_PAGED = 100_000  # and pages only that of larger ones
+_BLOCK = 256  # moments that share an fp32 constant
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Share:
         gradients: That it keeps.
         optimizer: Its state.
         scratch: Of the optimizer's step.
-        buffers: Held all the time to exchange gradients, and fp32 copies of what is trained.
+        buffers: Held all the time to exchange gradients.
         passing: Gradients that are whole on their way to the others.
     """
 
@@ -63,7 +64,7 @@ class Share:
 
 
 def groups_of(model: GraftedModel) -> Groups:
-    """How FSDP2 would divide a model, as `mmgraft.training.distributed.sharding` does."""
+    """Divide a model as FSDP2 does in :mod:`mmgraft.training.distributed.sharding`."""
     whole = sum(weights_of(model).values())
     sizes: list[int] = []
     trained: list[int] = []
@@ -82,20 +83,18 @@ def share(
     processes: int,
     *,
     weights: Mapping[str, int],
-    parameters: int,
     trained: int,
     optimizer: int,
     scratch: int,
     groups: Groups,
 ) -> Share:
-    """What one process holds of a model.
+    """Count what one process holds of a model.
 
     Args:
         way: The recipe's `parallel`.
         processes: How many share it; one holds everything.
         weights: Bytes of base, graft and projector, by dtype.
-        parameters: Numbers in them.
-        trained: Of these, how many are trained.
+        trained: How many numbers are trained.
         optimizer: Bytes of its whole state.
         scratch: Of a step of the whole.
         groups: What is gathered together.
@@ -108,21 +107,47 @@ def share(
     if processes == 1 or way == "ddp":
         buckets = gradients if processes > 1 else 0  # DDP's copies of all gradients
         return Share(dict(weights), 0, gradients, optimizer, scratch, buckets, 0)
-    pieces = {name: part(size) for name, size in weights.items()}
-    whole = sum(weights.values())
-    if way == "fsdp2":
-        # The rest stays whole from its forward to its backward; one layer runs, one is on its way.
-        # Gradients of two groups: one is computed, one is being summed over all processes.
-        gathered = min(groups.rest + 2 * groups.layer, whole)
-        passing = min(2 * 4 * groups.trained, gradients)
-        return Share(pieces, gathered, part(gradients), part(optimizer), part(scratch), 0, passing)
-    own = part(gradients)  # an fp32 copy of its part of what is trained
-    if way == "zero2":
-        return Share(
-            dict(weights), 0, part(gradients), part(optimizer), part(scratch),
-            2 * 4 * _BUCKET + own, 0,
-        )  # fmt: skip
-    live = min(whole - sum(pieces.values()), _LIVE * whole // max(1, parameters))
+    # The rest stays whole from its forward to its backward; one layer runs, one is on its way.
+    # Gradients of two groups: one is computed, one is being summed over all processes.
     return Share(
-        pieces, max(0, live), part(gradients), part(optimizer), part(scratch), 4 * _BUCKET + own, 0
+        weights={name: part(size) for name, size in weights.items()},
+        gathered=min(groups.rest + 2 * groups.layer, sum(weights.values())),
+        gradients=part(gradients),
+        optimizer=part(optimizer),
+        scratch=part(scratch),
+        buffers=0,
+        passing=min(2 * 4 * groups.trained, gradients),
     )
+
+
+def state_bytes(
+    model: nn.Module, trained: Iterable[nn.Parameter], optimizer: Optimizer, device: str
+) -> int:
+    """Count the bytes of both moments on the device where the parameters are.
+
+    AdamW keeps two fp32 numbers for each; in 8 bits one byte each and a constant for 256, where
+    embeddings and tensors under 4096 numbers keep fp32. Pages on CUDA lie in main memory.
+    """
+    if optimizer == "adamw":
+        return sum(8 * parameter.numel() for parameter in trained)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    paged = optimizer == "paged_adamw_8bit" and device == "cuda"
+    total = 0
+    for parameter in trained:
+        size = parameter.numel()
+        if paged and size >= _PAGED:
+            continue
+        whole = id(parameter) in tables or size < _WHOLE
+        total += 8 * size if whole else 2 * size + 2 * 4 * -(-size // _BLOCK)
+    return total
+
+
+def scratch_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer, device: str) -> int:
+    """Count what a step holds beside the state: roots of the second moments.
+
+    On CUDA torch takes all parameters together, elsewhere one by one with two copies.
+    """
+    if optimizer != "adamw":
+        return 0
+    sizes = [4 * parameter.numel() for parameter in trained]
+    return sum(sizes) if device == "cuda" else 2 * max(sizes, default=0)

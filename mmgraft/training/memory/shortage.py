@@ -1,4 +1,4 @@
-"""Too little memory: told before a training begins, and when it ends one."""
+"""Too little memory: a warning before a training begins, and the error that ends one."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _SIGNS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot a
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: on a card, or in a processor's allocator."""
+    """Tell whether an error says that memory ran out: on a card, or in main memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def out_of_memory(recipe: Recipe, stage: Stage, error: BaseException) -> MMGraftError:
-    """The error that ends a training for want of memory: it names what to set."""
+    """Make the error that ends a training for want of memory: it names what to set."""
     first = str(error).strip().partition("\n")[0] or type(error).__name__
     return MMGraftError(f"out of memory in stage {stage.name!r}: {first}\n{advice(recipe, stage)}")
 
 
 def advice(recipe: Recipe, stage: Stage) -> str:
-    """What to set, of the switches that are not set yet; what changes least first."""
+    """Say what to set, of the switches that are not set yet; what changes least first."""
     alone = recipe.model_copy(update={"stages": [stage]})
     every = switches_for(processes())
     left = [one for one in every if one.change(alone) != alone and one.name != "feature_cache"]
@@ -44,7 +44,7 @@ def advice(recipe: Recipe, stage: Stage) -> str:
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that a training can have now: of the card on CUDA, else of main memory.
+    """Return the bytes that a training can have now: of the card on CUDA, else of main memory.
 
     A container's own limit counts where it is lower. None where it cannot be known.
     """
@@ -67,7 +67,7 @@ def free_memory(device: str) -> int | None:
 
 
 def warning(plan: Plan) -> str | None:
-    """What to say before a training that needs more memory than is free; None where it fits.
+    """Warn of a training that needs more memory than is free; None where it fits.
 
     A base whose memory cannot be estimated is trained without a word of warning.
     """

@@ -26,8 +26,10 @@ class Load:
         length: Positions of the longest row, images counted.
         images: Of one row.
         patches: Positions of one image.
-        supervised: Positions of a row that are learned.
+        supervised: Supervised tokens of a row.
         padded: Rows differ in length, so that attention gets a mask.
+        width: Of the tower's features.
+        dtype: Of the tower's features.
     """
 
     rows: int
@@ -36,6 +38,8 @@ class Load:
     patches: int
     supervised: int
     padded: bool
+    width: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -46,24 +50,17 @@ class Step:
         kept: Held when the forward is done, for the backward to use.
         layers: Of these, what each decoder layer holds, with what the graft adds to it.
         peak: The most that is held at once, gradients with it.
-        gradients: Held when the backward is done.
-        kernels: How many a CPU makes for the pass; see :mod:`mmgraft.training.memory.kernels`.
     """
 
     kept: int
     layers: list[int]
     peak: int
-    gradients: int
-    kernels: int
 
 
 def simulate(
     model: GraftedModel,
-    workflow: str,
     load: Load,
     *,
-    width: int,
-    feature_dtype: torch.dtype,
     precision: str,
     device: str,
     checkpointing: bool,
@@ -73,11 +70,8 @@ def simulate(
     """Run one step of a stage's model, opened for the stage; its parameters become fake ones.
 
     Args:
-        model: On the meta device.
-        workflow: Which one every row runs.
+        model: On the meta device, with one workflow.
         load: The batch.
-        width: Of the tower's features.
-        feature_dtype: Theirs.
         precision: ``bf16`` computes under autocast.
         device: ``cuda`` or ``cpu``: whose path the code takes.
         checkpointing: Recompute layers in the backward pass.
@@ -87,29 +81,26 @@ def simulate(
     Raises:
         MMGraftError: This base computes sizes from values, so that it cannot run without them.
     """
+    model.gradient_checkpointing = checkpointing
+    bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     layers: list[int] = []
     try:
-        with without_values(model), as_if_on(device):
-            model.gradient_checkpointing = checkpointing
+        with without_values(model), as_if_on(device), contextlib.ExitStack() as hooks:
             trained = [p for p in model.parameters() if p.requires_grad]
-            ledger = Ledger([*model.parameters(), *model.buffers()])
-            with ledger, contextlib.ExitStack() as hooks:
+            ledger = hooks.enter_context(Ledger([*model.parameters(), *model.buffers()]))
+            for parameter in trained:
                 if accumulates:
-                    for parameter in trained:
-                        parameter.grad = torch.empty_like(parameter)
+                    parameter.grad = torch.empty_like(parameter)
                 if gradients_leave:
-                    for parameter in trained:
-                        leaves = parameter.register_post_accumulate_grad_hook(_drop_gradient)
-                        hooks.callback(leaves.remove)
-                for layer in decoder_layers(model.base, model.anatomy):
-                    _watch(layer, ledger, layers, hooks)
-                with _autocast(precision):
-                    loss = _loss(model, workflow, load, width, feature_dtype)
-                kept = ledger.now
-                loss.backward()
-                del loss
-            gradients = sum(p.numel() * 4 for p in trained)
-            return Step(kept, layers, ledger.peak, gradients, ledger.kernels.count)
+                    leaves = parameter.register_post_accumulate_grad_hook(_drop_gradient)
+                    hooks.callback(leaves.remove)
+            for layer in decoder_layers(model.base, model.anatomy):
+                _watch(layer, ledger, layers, hooks)
+            with bf16:
+                loss = _loss(model, load)
+            kept = ledger.now
+            loss.backward()
+            return Step(kept, layers, ledger.peak)
     except Exception as error:  # whatever a foreign forward may raise over missing values
         raise MMGraftError(
             f"the memory of {model.anatomy.class_name} cannot be estimated: "
@@ -118,7 +109,7 @@ def simulate(
 
 
 def simulate_tower(outline: Outline, images: int, dtype: torch.dtype) -> int:
-    """Bytes that the tower needs at once to see some images, beside its weights."""
+    """Count the bytes that the tower needs at once to see some images, beside its weights."""
     module = outline.module
     with without_values(module, dtype):
         with Ledger([*module.parameters(), *module.buffers()]) as ledger, torch.no_grad():
@@ -129,12 +120,6 @@ def simulate_tower(outline: Outline, images: int, dtype: torch.dtype) -> int:
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-def _autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
-    if precision != "bf16":
-        return contextlib.nullcontext()
-    return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 def _watch(
@@ -148,16 +133,11 @@ def _watch(
     def leave(*_: Any) -> None:
         kept.append(ledger.now - before[0])
 
-    for handle in (
-        layer.register_forward_pre_hook(enter),
-        layer.register_forward_hook(leave),
-    ):
-        hooks.callback(handle.remove)
+    hooks.callback(layer.register_forward_pre_hook(enter).remove)
+    hooks.callback(layer.register_forward_hook(leave).remove)
 
 
-def _loss(
-    model: GraftedModel, name: str, load: Load, width: int, feature_dtype: torch.dtype
-) -> Tensor:
+def _loss(model: GraftedModel, load: Load) -> Tensor:
     shape = (load.rows, load.length)
     shown = load.images * load.patches
     real = torch.ones(shape, dtype=torch.long)
@@ -169,13 +149,13 @@ def _loss(
     labels[:, max(1, load.length - load.supervised) :] = 0
     features = None
     if shown:
-        features = torch.empty(load.rows * load.images, load.patches, width, dtype=feature_dtype)
+        shown = (load.rows * load.images, load.patches, load.width)
+        features = torch.empty(shown, dtype=load.dtype)
     out = model(
         input_ids=torch.zeros(shape, dtype=torch.long),
         attention_mask=real,
         mm_token_type_ids=kinds,
         labels=labels,
         image_features=features,
-        workflow=name,
     )
     return out.loss

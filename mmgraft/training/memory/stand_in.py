@@ -41,7 +41,7 @@ def meta_model(
     quantization: str | None = None,
     attention: str | None = None,
 ) -> GraftedModel:
-    """The model that training loads, on the meta device: base in `dtype`, graft in fp32.
+    """Make the model that training loads, on the meta device: base in ``dtype``, graft in fp32.
 
     Args:
         record: The graft's.
@@ -64,36 +64,28 @@ def meta_model(
 
 
 def weights_of(module: nn.Module) -> dict[str, int]:
-    """Bytes of parameters by their dtype, each tensor once; of 4-bit layers all under ``nf4``."""
-    found: dict[str, int] = {}
-    packed: set[int] = set()
-    for part in module.modules():
-        if isinstance(part, FourBitLinear):
-            packed |= {id(part.weight), id(part.constants), id(part.scales)}
-            found["nf4"] = found.get("nf4", 0) + part.nbytes
-    for parameter in module.parameters():
-        if id(parameter) in packed:
-            continue
+    """Count the bytes of parameters by dtype, each tensor once; of 4-bit layers under ``nf4``."""
+    packed, others = _split(module)
+    found = {"nf4": sum(part.nbytes for part in packed)} if packed else {}
+    for parameter in others:
         name = str(parameter.dtype).removeprefix("torch.")
         found[name] = found.get(name, 0) + parameter.numel() * parameter.element_size()
     return found
 
 
 def count_of(module: nn.Module) -> int:
-    """Numbers in all parameters, those of 4-bit layers counted as the numbers they stand for."""
-    packed = {
-        id(part): part.in_features * part.out_features
-        for part in module.modules()
-        if isinstance(part, FourBitLinear)
-    }
-    own = {
-        id(parameter)
-        for part in module.modules()
-        if isinstance(part, FourBitLinear)
-        for parameter in (part.weight, part.constants, part.scales)
-    }
-    rest = sum(one.numel() for one in module.parameters() if id(one) not in own)
-    return rest + sum(packed.values())
+    """Count the numbers in all parameters, those of 4-bit layers as what they stand for."""
+    packed, others = _split(module)
+    return sum(one.in_features * one.out_features for one in packed) + sum(
+        one.numel() for one in others
+    )
+
+
+def _split(module: nn.Module) -> tuple[list[FourBitLinear], list[nn.Parameter]]:
+    """Find the 4-bit layers of a module, and all parameters that are not packed in them."""
+    packed = [part for part in module.modules() if isinstance(part, FourBitLinear)]
+    inside = {id(one) for part in packed for one in part.packed}
+    return packed, [one for one in module.parameters() if id(one) not in inside]
 
 
 class FourBitLinear(nn.Module):
@@ -113,10 +105,14 @@ class FourBitLinear(nn.Module):
         self.bias = bias
 
     @property
+    def packed(self) -> tuple[nn.Parameter, ...]:
+        """The weights and their constants."""
+        return self.weight, self.constants, self.scales
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights with their constants."""
-        own = (self.weight, self.constants, self.scales)
-        return sum(one.numel() * one.element_size() for one in own) + _TABLES
+        return sum(one.numel() * one.element_size() for one in self.packed) + _TABLES
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``."""
@@ -124,7 +120,7 @@ class FourBitLinear(nn.Module):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def unpacked(self) -> Tensor:
-        """The weights ``(out, in)``."""
+        """Return the weights ``(out, in)``."""
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype)
 
 
@@ -158,7 +154,7 @@ def _hold_in_4bit(model: GraftedModel, dtype: torch.dtype) -> None:
 
 @contextmanager
 def without_values(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """While the block lasts, tensors are fake ones of the CPU; those of the module from then on.
+    """Make tensors fake ones of the CPU while the block lasts; a module's stay so.
 
     ``dtype`` is what its floating point tensors get; None leaves theirs.
     """

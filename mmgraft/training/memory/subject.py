@@ -43,7 +43,7 @@ class Subject:
     patches: int
 
     def outline(self) -> Outline:
-        """The tower's module without weights; of a registered kind, which has no config, loaded."""
+        """Build the tower without weights; one of a registered kind has no config and is loaded."""
         if self.vision.kind != TRANSFORMERS_KIND:
             tower = load_tower(self.vision)
             return Outline(tower, tower.image_size, lambda module, pixels: module(pixels))
@@ -54,7 +54,7 @@ class Subject:
 
 
 def subject_of_run(run: Path, base: str | None = None, vision: str | None = None) -> Subject:
-    """The graft in a folder, on its own base and tower or on others.
+    """Describe the graft in a folder, on its own base and tower or on others.
 
     Raises:
         UsageError: No graft there, or no such base or tower.
@@ -72,7 +72,7 @@ def subject_of_run(run: Path, base: str | None = None, vision: str | None = None
 def subject_of_recipe(
     recipe: Recipe, base: str | None = None, vision: str | None = None
 ) -> Subject:
-    """The graft that `mmgraft graft --recipe` would make.
+    """Describe the graft that ``mmgraft graft --recipe`` would make.
 
     Raises:
         UsageError: The recipe names no base and none is given, or settings that do not fit.
@@ -129,6 +129,6 @@ def _subject(record: GraftFile, files: ModelFiles, spec: VisionSpec) -> Subject:
 
 
 def loaded_dtype(recipe: Recipe) -> torch.dtype:
-    """In what a training holds its base: fp32 where it is trained or computed in fp32."""
+    """Return the base's dtype in training: fp32 where it is trained or computed in fp32."""
     whole = recipe.base == "full" or any(stage.precision == "fp32" for stage in recipe.stages)
     return torch.float32 if whole else torch.bfloat16

@@ -1,4 +1,4 @@
-"""Settings of a recipe that save memory, what each saves, and which make a smaller card do."""
+"""Settings of a recipe that save memory, and what each saves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.training.memory.cards import Card, cards
 
 if TYPE_CHECKING:
     from mmgraft.training.memory.estimate import Estimator, StageEstimate
@@ -43,15 +42,6 @@ class Saving:
     peak: int
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A card that is enough once some switches are set."""
-
-    card: Card
-    write: list[str]
-    peak: int
-
-
 def _every_stage(change: Callable[[Stage], dict[str, object]]) -> Callable[[Recipe], Recipe]:
     def changed(recipe: Recipe) -> Recipe:
         stages = [stage.model_copy(update=change(stage)) for stage in recipe.stages]
@@ -79,7 +69,7 @@ def _cached(recipe: Recipe) -> Recipe:
 
 
 def _in_4bit(recipe: Recipe) -> Recipe:
-    if recipe.base == "full" or recipe.parallel == "zero3":
+    if recipe.base == "full":
         return recipe
     return recipe.model_copy(update={"quantization": "nf4"})
 
@@ -92,12 +82,7 @@ def _in_pieces(recipe: Recipe) -> Recipe:
 
 
 SWITCHES: tuple[Switch, ...] = (
-    Switch(
-        "feature_cache",
-        "feature_cache: true",
-        "disk space for the features",
-        _cached,
-    ),
+    Switch("feature_cache", "feature_cache: true", "disk space for the features", _cached),
     Switch(
         "gradient_checkpointing",
         "gradient_checkpointing: true",
@@ -110,12 +95,7 @@ SWITCHES: tuple[Switch, ...] = (
         "speed; the steps stay the same",
         _every_stage(_one_row),
     ),
-    Switch(
-        "optimizer",
-        "optimizer: adamw_8bit",
-        "rounded moments; needs bitsandbytes",
-        _in_8bit,
-    ),
+    Switch("optimizer", "optimizer: adamw_8bit", "rounded moments; needs bitsandbytes", _in_8bit),
     Switch(
         "quantization",
         "quantization: nf4",
@@ -135,17 +115,17 @@ SEVERAL = Switch(
 
 
 def switches_for(processes: int) -> tuple[Switch, ...]:
-    """Those that so many processes have."""
+    """Return the switches that so many processes have."""
     return (SEVERAL, *SWITCHES) if processes > 1 else SWITCHES
 
 
 def peak_of(stages: Sequence[StageEstimate]) -> int:
-    """The recipe's peak: its largest stage's."""
+    """Return the recipe's peak: its largest stage's."""
     return max(stage.peak for stage in stages)
 
 
 def savings(estimator: Estimator, recipe: Recipe, first: int = 0) -> list[Saving]:
-    """What each switch saves by itself, the largest saving first; those that save nothing not."""
+    """Find what each switch saves by itself, the largest saving first, without those of nothing."""
     before = peak_of(estimator.stages(recipe, first))
     found: list[Saving] = []
     for switch in switches_for(estimator.processes):
@@ -156,36 +136,3 @@ def savings(estimator: Estimator, recipe: Recipe, first: int = 0) -> list[Saving
         if before - peak > _WORTH * before:
             found.append(Saving(switch.name, switch.text, switch.costs, before - peak, peak))
     return sorted(found, key=lambda saving: -saving.saves)
-
-
-def smaller_cards(estimator: Estimator, recipe: Recipe) -> list[Fit]:
-    """Cards too small for the recipe as it is, the largest first, with switches that are enough.
-
-    Switches are set one after another until the recipe fits, then those that it fits without are
-    taken back. A card that all of them together do not make do is left out.
-    """
-    now = peak_of(estimator.stages(recipe))
-    every = switches_for(estimator.processes)
-    useful = [switch for switch in every if switch.change(recipe) != recipe]
-    found: list[Fit] = []
-    for card in reversed([card for card in cards() if card.usable < now]):
-        chosen: list[Switch] = []
-        for switch in useful:
-            chosen.append(switch)
-            if _peak(estimator, recipe, chosen) <= card.usable:
-                break
-        else:
-            break  # no smaller one does either
-        for switch in chosen[:-1]:
-            fewer = [one for one in chosen if one is not switch]
-            if _peak(estimator, recipe, fewer) <= card.usable:
-                chosen = fewer
-        peak = _peak(estimator, recipe, chosen)
-        found.append(Fit(card, [switch.text for switch in chosen], peak))
-    return found
-
-
-def _peak(estimator: Estimator, recipe: Recipe, chosen: Sequence[Switch]) -> int:
-    for switch in chosen:
-        recipe = switch.change(recipe)
-    return peak_of(estimator.stages(recipe))

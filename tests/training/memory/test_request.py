@@ -111,19 +111,3 @@ def test_what_is_missing_is_named(shared, target, options, words):
     options = {key: places.get(value, value) for key, value in options.items()}
     with pytest.raises(UsageError, match=words):
         read_request(target, **options)
-
-
-def test_a_cpu_makes_kernels_for_as_many_lengths_as_steps_can_meet(run):
-    def kernels(steps: int, device: str = "cpu", precision: str = "bf16", **options) -> int:
-        changes = [f"stages.*.max_steps={steps}", "stages.*.accumulate=1", "stages.*.batch_size=1"]
-        changes.append(f"precision={precision}")
-        request = read_request(run, device=device, overrides=changes, **options)
-        return request.estimator().stages(request.recipe)[1].kernels
-
-    one = kernels(1)
-    assert kernels(2) == 2 * one > 0
-    lengths = read_request(run, device="cpu").rows[1].lengths
-    assert 2 <= lengths <= 9
-    assert kernels(1000) == lengths * one
-    assert kernels(3, length=30) == 3 * kernels(1, length=30)
-    assert kernels(3, device="cuda") == kernels(3, precision="fp32") == 0

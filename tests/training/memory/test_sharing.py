@@ -11,7 +11,7 @@ import torch
 
 from mmgraft import IAAConfig
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.training.memory.limits import not_counted
+from mmgraft.training.memory.estimate import not_counted
 from mmgraft.training.memory.request import Request, read_request
 from mmgraft.training.memory.sharing import Groups, Share, groups_of, share
 from mmgraft.training.memory.stand_in import meta_model
@@ -29,14 +29,14 @@ GROUPS = Groups(layer=700, rest=2100, trained=60)
 
 def shared(way: Any, processes: int, **changes: Any) -> Share:
     given = {
-        "weights": WEIGHTS, "parameters": 4100, "trained": 100, "optimizer": 800,
+        "weights": WEIGHTS, "trained": 100, "optimizer": 800,
         "scratch": 400, "groups": GROUPS,
     }  # fmt: skip
     return share(way, processes, **{**given, **changes})
 
 
 def test_one_process_holds_everything_whatever_the_recipe_says() -> None:
-    for way in ("ddp", "fsdp2", "zero2", "zero3"):
+    for way in ("ddp", "fsdp2"):
         assert shared(way, 1) == Share(WEIGHTS, 0, 400, 800, 400, 0, 0)
 
 
@@ -55,19 +55,6 @@ def test_fsdp2_keeps_a_part_of_everything_and_gathers_two_layers_and_the_rest() 
     assert small.weights == {"bfloat16": 2667, "float32": 134}  # rounded up
     assert small.gathered == 8400  # never more than there is
     assert small.passing == 80
-
-
-def test_zero_2_keeps_all_weights_and_two_buckets() -> None:
-    found = shared("zero2", 4)
-    assert found == Share(WEIGHTS, 0, 100, 200, 100, 4_000_000_000 + 100, 0)
-
-
-def test_zero_3_gathers_what_it_does_not_keep_up_to_a_billion_parameters() -> None:
-    assert shared("zero3", 4) == Share(
-        {"bfloat16": 2000, "float32": 100}, 6300, 100, 200, 100, 2_000_000_000 + 100, 0
-    )
-    large = shared("zero3", 4, weights={"bfloat16": 14 * 10**9}, parameters=7 * 10**9)
-    assert large.gathered == 2 * 10**9
 
 
 def test_groups_are_those_of_fsdp2() -> None:
@@ -150,11 +137,6 @@ def test_eager_attention_holds_the_weights_of_all_pairs(request_of_one: Request)
         ({"attention": "flash_attention_2"}, 1, ["flash_attention_2 is counted as sdpa"]),
         ({"parallel": "fsdp2"}, 1, ["give --processes N"]),
         ({"parallel": "fsdp2"}, 2, ["never compared with a measured peak"]),
-        (
-            {"parallel": "zero3"},
-            2,
-            ["never compared", "buffers are an assumption"],
-        ),
     ],
 )
 def test_what_is_not_counted_is_said(changes: Any, processes: int, said: list[str]) -> None:

@@ -40,7 +40,7 @@ def step(method: str, arch: str = "llama", **changes) -> Step:
         changes.pop("quantization", None),
     )
     open_stage(model, stage(method))
-    load = Load(2, LENGTH, 1, PATCHES, LEARNED, padded=changes.pop("padded", False))
+    load = Load(2, LENGTH, 1, PATCHES, LEARNED, changes.pop("padded", False), HIDDEN, torch.float32)
     options = {
         "precision": "fp32",
         "device": "cpu",
@@ -49,7 +49,15 @@ def step(method: str, arch: str = "llama", **changes) -> Step:
         **changes,
     }
     model.train()
-    return simulate(model, "mm", load, width=HIDDEN, feature_dtype=torch.float32, **options)
+    return simulate(model, load, **options)
+
+
+def gradients(method: str) -> int:
+    """Bytes of the gradients of what a method trains."""
+    record = tiny_record(**CONFIGS[method].model_dump(mode="json"))
+    model = meta_model(record, tiny_config("llama"), HIDDEN, torch.float32)
+    open_stage(model, stage(method))
+    return 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def stage(method: str) -> Stage:
@@ -141,11 +149,6 @@ def test_on_cuda_long_rows_are_read_with_masks_all_together(attended, monkeypatc
     assert all(masked for *_, masked in attended)
 
 
-def test_a_step_says_its_kernels_in_half_precision_alone():
-    assert step("wings", precision="bf16").kernels > step("llava", precision="bf16").kernels > 0
-    assert step("wings").kernels == 0
-
-
 @pytest.mark.parametrize("method", CONFIGS)
 def test_with_checkpointing_a_layer_keeps_its_output_alone(method):
     plain, light = step(method), step(method, checkpointing=True)
@@ -166,13 +169,7 @@ def test_an_inserted_layer_counts_with_the_layer_before_it():
 
 def test_gradients_that_add_up_are_there_all_the_time():
     once, adding = step("iaa"), step("iaa", accumulates=True)
-    assert adding.kept - once.kept == once.gradients
-    model = meta_model(
-        tiny_record(**CONFIGS["iaa"].model_dump(mode="json")), tiny_config("llama"), HIDDEN,
-        torch.float32,
-    )  # fmt: skip
-    open_stage(model, stage("iaa"))
-    assert once.gradients == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adding.kept - once.kept == gradients("iaa")
 
 
 def test_logits_grow_what_is_kept_by_a_chunk_and_no_more(monkeypatch):
@@ -189,7 +186,7 @@ def test_a_padding_mask_costs_a_square_of_the_length_a_layer():
 
 
 def test_a_4bit_base_trains_its_graft_through_layers_without_values():
-    assert step("iaa", quantization="nf4").gradients == step("iaa").gradients
+    assert step("iaa", quantization="nf4").peak > gradients("iaa")
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "gpt_oss", "bloom", "opt", "qwen3_moe"])
@@ -216,4 +213,4 @@ def test_gradients_that_leave_are_not_held_to_the_end(monkeypatch):
     monkeypatch.setitem(globals(), "LEARNED", 1)
     held, leaving = step("iaa"), step("iaa", gradients_leave=True)
     assert leaving.kept == held.kept
-    assert leaving.peak < held.gradients <= held.peak
+    assert leaving.peak < gradients("iaa") <= held.peak

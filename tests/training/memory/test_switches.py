@@ -1,4 +1,4 @@
-"""What switches save, and which of them make a smaller card do."""
+"""What switches save."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.training.memory.cards import cards
-from mmgraft.training.memory.switches import SEVERAL, SWITCHES, peak_of, savings, smaller_cards
+from mmgraft.training.memory.switches import SEVERAL, SWITCHES, peak_of, savings
 
 
 @dataclass
@@ -69,25 +68,6 @@ def test_one_row_at_a_time_keeps_the_step():
     assert (stage.batch_size, stage.accumulate) == (1, 8)
 
 
-def test_smaller_cards_get_no_more_switches_than_they_need():
-    fits = smaller_cards(
-        estimator(20, gradient_checkpointing=8, batch_size=1, optimizer=1, quantization=5), recipe()
-    )
-    # 20 GB want the card of 24; those of 16, 12, 11 and 8 give 14.2, 10.4, 9.45 and 6.6.
-    assert [(fit.card.gb, len(fit.write), fit.peak / 1e9) for fit in fits] == [
-        (16, 1, 12.0),
-        (12, 3, 10.0),
-        (11, 2, 7.0),
-        (8, 3, 6.0),
-    ]
-    assert fits[2].write == ["gradient_checkpointing: true", "quantization: nf4"]
-
-
-def test_where_nothing_helps_no_card_is_named():
-    assert smaller_cards(estimator(20, batch_size=0.1), recipe()) == []
-    assert cards()[0].gb == 8
-
-
 def test_the_peak_is_that_of_the_largest_stage():
     stages = [SimpleNamespace(peak=peak) for peak in (3, 7, 5)]
     assert peak_of(cast(Any, stages)) == 7
@@ -101,15 +81,7 @@ def test_several_processes_may_share_the_model_and_what_is_refused_then_is_not_n
         "optimizer: adamw_8bit",
     ]
     assert [one.write for one in savings(estimator(20, parallel=12), recipe())] == []
-    fits = smaller_cards(cast(Any, several), recipe())
-    assert [(fit.card.gb, fit.write) for fit in fits] == [
-        (16, ["parallel: fsdp2"]),
-        (12, ["parallel: fsdp2"]),
-        (11, ["parallel: fsdp2"]),
-    ]  # not 8, which both together would make do if they went together
     pieces = recipe(parallel="fsdp2")
     eight = next(one for one in SWITCHES if one.name == "optimizer")
-    four = next(one for one in SWITCHES if one.name == "quantization")
     assert eight.change(pieces) == pieces
-    assert four.change(recipe(parallel="zero3")) == recipe(parallel="zero3")
     assert SEVERAL.change(recipe(quantization="nf4")) == recipe(quantization="nf4")

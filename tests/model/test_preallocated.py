@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from mmgraft.model.growing import GrowingLayer
+from mmgraft.model.preallocated import PreallocatedLayer
 
 
 def states(length: int, seed: int, rows: int = 2) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ STEPS: dict[str, Any] = {
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(sorted(STEPS)), max_size=12))
 def test_it_holds_what_a_dynamic_layer_holds(steps: list[str]) -> None:
-    layers = GrowingLayer(), DynamicLayer()
+    layers = PreallocatedLayer(), DynamicLayer()
     with torch.no_grad():
         for layer in layers:
             layer.update(*states(5, 0))
@@ -57,7 +57,7 @@ def test_it_holds_what_a_dynamic_layer_holds(steps: list[str]) -> None:
 
 @torch.no_grad()
 def test_a_token_copies_nothing() -> None:
-    layer = GrowingLayer()
+    layer = PreallocatedLayer()
     layer.update(*states(5, 0))
     first, _ = layer.update(*states(1, 1))
     for number in range(60):
@@ -68,7 +68,7 @@ def test_a_token_copies_nothing() -> None:
 
 @torch.no_grad()
 def test_a_copy_of_a_cache_goes_its_own_way() -> None:
-    layer = GrowingLayer()
+    layer = PreallocatedLayer()
     layer.update(*states(5, 0))
     layer.update(*states(1, 1))
     other = copy.deepcopy(layer)
@@ -80,7 +80,7 @@ def test_a_copy_of_a_cache_goes_its_own_way() -> None:
 
 
 def test_gradients_reach_every_token() -> None:
-    layer, tokens = GrowingLayer(), [states(1, number) for number in range(4)]
+    layer, tokens = PreallocatedLayer(), [states(1, number) for number in range(4)]
     for keys, values in tokens:
         layer.update(keys.requires_grad_(), values)
     layer.keys.square().sum().backward()  # type: ignore[union-attr]
@@ -90,7 +90,7 @@ def test_gradients_reach_every_token() -> None:
 
 @pytest.mark.parametrize("first", ["inference", "plain"])
 def test_tensors_of_inference_mode_are_not_written_outside_it(first: str) -> None:
-    layer = GrowingLayer()
+    layer = PreallocatedLayer()
     modes = torch.inference_mode, torch.no_grad
     for number, mode in enumerate(modes if first == "inference" else modes[::-1]):
         with mode():

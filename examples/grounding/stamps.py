@@ -1,8 +1,8 @@
-"""Tux Paint's stamps: small pictures with a caption each, most of them cut out.
+"""Read Tux Paint's stamps: small images with a caption each, most of them cut out.
 
-They come from the folder of Debian's package tuxpaint-stamps-default (GPL-2): pictures made of
-them stay in run folders. Beside `owl.png` stands `owl.txt`, whose first line is the caption in
-English. Stamps drawn as SVG are left out, as nothing here draws them.
+They come from the folder of Debian's package tuxpaint-stamps-default (GPL-2): images made of them
+are not to be passed on without its notices. Beside ``owl.png`` stands ``owl.txt``, whose first line
+is the caption in English. Stamps drawn as SVG are left out, because nothing here draws them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SYMBOLS = "symbols"
 """The category of letters, digits and coins: printed signs rather than things."""
 
 SMALLEST = 64
-"""Side in pixels of the smallest picture that is made of stamps."""
+"""Side in pixels of the smallest image that is made of stamps."""
 
 OPAQUE = 32
 """Alpha from which a pixel belongs to a stamp, of 255."""
@@ -35,10 +35,10 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 
 @dataclass(frozen=True)
 class Stamp:
-    """One picture and its caption.
+    """One stamp and its caption.
 
     Attributes:
-        name: Path below the source, without its ending: `food/fruit/apple_red`.
+        name: Path below the source, without its ending: ``food/fruit/apple_red``.
         path: The file.
         caption: The English one, as it stands there.
     """
@@ -54,12 +54,12 @@ class Stamp:
 
     @property
     def phrase(self) -> str | None:
-        """See :func:`phrase_of`."""
+        """The caption as a sentence refers to it, see :func:`phrase_of`."""
         return phrase_of(self.caption)
 
 
 def phrase_of(caption: str, words: int = 4) -> str | None:
-    """How a sentence refers to what a short caption names: "A red apple." is "the red apple".
+    """Turn a short caption into the way a sentence refers to it: "A red apple." is "the red apple".
 
     Args:
         caption: One that begins with an article or "some".
@@ -78,7 +78,7 @@ def phrase_of(caption: str, words: int = 4) -> str | None:
 
 
 def read_stamps(source: Path) -> list[Stamp]:
-    """Every captioned PNG below a folder, in the order of names.
+    """Return every captioned PNG below a folder, in the order of names.
 
     Raises:
         UsageError: There is no such folder, or no stamp in it.
@@ -102,10 +102,10 @@ def read_stamps(source: Path) -> list[Stamp]:
 
 
 def open_stamp(stamp: Stamp) -> Image.Image:
-    """A stamp's picture as RGBA.
+    """Open a stamp as RGBA.
 
     Raises:
-        UsageError: The file cannot be read as a picture.
+        UsageError: The file cannot be read as an image.
     """
     try:
         with Image.open(stamp.path) as opened:
@@ -117,44 +117,44 @@ def open_stamp(stamp: Stamp) -> Image.Image:
 
 
 def cut_out(stamp: Stamp, longest: int) -> Image.Image | None:
-    """A stamp without the clear margin around it.
+    """Return a stamp without the clear margin around it.
 
     Args:
         stamp: Any.
         longest: Its longer side is made at most this many pixels.
 
     Returns:
-        An RGBA picture whose every edge has a pixel of the stamp; None for one that fills its
+        An RGBA image whose every edge has a pixel of the stamp; None for one that fills its
         whole rectangle, so that it is not cut out.
 
     Raises:
-        UsageError: The file cannot be read as a picture.
+        UsageError: The file cannot be read as an image.
     """
-    picture = open_stamp(stamp)
-    if picture.getchannel("A").getextrema()[0] == 255:
+    image = open_stamp(stamp)
+    if image.getchannel("A").getextrema()[0] == 255:
         return None
-    picture = _trimmed(picture)
-    if picture is None:
+    image = _trimmed(image)
+    if image is None:
         return None
-    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    return _trimmed(picture)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return _trimmed(image)
 
 
-def _trimmed(picture: Image.Image) -> Image.Image | None:
+def _trimmed(image: Image.Image) -> Image.Image | None:
     visible = [255 * (alpha >= OPAQUE) for alpha in range(256)]
-    box = picture.getchannel("A").point(visible).getbbox()
-    return None if box is None else picture.crop(box)
+    box = image.getchannel("A").point(visible).getbbox()
+    return None if box is None else image.crop(box)
 
 
 def split_by_phrase(
     stamps: Iterable[Stamp], share: float, seed: int
 ) -> tuple[list[Stamp], list[Stamp]]:
-    """Stamps to train on and stamps to test on, no phrase among both.
+    """Split stamps into those to train on and those to test on, no phrase in both.
 
     Args:
         stamps: Those with a phrase.
         share: Of the phrases that are kept for the test.
-        seed: Of the draw.
+        seed: Seed of the phrases that are chosen.
     """
     found = list(stamps)
     phrases: Sequence[str] = sorted({_key(stamp) for stamp in found})

@@ -1,4 +1,4 @@
-"""Photographs to paste on: those that scikit-image and scikit-learn carry, or a folder's.
+"""Find photographs to paste on: those that scikit-image and scikit-learn carry, or a folder's.
 
 The packages' files are only read; neither package is imported.
 """
@@ -31,7 +31,7 @@ _SMALLEST_CROP = 0.4  # of a photograph's shorter side
 
 
 def find_photographs(folder: Path | None = None) -> list[Path]:
-    """The photographs of a folder, else those of the packages that are installed.
+    """Return the photographs of a folder, else those of the packages that are installed.
 
     Raises:
         UsageError: There is none.
@@ -60,7 +60,7 @@ def find_photographs(folder: Path | None = None) -> list[Path]:
 
 
 def open_photograph(path: Path) -> Image.Image:
-    """One as RGB, upright.
+    """Open a photograph as RGB, upright.
 
     Raises:
         UsageError: It cannot be read.
@@ -76,7 +76,7 @@ def open_photograph(path: Path) -> Image.Image:
 
 
 def backdrop(photograph: Image.Image, size: int, rng: random.Random) -> Image.Image:
-    """A random square of a photograph, mirrored every other time, `size` pixels wide."""
+    """Cut a random square out of a photograph, ``size`` pixels wide, mirrored every other time."""
     short = min(photograph.size)
     side = round(short * rng.uniform(_SMALLEST_CROP, 1.0))
     left, top = (rng.randint(0, length - side) for length in photograph.size)

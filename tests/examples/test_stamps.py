@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmgraft.demo.stamps import Stamp, cut_out, phrase_of, read_stamps, split_by_phrase
 from mmgraft.errors import UsageError
+from stamps import Stamp, cut_out, phrase_of, read_stamps, split_by_phrase
 from tiny_stamps import make_stamps, save_stamp
 
 

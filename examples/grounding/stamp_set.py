@@ -1,4 +1,6 @@
-"""Stamps as pictures on white: captions, categories and letters to train on and to evaluate on.
+"""Make images of stamps on white: captions, categories and letters to train and to evaluate on.
+
+    python examples/grounding/stamp_set.py --out stamps
 
 align.jsonl has captions and tune.jsonl asks for the category, of training stamps, as messages.
 captions.jsonl and categories.jsonl evaluate stamps whose captions are in neither. letters.jsonl
@@ -8,6 +10,7 @@ trains on the filled letters, outlines.jsonl evaluates the outlined ones.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +18,10 @@ from typing import Any
 
 from PIL import Image
 
-from mmgraft.demo.draft import Draft, rows_writer
-from mmgraft.demo.stamps import (
+from command import LICENCE_STAMPS, parser, write
+from mmgraft.demo.draft import Draft
+from mmgraft.errors import UsageError
+from stamps import (
     SMALLEST,
     SOURCE,
     SYMBOLS,
@@ -25,7 +30,6 @@ from mmgraft.demo.stamps import (
     read_stamps,
     split_by_phrase,
 )
-from mmgraft.errors import UsageError
 
 TEST_SHARE = 0.2
 """Of the captions, kept for the test."""
@@ -39,12 +43,12 @@ _OF_LETTER = re.compile(r".*\bletter\s+[“\"']?([A-Za-z])[”\"']?\W*$", re.IGN
 
 @dataclass(frozen=True)
 class StampSettings:
-    """What pictures are made.
+    """Settings of the set.
 
     Attributes:
         source: Folder of the stamps.
-        size: Side of the pictures in pixels.
-        seed: Of the split by caption.
+        size: Side of the images in pixels.
+        seed: Seed of the split by caption.
     """
 
     source: Path = SOURCE
@@ -59,7 +63,7 @@ class StampSettings:
 
 
 def draft(settings: StampSettings) -> Draft:
-    """The stamps of a folder, split by caption.
+    """Plan the files of a folder of stamps, split by caption.
 
     Raises:
         UsageError: There is no such folder, or too few stamps in it.
@@ -79,12 +83,12 @@ def draft(settings: StampSettings) -> Draft:
         if found and letter:
             letters[found[1]].append((stamp, letter[1].lower()))
     rows = {
-        "align.jsonl": [_told(stamp, "", stamp.caption) for stamp in train],
-        "tune.jsonl": [_told(stamp, CATEGORY_QUESTION, category_of(stamp)) for stamp in train],
-        "captions.jsonl": [{**_asked(stamp), "answers": [stamp.caption]} for stamp in test],
+        "align.jsonl": [_train_row(stamp, "", stamp.caption) for stamp in train],
+        "tune.jsonl": [_train_row(stamp, CATEGORY_QUESTION, category_of(stamp)) for stamp in train],
+        "captions.jsonl": [{**_test_row(stamp), "answers": [stamp.caption]} for stamp in test],
         "categories.jsonl": [
             {
-                **_asked(stamp),
+                **_test_row(stamp),
                 "question": CATEGORY_QUESTION,
                 "options": categories,
                 "answer": categories.index(category_of(stamp)),
@@ -92,41 +96,38 @@ def draft(settings: StampSettings) -> Draft:
             }
             for stamp in test
         ],
-        "letters.jsonl": [_told(one, LETTER_QUESTION, letter) for one, letter in letters["filled"]],
+        "letters.jsonl": [
+            _train_row(one, LETTER_QUESTION, letter) for one, letter in letters["filled"]
+        ],
         "outlines.jsonl": [
-            {**_asked(one), "question": LETTER_QUESTION, "answer": letter}
+            {**_test_row(one), "question": LETTER_QUESTION, "answer": letter}
             for one, letter in letters["outlined"]
         ],
     }
     rows = {name: of_file for name, of_file in rows.items() if of_file}
     shown = [*things, *(one for of_kind in letters.values() for one, _ in of_kind)]
-    return Draft(
-        writers={
-            "images": lambda folder: _draw(shown, folder, settings.size),
-            **{name: rows_writer(of_file) for name, of_file in rows.items()},
-        },
-        rows={name: len(of_file) for name, of_file in rows.items()},
-        notes={"categories": categories},
+    return Draft.of_rows(
+        rows, lambda folder: _draw(shown, folder, settings.size), {"categories": categories}
     )
 
 
 def category_of(stamp: Stamp) -> str:
-    """A stamp's category in words."""
+    """Return a stamp's category in words."""
     return _WORDS.get(stamp.category, stamp.category)
 
 
 def on_white(stamp: Stamp, size: int) -> Image.Image:
-    """A stamp in the middle of a white square.
+    """Put a stamp in the middle of a white square.
 
     Raises:
         UsageError: Its file cannot be read.
     """
-    picture = open_stamp(stamp)
-    scale = size / max(picture.size)
-    shape = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    picture = picture.resize(shape, Image.Resampling.LANCZOS)
+    image = open_stamp(stamp)
+    scale = size / max(image.size)
+    shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    image = image.resize(shape, Image.Resampling.LANCZOS)
     square = Image.new("RGB", (size, size), "white")
-    square.paste(picture, ((size - shape[0]) // 2, (size - shape[1]) // 2), picture)
+    square.paste(image, ((size - shape[0]) // 2, (size - shape[1]) // 2), image)
     return square
 
 
@@ -141,12 +142,29 @@ def _image(stamp: Stamp) -> str:
     return f"images/{stamp.name}.png"
 
 
-def _asked(stamp: Stamp) -> dict[str, Any]:
+def _test_row(stamp: Stamp) -> dict[str, Any]:
     return {"id": stamp.name, "image": _image(stamp), "group": stamp.caption.lower()}
 
 
-def _told(stamp: Stamp, question: str, answer: str) -> dict[str, Any]:
+def _train_row(stamp: Stamp, question: str, answer: str) -> dict[str, Any]:
     parts: list[dict[str, str]] = [{"type": "image", "image": _image(stamp)}]
     parts += [{"type": "text", "text": question}] if question else []
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
     return {"id": stamp.name, "messages": messages}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Make the set as the command line says; return the exit code."""
+    options = parser(__doc__, "stamps")
+    options.add_argument("--source", type=Path, default=SOURCE, help="folder of the stamps")
+    options.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    given = options.parse_args(args)
+    return write(
+        given,
+        lambda: draft(StampSettings(given.source, given.size, given.seed)),
+        LICENCE_STAMPS,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

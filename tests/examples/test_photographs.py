@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from mmgraft.demo.assets import Package
-from mmgraft.demo.photographs import backdrop, find_photographs, open_photograph
 from mmgraft.errors import UsageError
+from photographs import backdrop, find_photographs, open_photograph
 from tiny_stamps import make_photographs
 
 

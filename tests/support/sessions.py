@@ -1,8 +1,8 @@
-"""Trainings that are killed: a process of its own forks one for every sitting, which is fast.
+"""Trainings that are killed: a process of its own forks one for every session, which is fast.
 
 The server imports everything once and never computes a gradient itself, so that what it forks is
 like a fresh process: its weights, its random numbers and its files are its own. `play` says where a
-sitting is killed; the kernel does it, and nothing is cleaned up.
+session is killed; the kernel does it, and nothing is cleaned up.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
-"""Audit events that are moments at which a sitting can be killed, where they touch the run."""
+"""Audit events that are moments at which a session can be killed, where they touch the run."""
 
 
 class Kill(NamedTuple):
-    """When a sitting is killed.
+    """When a session is killed.
 
     Attributes:
         stage: From this stage on, counted from 0,
@@ -38,7 +38,7 @@ class Kill(NamedTuple):
 
 
 class Server:
-    """Sittings of trainings, one after another; see :func:`server`."""
+    """Sessions of trainings, one after another; see :func:`server`."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -47,13 +47,13 @@ class Server:
         """Train, or go on with, a run; gives the exit status, -9 where the kill came.
 
         Raises:
-            AssertionError: The sitting failed by itself.
+            AssertionError: The session failed by itself.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps([str(run), kill]), file=self._process.stdin, flush=True)
         code = int(self._process.stdout.readline())
-        assert code in (0, -signal.SIGKILL), f"the sitting ended with {code}; see its traceback"
+        assert code in (0, -signal.SIGKILL), f"the session ended with {code}; see its traceback"
         return code
 
 
@@ -62,7 +62,7 @@ def server() -> Iterator[Server]:
     """A process that sits for trainings; its errors go where the tests' do."""
     folder = str(Path(__file__).parent)
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}); "
-               "import sittings; sittings.serve()"]  # fmt: skip
+               "import sessions; sessions.serve()"]  # fmt: skip
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield Server(process)
@@ -73,7 +73,7 @@ def server() -> Iterator[Server]:
 
 
 def serve() -> None:
-    """Fork a sitting for every line of the standard input, and say how each ended."""
+    """Fork a session for every line of the standard input, and say how each ended."""
     for name in ("training.run", "training.session", "training.trainer"):
         importlib.import_module(f"mmgraft.{name}")
 

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from mmgraft.data.formats.sources import read_rows
-from mmgraft.demo.grounding_set import (
+from grounding_set import (
     GroundingSettings,
     Layout,
     Placed,
@@ -20,14 +19,16 @@ from mmgraft.demo.grounding_set import (
     draft,
     draw,
     lay_out,
+    main,
     usable_stamps,
 )
-from mmgraft.demo.packaged import prepare
-from mmgraft.demo.stamps import Stamp
+from mmgraft.cli.app import run as cli_main
+from mmgraft.data.formats.sources import read_rows
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.metrics.boxes import iou, parse_box
 from mmgraft.recipes.evaluation_set import SetSpec
+from stamps import Stamp
 from tiny_stamps import COLORS, THINGS, make_photographs, make_stamps
 
 
@@ -40,8 +41,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> GroundingSettings:
         size=96,
         boxes="pixel",
         stamps="2-4",
-        pictures=12,
-        test_pictures=6,
+        images=12,
+        test_images=6,
     )
 
 
@@ -161,7 +162,7 @@ def test_the_same_seed_gives_the_same_pictures(settings, made: Path, tmp_path: P
 
 def test_more_pictures_keep_the_first_ones(settings, tmp_path: Path) -> None:
     for count in (3, 5):
-        made = draft(replace(settings, pictures=count))
+        made = draft(replace(settings, images=count))
         made.writers["train.jsonl"](tmp_path / f"{count}.jsonl")
     assert lines(tmp_path / "3.jsonl") == lines(tmp_path / "5.jsonl")[:3]
 
@@ -174,7 +175,7 @@ def test_more_pictures_keep_the_first_ones(settings, tmp_path: Path) -> None:
         ({"stamps": "two"}, "--stamps two"),
         ({"boxes": "percent"}, "--boxes percent"),
         ({"size": 16}, "--size 16"),
-        ({"pictures": 0}, "--pictures"),
+        ({"images": 0}, "--images"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, change: dict, said: str) -> None:
@@ -191,13 +192,41 @@ def test_too_few_stamps_are_an_error_not_a_loop(settings, tmp_path: Path) -> Non
         draft(replace(settings, source=tmp_path))
 
 
-def test_prepare_takes_its_options(settings, tmp_path: Path) -> None:
-    options = {"source": settings.source, "photos": settings.photos, "size": 64, "pictures": 3}
-    done = prepare(
-        "stamps-grounding", tmp_path / "out", options={**options, "test_pictures": 2, "seed": None}
-    )
-    assert done.rows == {"align.jsonl": 3, "train.jsonl": 3, "test.jsonl": 4, "seen.jsonl": 4}
-    with Image.open(tmp_path / "out/images/seen/1.jpg") as picture:
-        assert picture.size == (64, 64)
-    said = json.loads((tmp_path / "out/stamps-grounding.source.json").read_text())
+# The script
+
+
+def run(settings: GroundingSettings, out: Path, *more: str) -> int:
+    given = ["--out", out, "--source", settings.source, "--photos", settings.photos]
+    return main([*map(str, given), "--images", "3", "--test-images", "2", "--size", "64", *more])
+
+
+def test_the_script_writes_rows_that_data_check_reads(settings, tmp_path: Path, capfd) -> None:
+    out = tmp_path / "out"
+    assert run(settings, out, "--boxes", "thousand", "--stamps", "3", "--seed", "5") == 0
+    rows = {"align.jsonl": 3, "train.jsonl": 3, "test.jsonl": 6, "seen.jsonl": 6}
+    assert {name: len(lines(out / name)) for name in rows} == rows
+    with Image.open(out / "images/seen/1.jpg") as image:
+        assert image.size == (64, 64)
+    (answer, *_) = lines(out / "test.jsonl")
+    assert max(map(int, answer["messages"][1]["content"].strip("[]").split(","))) > 100
+    said = json.loads((out / "stamps-grounding.source.json").read_text())
     assert said["stamps"] == {"train": 24, "test": 6}
+    assert (said["seed"], said["options"]["stamps"], said["rows"]) == (5, "3", rows)
+    assert said["licence"].startswith("GPL-2")
+    capfd.readouterr()
+    for name, count in rows.items():
+        assert cli_main(["data", "check", str(out / name), "--json"]) == 0
+        (check,) = json.loads(capfd.readouterr().out)["checks"]
+        assert (check["rows"], check["images"]) == (count, count)
+
+
+def test_the_script_says_what_is_wrong_and_writes_nothing(settings, tmp_path, capsys) -> None:
+    assert run(settings, tmp_path / "out", "--boxes", "percent") == 2
+    assert "choose unit, thousand, ten, pixel" in capsys.readouterr().err
+    assert run(settings, tmp_path / "out", "--source", str(tmp_path)) == 2
+    assert "--source" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(settings, tmp_path / "out") == 0
+    assert run(settings, tmp_path / "out") == 2
+    assert "--force" in capsys.readouterr().err
+    assert run(settings, tmp_path / "out", "--force") == 0

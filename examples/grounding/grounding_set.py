@@ -1,25 +1,32 @@
-"""Stamps pasted on photographs, and sentences that refer to them: grounding with exact boxes.
+"""Paste stamps on photographs and ask for them by caption: grounding with exact boxes.
 
-align.jsonl names the stamps of each training picture from left to right, each with its box;
-train.jsonl asks for every stamp's box. test.jsonl asks for stamps whose captions no training
-picture has, seen.jsonl for stamps of the training on new pictures. All are messages; `box` is in
-pixels of the picture.
+    python examples/grounding/grounding_set.py --out stamps-grounding --stamps 1 --boxes ten
+
+align.jsonl names the stamps of each training image from left to right, each with its box;
+train.jsonl asks for every stamp's box. test.jsonl asks for stamps whose captions no training image
+has, seen.jsonl for stamps of the training on new images. All are messages; ``box`` is in pixels of
+the image.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
 from PIL import Image
 
-from mmgraft.demo.draft import Draft, rows_writer
-from mmgraft.demo.photographs import backdrop, find_photographs, open_photograph
-from mmgraft.demo.stamps import (
+from command import LICENCE_GROUNDING, parser, write
+from mmgraft.demo.draft import Draft
+from mmgraft.errors import UsageError
+from mmgraft.evaluation.metrics.boxes import format_box
+from mmgraft.recipes.evaluation_set import BoxFormat
+from photographs import backdrop, find_photographs, open_photograph
+from stamps import (
     SMALLEST,
     SOURCE,
     SYMBOLS,
@@ -28,15 +35,12 @@ from mmgraft.demo.stamps import (
     read_stamps,
     split_by_phrase,
 )
-from mmgraft.errors import UsageError
-from mmgraft.evaluation.metrics.boxes import format_box
-from mmgraft.recipes.evaluation_set import BoxFormat
 
 LONGEST_SIDE = {1: (0.45, 0.7), 2: (0.4, 0.6), 3: (0.3, 0.45), 4: (0.25, 0.4)}
 """Range of a stamp's longer side, as a share of the canvas, by the number of stamps on it."""
 
 TEST_SHARE = 0.2
-"""Of the captions, kept for the test."""
+"""Share of the captions that are kept for the test."""
 
 _NARROWEST = 1 / 3  # shorter by longer side: a thin box is missed by a pixel
 _QUALITY = 92
@@ -47,17 +51,17 @@ IntBox = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class GroundingSettings:
-    """What pictures are made.
+    """Settings of the set.
 
     Attributes:
         source: Folder of the stamps.
         photos: Folder of photographs; None takes those of installed packages.
-        size: Side of the pictures in pixels.
-        boxes: How answers write a box.
-        stamps: How many on a picture: "2", or "2-4" for two, three or four.
-        pictures: To train on.
-        test_pictures: Of each of the two test files.
-        seed: Of everything that is drawn.
+        size: Side of the images in pixels.
+        boxes: Format of boxes in answers.
+        stamps: Number of stamps on an image: "2", or "2-4" for two, three or four.
+        images: Number of images to train on.
+        test_images: Number of images in each of the two test files.
+        seed: Seed of everything that is chosen.
     """
 
     source: Path = SOURCE
@@ -65,8 +69,8 @@ class GroundingSettings:
     size: int = 160
     boxes: BoxFormat = "unit"
     stamps: str = "2"
-    pictures: int = 3000
-    test_pictures: int = 250
+    images: int = 3000
+    test_images: int = 250
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,12 +83,12 @@ class GroundingSettings:
             raise UsageError(
                 f"--size {self.size}: stamps cannot be told apart; give {SMALLEST} or more"
             )
-        if min(self.pictures, self.test_pictures) < 1:
-            raise UsageError("--pictures and --test-pictures: give 1 or more")
+        if min(self.images, self.test_images) < 1:
+            raise UsageError("--images and --test-images: give 1 or more")
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Fewest and most stamps on a picture."""
+        """Fewest and most stamps on an image."""
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", self.stamps)
         if found is None:
             raise _wrong_count(self.stamps)
@@ -97,7 +101,7 @@ def _wrong_count(stamps: str) -> UsageError:
 
 @dataclass(frozen=True)
 class Placed:
-    """A stamp and where it lies, `(x1, y1, x2, y2)` in pixels."""
+    """A stamp and its box, ``(x1, y1, x2, y2)`` in pixels."""
 
     stamp: Stamp
     box: IntBox
@@ -105,13 +109,13 @@ class Placed:
 
 @dataclass(frozen=True)
 class Layout:
-    """One picture before it is drawn.
+    """One image before it is made.
 
     Attributes:
-        name: Of its file, below the images folder.
-        photograph: Its place in the list of photographs.
-        placed: Stamps in the order they are asked for; no two boxes overlap.
-        seed: Draws the backdrop.
+        name: Name of its file, below the images folder.
+        photograph: Index in the list of photographs.
+        placed: Stamps in the order of the questions; no two boxes overlap.
+        seed: Seed of the backdrop.
     """
 
     name: str
@@ -121,7 +125,7 @@ class Layout:
 
 
 def draft(settings: GroundingSettings) -> Draft:
-    """Lay out all pictures, and say what is to be written.
+    """Lay out all images, and plan the files.
 
     Raises:
         UsageError: No stamps or photographs, or settings that cannot be met.
@@ -130,9 +134,9 @@ def draft(settings: GroundingSettings) -> Draft:
     photographs = find_photographs(settings.photos)
     train, unseen = split_by_phrase(stamps, TEST_SHARE, settings.seed)
     parts = {
-        "train": (train, settings.pictures),
-        "test": (unseen, settings.test_pictures),
-        "seen": (train, settings.test_pictures),
+        "train": (train, settings.images),
+        "test": (unseen, settings.test_images),
+        "seen": (train, settings.test_images),
     }
     layouts = {
         split: [
@@ -144,8 +148,8 @@ def draft(settings: GroundingSettings) -> Draft:
     rows = {
         "align.jsonl": [caption_row(layout, settings) for layout in layouts["train"]],
         "train.jsonl": [train_row(layout, settings) for layout in layouts["train"]],
-        "test.jsonl": [row for layout in layouts["test"] for row in test_rows(layout, settings)],
-        "seen.jsonl": [row for layout in layouts["seen"] for row in test_rows(layout, settings)],
+        "test.jsonl": [row for layout in layouts["test"] for row in rows_of_test(layout, settings)],
+        "seen.jsonl": [row for layout in layouts["seen"] for row in rows_of_test(layout, settings)],
     }
 
     def draw_all(folder: Path) -> None:
@@ -153,25 +157,19 @@ def draft(settings: GroundingSettings) -> Draft:
         for split, of_split in layouts.items():
             (folder / split).mkdir(parents=True)
             for layout in of_split:
-                picture = draw(layout, cutouts, opened[layout.photograph], settings.size)
-                picture.save(folder / layout.name, quality=_QUALITY)
+                image = draw(layout, cutouts, opened[layout.photograph], settings.size)
+                image.save(folder / layout.name, quality=_QUALITY)
 
-    return Draft(
-        writers={
-            "images": draw_all,
-            **{name: rows_writer(of_file) for name, of_file in rows.items()},
-        },
-        rows={name: len(of_file) for name, of_file in rows.items()},
-        notes={
-            "stamps": {"train": len(train), "test": len(unseen)},
-            "photographs": [path.name for path in photographs],
-            "boxes": settings.boxes,
-        },
-    )
+    notes = {
+        "stamps": {"train": len(train), "test": len(unseen)},
+        "photographs": [path.name for path in photographs],
+        "boxes": settings.boxes,
+    }
+    return Draft.of_rows(rows, draw_all, notes)
 
 
 def usable_stamps(settings: GroundingSettings) -> tuple[list[Stamp], dict[str, Image.Image]]:
-    """Stamps that a short phrase names and that are cut out, and their pictures by name.
+    """Return stamps that a short phrase names and that are cut out, and their images by name.
 
     Raises:
         UsageError: There are too few.
@@ -180,10 +178,10 @@ def usable_stamps(settings: GroundingSettings) -> tuple[list[Stamp], dict[str, I
     for stamp in read_stamps(settings.source):
         if stamp.category == SYMBOLS or stamp.phrase is None:
             continue
-        picture = cut_out(stamp, settings.size)
-        if picture is not None and min(picture.size) >= _NARROWEST * max(picture.size):
+        image = cut_out(stamp, settings.size)
+        if image is not None and min(image.size) >= _NARROWEST * max(image.size):
             stamps.append(stamp)
-            cutouts[stamp.name] = picture
+            cutouts[stamp.name] = image
     needed = round((settings.counts[1] + 1) / TEST_SHARE)
     if len({stamp.phrase for stamp in stamps}) < needed:
         raise UsageError(
@@ -200,7 +198,7 @@ def lay_out(
     photographs: int,
     settings: GroundingSettings,
 ) -> Layout:
-    """Draw stamps with different phrases and give each a place of its own."""
+    """Choose stamps with different phrases and give each a box of its own."""
     seed = f"{settings.seed}/{name}"
     rng = random.Random(seed)
     count = rng.randint(*settings.counts)
@@ -211,13 +209,13 @@ def lay_out(
             chosen.append(stamp)
     boxes: list[IntBox] = []
     while len(boxes) < count:  # begins again where the last stamps find no room
-        boxes = _places([cutouts[stamp.name].size for stamp in chosen], settings.size, rng)
+        boxes = _boxes([cutouts[stamp.name].size for stamp in chosen], settings.size, rng)
     placed = tuple(Placed(stamp, box) for stamp, box in zip(chosen, boxes, strict=True))
     return Layout(name, rng.randrange(photographs), placed, f"{seed}/backdrop")
 
 
-def _places(shapes: Sequence[tuple[int, int]], size: int, rng: random.Random) -> list[IntBox]:
-    """A box for each shape, or fewer where there is no room."""
+def _boxes(shapes: Sequence[tuple[int, int]], size: int, rng: random.Random) -> list[IntBox]:
+    """Return a box for each shape, or fewer where there is no room."""
     low, high = LONGEST_SIDE[len(shapes)]
     boxes: list[IntBox] = []
     for shape in shapes:
@@ -241,30 +239,29 @@ def _overlap(one: IntBox, other: IntBox) -> bool:
 def draw(
     layout: Layout, cutouts: dict[str, Image.Image], photograph: Image.Image, size: int
 ) -> Image.Image:
-    """The picture of a layout."""
-    picture = backdrop(photograph, size, random.Random(layout.seed))
+    """Make the image of a layout."""
+    image = backdrop(photograph, size, random.Random(layout.seed))
     for placed in layout.placed:
         x1, y1, x2, y2 = placed.box
         stamp = cutouts[placed.stamp.name].resize((x2 - x1, y2 - y1), Image.Resampling.LANCZOS)
-        picture.paste(stamp, (x1, y1), stamp)
-    return picture
+        image.paste(stamp, (x1, y1), stamp)
+    return image
 
 
 def question_of(stamp: Stamp) -> str:
-    """The sentence that asks for a stamp."""
+    """Return the sentence that asks for a stamp."""
     return f"where is {stamp.phrase}?"
 
 
 def caption_row(layout: Layout, settings: GroundingSettings) -> dict[str, Any]:
-    """What is in a picture and where, from left to right."""
+    """Return the row that names what is in an image and where, from left to right."""
     ordered = sorted(layout.placed, key=lambda placed: placed.box[0] + placed.box[2])
-    told = [f"{placed.stamp.phrase} {_text_of(placed, settings)}" for placed in ordered]
-    text = " and ".join(told)
+    text = " and ".join(f"{one.stamp.phrase} {_text_of(one, settings)}" for one in ordered)
     return {"id": _id(layout), "messages": [_first(layout, ""), _answer(text)]}
 
 
 def train_row(layout: Layout, settings: GroundingSettings) -> dict[str, Any]:
-    """Every stamp of a picture asked for, one after another."""
+    """Return the row that asks for every stamp of an image, one after another."""
     messages = []
     for at, placed in enumerate(layout.placed):
         question = question_of(placed.stamp)
@@ -274,8 +271,8 @@ def train_row(layout: Layout, settings: GroundingSettings) -> dict[str, Any]:
     return {"id": _id(layout), "messages": messages, "boxes": boxes}
 
 
-def test_rows(layout: Layout, settings: GroundingSettings) -> list[dict[str, Any]]:
-    """One row for each stamp of a picture, with its box for evaluation."""
+def rows_of_test(layout: Layout, settings: GroundingSettings) -> list[dict[str, Any]]:
+    """Return one row for each stamp of an image, with its box for evaluation."""
     return [
         {
             "id": f"{_id(layout)}-{at}",
@@ -307,3 +304,31 @@ def _answer(text: str) -> dict[str, Any]:
 
 def _text_of(placed: Placed, settings: GroundingSettings) -> str:
     return format_box(placed.box, settings.boxes, (settings.size, settings.size))
+
+
+def main(args: list[str] | None = None) -> int:
+    """Make the set as the command line says; return the exit code."""
+    options = parser(__doc__, "stamps-grounding")
+    defaults = GroundingSettings()
+    for name, kind, text in (
+        ("source", Path, "folder of the stamps"),
+        ("photos", Path, "folder of photographs; default: those of installed packages"),
+        ("size", int, "side of the images in pixels"),
+        ("boxes", str, "format of boxes: unit, thousand, ten or pixel"),
+        ("stamps", str, "number of stamps on an image: 2, or 2-4"),
+        ("images", int, "number of images to train on"),
+        ("test-images", int, "number of images in each of the two test files"),
+    ):
+        default = getattr(defaults, name.replace("-", "_"))
+        options.add_argument(f"--{name}", type=kind, default=default, help=text)
+    given = options.parse_args(args)
+    names = [field.name for field in fields(GroundingSettings)]
+    return write(
+        given,
+        lambda: draft(GroundingSettings(**{name: getattr(given, name) for name in names})),
+        LICENCE_GROUNDING,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

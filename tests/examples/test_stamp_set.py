@@ -10,13 +10,12 @@ import pytest
 from PIL import Image
 
 from mmgraft.data.formats.sources import read_rows
-from mmgraft.demo.packaged import prepare
-from mmgraft.demo.stamp_files import StampSettings, category_of, draft, on_white
-from mmgraft.demo.stamps import Stamp
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.items.item import Item
 from mmgraft.recipes.evaluation_set import Metric, SetSpec
+from stamp_set import StampSettings, category_of, draft, main, on_white
+from stamps import Stamp
 from tiny_stamps import make_stamps, save_stamp
 
 
@@ -35,8 +34,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    prepare("stamps", out, options={"source": source, "size": 64})
+    assert make(out, source) == 0
     return out
+
+
+def make(out: Path, source: Path, *more: str) -> int:
+    return main(["--out", str(out), "--source", str(source), "--size", "64", *more])
 
 
 def items(made: Path, name: str, metric: Metric) -> list[Item]:
@@ -86,7 +89,7 @@ def test_a_stamp_stands_in_the_middle_of_white(tmp_path: Path) -> None:
 
 def test_the_seed_decides_the_split(source: Path, made: Path, tmp_path: Path) -> None:
     for name, seed in (("same", 0), ("other", 1)):
-        prepare("stamps", tmp_path / name, seed=seed, options={"source": source, "size": 64})
+        assert make(tmp_path / name, source, "--seed", str(seed)) == 0
     for file in (path for path in made.rglob("*") if path.suffix in (".png", ".jsonl")):
         assert (tmp_path / "same" / file.relative_to(made)).read_bytes() == file.read_bytes()
     other = (tmp_path / "other/captions.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""A cache slot that grows in place: what a token adds is written behind what is there."""
+"""A cache layer with room ahead: what a token adds is written behind what is there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SLACK = 64
 """Positions of room at least; an eighth of what is there where that is more."""
 
 
-class GrowingLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A :class:`DynamicLayer` whose tensors are views of larger ones.
 
     A dynamic layer copies all keys and values for every token. Here they are copied when the room
@@ -58,7 +58,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def _copied(tensor: Tensor | None, room: int) -> Tensor:
-    """A tensor of so many positions that begins with these, ``(b, n, room, d)``."""
+    """Copy a tensor to the front of one of so many positions, ``(b, n, room, d)``."""
     assert tensor is not None
     wide = tensor.new_empty(*tensor.shape[:-2], room, tensor.shape[-1])
     wide[..., : tensor.shape[-2], :] = tensor
