@@ -47,27 +47,32 @@ OTHER_NAMES = {
 Location = tuple["str | int", ...]
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with mmgraft, sorted."""
-    return sorted(path.stem for path in recipe_dir().glob("*.yaml"))
+def shipped_recipes(folder: str = ".") -> list[str]:
+    """Return the names of the recipes that come with mmgraft, sorted; or of those in a folder."""
+    return sorted(path.stem for path in (recipe_dir() / folder).glob("*.yaml"))
 
 
-def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe named by path or by the name of a shipped one.
+def find_recipe(name: str | Path, kind: str = "recipe", folder: str = ".") -> Path:
+    """Return the file of a recipe named by path or by the name of a shipped one.
+
+    Args:
+        name: The path or the name.
+        kind: What an error calls it.
+        folder: Where the shipped ones are, below the recipes.
 
     Raises:
-        UsageError: with the nearest shipped name.
+        UsageError: There is none; names the nearest shipped one.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         return path
-    shipped = recipe_dir() / f"{name}.yaml"
+    shipped = recipe_dir() / folder / f"{name}.yaml"
     if path.name == str(name) and shipped.is_file():
         return shipped
     if path.suffix in (".yaml", ".yml") or path.name != str(name):
-        raise UsageError(f"no recipe file {path}; `mmgraft recipes ls` lists the shipped ones")
+        raise UsageError(f"no {kind} file {path}; `mmgraft recipes ls` lists the shipped ones")
     raise UsageError(
-        f"no recipe {str(name)!r}; {did_you_mean(str(name), shipped_recipes())} "
+        f"no {kind} {str(name)!r}; {did_you_mean(str(name), shipped_recipes(folder))} "
         "`mmgraft recipes ls` lists them"
     )
 

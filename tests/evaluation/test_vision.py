@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate import answers as asking
-from mmgraft.evaluation.generate.predictions import read_predictions
+from mmgraft.evaluation.kept import read_predictions
 from mmgraft.evaluation.vision import blind_workflow, evaluate_vision, without_images
 from mmgraft.inference import Answerer
 from mmgraft.recipes.evaluation_set import SetSpec

@@ -42,7 +42,7 @@ def check_text(real: Any, method: str, dtype: str) -> None:
     ours = real.answerer(method, dtype)
     assert ours.model.quantized == (dtype == "nf4")
     stock = real.stock(dtype)
-    report = text_identity(ours.model, ours.processor, stock, real.tokenizer, SHORT, batch_size=2)
+    report = text_identity(ours.model, ours.processor, stock, real.tokenizer, SHORT)
     assert report.identical, report
     assert report.max_difference == 0.0
     assert report.prompts == 3

@@ -56,7 +56,7 @@ class AttentionSums:
 
     @contextmanager
     def of(self, attentions: Mapping[str, nn.Module], registry: bool) -> Iterator[AttentionSums]:
-        """While the block lasts, every forward of these attentions is summed up.
+        """Sum every forward of these attentions while the block lasts.
 
         Args:
             attentions: Attention modules of decoder layers, by the names that ``sums`` gets.
@@ -74,7 +74,7 @@ class AttentionSums:
             yield self
 
     def weigh(self, call: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-        """What each query gives to each set, ``(b, s, c)``, by an attention called with columns.
+        """Return what each query gives to each set, ``(b, s, c)``.
 
         Args:
             call: The attention as a function of its values; gives ``(b, s, heads, width)``.
@@ -152,7 +152,7 @@ def _summing_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """The base's attention function, called once more with columns for values."""
+    """Call the base's attention function once more, with columns for values."""
     job: _Job = module.__dict__[_JOB]
     if job.active == "eager":
         return _eager(job, module, query, key, value, attention_mask, kwargs)
@@ -178,7 +178,7 @@ def _eager(
     mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The architecture's explicit attention, in blocks of queries ``(b, n, <= BLOCK, d)``."""
+    """Call the architecture's explicit attention, in blocks of queries ``(b, n, <= BLOCK, d)``."""
     inner = _eager_function(module)
     if job.into.whole:
         out, weights = inner(module, query, key, value, mask, **kwargs)
@@ -195,7 +195,7 @@ def _eager(
 
 
 def _eager_function(attention: nn.Module) -> Callable[..., Any]:
-    """The explicit attention that a model's file defines beside its attention class."""
+    """Return the explicit attention that a model's file defines beside its attention class."""
     names = inspect.unwrap(type(attention).forward).__globals__
     found = names.get("eager_attention_forward")
     if found is None:
