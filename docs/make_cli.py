@@ -40,7 +40,7 @@ def page() -> str:
     ]
     parts = [HEAD, "\n".join(["| command | what it does |", "|---|---|", *rows])]
     for name, command in COMMANDS.items():
-        target = command.load()
+        target = command.load(name)
         if isinstance(target, typer.Typer):
             parts += [f"## mmgraft {name}", command.help]
             for inner in target.registered_commands:
