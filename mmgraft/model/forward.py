@@ -1,8 +1,8 @@
-"""Run a base with the grafts of the active workflows in its path."""
+"""What the forward takes, and how a base runs with the grafts of the active workflows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,15 +13,97 @@ from accelerate.utils.operations import send_to_device
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from mmgraft.anatomy import Anatomy, decoder_layers, get_path
+from mmgraft.data.batches.segments import learned_within, number
+from mmgraft.errors import UsageError
 from mmgraft.grafts.base import Graft, Pass, select
 from mmgraft.model.files.parts import execution_device
+from mmgraft.model.images import GivenImages
 from mmgraft.model.kernels.activations import activations_again
 from mmgraft.model.kernels.compiling import is_compiled
 from mmgraft.model.kernels.quantization import gradients_through_packed
+from mmgraft.model.packing import refuse_beside
 from mmgraft.model.sharded.lockstep import join
 from mmgraft.patching import patched_forward
+
+
+@dataclass
+class Inputs:
+    """The parameters of :meth:`GraftedModel.forward`; ``images`` are five of them.
+
+    Attributes:
+        input_ids: ``(b, s)``; at image positions any id of the vocabulary.
+        attention_mask: ``(b, past + s)``, 0 at padding on either side.
+        position_ids: ``(b, s)``; by default each token's own position, padding not counted.
+        past_key_values: A cache; it also remembers each row's workflow.
+        inputs_embeds: ``(b, s, h)`` instead of ``input_ids``.
+        labels: ``(b, s)``, -100 where nothing is supervised. The loss runs the head on supervised
+            positions only, and ``logits`` is then None.
+        mm_token_type_ids: ``(b, s)``, 1 at image positions.
+        images: ``pixel_values``, ``image_features``, ``image_sizes``, ``image_lengths`` and
+            ``image_rows``; see :class:`mmgraft.model.images.GivenImages`.
+        workflow: A workflow for all rows, or one a row; by default rows with an image run the
+            model's default workflow and the others ``text``.
+        use_cache: Return a cache.
+        logits_to_keep: Compute logits of the last positions only.
+        num_items_in_batch: Supervised tokens that the summed loss is divided by; by default those
+            of this batch.
+        segments: ``(b, s)``, for several rows in one sequence: 0 at padding, another number for
+            each row than its neighbours'. No row sees another, each one's positions begin at 0;
+            mask, positions and cache are not taken beside it.
+        options: For the base.
+
+    Raises:
+        UsageError: Neither ids nor embeddings, or segments that do not go with them.
+    """
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    past_key_values: Cache | None
+    inputs_embeds: Tensor | None
+    labels: Tensor | None
+    mm_token_type_ids: Tensor | None
+    images: GivenImages
+    workflow: str | Sequence[str] | Tensor | None
+    use_cache: bool | None
+    logits_to_keep: int | Tensor
+    num_items_in_batch: Tensor | int | None
+    segments: Tensor | None
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.input_ids is None and self.inputs_embeds is None:
+            raise UsageError("give input_ids or inputs_embeds.")
+        if self.segments is not None:
+            refuse_beside(self.segments, self.batch, self.past_key_values)
+
+    @property
+    def new(self) -> Tensor:
+        """Ids or embeddings."""
+        found = self.input_ids if self.input_ids is not None else self.inputs_embeds
+        assert found is not None
+        return found
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Rows and new positions."""
+        return self.new.shape[0], self.new.shape[1]
+
+    @property
+    def real(self) -> Tensor | None:
+        """0 at padding; None where there is none."""
+        return self.attention_mask if self.segments is None else self.segments
+
+    def number_rows(self) -> None:
+        """Number the rows of the sequences, and let their positions and labels begin anew."""
+        assert self.segments is not None
+        self.segments, self.position_ids = number(self.segments.to(self.new.device))
+        if self.labels is not None:
+            self.labels = learned_within(self.labels, self.segments)
+        self.attention_mask, self.use_cache = None, False
 
 
 @dataclass
@@ -95,8 +177,7 @@ def _layer(
     run: _Run, index: int, layer: nn.Module, original: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """One base layer with its grafts, checkpointed or not."""
-    state = run.state
-    if state is None:
+    if run.state is None:
         return checkpoint(original, *args, use_reentrant=False, **kwargs)
     if args:
         hidden, args = args[0], args[1:]
@@ -107,40 +188,51 @@ def _layer(
         hidden, args = hidden.to(device), cast(Any, send_to_device(args, device))
         kwargs = cast(Any, send_to_device(kwargs, device, skip_keys="past_key_values"))
         run.carries = [None if carry is None else carry.to(device) for carry in run.carries]
-
     if run.lockstep:  # outside the part that is computed again: its gradients come after all others
         hidden = join(hidden, _parameters_at(run, index))
 
-    def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, ...]:
-        here = state.on(hidden.device)
-        with ExitStack() as stack:
-            if run.through_4bit:
-                stack.enter_context(gradients_through_packed(layer))
-            for item in run.active:
-                if item.graft.acts_on(index):
-                    context = item.graft.layer_context(index, layer, hidden, here, item.gate)
-                    stack.enter_context(context)
-            out = original(hidden, *args, **kwargs)
-        left, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
-
-        def call(module: nn.Module, x: Tensor) -> Tensor:
-            result = module(x, *args, **kwargs)
-            return result[0] if isinstance(result, tuple) else result
-
-        carried = list(carries)
-        for number, item in enumerate(run.active):
-            if item.graft.acts_on(index):
-                new, carried[number] = item.graft.after_layer(
-                    index, call, hidden, left, here, carries[number]
-                )
-                left = left if new is left else select(item.gate, new, left)
-        return (left if rest is None else (left, *rest)), carried
+    def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, list[Tensor | None]]:
+        return _with_grafts(run, index, layer, hidden, carries, original, args, kwargs)
 
     if run.checkpointing:
         out, run.carries = checkpoint(forward, hidden, *run.carries, use_reentrant=False)
     else:
         out, run.carries = forward(hidden, *run.carries)
     return out
+
+
+def _with_grafts(
+    run: _Run,
+    index: int,
+    layer: nn.Module,
+    hidden: Tensor,
+    carries: Sequence[Tensor | None],
+    original: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> tuple[Any, list[Tensor | None]]:
+    """A layer's output with what the grafts add to it, and what they carry to the next layer."""
+    assert run.state is not None
+    here = run.state.on(hidden.device)
+    acting = [n for n, item in enumerate(run.active) if item.graft.acts_on(index)]
+    with ExitStack() as stack:
+        if run.through_4bit:
+            stack.enter_context(gradients_through_packed(layer))
+        for item in (run.active[n] for n in acting):
+            stack.enter_context(item.graft.layer_context(index, layer, hidden, here, item.gate))
+        given = original(hidden, *args, **kwargs)
+    out, rest = (given[0], given[1:]) if isinstance(given, tuple) else (given, None)
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        result = module(x, *args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    carried = list(carries)
+    for at in acting:
+        item = run.active[at]
+        new, carried[at] = item.graft.after_layer(index, call, hidden, out, here, carries[at])
+        out = out if new is out else select(item.gate, new, out)
+    return (out if rest is None else (out, *rest)), carried
 
 
 def _parameters_at(run: _Run, index: int) -> list[nn.Parameter]:
