@@ -28,7 +28,10 @@ html_copy_source = False
 html_show_sourcelink = False
 
 myst_heading_anchors = 4  # the anchors that GitHub gives, which the pages link to
-suppress_warnings = ["myst.header"]  # a page may begin with a comment
+suppress_warnings = [
+    "myst.header",  # a page may begin with a comment
+    "ref.python",  # a type in a signature that two modules have
+]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
