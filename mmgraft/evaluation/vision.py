@@ -93,12 +93,11 @@ def without_images(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def blind_workflow(model: GraftedModel, workflow: str) -> str:
-    """What a question without its image runs: the same workflow, where that can be.
+    """Return what a question without its image runs: the same workflow, or ``text``.
 
-    The official variant of Wings takes an image with every row; its questions without one run
-    ``text``.
+    ``text`` where the graft promises nothing for rows without an image.
     """
-    return workflow if model.workflow(workflow).graft.cacheable else TEXT_WORKFLOW
+    return TEXT_WORKFLOW if model.workflow(workflow).graft.promises.no_image else workflow
 
 
 def seeing_workflow(spec: SetSpec, given: str | None, default: str, names: Sequence[str]) -> str:

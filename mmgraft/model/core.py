@@ -181,24 +181,10 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
                 features = self.image_features(given.pixels, given.sizes)
             plans = plan_features(self.vision_tower, features, given.sizes)
             if given.rows is None or given.lengths is None:
-                dummies = self._dummies(names, plans)
-                rows = dummies or place(plans, positions, counts)
-                lengths = [
-                    0 if dummies and not positions[row] else counts(row, plan)
-                    for row, plan in zip(rows, plans, strict=True)
-                ]
+                rows = place(plans, positions, counts)
+                lengths = [counts(row, plan) for row, plan in zip(rows, plans, strict=True)]
             else:
                 rows, lengths = given.rows.tolist(), given.lengths.tolist()
             images = Images(features, plans, rows, lengths)
         images.check(positions, counts)
         return images
-
-    def _dummies(self, names: Sequence[str], plans: Sequence[Plan]) -> list[int] | None:
-        """A row for each image, where a row without positions has an image too (official Wings).
-
-        The published Wings code gives a black image to rows without one.
-        """
-        takes = len(names) == len(plans) and all(
-            name != TEXT_WORKFLOW and not self.workflow(name).graft.cacheable for name in names
-        )
-        return list(range(len(names))) if takes else None

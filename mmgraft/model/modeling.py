@@ -8,20 +8,43 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mmgraft.anatomy import get_path
+from mmgraft.anatomy import examine, get_path
+from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Pass, select
 from mmgraft.model.cache import RowSlot, extend
+from mmgraft.model.files.create import make_from_files, make_on_loaded
+from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
+from mmgraft.model.files.load import (
+    Verify,
+    base_files,
+    check_base,
+    finish,
+    graft_folder,
+    load_base,
+    load_workflow,
+    local_tower,
+    same_base,
+    same_tower,
+)
+from mmgraft.model.files.save import MAX_SHARD_SIZE, save_graft
 from mmgraft.model.forward import Active, Inputs, running
 from mmgraft.model.images import GivenImages, Images
+from mmgraft.model.kernels.quantization import assert_unquantized
 from mmgraft.model.learning import WorkflowLoss
 from mmgraft.model.packing import packing_blocked
 from mmgraft.model.rows import Rows, kinds_of, sort_rows
 from mmgraft.model.sharded.lockstep import join, outside_layers
 from mmgraft.model.workflow import TEXT_WORKFLOW
+from mmgraft.strict import StrictModel, known_keywords
+from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
+from mmgraft.vision.spec import VisionSpec
+from mmgraft.vision.towers.base import VisionTower
+from mmgraft.vision.towers.registry import load_tower
 
 if TYPE_CHECKING:
     from mmgraft.data.chat.processor import GraftProcessor
@@ -46,35 +69,173 @@ class GraftedModel(WorkflowLoss):
         anatomy: The base's, where it was examined before.
     """
 
-    # -- construction, see loading.py, grafting.py and saving.py -----------------------------------
+    # -- construction --------------------------------------------------------------------------
 
     @classmethod
-    def graft(cls, base: Any, vision: Any, config: Any, **options: Any) -> GraftedModel:
-        """Graft fresh modules onto a base; see :func:`mmgraft.model.files.create.graft_model`."""
-        from mmgraft.model.files.create import graft_model
+    @known_keywords
+    def graft(
+        cls,
+        base: str | Path | PreTrainedModel,
+        vision: str | Path | VisionSpec | VisionTower | None,
+        config: StrictModel,
+        *,
+        workflow: str = "mm",
+        quantization: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        projector: ProjectorConfig | None = None,
+        template: TemplateChoice | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> GraftedModel:
+        """Graft fresh modules onto a base, ready to train or to run.
 
-        return graft_model(base, vision, config, **options)
+        Args:
+            base: A Hub id or folder, or a loaded causal LM (not in 4-bit: an inserted layer is a
+                copy of exact tensors; name the base instead, and give ``quantization``).
+            vision: A tower, its spec, its name; None for a model that is only given features of
+                the base's own width.
+            config: Settings of a method, such as ``IAAConfig(layers="22,24")``.
+            workflow: Name of the new workflow.
+            quantization: ``"nf4"`` holds the base in 4-bit.
+            dtype: Of the base, such as ``"bfloat16"``; default: as it was saved.
+            device_map: As for transformers.
+            projector: Which one, with its settings; default: the two layers of ``MlpConfig``.
+            template: How conversations become text; default: the tokenizer's chat template.
+            tokenizer: Of a loaded base, to choose the image token by.
+
+        Raises:
+            UsageError: Layers that cannot carry a graft, or settings that do not fit the base.
+            TypeError: An unknown keyword, with the nearest known one.
+        """
+        spec = MlpConfig() if projector is None else projector
+        vision = str(vision) if isinstance(vision, Path) else vision
+        tower = load_tower(vision) if isinstance(vision, str | VisionSpec) else vision
+        if isinstance(base, str | Path):
+            files = resolve(base)
+            made = make_from_files(files, config, workflow, spec, template, tower)
+            base = load_base(files, dtype, device_map, quantization)
+            anatomy = examine(base)
+        else:
+            anatomy = examine(base)
+            made = make_on_loaded(base, anatomy, config, workflow, spec, template, tower, tokenizer)
+        made.to(base.dtype)
+        finish(made, base, anatomy)
+        if tower is not None:
+            tower = tower.to(device=base.device, dtype=base.dtype)
+        return cls(base.requires_grad_(False), tower, [made], anatomy)
 
     @classmethod
-    def from_pretrained(cls, source: Any, **options: Any) -> GraftedModel:
-        """Load a saved graft and its base; see :func:`mmgraft.model.files.load.load_model`."""
-        from mmgraft.model.files.load import load_model
+    @known_keywords
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        source: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        quantization: str | None = None,
+        quantization_storage: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        verify: Verify = "fast",
+        base: str | None = None,
+        graft_dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> GraftedModel:
+        """Load a saved graft, its base and its tower.
 
-        return load_model(source, **options)
+        Args:
+            source: A graft's folder, or its Hub id.
+            dtype: Of the base, such as ``"bfloat16"``; default: as it was saved.
+            device_map: As for transformers.
+            quantization: ``"nf4"`` holds the base in 4-bit; nothing else is quantised.
+            quantization_storage: Of the packed bytes; bf16 for FSDP2.
+            attn_implementation: As for transformers.
+            verify: ``"fast"`` compares the base's config, headers and the edges of every tensor
+                with the graft's record, ``"full"`` hashes every byte, ``"off"`` trusts.
+            base: Where the base lies, when not where the record says.
+            graft_dtype: Of tower, projector and graft; default: the base's. Training loads fp32.
+            revision: Of the graft on the Hub.
 
+        Raises:
+            UsageError: No graft, a corrupt or newer file, a base that is not the recorded one.
+            TypeError: An unknown keyword, with the nearest known one.
+        """
+        folder = graft_folder(source, revision)
+        record = GraftFile.read(folder)
+        files = base_files(record, folder, base)
+        check_base(record, files, verify)
+        loaded = load_base(
+            files, dtype, device_map, quantization, attn_implementation, quantization_storage
+        )
+        anatomy = examine(loaded)
+        tower = load_tower(local_tower(record, folder), dtype=loaded.dtype, device=loaded.device)
+        workflow = load_workflow(
+            record, folder, loaded, graft_dtype or loaded.dtype, tower.hidden_size, anatomy
+        )
+        assert_unquantized(tower, "vision_tower")
+        model = cls(loaded, tower, [workflow], anatomy)
+        model.name_or_path = str(source)
+        return model
+
+    @known_keywords
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, folder: str | Path, workflow: str | None = None, **_: Any
+        self,
+        folder: str | Path,
+        workflow: str | None = None,
+        *,
+        max_shard_size: str = MAX_SHARD_SIZE,
     ) -> None:
-        """Save one workflow's graft; see :func:`mmgraft.model.files.save.save_graft`."""
-        from mmgraft.model.files.save import save_graft
+        """Save one workflow's graft; a base that was trained goes into ``folder/base``.
 
-        save_graft(self, folder, workflow)
+        Args:
+            folder: Where to. Base, weights and config are replaced together: a killed save leaves
+                all the earlier ones, or all the new ones.
+            workflow: Which one; default: the model's first.
+            max_shard_size: Split larger weights, with an index.
 
-    def add_workflow(self, name: str, source: str | Path, **options: Any) -> None:
-        """Attach a second graft to the same base; see :func:`mmgraft.model.files.load.attach`."""
-        from mmgraft.model.files.load import attach
+        Raises:
+            MMGraftError: The disk is full or not writable; earlier files are whole.
+            TypeError: An unknown keyword, with the nearest known one.
+        """
+        save_graft(self, folder, workflow, max_shard_size)
 
-        attach(self, name, source, **options)
+    @known_keywords
+    def add_workflow(
+        self,
+        name: str,
+        source: str | Path,
+        *,
+        verify: Verify = "fast",
+        revision: str | None = None,
+    ) -> None:
+        """Add a saved graft of the same base and tower as a further workflow.
+
+        Args:
+            name: The workflow's name here.
+            source: The graft's folder, or its Hub id.
+            verify: ``"off"`` does not compare the two grafts' bases.
+            revision: Of the graft on the Hub.
+
+        Raises:
+            UsageError: The graft belongs to another base or sees with another tower, or the name
+                is taken.
+            TypeError: An unknown keyword, with the nearest known one.
+        """
+        if name in self.names:
+            raise UsageError(f"a workflow is called {name!r} already; choose another name.")
+        folder = graft_folder(source, revision)
+        record = GraftFile.read(folder)
+        first = self.workflow().record
+        if verify != "off":
+            same_base(first, record, source)
+        if not same_tower(first, record):
+            raise UsageError(
+                f"{source} sees with {record.vision.name}, this model with {first.vision.name}: "
+                "workflows of one model share a tower."
+            )
+        projector = self.workflow().projector
+        dtype, width = next(projector.parameters()).dtype, projector.in_features
+        record = record.model_copy(update={"workflow": name})
+        self._attach(load_workflow(record, folder, self.base, dtype, width, self.anatomy))
 
     def processor(
         self, tokenizer_folder: str | Path | None = None, workflow: str | None = None
@@ -85,7 +246,6 @@ class GraftedModel(WorkflowLoss):
             tokenizer_folder: Where the base's tokenizer lies, when not with the base.
             workflow: Its name; default: the first.
         """
-        from mmgraft.model.files.load import base_files
         from mmgraft.model.files.processor import load_processor
 
         chosen = self.workflow(workflow)
@@ -206,7 +366,8 @@ class GraftedModel(WorkflowLoss):
         if given.use_cache is None:
             given.use_cache = given.labels is None and not self.training
             given.use_cache = given.use_cache and all(
-                self.workflow(name).graft.cacheable for name in rows.names if name != TEXT_WORKFLOW
+                not self.workflow(name).graft.promises.cache
+                for name in set(rows.names) - {TEXT_WORKFLOW}
             )
         if given.use_cache and given.past_key_values is None:
             given.past_key_values = DynamicCache(config=self.base.config)

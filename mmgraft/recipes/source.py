@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.registry import Method, methods
 from mmgraft.recipes.files import recipe_dir
-from mmgraft.recipes.recipe import DataEntry, Recipe
+from mmgraft.recipes.recipe import DataEntry, Recipe, Stage
 from mmgraft.strict import describe
 
 OTHER_NAMES = {
@@ -195,6 +195,8 @@ def _check(data: dict[str, Any], what: str, lines: dict[Location, int]) -> Recip
             text = describe(single, Recipe, "").removeprefix(": ")
             if item["type"] == "extra_forbidden" and loc[-1] in OTHER_NAMES:
                 text = f"unknown key {_dotted(loc)!r}; here it is called {OTHER_NAMES[loc[-1]]!r}"
+            elif item["type"] == "extra_forbidden" and loc[0] == "stages" and len(loc) == 3:
+                text = _unknown_in_stage(loc, methods().get(data.get("method", "")))
             line = _line_of(loc, lines)
             text = f"line {line}: {text}" if line else text
             if text not in problems:
@@ -204,6 +206,16 @@ def _check(data: dict[str, Any], what: str, lines: dict[Location, int]) -> Recip
         raise UsageError(what + comma + problems[0])
     shown = "\n".join(f"  - {problem}" for problem in problems)
     raise UsageError(f"{what} has {len(problems)} problems:\n{shown}")
+
+
+def _unknown_in_stage(loc: Location, method: Method | None) -> str:
+    switches = list(method.stage.model_fields) if method else []
+    hint = did_you_mean(str(loc[-1]), [*switches, *Stage.model_fields])
+    text = f"unknown key {_dotted(loc)!r}; {hint}"
+    if method is None:
+        return text
+    own = f"may also switch {', '.join(switches)}" if switches else "has no keys of its own"
+    return f"{text} A stage of method {method.name} {own}."
 
 
 def _line_error(item: Any) -> Any:

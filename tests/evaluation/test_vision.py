@@ -177,8 +177,8 @@ def test_images_are_left_out_and_words_stay() -> None:
 def test_a_graft_that_needs_a_picture_in_every_row_is_asked_blindly_as_text(
     folder: Path, run: Path, tmp_path: Path
 ) -> None:
-    official = {"variant": "official", "system_prompt_length": 2, "image_token_length": 4}
-    answerer = Answerer.load(make_run(folder, tmp_path / "official", "wings", **official))
+    official = {"system_prompt_length": 2, "image_token_length": 4}
+    answerer = Answerer.load(make_run(folder, tmp_path / "official", "wings-official", **official))
     assert blind_workflow(answerer.model, "mm") == "text"
     assert blind_workflow(Answerer.load(run).model, "mm") == "mm"
     (found,) = evaluate_vision(answerer, tmp_path / "official", [spec(folder)]).sets

@@ -44,8 +44,8 @@ class AttentionSums:
     Attributes:
         columns: Which key belongs to which set, ``(b, S, c)`` of 0 and 1.
         queries: Which queries are summed over, ``(b, s)``: those that are no padding.
-        whole: Explicit weights are computed whole and handed on, for a graft that reads them (a
-            Wings router beside an attention without a fused kernel).
+        whole: Explicit weights are computed whole and handed on, for a graft that reads them
+            beside an attention without a fused kernel.
         sums: What was found, by the attention's name: ``(b, c)`` in fp32.
     """
 
@@ -131,7 +131,7 @@ class _Job:
     into: AttentionSums
     name: str
     plain: str  # the base's own implementation
-    active: str  # the one in place now: the base's own, or the Wings router's around it
+    active: str  # the one in place now: the base's own, or a graft's around it
 
     def run(self, attention: Any, forward: Callable[[], Any]) -> Any:
         config = attention.config

@@ -126,14 +126,14 @@ def _run(
     inputs: Mapping[str, Tensor],
     workflow: str,
     attentions: Mapping[str, nn.Module],
-    graft: Any = None,
+    graft: Graft | None = None,
     learned: dict[int, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Run one forward; return sums by name, and put those of learners into ``learned``."""
     ids = inputs["input_ids"]
     image, mask = inputs.get("mm_token_type_ids"), inputs.get("attention_mask")
     kinds = kinds_of((ids.shape[0], ids.shape[1]), image, mask, ids.device)
-    # A graft beside the attention may read its weights, as the Wings router does.
+    # A graft beside the attention may read its weights.
     beside = graft is not None and type(graft).layer_context is not Graft.layer_context
     sums = AttentionSums(side_columns(kinds), kinds != PADDING, whole=beside)
 
@@ -149,7 +149,7 @@ def _run(
 
     with ExitStack() as stack:
         stack.enter_context(sums.of(attentions, model.anatomy.attention_in_registry))
-        if graft is not None and hasattr(graft, "watch"):
+        if graft is not None:
             stack.callback(setattr, graft, "watch", graft.watch)
             graft.watch = watch
         model(**inputs, workflow=workflow, use_cache=False, logits_to_keep=1)

@@ -178,8 +178,8 @@ def _by_workflow(
 
 
 def _pads(model: GraftedModel, workflow: str) -> bool:
-    """Return whether rows may be padded on the left; the official variant of Wings takes none."""
-    return workflow == TEXT_WORKFLOW or model.workflow(workflow).graft.cacheable
+    """Return whether rows may be padded on the left."""
+    return workflow == TEXT_WORKFLOW or not model.workflow(workflow).graft.promises.padding
 
 
 def _batches(

@@ -116,7 +116,7 @@ def _plan(rows: Sequence[Encoded]) -> _Plan | None:
 
 
 def _exact(model: GraftedModel, workflow: str, length: int) -> bool:
-    if workflow != TEXT_WORKFLOW and not model.workflow(workflow).graft.cacheable:
+    if workflow != TEXT_WORKFLOW and model.workflow(workflow).graft.promises.cache:
         return False
     anatomy = model.anatomy
     if not _PLAIN_LAYERS.issuperset(anatomy.layer_types):

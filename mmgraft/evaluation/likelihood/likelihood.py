@@ -202,8 +202,8 @@ class Likelihoods:
 
     def _cacheable(self) -> bool:
         if isinstance(self.model, GraftedModel) and self.workflow != TEXT_WORKFLOW:
-            cacheable = self.model.workflow(self.workflow).graft.cacheable
-            return cacheable and can_go_on(self.config)
+            cached = not self.model.workflow(self.workflow).graft.promises.cache
+            return cached and can_go_on(self.config)
         return can_go_on(self.config)
 
 

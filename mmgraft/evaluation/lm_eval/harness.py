@@ -203,9 +203,11 @@ def _task(answerer: Answerer, name: str, loaded: Any, workflow: str | None) -> _
     images = kinds.pop()
     if images:
         _refuse_images(name, leaves, workflow)
-    elif workflow not in (None, TEXT_WORKFLOW) and not _pads(answerer, workflow):
+    elif workflow not in (None, TEXT_WORKFLOW) and (
+        why := answerer.model.workflow(workflow).graft.promises.no_image
+    ):
         raise UsageError(
-            f"task {name} is text, and workflow {workflow!r} takes an image with every row; "
+            f"task {name} is text, which workflow {workflow!r} cannot answer ({why}); "
             f"evaluate it with {TEXT_WORKFLOW}"
         )
     default = answerer.model.default_workflow if images else TEXT_WORKFLOW
@@ -223,17 +225,13 @@ def _refuse_images(name: str, leaves: Sequence[Any], workflow: str | None) -> No
             )
 
 
-def _pads(answerer: Answerer, workflow: str) -> bool:
-    """Whether rows may be padded, or have no image; the official variant of Wings takes neither."""
-    return answerer.model.workflow(workflow).graft.cacheable
-
-
 def _model(answerer: Answerer, task: _Task, batch_size: int) -> Any:
     from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM
 
     if not task.images:
         return TextLM(answerer, task.workflow, batch_size)
-    return ImageLM(answerer, task.workflow, batch_size if _pads(answerer, task.workflow) else 1)
+    pads = not answerer.model.workflow(task.workflow).graft.promises.padding
+    return ImageLM(answerer, task.workflow, batch_size if pads else 1)
 
 
 def _base(untouched: PreTrainedModel, answerer: Answerer, batch_size: int) -> Any:

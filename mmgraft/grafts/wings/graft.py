@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,8 @@ from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, PADDING, BaseParts, Graft, Pass, select
 from mmgraft.grafts.computing import computes_on
-from mmgraft.grafts.wings.config import WingsConfig
+from mmgraft.grafts.method import StageSwitches
+from mmgraft.grafts.wings.config import WingsConfig, WingsStage
 from mmgraft.grafts.wings.learners import Learner, learner_heads
 from mmgraft.grafts.wings.reading import KIND_OF, prepare, read_all, read_packed
 from mmgraft.grafts.wings.router import Router, route
@@ -45,43 +46,23 @@ class WingsGraft(Graft):
 
     Attributes:
         running: The learners that act now: stage 1 runs the visual one alone, with weight 1.
-        watch: Told of every learner's attention, for measurements: base layer, queries and keys
-            ``(b, heads, s, d)``, the mask, the queries that see a key ``(b, s, 1)``, and the
-            router's share ``(b, s)`` or None for 1.
     """
 
     method = "wings"
-    watch: Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor | None], None] | None = None
 
     def __init__(self, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> None:
         super().__init__(config, anatomy)
-        if anatomy.branch_blocked is not None:
-            raise UsageError(
-                f"Wings cannot add its learners to this base: {anatomy.branch_blocked}. "
-                "Choose --method iaa or llava."
-            )
-        if anatomy.embedding_size != anatomy.hidden_size:
-            raise UsageError(
-                f"{anatomy.model_type} embeds tokens in {anatomy.embedding_size} numbers but its "
-                f"layers have {anatomy.hidden_size}: Wings' learners need both the same. "
-                "Choose --method iaa or llava for this base."
-            )
         self.heads = learner_heads(anatomy, config.heads)
         self.length = config.max_length or anatomy.max_positions or _FALLBACK_LENGTH
-        self.places = parse_layers(config.layers, anatomy.num_layers)
+        self.layer_indices = parse_layers(config.layers, anatomy.num_layers)
         self.layers = nn.ModuleDict(
-            {str(i): WingsLayer(config, anatomy, self.heads, self.length) for i in self.places}
+            {
+                str(i): WingsLayer(config, anatomy, self.heads, self.length)
+                for i in self.layer_indices
+            }
         )
         self.running: tuple[str, ...] = tuple(config.learners)
         self._first_slot = 0
-
-    @classmethod
-    def build(cls, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> Graft:
-        if config.variant == "official":
-            from mmgraft.grafts.wings.official_graft import OfficialWingsGraft
-
-            return OfficialWingsGraft(config, anatomy, parts)
-        return cls(config, anatomy, parts)
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "learners": list(self.running)}
@@ -97,8 +78,27 @@ class WingsGraft(Graft):
             )
         self.running = tuple(name for name in ("visual", "textual") if name in wanted)
 
+    def switch(self, switches: StageSwitches) -> None:
+        stage = switches if isinstance(switches, WingsStage) else WingsStage()
+        self.set_state({"learners": stage.learners or self.config.learners})
+        both, routed = len(self.running) == 2, self.config.routed
+        if stage.router and not (both and routed):
+            raise UsageError(
+                "has router: true, but "
+                + ("one learner has nothing to weigh" if not both else "this graft has no router")
+                + "; write router: false"
+            )
+        if stage.router is False and both and routed:
+            raise UsageError(
+                "has router: false, but this graft's router weighs its two learners; write "
+                "router: true, or learners: [visual]"
+            )
+
+    def changes_feed_forward(self, index: int) -> bool:
+        return False
+
     def slot_layers(self) -> list[int]:
-        return [FULL_ATTENTION] * len(self.places)
+        return [FULL_ATTENTION] * len(self.layer_indices)
 
     def assign_slots(self, first: int) -> None:
         self._first_slot = first
@@ -130,7 +130,7 @@ class WingsGraft(Graft):
         def attend(original: Any, *args: Any, **kwargs: Any) -> Any:
             if hasattr(wing, "router") and len(self.running) == 2:
                 columns = partial(_columns, wing.router, state, first_key)
-                fused = self.anatomy.explicit_router is None and _fusible(attention)
+                fused = self.anatomy.explicit_weights is None and _fusible(attention)
                 spans = partial(_spans, state)
                 out, logits = route(original, attention, columns, fused, args, kwargs, spans)
                 shares = logits.softmax(-1)  # (b, s, 2): visual, textual
@@ -162,17 +162,17 @@ class WingsGraft(Graft):
     ) -> Tensor:
         """The routed sum of the learners at one layer, ``(b, s, h)``."""
         learners = {name: wing.learner(name) for name in self.running}
-        entered, queries = hidden.to(state.features.dtype), {}
+        inputs, queries = hidden.to(state.features.dtype), {}
         for name, learner in learners.items():
             kind = KIND_OF[name]
             if kind in state.packed or (not state.packed and (kind != IMAGE or state.any_image)):
-                queries[name] = learner.queries(entered)
+                queries[name] = learner.queries(inputs)
         remember = watch = None
         if state.cache is not None:
-            slot = self._first_slot + self.places.index(index)
+            slot = self._first_slot + self.layer_indices.index(index)
             remember = partial(state.cache.update, layer_idx=slot)
         if self.watch is not None:
-            watch = partial(self._tell, index, shares)
+            watch = partial(self._show, index, shares)
         if state.packed:
             lowered = read_packed(learners, queries, state, remember)
         else:
@@ -184,7 +184,7 @@ class WingsGraft(Graft):
             total = out if total is None else total + out
         return torch.zeros_like(hidden) if total is None else total
 
-    def _tell(
+    def _show(
         self,
         index: int,
         shares: Tensor | None,
@@ -201,8 +201,9 @@ class WingsGraft(Graft):
         found: dict[str, list[nn.Parameter]] = {}
         for wing in self.layers.values():
             for name in self.config.learners:
-                learner = wing.get_submodule(name)
-                found.setdefault(f"learners.{name}", []).extend(learner.parameters())
+                learner = list(wing.get_submodule(name).parameters())
+                found.setdefault("learners", []).extend(learner)
+                found.setdefault(f"learners.{name}", []).extend(learner)
             if hasattr(wing, "router"):
                 found.setdefault("router", []).extend(wing.get_submodule("router").parameters())
         return dict(found)
