@@ -177,7 +177,7 @@ class GraftedModel(WorkflowLoss):
         return model
 
     @known_keywords
-    def save_pretrained(
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         folder: str | Path,
         workflow: str | None = None,
