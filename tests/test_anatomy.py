@@ -20,7 +20,7 @@ from mmgraft.anatomy import (
     skeleton,
 )
 from mmgraft.anatomy.branch import BranchUnknown, examine_branch
-from mmgraft.anatomy.positions import position_table
+from mmgraft.anatomy.inspection import position_table
 from mmgraft.errors import UsageError
 from tiny import ARCHITECTURES, LAYERS, VARIANTS, WINDOW, tiny_config, tiny_model
 

@@ -1,4 +1,4 @@
-"""What a method says of itself to the rest of the code. Free of torch."""
+"""The descriptor by which a method tells the rest of the code about itself. Free of torch."""
 
 from __future__ import annotations
 

@@ -33,10 +33,10 @@ class Source:
     """A published checkpoint.
 
     Attributes:
-        name: what the user called it.
-        config: its config.json.
-        tensors: its tensors by their published names.
-        files: small files beside them, by name.
+        name: What the user called it.
+        config: Its config.json.
+        tensors: Its tensors by their published names.
+        files: Small files beside them, by name.
         readable: False where only the tensors' names and shapes are known.
     """
 
@@ -47,10 +47,10 @@ class Source:
     readable: bool = True
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A small file's content, or None where the checkpoint lacks it.
+        """Return a small file's content, or None where the checkpoint lacks it.
 
         Raises:
-            UsageError: when it is no JSON object.
+            UsageError: When it is no JSON object.
         """
         if name not in self.files:
             return None
@@ -67,13 +67,13 @@ def open_source(name: str, revision: str | None = None, headers_only: bool = Fal
     """Open a checkpoint by folder or Hub id.
 
     Args:
-        name: the folder or the id.
-        revision: commit, branch or tag on the Hub.
-        headers_only: of a Hub id fetch names and shapes only, a few MB at most.
+        name: The folder or the id.
+        revision: Commit, branch or tag on the Hub.
+        headers_only: Of a Hub id fetch names and shapes only, a few MB at most.
 
     Raises:
-        UsageError: when there is no such checkpoint, or it misses its config or tensors.
-        MMGraftError: when the Hub cannot be reached.
+        UsageError: When there is no such checkpoint, or it misses its config or tensors.
+        MMGraftError: When the Hub cannot be reached.
     """
     from mmgraft.basefiles import resolve
 
@@ -97,7 +97,7 @@ def _with_config(
 
 
 def _fetch_small(name: str, revision: str | None, wanted: Iterable[str]) -> dict[str, Path]:
-    """Those of the wanted files that a Hub repository has."""
+    """Return those of the wanted files that a Hub repository has."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.anatomy import skeleton
-from mmgraft.anatomy.positions import position_table
+from mmgraft.anatomy.inspection import position_table
 from mmgraft.basefiles import ModelFiles, load_config, resolve
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.data.chat.processor import GraftProcessor

@@ -1,4 +1,4 @@
-"""What a tower makes of an image of one size: its views, and the grid of vectors of each."""
+"""The plan of a tower for an image of one size: its views, and the grid of vectors of each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Plan:
 
     @classmethod
     def single(cls, grid: Grid) -> Self:
-        """The plan of one view of the whole image."""
+        """Return the plan of one view of the whole image."""
         return cls((View("base", grid),))
 
     @classmethod

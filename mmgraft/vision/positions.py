@@ -1,4 +1,4 @@
-"""How many positions of a row an image takes, known from its size alone."""
+"""The number of positions that an image takes in a row, known from its size alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ImagePositions:
 
     @classmethod
     def same(cls, number: int) -> ImagePositions:
-        """The same number for every image."""
+        """Return positions of which every image takes the same number."""
         return cls(attrgetter("entries"), Plan.single((1, number)))
 
     def __call__(self, size: Size) -> int:

@@ -37,7 +37,7 @@ class WingsLayer(nn.Module):
             self.router = Router(length)
 
     def learner(self, name: str) -> Learner:
-        """The learner called ``visual`` or ``textual``."""
+        """Return the learner called ``visual`` or ``textual``."""
         return self.get_submodule(name)  # type: ignore[return-value]
 
 
@@ -160,7 +160,7 @@ class WingsGraft(Graft):
     def _learned(
         self, wing: WingsLayer, index: int, hidden: Tensor, state: Pass, shares: Tensor | None
     ) -> Tensor:
-        """The routed sum of the learners at one layer, ``(b, s, h)``."""
+        """Return the routed sum of the learners at one layer, ``(b, s, h)``."""
         learners = {name: wing.learner(name) for name in self.running}
         inputs, queries = hidden.to(state.features.dtype), {}
         for name, learner in learners.items():
@@ -213,7 +213,9 @@ class WingsGraft(Graft):
 
 
 def _fusible(attention: nn.Module) -> bool:
-    """Whether the attention runs a registered kernel now (eager already returns its weights)."""
+    """Return whether the attention runs a registered kernel now (eager already returns its
+    weights).
+    """
     return attention.config._attn_implementation != "eager"  # type: ignore[union-attr]
 
 
@@ -225,7 +227,9 @@ def _first_key(state: Pass, index: int, attention: nn.Module) -> int:
 
 
 def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
-    """The router's columns for ``count`` keys from column ``first`` on, ``(b, count, 2)``."""
+    """Return the router's columns for ``count`` keys from column ``first`` on, ``(b, count,
+    2)``.
+    """
     positions = state.key_positions[:, first : first + count]  # (b, <= count)
     missing = count - positions.shape[1]  # a static cache has keys that nothing was written to
     if missing:
@@ -234,7 +238,7 @@ def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
 
 
 def _spans(state: Pass, mask: Tensor) -> Spans | None:
-    """The causal pieces of a mask that the base made, found once for all its layers.
+    """Return the causal pieces of a mask that the base made, found once for all its layers.
 
     On a CPU alone: elsewhere one call for a whole batch is worth more than what they leave out.
     """

@@ -105,7 +105,7 @@ def _router_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The base's attention function over values widened by the router's columns."""
+    """Run the base's attention function over values widened by the router's columns."""
     job: _Job = module.__dict__[_JOB]
     module.__dict__[_JOB] = job.outer
     inner = ALL_ATTENTION_FUNCTIONS[job.implementation]

@@ -45,7 +45,7 @@ def same_base(first: GraftFile, second: GraftFile, source: str | Path) -> None:
 
 
 def graft_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a graft, downloaded from the Hub where ``source`` is an id."""
+    """Return the local folder of a graft, downloaded from the Hub where ``source`` is an id."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -56,7 +56,7 @@ def graft_folder(source: str | Path, revision: str | None = None) -> Path:
 
 
 def base_files(record: GraftFile, folder: Path, override: str | None = None) -> ModelFiles:
-    """Where a graft's base lies."""
+    """Return where a graft's base lies."""
     if override is not None:
         return resolve(override)
     if record.base.id.startswith("./"):
@@ -65,7 +65,9 @@ def base_files(record: GraftFile, folder: Path, override: str | None = None) -> 
 
 
 def local_tower(record: GraftFile, folder: Path) -> VisionSpec:
-    """What loads a graft's tower; one that lies beside the graft is named by its path here."""
+    """Return what loads a graft's tower; one that lies beside the graft is named by its path
+    here.
+    """
     name = record.vision.id
     if name is None or not name.startswith("./"):
         return record.vision
@@ -110,7 +112,7 @@ def load_base(
     attn_implementation: str | None = None,
     quantization_storage: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The base alone, as transformers loads it: frozen, in eval mode."""
+    """Return the base alone, as transformers loads it: frozen, in eval mode."""
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     options: dict[str, Any] = {"dtype": wanted or "auto"}
     compute = wanted if isinstance(wanted, torch.dtype) else torch.bfloat16
@@ -130,7 +132,7 @@ def load_base(
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a graft.
+    """Return all tensors of a graft.
 
     Raises:
         UsageError: The file is missing or corrupt.
@@ -162,10 +164,9 @@ def load_workflow(
     base: PreTrainedModel,
     dtype: torch.dtype,
     width: int,
-    anatomy: Anatomy | None = None,
+    anatomy: Anatomy,
 ) -> Workflow:
     """Build a workflow's modules on the meta device and put the saved tensors in."""
-    anatomy = examine(base) if anatomy is None else anatomy
     tensors = read_tensors(folder)
     workflow = build_workflow(record, base, width, anatomy)
     shared = {f"graft.{name}" for name in workflow.graft.shares()}
@@ -194,7 +195,7 @@ def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None
 def build_workflow(
     record: GraftFile, base: PreTrainedModel, width: int, anatomy: Anatomy | None = None
 ) -> Workflow:
-    """A workflow's modules, without values, for the base at hand."""
+    """Return a workflow's modules, without values, for the base at hand."""
     anatomy = examine(base) if anatomy is None else anatomy
     parts = shape_parts(base.config, anatomy)
     with torch.device("meta"):
@@ -205,13 +206,12 @@ def build_workflow(
     return Workflow(record.workflow, projector, graft, record)
 
 
-def finish(workflow: Workflow, base: PreTrainedModel, anatomy: Anatomy | None = None) -> None:
+def finish(workflow: Workflow, base: PreTrainedModel, anatomy: Anatomy) -> None:
     """Give a workflow the base's config and devices, fill buffers, and check that it is whole.
 
     Raises:
         MMGraftError: A tensor has no value (a method did not save it).
     """
-    anatomy = examine(base) if anatomy is None else anatomy
     share_config(workflow.graft, base.config)
     layers = decoder_layers(base, anatomy)
     for index, module in workflow.graft.layer_modules():

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
+from mmgraft.basefiles import find_tokenizer
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template
 from mmgraft.errors import UsageError
@@ -33,13 +32,12 @@ def load_processor(
     Raises:
         UsageError: The base has no tokenizer.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    except (OSError, ValueError) as error:
+    tokenizer = find_tokenizer(Path(tokenizer_folder))
+    if tokenizer is None:
         raise UsageError(
-            f"the base {record.base.id} has no tokenizer that transformers can load ({error}); "
+            f"the base {record.base.id} has no tokenizer that transformers can load; "
             "put its tokenizer files beside its weights."
-        ) from None
+        )
     template = Template(record.template.kind, record.template.text)
     shape = tower if isinstance(tower, TowerShape) else tower and TowerShape.of(tower)
     positions = 1 if shape is None else shape.positions(record.projector)
