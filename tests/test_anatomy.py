@@ -12,7 +12,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 
 from mmgraft.anatomy import (
     Anatomy,
-    attention_of,
     decoder_layers,
     examine,
     examine_config,
@@ -143,7 +142,7 @@ def test_the_attention_joins_the_stream_where_and_as_the_probe_says(name: str) -
     model = tiny_model(name)
     anatomy = examine(model)
     layer, (args, kwargs) = layer_call(model, anatomy, 1)
-    joint = attention_of(layer, anatomy)
+    joint = layer.get_submodule(anatomy.attention_name)
     if anatomy.branch_norm:
         joint = layer.get_submodule(anatomy.branch_norm)
     outputs: list[Any] = []

@@ -10,11 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from typing_extensions import Self
 
 from mmgraft.anatomy import Anatomy, examine
 from mmgraft.errors import UsageError
+from mmgraft.model.cache import extend
 from mmgraft.model.images import GivenImages, Images, place, plan_features, plan_images
 from mmgraft.model.workflow import TEXT_WORKFLOW, Workflow
 from mmgraft.vision.plan import Plan
@@ -32,9 +34,8 @@ class GraftedConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.base_config = base_config
         if base_config is not None:
-            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id"):
-                setattr(self, name, getattr(base_config, name, None))
-            for name in ("bos_token_id", "eos_token_id", "tie_word_embeddings"):
+            sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
+            for name in (*sizes, "pad_token_id", "bos_token_id", "eos_token_id"):
                 setattr(self, name, getattr(base_config, name, None))
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
@@ -98,6 +99,11 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
 
     def _workflow_list(self) -> list[Workflow]:
         return list(self.workflows.values())  # type: ignore[arg-type]
+
+    def _extend(self, cache: Cache) -> None:
+        """Give a cache the slots of all workflows."""
+        slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
+        extend(cache, self.anatomy.num_layers, slots)
 
     @property
     def names(self) -> list[str]:

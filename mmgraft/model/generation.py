@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
 from mmgraft.errors import UsageError
-from mmgraft.model.cache import RowSlot, extend
+from mmgraft.model.cache import RowSlot
 from mmgraft.model.core import GraftedCore
 from mmgraft.model.images import GivenImages
 from mmgraft.model.rows import sort_rows
@@ -189,8 +189,7 @@ class WorkflowGeneration(GraftedCore):
         )
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
-            extend(cache, self.anatomy.num_layers, slots)
+            self._extend(cache)
         return done
 
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:

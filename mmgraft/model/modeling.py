@@ -17,7 +17,7 @@ from mmgraft.anatomy import decoder_layers, examine, get_path
 from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Pass, select
-from mmgraft.model.cache import RowSlot, extend
+from mmgraft.model.cache import RowSlot
 from mmgraft.model.files.create import make_from_files, make_on_loaded
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
 from mmgraft.model.files.load import (
@@ -27,6 +27,7 @@ from mmgraft.model.files.load import (
     finish,
     graft_folder,
     load_base,
+    load_processor,
     load_workflow,
     local_tower,
     same_base,
@@ -250,8 +251,6 @@ class GraftedModel(WorkflowGeneration):
             tokenizer_folder: Where the base's tokenizer lies, when not with the base.
             workflow: Its name; default: the first.
         """
-        from mmgraft.model.files.processor import load_processor
-
         chosen = self.workflow(workflow)
         if tokenizer_folder is None:
             tokenizer_folder = base_files(chosen.record, chosen.origin or Path()).path
@@ -436,15 +435,13 @@ class GraftedModel(WorkflowGeneration):
         """Token embeddings ``(b, s, h)``, each row by its workflow's own table."""
         if ids is None:
             return embeds  # type: ignore[return-value]
-        out = None
-        if not (len(active) == 1 and active[0].gate is None and active[0].graft.embedding):
-            out = self.base.get_input_embeddings()(ids)
-        for item in active:
-            table = item.graft.embedding
-            if table is not None and item.graft.active:
-                own = table(ids)
-                out = own if out is None else select(item.gate, own, out)
-        return out if out is not None else self.base.get_input_embeddings()(ids)
+        own = [a for a in active if a.graft.embedding is not None and a.graft.active]
+        if len(active) == 1 and own and own[0].gate is None:
+            return cast(Any, own[0].graft.embedding)(ids)
+        out = self.base.get_input_embeddings()(ids)
+        for item in own:
+            out = select(item.gate, cast(Any, item.graft.embedding)(ids), out)
+        return out
 
     def _merge(
         self, embeds: Tensor, rows: Rows, shown: Tensor, images: Images | None
@@ -482,8 +479,7 @@ class GraftedModel(WorkflowGeneration):
             position_ids = _positions(given.attention_mask, past, embeds.shape[1], embeds.device)
         positions = position_ids.to(embeds.device).expand(embeds.shape[0], -1)
         if cache is not None:
-            slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
-            extend(cache, self.anatomy.num_layers, slots)
+            self._extend(cache)
         workflows = rows.numbers(self.names, embeds.device)
         longest = int(positions.max()) + 1
         for workflow in self._workflow_list():

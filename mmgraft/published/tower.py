@@ -128,28 +128,18 @@ def _default_processor(config: dict[str, Any]) -> dict[str, Any]:
     """Return what CLIP and SigLIP were trained with; sources: their papers' released processors."""
     size = config["image_size"]
     square = {"height": size, "width": size}
-    shared = {
+    siglip = config["model_type"] == "siglip_vision_model"
+    crop = {} if siglip else {"do_center_crop": True, "crop_size": square}
+    return {
+        "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
+        "size": square if siglip else {"shortest_edge": size},
+        **crop,
+        "image_mean": [0.5] * 3 if siglip else [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.5] * 3 if siglip else [0.26862954, 0.26130258, 0.27577711],
         "do_convert_rgb": True,
         "do_resize": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "resample": 3,
-    }
-    if config["model_type"] == "siglip_vision_model":
-        return {
-            "image_processor_type": "SiglipImageProcessor",
-            "size": square,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            **shared,
-        }
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": size},
-        "do_center_crop": True,
-        "crop_size": square,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        **shared,
     }

@@ -17,8 +17,7 @@ from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.formats.sources import is_there
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.model.files.graft_file import GraftFile
-from mmgraft.model.files.load import base_files, local_tower
-from mmgraft.model.files.processor import load_processor
+from mmgraft.model.files.load import base_files, load_processor, local_tower
 from mmgraft.recipes.recipe import DataEntry, Recipe
 from mmgraft.recipes.source import find_recipe, load_recipe
 from mmgraft.runs.find import is_graft

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,20 +32,6 @@ _DECIDING_FIELDS = (
     "do_pad",
     "pad_size",
 )
-
-
-class Preprocessing(Protocol):
-    """Turns images into pixels of one fixed size."""
-
-    image_size: tuple[int, int]
-
-    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Images of any size and mode -> (n, 3, H, W) float32."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """Return what decides the pixels, as JSON."""
-        ...
 
 
 class SquareResize:
@@ -134,6 +120,10 @@ class StockPreprocessing:
         return {"class": name} | {
             key: _plain(value) for key, value in values.items() if value is not None
         }
+
+
+Preprocessing = SquareResize | StockPreprocessing
+"""Turns images into pixels of one fixed size."""
 
 
 def _plain(value: Any) -> Any:

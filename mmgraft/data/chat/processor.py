@@ -19,7 +19,7 @@ from mmgraft.data.chat.template import Template, apply, reads_parts, render
 from mmgraft.data.chat.transcript import SentinelTokenizers, Transcript, write_transcript
 from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError
-from mmgraft.vision.positions import ImagePositions
+from mmgraft.vision.plan import ImagePositions
 
 Preprocess = Callable[[Sequence[Image.Image]], Tensor]
 """A vision tower's `preprocess`."""

@@ -19,7 +19,7 @@ from mmgraft.errors import UsageError
 from mmgraft.export.llava.config import select_strategy
 from mmgraft.export.llava.fit import Ingredients
 from mmgraft.export.llava.template import image_template
-from mmgraft.model.files.processor import load_processor
+from mmgraft.model.files.load import load_processor
 from mmgraft.vision.preprocessing import SquareResize
 
 _OTHER_TOKENS = ("[image]", "<|mmgraft_image|>")

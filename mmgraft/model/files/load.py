@@ -1,8 +1,9 @@
-"""Load a saved graft with its base and its tower."""
+"""Load a saved graft with its base, its tower and its processor."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, decoder_layers, examine, get_path
-from mmgraft.basefiles import ModelFiles, compare_fingerprints, fetch, fingerprint, resolve
+from mmgraft.basefiles import (
+    ModelFiles,
+    compare_fingerprints,
+    fetch,
+    find_tokenizer,
+    fingerprint,
+    resolve,
+)
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.template import Template
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, GraftFile
@@ -22,6 +32,8 @@ from mmgraft.model.kernels.quantization import assert_unquantized, leave_file, q
 from mmgraft.model.workflow import Workflow
 from mmgraft.vision.projectors.registry import build_projector
 from mmgraft.vision.spec import VisionSpec
+from mmgraft.vision.towers.base import VisionTower
+from mmgraft.vision.towers.registry import TowerShape
 
 Verify = Literal["fast", "full", "off"]
 _GRAFT_FILES = [
@@ -117,14 +129,13 @@ def load_base(
     options: dict[str, Any] = {"dtype": wanted or "auto"}
     compute = wanted if isinstance(wanted, torch.dtype) else torch.bfloat16
     quantized = quantization_config(quantization, compute, quantization_storage)
-    if quantized is not None:
-        options["quantization_config"] = quantized
-    if device_map is not None:
-        options["device_map"] = device_map
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if files.gguf is not None:
-        options["gguf_file"] = files.gguf
+    given = {
+        "quantization_config": quantized,
+        "device_map": device_map,
+        "attn_implementation": attn_implementation,
+        "gguf_file": files.gguf,
+    }
+    options |= {name: value for name, value in given.items() if value is not None}
     base = AutoModelForCausalLM.from_pretrained(files.path, **options)
     if quantized is not None:
         leave_file(base)
@@ -156,6 +167,38 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             f"the graft's weights in {folder} ({WEIGHTS_NAME}) are corrupt ({error}): "
             "copy them there once more, or graft again."
         ) from None
+
+
+def load_processor(
+    record: GraftFile,
+    tokenizer_folder: str | Path,
+    tower: VisionTower | TowerShape | None,
+    options: Mapping[str, Any] | None = None,
+) -> GraftProcessor:
+    """Make the processor that a graft's record describes.
+
+    Args:
+        record: The graft's ``graft_config.json``.
+        tokenizer_folder: Where the base's tokenizer lies.
+        tower: The tower that images go through; its shape is enough to count their positions.
+        options: Variables of the chat template, such as ``enable_thinking``.
+
+    Raises:
+        UsageError: The base has no tokenizer.
+    """
+    tokenizer = find_tokenizer(Path(tokenizer_folder))
+    if tokenizer is None:
+        raise UsageError(
+            f"the base {record.base.id} has no tokenizer that transformers can load; "
+            "put its tokenizer files beside its weights."
+        )
+    template = Template(record.template.kind, record.template.text)
+    shape = tower if isinstance(tower, TowerShape) else tower and TowerShape.of(tower)
+    positions = 1 if shape is None else shape.positions(record.projector)
+    preprocess = getattr(tower, "preprocess", None)
+    return GraftProcessor(
+        tokenizer, positions, record.image_token.id, template, preprocess, options
+    )
 
 
 def load_workflow(

@@ -74,12 +74,7 @@ def plan_official(
             rows have an image and ``image_features`` is None, and for a row longer than the router.
     """
     length = features.shape[1]
-    if max_length is not None and length > max_length:
-        raise UsageError(
-            f"the row has {length} positions and the published Wings router {max_length} columns; "
-            f"shorten the prompt to {max_length} positions, image tokens counted"
-        )
-    real = _right_padded(kinds)
+    real = _real(kinds, max_length)
     features = features * real[..., None].to(features.dtype)
     starts, image_length = _image_starts(kinds)
     if image_features is None and image_length:
@@ -104,8 +99,14 @@ def plan_official(
     )
 
 
-def _right_padded(kinds: Tensor) -> Tensor:
-    """Return True at positions that are no padding ``(b, s)``, which must be on the right."""
+def _real(kinds: Tensor, max_length: int | None) -> Tensor:
+    """Return True at positions that are no padding ``(b, s)``; refuse rows that cannot run."""
+    length = kinds.shape[1]
+    if max_length is not None and length > max_length:
+        raise UsageError(
+            f"the row has {length} positions and the published Wings router {max_length} columns; "
+            f"shorten the prompt to {max_length} positions, image tokens counted"
+        )
     real = kinds != PADDING
     if (real[:, 1:] & ~real[:, :-1]).any():
         raise UsageError(

@@ -12,7 +12,7 @@ from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
-from mmgraft.model.files.processor import load_processor
+from mmgraft.model.files.load import load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import find_recipe, load_recipe, with_data
 from mmgraft.training.distributed import parallel

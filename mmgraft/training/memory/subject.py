@@ -20,8 +20,7 @@ from mmgraft.model.files.load import local_tower
 from mmgraft.model.files.summary import locate
 from mmgraft.recipes.recipe import Recipe
 from mmgraft.training.memory.stand_in import Outline
-from mmgraft.vision.plan import Plan, Size
-from mmgraft.vision.positions import ImagePositions
+from mmgraft.vision.plan import ImagePositions, Plan, Size
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.registry import TowerShape, describe_tower, load_tower
 

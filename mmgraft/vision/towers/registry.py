@@ -8,8 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.vision.kinds import Kinds
-from mmgraft.vision.plan import Plan, Size
-from mmgraft.vision.positions import ImagePositions
+from mmgraft.vision.plan import ImagePositions, Plan, Size
 from mmgraft.vision.projectors.configs import ProjectorConfig
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 
