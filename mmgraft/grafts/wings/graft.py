@@ -171,9 +171,10 @@ class WingsGraft(Graft):
             remember = partial(state.cache.update, layer_idx=slot)
         if show is not None:
 
-            def watch(name: str, q: Tensor, k: Tensor, mask: Tensor, seen: Tensor) -> None:
+            def shown(name: str, q: Tensor, k: Tensor, mask: Tensor, seen: Tensor) -> None:
                 show(index, q, k, mask, seen, _share(shares, name))
 
+            watch = shown
         if state.packed:
             lowered = read_packed(learners, queries, state, remember)
         else:

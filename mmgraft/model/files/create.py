@@ -195,7 +195,7 @@ def _make(
         image_token=ImageToken(id=token, why=why),
         template=template,
     )
-    if isinstance(tower, VisionTower):
+    if tower is not None and not isinstance(tower, TowerShape):
         record.vision, record.vision_fingerprint = tower.spec, tower.fingerprint()
     made = Workflow(workflow, projector, graft, record)
     dtype = next((p.dtype for p in graft.parameters()), None)
