@@ -153,7 +153,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(
-            f"{file} is not a whole safetensors file ({error}); fetch it again"
+            f"{file} is not a whole safetensors file but corrupt ({error}); fetch it again"
         ) from error
     header.pop("__metadata__", None)
     for name, value in header.items():
