@@ -7,19 +7,24 @@ from typing import Any
 
 from mmgraft.comparison.measured import MeasuredArm, SetAnswers, set_names
 from mmgraft.evaluation.report import words
-from mmgraft.evaluation.report.markdown import Table, plain
+from mmgraft.evaluation.report.markdown import Table, plain, score_title
 from mmgraft.evaluation.report.score_tables import (
     BLIND_NAMES,
     INTERVALS,
     KL,
     blind_of,
     blind_score,
-    score_title,
     set_verdict,
 )
 from mmgraft.runs.results import Section, SetResult
 
 UNTOUCHED = "the base, untouched"
+COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "parameters trained": ("trained_parameters", "{:,}".format),
+    "training": ("seconds", words.duration),
+    "peak memory": ("peak_memory_mb", words.megabytes),
+}
+"""Costs of a training in the main table: keys of its results, and how they are written."""
 
 
 def main_table(arms: Sequence[MeasuredArm]) -> Table:
@@ -42,39 +47,16 @@ def main_table(arms: Sequence[MeasuredArm]) -> Table:
             add(f"KL, {plain(name)}", "0", [_score(one, KL) for one in found])
     for name, found in vision.items():
         add(_title(name, found), "-", [_score(one, strong=True) for one in found])
-        for blind in blind_of(one for one in found if one is not None):
-            cells = [words.with_interval(blind_score(one, blind)) for one in found]
-            add(BLIND_NAMES.get(blind, blind), "-", cells)
-    for title, cells in _costs(arms).items():
-        add(title, "-", cells)
+        for blind, title in blind_of(one for one in found if one is not None).items():
+            add(title, "-", [words.with_interval(blind_score(one, blind)) for one in found])
+    for title, (key, show) in COSTS.items():
+        add(title, "-", [cost(arm, key, show) for arm in arms])
     note = (
         "Identity: whether every logit of text is the base's. Text marked better or worse is so "
         "beside the untouched base, the paired difference being resolved. The columns after a "
         f"vision set are its blind scores. {INTERVALS}"
     )
     return Table("What each arm keeps, sees and costs", columns, rows, note)
-
-
-def text_changes(arms: Sequence[MeasuredArm]) -> Table:
-    """Return every text score of every arm beside the untouched base's."""
-    rows = [
-        [
-            plain(arm.name),
-            plain(one.name),
-            score_title(name),
-            words.with_interval(one.base.get(name)),
-            words.with_interval(one.scores[name], strong=name == one.main),
-            words.change_with_interval(change),
-            set_verdict(one, name),
-        ]
-        for arm in arms
-        for one in arm.sets("text")
-        for name, change in one.change.items()
-        if name != KL
-    ]
-    columns = ["arm", "set", "score", "before", "after", "change", "verdict"]
-    note = f"Changes are paired: the same items for both. {INTERVALS}"
-    return Table("Text before and after", columns, rows, note)
 
 
 def differences_table(answers: SetAnswers, blind: bool = False) -> Table:
@@ -125,20 +107,6 @@ def dialogues_table(arms: Sequence[MeasuredArm]) -> Table:
     return Table("Dialogues of text (T) and images (V)", columns, rows, note)
 
 
-def costs_table(arms: Sequence[MeasuredArm]) -> Table:
-    """Return what each training cost and how it ended."""
-    trained = [arm for arm in arms if arm.training]
-    found = _costs(trained) | {
-        "processor time": _measured(trained, "cpu_seconds", words.duration),
-        "memory on the card": _measured(trained, "peak_card_memory_mb", words.megabytes),
-        "steps": [_by_stage(arm.training.get("steps"), words.in_words) for arm in trained],
-        "last loss": [_by_stage(arm.training.get("final_losses"), words.number) for arm in trained],
-    }
-    names = [plain(arm.name) for arm in trained]
-    rows = [list(cells) for cells in zip(names, *found.values(), strict=True)]
-    return Table("What each training cost", ["arm", *found], rows)
-
-
 def _results(arms: Sequence[MeasuredArm], section: Section, name: str) -> list[SetResult | None]:
     return [arm.set_named(section, name) for arm in arms]
 
@@ -169,19 +137,7 @@ def _score(one: SetResult | None, name: str | None = None, strong: bool = False)
     return words.with_interval(None if one is None else one.scores.get(name or one.main), strong)
 
 
-def _costs(arms: Sequence[MeasuredArm]) -> dict[str, list[str]]:
-    return {
-        "parameters trained": _measured(arms, "trained_parameters", "{:,}".format),
-        "training": _measured(arms, "seconds", words.duration),
-        "peak memory": _measured(arms, "peak_memory_mb", words.megabytes),
-    }
-
-
-def _measured(arms: Sequence[MeasuredArm], key: str, show: Callable[[Any], str]) -> list[str]:
-    values = [arm.training.get(key) for arm in arms]
-    return [show(one) if isinstance(one, int | float) else "-" for one in values]
-
-
-def _by_stage(values: dict[str, Any] | None, show: Callable[[Any], str]) -> str:
-    shown = {stage: value for stage, value in (values or {}).items() if value is not None}
-    return ", ".join(f"{plain(stage)} {show(value)}" for stage, value in shown.items()) or "-"
+def cost(arm: MeasuredArm, key: str, show: Callable[[Any], str]) -> str:
+    """Return a number of an arm's training in words."""
+    found = arm.training.get(key)
+    return show(found) if isinstance(found, int | float) else "-"
