@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
@@ -56,11 +57,12 @@ def method_title(name: str) -> str:
 
 
 def method_settings(record: GraftFile) -> str:
-    """Return the method's settings, without those that are not set or that its structure lacks."""
+    """Return the method's settings, without those that are not set or do nothing."""
     settings = {name: value for name, value in record.config.items() if value is not None}
     settings.pop("method", None)
-    if settings.get("structure") == "c":
-        settings.pop("gate", None)
+    with suppress(UsageError):  # a method that is not installed
+        for name in get_method(record.method).unused(record.settings):
+            settings.pop(name, None)
     return plain(in_words(settings)) or "-"
 
 
