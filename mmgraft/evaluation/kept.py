@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.atomic import free_name
-from mmgraft.data.chat.content import image_of, is_image
+from mmgraft.data.chat.content import image_of
 from mmgraft.data.chat.template import source_of
 from mmgraft.data.images import is_data_uri
 from mmgraft.errors import MMGraftError
-from mmgraft.evaluation.generate.answers import Features, answer
-from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.generate.answers import answer
+from mmgraft.evaluation.generate.run_features import Features
+from mmgraft.evaluation.items.item import Item, with_images
 from mmgraft.evaluation.likelihood.choice import score_choices
 from mmgraft.evaluation.likelihood.perplexity import (
     TextScore,
@@ -386,17 +387,12 @@ def fingerprint_items(items: Sequence[Item]) -> str:
     digest = hashlib.sha256()
     images: dict[str, str] = {}
     for item in items:
-        read = [item.id, [_plain(message, images) for message in item.messages], item.options]
+        messages = [
+            with_images(one, lambda part: _digest(image_of(part), images)) for one in item.messages
+        ]
+        read = [item.id, messages, item.options]
         digest.update(json.dumps(read, ensure_ascii=False, default=str).encode())
     return digest.hexdigest()
-
-
-def _plain(message: Mapping[str, Any], images: dict[str, str]) -> Row:
-    content = message.get("content")
-    if not isinstance(content, list | tuple):
-        return dict(message)
-    parts = [_digest(image_of(part), images) if is_image(part) else part for part in content]
-    return {**message, "content": parts}
 
 
 def _digest(image: Any, known: dict[str, str]) -> str:

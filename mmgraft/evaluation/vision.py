@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmgraft.data.chat.content import is_image
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.generate.answers import Features
-from mmgraft.evaluation.generate.run_features import run_features
+from mmgraft.evaluation.generate.run_features import Features, run_features
 from mmgraft.evaluation.kept import Kept, read_predictions
 from mmgraft.evaluation.metrics.choice import shows_options
 from mmgraft.evaluation.metrics.intervals import Measured

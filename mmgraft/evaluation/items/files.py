@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -27,6 +27,7 @@ TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
 
 VQA_V2_ANSWERS = 10
 Message = Mapping[str, Any]
+T = TypeVar("T")
 
 
 def data_file(spec: SetSpec) -> Path:
@@ -87,9 +88,8 @@ def read_items(spec: SetSpec) -> list[Item]:
             answer not among the options, an id that occurs twice, or what the metric lacks.
     """
     path = data_file(spec)
-    packaged = PACKAGED.get(spec.path or spec.name)
-    if _path(spec.path or spec.name).is_file():
-        packaged = None
+    named = spec.path or spec.name
+    packaged = None if path == _path(named) else PACKAGED.get(named)
     columns = {**(packaged.columns if packaged else {}), **spec.columns}
     reader = _ItemReader(spec, path, Fields(columns), _image_folder(spec, path))
     found = item_records(path, list(columns.values()))
@@ -101,9 +101,7 @@ def read_items(spec: SetSpec) -> list[Item]:
     if spec.metric == "perplexity" and not spec.chat:
         found = reader.texts(found)
     chosen = reader.named(found)
-    if spec.limit is not None and spec.limit < len(chosen):
-        sample = random.Random(spec.seed).sample(range(len(chosen)), spec.limit)
-        chosen = [chosen[at] for at in sorted(sample)]
+    chosen = sampled(chosen, spec.limit, spec.seed)
     items = [reader.item(index, place, record) for index, place, record in chosen]
     if spec.modality == "image" and not any(item.has_image for item in items):
         raise UsageError(
@@ -111,6 +109,13 @@ def read_items(spec: SetSpec) -> list[Item]:
             "modality: text"
         )
     return items
+
+
+def sampled(rows: Sequence[T], limit: int | None, seed: int) -> Sequence[T]:
+    """Return at most ``limit`` of the rows, sampled by a seed, in their order."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[at] for at in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
 def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmgraft.data.chat.content import has_image
+from mmgraft.data.chat.content import has_image, is_image
 
 Box = tuple[float, float, float, float]
+
+
+def with_images(message: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a message in which ``change`` made another part of each image part."""
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return dict(message)
+    return {**message, "content": [change(one) if is_image(one) else one for one in content]}
 
 
 @dataclass(frozen=True)

@@ -283,10 +283,9 @@ def _score(
             sums[row] += _compare(
                 logits[row, part], None if others is None else others[row, part], wanted
             )
-    found = zip(windows, sums.tolist(), strict=True)
-    if base is None:
-        return [WindowScore(len(window.wanted), one) for window, (one, _, _) in found]
-    return [WindowScore(len(window.wanted), *three) for window, three in found]
+    kept = 1 if base is None else 3
+    found = zip(windows, sums[:, :kept].tolist(), strict=True)
+    return [WindowScore(len(window.wanted), *several) for window, several in found]
 
 
 def _compare(logits: Tensor, others: Tensor | None, wanted: Tensor) -> Tensor:
