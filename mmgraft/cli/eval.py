@@ -213,18 +213,13 @@ def _show(results: Results) -> None:
         out.print(f"text against the untouched base: {same}", markup=False)
     if not results.sets:
         return
-    beside = [{"base": one.base, "change": one.change, **one.blind} for one in results.sets]
-    used = [
-        name
-        for name in ("base", "change", "prior", "no_image")
-        if any(
-            one.main in found.get(name, {}) for one, found in zip(results.sets, beside, strict=True)
-        )
-    ]
+    found = [(one, {"base": one.base, "change": one.change, **one.blind}) for one in results.sets]
+    names = ("base", "change", "prior", "no_image")
+    used = [name for name in names if any(one.main in more.get(name, {}) for one, more in found)]
     rows = [
         [one.name, one.metric, one.items, one.main, str(one.scores[one.main])]
-        + [str(found.get(name, {}).get(one.main, "")) for name in used]
-        for one, found in zip(results.sets, beside, strict=True)
+        + [str(more.get(name, {}).get(one.main, "")) for name in used]
+        for one, more in found
     ]
     columns = ["set", "metric", "items", "score", "graft", *used]
     out.print(table(columns, rows, title=results.section))

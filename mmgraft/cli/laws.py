@@ -134,9 +134,9 @@ def _show(results: Results, target: Path, json: bool) -> None:
     (one,) = results.sets
     rows = []
     for name, score in one.scores.items():
-        change = one.change.get(name)
-        ends = "" if change is None else f"({change.low:+.3f} to {change.high:+.3f})"
-        shown = "" if change is None else f"{change.value:+.3f} {ends}"
+        shown = ""
+        if change := one.change.get(name):
+            shown = f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
         rows.append([name.removeprefix("shift_").replace("_", " "), str(score), shown])
     stdout().print(table(["summed over", "attention shift", "change"], rows))
     counts = results.details[one.name]["left_out"].items()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.comparison.files import FEATURES, Phase, arm_folder, phases_done, read_phase
@@ -280,10 +280,10 @@ def _check_sets(comparison: Comparison, recipes: Mapping[str, Recipe]) -> None:
 
 
 def _read_sets(comparison: Comparison) -> None:
-    with_images = [one for one in comparison.evaluation if one.modality == "image"]
-    read_sets([one for one in comparison.evaluation if one.modality == "text"], "text")
-    if with_images:
-        read_sets(with_images, "image")
+    modalities: tuple[Literal["text", "image"], ...] = ("text", "image")
+    for modality in modalities:
+        if specs := [one for one in comparison.evaluation if one.modality == modality]:
+            read_sets(specs, modality)
     if comparison.iit is not None and comparison.iit.path is not None:
         read_dialogues(Path(comparison.iit.path))
     if comparison.laws is not None:

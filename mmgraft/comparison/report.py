@@ -26,7 +26,7 @@ from mmgraft.evaluation.items.source_licence import none_forbids, stated_licence
 from mmgraft.evaluation.metrics.scoring import measure_answers
 from mmgraft.evaluation.report import about_run, score_tables, sheets
 from mmgraft.evaluation.report.markdown import Table, plain, render
-from mmgraft.evaluation.report.report import BESIDE, write_page
+from mmgraft.evaluation.report.report import BESIDE, plots_of, write_page
 from mmgraft.evaluation.report.words import listed, number, verdict
 from mmgraft.runs.results import SCHEMA_VERSION, Results, Score, Section
 from mmgraft.strict import MeasuredModel
@@ -117,8 +117,6 @@ def _write(
     answers: Sequence[SetAnswers],
     problems: Sequence[str],
 ) -> dict[str, Path]:
-    from mmgraft.evaluation.report.plots import laws_plot, training_curves
-
     of_images = [one for one in answers if one.spec.modality == "image"]
     drawn = {one.spec.name: answer_sheet(one) for one in of_images}
     laws = {arm.name: arm.sections["laws"] for arm in arms if "laws" in arm.sections}
@@ -145,10 +143,7 @@ def _write(
     )
     images = {f"answers-{name}": sheet.png for name, sheet in drawn.items() if sheet}
     linked = [f"answers-{name}" for name, sheet in drawn.items() if sheet and sheet.private]
-    if laws:
-        images["laws"] = laws_plot(laws)
-    if curves:
-        images["curves"] = training_curves(curves)
+    images |= plots_of(laws, curves)
     return write_page(out, markdown, report.model_dump(mode="json"), images, linked)
 
 

@@ -254,13 +254,11 @@ class _ItemReader:
         text = question if self.prompt is None else fill_prompt(self.prompt, question, options)
         given = self.fields.get(record, "image")
         listed = given if isinstance(given, list) else [] if given in (None, "") else [given]
-        if not listed:
-            return [{"role": "user", "content": text}], question
-        parts: list[dict[str, Any]] = [
+        parts: list[Any] = [
             {"type": "image", "image": self.rows.resolve(one, where)} for one in listed
         ]
-        parts += [{"type": "text", "text": text}] if text else []
-        return [{"role": "user", "content": parts}], question
+        said = [{"type": "text", "text": text}] if text else []
+        return [{"role": "user", "content": [*parts, *said] if parts else text}], question
 
     def _of_turns(
         self, turns: list[dict[str, Any]], options: Sequence[str], where: str

@@ -80,15 +80,6 @@ def data_rows(recipe: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield stage.get("name", "-"), PurePath(entry["path"]).name, ", ".join(notes)
 
 
-def length(stage: dict[str, Any]) -> str:
-    """Return how long a recipe's stage trains: ``80 steps``, ``1 epoch``."""
-    epochs = stage.get("epochs") or 1
-    plural = "s" * (epochs != 1)
-    return (
-        f"{stage['max_steps']:,} steps" if stage.get("max_steps") else f"{epochs:g} epoch{plural}"
-    )
-
-
 def versions(sections: Iterable[Results]) -> dict[str, str]:
     """Return the versions of the software that measured, all of them where sections differ."""
     found: dict[str, dict[str, None]] = {}  # in order, each version once
