@@ -1,4 +1,4 @@
-"""`mmgraft eval`."""
+"""``mmgraft eval``."""
 
 from __future__ import annotations
 

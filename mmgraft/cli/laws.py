@@ -1,4 +1,4 @@
-"""`mmgraft laws`."""
+"""``mmgraft laws``."""
 
 from __future__ import annotations
 

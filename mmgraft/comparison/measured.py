@@ -1,4 +1,4 @@
-"""What was measured of the arms: their results, and their kept answers scored item by item.
+"""Measurements of the arms: their results, and their kept answers scored item by item.
 
 Scores of kept answers are computed again, so that differences between arms are paired.
 """
@@ -69,12 +69,12 @@ class MeasuredArm:
 
     @property
     def base_trained(self) -> bool:
-        """Whether text may have changed."""
+        """Return whether text may have changed."""
         return self.record is not None and self.record.base_trained
 
     @property
     def training(self) -> dict[str, Any]:
-        """What the training cost; empty where it is not done."""
+        """Return what the training cost; empty where it is not done."""
         section = self.sections.get("training")
         return {} if section is None else section.details
 
@@ -145,7 +145,7 @@ class SetAnswers:
 
     @property
     def notes(self) -> list[str]:
-        """Which arms are left out, and why."""
+        """Return which arms are left out, and why."""
         name = self.spec.name
         return [f"{name}: {arm} is left out of these: {why}" for arm, why in self.missing.items()]
 

@@ -59,7 +59,7 @@ class StagePlan:
 
     @property
     def budget(self) -> tuple[object, ...]:
-        """What has to be the same for arms to be comparable: name, steps, rows a step.
+        """Return what has to be the same for arms to be comparable: name, steps, rows a step.
 
         Where steps are not known yet: the rows, how often they are seen, and what a step holds.
         """
@@ -123,7 +123,7 @@ def make_plan(
     """Check everything that can be checked before a model is loaded; nothing is written.
 
     Args:
-        comparison: From `load_comparison`.
+        comparison: From ``load_comparison``.
         out: The comparison's folder.
         only: Names of the arms to run; default: all.
         max_steps: End every stage after so many steps.

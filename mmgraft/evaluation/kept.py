@@ -47,14 +47,15 @@ FOLDER = "predictions"
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
 Compute = Callable[..., object]
-"""Called with processor and items, and with `batch_size`, `on_result` and `progress` by name."""
+"""Called with processor and items, and with ``batch_size``, ``on_result`` and ``progress`` by
+name."""
 
 
 @dataclass(frozen=True)
 class Kept:
     """A graft, and its base where text is compared, whose answers and scores are all kept.
 
-    Files lie in `results/predictions/` of the run; the base's beside them, or in a folder that
+    Files lie in ``results/predictions/`` of the run; the base's beside them, or in a folder that
     several grafts of one base share.
 
     Attributes:
@@ -107,7 +108,7 @@ class Kept:
         same: bool = False,
         of_base: bool = False,
     ) -> list[ChoiceScore]:
-        """Return log-probabilities of options; see `choice.score_choices`.
+        """Return log-probabilities of options; see ``choice.score_choices``.
 
         Args:
             name: Of the set.
@@ -172,7 +173,7 @@ class Kept:
 
     @property
     def numbers(self) -> dict[str, str]:
-        """What numbers are computed in."""
+        """Return what numbers are computed in."""
         base = self.model.base
         quantized = getattr(base.config, "quantization_config", None) is not None
         return {
@@ -338,7 +339,7 @@ class Predictions:
         self._begun = path.is_file() and self._take_in()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append objects, each with its `id`, and flush them onto the disk.
+        """Append objects, each with its ``id``, and flush them onto the disk.
 
         Raises:
             MMGraftError: The disk is full or cannot be written to; what was there stays.

@@ -1,4 +1,4 @@
-"""What was measured, by which software: what every section of a run's results says of itself."""
+"""Origin of results: the graft and the software that every section of a run names."""
 
 from __future__ import annotations
 

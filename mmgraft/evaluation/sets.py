@@ -39,7 +39,8 @@ class _Sets(StrictModel):
 
 
 def load_sets(source: str | Path) -> list[SetSpec]:
-    """Read the sets under `evaluation:` of a YAML file: a recipe, a comparison, or the list alone.
+    """Read the sets under ``evaluation:`` of a YAML file: a recipe, a comparison, or the list
+    alone.
 
     Args:
         source: A path, or the name of a shipped recipe.
@@ -135,7 +136,7 @@ class EvaluatedSet:
 
     @property
     def plain_texts(self) -> bool:
-        """Whether items are texts, and not questions with answers."""
+        """Return whether items are texts, and not questions with answers."""
         return self.spec.metric == "perplexity" and not self.spec.chat
 
     def result(

@@ -1,8 +1,9 @@
-"""Dialogues as a data set: a folder with `dialogues.jsonl`, its images, and their sources.
+"""Dialogues as a data set: a folder with ``dialogues.jsonl``, its images, and their sources.
 
 Every line is a row that can be trained on, whose last turn is the right answer, and an item that
-can be evaluated: `options`, `answer` (its number from 0), `kind` (the shape), `group` (what the
-last question is about) and `from` (set and id of every question). Free of torch.
+can be evaluated: ``options``, ``answer`` (its number from 0), ``kind`` (the shape), ``group`` (what
+    the
+last question is about) and ``from`` (set and id of every question). Free of torch.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from mmgraft.evaluation.items.records import item_records
 from mmgraft.recipes.evaluation_set import SetSpec
 
 TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
-"""The prompt of multiple choice of text where a set has no `prompt`: that of lm-eval's PIQA."""
+"""The prompt of multiple choice of text where a set has no ``prompt``: that of lm-eval's PIQA."""
 
 VQA_V2_ANSWERS = 10
 Message = Mapping[str, Any]
@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 
 def data_file(spec: SetSpec) -> Path:
-    """Return the file of a set's items: its `path`, else the packaged set of that name.
+    """Return the file of a set's items: its ``path``, else the packaged set of that name.
 
     Args:
-        spec: The set. Without a `path` its name is that of a packaged set.
+        spec: The set. Without a ``path`` its name is that of a packaged set.
 
     Raises:
         UsageError: There is neither, or the package is not installed.
@@ -70,18 +70,19 @@ def read_items(spec: SetSpec) -> list[Item]:
 
     Records are objects of a JSON list or of lines of JSON, or lines of a CSV file. One is either a
     LLaVA row or messages, whose last assistant turn is the answer, or has keys of its own: see
-    :data:`mmgraft.recipes.evaluation_set.COLUMNS`, and `columns` for other names. A `passage` or
-    `context` goes before the question. For `perplexity` of plain text any other file is one text.
+    :data:`mmgraft.recipes.evaluation_set.COLUMNS`, and ``columns`` for other names. A ``passage``
+    or ``context`` goes before the question. For ``perplexity`` of plain text any other file is one
+    text.
 
-    `options` are a list, an object, lettered lines ("A. one") or columns A, B, C; the answer is an
-    option, its letter or its number from 0. A `box` is in pixels of its image.
+    ``options`` are a list, an object, lettered lines ("A. one") or columns A, B, C; the answer is
+    an option, its letter or its number from 0. A ``box`` is in pixels of its image.
 
     Args:
-        spec: The set; `limit` samples so many items by `seed`, in the order of the file.
+        spec: The set; ``limit`` samples so many items by ``seed``, in the order of the file.
 
     Returns:
-        Items with what the metric needs. For `perplexity` of plain text the text is the item's
-        `question`, and it has no messages; of chats it is the first of its `answers`.
+        Items with what the metric needs. For ``perplexity`` of plain text the text is the item's
+        ``question``, and it has no messages; of chats it is the first of its ``answers``.
 
     Raises:
         UsageError: It names file and row: a missing image, an empty set, an unknown column, an
@@ -119,13 +120,13 @@ def sampled(rows: Sequence[T], limit: int | None, seed: int) -> Sequence[T]:
 
 
 def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:
-    """Read every question and answer of a set's `train` file, which the prior score counts.
+    """Read every question and answer of a set's ``train`` file, which the prior score counts.
 
     Of messages and LLaVA rows all turns count; of other records the first answer. Images are not
     looked for.
 
     Raises:
-        UsageError: The set has no `train`, a row has no answer, or there is no row.
+        UsageError: The set has no ``train``, a row has no answer, or there is no row.
     """
     if spec.train is None:
         raise UsageError(

@@ -25,15 +25,15 @@ class Item:
 
     Attributes:
         id: The source's own, else its position; unique in its set.
-        messages: The conversation up to the question, `{"role", "content"}` with image parts whose
-            paths are resolved; never an answer.
-        question: The question alone, without images or options: what `prior` counts by.
+        messages: The conversation up to the question, ``{"role", "content"}`` with image parts
+            whose paths are resolved; never an answer.
+        question: The question alone, without images or options: what ``prior`` counts by.
         answers: What is right: one answer, the ten of VQAv2, or the references of a caption.
         options: Texts to choose from, for multiple choice.
         gold: Index of the right option.
-        box: `(x1, y1, x2, y2)` in pixels of the image, for grounding.
-        size: `(width, height)` of the image in pixels, for grounding.
-        kind: A breakdown's class, such as `color`.
+        box: ``(x1, y1, x2, y2)`` in pixels of the image, for grounding.
+        size: ``(width, height)`` of the image in pixels, for grounding.
+        kind: A breakdown's class, such as ``color``.
         group: The bootstrap resamples items of one group together; by default an image's path.
         file: Where the item was read.
         place: Where in the file: "line 12" or "row 12", counted from 1.

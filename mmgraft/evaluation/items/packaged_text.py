@@ -20,8 +20,8 @@ class PackagedSet:
 
     Attributes:
         metric: What it is evaluated by.
-        file: Below the package's `data`.
-        columns: As in `SetSpec.columns`.
+        file: Below the package's ``data``.
+        columns: As in ``SetSpec.columns``.
         without: Lines that are damaged there, left out.
     """
 

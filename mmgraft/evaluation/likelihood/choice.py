@@ -38,9 +38,7 @@ def score_choices(
     letters: bool = False,
     batch_size: int = 16,
     features: Features | None = None,
-    on_result: Callable[[Sequence[int], Sequence[ChoiceScore]], None] = lambda indices, scores: (
-        None
-    ),
+    on_result: Callable[[Sequence[int], Sequence[ChoiceScore]], None] = lambda at, scores: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ChoiceScore]:
     """Compute log-probabilities of every option of every item, in order.

@@ -105,17 +105,13 @@ class Likelihoods:
 
     def _shared(self, requests: Sequence[Request]) -> list[list[float]]:
         contexts = [request.context for request in requests]
-        kinds = [context.kinds for context in contexts]
         ids, mask = self._padded([context.input_ids for context in contexts], "left")
+        kinds = pad([context.kinds for context in contexts], 0, "left").to(mask.device)
         cache = DynamicCache(config=self.config)
+        cached: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        images = self._images(contexts)
         logits = self._forward(
-            ids,
-            mask,
-            pad(kinds, 0, "left").to(mask.device),
-            self._images(contexts),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+            ids, mask, kinds, images, logits_to_keep=1, **cached
         )  # (b, 1, vocab)
         first = logits[:, -1].float().log_softmax(-1)  # (b, vocab)
         sums = [
@@ -135,9 +131,7 @@ class Likelihoods:
         cache.batch_select_indices(owners)
         given, real = self._padded([row[:-1] for row in rows], "right")
         both = torch.cat([mask[owners], real], dim=1)
-        logits = self._forward(
-            given, both, torch.zeros_like(given), {}, past_key_values=cache, use_cache=True
-        )
+        logits = self._forward(given, both, torch.zeros_like(given), {}, **cached)
         for (row, at), ids, each in zip(longer, rows, logits, strict=True):
             sums[row][at] += _sum(each[: len(ids) - 1], ids[1:])
         return sums

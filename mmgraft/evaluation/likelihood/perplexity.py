@@ -88,7 +88,7 @@ def rolling_windows(ids: Sequence[int], prefix: int, length: int) -> list[Window
 
     The first window begins with ``prefix``. The others are predicted whole, but the last, which
     reads back so far that it is as long as the others. As lm-evaluation-harness rolls (its
-    `get_rolling_token_windows` with a context of one token).
+    ``get_rolling_token_windows`` with a context of one token).
 
     Args:
         ids: The text.
@@ -155,7 +155,7 @@ def score_texts(
     Args:
         model: A graft, whose text workflow runs, or a base by itself; in eval mode.
         processor: The graft's; for plain texts its tokenizer alone.
-        items: Texts, as their `question`; or chats.
+        items: Texts, as their ``question``; or chats.
         base: The model to compare with.
         batch_size: Windows a batch; fewer where their logits would be many.
         chat: Items are questions whose answers are predicted.
@@ -213,9 +213,9 @@ def measure_texts(
 ) -> tuple[Measured, list[str | int]]:
     """Measure perplexities, and KL to the base where it was computed.
 
-    `perplexity` is a token's, `word_perplexity` and `byte_perplexity` are those of
+    ``perplexity`` is a token's, ``word_perplexity`` and ``byte_perplexity`` are those of
     lm-evaluation-harness: the exponential of the negative log-likelihood of all texts by their
-    words or bytes. `kl_to_base` is the mean of KL(base || model) over all tokens predicted.
+    words or bytes. ``kl_to_base`` is the mean of KL(base || model) over all tokens predicted.
 
     Args:
         scores: Of the texts.

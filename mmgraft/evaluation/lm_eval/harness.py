@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness on a grafted model, through the harness's own code.
 
-Source: EleutherAI's lm-evaluation-harness (package `lm-eval`): prompts, scoring and metrics are its
+Source: EleutherAI's lm-evaluation-harness (package ``lm-eval``): prompts, scoring and metrics are
+    its
 own; here its models get the graft's forward and its numbers get intervals.
 """
 
@@ -55,7 +56,7 @@ def evaluate_harness(
     """Run tasks by name.
 
     A set is a task, or a group whose own file says how its tasks are put together (their scores are
-    its `kinds`); a tag, or a group that says nothing, gives a set for each of its tasks. Scores
+    its ``kinds``); a tag, or a group that says nothing, gives a set for each of its tasks. Scores
     have the harness's names. Prompts with images are chats; text is bare, as the harness has it.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a metric found on each item, and the numbers made of it, with bootstrap intervals."""
+"""Values of a metric on each item, and the numbers made of them, with bootstrap intervals."""
 
 from __future__ import annotations
 

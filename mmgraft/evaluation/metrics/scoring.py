@@ -28,7 +28,7 @@ BY: Mapping[str, By] = {
 
 
 def measure_answers(spec: SetSpec, items: Sequence[Item], answers: Sequence[str]) -> Measured:
-    """Score texts by any metric but `choice`.
+    """Score texts by any metric but ``choice``.
 
     Args:
         spec: The set.
@@ -80,8 +80,8 @@ def measure_prior(
     """Score the most frequent training answer to each question.
 
     In multiple choice the option is taken that was right most often after the same question, of
-    those equal the one right most often after any, of those equal the first; `accuracy` is the only
-    score.
+    those equal the one right most often after any, of those equal the first; ``accuracy`` is the
+    only score.
 
     Args:
         spec: The set.

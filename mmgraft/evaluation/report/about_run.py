@@ -1,4 +1,4 @@
-"""What a run is: the method, what it was trained on, and how to make it again. Free of torch."""
+"""Description of a run: the method, its training data, and how to make it again. Free of torch."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Answer:
 
     @property
     def line(self) -> str:
-        """What the sheet writes."""
+        """Return what the sheet writes."""
         text = "" if self.note and self.box else self.text or "(nothing)"
         return ": ".join(filter(None, [self.model, self.note, text]))
 

@@ -23,8 +23,8 @@ GROUPS = {
 class IAAConfig(StrictModel):
     """Which base layers are followed by an inserted layer, and what else the workflow owns.
 
-    Source: Inner-Adaptor Architecture, arXiv 2408.12902. Structure `c` is the paper's final one;
-    `a` and `b` are our reconstruction of what the paper says about them in prose.
+    Source: Inner-Adaptor Architecture, arXiv 2408.12902. Structure ``c`` is the paper's final one;
+    ``a`` and ``b`` are our reconstruction of what the paper says about them in prose.
     """
 
     method: Literal["iaa"] = "iaa"
