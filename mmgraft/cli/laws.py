@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mmgraft.recipes.evaluation_set import SetSpec
     from mmgraft.runs.results import Results
 
+_LOADING = attrgetter("run", "device", "dtype", "quantization", "base", "verify", "revision")
 JSON_NAME, PNG_NAME = "laws.json", "laws.png"
 
 
@@ -95,15 +97,7 @@ def _measure(
     from mmgraft.evaluation.report.plots import laws_plot
     from mmgraft.runs.sections import put_aside
 
-    answerer = load_answerer(
-        given.run,
-        given.device,
-        given.dtype,
-        given.quantization,
-        given.base,
-        given.verify,
-        given.revision,
-    )
+    answerer = load_answerer(*_LOADING(given))
     results = evaluate_laws(
         answerer,
         samples,

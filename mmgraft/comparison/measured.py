@@ -15,12 +15,7 @@ from typing import Any
 from mmgraft.comparison.files import Phase, arm_folder, phases_done
 from mmgraft.comparison.spec import Comparison
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.items.files import (
-    data_file,
-    file_sha256,
-    read_items,
-    read_training_answers,
-)
+from mmgraft.evaluation.items.files import data_file, file_sha256, read_items, read_training_answers
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import read_choice_row, read_predictions, read_text_row
 from mmgraft.evaluation.likelihood.perplexity import measure_texts

@@ -11,13 +11,7 @@ from pydantic import Field
 from mmgraft import __version__
 from mmgraft.comparison import tables
 from mmgraft.comparison.files import Phase, read_comparison
-from mmgraft.comparison.measured import (
-    MeasuredArm,
-    SetAnswers,
-    read_answers,
-    read_arms,
-    set_names,
-)
+from mmgraft.comparison.measured import MeasuredArm, SetAnswers, read_answers, read_arms, set_names
 from mmgraft.comparison.spec import Comparison
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import data_file

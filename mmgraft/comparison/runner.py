@@ -208,9 +208,7 @@ class _Arm:
             done = True
         finally:
             session = Session(
-                began=began,
-                seconds=time.monotonic() - clock,
-                cpu_seconds=time.process_time() - cpu,
+                began=began, seconds=time.monotonic() - clock, cpu_seconds=time.process_time() - cpu
             )
             write_phase(self.arm.run, record.after(session, done))
 

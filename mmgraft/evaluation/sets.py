@@ -13,12 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.items.files import (
-    data_file,
-    file_sha256,
-    read_items,
-    read_training_answers,
-)
+from mmgraft.evaluation.items.files import data_file, file_sha256, read_items, read_training_answers
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Groups, Measured
 from mmgraft.evaluation.metrics.scoring import measure_answers, measure_prior

@@ -11,12 +11,7 @@ from mmgraft.data.chat.processor import Encoded
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.run_features import Features
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.likelihood.likelihood import (
-    Likelihoods,
-    Request,
-    plain_ids,
-    prefix_id,
-)
+from mmgraft.evaluation.likelihood.likelihood import Likelihoods, Request, plain_ids, prefix_id
 from mmgraft.evaluation.metrics.choice import ChoiceScore
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW

@@ -207,9 +207,7 @@ def _text_score(item: Item, chat: bool, windows: tuple[WindowScore, ...]) -> Tex
 
 
 def measure_texts(
-    scores: Sequence[TextScore],
-    of_base: bool = False,
-    together: Sequence[str] | None = None,
+    scores: Sequence[TextScore], of_base: bool = False, together: Sequence[str] | None = None
 ) -> tuple[Measured, list[str | int]]:
     """Measure perplexities, and KL to the base where it was computed.
 

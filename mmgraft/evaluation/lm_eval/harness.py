@@ -86,7 +86,7 @@ def evaluate_harness(
         after = _run(_model(answerer, task, batch_size), task, given)
         before = None
         if untouched is not None and not task.images:
-            before = _run(_base(untouched, answerer, batch_size), task, given)
+            before = _run(_model(answerer, task, batch_size, untouched), task, given)
         seconds = time.monotonic() - started
         settings = {"batch_size": batch_size, "limit": limit}
         sets = _sets(task, after, before, settings, announce)
@@ -226,19 +226,18 @@ def _refuse_images(name: str, leaves: Sequence[Any], workflow: str | None) -> No
             )
 
 
-def _model(answerer: Answerer, task: _Task, batch_size: int) -> Any:
-    from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM
+def _model(
+    answerer: Answerer, task: _Task, batch_size: int, untouched: PreTrainedModel | None = None
+) -> Any:
+    """Return the harness's model of the graft, or of the untouched base."""
+    from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM, plain_lm
 
+    if untouched is not None:
+        return plain_lm(untouched, answerer.processor, batch_size)
     if not task.images:
         return TextLM(answerer, task.workflow, batch_size)
     pads = not answerer.model.workflow(task.workflow).graft.promises.padding
     return ImageLM(answerer, task.workflow, batch_size if pads else 1)
-
-
-def _base(untouched: PreTrainedModel, answerer: Answerer, batch_size: int) -> Any:
-    from mmgraft.evaluation.lm_eval.models import plain_lm
-
-    return plain_lm(untouched, answerer.processor, batch_size)
 
 
 def _run(lm: Any, task: _Task, given: dict[str, Any]) -> dict[str, Any]:

@@ -89,10 +89,7 @@ def iou(one: Box, other: Box) -> float:
 
 
 def measure_boxes(
-    given: Sequence[str],
-    truth: Sequence[Box],
-    sizes: Sequence[tuple[int, int]],
-    boxes: BoxFormat,
+    given: Sequence[str], truth: Sequence[Box], sizes: Sequence[tuple[int, int]], boxes: BoxFormat
 ) -> Measured:
     """Measure precision at IoU 0.5, mean IoU, and the share of malformed answers (IoU 0).
 
