@@ -8,14 +8,7 @@ from typing import Any
 from mmgraft.comparison.measured import MeasuredArm, SetAnswers, set_names
 from mmgraft.evaluation.report import words
 from mmgraft.evaluation.report.markdown import Table, plain, score_title
-from mmgraft.evaluation.report.score_tables import (
-    BLIND_NAMES,
-    INTERVALS,
-    KL,
-    blind_of,
-    blind_score,
-    set_verdict,
-)
+from mmgraft.evaluation.report.score_tables import INTERVALS, KL, blind_of, blind_score, set_verdict
 from mmgraft.runs.results import Section, SetResult
 
 UNTOUCHED = "the base, untouched"
@@ -29,8 +22,8 @@ COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 def main_table(arms: Sequence[MeasuredArm]) -> Table:
     """Return the table: text before and after, vision and blind, parameters, time and memory."""
-    text = {name: _results(arms, "text", name) for name in set_names(arms, "text")}
-    vision = {name: _results(arms, "vision", name) for name in set_names(arms, "vision")}
+    text = {name: results(arms, "text", name) for name in set_names(arms, "text")}
+    vision = {name: results(arms, "vision", name) for name in set_names(arms, "vision")}
     columns, rows = ["arm", "identity"], [[UNTOUCHED, "-"]]
     rows += [[plain(arm.name), _identity(arm)] for arm in arms]
 
@@ -44,9 +37,9 @@ def main_table(arms: Sequence[MeasuredArm]) -> Table:
         add(_title(name, found), words.with_interval(base, strong=True), list(map(_after, found)))
     for name, found in text.items():
         if any(one is not None and KL in one.scores for one in found):
-            add(f"KL, {plain(name)}", "0", [_score(one, KL) for one in found])
+            add(f"KL, {plain(name)}", "0", [score(one, KL) for one in found])
     for name, found in vision.items():
-        add(_title(name, found), "-", [_score(one, strong=True) for one in found])
+        add(_title(name, found), "-", [score(one, strong=True) for one in found])
         for blind, title in blind_of(one for one in found if one is not None).items():
             add(title, "-", [words.with_interval(blind_score(one, blind)) for one in found])
     for title, (key, show) in COSTS.items():
@@ -59,23 +52,17 @@ def main_table(arms: Sequence[MeasuredArm]) -> Table:
     return Table("What each arm keeps, sees and costs", columns, rows, note)
 
 
-def differences_table(answers: SetAnswers, blind: bool = False) -> Table:
-    """Return how arms differ on the same items of a set, or from answering blind."""
+def differences_table(answers: SetAnswers) -> Table:
+    """Return how arms differ on the same items of a set."""
+    main = answers.main
     rows = [
-        [
-            plain(first),
-            BLIND_NAMES[second] if blind else plain(second),
-            words.change_with_interval(change),
-            words.verdict(change, answers.main),
-        ]
-        for first, second, change in (answers.over_blind if blind else answers.differences)
+        [plain(one), plain(other), words.change_with_interval(change), words.verdict(change, main)]
+        for one, other, change in answers.differences
     ]
-    columns = ["arm", "minus", score_title(answers.main), "verdict"]
-    name = plain(answers.spec.name)
-    if blind:
-        return Table(f"{name}: seeing against answering blind", columns, rows)
+    columns = ["arm", "minus", score_title(main), "verdict"]
     note = f"Paired: {len(answers.items):,} items, the same ones. {INTERVALS}"
     folded = answers.spec.modality == "text"  # the changes to the base are beside it
+    name = plain(answers.spec.name)
     return Table(f"{name}: differences between arms", columns, rows, note, folded)
 
 
@@ -94,20 +81,8 @@ def kinds_table(arms: Sequence[MeasuredArm], name: str) -> Table:
     return Table(caption, ["kind", "items", *map(plain, sets)], rows if len(rows) > 1 else [])
 
 
-def dialogues_table(arms: Sequence[MeasuredArm]) -> Table:
-    """Return the score of the last question of each shape of dialogue, arms across."""
-    shown = [arm for arm in arms if arm.sets("iit")]
-    rows = []
-    for shape in set_names(shown, "iit"):
-        found = _results(shown, "iit", shape)
-        items = next(one.items for one in found if one is not None)
-        rows.append([plain(shape), f"{items:,}", *map(_score, found)])
-    columns = ["shape", "dialogues", *(plain(arm.name) for arm in shown)]
-    note = f"Accuracy of the last question, the same dialogues for all arms. {INTERVALS}"
-    return Table("Dialogues of text (T) and images (V)", columns, rows, note)
-
-
-def _results(arms: Sequence[MeasuredArm], section: Section, name: str) -> list[SetResult | None]:
+def results(arms: Sequence[MeasuredArm], section: Section, name: str) -> list[SetResult | None]:
+    """Return a set's results by every arm."""
     return [arm.set_named(section, name) for arm in arms]
 
 
@@ -126,14 +101,15 @@ def _identity(arm: MeasuredArm) -> str:
 
 def _after(one: SetResult | None) -> str:
     """Return a text score, with the word better or worse where its change is resolved."""
-    cell = _score(one, strong=True)
+    cell = score(one, strong=True)
     word = "" if one is None else set_verdict(one, one.main)
     if word not in ("better", "worse"):
         return cell
     return f"{cell.removesuffix(')')}; {word})" if cell.endswith(")") else f"{cell} ({word})"
 
 
-def _score(one: SetResult | None, name: str | None = None, strong: bool = False) -> str:
+def score(one: SetResult | None, name: str | None = None, strong: bool = False) -> str:
+    """Return a score of a set with its interval, by default the main one."""
     return words.with_interval(None if one is None else one.scores.get(name or one.main), strong)
 
 

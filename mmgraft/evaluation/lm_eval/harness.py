@@ -151,9 +151,8 @@ def _unknown(name: str, known: Sequence[str], mine: Any, include_path: str | Non
     message = f"lm-eval has no task, group or tag {name!r}; {hint}"
     if include_path is not None:
         read = {entry.yaml_path for entry in mine.task_index.values()}
-        left = [
-            str(path) for path in sorted(Path(include_path).rglob("*.yaml")) if path not in read
-        ]
+        files = sorted(Path(include_path).rglob("*.yaml"))
+        left = [str(path) for path in files if path not in read]
         if left:
             message += f"; it could not read a task in {', '.join(left[:_NEAR])}: see to that YAML"
     return message
