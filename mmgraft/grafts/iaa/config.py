@@ -80,6 +80,11 @@ def promises(config: IAAConfig) -> Promises:
     return Promises()
 
 
+def unused(config: IAAConfig) -> tuple[str, ...]:
+    """Return the settings without a meaning: structure c has no gate."""
+    return ("gate",) if config.structure == "c" else ()
+
+
 def as_decoder(config: IAAConfig, active: bool) -> PlainDecoder:
     """Return the deeper decoder that structure c is."""
     if not active:
