@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli.console import note, print_json, show_error
+from mmgraft.cli.loading import load_answerer, seed_sampling
 from mmgraft.cli.options import (
     BaseOption,
     DeviceOption,
@@ -22,6 +24,8 @@ from mmgraft.cli.options import (
     argument,
     option,
 )
+from mmgraft.errors import UsageError
+from mmgraft.runs.find import find_run
 
 if TYPE_CHECKING:
     from mmgraft.inference import Dialogue
@@ -60,10 +64,6 @@ def chat(
 
     /image PATH brings an image in at any turn, also into a dialogue that began as text.
     """
-    from mmgraft.cli.console import note, print_json
-    from mmgraft.cli.loading import load_answerer, seed_sampling
-    from mmgraft.errors import UsageError
-
     run, prompt = _which(run, prompt)
     if json and prompt is None:
         raise UsageError("--json needs a prompt: mmgraft chat RUN 'What is this?' --json")
@@ -97,9 +97,6 @@ def _dialogue(
 
 def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
     """Return run and prompt; a lone argument that names no folder and no Hub id is the prompt."""
-    from mmgraft.cli.console import note
-    from mmgraft.runs.find import find_run
-
     if run is not None and prompt is None and not Path(run).expanduser().exists():
         words = run.strip().split()
         if len(words) != 1 or run.count("/") != 1:
@@ -110,9 +107,6 @@ def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
 
 
 def _talk(dialogue: Dialogue, settings: dict[str, Any]) -> None:
-    from mmgraft.cli.console import note, show_error
-    from mmgraft.errors import UsageError
-
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -152,7 +146,6 @@ def _say(dialogue: Dialogue, text: str, settings: dict[str, Any]) -> None:
 
 
 def _warn_of_lacks(answerer: Any) -> None:
-    from mmgraft.cli.console import note
     from mmgraft.model.files.summary import limits
 
     found = limits(answerer.model.workflow().record)

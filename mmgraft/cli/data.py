@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmgraft.cli.console import note, print_json, stdout, table
 from mmgraft.cli.options import DryRunFlag, ImagesOption, JsonFlag, OverwriteFlag, argument, option
 from mmgraft.errors import UsageError
+from mmgraft.runs.find import find_run, is_graft
 
 if TYPE_CHECKING:
     from mmgraft.data.chat.preview import Preview
@@ -29,7 +31,6 @@ app = typer.Typer(
 @app.command("ls", epilog="Example: mmgraft data ls")
 def list_data(json: JsonFlag = False) -> None:
     """List what can be prepared, and which packages it is read from."""
-    from mmgraft.cli.console import print_json, stdout, table
     from mmgraft.demo.packaged import offers
 
     found = offers()
@@ -54,12 +55,13 @@ def _offer_data(offer: Offer) -> dict[str, Any]:
     }
 
 
+_Out = Annotated[Path | None, option("--out", "Folder to write into; ./NAME when not given.")]
+
+
 @app.command("prepare", epilog="Example: mmgraft data prepare easy-vqa --out easy-vqa")
 def prepare(
     name: Annotated[str, argument("A name of `mmgraft data ls`.")],
-    out: Annotated[
-        Path | None, option("--out", "Folder to write into; ./NAME when not given.")
-    ] = None,
+    out: _Out = None,
     seed: Annotated[int, option("--seed", "Seed of the samples that are drawn.")] = 0,
     force: OverwriteFlag = False,
     dry_run: DryRunFlag = False,
@@ -69,7 +71,6 @@ def prepare(
 
     The same seed gives the same files. They stand there whole or not at all.
     """
-    from mmgraft.cli.console import note, print_json
     from mmgraft.demo import packaged
 
     done = packaged.prepare(
@@ -117,6 +118,9 @@ _MaxLength = Annotated[
 ]
 
 
+_Quick = Annotated[bool, option("--quick", "Look at both ends of an image; do not decode it.")]
+
+
 @app.command("check", epilog="Example: mmgraft data check rows.jsonl --run qwen2-7b-iaa")
 def check(
     target: _Target,
@@ -128,9 +132,7 @@ def check(
     stage: _Stage = None,
     template: _Template = None,
     max_length: _MaxLength = None,
-    quick: Annotated[
-        bool, option("--quick", "Look at both ends of an image; do not decode it.")
-    ] = False,
+    quick: _Quick = False,
     json: JsonFlag = False,
 ) -> None:
     """Look at all rows of a file or a run: counts, lengths, images, rows that are no good.
@@ -138,7 +140,6 @@ def check(
     Exit code 2 where a row is bad. A run's rows are read as its stages read them; a file's are
     tokenised with --run, or with --base and --vision.
     """
-    from mmgraft.cli.console import print_json
     from mmgraft.data.bad_rows import BadRow
     from mmgraft.data.checking import Checker
     from mmgraft.data.formats.indexed import Joined
@@ -185,10 +186,8 @@ def preview(
 
     Without colour, what is trained stands between ⟦ and ⟧.
     """
-    from mmgraft.cli.console import note, print_json
     from mmgraft.data.chat.preview import preview_row
     from mmgraft.data.formats.sources import is_there, row_at
-    from mmgraft.runs.find import find_run, is_graft
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Selection, views
 
@@ -217,8 +216,6 @@ def _check_data(view: View, report: Report) -> dict[str, Any]:
 
 def _show_report(view: View, report: Report) -> None:
     from rich.markup import escape
-
-    from mmgraft.cli.console import stdout
 
     out = stdout()
     lines = [
@@ -280,8 +277,6 @@ def _positions(report: Report) -> str:
 
 def _show_preview(view: View, one: Preview, first: bool) -> None:
     from rich.text import Text
-
-    from mmgraft.cli.console import stdout
 
     out = stdout()
     coloured = out.is_terminal and not out.no_color

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mmgraft.cli.console import human_bytes, print_json, stdout, table
 from mmgraft.cli.options import JsonFlag
 
 PACKAGES = (
@@ -34,8 +35,6 @@ _INSTALL = {"bitsandbytes": "pip install 'mmgraft[4bit]'", "gguf": "pip install 
 
 def env(json: JsonFlag = False) -> None:
     """Show versions, device, caches and what is missing: what to send with a bug report."""
-    from mmgraft.cli.console import print_json, stdout, table
-
     found = describe()
     if json:
         print_json(found)
@@ -58,8 +57,6 @@ def describe() -> dict[str, Any]:
     """Return all that ``mmgraft env`` shows, as plain data."""
     import torch
     from huggingface_hub import constants, get_token
-
-    from mmgraft.cli.console import human_bytes
 
     packages = {name: _version(name) for name in PACKAGES}
     cache = Path(constants.HF_HUB_CACHE)

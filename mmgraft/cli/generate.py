@@ -6,6 +6,8 @@ import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli.console import note, print_json
+from mmgraft.cli.loading import load_answerer, seed_sampling
 from mmgraft.cli.options import (
     BaseOption,
     DeviceOption,
@@ -24,6 +26,7 @@ from mmgraft.cli.options import (
     argument,
     option,
 )
+from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,9 +62,6 @@ def generate(
     Rows of about one length are answered together; the output keeps the order of the input. It
     appears under its name when it is whole.
     """
-    from mmgraft.cli.console import note, print_json
-    from mmgraft.cli.loading import load_answerer, seed_sampling
-
     found, prompts = _read(rows, images, limit, out, force)
     if dry_run:
         note(f"would answer {len(found)} rows of {rows} in batches of {batch_size}")
@@ -84,7 +84,6 @@ def _read(
 ) -> tuple[list[Row], list[Sequence[dict[str, Any]]]]:
     """Read rows and the prompt of each, once it is known that the answers can be written."""
     from mmgraft.data.formats.sources import read_rows
-    from mmgraft.errors import UsageError
     from mmgraft.inference import prompt_of
 
     if out.exists() and not force:
@@ -113,8 +112,6 @@ def _answer(
     settings: dict[str, Any],
 ) -> list[str]:
     """Return the answers in the order of the rows, rows of about one length answered together."""
-    from mmgraft.cli.console import note
-
     lengths = [
         len(answerer.processor.encode(prompt, where=row.where))
         for prompt, row in zip(prompts, rows, strict=True)
