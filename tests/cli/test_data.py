@@ -193,7 +193,7 @@ def test_preview_colours_on_a_terminal(parts, run, capsys) -> None:
     terminal = Console(force_terminal=True, color_system="standard", width=200, no_color=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "stdout", lambda: terminal)
-        data.preview(parts / "rows.jsonl", 1, parts / "images", run)
+        data.preview(parts / "rows.jsonl", 1, images=parts / "images", run=run)
     out = capsys.readouterr().out
     assert "\x1b[1;32m" in out
     assert "\u27e6" not in out

@@ -1,16 +1,44 @@
-"""Several rows in one sequence: where each begins, and which positions are its own.
+"""Rows in one tensor: padded to one length, or packed, several of them in a sequence.
 
-A packed batch says with `segments (b, s)` which row of its sequence every position belongs to.
+A packed batch says with ``segments (b, s)`` which row of its sequence every position belongs to.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Side = Literal["left", "right"]
+
 IGNORED = -100
 """A label that nothing is learned from."""
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: Side, multiple: int = 1) -> Tensor:
+    """Pad rows of numbers to the longest of them.
+
+    Args:
+        rows: B rows.
+        value: Fills the gap.
+        side: Where the gap is: "left" for batched generation, which needs the last position to be
+            every row's newest token; "right" for training.
+        multiple: Round the length up to a multiple of this.
+
+    Returns:
+        (b, s) int64.
+    """
+    longest = max((len(row) for row in rows), default=0)
+    length = -(-longest // multiple) * multiple
+    padded = torch.full((len(rows), length), value, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        if row:
+            where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+            padded[index, where] = torch.tensor(row, dtype=torch.int64)
+    return padded
 
 
 def begins(segments: Tensor) -> Tensor:
@@ -19,7 +47,7 @@ def begins(segments: Tensor) -> Tensor:
 
 
 def number(segments: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows by number and positions within them.
+    """Return rows by number and positions within them.
 
     Args:
         segments: ``(b, s)``, 0 at padding; neighbours in a sequence have different numbers.
@@ -35,5 +63,5 @@ def number(segments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def learned_within(labels: Tensor, segments: Tensor) -> Tensor:
-    """The labels ``(b, s)`` without those that the row before would have to predict."""
+    """Return the labels ``(b, s)`` without those that the row before would have to predict."""
     return labels.masked_fill(begins(segments).to(labels.device), IGNORED)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from mmgraft.data.batches.padding import Side, pad
+from mmgraft.data.batches.sequences import Side, pad
 from mmgraft.data.images import open_images
 from mmgraft.evaluation.generate.answers import Features
 from mmgraft.model.modeling import GraftedModel
