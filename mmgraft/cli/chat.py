@@ -9,20 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mmgraft.cli.console import note, print_json, show_error
 from mmgraft.cli.loading import load_answerer, seed_sampling
 from mmgraft.cli.options import (
-    BaseOption,
-    DeviceOption,
-    DtypeOption,
+    LOADING,
     JsonFlag,
     MaxNewTokensOption,
-    QuantizationOption,
-    RevisionOption,
     RunArgument,
     SamplingSeedOption,
     TemperatureOption,
-    VerifyOption,
     WorkflowOption,
     argument,
     option,
+    with_options,
 )
 from mmgraft.errors import UsageError
 from mmgraft.runs.find import find_run
@@ -42,6 +38,7 @@ ImageOption = Annotated[list[str] | None, option("--image", "Image to show; may 
 TopPOption = Annotated[float | None, option("--top-p", "Nucleus to sample from.", min=0.0, max=1.0)]
 
 
+@with_options("json", LOADING)
 def chat(
     run: RunArgument = None,
     prompt: PromptArgument = None,
@@ -52,13 +49,8 @@ def chat(
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = None,
     seed: SamplingSeedOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    quantization: QuantizationOption = None,
-    base: BaseOption = None,
-    verify: VerifyOption = "fast",
-    revision: RevisionOption = None,
     json: JsonFlag = False,
+    **loading: Any,
 ) -> None:
     """Talk with a grafted model. Without an image it is the base itself, word for word.
 
@@ -67,7 +59,7 @@ def chat(
     run, prompt = _which(run, prompt)
     if json and prompt is None:
         raise UsageError("--json needs a prompt: mmgraft chat RUN 'What is this?' --json")
-    answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
+    answerer = load_answerer(run, **loading)
     dialogue = _dialogue(answerer, system, workflow, image or [])
     _warn_of_lacks(answerer)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}

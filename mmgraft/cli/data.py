@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmgraft.cli.console import note, print_json, stdout, table
-from mmgraft.cli.options import DryRunFlag, ImagesOption, JsonFlag, OverwriteFlag, argument, option
+from mmgraft.cli.options import (
+    DryRunFlag,
+    ImagesOption,
+    JsonFlag,
+    OverwriteFlag,
+    argument,
+    option,
+    with_options,
+)
 from mmgraft.errors import UsageError
 from mmgraft.runs.find import find_run, is_graft
 
@@ -18,7 +26,6 @@ if TYPE_CHECKING:
     from mmgraft.demo.packaged import Offer
     from mmgraft.training.views import View
 
-_READS = "What reads the rows"
 _SHOWN = 10  # bad rows, rows that are cut, and rows that come twice; --json has all
 
 app = typer.Typer(
@@ -96,45 +103,31 @@ _Target = Annotated[
     Path,
     argument("A file or shards of rows, hub:OWNER/NAME, or a graft's folder.", metavar="ROWS|RUN"),
 ]
-_Run = Annotated[Path | None, option("--run", "Run whose settings read the file.", panel=_READS)]
-_Base = Annotated[
-    str | None,
-    option(
-        "--base", "Base whose tokenizer and template read the rows, without a run.", panel=_READS
+
+
+def _reads(kind: type, *words: str, **more: Any) -> tuple[Any, None]:
+    """Declare an option that says how rows are read: its annotation and default."""
+    return Annotated[kind | None, option(*words, panel="What reads the rows", **more)], None
+
+
+_READING = {
+    "images": (ImagesOption, None),
+    "run": _reads(Path, "--run", "Run whose settings read the file."),
+    "base": _reads(
+        str, "--base", "Base whose tokenizer and template read the rows, without a run."
     ),
-]
-_Vision = Annotated[str | None, option("--vision", "Vision tower beside --base.", panel=_READS)]
-_Recipe = Annotated[
-    str | None, option("--recipe", "Recipe: a YAML file or a shipped name.", panel=_READS)
-]
-_Stage = Annotated[
-    str | None, option("--stage", "Stage whose rows are read; default: all.", panel=_READS)
-]
-_Template = Annotated[
-    str | None, option("--template", "Template: chat, plain or a jinja file.", panel=_READS)
-]
-_MaxLength = Annotated[
-    int | None, option("--max-length", "Position where rows are cut.", panel=_READS, min=8)
-]
-
-
+    "vision": _reads(str, "--vision", "Vision tower beside --base."),
+    "recipe": _reads(str, "--recipe", "Recipe: a YAML file or a shipped name."),
+    "stage": _reads(str, "--stage", "Stage whose rows are read; default: all."),
+    "template": _reads(str, "--template", "Template: chat, plain or a jinja file."),
+    "max_length": _reads(int, "--max-length", "Position where rows are cut.", min=8),
+}
 _Quick = Annotated[bool, option("--quick", "Look at both ends of an image; do not decode it.")]
 
 
 @app.command("check", epilog="Example: mmgraft data check rows.jsonl --run qwen2-7b-iaa")
-def check(
-    target: _Target,
-    images: ImagesOption = None,
-    run: _Run = None,
-    base: _Base = None,
-    vision: _Vision = None,
-    recipe: _Recipe = None,
-    stage: _Stage = None,
-    template: _Template = None,
-    max_length: _MaxLength = None,
-    quick: _Quick = False,
-    json: JsonFlag = False,
-) -> None:
+@with_options("quick", _READING)
+def check(target: _Target, quick: _Quick = False, json: JsonFlag = False, **reads: Any) -> None:
     """Look at all rows of a file or a run: counts, lengths, images, rows that are no good.
 
     Exit code 2 where a row is bad. A run's rows are read as its stages read them; a file's are
@@ -147,7 +140,7 @@ def check(
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Selection, views
 
-    chosen = Selection(target, run, base, vision, recipe, stage, images, template, max_length)
+    chosen = Selection(target, **reads)
     found: list[tuple[View, Report]] = []
     for view in views(chosen):
         bad: list[BadRow] = []
@@ -157,7 +150,12 @@ def check(
         found.append((view, checker.check(rows, bad)))
     count = len({row.key for _, report in found for row in report.bad})
     if json:
-        print_json({"ok": not count, "checks": [_check_data(*one) for one in found]})
+        checked = [
+            {"files": [one.path for one in view.entries], "stages": list(view.stages)}
+            | report.as_dict()
+            for view, report in found
+        ]
+        print_json({"ok": not count, "checks": checked})
     else:
         for view, report in found:
             _show_report(view, report)
@@ -169,18 +167,12 @@ def check(
 
 
 @app.command("preview", epilog="Example: mmgraft data preview rows.jsonl --run qwen2-7b-iaa")
+@with_options("json", _READING)
 def preview(
     target: _Target,
     row: Annotated[int, option("--row", "Number of the row, counted from 1.", min=1)] = 1,
-    images: ImagesOption = None,
-    run: _Run = None,
-    base: _Base = None,
-    vision: _Vision = None,
-    recipe: _Recipe = None,
-    stage: _Stage = None,
-    template: _Template = None,
-    max_length: _MaxLength = None,
     json: JsonFlag = False,
+    **reads: Any,
 ) -> None:
     """Show one row as the model sees it: what is trained stands out, images are folded.
 
@@ -191,9 +183,10 @@ def preview(
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Selection, views
 
-    if is_there(str(target)) and not is_graft(target) and run is base is recipe is None:
-        run = find_run(None, announce=note)
-    chosen = Selection(target, run, base, vision, recipe, stage, images, template, max_length)
+    settled = is_graft(target) or any(reads.get(name) for name in ("run", "base", "recipe"))
+    if not settled and is_there(str(target)):
+        reads["run"] = find_run(None, announce=note)
+    chosen = Selection(target, **reads)
     shown: list[tuple[View, Preview]] = []
     for view in views(chosen):
         if view.processor is None:
@@ -209,19 +202,15 @@ def preview(
         _show_preview(view, one, first=number == 0)
 
 
-def _check_data(view: View, report: Report) -> dict[str, Any]:
-    files = [entry.path for entry in view.entries]
-    return {"files": files, "stages": list(view.stages), **report.as_dict()}
-
-
 def _show_report(view: View, report: Report) -> None:
     from rich.markup import escape
 
     out = stdout()
+    left_out = " (left out, by text_rows: skip)" if view.skip_text and report.text_rows else ""
     lines = [
         ("rows", f"{report.rows:,}"),
         ("bad", _faults(report)),
-        ("no image", _text_rows(view, report)),
+        ("no image", f"{report.text_rows:,}{left_out}"),
         ("twice", f"{len(report.twice):,} rows, {report.ids_twice:,} ids"),
         ("images", _images(report)),
         ("positions", _positions(report)),
@@ -249,11 +238,6 @@ def _show_report(view: View, report: Report) -> None:
 def _faults(report: Report) -> str:
     parts = [f"{count:,} {fault}" for fault, count in report.faults().items() if count]
     return f"{len(report.bad):,}" + (f" ({', '.join(parts)})" if parts else "")
-
-
-def _text_rows(view: View, report: Report) -> str:
-    left_out = " (left out, by text_rows: skip)" if view.skip_text and report.text_rows else ""
-    return f"{report.text_rows:,}{left_out}"
 
 
 def _images(report: Report) -> str:

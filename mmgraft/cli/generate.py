@@ -9,22 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mmgraft.cli.console import note, print_json
 from mmgraft.cli.loading import load_answerer, seed_sampling
 from mmgraft.cli.options import (
-    BaseOption,
-    DeviceOption,
+    LOADING,
     DryRunFlag,
-    DtypeOption,
     ImagesOption,
     JsonFlag,
     MaxNewTokensOption,
     OverwriteFlag,
-    QuantizationOption,
-    RevisionOption,
     SamplingSeedOption,
     TemperatureOption,
-    VerifyOption,
     WorkflowOption,
     argument,
     option,
+    with_options,
 )
 from mmgraft.errors import UsageError
 
@@ -35,6 +31,7 @@ if TYPE_CHECKING:
     from mmgraft.inference import Answerer
 
 
+@with_options("force", LOADING)
 def generate(
     run: Annotated[str, argument("Folder or Hub id of a graft.")],
     rows: Annotated[Path, argument("Messages jsonl or LLaVA json.")],
@@ -47,15 +44,10 @@ def generate(
     seed: SamplingSeedOption = None,
     workflow: WorkflowOption = None,
     limit: Annotated[int | None, option("--limit", "Answer the first rows only.", min=1)] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    quantization: QuantizationOption = None,
-    base: BaseOption = None,
-    verify: VerifyOption = "fast",
-    revision: RevisionOption = None,
     force: OverwriteFlag = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
+    **loading: Any,
 ) -> None:
     """Answer the last user's turn of every row, in batches.
 
@@ -67,7 +59,7 @@ def generate(
         note(f"would answer {len(found)} rows of {rows} in batches of {batch_size}")
         return
     _check_images(found, prompts)
-    answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
+    answerer = load_answerer(run, **loading)
     seed_sampling(seed)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     settings |= {"do_sample": temperature > 0, "temperature": temperature or None}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
@@ -14,7 +12,15 @@ from mmgraft.aliases import default_tower, resolve_alias
 from mmgraft.atomic import atomic_text
 from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
 from mmgraft.cli.loading import uncollected
-from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption, argument, option
+from mmgraft.cli.options import (
+    DryRunFlag,
+    ForceFlag,
+    JsonFlag,
+    RevisionOption,
+    argument,
+    option,
+    with_options,
+)
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import built_in, get_method, methods, moved
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
@@ -40,33 +46,24 @@ _SEE = "Tower, projector and text"
 _METHODS = ", ".join(method.name for method in built_in() if method.recipe)
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for every setting of a method that says it is one, as keywords."""
-    signature = inspect.signature(command, eval_str=True)
-    given = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    names = [one.name for one in given]
-    made: dict[str, inspect.Parameter] = {}
+def _settings() -> dict[str, tuple[Any, None]]:
+    """Return an option for every setting of a method that says it is one."""
+    made: dict[str, tuple[Any, None]] = {}
     for method in methods().values():
         for name, info in method.config_class.model_fields.items():
             found = next((one for one in info.metadata if isinstance(one, Option)), None)
-            if found is not None and name not in made and name not in names:
-                made[name] = _setting(name, info, found.help, f"Method {method.name}")
-    at = names.index("layers") + 1
-    parameters = [*given[:at], *made.values(), *given[at:]]
-    command.__dict__["__signature__"] = signature.replace(parameters=parameters)
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    return command
+            if found is not None and name not in made:
+                made[name] = _setting(name, info, found.help, f"Method {method.name}"), None
+    return made
 
 
-def _setting(name: str, info: FieldInfo, text: str, panel: str) -> inspect.Parameter:
+def _setting(name: str, info: FieldInfo, text: str, panel: str) -> Any:
     flag = f"--{name.replace('_', '-')}"
     types = [one for one in (info.annotation, *get_args(info.annotation)) if isinstance(one, type)]
     kind = next((one for one in types if one in (bool, int, float)), str)
     if kind is bool and info.default:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    annotation = Annotated[kind | None, option(flag, text, panel=panel)]
-    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
+    return Annotated[kind | None, option(flag, text, panel=panel)]
 
 
 _Base = Annotated[str, argument("Alias, Hub id or folder of the language model.")]
@@ -93,7 +90,7 @@ _VERIFY = "full hashes every byte of the base, not its edges."
 _Verify = Annotated[str, option("--verify", _VERIFY)]
 
 
-@with_settings
+@with_options("vision", _settings())
 def graft(
     base: _Base,
     method: _Method = None,

@@ -64,18 +64,15 @@ def _show_model(found: ModelSummary) -> None:
         note(f"{method} cannot be used here: {reason}")
 
 
-def _layer_of(feature_layer: int | None) -> str:
-    return "" if feature_layer is None else f", hidden state {feature_layer}"
-
-
 def _show_graft(found: GraftSummary) -> None:
     out = stdout()
     settings = ", ".join(f"{key} {value}" for key, value in found.config.items() if key != "method")
+    layer = "" if found.feature_layer is None else f", hidden state {found.feature_layer}"
     rows = [
         ["method", found.method + (f" ({settings})" if settings else "")],
         ["workflow", found.workflow],
         ["base", f"{found.base} @ {found.base_revision}" if found.base_revision else found.base],
-        ["vision tower", found.tower + _layer_of(found.feature_layer)],
+        ["vision tower", found.tower + layer],
     ]
     out.print(table(["graft", found.folder], rows))
     parts = [
