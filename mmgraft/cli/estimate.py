@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli.console import human_count, print_json, stdout, table
 from mmgraft.cli.options import JsonFlag, argument, option
+from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
     from mmgraft.training.memory.request import Request
@@ -49,12 +51,9 @@ def estimate(
 
     Every step of the real code runs on shapes alone: of base and tower only configs are read.
     """
-    from mmgraft.errors import UsageError
-
     if device not in ("cuda", "cpu"):
         raise UsageError(f"--device {device}: write cuda or cpu")
     # Everything below loads torch.
-    from mmgraft.cli.console import print_json
     from mmgraft.training.memory.request import read_request
 
     request = read_request(
@@ -104,8 +103,6 @@ def _found(request: Request) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from mmgraft.cli.console import stdout, table
-
     out, stages, several = stdout(), found["stages"], found["processes"] > 1
     lines = [
         f"{found['recipe']} ({found['method']}) on {found['base']}, seen with {found['tower']}"
@@ -134,8 +131,6 @@ def _show(found: dict[str, Any]) -> None:
 
 def _lines(stage: dict[str, Any]) -> dict[str, Any]:
     """Build a stage's column of the table: what stands beside each label."""
-    from mmgraft.cli.console import human_count
-
     layers = stage["layers"]
     return {
         "rows at once": stage["batch_size"],

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from mmgraft.anatomy import Anatomy, decoder_layers, get_path
-from mmgraft.data.batches.segments import learned_within, number
+from mmgraft.data.batches.sequences import learned_within, number
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import Graft, Pass, select
 from mmgraft.model.files.parts import execution_device

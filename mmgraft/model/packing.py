@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, get_path
-from mmgraft.data.batches.segments import number
+from mmgraft.data.batches.sequences import number
 from mmgraft.errors import UsageError
 
 _PROBE = (5, 6)  # positions of the two rows that a base is tried with

@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from mmgraft.atomic import atomic_bytes
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.batches.dataset import RowDataset
-from mmgraft.data.batches.even_batches import EvenSampler
 from mmgraft.data.batches.packing import Packs, fill
-from mmgraft.data.batches.sampler import EpochSampler
+from mmgraft.data.batches.sampler import EpochSampler, EvenSampler
 from mmgraft.data.formats.indexed import facts_of
 from mmgraft.errors import UsageError
 from mmgraft.recipes.recipe import Stage

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset
-from mmgraft.data.batches.even_batches import EvenDataset, EvenSampler
 from mmgraft.data.batches.packing import PackCollator, examples_of
+from mmgraft.data.batches.sampler import EvenDataset, EvenSampler
 from mmgraft.data.features import fill_cache, open_cache
 from mmgraft.data.formats.indexed import Joined, key_at, select
 from mmgraft.data.rows import Row

@@ -119,7 +119,7 @@ def fingerprint(rows: Sequence[Row]) -> dict[str, Any]:
     pieces = np.array_split(np.arange(len(rows)), min(_PIECES, len(rows)) or 1)
     hashes = [
         hashlib.blake2b(
-            facts.letters[piece].tobytes() + facts.pictures[piece].tobytes(), digest_size=4
+            facts.characters[piece].tobytes() + facts.images[piece].tobytes(), digest_size=4
         ).hexdigest()
         for piece in pieces
     ]
@@ -236,7 +236,7 @@ def check_images(rows: Sequence[Row], most: int = _LOOKED_AT) -> int:
     """
     facts = facts_of(rows)
     shown = np.flatnonzero(facts.with_image)
-    shown = shown[:: -(-int(facts.pictures.sum(dtype=np.int64)) // (_READ_FOR_EACH * most)) or 1]
+    shown = shown[:: -(-int(facts.images.sum(dtype=np.int64)) // (_READ_FOR_EACH * most)) or 1]
     found: dict[str, int] = {}  # the first row that shows an image
     for at, row in zip(shown.tolist(), select(rows, shown), strict=True):
         for image in images_of_all(row.messages):

@@ -50,7 +50,7 @@ def question_vectors(answerer: Answerer, questions: Sequence[str]) -> np.ndarray
     """
     import torch
 
-    from mmgraft.data.batches.padding import pad
+    from mmgraft.data.batches.sequences import pad
 
     model, processor = answerer.model, answerer.processor
     ids = [

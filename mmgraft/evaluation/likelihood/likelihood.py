@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from mmgraft.data.batches.padding import Side, pad
+from mmgraft.data.batches.sequences import Side, pad
 from mmgraft.data.chat.processor import Encoded
 from mmgraft.evaluation.generate.run_features import Features, image_inputs
 from mmgraft.model.modeling import GraftedModel

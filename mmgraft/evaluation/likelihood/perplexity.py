@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mmgraft.data.batches.padding import pad
+from mmgraft.data.batches.sequences import pad
 from mmgraft.data.chat.labels import supervise
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item

@@ -65,9 +65,9 @@ def measured(
     """
     kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
     facts = facts_of(kept)
-    weights = facts.letters.astype(np.int64)
+    weights = facts.characters.astype(np.int64)
     each = processor.image_positions.fixed or _POSITIONS
-    weights += _CHARACTERS * each * facts.pictures.astype(np.int64)
+    weights += _CHARACTERS * each * facts.images.astype(np.int64)
     longest = [kept[int(at)] for at in np.argsort(-weights, kind="stable")[:TOKENISED]]
     lengths, images, supervised = [], [], []
     most: Encoded | None = None  # the row with the most image positions
