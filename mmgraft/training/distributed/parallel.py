@@ -18,7 +18,8 @@ _FSDP2_TORCH = "2.8"
 
 
 _SPLIT = (
-    "to split layers over processes, which is not built here",
+    "to split layers over processes (Megatron or a parallelism configuration), which is not "
+    "built here",
     "parallel=ddp or fsdp2",
 )
 _OF_ACCELERATE = {
