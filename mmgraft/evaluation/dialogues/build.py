@@ -89,7 +89,7 @@ def build_iit(
 
     Args:
         answerer: The graft, whose base says which questions are alike.
-        specs: Sets; those of `choice` are used, by their modality.
+        specs: Sets; those of ``choice`` are used, by their modality.
         folder: Of the data set; see :mod:`mmgraft.evaluation.dialogues.files`.
         count: Dialogues a shape.
         shapes: See :data:`SHAPES`. Default: all that the sets give.
