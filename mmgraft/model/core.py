@@ -77,7 +77,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         self._takes_positions = "position_ids" in signature.parameters
         self._packs: dict[tuple[str, int], str | None] = {}  # why rows cannot be packed
         self.gradient_checkpointing = False
-        self.sharded = False  # see mmgraft.model.sharded.joining
+        self.lockstep = False  # see mmgraft.model.sharded.lockstep
         self._only_text = False
         if base.can_generate():
             self.generation_config = base.generation_config

@@ -25,7 +25,7 @@ from mmgraft.model.kernels.activations import activations_again
 from mmgraft.model.kernels.compiling import is_compiled
 from mmgraft.model.kernels.quantization import gradients_through_packed
 from mmgraft.model.packing import refuse_beside
-from mmgraft.model.sharded.joining import join
+from mmgraft.model.sharded.lockstep import join
 from mmgraft.patching import patched_forward
 
 
@@ -120,7 +120,7 @@ class _Run:
     state: Pass | None
     checkpointing: bool
     through_4bit: bool = False
-    sharded: bool = False
+    lockstep: bool = False
     carries: list[Tensor | None] = field(default_factory=list)
 
 
@@ -131,17 +131,17 @@ def running(
     active: Sequence[Active],
     state: Pass | None,
     checkpointing: bool = False,
-    sharded: bool = False,
+    lockstep: bool = False,
 ) -> Iterator[None]:
     """While the block lasts, ``base(...)`` runs the active grafts; afterwards it is untouched.
 
     With ``checkpointing`` each decoder layer, with what a graft adds to it, is computed again in
     the backward pass instead of keeping its activations. ``state`` is None for the base alone.
-    ``sharded``: see :mod:`mmgraft.model.sharded.joining`.
+    ``lockstep``: see :mod:`mmgraft.model.sharded.lockstep`.
     """
     active = [item for item in active if item.graft.active]
     through_4bit = torch.is_grad_enabled() and bool(getattr(base, "is_quantized", False))
-    run = _Run(active, state, checkpointing, through_4bit, sharded, [None] * len(active))
+    run = _Run(active, state, checkpointing, through_4bit, lockstep, [None] * len(active))
     if state is not None:
         for item in active:
             item.graft.begin(state)
@@ -188,7 +188,7 @@ def _layer(
         hidden, args = hidden.to(device), cast(Any, send_to_device(args, device))
         kwargs = cast(Any, send_to_device(kwargs, device, skip_keys="past_key_values"))
         run.carries = [None if carry is None else carry.to(device) for carry in run.carries]
-    if run.sharded:  # outside the part that is computed again: its gradients come after all others
+    if run.lockstep:  # outside the part that is computed again: its gradients come after all others
         hidden = join(hidden, _parameters_at(run, index))
 
     def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, list[Tensor | None]]:

@@ -38,7 +38,7 @@ from mmgraft.model.kernels.quantization import assert_unquantized
 from mmgraft.model.learning import WorkflowLoss
 from mmgraft.model.packing import packing_blocked
 from mmgraft.model.rows import Rows, kinds_of, sort_rows
-from mmgraft.model.sharded.joining import join, outside_layers
+from mmgraft.model.sharded.lockstep import join, outside_layers
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.strict import StrictModel, known_keywords
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
@@ -307,7 +307,7 @@ class GraftedModel(WorkflowLoss):
         if given.segments is not None:
             self.check_packing(given.batch[0])
             given.number_rows()
-        if rows.text_only and not (self.sharded and given.labels is not None):
+        if rows.text_only and not (self.lockstep and given.labels is not None):
             return self._run_text(given, slot)
         slot = self._open_cache(given, rows, slot)
         active = self._active(rows, given.new.device)
@@ -337,14 +337,14 @@ class GraftedModel(WorkflowLoss):
         if self._takes_positions:
             inputs["position_ids"] = state.positions
         checkpointing = self.gradient_checkpointing and self.training
-        with running(self.base, self.anatomy, active, state, checkpointing, self.sharded):
+        with running(self.base, self.anatomy, active, state, checkpointing, self.lockstep):
             if labels is None:
                 return self.base(**inputs, logits_to_keep=given.logits_to_keep)
             with self._last_layer(active, labels, rows, checkpointing):
                 hidden = self.base.base_model(**inputs).last_hidden_state  # (b, s, h)
         hidden = self._joined(hidden, first=False)
         loss = self._loss(hidden, labels, rows, active, given.num_items_in_batch)
-        if self.sharded:
+        if self.lockstep:
             loss = join(loss, [hidden]).clone()  # no view: torch hangs a hook on what is returned
         return CausalLMOutputWithPast(loss=loss)
 
@@ -375,8 +375,8 @@ class GraftedModel(WorkflowLoss):
         return slot
 
     def _joined(self, x: Tensor, first: bool) -> Tensor:
-        """Join ``x`` with what stands before the layers or with the heads, in a sharded model."""
-        if not self.sharded:
+        """In lockstep, ``x`` with what stands before the layers, or with the heads, behind it."""
+        if not self.lockstep:
             return x
         before, heads = outside_layers(self._workflow_list())
         if not first and self.anatomy.head_path is not None:
@@ -423,7 +423,7 @@ class GraftedModel(WorkflowLoss):
     # -- steps of the forward -------------------------------------------------------------------
 
     def _active(self, rows: Rows, device: torch.device) -> list[Active]:
-        used = [w for w in self._workflow_list() if self.sharded or w.name in rows.names]
+        used = [w for w in self._workflow_list() if self.lockstep or w.name in rows.names]
         return [Active(w.graft, rows.gate(w.name, device)) for w in used]
 
     def _embed(self, ids: Tensor | None, embeds: Tensor | None, active: list[Active]) -> Tensor:

@@ -70,7 +70,7 @@ def save_graft(
     beside = chosen.record.base.id == own.id
     original = record.trained_from or (None if beside else record.base)
     record = record.model_copy(update={"base": own, "base_trained": True, "trained_from": original})
-    whole = gathered(model.base.state_dict(keep_vars=True), write) if model.sharded else None
+    whole = gathered(model.base.state_dict(keep_vars=True), write) if model.lockstep else None
     if write:
         first = {OWN_BASE: lambda path: _write_base(model, path, own, whole)}
         write_graft(folder, record, tensors, max_shard_size, first)
