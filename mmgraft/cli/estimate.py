@@ -10,7 +10,7 @@ from mmgraft.cli.options import JsonFlag, argument, option
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
-    from mmgraft.training.memory.request import Request
+    from mmgraft.training.memory.estimate import Estimator
 
 _PLAN, _ROWS = "What is trained", "Length of rows"
 _OF_SEVERAL = ("of others, for a moment", "to exchange")
@@ -56,7 +56,7 @@ def estimate(
     # Everything below loads torch.
     from mmgraft.training.memory.request import read_request
 
-    request = read_request(
+    estimator = read_request(
         target,
         recipe=recipe,
         base=base,
@@ -68,37 +68,37 @@ def estimate(
         device=device,
         processes=processes,
     )
-    found = _found(request)
+    found = _found(estimator)
     if json:
         print_json(found)
     else:
         _show(found)
 
 
-def _found(request: Request) -> dict[str, Any]:
+def _found(estimator: Estimator) -> dict[str, Any]:
     from mmgraft.training.memory.cards import reserve, smallest
     from mmgraft.training.memory.estimate import not_counted
     from mmgraft.training.memory.switches import peak_of, savings
 
-    estimator, recipe = request.estimator(), request.recipe
-    stages = estimator.stages(recipe)
+    recipe, subject = estimator.recipe, estimator.subject
+    stages = estimator.stages()
     card = smallest(peak_of(stages))
-    files, record = request.subject.files, request.subject.record
+    files, record = subject.files, subject.record
     return {
         "recipe": recipe.name,
         "method": recipe.method,
         "base": record.base.id if files.id.startswith("./") else files.id,
-        "tower": request.subject.vision.name,
-        "device": request.device,
+        "tower": subject.vision.name,
+        "device": estimator.device,
         "quantization": recipe.quantization,
-        "processes": request.processes,
+        "processes": estimator.processes,
         "parallel": recipe.parallel,
         "stages": [asdict(stage) for stage in stages],
         "peak": peak_of(stages),
         "reserve": reserve(),
         "card": None if card is None else {"gb": card.gb, "such_as": card.such_as},
-        "savings": [asdict(one) for one in savings(estimator, recipe)],
-        "not_counted": not_counted(recipe, request.device, request.processes),
+        "savings": [asdict(one) for one in savings(estimator)],
+        "not_counted": not_counted(recipe, estimator.device, estimator.processes),
     }
 
 

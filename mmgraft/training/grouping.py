@@ -61,7 +61,7 @@ def arrange(
     workers: int = 0,
     kept: bool = False,
 ) -> Arranged:
-    """Order the rows of a stage as its `packing` and `group_by` say.
+    """Order the rows of a stage as its ``packing`` and ``group_by`` say.
 
     Args:
         rows: All of them.
@@ -240,4 +240,4 @@ def _measure(rows: RowDataset, indices: Sequence[int]) -> list[int | BadRow]:
 
 
 Order = EpochSampler | EvenSampler
-"""Of the rows of an epoch, whose number is set with `set_epoch`."""
+"""Of the rows of an epoch, whose number is set with ``set_epoch``."""

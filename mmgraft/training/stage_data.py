@@ -55,8 +55,10 @@ def absolute(recipe: Recipe) -> Recipe:
     def moved(entries: Sequence[DataEntry] | None) -> list[DataEntry] | None:
         if entries is None:
             return None
-        paths = [{"path": _absolute(one.path), "images": _absolute(one.images)} for one in entries]
-        return [one.model_copy(update=each) for one, each in zip(entries, paths, strict=True)]
+        return [
+            one.model_copy(update={"path": _absolute(one.path), "images": _absolute(one.images)})
+            for one in entries
+        ]
 
     stages = []
     for stage in recipe.stages:
@@ -133,7 +135,7 @@ def refuse_other_rows(rows: Sequence[Row], begun_with: Any, stage: str, run: Pat
 
     Args:
         rows: Of the stage, as they are now.
-        begun_with: Their `fingerprint` when the run was begun; None where it was not kept.
+        begun_with: Their ``fingerprint`` when the run was begun; None where it was not kept.
         stage: Its name.
         run: Named in the error.
 
@@ -170,7 +172,7 @@ class StageData:
             rows stand in the same order as before.
 
     Attributes:
-        bad: Rows that were left out, those of `left_out` not counted.
+        bad: Rows that were left out, those of ``left_out`` not counted.
     """
 
     def __init__(

@@ -179,15 +179,15 @@ def describe(spec: VisionSpec) -> TowerShape:
     return TowerShape(feature_map.hidden_size, Plan.single(feature_map.grid))
 
 
-def outline(spec: VisionSpec) -> tuple[PreTrainedModel, FeatureMap, tuple[int, int]]:
-    """Return the vision model on the meta device, where its features are, and its (height, width).
+def outline(spec: VisionSpec) -> TransformersTower:
+    """Build the tower without weights: its model is on the meta device.
 
     Raises:
         UsageError: As ``load``.
         MMGraftError: As ``load``.
     """
     _, preprocessing, empty, feature_map = _examine(spec, locate(spec)[0])
-    return empty, feature_map, preprocessing.image_size
+    return TransformersTower(empty, feature_map, preprocessing, spec)
 
 
 def locate(spec: VisionSpec) -> tuple[Path, str | None]:
