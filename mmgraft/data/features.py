@@ -35,7 +35,7 @@ class Shown(Protocol):
 
 
 def open_cache(tower: VisionTower, folder: Path) -> FeatureCache:
-    """The cache of one tower in a folder that runs may share, in the tower's own precision.
+    """Return the cache of one tower in a folder that runs may share, in the tower's own precision.
 
     Raises:
         UsageError: A file is there instead.
@@ -65,15 +65,7 @@ def fill_cache(
     Raises:
         UsageError: A row whose image is no file, or a file that cannot be read.
     """
-    found: dict[ImageFile, int] = {}  # the first row that shows a file
-    for at, row in enumerate(rows):
-        try:
-            for path in [_file(image, row) for image in images_of_all(row.messages)]:
-                found.setdefault(path, at)
-        except UsageError as error:
-            if bad is None:
-                raise
-            bad.append(BadRow.of(cast(Row, row), error))
+    found = _files(rows, bad)
     plain = tower_features(tower)
 
     def compute(paths: list[ImageFile]) -> Sequence[Tensor]:
@@ -86,24 +78,40 @@ def fill_cache(
 
     try:
         cache.get_many(sorted(found, key=str), compute, progress=progress)
+        return len(found)
     except UsageError:
         if bad is None:
             raise
-        unusable = _unusable(found)
-        bad += [
-            BadRow.of(cast(Row, row), _named(unusable[path], row))
-            for row in rows
-            for path in dict.fromkeys(map(_path, images_of_all(row.messages)))
-            if path in unusable
-        ]
-        left = sorted((path for path in found if path not in unusable), key=str)
-        cache.get_many(left, compute, progress=progress)
-        return len(left)
-    return len(found)
+    unusable = _unusable(found)
+    bad += [
+        BadRow.of(cast(Row, row), _named(unusable[path], row))
+        for row in rows
+        for path in dict.fromkeys(map(_path, images_of_all(row.messages)))
+        if path in unusable
+    ]
+    left = sorted((path for path in found if path not in unusable), key=str)
+    cache.get_many(left, compute, progress=progress)
+    return len(left)
+
+
+def _files(rows: Sequence[Shown], bad: list[BadRow] | None) -> dict[ImageFile, int]:
+    """Return the image files of all rows, and the first row that shows each."""
+    found: dict[ImageFile, int] = {}
+    for at, row in enumerate(rows):
+        try:
+            for path in [image_file(image, row.where) for image in images_of_all(row.messages)]:
+                found.setdefault(path, at)
+        except UsageError as error:
+            if bad is None:
+                raise
+            bad.append(BadRow.of(cast(Row, row), error))
+    return found
 
 
 def _unusable(paths: Iterable[ImageFile]) -> dict[ImageFile, BadImage]:
-    """Every file that cannot be opened, and why; all are decoded, so only once one has failed."""
+    """Return every file that cannot be opened, and why; all are decoded, so only once one has
+    failed.
+    """
     errors: dict[ImageFile, BadImage] = {}
     for path in paths:
         try:
@@ -123,10 +131,15 @@ def _path(image: object) -> ImageFile | None:
     return Path(image) if isinstance(image, str) and not is_data_uri(image) else None
 
 
-def _file(image: object, row: Shown) -> ImageFile:
+def image_file(image: object, where: str) -> ImageFile:
+    """Return the file that an image part names.
+
+    Raises:
+        UsageError: The row holds the image in itself.
+    """
     if (path := _path(image)) is not None:
         return path
     raise UsageError(
-        f"{row.where}: the row holds its image in itself, and feature_cache keeps features of "
+        f"{where}: the row holds its image in itself, and feature_cache keeps features of "
         "image files; write the image as a file, or set feature_cache: false"
     )

@@ -22,7 +22,7 @@ class Rows:
 
     @property
     def text_only(self) -> bool:
-        """Whether the base alone runs."""
+        """Return whether the base alone runs."""
         return all(name == TEXT_WORKFLOW for name in self.names)
 
     def gate(self, name: str, device: torch.device) -> Tensor | None:
@@ -30,6 +30,11 @@ class Rows:
         if all(other == name for other in self.names):
             return None
         return torch.tensor([other == name for other in self.names], device=device)
+
+    def numbers(self, known: Sequence[str], device: torch.device) -> Tensor:
+        """Return the number of each row's workflow among those known ``(b,)``; -1 for ``text``."""
+        found = [known.index(name) if name != TEXT_WORKFLOW else -1 for name in self.names]
+        return torch.tensor(found, device=device)
 
 
 def sort_rows(
@@ -45,10 +50,10 @@ def sort_rows(
     Args:
         batch: Rows and new positions ``(b, s)``.
         image_mask: ``mm_token_type_ids (b, s)``, 1 at image positions; None means no image.
-        wanted: What the caller asked for: one workflow, one a row, or (inside ``generate``)
+        wanted: What the caller wants: one workflow, one a row, or (inside ``generate``)
             numbers into ``known`` with -1 for ``text``.
         known: Workflows of the model.
-        default: The workflow of a row with an image when nothing was asked.
+        default: The workflow of a row with an image when the caller names none.
         slot: Rows that a cache remembers.
 
     Raises:
@@ -59,16 +64,16 @@ def sort_rows(
     has_image = [False] * size
     if image_mask is not None:
         has_image = (image_mask[:, -length:] != 0).any(dim=1).tolist()
-    asked = _asked(wanted, known, size)
+    chosen = _by_row(wanted, known, size)
     if slot.filled:
         names = [TEXT_WORKFLOW if n < 0 else known[n] for n in slot.workflows()]
-        if asked is not None and asked != names:
+        if chosen is not None and chosen != names:
             raise UsageError(
-                "the cache was filled by another workflow than the one asked for; "
+                "the cache was filled by another workflow than the one wanted now; "
                 "begin with a fresh cache."
             )
     else:
-        names = asked or [default if image else TEXT_WORKFLOW for image in has_image]
+        names = chosen or [default if image else TEXT_WORKFLOW for image in has_image]
         if slot.past and any(name != TEXT_WORKFLOW for name in names):
             raise UsageError(
                 "this cache was filled by the text workflow, and a row now needs "
@@ -88,7 +93,7 @@ def _refuse_blind(names: list[str], has_image: list[bool], known: Sequence[str])
             )
 
 
-def _asked(
+def _by_row(
     wanted: str | Sequence[str] | Tensor | None, known: Sequence[str], size: int
 ) -> list[str] | None:
     if wanted is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,6 @@ class WingsLayer(nn.Module):
             self.add_module(name, Learner(anatomy.hidden_size, config.rank, heads))
         if config.routed:
             self.router = Router(length)
-
-    def learner(self, name: str) -> Learner:
-        """The learner called ``visual`` or ``textual``."""
-        return self.get_submodule(name)  # type: ignore[return-value]
 
 
 class WingsGraft(Graft):
@@ -123,14 +119,15 @@ class WingsGraft(Graft):
         self, index: int, layer: nn.Module, hidden: Tensor, state: Pass, gate: Tensor | None
     ) -> Iterator[None]:
         wing: WingsLayer = self.layers[str(index)]  # type: ignore[assignment]
-        attention = layer.get_submodule(self.anatomy.attention_name)
-        first_key = _first_key(state, index, attention)
+        attention: Any = layer.get_submodule(self.anatomy.attention_name)
+        first_key = _first_key(state, index)
         added: list[Tensor] = []
 
         def attend(original: Any, *args: Any, **kwargs: Any) -> Any:
             if hasattr(wing, "router") and len(self.running) == 2:
                 columns = partial(_columns, wing.router, state, first_key)
-                fused = self.anatomy.explicit_weights is None and _fusible(attention)
+                kernel = attention.config._attn_implementation  # eager gives weights already
+                fused = self.anatomy.explicit_weights is None and kernel != "eager"
                 spans = partial(_spans, state)
                 out, logits = route(original, attention, columns, fused, args, kwargs, spans)
                 shares = logits.softmax(-1)  # (b, s, 2): visual, textual
@@ -160,19 +157,24 @@ class WingsGraft(Graft):
     def _learned(
         self, wing: WingsLayer, index: int, hidden: Tensor, state: Pass, shares: Tensor | None
     ) -> Tensor:
-        """The routed sum of the learners at one layer, ``(b, s, h)``."""
-        learners = {name: wing.learner(name) for name in self.running}
+        """Return the routed sum of the learners at one layer, ``(b, s, h)``."""
+        learners = {name: cast(Learner, wing.get_submodule(name)) for name in self.running}
         inputs, queries = hidden.to(state.features.dtype), {}
         for name, learner in learners.items():
             kind = KIND_OF[name]
             if kind in state.packed or (not state.packed and (kind != IMAGE or state.any_image)):
                 queries[name] = learner.queries(inputs)
         remember = watch = None
+        show = self.watch
         if state.cache is not None:
             slot = self._first_slot + self.layer_indices.index(index)
             remember = partial(state.cache.update, layer_idx=slot)
-        if self.watch is not None:
-            watch = partial(self._show, index, shares)
+        if show is not None:
+
+            def shown(name: str, q: Tensor, k: Tensor, mask: Tensor, seen: Tensor) -> None:
+                show(index, q, k, mask, seen, _share(shares, name))
+
+            watch = shown
         if state.packed:
             lowered = read_packed(learners, queries, state, remember)
         else:
@@ -183,19 +185,6 @@ class WingsGraft(Graft):
             out = learners[name].lift(low if share is None else share[..., None].to(low) * low)
             total = out if total is None else total + out
         return torch.zeros_like(hidden) if total is None else total
-
-    def _show(
-        self,
-        index: int,
-        shares: Tensor | None,
-        name: str,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor,
-        seen: Tensor,
-    ) -> None:
-        assert self.watch is not None
-        self.watch(index, query, key, mask, seen, _share(shares, name))
 
     def groups(self) -> dict[str, Iterable[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {}
@@ -212,12 +201,7 @@ class WingsGraft(Graft):
         return [(int(index), wing) for index, wing in self.layers.items()]
 
 
-def _fusible(attention: nn.Module) -> bool:
-    """Whether the attention runs a registered kernel now (eager already returns its weights)."""
-    return attention.config._attn_implementation != "eager"  # type: ignore[union-attr]
-
-
-def _first_key(state: Pass, index: int, attention: nn.Module) -> int:
+def _first_key(state: Pass, index: int) -> int:
     """Column of the first key that the base's attention sees at a layer (sliding windows move)."""
     if state.cache is None:
         return 0
@@ -225,7 +209,9 @@ def _first_key(state: Pass, index: int, attention: nn.Module) -> int:
 
 
 def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
-    """The router's columns for ``count`` keys from column ``first`` on, ``(b, count, 2)``."""
+    """Return the router's columns for ``count`` keys from column ``first`` on, ``(b, count,
+    2)``.
+    """
     positions = state.key_positions[:, first : first + count]  # (b, <= count)
     missing = count - positions.shape[1]  # a static cache has keys that nothing was written to
     if missing:
@@ -234,7 +220,7 @@ def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
 
 
 def _spans(state: Pass, mask: Tensor) -> Spans | None:
-    """The causal pieces of a mask that the base made, found once for all its layers.
+    """Return the causal pieces of a mask that the base made, found once for all its layers.
 
     On a CPU alone: elsewhere one call for a whole batch is worth more than what they leave out.
     """

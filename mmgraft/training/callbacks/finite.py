@@ -60,18 +60,17 @@ class FiniteWatch:
         """
         seen, self._losses = self._losses, []
         losses = torch.stack([loss.float() for _, loss in seen]).tolist() if seen else []
-        odd = [loss for loss in losses if not math.isfinite(loss)]
-        norm = 0.0 if norm is None else float(norm)
-        device = seen[0][1].device if seen else torch.device("cpu")
-        if not any_rank(bool(odd) or not math.isfinite(norm), device, ranks):
-            return
-        rows = [
-            row
+        bad = [
+            (names, loss)
             for (names, _), loss in zip(seen, losses, strict=True)
-            for row in names
             if not math.isfinite(loss)
         ]
-        odd, rows = _gathered(odd, ranks), _gathered(rows, ranks)
+        norm = 0.0 if norm is None else float(norm)
+        device = seen[0][1].device if seen else torch.device("cpu")
+        if not any_rank(bool(bad) or not math.isfinite(norm), device, ranks):
+            return
+        odd = _gathered([loss for _, loss in bad], ranks)
+        rows = _gathered([row for names, _ in bad for row in names], ranks)
         if odd:
             raise NotFinite(
                 f"the loss of stage {self.stage!r} became {odd[0]} in step {step}, on {named(rows)}"
