@@ -40,7 +40,7 @@ from mmgraft.cli.app import run as mmgraft
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import Pass
 from mmgraft.grafts.registry import get_method
-from mmgraft.model import learning
+from mmgraft.model import modeling
 from mmgraft.training.trainer import GraftTrainer
 from same_run import same
 from tiny_runs import losses, make_parts
@@ -301,7 +301,7 @@ def test_a_mixed_batch_trains_as_the_slow_way(
         return {"loss": loss.detach(), **grads}
 
     found = step()
-    monkeypatch.setattr(learning, "fed_at", lambda layer, wanted: nullcontext())
+    monkeypatch.setattr(modeling, "fed_at", lambda layer, wanted: nullcontext())
     slow = step()
     model.gradient_checkpointing_enable()
     for wanted in (slow, step()):
