@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grafting import CONFIGS, batch, graft_on, perturb, rows, text_labels
 from mmgraft import GraftedModel
+from mmgraft.evaluation.attention.layer_sums import layer_sums
 from pretend_cuda import CARD, Card
 from pretend_flash import Calls, pretend_flash
 
@@ -73,3 +74,12 @@ def test_wings_trains(flash: Calls) -> None:
         loss.backward()
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["iaa-c", "wings"])
+def test_sums_of_attention_are_those_of_explicit_weights(flash: Calls, method: str) -> None:
+    inputs = there(batch(rows("ttiiiitt", "tiiiit")))
+    explicit, fast = (layer_sums(model, inputs) for model in pair("llama", method))
+    assert flash.widths
+    for series, wanted in explicit.items():
+        assert fast[series].sums == pytest.approx(wanted.sums, rel=0.03, abs=0.03)
