@@ -87,7 +87,7 @@ def perturb(model: GraftedModel, size: float = 0.1, seed: int = 1) -> GraftedMod
     for name, parameter in model.workflows.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         scale = 1.0 if "router" in name else size * (3 if ".up." in name else 1)
-        parameter.add_((noise * scale).to(parameter.dtype))
+        parameter.add_((noise * scale).to(parameter))
     return model
 
 

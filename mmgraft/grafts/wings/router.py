@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmgraft.grafts.computing import is_flash
 from mmgraft.grafts.wings.spans import Spans, over_spans
 
 IMPLEMENTATION = "mmgraft_router"
@@ -109,10 +110,12 @@ def _router_attention(
     job: _Job = module.__dict__[_JOB]
     module.__dict__[_JOB] = job.outer
     inner = ALL_ATTENTION_FUNCTIONS[job.implementation]
+    # Flash attention looks in the config for which of its packages it is.
+    module.config._attn_implementation_internal = job.implementation  # type: ignore[union-attr]
     size, heads = value.shape[-1], key.shape[1]
     kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
     columns = job.columns(key.shape[2]).to(value.dtype)  # (b, S, 2)
-    if job.implementation == "sdpa" and query.shape[2] == 1 and not kwargs.get("dropout"):
+    if query.shape[2] == 1 and _has_plain_weights(job.implementation, key, attention_mask, kwargs):
         out, _ = inner(module, query, key, value, attention_mask, **kwargs)
         job.logits.append(_one_query(query, key, attention_mask, columns, kwargs["scaling"]))
         return out, None
@@ -143,6 +146,18 @@ def _router_attention(
     return out.contiguous(), None
 
 
+def _has_plain_weights(
+    implementation: str, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether a single query's weights follow from its scores and a mask of the keys alone."""
+    if kwargs.get("dropout"):
+        return False
+    if not is_flash(implementation):
+        return implementation == "sdpa"
+    keys, window = key.shape[2], kwargs.get("sliding_window")
+    return (mask is None or mask.shape[-1] == keys) and (window is None or keys <= window)
+
+
 def _one_query(
     query: Tensor, key: Tensor, mask: Tensor | None, columns: Tensor, scaling: float
 ) -> Tensor:
@@ -150,6 +165,8 @@ def _one_query(
     grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (b, kv heads, group, d)
     scores = (grouped @ key.transpose(-1, -2)).float() * scaling  # (b, kv heads, group, S)
     if mask is not None:
+        if mask.dim() == 2:  # flash attention's: (b, S), true at keys that are no padding
+            mask = mask.bool()[:, None, None, :]
         mask = mask if mask.shape[1] == 1 else mask.unflatten(1, scores.shape[1:3]).squeeze(3)
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
