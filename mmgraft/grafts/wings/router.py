@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmgraft.grafts.computing import is_flash
+from mmgraft.grafts.computing import computes_on, is_flash
 from mmgraft.grafts.wings.spans import Spans, over_spans
 
 IMPLEMENTATION = "mmgraft_router"
@@ -121,7 +121,7 @@ def _router_attention(
         return out, None
     columns = columns[:, None].expand(-1, heads, -1, -1)  # (b, kv heads, S, 2)
     width = -(-(max(size, query.shape[-1]) + 2) // 8) * 8
-    if query.is_cuda and width > _WIDEST_FUSED:
+    if computes_on(query) == "cuda" and width > _WIDEST_FUSED:
         out, _ = inner(module, query, key, value, attention_mask, **kwargs)
         extra = F.pad(columns, (0, query.shape[-1] - 2))
         routed, _ = inner(module, query, key, extra, attention_mask, **kwargs)
