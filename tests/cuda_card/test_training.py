@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
+from mmgraft.errors import UsageError
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.training import devices
 from mmgraft.training.run import plan_training, train
 from pretend_cuda import pretend_cuda
+from pretend_flash import pretend_flash
 from tiny_runs import losses, make_parts, make_run, write_recipe
 
 TRAINED = {"llava": ["projector"], "iaa": ["projector", "graft"], "wings": ["projector", "graft"]}
@@ -49,6 +53,28 @@ def test_losses(case: str, parts: Path, tmp_path: Path) -> None:
     for found, wanted in zip(losses(there), losses(plain), strict=True):
         assert found[:2] == wanted[:2]
         assert found[2] == pytest.approx(wanted[2], abs=near)
+
+
+def test_a_whole_base_trains_with_flash_attention(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_check_installed", lambda *_: None)
+    switches = {"train": ["projector", "base"], "packing": True, "max_length": 64}
+    settings = {"base": "full", "attention": "flash_attention_2", "precision": "bf16"}
+    run = make(parts, tmp_path / "run", "llava", switches, **settings)
+    with pretend_cuda(), pretend_flash() as calls:
+        train(plan_training(run, device="cuda"))
+    assert calls.widths
+    assert "text_change" in (GraftFile.read(run).results or {})
+
+
+def test_flash_attention_in_fp32_is_refused(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_check_installed", lambda *_: None)
+    run = make(parts, tmp_path / "run", "llava", {}, attention="flash_attention_2")
+    with pretend_cuda(), pytest.raises(UsageError, match="precision: bf16, or attention: sdpa"):
+        plan_training(run, device="cuda")
 
 
 class Stop(TrainerCallback):
