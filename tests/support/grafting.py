@@ -175,8 +175,8 @@ def text_labels(inputs: Mapping[str, Tensor]) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy from logits of all positions, the plain way."""
-    mask, targets = supervised(labels)
-    return torch.nn.functional.cross_entropy(logits[mask].float(), targets)
+    mask = supervised(labels)
+    return torch.nn.functional.cross_entropy(logits[mask].float(), labels.roll(-1, dims=1)[mask])
 
 
 def trained_groups(method: str) -> list[str]:
