@@ -19,9 +19,13 @@ from torch import Tensor, nn
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
+from mmgraft.grafts.computing import computes_on
 
 PADDING, TEXT, IMAGE = 0, 1, 2
 """Kinds of a position. Padding is 0, as a cache slot is that nothing was written to."""
+
+MASK_WIDTH = 8
+"""CUDA's efficient attention copies a mask whose width is no multiple of this, in every call."""
 
 FULL_ATTENTION = -1
 """In :meth:`Graft.slot_layers`: a slot that keeps every position, whatever the base's layers do."""
@@ -122,6 +126,8 @@ class Pass:
         width = int(counts.max())
         if width == 0 or kind in self.packed:
             return
+        if computes_on(self.features) == "cuda":
+            width = min(-(-width // MASK_WIDTH) * MASK_WIDTH, chosen.shape[1])
         columns = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
         there = torch.arange(width, device=columns.device) < counts[:, None]
         mask = there[:, None, :] & (columns[:, None, :] <= self.columns[:, None])  # (b, s, K)

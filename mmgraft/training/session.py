@@ -23,6 +23,7 @@ from mmgraft.data.features import fill_cache, open_cache
 from mmgraft.data.formats.indexed import Joined, key_at, select
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.grafts.base import MASK_WIDTH
 from mmgraft.model.files.graft_file import CONFIG_NAME
 from mmgraft.model.files.load import base_files, load_model
 from mmgraft.model.files.save import save_graft
@@ -40,7 +41,7 @@ from mmgraft.training.grouping import arrange, check_packed_length
 from mmgraft.training.memory.subject import loaded_dtype
 from mmgraft.training.stage_data import with_template
 from mmgraft.training.stages import open_stage, rate_groups
-from mmgraft.training.trainer import GraftTrainer, training_arguments
+from mmgraft.training.trainer import GraftTrainer, describe, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, tower_features
 
 if TYPE_CHECKING:
@@ -250,7 +251,10 @@ class Session:
             )
         compute = None if features is None else tower_features(self.model.vision_tower)
         processor = with_template(self.processor, stage.template)
-        collator = Collator(processor, cast(Any, stage.text_rows), features, compute=compute)
+        multiple = MASK_WIDTH if plan.device == "cuda" else 1
+        collator = Collator(
+            processor, cast(Any, stage.text_rows), features, compute=compute, multiple=multiple
+        )
         if stage.packing:
             self.model.check_packing(stage.batch_size)
             collator = PackCollator(collator)
@@ -380,7 +384,7 @@ class _Batches:
         batch["rows"] = [example.where for example in examples]  # names more than an id does
         batch["bad_rows"] = [row for example in examples for row in example.skipped]
         batch.pop("workflow", None)  # the trainer names every row's
-        return batch
+        return batch | describe(batch)
 
 
 def _rename(model: GraftedModel, name: str) -> None:
