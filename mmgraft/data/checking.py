@@ -202,8 +202,7 @@ class Checker:
     def _encode(self, row: Row, report: Report) -> None:
         assert self.processor is not None
         encoded = supervise_row(self.processor, row)
-        patches = self.processor.num_patches
-        if fitted(encoded, self.max_length, self.positions, patches, row.where)[1]:
+        if fitted(encoded, self.max_length, self.positions, row.where)[1]:
             report.cut.append(row.where)
         report.lengths.append(len(encoded))
         report.image_positions += sum(encoded.kinds)

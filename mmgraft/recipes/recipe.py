@@ -12,7 +12,7 @@ from mmgraft.data.bad_rows import HUB, OnBadRow
 from mmgraft.errors import did_you_mean
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.strict import StrictModel
-from mmgraft.vision.spec import ProjectorSpec
+from mmgraft.vision.projectors.configs import AnyProjector, MlpConfig
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "iaa": ("projector", "graft", "layers", "embedding", "norm", "head"),
@@ -87,7 +87,7 @@ class GraftDefaults(StrictModel):
         default=None, description="hidden state of the tower; -2 is usual"
     )
     config: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
-    projector: ProjectorSpec = ProjectorSpec()
+    projector: AnyProjector = MlpConfig()
 
 
 class Stage(StrictModel):

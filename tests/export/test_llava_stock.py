@@ -85,7 +85,7 @@ def expected(run: Path, messages: list[list[dict[str, Any]]]) -> dict[str, Any]:
     model = GraftedModel.from_pretrained(run)
     record = GraftFile.read(run)
     tower = model.vision_tower
-    processor = load_processor(record, record.base.id, tower.num_patches, tower.preprocess)
+    processor = load_processor(record, record.base.id, tower)
     singles = [processor(one) for one in messages]
     batch = processor(messages)
     said = model.generate(**batch, workflow="mm", max_new_tokens=NEW_TOKENS, do_sample=False)

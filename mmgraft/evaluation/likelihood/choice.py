@@ -161,7 +161,9 @@ def _request(processor: GraftProcessor, item: Item, chat: bool, letters: bool) -
     texts = _texts(item, letters)
     if chat:
         encoded, continuations = _chat(processor, item, texts)
-        request = Request(encoded.input_ids, continuations, encoded.kinds, encoded.images)
+        request = Request(
+            encoded.input_ids, continuations, encoded.kinds, encoded.images, encoded.sizes
+        )
     else:
         context, continuations = _plain(processor, item, texts)
         request = Request(context, continuations)

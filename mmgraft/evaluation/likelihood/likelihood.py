@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmgraft.data.chat.processor import GraftProcessor
 
 Features = Callable[[list[Path]], Tensor]
-"""The tower's features of image files, ``(n, P, tower width)``."""
+"""The tower's features of image files, ``(sum of entries, tower width)``."""
 
 DEFAULT_LENGTH = 2048
 """Context length of a base that names none, as in lm-evaluation-harness."""
@@ -42,12 +42,14 @@ class Request:
         continuations: Ids of each, at least one.
         kinds: 1 at an image's positions and 0 at text; empty where there is no image.
         images: Paths, data URIs or PIL images, in order.
+        sizes: Width and height of each, where its positions depend on them.
     """
 
     context: Sequence[int]
     continuations: Sequence[Sequence[int]]
     kinds: Sequence[int] = ()
     images: Sequence[Any] = field(default_factory=list)
+    sizes: Sequence[tuple[int, int]] = ()
 
     @property
     def longest(self) -> int:
@@ -207,11 +209,13 @@ class Likelihoods:
         images = [image for request in requests for image in request.images]
         if not images:
             return {}
+        sizes = [size for request in requests for size in request.sizes]
+        given = {"image_sizes": torch.tensor(sizes)} if sizes else {}
         if self.features is not None:
             features = self.features([Path(image) for image in images])
-            return {"image_features": features.to(self.model.device)}
+            return {**given, "image_features": features.to(self.model.device)}
         pixels = self.processor.pixels(open_images(images, "a question"))
-        return {"pixel_values": pixels.to(self.model.device)}
+        return {**given, "pixel_values": pixels.to(self.model.device)}
 
     def _tensor(self, padded: Tensor) -> Tensor:
         return padded.to(self.model.device)
