@@ -19,7 +19,7 @@ from mmgraft.evaluation.generate.predictions import Predictions, read_prediction
 from mmgraft.evaluation.generate.shared_prefix import read_beginning
 from mmgraft.evaluation.items.item import Item
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.vision.feature_cache import tower_features
+from mmgraft.vision.feature_cache import TowerFeatures
 from tiny import tiny_model, tiny_tower
 from tiny_tokenizer import tiny_tokenizer
 from tiny_towers import picture
@@ -148,7 +148,7 @@ def test_features_given_are_used_for_the_right_pictures(tmp_path: Path) -> None:
     chats = [chat("what is it", str(name)) for name in (*names, names[0])]
     tower = model.vision_tower
     assert tower is not None
-    compute = tower_features(tower)
+    compute = TowerFeatures(tower)
     seen: list[str] = []
 
     def features(paths: list[Path]) -> torch.Tensor:

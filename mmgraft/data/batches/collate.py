@@ -43,7 +43,7 @@ class Collator:
             text_rows: see `RowDataset`.
             features: asked for image features instead of making pixels; the dataset then leaves
                 its images unopened (`load_images=False`).
-            compute: features of files that the cache does not hold yet, such as `tower_features`
+            compute: features of files that the cache does not hold yet, such as `TowerFeatures`
                 gives; without it they are an error.
             workflow: the one that rows run with `text_rows` "graft".
             multiple: round the length of a batch of uneven rows up to a multiple of this.
