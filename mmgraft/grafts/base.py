@@ -124,8 +124,10 @@ class Pass:
             the queries that see something.
         """
         if kind not in self.shared:
-            keys = torch.arange(self.key_kinds.shape[1], device=self.key_kinds.device)
-            mask = (self.key_kinds == kind)[:, None, :] & (keys <= self.columns[:, None])[None]
+            mask = (self.key_kinds == kind)[:, None, :]
+            if self.kinds.shape[1] > 1:  # after a single new position comes no key of any kind
+                keys = torch.arange(self.key_kinds.shape[1], device=self.key_kinds.device)
+                mask = mask & (keys <= self.columns[:, None])[None]
             if self.segments is not None:
                 mask = mask & (self.segments[:, :, None] == self.segments[:, None, :])
             seen = mask.any(-1, keepdim=True)

@@ -36,8 +36,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2, length))
 
     def columns(self, positions: Tensor) -> Tensor:
-        """Columns of the keys' own positions: ``(b, S) -> (b, S, 2)``."""
-        chosen = self.weight.index_select(1, positions.clamp(min=0).flatten())
+        """Columns of the keys' own positions, none below 0: ``(b, S) -> (b, S, 2)``."""
+        chosen = self.weight.index_select(1, positions.flatten())
         return chosen.view(2, *positions.shape).movedim(0, -1)
 
 
@@ -162,8 +162,12 @@ def _one_query(
     query: Tensor, key: Tensor, mask: Tensor | None, columns: Tensor, scaling: float
 ) -> Tensor:
     """Logits ``(b, 1, 2)`` of a single new token: its weights are few, and no key is copied."""
-    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (b, kv heads, group, d)
-    scores = (grouped @ key.transpose(-1, -2)).float() * scaling  # (b, kv heads, group, S)
+    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3).flatten(0, 1)
+    none = query.new_empty(1, 1, 1)
+    products = torch.baddbmm(
+        none, grouped, key.flatten(0, 1).transpose(-1, -2), beta=0, alpha=scaling
+    )
+    scores = products.unflatten(0, key.shape[:2])  # (b, kv heads, group, S)
     if mask is not None:
         if mask.dim() == 2:  # flash attention's: (b, S), true at keys that are no padding
             mask = mask.bool()[:, None, None, :]
@@ -172,7 +176,7 @@ def _one_query(
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + mask
-    summed = scores.softmax(-1).sum((1, 2))[:, None]  # (b, 1, S)
+    summed = scores.softmax(-1, dtype=torch.float32).sum((1, 2))[:, None]  # (b, 1, S)
     return summed @ columns.float()
 
 
