@@ -273,7 +273,7 @@ def _llava(case: Case, model: Any) -> Any:
     made.model.multi_modal_projector.requires_grad_(True)
     if case.name != "llava":
         decoder.norm.requires_grad_(True)
-        for number, place in enumerate(model.workflow().graft.places):
+        for number, place in enumerate(model.workflow().graft.layer_indices):
             decoder.layers[place + 1 + number].requires_grad_(True)
     if case.name == "own":
         decoder.embed_tokens.requires_grad_(True)

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.images import open_images
 from mmgraft.errors import UsageError
-from mmgraft.model.files.load import Verify, base_files, graft_folder, load_model
+from mmgraft.model.files.load import Verify, base_files, graft_folder
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
@@ -42,9 +42,9 @@ class Answerer:
         verify: Verify = "fast",
         revision: str | None = None,
     ) -> Self:
-        """Load a graft by folder or Hub id; see :func:`mmgraft.model.files.load.load_model`."""
+        """Load a graft by folder or Hub id; see :meth:`GraftedModel.from_pretrained`."""
         folder = graft_folder(run, revision)
-        model = load_model(
+        model = GraftedModel.from_pretrained(
             folder,
             device_map={"": device} if device != "cpu" or quantization else None,
             dtype=dtype,
@@ -170,7 +170,7 @@ class Dialogue:
     def _caches(self, workflow: str | None) -> bool:
         if workflow == TEXT_WORKFLOW:
             return True
-        return self.answerer.model.workflow(workflow).graft.cacheable
+        return not self.answerer.model.workflow(workflow).graft.promises.cache
 
     def _reusable(self, encoded: Encoded) -> Cache | None:
         """The cache, if the new prompt begins with all that it holds and goes beyond it."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
-from typing_extensions import Self
+from typing_extensions import ParamSpec, Self
 
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.layers import check_layers
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 def _layer_choice(value: Any) -> list[int] | str:
@@ -27,6 +33,33 @@ def _layer_choice(value: Any) -> list[int] | str:
 
 LayerChoice = Annotated[list[int] | str, BeforeValidator(_layer_choice)]
 """Layers as a config names them: checked in form here, against the base by ``parse_layers``."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """Makes a setting of a method an option of ``mmgraft graft``: ``Annotated[int, Option(...)]``.
+
+    Attributes:
+        help: Its help text.
+    """
+
+    help: str
+
+
+def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function refuse an unknown keyword with the nearest one that it has."""
+    known = inspect.signature(function).parameters
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                names = [one for one in known if one not in ("self", "cls")]
+                hint = did_you_mean(name, names)
+                raise TypeError(f"{function.__qualname__}() takes no keyword {name!r}; {hint}")
+        return function(*args, **kwargs)
+
+    return call
 
 
 class StrictModel(BaseModel):

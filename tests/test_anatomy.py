@@ -179,7 +179,7 @@ def test_exceptions_by_architecture() -> None:
     def having(value: Callable[[Anatomy], Any]) -> dict[str, Any]:
         return {name: value(a) for name, a in found.items() if value(a)}
 
-    router = having(lambda a: a.explicit_router)
+    router = having(lambda a: a.explicit_weights)
     assert {name.partition("_")[0] for name in router} == {"gemma2", "bloom", "falcon", "gpt"}
     assert "gpt_neox" not in router
     assert "sinks" in router["gpt_oss"]
@@ -205,10 +205,10 @@ def test_exceptions_by_architecture() -> None:
     assert found["gemma3"].layer_types[1] == "full_attention"
 
 
-def test_soft_capping_that_is_switched_off_needs_no_explicit_router() -> None:
+def test_soft_capping_that_is_switched_off_needs_no_explicit_weights() -> None:
     anatomy = examine_config(tiny_config("gemma2", attn_logit_softcapping=None))
     # What is left is that the class offers no fused attention at all.
-    assert anatomy.explicit_router == "Gemma2ForCausalLM has no fused attention"
+    assert anatomy.explicit_weights == "Gemma2ForCausalLM has no fused attention"
 
 
 SMALL = {

@@ -2,24 +2,195 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lines_of_code import LIMIT, lines_below, lines_of_code
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "mmgraft").rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+EVERY_SOURCE = [*SOURCES, *EXAMPLES]
+
+FILES, LINES, FUNCTION = 15, 700, 50
+"""Largest number of files in a folder, of lines in a file, and of lines in a function."""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_file_is_too_long_to_read(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+every_source = pytest.mark.parametrize("path", EVERY_SOURCE, ids=name_of)
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+# Sizes
+
+
+@every_source
+def test_no_file_and_no_function_is_too_long_to_read(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
+    long = {
+        f"{node.name}: {length} lines"
+        for node in ast.walk(parsed(path))
+        if isinstance(node, Function)
+        and (length := (node.end_lineno or node.lineno) - node.lineno + 1) > FUNCTION
+    }
+    assert not long, f"longer than {FUNCTION} lines"
+
+
+def test_no_folder_has_too_many_files_to_find_one() -> None:
+    count = Counter(path.parent for path in SOURCES if path.stem != "__init__")
+    count.pop(ROOT / "mmgraft/cli")  # one thin file a command
+    assert {name_of(folder): n for folder, n in count.items() if n > FILES} == {}
+
+
+def test_the_package_does_not_grow() -> None:
+    assert lines_below(ROOT / "mmgraft") <= LIMIT
+
+
+def test_lines_of_code_are_lines_of_code() -> None:
+    text = '"""Say.\n\nWhy.\n"""\n\n# no code\nx = """\ntext\n"""\n\n\ndef f():\n    """Do."""\n'
+    assert lines_of_code(text) == 4
+
+
+# Names
 
 
 def test_no_file_is_named_after_nothing() -> None:
     empty = {"utils", "common", "helpers", "misc", "util", "helper"}
-    assert not [name_of(path) for path in SOURCES if path.stem in empty]
-    assert not [name_of(path) for path in SOURCES if path.stem.startswith("mm_")]
+    assert not [name_of(path) for path in EVERY_SOURCE if path.stem in empty]
+    assert not [name_of(path) for path in EVERY_SOURCE if path.stem.startswith("mm_")]
+
+
+# Words
+
+BARRED = {
+    "picture": "image",
+    "pictures": "images",
+    "evening": "padding the last batch",
+    "sitting": "session",
+    "sittings": "sessions",
+    "lockstep": "in step, across ranks",
+    "is told": "is called with",
+    "are told": "are called with",
+    "told what": "called with what",
+    "Told when": "Called when",
+}
+"""Words that this house does not write, and the ones that it writes instead."""
+
+_BARRED = re.compile(rf"\b({'|'.join(BARRED)})\b")
+
+
+@every_source
+def test_words_are_those_of_the_field(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    found = Counter(match[1] for match in _BARRED.finditer(text.replace("\n", " ")))
+    assert not found, {word: BARRED[word] for word in found}
+
+
+def test_pages_have_the_same_words() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = {name_of(page): _BARRED.findall(without_code(page)) for page in pages}
+    assert {name: words for name, words in found.items() if words} == {}
+
+
+def without_code(page: Path) -> str:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.sub(r"`[^`]*`", "", text).replace("\n", " ")
+
+
+# Docstrings
+
+_OPENING = re.compile(
+    r"(What|Whether|Of|How|Where|Tells|Gives|Finds|Reads|Writes|Makes|Builds|Checks|Returns|Keeps|"
+    r"Copies|Puts|Takes|Names)\b"
+)
+_CODE = re.compile(r"(?<![`:\w])`[^`\n]+`(?!`)")
+_SECTION = re.compile(r"^( *)(Args|Attributes|Raises):$")
+_ENTRY = re.compile(r"[\w.`*, ]{1,40}: [a-z](?!\w*[_(.=])")
+
+
+def docstrings(path: Path) -> Iterator[tuple[ast.AST, str, bool]]:
+    """Every node with its docstring, and whether it is the help text of a command."""
+    in_cli = path.parent.name == "cli"
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, Function | ast.ClassDef | ast.Module):
+            text = ast.get_docstring(node)
+            public = isinstance(node, Function) and not node.name.startswith("_")
+            if text:
+                yield node, text, in_cli and public
+
+
+def small_entries(text: str) -> Iterator[str]:
+    """Entries of a section that begin with a small letter."""
+    indent = -1
+    for line in text.splitlines():
+        section = _SECTION.match(line)
+        here = len(line) - len(line.lstrip())
+        if section:
+            indent = len(section[1]) + 4
+        elif line.strip() and here < indent:
+            indent = -1
+        elif here == indent and _ENTRY.match(line.strip()):
+            yield line.strip()
+
+
+@every_source
+def test_docstrings_are_of_one_dialect(path: Path) -> None:
+    wrong = []
+    for node, text, is_help in docstrings(path):
+        first = text.splitlines()[0]
+        if _OPENING.match(first) and not isinstance(node, ast.ClassDef):
+            wrong.append(f"an imperative verb begins: {first}")
+        if not is_help:
+            wrong += [f"code stands in double backticks: {code}" for code in _CODE.findall(text)]
+        wrong += [f"an entry begins with a capital: {entry}" for entry in small_entries(text)]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("Do.\n\nArgs:\n    a: the one.\n    b: The other.", ["a: the one."]),
+        ("Do.\n\nArgs:\n    a: ``x`` or\n        not: at all.\nMore: text.", []),
+    ],
+)
+def test_entries_of_a_docstring_are_found(text: str, entries: list[str]) -> None:
+    assert list(small_entries(text)) == entries
+
+
+# Methods
+
+_MAY_NAME = {"__init__.py", "grafts", "published", "recipes", "cli", "demo"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if path.relative_to(ROOT / "mmgraft").parts[0] not in _MAY_NAME],
+    ids=name_of,
+)
+def test_no_file_outside_its_folder_knows_a_method(path: Path) -> None:
+    """LLaVA is a format of exported models too, so that its name alone says nothing."""
+    named = [
+        f"line {node.lineno}: {node.value!r}"
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant) and node.value in ("iaa", "wings")
+    ]
+    imported = [
+        f"line {node.lineno}: {node.module}"
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ImportFrom)
+        and re.match(r"mmgraft\.grafts\.(iaa|wings|llava)\b", node.module or "")
+    ]
+    assert not [*named, *imported]

@@ -1,4 +1,4 @@
-"""Which decoder layers cannot carry a graft, and why the Wings router may need explicit weights."""
+"""Which decoder layers cannot carry a graft, and whose attention must write its weights out."""
 
 from __future__ import annotations
 
@@ -90,11 +90,10 @@ def in_registry(attention: nn.Module) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in source for source in _sources(attention))
 
 
-def explicit_router_reason(model: nn.Module, attention: nn.Module) -> str | None:
-    """Return the reason why the Wings router cannot go through fused attention, or None if it can.
+def explicit_weights_reason(model: nn.Module, attention: nn.Module) -> str | None:
+    """Return why columns beside the values do not read the attention's weights, or None.
 
-    The router's columns ride beside the values. That is exact only if the attention function does
-    nothing but softmax(q k^T) v, with a mask.
+    That is exact only if the attention function does nothing but softmax(q k^T) v, with a mask.
     """
     name = type(attention).__name__
     if not in_registry(attention):

@@ -39,12 +39,12 @@ class Anatomy:
         branch_norm: Name of the norm inside the layer that stands between the attention's output
             and the residual stream (Gemma 2 and 3, OLMo 2, GLM-4, ...).
         attention_in_registry: The attention calls a function of transformers' attention registry.
-        explicit_router: Why the Wings router needs explicit attention weights; None if it does
-            not.
+        explicit_weights: Why a graft that reads the attention's weights needs them written out;
+            None if columns beside the values give it what it reads.
         logit_scale: Factor on the head's output (Cohere, Granite, ...).
         logit_softcap: Bound c of ``c * tanh(logits / c)`` after that factor; None without one.
         blocked: Layer -> why it cannot carry a graft.
-        branch_blocked: Why nothing can be added to the attention's branch (Wings); None if it can.
+        branch_blocked: Why nothing can be added to the attention's branch; None if it can.
         logits_blocked: Why logits cannot be computed from ``norm_path``, ``head_path``,
             ``logit_scale`` and ``logit_softcap`` alone; None if they can.
     """
@@ -73,7 +73,7 @@ class Anatomy:
     residual_scale: float = 1.0
     branch_norm: str | None = None
     attention_in_registry: bool = True
-    explicit_router: str | None = None
+    explicit_weights: str | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     blocked: dict[int, str] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mmgraft.anatomy.blocked import blocked_layer, explicit_router_reason, in_registry
+from mmgraft.anatomy.blocked import blocked_layer, explicit_weights_reason, in_registry
 from mmgraft.anatomy.branch import BranchUnknown, examine_branch, is_norm
 from mmgraft.anatomy.description import Anatomy
 from mmgraft.anatomy.logits import LogitsUnknown, examine_logits
@@ -92,7 +92,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
         rope_theta=_rope_theta(config),
         tied=getattr(head, "weight", None) is embedding.weight,
         attention_in_registry=in_registry(attention),
-        explicit_router=explicit_router_reason(model, attention),
+        explicit_weights=explicit_weights_reason(model, attention),
         blocked=blocked,
         **_branch([layers[i] for i in carriers], attention_name),
         **_logits(model, head_path, layers_path),

@@ -130,32 +130,37 @@ def fetch(
                 name, revision=revision, allow_patterns=patterns, ignore_patterns=list(ignore)
             )
         )
-    except GatedRepoError as error:
-        raise UsageError(
-            f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
+    except Exception as error:  # every HTTP and disk error there is
+        refusal = _refusal(name, revision, error)
+        if refusal is not None:
+            raise UsageError(refusal) from error
+        raise MMGraftError(
+            f"could not fetch {name} from the Hub ({_first_line(error)}); check the network and "
+            "the free disk space, then run the command again: it goes on where it stopped"
         ) from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(
+
+
+def _refusal(name: str, revision: str | None, error: Exception) -> str | None:
+    """Explain an error that no second try mends; None where the download has failed."""
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
             f"there is no model {name!r} on the Hub, or it is private; check the name, or log in "
             "with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UsageError(
-            f"{name} has no revision {revision!r}; check it on its Hub page"
-        ) from error
-    except HFValidationError as error:
-        raise UsageError(
-            f"{name!r} is no Hub id; give one such as Qwen/Qwen2-7B-Instruct"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        if is_offline_mode():
-            raise UsageError(
-                f"{name} is neither a folder here nor in the Hub cache, and HF_HUB_OFFLINE forbids "
-                "to fetch it; unset it, or give a local folder"
-            ) from error
-        raise _network(name, error) from error
-    except Exception as error:  # every HTTP and disk error there is: the download has failed
-        raise _network(name, error) from error
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name} has no revision {revision!r}; check it on its Hub page"
+    if isinstance(error, HFValidationError):
+        return f"{name!r} is no Hub id; give one such as Qwen/Qwen2-7B-Instruct"
+    if isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
+        return (
+            f"{name} is neither a folder here nor in the Hub cache, and HF_HUB_OFFLINE forbids to "
+            "fetch it; unset it, or give a local folder"
+        )
+    return None
 
 
 def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
@@ -174,13 +179,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
-
-
-def _network(name: str, error: Exception) -> MMGraftError:
-    return MMGraftError(
-        f"could not fetch {name} from the Hub ({_first_line(error)}); check the network and the "
-        "free disk space, then run the command again: it goes on where it stopped"
-    )
 
 
 def _describe(name: str, folder: Path, revision: str | None) -> ModelFiles:

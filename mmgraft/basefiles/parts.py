@@ -151,7 +151,7 @@ def _load(
         "give another one"
     )
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = reduced.from_pretrained(
                 None,
                 config=config,
@@ -196,8 +196,8 @@ def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting the tensors that are left out on purpose."""
+def quiet() -> Iterator[None]:
+    """Keep transformers' bars, and its reports of tensors left out on purpose, off the console."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -153,10 +153,10 @@ def _say(dialogue: Dialogue, text: str, settings: dict[str, Any]) -> None:
 
 def _warn_of_lacks(answerer: Any) -> None:
     from mmgraft.cli.console import note
-    from mmgraft.model.files.summary import lacking
+    from mmgraft.model.files.summary import limits
 
-    record = answerer.model.workflow().record
-    if record.config.get("variant") == "official":
-        note("this graft computes what the published Wings code computes, and does not promise:")
-        for invariant, why in lacking(record).items():
-            note(f"  {invariant} ({why})")
+    found = limits(answerer.model.workflow().record)
+    if found:
+        note("this graft does not promise that:")
+    for promise, why in found.items():
+        note(f"  {promise} ({why})")

@@ -16,7 +16,9 @@ BUDGET_MINUTES = 15
 
 
 def demo(
-    method: Annotated[str, option("--method", "iaa, wings or llava.")] = "iaa",
+    method: Annotated[
+        str, option("--method", "A method with a shipped recipe demo-METHOD.")
+    ] = "iaa",
     out: Annotated[Path | None, option("--out", "Folder; ./demo-<method> when not given.")] = None,
     seed: Annotated[
         int, option("--seed", "Seed of the graft's first values and the order of rows.")

@@ -1,13 +1,11 @@
-"""`mmgraft estimate`."""
+"""``mmgraft estimate``."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from mmgraft.cli.options import JsonFlag
+from mmgraft.cli.options import JsonFlag, argument, option
 
 if TYPE_CHECKING:
     from mmgraft.training.memory.request import Request
@@ -16,26 +14,22 @@ _PLAN, _ROWS = "What is trained", "Length of rows"
 _OF_SEVERAL = ("of others, for a moment", "to exchange")
 
 
-def _option(panel: str | None, name: str, text: str, **more: Any) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, **more)
-
-
-_Target = Annotated[
-    str, typer.Argument(metavar="RECIPE|RUN", help="Shipped name, YAML file, or a graft.")
-]
-_Base = Annotated[str | None, _option(_PLAN, "--base", "Base: alias, Hub id or folder.")]
-_Vision = Annotated[str | None, _option(_PLAN, "--vision", "Tower: Hub id, folder or name.")]
-_Recipe = Annotated[str | None, _option(_PLAN, "--recipe", "Recipe instead of the run's own.")]
+_Target = Annotated[str, argument("Shipped name, YAML file, or a graft.", metavar="RECIPE|RUN")]
+_Base = Annotated[str | None, option("--base", "Base: alias, Hub id or folder.", panel=_PLAN)]
+_Vision = Annotated[str | None, option("--vision", "Tower: Hub id, folder or name.", panel=_PLAN)]
+_Recipe = Annotated[str | None, option("--recipe", "Recipe instead of the run's own.", panel=_PLAN)]
 _SET = "Change a value: stages.*.batch_size=2, graft.config.layers=last:8."
-_Set = Annotated[list[str] | None, _option(_PLAN, "--set", _SET)]
+_Set = Annotated[list[str] | None, option("--set", _SET, panel=_PLAN)]
 _LENGTH = "Positions of a row, images included."
-_Length = Annotated[int | None, _option(_ROWS, "--length", _LENGTH, min=2)]
+_Length = Annotated[int | None, option("--length", _LENGTH, panel=_ROWS, min=2)]
 _DATA = "Rows to measure: FILE, or STAGE=FILE."
-_Data = Annotated[list[str] | None, _option(_ROWS, "--data", _DATA)]
-_Images = Annotated[str | None, _option(_ROWS, "--images", "Folder that image paths start from.")]
-_Device = Annotated[str, _option(None, "--device", "Where the training would run: cuda or cpu.")]
+_Data = Annotated[list[str] | None, option("--data", _DATA, panel=_ROWS)]
+_Images = Annotated[
+    str | None, option("--images", "Folder that image paths start from.", panel=_ROWS)
+]
+_Device = Annotated[str, option("--device", "Where the training would run: cuda or cpu.")]
 _PROCESSES = "Number of processes that train together; sizes are those of one of them."
-_Processes = Annotated[int, _option(None, "--processes", _PROCESSES, min=1)]
+_Processes = Annotated[int, option("--processes", _PROCESSES, min=1)]
 
 
 def estimate(

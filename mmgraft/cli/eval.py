@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
 
 from mmgraft.cli.options import (
     BaseOption,
@@ -17,104 +17,48 @@ from mmgraft.cli.options import (
     JsonFlag,
     QuantizationOption,
     VerifyOption,
+    argument,
+    option,
 )
 
 if TYPE_CHECKING:
+    from mmgraft.evaluation.evaluate import Evaluation
+    from mmgraft.inference import Answerer
     from mmgraft.recipes.evaluation_set import SetSpec
-    from mmgraft.runs.results import Results, SetResult
+    from mmgraft.runs.results import Results
 
-_SETS, _ONE = "Which sets", "A set without a recipe"
 _EVERY = 5.0  # seconds between two lines of progress
+_sets = partial(option, panel="Which sets")
+_one = partial(option, panel="A set without a recipe")
 
 
 def evaluate(
-    run: Annotated[
-        str | None, typer.Argument(help="Folder of a graft; default: the one here.")
-    ] = None,
-    text: Annotated[
-        bool, typer.Option("--text", help="Is text as it was? Also sets of text.")
-    ] = False,
-    vision: Annotated[bool, typer.Option("--vision", help="Ask sets with images.")] = False,
-    iit: Annotated[
-        bool, typer.Option("--iit", help="Ask dialogues of text and images in six shapes.")
-    ] = False,
-    harness: Annotated[
-        str | None,
-        typer.Option("--harness", help="Tasks of lm-evaluation-harness: NAME[,NAME]."),
-    ] = None,
-    sets: Annotated[
-        str | None,
-        typer.Option(
-            "--sets",
-            help="YAML with `evaluation:`; default: the run's recipe.",
-            rich_help_panel=_SETS,
-        ),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option("--only", help="Ask this set; may be repeated.", rich_help_panel=_SETS),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, help="Items of each set, drawn.", rich_help_panel=_SETS),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="File of items, or a packaged set.", rich_help_panel=_ONE),
-    ] = None,
+    run: Annotated[str | None, argument("Folder of a graft; default: the one here.")] = None,
+    text: Annotated[bool, option("--text", "Is text as it was? Also sets of text.")] = False,
+    vision: Annotated[bool, option("--vision", "Evaluate sets with images.")] = False,
+    iit: Annotated[bool, option("--iit", "Dialogues of text and images in six shapes.")] = False,
+    harness: Annotated[str | None, option("Tasks of lm-evaluation-harness: NAME[,NAME].")] = None,
+    sets: Annotated[str | None, _sets("YAML with `evaluation:`; else the run's recipe.")] = None,
+    only: Annotated[list[str] | None, _sets("Evaluate this set; may be repeated.")] = None,
+    limit: Annotated[int | None, _sets("Sample so many items of each set.", min=1)] = None,
+    data: Annotated[str | None, _one("File of items, or a packaged set.")] = None,
     metric: Annotated[
-        str | None,
-        typer.Option(
-            "--metric",
-            help="exact, vqa, vqa_v2, choice, yes_no, caption, box or perplexity.",
-            rich_help_panel=_ONE,
-        ),
+        str | None, _one("exact, vqa, vqa_v2, choice, yes_no, caption, box or perplexity.")
     ] = None,
-    images: Annotated[
-        str | None,
-        typer.Option("--images", help="Folder that image paths start from.", rich_help_panel=_ONE),
-    ] = None,
-    train_rows: Annotated[
-        str | None,
-        typer.Option("--train", help="Training rows, for the prior.", rich_help_panel=_ONE),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Default: the file's.", rich_help_panel=_ONE)
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt", help="What is asked, with {question}, {options}.", rich_help_panel=_ONE
-        ),
-    ] = None,
-    boxes: Annotated[
-        str | None,
-        typer.Option("--boxes", help="unit, thousand, ten or pixel.", rich_help_panel=_ONE),
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--column", help="FIELD=KEY of the rows; may be repeated.", rich_help_panel=_ONE
-        ),
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option("--include-path", help="Folder of harness tasks of your own.")
-    ] = None,
-    dialogues: Annotated[
-        Path | None, typer.Option("--dialogues", help="Dialogues that were saved before.")
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option("--dialogue-count", min=1, help="Dialogues of each shape.")
-    ] = None,
-    untouched: Annotated[
-        str | None, typer.Option("--untouched", help="The base that text is compared with.")
-    ] = None,
+    images: Annotated[str | None, _one("Folder that image paths start from.")] = None,
+    train: Annotated[str | None, _one("Training rows, for the prior.")] = None,
+    name: Annotated[str | None, _one("Name of the set; default: the file's.")] = None,
+    prompt: Annotated[str | None, _one("Prompt, with {question} and {options}.")] = None,
+    boxes: Annotated[str | None, _one("unit, thousand, ten or pixel.")] = None,
+    column: Annotated[list[str] | None, _one("FIELD=KEY of the rows; may be repeated.")] = None,
+    include_path: Annotated[Path | None, option("Folder of harness tasks of your own.")] = None,
+    dialogues: Annotated[Path | None, option("Dialogues that were saved before.")] = None,
+    dialogue_count: Annotated[int | None, option("Dialogues of each shape.", min=1)] = None,
+    untouched: Annotated[str | None, option("The base that text is compared with.")] = None,
     workflow: Annotated[
-        str | None, typer.Option("--workflow", help="Of rows with images; default: the graft's.")
+        str | None, option("Workflow of rows with images; default: the graft's.")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Questions at a time.")
-    ] = None,
+    batch_size: Annotated[int | None, option("Questions a batch.", min=1)] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
@@ -128,45 +72,60 @@ def evaluate(
     Results and a report go into the run's results/. After a kill the same command goes on:
     no question is asked twice.
     """
-    from mmgraft.cli.console import note, print_json
-    from mmgraft.evaluation.measuring import Asked, check, measure
+    _evaluate(SimpleNamespace(**locals()))
+
+
+def _evaluate(given: Any) -> None:
+    """Check what was given, load the graft and measure it."""
+    from mmgraft.cli.console import note
+    from mmgraft.evaluation.evaluate import Evaluation, check
     from mmgraft.runs.find import find_run
 
-    folder = find_run(run, announce=note)
-    one = {
-        "images": images, "train": train_rows, "name": name, "prompt": prompt, "boxes": boxes,
-        "columns": _columns(columns),
-    }  # fmt: skip
-    asked = Asked(
+    folder = find_run(given.run, announce=note)
+    keys = ("images", "train", "name", "prompt", "boxes", "metric")
+    one = {key: getattr(given, key) for key in keys} | {"columns": _columns(given.column)}
+    only = given.only or ()
+    if given.data is None:
+        specs = _several(folder, given.sets, one, only, given.limit)
+    else:
+        several = given.sets is not None or bool(only)
+        specs = _given(given.data, one, given.text, given.limit, several)
+    evaluation = Evaluation(
         run=folder,
-        specs=tuple(_specs(folder, sets, data, metric, one, only or (), limit, text)),
-        text=text,
-        vision=vision,
-        iit=iit,
-        tasks=_listed(harness),
-        workflow=workflow,
-        batch_size=batch_size,
-        limit=limit,
-        include_path=include_path,
-        dialogues=dialogues,
-        dialogue_count=count,
-        untouched=untouched,
+        specs=tuple(specs),
+        text=given.text,
+        vision=given.vision,
+        iit=given.iit,
+        tasks=_listed(given.harness),
+        workflow=given.workflow,
+        batch_size=given.batch_size,
+        limit=given.limit,
+        include_path=given.include_path,
+        dialogues=given.dialogues,
+        dialogue_count=given.dialogue_count,
+        untouched=given.untouched,
     )
-    asked = asked.with_parts_of_sets() if data is not None else asked
-    plan = check(asked)
-    if dry_run:
-        if json:
-            print_json({"run": str(folder), "measures": plan})
-        else:
-            for part, what in plan.items():
-                note(f"would measure {part}: {', '.join(map(str, what)) or 'no set'}")
+    if given.data is not None:
+        evaluation = evaluation.with_parts_of_sets()
+    plan = check(evaluation)
+    if given.dry_run:
+        _show_plan(folder, plan, given.json)
         return
     from mmgraft.cli.loading import load_answerer
 
-    answerer = load_answerer(str(folder), device, dtype, quantization, base, verify, None)
-    measured = list(measure(answerer, asked, announce=note, progress=_progress(note)))
+    answerer = load_answerer(
+        str(folder), given.device, given.dtype, given.quantization, given.base, given.verify, None
+    )
+    _run(answerer, evaluation, given.json)
+
+
+def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
+    from mmgraft.cli.console import note, print_json
+    from mmgraft.evaluation.evaluate import evaluate_run
     from mmgraft.evaluation.report.report import write_report
 
+    folder = evaluation.run
+    measured = list(evaluate_run(answerer, evaluation, note, _progress(note)))
     report = write_report(folder)
     if json:
         print_json(
@@ -183,36 +142,36 @@ def evaluate(
         note(f"wrote {path}")
 
 
-# -- what is asked ------------------------------------------------------------------------------
+# -- which sets ---------------------------------------------------------------------------------
 
 
-def _specs(
-    run: Path,
-    sets: str | None,
-    data: str | None,
-    metric: str | None,
-    one: dict[str, Any],
-    only: Sequence[str],
-    limit: int | None,
-    text: bool,
+def _several(
+    run: Path, sets: str | None, one: dict[str, Any], only: Sequence[str], limit: int | None
 ) -> list[SetSpec]:
-    """The sets that are meant: one of `--data`, else some of a file's or of the run's recipe."""
+    """Return sets of a file or of the run's recipe."""
+    from mmgraft.errors import UsageError
+    from mmgraft.evaluation.sets import choose_sets, load_sets, run_sets
+
+    if any(value is not None for value in one.values()):
+        raise UsageError(
+            "--metric, --images, --train, --name, --prompt, --boxes and --column are of a set "
+            "named by --data FILE; give it, or write them into a file for --sets"
+        )
+    return choose_sets(run_sets(run) if sets is None else load_sets(sets), only, limit)
+
+
+def _given(
+    data: str, one: dict[str, Any], text: bool, limit: int | None, several: bool
+) -> list[SetSpec]:
+    """Return the set of ``--data``."""
     from mmgraft.errors import UsageError
     from mmgraft.evaluation.items.packaged_text import PACKAGED
-    from mmgraft.evaluation.items.set_files import choose_sets, given_set, load_sets, run_sets
+    from mmgraft.evaluation.sets import choose_sets, given_set
 
-    if data is None:
-        if metric is not None or any(value is not None for value in one.values()):
-            raise UsageError(
-                "--metric, --images, --train, --name, --prompt, --boxes and --column are of a set "
-                "named by --data FILE; give it, or write them into a file for --sets"
-            )
-        return choose_sets(run_sets(run) if sets is None else load_sets(sets), only, limit)
-    if sets is not None or only:
+    if several:
         raise UsageError("--data is one set, --sets and --only choose of several; give one of them")
-    if text or data in PACKAGED:
-        one = {**one, "modality": "text"}
-    return choose_sets([given_set(data, metric, **one)], (), limit)
+    modality = "text" if text or data in PACKAGED else None
+    return choose_sets([given_set(data, modality=modality, **one)], (), limit)
 
 
 def _columns(given: Sequence[str] | None) -> dict[str, str] | None:
@@ -234,12 +193,22 @@ def _listed(names: str | None) -> tuple[str, ...]:
 # -- what is shown ------------------------------------------------------------------------------
 
 
+def _show_plan(folder: Path, plan: dict[str, list[str]], json: bool) -> None:
+    from mmgraft.cli.console import note, print_json
+
+    if json:
+        print_json({"run": str(folder), "measures": plan})
+        return
+    for part, what in plan.items():
+        note(f"would measure {part}: {', '.join(map(str, what)) or 'no set'}")
+
+
 def _progress(say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Says how far a set is, every few seconds, and how fast it goes."""
+    """Report how far a set is, every few seconds, and how fast it goes."""
     start = last = time.monotonic()
     first = 0
 
-    def told(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         nonlocal start, last, first
         now = time.monotonic()
         if done <= first or first == 0:
@@ -251,11 +220,11 @@ def _progress(say: Callable[[str], None]) -> Callable[[int, int], None]:
         if done == total:
             first = 0
 
-    return told
+    return report
 
 
 def _show(results: Results) -> None:
-    """The main score of every set beside what it is compared with."""
+    """Show the main score of every set beside what it is compared with."""
     from mmgraft.cli.console import stdout, table
 
     out = stdout()
@@ -264,17 +233,18 @@ def _show(results: Results) -> None:
         out.print(f"text against the untouched base: {same}", markup=False)
     if not results.sets:
         return
-    others = ["base", "change", "prior", "no_image"]
-    rows = [
-        [one.name, one.metric, one.items, one.main, str(one.scores[one.main]), *_beside(one)]
-        for one in results.sets
+    beside = [{"base": one.base, "change": one.change, **one.blind} for one in results.sets]
+    used = [
+        name
+        for name in ("base", "change", "prior", "no_image")
+        if any(
+            one.main in found.get(name, {}) for one, found in zip(results.sets, beside, strict=True)
+        )
     ]
-    used = [at for at in range(len(others)) if any(row[5 + at] for row in rows)]
-    shown = [[*row[:5], *(row[5 + at] for at in used)] for row in rows]
-    columns = ["set", "metric", "items", "score", "graft", *(others[at] for at in used)]
-    out.print(table(columns, shown, title=results.section))
-
-
-def _beside(one: SetResult) -> list[str]:
-    found = [one.base, one.change, one.blind.get("prior", {}), one.blind.get("no_image", {})]
-    return [str(scores[one.main]) if one.main in scores else "" for scores in found]
+    rows = [
+        [one.name, one.metric, one.items, one.main, str(one.scores[one.main])]
+        + [str(found.get(name, {}).get(one.main, "")) for name in used]
+        for one, found in zip(results.sets, beside, strict=True)
+    ]
+    columns = ["set", "metric", "items", "score", "graft", *used]
+    out.print(table(columns, rows, title=results.section))

@@ -81,7 +81,7 @@ def generate(
 
 def _read(
     rows: Path, images: Path | None, limit: int | None, out: Path, force: bool
-) -> tuple[list[Row], list[list[dict[str, Any]]]]:
+) -> tuple[list[Row], list[Sequence[dict[str, Any]]]]:
     """Read rows and the prompt of each, once it is known that the answers can be written."""
     from mmgraft.data.formats.sources import read_rows
     from mmgraft.errors import UsageError

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
 from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption
+from mmgraft.grafts.registry import built_in, methods
+from mmgraft.strict import Option
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from mmgraft.recipes.recipe import GraftDefaults, Recipe
     from mmgraft.vision.projectors.configs import ProjectorConfig
 
@@ -21,65 +27,49 @@ _OF_A_RUN = (
     "versions.json",
     "workflows",
 )
-_IAA, _WINGS, _SEE = "Method iaa", "Method wings", "Tower, projector and text"
+_SEE = "Tower, projector and text"
+_METHODS = ", ".join(method.name for method in built_in() if method.recipe)
 
 
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every setting of a method that says it is one, as keywords."""
+    signature = inspect.signature(command, eval_str=True)
+    given = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    names = [one.name for one in given]
+    made: dict[str, inspect.Parameter] = {}
+    for method in methods().values():
+        for name, info in method.config_class.model_fields.items():
+            option = next((one for one in info.metadata if isinstance(one, Option)), None)
+            if option is not None and name not in made and name not in names:
+                made[name] = _setting(name, info, option, f"Method {method.name}")
+    at = names.index("layers") + 1
+    parameters = [*given[:at], *made.values(), *given[at:]]
+    command.__dict__["__signature__"] = signature.replace(parameters=parameters)
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
+
+
+def _setting(name: str, info: FieldInfo, option: Option, panel: str) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    types = [one for one in (info.annotation, *get_args(info.annotation)) if isinstance(one, type)]
+    kind = next((one for one in types if one in (bool, int, float)), str)
+    if kind is bool and info.default:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    shown = typer.Option(flag, help=option.help, rich_help_panel=panel)
+    annotation = Annotated[kind | None, shown]  # type: ignore[valid-type]
+    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
+
+
+@with_settings
 def graft(
     base: Annotated[str, typer.Argument(help="Alias, Hub id or folder of the language model.")],
     method: Annotated[
-        str | None, typer.Option("--method", help="iaa, wings, llava or an installed one.")
+        str | None, typer.Option("--method", help=f"{_METHODS} or an installed one.")
     ] = None,
     layers: Annotated[
         str | None,
         typer.Option("--layers", help="Where: 22,24 or 0-31:5, every:4, last:8, all."),
-    ] = None,
-    structure: Annotated[
-        str | None, typer.Option("--structure", help="a, b or c.", rich_help_panel=_IAA)
-    ] = None,
-    gate: Annotated[
-        str | None,
-        typer.Option("--gate", help="linear or scalar, for a and b.", rich_help_panel=_IAA),
-    ] = None,
-    embedding: Annotated[
-        bool | None,
-        typer.Option(
-            "--embedding/--no-embedding", help="Own input embedding.", rich_help_panel=_IAA
-        ),
-    ] = None,
-    norm: Annotated[
-        bool | None,
-        typer.Option("--norm/--no-norm", help="Own final norm.", rich_help_panel=_IAA),
-    ] = None,
-    head: Annotated[
-        bool | None,
-        typer.Option("--head/--no-head", help="Own LM head.", rich_help_panel=_IAA),
-    ] = None,
-    untie: Annotated[
-        bool | None,
-        typer.Option(
-            "--untie",
-            help="Two copies where the base ties embedding and head.",
-            rich_help_panel=_IAA,
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option("--rank", help="Of the learners.", rich_help_panel=_WINGS)
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option("--heads", help="Of a learner.", rich_help_panel=_WINGS)
-    ] = None,
-    learners: Annotated[
-        str | None,
-        typer.Option(
-            "--learners", help="visual, textual or visual,textual.", rich_help_panel=_WINGS
-        ),
-    ] = None,
-    variant: Annotated[
-        str | None, typer.Option("--variant", help="paper or official.", rich_help_panel=_WINGS)
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option("--max-length", help="Longest row of the router.", rich_help_panel=_WINGS),
     ] = None,
     vision: Annotated[
         str | None,
@@ -132,6 +122,7 @@ def graft(
     force: ForceFlag = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
+    **settings: Any,
 ) -> None:
     """Put a vision tower on a language model: a small file of new tensors, and how to train them.
 
@@ -146,13 +137,8 @@ def graft(
 
     chosen = load_recipe(recipe, method=method) if recipe is not None else None
     kind = get_method(method or (chosen.method if chosen else _missing_method()))
-    given: dict[str, Any] = {
-        "layers": layers, "structure": structure, "gate": gate, "embedding": embedding,
-        "norm": norm, "head": head, "untie": untie, "rank": rank, "heads": heads,
-        "learners": learners.split(",") if learners else None, "variant": variant,
-        "max_length": max_length,
-    }  # fmt: skip
-    config = _config(kind, given, set_ or [], chosen)
+    config = _config(kind, {"layers": layers, **settings}, set_ or [], chosen)
+    kind = get_method(config.method)
     if verify not in ("fast", "full"):
         raise UsageError(f"--verify {verify}: choose fast or full")
     target = out or Path(f"{_short(base)}-{kind.name}")
@@ -234,10 +220,12 @@ def _config(kind: Any, given: dict[str, Any], settings: list[str], recipe: Recip
     """The method's config: the recipe's settings, then the options, then --set."""
     import yaml
 
+    from mmgraft.cli.console import note
     from mmgraft.errors import UsageError
+    from mmgraft.grafts.registry import get_method, moved
 
     fields = kind.config_class.model_fields
-    values = dict(recipe.graft.config) if recipe else {}
+    values: dict[str, Any] = dict(recipe.graft.config) if recipe else {}
     for name, value in given.items():
         if value is None:
             continue
@@ -246,13 +234,17 @@ def _config(kind: Any, given: dict[str, Any], settings: list[str], recipe: Recip
                 f"--{name.replace('_', '-')} is no setting of method {kind.name}; "
                 f"leave it out, or see: mmgraft methods"
             )
-        values[name] = value
+        is_list = get_origin(fields[name].annotation) is list
+        values[name] = value.split(",") if is_list else value
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting}: write KEY=VALUE")
         values[key] = yaml.safe_load(text)
-    return kind.config_class.parse(values, f"settings of method {kind.name}")
+    name, values, note_ = moved(kind.name, values)
+    if note_ is not None:
+        note(note_)
+    return get_method(name).config_class.parse(values, f"settings of method {name}")
 
 
 def _projector(

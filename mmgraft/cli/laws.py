@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
 
 from mmgraft.cli.options import (
     BaseOption,
     DeviceOption,
     DryRunFlag,
     DtypeOption,
+    ImagesOption,
     JsonFlag,
     QuantizationOption,
     RevisionOption,
     VerifyOption,
+    argument,
+    option,
 )
 
 if TYPE_CHECKING:
@@ -28,30 +29,21 @@ JSON_NAME, PNG_NAME = "laws.json", "laws.png"
 
 
 def laws(
-    run: Annotated[str, typer.Argument(help="Folder or Hub id of a graft.")],
+    run: Annotated[str, argument("Folder or Hub id of a graft.")],
     rows: Annotated[
-        Path | None,
-        typer.Argument(help="Messages jsonl or LLaVA json; else a set of the run's recipe."),
+        Path | None, argument("Messages jsonl or LLaVA json; else a set of the run's recipe.")
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option("--images", help="Folder that image paths start from.")
-    ] = None,
+    images: ImagesOption = None,
     set_name: Annotated[
-        str | None,
-        typer.Option("--set", help="A set of the recipe's `evaluation`; default: its first."),
+        str | None, option("--set", "A set of the recipe's `evaluation`; default: its first.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Draw so many rows.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", help="Of that draw.")] = 0,
+    limit: Annotated[int, option("Sample so many rows.", min=1)] = 64,
+    seed: Annotated[int, option("Seed of that sample.")] = 0,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help=f"Folder for {JSON_NAME} and {PNG_NAME}; else RUN/results."),
+        Path | None, option(f"Folder for {JSON_NAME} and {PNG_NAME}; else RUN/results.")
     ] = None,
-    workflow: Annotated[
-        str | None, typer.Option("--workflow", help="Default: the graft's.")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Rows run together, of like length.")
-    ] = 8,
+    workflow: Annotated[str | None, option("Workflow of all rows; default: the graft's.")] = None,
+    batch_size: Annotated[int, option("Rows a batch, of like length.", min=1)] = 8,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
@@ -67,79 +59,104 @@ def laws(
     correlation over layers of the attention to the text before the image with that to the text
     after it (Wings, arXiv 2406.03496). Rows need text on both sides of the image.
     """
-    from mmgraft.cli.console import note, print_json, stdout, table
+    _laws(SimpleNamespace(**locals()))
+
+
+def _laws(given: Any) -> None:
+    """Check what was given, load the graft and measure it."""
+    from mmgraft.cli.console import note
     from mmgraft.errors import UsageError
     from mmgraft.model.files.graft_file import GraftFile
     from mmgraft.model.files.load import graft_folder
 
-    if rows is not None and set_name is not None:
+    if given.rows is not None and given.set_name is not None:
         raise UsageError("give a file of rows or --set, not both")
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; name a folder")
-    folder, local = graft_folder(run, revision), Path(run).is_dir()
-    if out is None and not local:
-        raise UsageError(f"{run} is on the Hub, where nothing is written; give --out FOLDER")
+    if given.out is not None and given.out.exists() and not given.out.is_dir():
+        raise UsageError(f"--out {given.out} is a file; name a folder")
+    folder, local = graft_folder(given.run, given.revision), Path(given.run).is_dir()
+    if given.out is None and not local:
+        raise UsageError(f"{given.run} is on the Hub, where nothing is written; give --out FOLDER")
     GraftFile.read(folder)
-    name, file, samples = _samples(folder, rows, images, set_name, limit, seed)
-    target = out or folder / "results"
-    if dry_run:
+    name, file, samples = _samples(folder, given)
+    target = given.out or folder / "results"
+    if given.dry_run:
         note(f"would measure {len(samples)} rows of {file} and write {target / JSON_NAME}")
         return
+    _measure(given, folder, target, name, file, samples)
 
-    from mmgraft.atomic import atomic_json, atomic_write
+
+def _measure(
+    given: Any, folder: Path, target: Path, name: str, file: Path, samples: Sequence[Any]
+) -> None:
+    from mmgraft.atomic import atomic_bytes, atomic_json
+    from mmgraft.cli.console import note
     from mmgraft.cli.loading import load_answerer
     from mmgraft.evaluation.attention.laws import evaluate_laws
     from mmgraft.evaluation.report.plots import laws_plot
     from mmgraft.runs.sections import put_aside
 
-    answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
+    answerer = load_answerer(
+        given.run,
+        given.device,
+        given.dtype,
+        given.quantization,
+        given.base,
+        given.verify,
+        given.revision,
+    )
     results = evaluate_laws(
         answerer,
         samples,
         folder,
         file=file,
         name=name,
-        workflow=workflow,
-        batch_size=batch_size,
-        settings={"limit": limit, "seed": seed},
+        workflow=given.workflow,
+        batch_size=given.batch_size,
+        settings={"limit": given.limit, "seed": given.seed},
         announce=note,
         progress=lambda done, total: note(f"{done} of {total} rows"),
     )
-    picture = laws_plot({folder.resolve().name if local else run: results})
+    plot = laws_plot({folder.resolve().name if Path(given.run).is_dir() else given.run: results})
     target.mkdir(parents=True, exist_ok=True)
-    for path in put_aside(folder, results) if out is None else ():
+    for path in put_aside(folder, results) if given.out is None else ():
         note(f"results of the graft as it was before are {path.name} now")
-    atomic_write(target / PNG_NAME, partial(_put, picture))
+    atomic_bytes(target / PNG_NAME, plot)
     atomic_json(target / JSON_NAME, results.model_dump(mode="json"))
+    _show(results, target, given.json)
+
+
+def _show(results: Results, target: Path, json: bool) -> None:
+    from mmgraft.cli.console import note, print_json, stdout, table
+
     if json:
         print_json(results.model_dump(mode="json"))
         return
-    stdout().print(table(["summed over", "attention shift", "change"], _table(results)))
-    left_out = results.details[name]["left_out"]
-    note(_told(left_out) + f"wrote {target / JSON_NAME} and {PNG_NAME}")
+    (one,) = results.sets
+    rows = []
+    for name, score in one.scores.items():
+        change = one.change.get(name)
+        ends = "" if change is None else f"({change.low:+.3f} to {change.high:+.3f})"
+        shown = "" if change is None else f"{change.value:+.3f} {ends}"
+        rows.append([name.removeprefix("shift_").replace("_", " "), str(score), shown])
+    stdout().print(table(["summed over", "attention shift", "change"], rows))
+    counts = results.details[one.name]["left_out"].items()
+    left_out = ", ".join(f"{count} {reason}" for reason, count in counts if count)
+    if left_out:
+        note(f"left out: {left_out.replace('_', ' ')}")
+    note(f"wrote {target / JSON_NAME} and {PNG_NAME}")
 
 
-def _put(picture: bytes, path: Path) -> None:
-    path.write_bytes(picture)
-
-
-def _samples(
-    folder: Path,
-    rows: Path | None,
-    images: Path | None,
-    set_name: str | None,
-    limit: int,
-    seed: int,
-) -> tuple[str, Path, Sequence[Any]]:
-    """Name, file and samples: those of a file, or of a set of the recipe."""
+def _samples(folder: Path, given: Any) -> tuple[str, Path, Sequence[Any]]:
+    """Return name, file and samples: those of a file, or of a set of the recipe."""
     from mmgraft.errors import UsageError
     from mmgraft.evaluation.attention.laws import read_samples
 
+    rows, images, limit, seed = given.rows, given.images, given.limit, given.seed
     if rows is not None:
         return rows.stem, rows, read_samples(rows, images, limit, seed)
     from mmgraft.evaluation.items.files import data_file, read_items
 
-    spec = _set(folder, set_name)
+    spec = _set(folder, given.set_name)
     if images is not None:
         spec = spec.model_copy(update={"images": str(images)})
     if spec.limit is None or limit < spec.limit:
@@ -151,41 +168,23 @@ def _samples(
 
 
 def _set(folder: Path, name: str | None) -> SetSpec:
-    """A set with images of the recipe that the run was trained by.
+    """Return a set with images of the recipe that the run was trained by.
 
     Raises:
         UsageError: The run has no recipe, or its recipe no such set.
     """
-    from mmgraft.errors import UsageError, did_you_mean
-    from mmgraft.evaluation.items.set_files import run_sets
+    from mmgraft.errors import UsageError
+    from mmgraft.evaluation.sets import choose_sets, run_sets
 
-    sets = {one.name: one for one in run_sets(folder)}
-    shown = {key: one for key, one in sets.items() if one.modality == "image"}
-    if not shown:
-        raise UsageError(
-            f"the recipe of {folder} names no set with images under `evaluation`; give a file of "
-            f"rows: mmgraft laws {folder} ROWS.jsonl"
-        )
-    if name is None:
-        return next(iter(shown.values()))
-    if name not in shown:
-        if name in sets:
-            raise UsageError(f"set {name!r} is of text alone; choose {', '.join(shown)}")
-        raise UsageError(f"the recipe has no set {name!r}; {did_you_mean(name, shown)}")
-    return shown[name]
-
-
-def _table(results: Results) -> list[list[str]]:
-    (one,) = results.sets
-    rows = []
-    for name, score in one.scores.items():
-        change = one.change.get(name)
-        told = "" if change is None else f"{change.value:+.3f} ({change.low:+.3f} to "
-        told += "" if change is None else f"{change.high:+.3f})"
-        rows.append([name.removeprefix("shift_").replace("_", " "), str(score), told])
-    return rows
-
-
-def _told(left_out: dict[str, int]) -> str:
-    told = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
-    return f"left out: {told.replace('_', ' ')}; " if told else ""
+    sets = run_sets(folder)
+    shown = [one for one in sets if one.modality == "image"]
+    for one in choose_sets(sets, () if name is None else [name]):
+        if one in shown:
+            return one
+    if shown:
+        names = ", ".join(one.name for one in shown)
+        raise UsageError(f"set {name!r} is of text alone; choose {names}")
+    raise UsageError(
+        f"the recipe of {folder} names no set with images under `evaluation`; give a file of "
+        f"rows: mmgraft laws {folder} ROWS.jsonl"
+    )

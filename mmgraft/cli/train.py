@@ -1,4 +1,4 @@
-"""`mmgraft train`."""
+"""``mmgraft train``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmgraft.cli.options import DryRunFlag, JsonFlag
+from mmgraft.cli.options import DryRunFlag, JsonFlag, argument, option
 
 if TYPE_CHECKING:
     from mmgraft.recipes.recipe import Stage
@@ -18,28 +18,26 @@ if TYPE_CHECKING:
 _PLAN, _GO_ON = "What to train", "Go on or begin anew"
 
 
-def _option(panel: str | None, name: str, text: str, **more: Any) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, **more)
-
-
 _RUN = "Folder of a graft; the only one here when not given."
-_Run = Annotated[Path | None, typer.Argument(help=_RUN)]
-_Recipe = Annotated[str | None, _option(_PLAN, "--recipe", "Recipe: YAML file or shipped name.")]
-_DATA = "LLaVA json or messages jsonl, for all stages or as STAGE=FILE; may be repeated."
-_Data = Annotated[list[str] | None, _option(_PLAN, "--data", _DATA)]
-_Images = Annotated[str | None, _option(_PLAN, "--images", "Folder that image paths start from.")]
-_SET = "Change a value: stages.align.lr=1e-4, stages.*.batch_size=2, seed=3."
-_Set = Annotated[list[str] | None, _option(_PLAN, "--set", _SET)]
-_MOST = "Number of steps after which every stage ends."
-_MaxSteps = Annotated[int | None, _option(_PLAN, "--max-steps", _MOST, min=1)]
-_Device = Annotated[
-    str | None, _option(None, "--device", "cuda, mps or cpu; else the first found.")
+_Run = Annotated[Path | None, argument(_RUN)]
+_Recipe = Annotated[
+    str | None, option("--recipe", "Recipe: YAML file or shipped name.", panel=_PLAN)
 ]
+_DATA = "LLaVA json or messages jsonl, for all stages or as STAGE=FILE; may be repeated."
+_Data = Annotated[list[str] | None, option("--data", _DATA, panel=_PLAN)]
+_Images = Annotated[
+    str | None, option("--images", "Folder that image paths start from.", panel=_PLAN)
+]
+_SET = "Change a value: stages.align.lr=1e-4, stages.*.batch_size=2, seed=3."
+_Set = Annotated[list[str] | None, option("--set", _SET, panel=_PLAN)]
+_MOST = "Number of steps after which every stage ends."
+_MaxSteps = Annotated[int | None, option("--max-steps", _MOST, panel=_PLAN, min=1)]
+_Device = Annotated[str | None, option("--device", "cuda, mps or cpu; else the first found.")]
 _PROCESSES = "Number of processes, on CUDA one a card; the recipe says how they share: parallel."
-_Processes = Annotated[int, _option(None, "--processes", _PROCESSES, min=1)]
-_Resume = Annotated[bool, _option(_GO_ON, "--resume", "Go on where a run stopped.")]
+_Processes = Annotated[int, option("--processes", _PROCESSES, min=1)]
+_Resume = Annotated[bool, option("--resume", "Go on where a run stopped.", panel=_GO_ON)]
 _RESTART = "Train a trained or stopped run from its graft as it is."
-_Restart = Annotated[bool, _option(_GO_ON, "--restart", _RESTART)]
+_Restart = Annotated[bool, option("--restart", _RESTART, panel=_GO_ON)]
 
 
 def train(

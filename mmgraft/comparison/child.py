@@ -134,12 +134,12 @@ def _end_with(parent: int) -> Callable[[], None]:
     """Ask Linux, in the child, for a Ctrl-C when the parent is gone, upon which it saves."""
     libc = ctypes.CDLL(None)
 
-    def ask() -> None:
+    def request() -> None:
         libc.prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
 
-    return ask
+    return request
 
 
 def _peak(pid: int) -> list[float]:

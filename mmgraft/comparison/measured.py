@@ -15,7 +15,6 @@ from typing import Any
 from mmgraft.comparison.files import Phase, arm_folder, phases_done
 from mmgraft.comparison.spec import Comparison
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.generate.predictions import read_predictions
 from mmgraft.evaluation.items.files import (
     data_file,
     file_sha256,
@@ -23,10 +22,9 @@ from mmgraft.evaluation.items.files import (
     read_training_answers,
 )
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.likelihood.choice import ChoiceScore
-from mmgraft.evaluation.likelihood.perplexity import TextScore, WindowScore, measure_texts
-from mmgraft.evaluation.metrics.intervals import Estimate
-from mmgraft.evaluation.metrics.measured import Measured
+from mmgraft.evaluation.kept import read_choice_row, read_predictions, read_text_row
+from mmgraft.evaluation.likelihood.perplexity import measure_texts
+from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.evaluation.metrics.scoring import (
     groups_of,
     measure_answers,
@@ -37,7 +35,7 @@ from mmgraft.evaluation.report.words import direction
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.find import is_graft
-from mmgraft.runs.results import Results, Section, SetResult, measured
+from mmgraft.runs.results import Results, Score, Section, SetResult, measured
 
 NO_IMAGE, PRIOR = "no_image", "prior"
 ALL_PAIRS = 5
@@ -152,7 +150,7 @@ class SetAnswers:
         return [f"{name}: {arm} is left out of these: {why}" for arm, why in self.missing.items()]
 
     @cached_property
-    def differences(self) -> list[tuple[str, str, Estimate]]:
+    def differences(self) -> list[tuple[str, str, Score]]:
         """First arm, second arm, and the first one's main score minus the second's.
 
         They are the later arm minus the earlier, or of many arms each minus the best.
@@ -166,7 +164,7 @@ class SetAnswers:
         return [(a, b, self._change(self.measured[a], self.measured[b])) for a, b in pairs]
 
     @cached_property
-    def over_blind(self) -> list[tuple[str, str, Estimate]]:
+    def over_blind(self) -> list[tuple[str, str, Score]]:
         """Arm, blind score, and the arm's main score minus it, on the same items."""
         return [
             (arm, name, self._change(own, blind))
@@ -175,7 +173,7 @@ class SetAnswers:
             if blind is not None and self.main in blind.statistics
         ]
 
-    def _change(self, after: Measured, before: Measured) -> Estimate:
+    def _change(self, after: Measured, before: Measured) -> Score:
         """Return the change of the main score; blind answers may have fewer scores and columns."""
         one, two = (
             Measured(each.columns, {self.main: each.statistics[self.main]}, self.main)
@@ -246,25 +244,14 @@ def _measure(
     if spec.metric == "perplexity":
         # Tokens and log-likelihood alone, because not every arm was measured beside its base.
         texts = [
-            TextScore(
-                str(row["id"]),
-                row["words"],
-                row["bytes"],
-                tuple(WindowScore(*window[:2]) for window in row["windows"]),
-            )
+            read_text_row({**row, "windows": [window[:2] for window in row["windows"]]})
             for row in rows
         ]
         return measure_texts(texts, together=groups_of(items) if spec.chat else None)
     groups: list[str | int] = [*groups_of(items)]
     if spec.metric != "choice":
         return measure_answers(spec, items, [str(row["answer"]) for row in rows]), groups
-    scores = [
-        ChoiceScore(
-            str(row["id"]), tuple(row["sums"]), tuple(row["tokens"]), tuple(row["characters"])
-        )
-        for row in rows
-    ]
-    return measure_choices(items, scores), groups
+    return measure_choices(items, list(map(read_choice_row, rows))), groups
 
 
 def _prior(spec: SetSpec, items: Sequence[Item]) -> Measured | None:

@@ -18,8 +18,7 @@ from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.dialogues.files import read_dialogues
 from mmgraft.evaluation.items.files import read_items
-from mmgraft.evaluation.text import read_text_sets
-from mmgraft.evaluation.vision import read_vision_sets
+from mmgraft.evaluation.sets import read_sets
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import TemplateChoice
@@ -282,9 +281,9 @@ def _check_sets(comparison: Comparison, recipes: Mapping[str, Recipe]) -> None:
 
 def _read_sets(comparison: Comparison) -> None:
     with_images = [one for one in comparison.evaluation if one.modality == "image"]
-    read_text_sets([one for one in comparison.evaluation if one.modality == "text"])
+    read_sets([one for one in comparison.evaluation if one.modality == "text"], "text")
     if with_images:
-        read_vision_sets(with_images)
+        read_sets(with_images, "image")
     if comparison.iit is not None and comparison.iit.path is not None:
         read_dialogues(Path(comparison.iit.path))
     if comparison.laws is not None:

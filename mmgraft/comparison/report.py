@@ -24,7 +24,6 @@ from mmgraft.evaluation.items.files import data_file
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.items.source_licence import none_forbids, stated_licences
 from mmgraft.evaluation.metrics.scoring import measure_answers
-from mmgraft.evaluation.origin import as_score
 from mmgraft.evaluation.report import about_run, score_tables, sheets
 from mmgraft.evaluation.report.markdown import Table, as_code, plain, render
 from mmgraft.evaluation.report.report import BESIDE, write_page
@@ -205,7 +204,7 @@ def _differences(answers: SetAnswers) -> Iterator[Difference]:
             score=answers.main,
             first=first,
             second=second,
-            change=as_score(change),
+            change=change,
             verdict=verdict(change, answers.main),
         )
 

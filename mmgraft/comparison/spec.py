@@ -13,12 +13,12 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mmgraft.data.bad_rows import HUB
-from mmgraft.data.formats.shards import is_there
+from mmgraft.data.formats.sources import is_there
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.evaluation.sets import choose_sets
 from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
-from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import DataEntry, Recipe
-from mmgraft.recipes.source import load_recipe, read_yaml
+from mmgraft.recipes.source import find_recipe, load_recipe, read_yaml, shipped_recipes
 from mmgraft.strict import StrictModel
 from mmgraft.vision.spec import VisionSpec
 
@@ -167,46 +167,35 @@ class Comparison(StrictModel):
         """Return the comparison with absolute paths wherever a file is found."""
         root = None if self.root is None else Path(self.root).expanduser()
 
-        def place(
-            model: Any, images: str | None = self.images, **paths: Callable[..., bool]
-        ) -> Any:
-            update = {key: _placed(getattr(model, key), root, at) for key, at in paths.items()}
-            update["images"] = _placed(model.images or images, root, Path.is_dir)
-            return model.model_copy(update=update)
+        def at(path: str | None, exists: Callable[[Path], bool] = Path.is_dir) -> str | None:
+            return _placed(path, root, exists)
 
-        iit = self.iit
-        if iit is not None:
-            iit = iit.model_copy(update={"path": _placed(iit.path, root, Path.is_dir)})
-        return self.model_copy(
-            update={
-                "data": {
-                    stage: [place(one, path=lambda path: is_there(str(path))) for one in entries]
-                    for stage, entries in self.data.items()
-                },
-                "evaluation": [
-                    place(
-                        one,
-                        images=self.images if one.modality == "image" else None,
-                        path=Path.is_file,
-                        train=Path.is_file,
-                    )
-                    for one in self.evaluation
-                ],
-                "iit": iit,
-                "laws": None if self.laws is None else place(self.laws, path=Path.is_file),
-                "root": None if root is None else str(root.resolve()),
-                "images": _placed(self.images, root, Path.is_dir),
-            }
-        )
+        def moved(
+            model: Any, images: str | None, exists: Callable[[Path], bool], *keys: str
+        ) -> Any:
+            update = {key: at(getattr(model, key), exists) for key in keys}
+            return model.model_copy(update=update | {"images": at(model.images or images)})
+
+        data = {
+            stage: [moved(one, self.images, _is_data, "path") for one in entries]
+            for stage, entries in self.data.items()
+        }
+        images = {"image": self.images}
+        evaluation = [
+            moved(one, images.get(one.modality), Path.is_file, "path", "train")
+            for one in self.evaluation
+        ]
+        iit = self.iit and self.iit.model_copy(update={"path": at(self.iit.path)})
+        laws = self.laws and moved(self.laws, self.images, Path.is_file, "path")
+        update: dict[str, Any] = {"data": data, "evaluation": evaluation, "iit": iit, "laws": laws}
+        update |= {"root": root and str(root.resolve()), "images": at(self.images)}
+        return self.model_copy(update=update)
 
     def limited(self, limit: int | None) -> Comparison:
         """Return the comparison with at most so many items of each set, rows and dialogues."""
         if limit is None:
             return self
-        sets = [
-            one.model_copy(update={"limit": min(limit, one.limit or limit)})
-            for one in self.evaluation
-        ]
+        sets = choose_sets(self.evaluation, limit=limit)
         iit, laws = self.iit, self.laws
         if laws is not None:
             laws = laws.model_copy(update={"limit": min(limit, laws.limit)})
@@ -217,7 +206,7 @@ class Comparison(StrictModel):
 
 def shipped_comparisons() -> list[str]:
     """Return the names of the comparisons that come with mmgraft, sorted."""
-    return sorted(path.stem for path in (recipe_dir() / FOLDER).glob("*.yaml"))
+    return shipped_recipes(FOLDER)
 
 
 def find_comparison(name: str | Path) -> Path:
@@ -226,18 +215,7 @@ def find_comparison(name: str | Path) -> Path:
     Raises:
         UsageError: There is none; names the nearest shipped one.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    shipped = recipe_dir() / FOLDER / f"{name}.yaml"
-    if path.name == str(name) and shipped.is_file():
-        return shipped
-    if path.suffix in (".yaml", ".yml") or path.name != str(name):
-        raise UsageError(f"no file {path}; `mmgraft recipes ls` lists the shipped comparisons")
-    raise UsageError(
-        f"no comparison {str(name)!r}; {did_you_mean(str(name), shipped_comparisons())} "
-        "`mmgraft recipes ls` lists them"
-    )
+    return find_recipe(name, "comparison", FOLDER)
 
 
 def load_comparison(source: str | Path) -> Comparison:
@@ -361,6 +339,10 @@ def _placed(path: str | None, root: Path | None, exists: Callable[[Path], bool])
     named = Path(path).expanduser()
     found = [one for one in ([] if root is None else [root / named]) + [named] if exists(one)]
     return str(found[0].resolve()) if found else path
+
+
+def _is_data(path: Path) -> bool:
+    return is_there(str(path))
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.batches.dataset import fitted
 from mmgraft.data.chat.content import images_of_all
-from mmgraft.data.chat.masking import answer_turns, supervise_row
+from mmgraft.data.chat.labels import answer_turns, supervise_row
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.formats.indexed import facts_of
 from mmgraft.data.images import check_image, is_data_uri, open_image

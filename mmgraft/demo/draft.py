@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -58,12 +59,13 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def link_file(source: Path, path: Path) -> None:
-    """Make a second name for a large file, or a copy where the disk cannot do that."""
-    try:
-        os.link(source, path)
-    except OSError:
-        shutil.copyfile(source, path)
+def copy_or_link(source: Path, path: Path) -> None:
+    """Make a second name for a file of weights, where the disk can do that; copy any other."""
+    if source.suffix == ".safetensors":
+        with suppress(OSError):
+            os.link(source, path)
+            return
+    shutil.copyfile(source, path)
 
 
 def check_target(draft: Draft, out: Path, name: str, force: bool) -> tuple[str, ...]:

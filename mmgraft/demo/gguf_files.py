@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -11,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mmgraft.basefiles.parts import quiet
 from mmgraft.errors import UsageError
 
 
@@ -63,21 +63,11 @@ def write_folder(gguf: Path, folder: Path) -> None:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keep the bars of transformers and of its GGUF reader off the console."""
-    from transformers.utils import logging as transformers_logging
-
     reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
-    bars = transformers_logging.is_progress_bar_enabled()
-    level = transformers_logging.get_verbosity()
     tqdm = getattr(reader, "tqdm", None)
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    if tqdm is not None:
-        reader.tqdm = lambda items, *_, **__: items
+    reader.tqdm = lambda items, *_, **__: items
     try:
-        yield
+        with quiet():
+            yield
     finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        if tqdm is not None:
-            reader.tqdm = tqdm
+        reader.tqdm = tqdm

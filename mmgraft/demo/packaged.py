@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from mmgraft.demo import assets, easy_vqa
 from mmgraft.demo.assets import Announce, Package
-from mmgraft.demo.draft import Draft, Writer, check_target, link_file, write_set
+from mmgraft.demo.draft import Draft, check_target, copy_or_link, write_set
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.items.item import Item
@@ -99,11 +98,7 @@ def _draft_model(folder: Path) -> Draft:
     """Plan the copy of a model's folder; the config is put there last."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
     files.sort(key=lambda file: (file.suffix != ".safetensors", file.name == "config.json"))
-    writers: dict[str, Writer] = {
-        file.name: partial(link_file if file.suffix == ".safetensors" else shutil.copyfile, file)
-        for file in files
-    }
-    return Draft(writers)
+    return Draft({file.name: partial(copy_or_link, file) for file in files})
 
 
 _GGUF = Package("gguf", "gguf")

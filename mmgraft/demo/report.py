@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from mmgraft.evaluation.identity import IdentityReport
-from mmgraft.evaluation.metrics.intervals import Estimate
+from mmgraft.runs.results import Score as Estimate
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class DemoReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return asdict(self)
+        return TypeAdapter(type(self)).dump_python(self)
 
     def results(self) -> dict[str, Any]:
         """Return the entries of the graft's record, which go into its model card."""

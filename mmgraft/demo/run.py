@@ -33,7 +33,7 @@ from mmgraft.inference import Answerer, Dialogue
 from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.model.files.load import base_files
-from mmgraft.recipes.source import find_recipe, load_recipe
+from mmgraft.recipes.source import find_recipe, load_recipe, shipped_recipes
 from mmgraft.training.devices import pick_device
 from mmgraft.training.run import Display, StageResult, plan_training, train
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from mmgraft.demo.easy_vqa import Question
     from mmgraft.recipes.recipe import Stage
 
-METHODS = ("iaa", "wings", "llava")
 QUESTIONS = 1000
 DRAW_SEED = 2026
 """Seed of the test questions: always the same ones, whatever the seed of a training."""
@@ -58,7 +57,7 @@ class DemoSettings:
     """Settings of a demo.
 
     Attributes:
-        method: ``iaa``, ``wings`` or ``llava``.
+        method: A method with a shipped recipe ``demo-METHOD``.
         out: Folder of the run; it must not exist, or be empty.
         seed: Seed of the graft's first values and of the order of rows.
         questions: Number of test questions.
@@ -107,14 +106,20 @@ def run_demo(
     return _Demo(settings, announce, display).run(models)
 
 
+def demo_methods() -> list[str]:
+    """Return the methods that have a demo, by the shipped recipes ``demo-METHOD``."""
+    names = shipped_recipes()
+    return [name.removeprefix("demo-") for name in names if name.startswith("demo-")]
+
+
 def check_demo(settings: DemoSettings) -> None:
     """Check what can be checked before anything is loaded or written.
 
     Raises:
         UsageError: An unknown method, or a folder that is not empty.
     """
-    if settings.method not in METHODS:
-        raise UsageError(f"the demo has no method {settings.method!r}: choose {', '.join(METHODS)}")
+    if settings.method not in (known := demo_methods()):
+        raise UsageError(f"the demo has no method {settings.method!r}: choose {', '.join(known)}")
     if settings.out.exists() and (
         not settings.out.is_dir() or next(settings.out.iterdir(), None) is not None
     ):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, resolve
 from mmgraft.errors import UsageError
+from mmgraft.model.files.load import base_files
 from mmgraft.training.callbacks.text_change import PROMPTS
 
 if TYPE_CHECKING:
@@ -19,9 +22,12 @@ if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
 
 
+_BATCH = 4  # prompts, padded on the left alike on both sides
+
+
 @dataclass(frozen=True)
 class IdentityReport:
-    """How a grafted model's text compares with its base's.
+    """A grafted model's text beside its base's.
 
     Attributes:
         identical: Every prompt's text and ids, and every logit, bit for bit.
@@ -41,10 +47,6 @@ class IdentityReport:
     grafted: str
     base: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for a report file."""
-        return asdict(self)
-
 
 def text_identity(
     model: GraftedModel,
@@ -52,7 +54,6 @@ def text_identity(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str] = PROMPTS,
-    batch_size: int = 4,
 ) -> IdentityReport:
     """Compare text, from strings to logits, with a base that mmgraft has not touched.
 
@@ -62,8 +63,7 @@ def text_identity(
         base: The base as transformers loads it, in the same dtype and attention implementation;
             see :func:`load_untouched`.
         tokenizer: The base's own.
-        prompts: What a user says in the one turn of each conversation.
-        batch_size: Prompts at a time, padded on the left alike on both sides.
+        prompts: The text of the one turn of each conversation.
 
     Raises:
         UsageError: No prompt, or a base in another dtype, which could not be identical.
@@ -75,48 +75,124 @@ def text_identity(
             f"the grafted model computes in {model.base.dtype} and the base in {base.dtype}; load "
             "both in the same dtype"
         )
-    difference: str | None = None
-    largest, positions = 0.0, 0
-    left, right = hashlib.sha256(), hashlib.sha256()
-    for start in range(0, len(prompts), batch_size):
-        chats = [[{"role": "user", "content": one}] for one in prompts[start : start + batch_size]]
+    found = _Comparison()
+    for start in range(0, len(prompts), _BATCH):
+        chats = [[{"role": "user", "content": one}] for one in prompts[start : start + _BATCH]]
         ours = [processor.encode(chat) for chat in chats]
-        theirs = [_base_ids(tokenizer, chat) for chat in chats]
-        for chat, own, base_ids in zip(chats, ours, theirs, strict=True):
-            if own.input_ids != base_ids:
-                difference = difference or f"the ids of {chat[0]['content']!r}"
+        for chat, own in zip(chats, ours, strict=True):
+            if own.input_ids != _base_ids(tokenizer, chat):
+                found.differs(f"the ids of {chat[0]['content']!r}")
         inputs = processor.collate(ours, "left")
         plain = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        mine = _logits(model, inputs)  # (b, s, vocab)
-        other = _logits(base, plain)
-        kept = inputs["attention_mask"].bool()
-        positions += int(kept.sum())
-        left.update(_bytes(mine))
-        right.update(_bytes(other))
+        found.positions += int(inputs["attention_mask"].sum())
+        where = f"logits of prompts {start + 1} to {start + len(chats)}"
+        found.compare(_logits(model, inputs), _logits(base, plain), where)
+    return found.report(len(prompts))
+
+
+class _Comparison:
+    """What was found so far."""
+
+    def __init__(self) -> None:
+        self.difference: str | None = None
+        self.largest, self.positions = 0.0, 0
+        self.grafted, self.base = hashlib.sha256(), hashlib.sha256()
+
+    def differs(self, what: str) -> None:
+        """Note the first difference."""
+        self.difference = self.difference or what
+
+    def compare(self, mine: Tensor, other: Tensor, where: str) -> None:
+        """Compare the logits of a batch, ``(b, s, vocab)`` each."""
+        self.grafted.update(_bytes(mine))
+        self.base.update(_bytes(other))
         if mine.shape != other.shape:
-            difference = difference or f"shape {tuple(mine.shape)}, not {tuple(other.shape)}"
-            continue
-        largest = max(largest, float((mine.float() - other.float()).abs().max()))
+            self.differs(f"shape {tuple(mine.shape)}, not {tuple(other.shape)}")
+            return
+        self.largest = max(self.largest, float((mine.float() - other.float()).abs().max()))
         if _bytes(mine) != _bytes(other):
-            difference = difference or f"logits of prompts {start + 1} to {start + len(chats)}"
-    return IdentityReport(
-        identical=difference is None,
-        max_difference=largest,
-        first_difference=difference,
-        prompts=len(prompts),
-        positions=positions,
-        grafted=left.hexdigest(),
-        base=right.hexdigest(),
-    )
+            self.differs(where)
+
+    def report(self, prompts: int) -> IdentityReport:
+        """Return all of it."""
+        return IdentityReport(
+            identical=self.difference is None,
+            max_difference=self.largest,
+            first_difference=self.difference,
+            prompts=prompts,
+            positions=self.positions,
+            grafted=self.grafted.hexdigest(),
+            base=self.base.hexdigest(),
+        )
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """A loaded base and what it is.
+
+    Attributes:
+        model: As transformers loads it, in eval mode, like the graft's own copy.
+        tokenizer: Its own.
+        fingerprint: One SHA-256 of its configuration and of the edges of every tensor.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+
+
+def untouched_base(
+    model: GraftedModel, run: Path, given: str | Path | None = None
+) -> Untouched | None:
+    """Load the base that text is compared with.
+
+    Args:
+        model: The graft, whose base's dtype, device and attention are taken.
+        run: Its folder.
+        given: Its folder or Hub id; by default what the graft's record says. For a
+            trained base that is the one it was trained from.
+
+    Returns:
+        None where a trained base does not say, or no longer has, what it was trained from.
+
+    Raises:
+        UsageError: It is not the base that the record describes.
+    """
+    files = _files(model, run, given)
+    if files is None:
+        return None
+    if files.gguf is not None:
+        raise UsageError(
+            f"{files.id} is a GGUF file, which text cannot be compared with; name a folder of "
+            "safetensors"
+        )
+    now = fingerprint(files)
+    record = model.workflow().record
+    recorded = record.trained_from if record.base_trained else record.base
+    if recorded is not None and recorded.fingerprint:
+        difference = compare_fingerprints(recorded.fingerprint, now)
+        if difference is not None:
+            raise UsageError(
+                f"{files.id} is not the base that this graft was made for: {difference}; name the "
+                "right one"
+            )
+    loaded, tokenizer = load_untouched(files.path, model.base)
+    digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
+    return Untouched(loaded, tokenizer, digest)
+
+
+def base_trained(model: GraftedModel) -> bool:
+    """Return whether training has changed the base, and so text."""
+    return model.workflow().record.base_trained or model.base_is_trained
 
 
 def load_untouched(
     folder: str | Path, like: PreTrainedModel
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base and its tokenizer through transformers alone, loaded as another copy of it is.
+    """Load a base and its tokenizer through transformers alone, as another copy of it is.
 
     Args:
-        folder: Where the base lies.
+        folder: The base's folder.
         like: The copy whose dtype, device, attention implementation and quantization are taken.
     """
     import torch
@@ -133,6 +209,23 @@ def load_untouched(
     if quantized is None:
         torch.nn.Module.to(loaded, like.device)
     return loaded.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _files(model: GraftedModel, run: Path, given: str | Path | None) -> ModelFiles | None:
+    if given is not None:
+        return resolve(given)
+    record = model.workflow().record
+    if not record.base_trained:
+        loaded_from = model.base.name_or_path
+        if loaded_from and Path(loaded_from).is_dir():
+            return resolve(loaded_from)
+        return base_files(record, run)
+    if record.trained_from is None:
+        return None
+    try:
+        return resolve(record.trained_from.id, record.trained_from.revision)
+    except UsageError:  # it was moved since
+        return None
 
 
 def _base_ids(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, str]]) -> list[int]:

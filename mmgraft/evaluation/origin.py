@@ -6,20 +6,20 @@ import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mmgraft import __version__
 from mmgraft.evaluation.items.files import file_sha256
-from mmgraft.evaluation.metrics.intervals import Estimate
 from mmgraft.evaluation.report.about_run import shown_name
 from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME
-from mmgraft.runs.results import Score
+from mmgraft.runs.results import Results, Section, SetResult
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
 
 
 def software(*packages: str) -> dict[str, str]:
-    """Versions of torch, transformers and of further packages, those that are installed."""
+    """Return the versions of torch, transformers and other packages, if installed."""
     found = {}
     for name in ("torch", "transformers", *packages):
         try:
@@ -30,7 +30,7 @@ def software(*packages: str) -> dict[str, str]:
 
 
 def described_graft(model: GraftedModel, run: Path, workflow: str | None = None) -> dict[str, str]:
-    """Method, workflow, base, vision tower, and the SHA-256 of the graft's weights.
+    """Return method, workflow, base, vision tower, and the SHA-256 of the graft's weights.
 
     Of a base or tower in a folder the folder's name: results are shown to others.
     """
@@ -45,8 +45,30 @@ def described_graft(model: GraftedModel, run: Path, workflow: str | None = None)
     }
 
 
+def section_of(
+    section: Section, graft: dict[str, str], sets: list[SetResult], *packages: str, **more: Any
+) -> Results:
+    """Return a section of results with the software that measured it.
+
+    Args:
+        section: Its name.
+        graft: From :func:`described_graft`.
+        sets: What was measured.
+        *packages: See :func:`software`.
+        **more: ``identity`` or ``details``.
+    """
+    return Results(
+        section=section,
+        mmgraft_version=__version__,
+        versions=software(*packages),
+        graft=graft,
+        sets=sets,
+        **more,
+    )
+
+
 def weights_sha256(run: Path) -> str:
-    """Of all weights that a run's folder holds, a trained base's too, and of its config.
+    """Return the SHA-256 of a run's config and weights, a trained base's too.
 
     What training writes into the config beside the graft (recipe, results) does not count.
     """
@@ -59,15 +81,3 @@ def weights_sha256(run: Path) -> str:
     for path in sorted([*run.glob(f"{stem}*.safetensors"), *run.glob("base/*.safetensors")]):
         digest.update(f"{path.relative_to(run).as_posix()} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
-
-
-def as_score(found: Estimate) -> Score:
-    """An estimate as results keep it."""
-    return Score(
-        value=found.value, low=found.low, high=found.high, count=found.count, groups=found.groups
-    )
-
-
-def as_scores(found: dict[str, Estimate]) -> dict[str, Score]:
-    """Estimates by name as results keep them."""
-    return {name: as_score(one) for name, one in found.items()}

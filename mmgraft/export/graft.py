@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmgraft.atomic import atomic_folder, atomic_text
 from mmgraft.export.folder import Exported, copy_file, sizes_in
 from mmgraft.hub.card import is_ours, render_card
-from mmgraft.hub.references import local_folder
+from mmgraft.hub.references import WHAT, local_references
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.runs.contents import README, RECIPE, UploadFile, belonging, graft_parameters
 from mmgraft.runs.results import measured
-from mmgraft.vision.spec import TRANSFORMERS_KIND
 
 
 def export_graft(
@@ -78,16 +78,11 @@ def _settled(record: GraftFile, run: Path) -> tuple[GraftFile, list[str], list[s
     """Return the record with references that hold anywhere, folders that go along, and notes."""
     inside: list[str] = []
     notes: list[str] = []
-    base, vision = record.base, record.vision
-    found = local_folder(base.id, base.revision, run)
-    if found is not None:
-        base = base.model_copy(update={"id": _portable(found, run, inside, notes, "base")})
-    if vision.id is not None and vision.kind == TRANSFORMERS_KIND:
-        found = local_folder(vision.id, vision.revision, run)
-        if found is not None:
-            own = _portable(found, run, inside, notes, "vision tower")
-            vision = vision.model_copy(update={"id": own})
-    return record.model_copy(update={"base": base, "vision": vision}), inside, notes
+    update: dict[str, Any] = {}
+    for key, reference, folder in local_references(record, run):
+        name = _portable(folder, run, inside, notes, WHAT[key])
+        update[key] = reference.model_copy(update={"id": name})
+    return record.model_copy(update=update), inside, notes
 
 
 def _portable(folder: Path, run: Path, inside: list[str], notes: list[str], what: str) -> str:

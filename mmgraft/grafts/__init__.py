@@ -1,1 +1,72 @@
-"""The methods: one folder each, found through the registry."""
+"""The methods, one folder each, and what the author of another method needs.
+
+The names below are loaded when first used: a method's config must import without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmgraft.anatomy import Anatomy
+    from mmgraft.grafts.base import (
+        FULL_ATTENTION,
+        IMAGE,
+        PADDING,
+        TEXT,
+        BaseParts,
+        Graft,
+        Packed,
+        Pass,
+        select,
+    )
+    from mmgraft.grafts.lowrank import LowRank
+    from mmgraft.grafts.method import Method, PlainDecoder, Promises, StageSwitches
+    from mmgraft.layers import parse_layers
+    from mmgraft.patching import patched_forward
+    from mmgraft.strict import LayerChoice, Option, StrictModel
+
+_HOMES = {
+    "mmgraft.anatomy": ("Anatomy",),
+    "mmgraft.grafts.base": (
+        *("FULL_ATTENTION", "IMAGE", "PADDING", "TEXT"),
+        *("BaseParts", "Graft", "Packed", "Pass", "select"),
+    ),
+    "mmgraft.grafts.lowrank": ("LowRank",),
+    "mmgraft.grafts.method": ("Method", "PlainDecoder", "Promises", "StageSwitches"),
+    "mmgraft.layers": ("parse_layers",),
+    "mmgraft.patching": ("patched_forward",),
+    "mmgraft.strict": ("LayerChoice", "Option", "StrictModel"),
+}
+
+__all__ = [
+    "FULL_ATTENTION",
+    "IMAGE",
+    "PADDING",
+    "TEXT",
+    "Anatomy",
+    "BaseParts",
+    "Graft",
+    "LayerChoice",
+    "LowRank",
+    "Method",
+    "Option",
+    "Packed",
+    "Pass",
+    "PlainDecoder",
+    "Promises",
+    "StageSwitches",
+    "StrictModel",
+    "parse_layers",
+    "patched_forward",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = getattr(import_module(home), name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

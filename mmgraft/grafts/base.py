@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
 from mmgraft.grafts.computing import computes_on
+from mmgraft.grafts.method import Promises, StageSwitches
+from mmgraft.grafts.registry import get_method
 
 PADDING, TEXT, IMAGE = 0, 1, 2
 """Kinds of a position. Padding is 0, as a cache slot is that nothing was written to."""
@@ -173,25 +175,36 @@ class BaseParts(Protocol):
     def head(self) -> nn.Module: ...
 
 
+Watch = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
+"""Called with attention that a graft computes beside the base's: base layer, queries and keys
+``(b, heads, s, d)``, the mask, the queries that see a key ``(b, s, 1)``, and the share ``(b, s)``
+with which the result is added, None for 1."""
+
+
 class Graft(nn.Module):
     """New modules on a frozen base. Subclasses are the methods.
 
+    Args:
+        config: The method's settings.
+        anatomy: The base.
+        parts: Copies of the base's modules to start from.
+
     Attributes:
-        cacheable: Whether decoding with a cache gives what the full forward gives.
-        trainable: Whether the method may be trained.
-        active: False leaves the graft out of the path (IAA's and LLaVA's projector stage).
+        method: Name of the method.
+        active: False leaves the graft out of the path (a stage for the projector alone).
         embedding, norm, head: The workflow's own modules, or None to use the base's.
+        watch: Set for measurements; see :data:`Watch`. A graft without attention of its own never
+            calls it.
     """
 
     method: ClassVar[str]
-    cacheable: bool = True
-    trainable: bool = True
     config: Any  # the method's own pydantic class
     embedding: nn.Module | None
     norm: nn.Module | None
     head: nn.Module | None
+    watch: Watch | None = None
 
-    def __init__(self, config: Any, anatomy: Anatomy) -> None:
+    def __init__(self, config: Any, anatomy: Anatomy, parts: BaseParts | None = None) -> None:
         super().__init__()
         self.config = config
         self.anatomy = anatomy
@@ -199,17 +212,19 @@ class Graft(nn.Module):
         # Set here: a class attribute would hide the module that a subclass registers.
         self.embedding = self.norm = self.head = None
 
-    @classmethod
-    def build(cls, config: Any, anatomy: Anatomy, parts: BaseParts) -> Graft:
-        """A fresh graft; a method whose variants are different classes chooses here."""
-        return cls(config, anatomy, parts)  # type: ignore[call-arg]
+    @cached_property
+    def promises(self) -> Promises:
+        """What holds for this graft, from its method's descriptor."""
+        return get_method(self.method).promises(self.config)
+
+    # -- what runs ------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What runs now, for ``graft_config.json``; :meth:`set_state` takes it back."""
+        """Return what runs now, for ``graft_config.json``; :meth:`set_state` takes it back."""
         return {"active": self.active}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Run what a stage runs.
+        """Run what an earlier :meth:`state` says.
 
         Raises:
             UsageError: A key that this method does not know.
@@ -222,70 +237,104 @@ class Graft(nn.Module):
             )
         self.active = bool(state.get("active", self.active))
 
-    def slot_layers(self) -> list[int]:
-        """One entry per extra cache slot: the base layer whose cache type it takes."""
-        return []
+    def switch(self, switches: StageSwitches) -> None:
+        """Run what a stage of a recipe wants.
 
-    def assign_slots(self, first: int) -> None:
-        """Tell the graft the cache index of its first slot."""
+        Args:
+            switches: The stage, which has the fields of the method's :attr:`Method.stage`.
+
+        Raises:
+            UsageError: This graft does not have what is wanted; the stage's name is put before it.
+        """
+
+    # -- the forward ----------------------------------------------------------------------------
+
+    def check_length(self, length: int) -> None:
+        """Refuse a row of ``length`` positions that the graft cannot represent."""
 
     def begin(self, state: Pass) -> None:
         """Compute what all layers of a pass share, before the first of them."""
 
+    def acts_on(self, index: int) -> bool:
+        """Return whether the graft does anything at base layer ``index``."""
+        return False
+
     def layer_context(
         self, index: int, layer: nn.Module, hidden: Tensor, state: Pass, gate: Tensor | None
     ) -> AbstractContextManager[Any]:
-        """A context to run base layer ``index`` in, given its input ``hidden (b, s, h)``.
+        """Return a context to run base layer ``index`` in, given its input ``hidden (b, s, h)``.
 
         ``gate (b,)`` is true for the rows that run this graft; None means all of them.
         """
         return nullcontext()
 
+    def changes_feed_forward(self, index: int) -> bool:
+        """Return whether :meth:`layer_context` reaches into the feed-forward of a base layer.
+
+        If it does, the last layer's feed-forward gets whole rows ``(b, s, h)``; else it may run at
+        the positions that are read alone. By default every :meth:`layer_context` does.
+        """
+        return type(self).layer_context is not Graft.layer_context
+
     def after_layer(
         self,
         index: int,
         call: Callable[[nn.Module, Tensor], Tensor],
-        entered: Tensor,
-        left: Tensor,
+        hidden_in: Tensor,
+        hidden_out: Tensor,
         state: Pass,
         carry: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What follows base layer ``index``: new hidden state and what to carry to the next layer.
+        """Return what follows base layer ``index``, and what to carry to the next layer.
 
-        ``call(module, x)`` runs a decoder layer with the arguments that the base layer got.
+        Args:
+            index: The base layer.
+            call: ``call(module, x)`` runs a decoder layer with the arguments that the base layer
+                got.
+            hidden_in: Hidden states that went into the base layer, ``(b, s, h)``.
+            hidden_out: Those that came out of it.
+            state: The forward pass.
+            carry: What the last layer's call returned to carry.
         """
-        return left, carry
+        return hidden_out, carry
 
     def ends_with(self, index: int) -> nn.Module | None:
-        """The decoder layer that :meth:`after_layer` runs last after base layer ``index``.
+        """Return the decoder layer that :meth:`after_layer` runs last after base layer ``index``.
 
         Only where each position of what comes out needs no other position of that layer's output;
         None makes no promise. The last layer's feed-forward is then run where it is read alone.
         """
         return None
 
-    def acts_on(self, index: int) -> bool:
-        """Whether the graft does anything at base layer ``index``."""
-        return False
+    # -- the cache ------------------------------------------------------------------------------
+
+    def slot_layers(self) -> list[int]:
+        """Return an entry for each extra cache slot: the base layer whose cache type it takes."""
+        return []
+
+    def assign_slots(self, first: int) -> None:
+        """Take note of the cache index of the graft's first slot."""
+
+    # -- the parameters -------------------------------------------------------------------------
 
     def groups(self) -> dict[str, Iterable[nn.Parameter]]:
-        """Named groups of parameters that a recipe's stage can train."""
+        """Return named groups of parameters that a recipe's stage can train."""
         return {}
 
     def layer_modules(self) -> Sequence[tuple[int, nn.Module]]:
-        """Pairs of a base layer and a module that belongs on its device."""
+        """Return pairs of a base layer and a module that belongs on its device."""
         return []
 
-    def check_length(self, length: int) -> None:
-        """Refuse a row of ``length`` positions that the graft cannot represent."""
-
     def shares(self) -> set[str]:
-        """State-dict keys that repeat another key's tensor and are not saved."""
+        """Return state-dict keys that repeat another key's tensor and are not saved."""
         return set()
+
+    def tie(self) -> None:
+        """Make one tensor again of parameters that are one: called after they were replaced."""
 
 
 def select(gate: Tensor | None, chosen: Tensor, other: Tensor) -> Tensor:
-    """Rows of ``chosen`` where ``gate (b,)`` is true, rows of ``other`` elsewhere."""
+    """Return rows of ``chosen`` where ``gate (b,)`` is true, rows of ``other`` elsewhere."""
     if gate is None:
         return chosen
     gate = gate.to(chosen.device).view(-1, *[1] * (chosen.dim() - 1))

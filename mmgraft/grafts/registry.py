@@ -1,97 +1,40 @@
-"""Finds the methods: the three built in, and any that an installed package brings.
+"""Find the methods: those built in, and any that an installed package brings.
 
 A package brings a method with an entry point of the group `mmgraft.methods` that names a `Method`:
 
     [project.entry-points."mmgraft.methods"]
     mymethod = "mypackage.method:METHOD"
 
-Looking methods up imports no torch; only `Method.graft_class` does.
+Looking methods up imports no torch; only `Method.load_graft` does.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.grafts.iaa.config import IAAConfig
-from mmgraft.grafts.llava.config import LlavaConfig
-from mmgraft.grafts.wings.config import WingsConfig
+from mmgraft.grafts.method import Method
 from mmgraft.strict import StrictModel
 
 ENTRY_POINT_GROUP = "mmgraft.methods"
+_BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "published.wings")
+_MOVED = {("wings", "variant", "official"): "wings-official"}
+"""What a method's setting with a value has become: a method of its own, with the other settings."""
+
+_GONE = {"wings": {"system_prompt_length": None, "image_token_length": None, "router_width": 4096}}
+"""Settings that earlier files have and that say nothing where they have these values."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way of grafting sight onto a base.
-
-    Attributes:
-        name: the word in `--method`, in recipes and in `graft_config.json`.
-        title: one line for people.
-        paper: where it comes from, as an arXiv id or an address; empty for none.
-        config_class: its settings; the field `method` holds `name`. Must import without torch.
-        graft: where its graft class is, as "package.module:Class", or a callable that returns it.
-        recipe: what `mmgraft graft` writes into a new run folder as its recipe, if anything: the
-            file name of a shipped one, or the whole path of a file of the method's own package.
-        origin: the package that brought it, filled in by the registry.
-    """
-
-    name: str
-    title: str
-    paper: str
-    config_class: type[StrictModel]
-    graft: str | Callable[[], type[Any]] = field(repr=False)
-    recipe: str | None = None
-    origin: str = "mmgraft"
-
-    def load_graft(self) -> type[Any]:
-        """The graft class, imported now (and torch with it).
-
-        Raises:
-            UsageError: when the class cannot be imported, naming the package to mend.
-        """
-        if not isinstance(self.graft, str):
-            return self.graft()
-        module_name, _, class_name = self.graft.partition(":")
-        try:
-            return getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError) as error:
-            raise UsageError(
-                f"method {self.name!r} names {self.graft!r}, which cannot be loaded ({error}); "
-                f"reinstall or mend the package {self.origin!r}"
-            ) from error
-
-
-BUILT_IN = (
-    Method(
-        name="iaa",
-        title="decoder layers inserted after chosen base layers",
-        paper="arXiv 2408.12902",
-        config_class=IAAConfig,
-        graft="mmgraft.grafts.iaa.graft:IAAGraft",
-        recipe="iaa.yaml",
-    ),
-    Method(
-        name="wings",
-        title="low-rank learners beside the attention, weighed by a router",
-        paper="arXiv 2406.03496",
-        config_class=WingsConfig,
-        graft="mmgraft.grafts.wings.graft:WingsGraft",
-        recipe="wings.yaml",
-    ),
-    Method(
-        name="llava",
-        title="the projector alone, base frozen or trained: the baseline",
-        paper="arXiv 2304.08485",
-        config_class=LlavaConfig,
-        graft="mmgraft.grafts.llava.graft:LlavaGraft",
-        recipe="llava.yaml",
-    ),
-)
+@cache
+def built_in() -> tuple[Method, ...]:
+    """Return mmgraft's own methods."""
+    return tuple(importlib.import_module(f"mmgraft.{name}").METHOD for name in _BUILT_IN)
 
 
 @dataclass(frozen=True)
@@ -104,20 +47,20 @@ class Broken:
 
 
 def methods() -> dict[str, Method]:
-    """Every usable method by name, the built-in ones first."""
+    """Return every usable method by name, the built-in ones first."""
     return _discover()[0]
 
 
 def broken_methods() -> list[Broken]:
-    """Entry points that could not be used, with the reason; they never disturb the others."""
+    """Return the entry points that could not be used, each with the reason."""
     return _discover()[1]
 
 
 def get_method(name: str) -> Method:
-    """The method called `name`.
+    """Return the method called ``name``.
 
     Raises:
-        UsageError: for an unknown name, with the nearest known one; for a broken one, with why.
+        UsageError: An unknown name, with the nearest known one; a broken one, with the reason.
     """
     usable, broken = _discover()
     if name in usable:
@@ -132,7 +75,12 @@ def get_method(name: str) -> Method:
 
 
 def _discover() -> tuple[dict[str, Method], list[Broken]]:
-    found = {method.name: method for method in BUILT_IN}
+    return _discover_in(tuple(sys.path))
+
+
+@cache  # a look into every installed package
+def _discover_in(path: tuple[str, ...]) -> tuple[dict[str, Method], list[Broken]]:
+    found = {method.name: method for method in built_in()}
     broken: list[Broken] = []
     for point in entry_points(group=ENTRY_POINT_GROUP):
         result = _load(point, found)
@@ -162,16 +110,39 @@ def _load(point: EntryPoint, found: dict[str, Method]) -> Method | Broken:
     default = method.config_class.model_fields.get("method")
     if default is None or default.default != method.name:
         return refuse(f"{method.config_class.__name__} needs the field method = {method.name!r}")
-    return Method(**{**vars(method), "origin": origin})
+    return replace(method, origin=origin)
 
 
 def parse_method_config(data: dict[str, Any], what: str = "graft config") -> StrictModel:
-    """Build the config of whichever method `data["method"]` names.
+    """Build the config of whichever method ``data["method"]`` names.
 
     Raises:
-        UsageError: for an unknown method, an unknown key or a wrong value.
+        UsageError: An unknown method, an unknown key or a wrong value.
     """
     name = data.get("method")
     if not isinstance(name, str):
         raise UsageError(f"{what}: 'method' is missing; set one of {', '.join(methods())}")
     return get_method(name).config_class.parse(data, what)
+
+
+def moved(method: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str | None]:
+    """Return method and settings under their present names, and in a line what moved, if any did.
+
+    Settings that the new method does not have are left out where they only say what the old one
+    does by default.
+    """
+    settings = dict(config)
+    for (old, key, value), new in _MOVED.items():
+        if (method, settings.get(key)) == (old, value):
+            before, now = (get_method(name).config_class.model_fields for name in (old, new))
+            kept = {
+                name: given
+                for name, given in settings.items()
+                if name != key
+                and (name in now or name not in before or given != before[name].default)
+            }
+            note = f"method: {old} with {key}: {value} is method: {new} now"
+            return new, {**kept, "method": new}, note
+    gone = _GONE.get(method, {})
+    kept = {k: v for k, v in settings.items() if k not in gone or v != gone[k]}
+    return method, kept, None

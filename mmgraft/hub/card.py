@@ -13,18 +13,12 @@ from mmgraft.evaluation.report import about_run, score_tables
 from mmgraft.evaluation.report.markdown import render
 from mmgraft.evaluation.report.words import in_words, interval, score_name
 from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.model.files.summary import limits
 from mmgraft.runs.results import FOLDER, Results, Section, SetResult
 
 MARKER = "<!-- mmgraft: `push` rewrites this card; delete this line to keep what you write -->"
 
 _MARKED = re.compile(r"^<!-- mmgraft:", re.MULTILINE)
-
-_OFFICIAL = """\
-This is the `official` variant of Wings: it computes what the published code computes, and exists
-to load published checkpoints. None of mmgraft's guarantees holds for its image rows: text after
-a position can change what the position sees, a row can depend on how its batch is padded (use
-single prompts or right padding), there is exactly one image of a fixed number of tokens, decoding
-recomputes everything for every token, and it cannot be trained further."""
 
 _IMAGES = (
     ("contact_sheet.png", "Test images with the question and the model's answer"),
@@ -66,7 +60,6 @@ def render_card(
     if recipe is None and record.recipe is not None:
         recipe = yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True, width=100)
     front_matter = _front_matter(record, repo_id, license, measured)
-    official = record.method == "wings" and record.config.get("variant") == "official"
     sections = {one.section: one for one in measured if one.section in _SCORED}
     text = render(
         "hub/card.md.jinja",
@@ -76,7 +69,7 @@ def render_card(
         marker=MARKER,
         repo_id=repo_id,
         record=record,
-        limits=_OFFICIAL if official else None,
+        limits=limits(record),
         parameters=parameters,
         data=list(about_run.data_rows(record.recipe or {})),
         recipe=about_run.without_folders(recipe) if recipe else None,

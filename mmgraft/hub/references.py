@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_WHAT = {"base": "base", "vision": "vision tower"}
+WHAT = {"base": "base", "vision": "vision tower"}
 
 
 @dataclass(frozen=True)
@@ -45,32 +45,40 @@ def make_portable(
         UsageError: For a base or tower that is a folder outside the run, and for an id that is
             not of the form ``owner/name``.
     """
-    folders: list[str] = []
-    base = record.base
+    update: dict[str, Any] = {}
     if base_id is not None:
         _check_id(base_id, "--base-id")
-        base = BaseReference(id=base_id, fingerprint=base.fingerprint)
-    elif (folder := local_folder(base.id, base.revision, run)) is not None:
-        inside = _inside(folder, run, _WHAT["base"], "--base-id")
-        base = base.model_copy(update={"id": f"./{inside}"})
-        folders.append(inside)
-    vision = record.vision
+        update["base"] = BaseReference(id=base_id, fingerprint=record.base.fingerprint)
     if vision_id is not None:
         _check_id(vision_id, "--vision-id")
-        vision = vision.model_copy(update={"id": vision_id, "revision": None})
-    elif (
-        vision.id is not None
-        and vision.kind == TRANSFORMERS_KIND
-        and (folder := local_folder(vision.id, vision.revision, run)) is not None
-    ):
-        inside = _inside(folder, run, _WHAT["vision"], "--vision-id")
-        vision = vision.model_copy(update={"id": f"./{inside}"})
-        folders.append(inside)
+        update["vision"] = record.vision.model_copy(update={"id": vision_id, "revision": None})
+    folders: list[str] = []
+    for key, reference, folder in local_references(record, run):
+        if key not in update:
+            inside = _inside(folder, run, WHAT[key], f"--{key}-id")
+            update[key] = reference.model_copy(update={"id": f"./{inside}"})
+            folders.append(inside)
     original = record.trained_from
     if original is not None and local_folder(original.id, original.revision, run) is not None:
-        original = None  # a folder of this machine, which only evaluation reads
-    update = {"base": base, "vision": vision, "trained_from": original}
+        update["trained_from"] = None  # a folder of this machine, which only evaluation reads
     return Portable(record.model_copy(update=update), folders)
+
+
+def local_references(
+    record: GraftFile, run: Path
+) -> Iterator[tuple[str, BaseReference | VisionSpec, Path]]:
+    """Yield ``base`` and ``vision``, where they are folders of this machine, with those folders."""
+    for key, reference in _references(record):
+        folder = local_folder(str(reference.id), reference.revision, run)
+        if folder is not None:
+            yield key, reference, folder
+
+
+def _references(record: GraftFile) -> Iterator[tuple[str, BaseReference | VisionSpec]]:
+    """Yield base and tower by their keys in the record; not a tower that a package holds."""
+    yield "base", record.base
+    if record.vision.id is not None and record.vision.kind == TRANSFORMERS_KIND:
+        yield "vision", record.vision
 
 
 def local_folder(name: str, revision: str | None, run: Path) -> Path | None:
@@ -104,11 +112,9 @@ def confirm_references(
     """
     warnings: list[str] = []
     update: dict[str, Any] = {}
-    for key, reference in (("base", record.base), ("vision", record.vision)):
-        name, what = reference.id, _WHAT[key]
-        if name is None or name.startswith("./"):
-            continue
-        if isinstance(reference, VisionSpec) and reference.kind != TRANSFORMERS_KIND:
+    for key, reference in _references(record):
+        name, what = str(reference.id), WHAT[key]
+        if name.startswith("./"):
             continue
         info = _info(name, reference.revision, api)
         if info is None and name in named:

@@ -5,21 +5,40 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 from typing_extensions import Self
 
 from mmgraft.anatomy import Anatomy, examine
 from mmgraft.errors import UsageError
-from mmgraft.model.config import GraftedConfig
 from mmgraft.model.images import GivenImages, Images, place, plan_features, plan_images
 from mmgraft.model.workflow import TEXT_WORKFLOW, Workflow
 from mmgraft.vision.plan import Plan
 from mmgraft.vision.towers.base import VisionTower
+
+
+class GraftedConfig(PreTrainedConfig):
+    """A thin shell around the base's own config, which caches and masks are made from."""
+
+    model_type = "mmgraft"
+
+    def __init__(self, base_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.base_config = base_config
+        if base_config is not None:
+            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id"):
+                setattr(self, name, getattr(base_config, name, None))
+            for name in ("bos_token_id", "eos_token_id", "tie_word_embeddings"):
+                setattr(self, name, getattr(base_config, name, None))
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Return the base's config."""
+        base = getattr(self, "base_config", None)  # not set yet while transformers checks a config
+        return self if base is None else base
 
 
 class GraftedCore(PreTrainedModel, GenerationMixin):
@@ -162,24 +181,10 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
                 features = self.image_features(given.pixels, given.sizes)
             plans = plan_features(self.vision_tower, features, given.sizes)
             if given.rows is None or given.lengths is None:
-                dummies = self._dummies(names, plans)
-                rows = dummies or place(plans, positions, counts)
-                lengths = [
-                    0 if dummies and not positions[row] else counts(row, plan)
-                    for row, plan in zip(rows, plans, strict=True)
-                ]
+                rows = place(plans, positions, counts)
+                lengths = [counts(row, plan) for row, plan in zip(rows, plans, strict=True)]
             else:
                 rows, lengths = given.rows.tolist(), given.lengths.tolist()
             images = Images(features, plans, rows, lengths)
         images.check(positions, counts)
         return images
-
-    def _dummies(self, names: Sequence[str], plans: Sequence[Plan]) -> list[int] | None:
-        """A row for each image, where a row without positions has an image too (official Wings).
-
-        The published Wings code gives a black image to rows without one.
-        """
-        takes = len(names) == len(plans) and all(
-            name != TEXT_WORKFLOW and not self.workflow(name).graft.cacheable for name in names
-        )
-        return list(range(len(names))) if takes else None

@@ -45,8 +45,7 @@ class WorkflowGeneration(TrainingState):
 
         Raises:
             UsageError: More positions than the base's table has; or a mode that cannot be exact
-                with a graft: quantized caches, paged and continuous batching, or a cache for the
-                ``official`` Wings variant.
+                with a graft: quantized caches, paged and continuous batching.
         """
         ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         new = ids if ids is not None else kwargs.get("inputs_embeds")
@@ -68,7 +67,7 @@ class WorkflowGeneration(TrainingState):
             return cast(Any, self.base).generate(ids, **kwargs)
         self._check_mode(kwargs)
         for name in set(rows.names) - {TEXT_WORKFLOW}:
-            if not self.workflow(name).graft.cacheable:
+            if self.workflow(name).graft.promises.cache:
                 kwargs["use_cache"] = False
         if images.any:  # seen by the tower once, for all beams and steps
             mask = kwargs.get("mm_token_type_ids")

@@ -22,7 +22,10 @@ from mmgraft.patching import patched_forward
 def last_layer(
     layers: Sequence[nn.Module], active: Sequence[tuple[Graft, Tensor | None]]
 ) -> nn.Module | None:
-    """The layer that nothing but the norm and the head comes after, the same for all rows.
+    """Return the layer that nothing but the norm and the head comes after, the same for all rows.
+
+    None where there is no such layer, or a graft that reaches into its feed-forward needs to see
+    whole rows there.
 
     Args:
         layers: The base's.
@@ -35,7 +38,11 @@ def last_layer(
         if graft.active and graft.acts_on(last) and type(graft).after_layer is not Graft.after_layer
     ]
     if not after:
-        return layers[-1]
+        inside = any(
+            graft.active and graft.acts_on(last) and graft.changes_feed_forward(last)
+            for graft, _ in active
+        )
+        return None if inside else layers[-1]
     (graft, gate), *others = after
     return graft.ends_with(last) if gate is None and not others else None
 

@@ -65,11 +65,9 @@ class TrainingState(GraftedCore):
                     f"this graft has no parameters called {name!r}; it has: "
                     f"{', '.join(sorted(n for n, p in known.items() if p))}."
                 )
-        if not self.workflow(workflow).graft.trainable:
-            raise UsageError(
-                "the official Wings variant leaks later text into earlier positions, so training "
-                "it teaches nothing: graft with --variant paper."
-            )
+        chosen = self.workflow(workflow).graft
+        if chosen.promises.training:
+            raise UsageError(f"{chosen.method} is not trained: {chosen.promises.training}.")
         if BASE_GROUP in groups and self.quantized:
             raise UsageError(
                 "a base in 4-bit cannot be trained: its weights are rounded. Load it without "
@@ -81,8 +79,7 @@ class TrainingState(GraftedCore):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
         for workflow_ in self._workflow_list():
-            if hasattr(workflow_.graft, "tie"):
-                workflow_.graft.tie()  # type: ignore[operator]
+            workflow_.graft.tie()
         self.train(self.training)
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 

@@ -20,7 +20,6 @@ from mmgraft.basefiles import ModelFiles, fingerprint, resolve
 from mmgraft.basefiles.tensor_files import LazyTensor, write_shards
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.grafts.wings.config import WingsConfig
 from mmgraft.model.files.graft_file import (
     CONFIG_NAME,
     OWN_BASE,
@@ -33,6 +32,7 @@ from mmgraft.published.base import base_bytes, differs_from, load_tokenizer, wri
 from mmgraft.published.names import Published, PublishedGraft, read_published
 from mmgraft.published.source import Source, open_source
 from mmgraft.published.tower import TowerPlan, plan_tower, write_tower
+from mmgraft.published.wings.config import OfficialWingsConfig
 
 OWN_TOWER = "tower"
 """Folder inside a graft's folder that holds the vision tower."""
@@ -55,7 +55,7 @@ class ImportReport:
     Attributes:
         source: the checkpoint.
         folder: where its grafts are.
-        method: `iaa` or `wings`.
+        method: `iaa` or `wings-official`.
         grafts: the grafts, the default one first.
         base: Hub id or folder of the base.
         own_base: whether the base is the checkpoint's own.
@@ -179,16 +179,16 @@ def _base_notes(
     if difference is not None:
         return [f"{note}: compared with {base}, {difference}"]
     settings = published.grafts[0].config
-    if isinstance(settings, WingsConfig) and settings.routed:
+    if isinstance(settings, OfficialWingsConfig) and settings.routed:
         return [f"{note}: Wings' second stage trains it"]
     return [f"{note}, unless they are equal: name the original with --base to compare them"]
 
 
 def _other_notes(source: Source, published: Published) -> list[str]:
     notes = []
-    if published.method == "wings":
+    if isinstance(published.grafts[0].config, OfficialWingsConfig):
         notes.append(
-            "the graft is Wings `variant: official`, the published code's computation with its "
+            "the graft is of method wings-official, the published code's computation with its "
             "defects: earlier answers depend on later tokens, nothing is cached, no training"
         )
     if published.left_out:

@@ -23,8 +23,8 @@ from typing import Any
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.iaa.config import IAAConfig
-from mmgraft.grafts.wings.config import WingsConfig
 from mmgraft.layers import parse_layers
+from mmgraft.published.wings.config import OfficialWingsConfig
 
 PUBLISHED_LAYERS = {14: [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]}
 """By their number, the layers that the published IAA code names; its list of 8 is unknown."""
@@ -88,7 +88,7 @@ class PublishedGraft:
     """
 
     workflow: str
-    config: IAAConfig | WingsConfig
+    config: IAAConfig | OfficialWingsConfig
     tensors: dict[str, str]
 
 
@@ -97,7 +97,7 @@ class Published:
     """What a checkpoint holds.
 
     Attributes:
-        method: `iaa` or `wings`.
+        method: `iaa` or `wings-official`.
         grafts: the grafts, the default workflow first.
         base_class: transformers class of the base.
         base_config: its config's fields.
@@ -145,7 +145,7 @@ def read_published(
     elif any(_WINGS.match(name) for name in names):
         if layers is not None:
             raise UsageError("a Wings checkpoint names its layers itself; leave --layers out")
-        method, grafts = "wings", [_wings_graft(names, shapes, config)]
+        method, grafts = "wings-official", [_wings_graft(names, shapes, config)]
     else:
         raise UsageError(
             "this is no published IAA or Wings checkpoint: it has neither condition_layers nor "
@@ -220,25 +220,25 @@ def _iaa_grafts(
 def _iaa_layers(count: int, config: Mapping[str, Any], layers: str | None) -> list[int]:
     total = int(config["num_hidden_layers"])
     if layers is not None:
-        places, source = parse_layers(layers, total), "--layers"
+        indices, source = parse_layers(layers, total), "--layers"
     elif config.get("ehce_layers") is not None:
         listed = list(config["ehce_layers"])
-        places, source = parse_layers(listed, total), "its config"
-        if listed != places:
+        indices, source = parse_layers(listed, total), "its config"
+        if listed != indices:
             raise UsageError(f"the config's ehce_layers {listed} do not ascend; give --layers")
     elif count in PUBLISHED_LAYERS:
-        places, source = parse_layers(PUBLISHED_LAYERS[count], total), "the published list"
+        indices, source = parse_layers(PUBLISHED_LAYERS[count], total), "the published list"
     else:
         raise UsageError(
             f"the checkpoint has {count} inserted layers and does not say which base layers they "
             f"follow, and no list of {count} was published; give them with --layers"
         )
-    if len(places) != count:
+    if len(indices) != count:
         raise UsageError(
-            f"the checkpoint has {count} inserted layers, but {source} names {len(places)} base "
+            f"the checkpoint has {count} inserted layers, but {source} names {len(indices)} base "
             f"layers; give {count} with --layers"
         )
-    return places
+    return indices
 
 
 def _wings_graft(
@@ -246,7 +246,7 @@ def _wings_graft(
 ) -> PublishedGraft:
     tensors = _projector(names, "model.mm_projector.")
     routed = any(".reweight_module." in name for name in names)  # else stage 1
-    places: set[int] = set()
+    indices: set[int] = set()
     rank, width = 0, 4096
     for name in names:
         match = _WINGS.match(name)
@@ -263,7 +263,7 @@ def _wings_graft(
         part, side, kind = rest.split(".")
         learner = "visual" if module == "attn_pool" else "textual"
         tensors[f"graft.layers.{index}.{learner}.{_PARTS[part]}.{_SIDES[side]}.{kind}"] = name
-        places.add(index)
+        indices.add(index)
         if side == "0":
             rank = shapes[name][0]
     missing = [key for key in ("system_prompt_length", "image_token_length") if key not in config]
@@ -273,8 +273,7 @@ def _wings_graft(
             "used (14 system tokens for Qwen, 17 for Llama; 729 image tokens for SigLIP so400m)"
         )
     settings = {
-        "variant": "official",
-        "layers": sorted(places),
+        "layers": sorted(indices),
         "rank": rank,
         "learners": ["visual", "textual"] if routed else ["visual"],
         "router": routed,
@@ -282,7 +281,7 @@ def _wings_graft(
         "system_prompt_length": config["system_prompt_length"],
         "image_token_length": config["image_token_length"],
     }
-    settings = WingsConfig.parse(settings, "the checkpoint's settings")
+    settings = OfficialWingsConfig.parse(settings, "the checkpoint's settings")
     return PublishedGraft("mm", settings, tensors)
 
 

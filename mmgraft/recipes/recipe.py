@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    SerializeAsAny,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from mmgraft.data.bad_rows import HUB, OnBadRow
 from mmgraft.errors import did_you_mean
+from mmgraft.grafts.method import StageSwitches
+from mmgraft.grafts.registry import methods
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.strict import StrictModel
 from mmgraft.vision.projectors.configs import AnyProjector, MlpConfig
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "iaa": ("projector", "graft", "layers", "embedding", "norm", "head"),
-    "wings": ("projector", "graft", "learners", "learners.visual", "learners.textual", "router"),
-    "llava": ("projector",),
-}
-"""What a stage of each shipped method can train, beside `base` where the recipe trains the base."""
-
 TextRows = Literal["skip", "graft", "base"]
-Precision = Literal["bf16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 Parallel = Literal["ddp", "fsdp2"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _refuse_fp16(value: Any) -> Any:
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(
+            "training in fp16 is refused: small gradients become zero and large ones inf; "
+            "write bf16 or fp32"
+        )
+    return value
+
+
+Precision = Annotated[Literal["bf16", "fp32"], BeforeValidator(_refuse_fp16)]
 
 
 def _workflow_name(name: str) -> str:
@@ -90,10 +107,11 @@ class GraftDefaults(StrictModel):
     projector: AnyProjector = MlpConfig()
 
 
-class Stage(StrictModel):
+class Stage(StageSwitches):
     """One run of the Trainer.
 
-    Settings that are None take the recipe's value; see :meth:`Recipe.resolved`.
+    Settings that are None take the recipe's value; see :meth:`Recipe.resolved`. What a stage of a
+    method may switch beside them stands in :func:`stage_class`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -104,10 +122,6 @@ class Stage(StrictModel):
     graft_active: bool = Field(
         default=True, description="false leaves inserted layers out of the path"
     )
-    learners: list[Literal["visual", "textual"]] | None = Field(
-        default=None, description="in the path"
-    )
-    router: bool | None = Field(default=None, description="false adds a learner with weight 1")
     epochs: float | None = Field(default=None, gt=0, le=100_000)
     max_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=1, ge=1, description="rows in one forward pass on one device")
@@ -142,11 +156,6 @@ class Stage(StrictModel):
     precision: Precision | None = None
     seed: Seed | None = None
 
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _refuse_fp16(cls, value: Any) -> Any:
-        return _refuse_fp16(value)
-
     @field_validator("lr")
     @classmethod
     def _positive(cls, value: float | dict[str, float]) -> float | dict[str, float]:
@@ -159,6 +168,15 @@ class Stage(StrictModel):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
+        if not self.graft_active and any(g not in ("projector", "base") for g in self.train):
+            raise ValueError(
+                f"stage {self.name!r}: graft_active: false leaves the graft out of the path, so it "
+                "can train projector (and base) only"
+            )
+        try:
+            self.check_switches(self.train)
+        except ValueError as error:
+            raise ValueError(f"stage {self.name!r}: {error}") from None
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError(f"stage {self.name!r}: give epochs or max_steps, not both")
         if self.warmup_ratio is not None and self.warmup_steps is not None:
@@ -187,6 +205,33 @@ class Stage(StrictModel):
         return "base" in self.train
 
 
+@cache
+def stage_class(switches: type[StageSwitches]) -> type[Stage]:
+    """Return the class of stages of a method that may switch this."""
+    if switches is StageSwitches:
+        return Stage
+    return create_model(f"Stage_{switches.__name__}", __base__=(switches, Stage))
+
+
+def _stage(value: Any, info: ValidationInfo) -> Stage:
+    """Read a stage as the recipe's method has them; other methods' keys may be there as null."""
+    if isinstance(value, Stage):
+        return value
+    known = methods()
+    method = known.get(info.data.get("method", ""))
+    made = stage_class(method.stage if method else StageSwitches)
+    if not isinstance(value, dict):
+        return made.model_validate(value)
+    given = dict(value)
+    for key in set(given) - set(made.model_fields):
+        owners = [name for name, one in known.items() if key in one.stage.model_fields]
+        if owners and given.pop(key) is not None:
+            raise ValueError(
+                f"{key} belongs to method {' and '.join(owners)}, not {info.data.get('method')}"
+            )
+    return made.model_validate(given)
+
+
 class Recipe(StrictModel):
     """A whole training run. Shipped ones: `mmgraft recipes ls`."""
 
@@ -203,7 +248,7 @@ class Recipe(StrictModel):
     )
     data: list[DataEntry] = Field(default_factory=list)
     eval_data: list[DataEntry] = Field(default_factory=list)
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[Annotated[SerializeAsAny[Stage], PlainValidator(_stage)]] = Field(min_length=1)
     text_rows: TextRows | None = None
     image_share: float | None = Field(
         default=None, gt=0, lt=1, description="how much of the rows shown have an image"
@@ -242,11 +287,6 @@ class Recipe(StrictModel):
         description="error names a row that cannot be used; skip leaves it out and logs it",
     )
 
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _refuse_fp16(cls, value: Any) -> Any:
-        return _refuse_fp16(value)
-
     @field_validator("feature_cache")
     @classmethod
     def _named(cls, value: bool | str) -> bool | str:
@@ -282,7 +322,6 @@ class Recipe(StrictModel):
             self._check_groups(stage)
             self._check_text_rows(stage)
             self._check_batches(stage)
-            self._check_path(stage)
         return self
 
     def _check_base(self) -> None:
@@ -291,8 +330,6 @@ class Recipe(StrictModel):
                 f"quantization: {self.quantization} needs a frozen base, but base: full trains it; "
                 "remove one of the two"
             )
-        if self.base == "full" and self.method == "iaa":
-            raise ValueError("IAA keeps its base frozen in every stage; write base: frozen")
         if self.compile and self.quantization is not None:
             raise ValueError(
                 f"compile: true and quantization: {self.quantization} together are not built; "
@@ -327,10 +364,10 @@ class Recipe(StrictModel):
                 )
 
     def _check_groups(self, stage: Stage) -> None:
-        known = GROUPS.get(self.method)
-        if known is None:
-            return  # a third party's method names its own groups; the model checks them
-        known = (*known, "base")
+        method = methods().get(self.method)
+        if method is None or method.groups is None:
+            return  # the model checks them
+        known = ("projector", *(("graft",) if method.groups else ()), *method.groups, "base")
         for group in stage.train:
             if group not in known:
                 raise ValueError(
@@ -380,23 +417,6 @@ class Recipe(StrictModel):
                 "only; write batch_size: 1 and a larger max_length or accumulate"
             )
 
-    def _check_path(self, stage: Stage) -> None:
-        where = f"stage {stage.name!r}"
-        if self.method != "wings" and (stage.learners is not None or stage.router is not None):
-            raise ValueError(f"{where}: learners and router belong to wings, not {self.method}")
-        if not stage.graft_active and any(g not in ("projector", "base") for g in stage.train):
-            raise ValueError(
-                f"{where}: graft_active: false leaves the graft out of the path, so it can train "
-                "projector (and base) only"
-            )
-        if self.method == "wings" and stage.learners is not None:
-            idle = {"visual", "textual"} - set(stage.learners)
-            for learner in sorted(idle & {g.removeprefix("learners.") for g in stage.train}):
-                raise ValueError(
-                    f"{where} trains learners.{learner}, but learners leaves it out of the path; "
-                    f"add {learner} to learners"
-                )
-
     def resolved(self, workflow: str = "mm") -> Recipe:
         """The recipe with every setting that a stage left to the recipe written into the stage.
 
@@ -434,12 +454,3 @@ class Recipe(StrictModel):
                 keys.append(f"{where}[0].path")
             keys += [f"{where}[{i}].path" for i, entry in enumerate(entries) if not entry.path]
         return list(dict.fromkeys(keys))
-
-
-def _refuse_fp16(value: Any) -> Any:
-    if value in ("fp16", "float16", "half"):
-        raise ValueError(
-            "training in fp16 is refused: small gradients become zero and large ones inf; "
-            "write bf16 or fp32"
-        )
-    return value

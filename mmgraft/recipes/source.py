@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.registry import Method, methods
 from mmgraft.recipes.files import recipe_dir
-from mmgraft.recipes.recipe import DataEntry, Recipe
+from mmgraft.recipes.recipe import DataEntry, Recipe, Stage
 from mmgraft.strict import describe
 
 OTHER_NAMES = {
@@ -47,27 +47,32 @@ OTHER_NAMES = {
 Location = tuple["str | int", ...]
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with mmgraft, sorted."""
-    return sorted(path.stem for path in recipe_dir().glob("*.yaml"))
+def shipped_recipes(folder: str = ".") -> list[str]:
+    """Return the names of the recipes that come with mmgraft, sorted; or of those in a folder."""
+    return sorted(path.stem for path in (recipe_dir() / folder).glob("*.yaml"))
 
 
-def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe named by path or by the name of a shipped one.
+def find_recipe(name: str | Path, kind: str = "recipe", folder: str = ".") -> Path:
+    """Return the file of a recipe named by path or by the name of a shipped one.
+
+    Args:
+        name: The path or the name.
+        kind: What an error calls it.
+        folder: Where the shipped ones are, below the recipes.
 
     Raises:
-        UsageError: with the nearest shipped name.
+        UsageError: There is none; names the nearest shipped one.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         return path
-    shipped = recipe_dir() / f"{name}.yaml"
+    shipped = recipe_dir() / folder / f"{name}.yaml"
     if path.name == str(name) and shipped.is_file():
         return shipped
     if path.suffix in (".yaml", ".yml") or path.name != str(name):
-        raise UsageError(f"no recipe file {path}; `mmgraft recipes ls` lists the shipped ones")
+        raise UsageError(f"no {kind} file {path}; `mmgraft recipes ls` lists the shipped ones")
     raise UsageError(
-        f"no recipe {str(name)!r}; {did_you_mean(str(name), shipped_recipes())} "
+        f"no {kind} {str(name)!r}; {did_you_mean(str(name), shipped_recipes(folder))} "
         "`mmgraft recipes ls` lists them"
     )
 
@@ -190,6 +195,8 @@ def _check(data: dict[str, Any], what: str, lines: dict[Location, int]) -> Recip
             text = describe(single, Recipe, "").removeprefix(": ")
             if item["type"] == "extra_forbidden" and loc[-1] in OTHER_NAMES:
                 text = f"unknown key {_dotted(loc)!r}; here it is called {OTHER_NAMES[loc[-1]]!r}"
+            elif item["type"] == "extra_forbidden" and loc[0] == "stages" and len(loc) == 3:
+                text = _unknown_in_stage(loc, methods().get(data.get("method", "")))
             line = _line_of(loc, lines)
             text = f"line {line}: {text}" if line else text
             if text not in problems:
@@ -199,6 +206,16 @@ def _check(data: dict[str, Any], what: str, lines: dict[Location, int]) -> Recip
         raise UsageError(what + comma + problems[0])
     shown = "\n".join(f"  - {problem}" for problem in problems)
     raise UsageError(f"{what} has {len(problems)} problems:\n{shown}")
+
+
+def _unknown_in_stage(loc: Location, method: Method | None) -> str:
+    switches = list(method.stage.model_fields) if method else []
+    hint = did_you_mean(str(loc[-1]), [*switches, *Stage.model_fields])
+    text = f"unknown key {_dotted(loc)!r}; {hint}"
+    if method is None:
+        return text
+    own = f"may also switch {', '.join(switches)}" if switches else "has no keys of its own"
+    return f"{text} A stage of method {method.name} {own}."
 
 
 def _line_error(item: Any) -> Any:

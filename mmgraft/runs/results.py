@@ -34,6 +34,11 @@ class Score(MeasuredModel):
         ends = f"{self.low:.3f} to {self.high:.3f}" if self.groups != 1 else "one group"
         return f"{self.value:.3f} ({ends})"
 
+    @property
+    def resolved(self) -> bool:
+        """For a difference: whether the interval excludes zero, and is of several groups."""
+        return self.groups != 1 and (self.low > 0 or self.high < 0)
+
 
 class SetResult(MeasuredModel):
     """The scores of one set.

@@ -329,10 +329,8 @@ def _check_progress(run: Path, progress: dict[str, Any] | None, resume: bool) ->
 
 
 def _check_graft(record: GraftFile, recipe: Recipe) -> None:
-    if record.config.get("variant") == "official":
-        raise UsageError(
-            "the official Wings variant leaks later text into earlier positions, so training it "
-            "teaches nothing; graft with --variant paper"
-        )
+    why = record.promises.training
+    if why:
+        raise UsageError(f"{record.method} is not trained: {why}")
     if record.base_trained and recipe.quantization is not None:
         raise MMGraftError("a base of its own in 4-bit is not trained; leave quantization out")

@@ -25,9 +25,10 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import MASK_WIDTH
 from mmgraft.model.files.graft_file import CONFIG_NAME
-from mmgraft.model.files.load import base_files, load_model
+from mmgraft.model.files.load import base_files
 from mmgraft.model.files.save import save_graft
 from mmgraft.model.kernels.compiling import check_compiled, compiled_layers
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Stage
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
@@ -45,7 +46,6 @@ from mmgraft.training.trainer import GraftTrainer, describe, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 
 if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
     from mmgraft.training.run import Plan
 
 WORKFLOWS = "workflows"
@@ -336,7 +336,7 @@ class Session:
         if plan.in_pieces and not plan.recipe.quantization:
             device_map = None  # main memory; a card never holds more than its pieces and a layer
         self.announce(f"loading {folder} on {plan.device}")
-        model = load_model(
+        model = GraftedModel.from_pretrained(
             folder,
             dtype=loaded_dtype(plan.recipe),
             device_map=device_map,

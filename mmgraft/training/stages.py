@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ from mmgraft.recipes.recipe import Stage
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
-
-_PARTS_OF = {"learners": ("learners.visual", "learners.textual")}
 
 
 @dataclass(frozen=True)
@@ -39,48 +36,33 @@ def open_stage(model: GraftedModel, stage: Stage) -> list[RateGroup]:
         stage: Of a resolved recipe.
 
     Raises:
-        UsageError: A group or a learner that this graft does not have.
+        UsageError: A group that this graft does not have, or a switch that it cannot follow.
     """
     set_path(model, stage)
-    known = model.groups(stage.workflow)
-    names = [part for group in stage.train for part in _parts(group, known)]
-    model.set_trainable(names, stage.workflow)
+    model.set_trainable(stage.train, stage.workflow)
     return rate_groups(model, stage)
 
 
 def set_path(model: GraftedModel, stage: Stage) -> None:
-    """Put the graft, or the learners that the stage names, into the path of its workflow."""
+    """Put the graft into the path of its workflow, or those of its parts that the stage names."""
     graft = model.workflow(stage.workflow).graft
-    state: dict[str, object] = {"active": stage.graft_active}
-    if stage.learners is not None:
-        state["learners"] = list(stage.learners)
-    elif "learners" in graft.state():
-        state["learners"] = list(getattr(graft.config, "learners", ()))
-    graft.set_state({**graft.state(), **state})
-    if stage.router is None or "learners" not in graft.state():
-        return
-    both = len(graft.state()["learners"]) == 2
-    has_router = "router" in graft.groups()
-    if stage.router and not (both and has_router):
-        raise UsageError(
-            f"stage {stage.name!r} has router: true, but "
-            + ("one learner has nothing to weigh" if not both else "this graft has no router")
-            + "; write router: false"
-        )
-    if not stage.router and both and has_router:
-        raise UsageError(
-            f"stage {stage.name!r} has router: false, but this graft's router weighs its two "
-            "learners; write router: true, or learners: [visual]"
-        )
+    graft.set_state({"active": stage.graft_active})
+    try:
+        graft.switch(stage)
+    except UsageError as error:
+        raise UsageError(f"stage {stage.name!r} {error}") from None
 
 
 def rate_groups(model: GraftedModel, stage: Stage) -> list[RateGroup]:
-    """Put every trained parameter under the rate of the smallest named group that holds it."""
+    """Sort every trained parameter under the rate of the smallest named group that holds it."""
     known = model.groups(stage.workflow)
     rates = stage.lr if isinstance(stage.lr, dict) else {}
     default = stage.lr if isinstance(stage.lr, float) else rates.get("default")
     named = [name for name in rates if name != "default"]
-    members = {name: _ids(known, _parts(name, known)) for name in {*named, *stage.train}}
+    members = {
+        name: {id(parameter) for parameter in known.get(name, [])}
+        for name in {*named, *stage.train}
+    }
     by_size = sorted(members, key=lambda name: (len(members[name]), name not in named, name))
     found: dict[str, RateGroup] = {}
     for name, parameter in model.named_parameters():
@@ -99,13 +81,3 @@ def rate_groups(model: GraftedModel, stage: Stage) -> list[RateGroup]:
             f"parameters; it has {', '.join(name for name, p in known.items() if p)}"
         )
     return list(found.values())
-
-
-def _parts(group: str, known: dict[str, list[nn.Parameter]]) -> list[str]:
-    if group in known or group not in _PARTS_OF:
-        return [group]
-    return [part for part in _PARTS_OF[group] if part in known] or [group]
-
-
-def _ids(known: dict[str, list[nn.Parameter]], names: Iterable[str]) -> set[int]:
-    return {id(parameter) for name in names for parameter in known.get(name, [])}

@@ -14,7 +14,7 @@ from mmgraft.basefiles import ModelFiles, load_config, resolve
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import resolve_template
-from mmgraft.data.formats.shards import is_there
+from mmgraft.data.formats.sources import is_there
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, local_tower

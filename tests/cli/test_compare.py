@@ -139,7 +139,7 @@ def test_json_is_the_only_thing_on_stdout(cli, here, ran) -> None:
     [
         (["easy-vq"], "did you mean 'easy-vqa'"),
         (["iaa"], "no comparison 'iaa'"),
-        (["gone.yaml"], "no file gone.yaml"),
+        (["gone.yaml"], "no comparison file gone.yaml"),
         (["tiny.yaml"], "is a recipe"),
         (["mine.yaml", "--only", "lr-1"], "no arm 'lr-1'"),
         (["mine.yaml", "--set", "lr-1:seed=1"], "no arm 'lr-1'"),

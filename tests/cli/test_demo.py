@@ -10,13 +10,14 @@ from mmgraft.demo import run as demo_run
 from mmgraft.demo.report import DemoReport, Phase, Score, Turn
 from mmgraft.demo.run import DemoSettings
 from mmgraft.evaluation.identity import IdentityReport
-from mmgraft.evaluation.metrics.intervals import Estimate
+from mmgraft.runs.results import Score as Interval
 
 
 def make_report(identical: bool = True, seconds: float = 700.0) -> DemoReport:
     def score(value: float) -> Score:
         return Score(
-            Estimate(value, value - 0.02, value + 0.02, 1000), {"color": 0.5, "yes/no": 0.8}
+            Interval(value=value, low=value - 0.02, high=value + 0.02, count=1000),
+            {"color": 0.5, "yes/no": 0.8},
         )
 
     difference = None if identical else "logits of prompts 1 to 4"
@@ -110,7 +111,7 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(cli, ran, tmp_path: 
 def test_wrong_use_ends_with_2_and_says_what_to_do(cli, ran, tmp_path: Path) -> None:
     code, _, err = cli("demo", "--method", "peft")
     assert code == 2
-    assert "choose iaa, wings, llava" in err
+    assert "choose iaa, llava, wings" in err
     (tmp_path / "demo-iaa").mkdir()
     (tmp_path / "demo-iaa/file").write_text("")
     code, _, err = cli("demo")

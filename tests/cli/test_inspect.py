@@ -128,14 +128,12 @@ def test_a_graft_on_the_hub(cli, hub, tmp_path: Path) -> None:
     assert not any("tokenizer" in path for path in hub.paths("GET"))
 
 
+OFFICIAL = {"method": "wings-official", "system_prompt_length": 1, "image_token_length": 4}
+
+
 def test_learners_and_router_are_parts(cli, tmp_path: Path) -> None:
-    official = {
-        "method": "wings",
-        "variant": "official",
-        "system_prompt_length": 1,
-        "image_token_length": 4,
-    }
-    run = make_run(tmp_path / "run", size=4, method="wings", config=official)
+    official = OFFICIAL
+    run = make_run(tmp_path / "run", size=4, method="wings-official", config=official)
     tensors = load_file(run / "graft.safetensors")
     one = tensors["projector.mlp.0.bias"]
     names = ("visual.query.up.weight", "textual.query.up.weight", "router.weight")
@@ -153,7 +151,7 @@ def test_learners_and_router_are_parts(cli, tmp_path: Path) -> None:
         ({"config": {"method": "iaa", "layers": [1], "structure": "b"}}, 0),
         ({"base_trained": True}, 2),
         ({"method": "wings", "config": {"method": "wings"}}, 0),
-        ({"method": "wings", "config": {"method": "wings", "variant": "official"}}, 5),
+        ({"method": "wings-official", "config": OFFICIAL}, 8),
     ],
 )
 def test_what_a_graft_does_not_promise(cli, tmp_path: Path, values: dict, lacking: int) -> None:

@@ -252,7 +252,7 @@ def test_a_recipe_is_no_comparison() -> None:
 def test_an_unknown_name_is_told_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'easy-vqa'"):
         find_comparison("easy-vqaa")
-    with pytest.raises(UsageError, match=r"no file .*nowhere\.yaml"):
+    with pytest.raises(UsageError, match=r"no comparison file .*nowhere\.yaml"):
         find_comparison("nowhere.yaml")
 
 

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset, cut
-from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.images import open_image
-from mmgraft.data.rows import Row, caption_row
+from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.vision.feature_cache import FeatureCache
 from text_tokenizers import template, text_tokenizer
@@ -64,14 +64,6 @@ def test_rows_are_tokenised_and_opened_when_asked_for(
     assert example.encoded == supervise_row(processor, dataset.rows[0])
     unopened = RowDataset(dataset.rows, processor, load_images=False)[0]
     assert all(isinstance(image, str) for image in unopened.images)
-
-
-def test_a_caption_row_keeps_of_a_question_its_images(row: Callable[..., Row]) -> None:
-    plain = GraftProcessor(text_tokenizer("byte_bpe"), PATCHES, 4, "plain")
-    asked = row("1", (5, 6))
-    assert plain.prompt(caption_row(asked).messages) == "<image><image>A cat.</s>"
-    assert caption_row(asked).where == asked.where
-    assert plain.prompt(caption_row(row("2")).messages) == "A cat.</s>"
 
 
 def test_rows_without_an_image_are_skipped_and_counted(

@@ -36,18 +36,24 @@ def specs(folder: Path) -> list[SetSpec]:
     return [SetSpec.model_validate(one) for one in found]
 
 
-def test_every_metric_has_a_set_whose_rows_are_read(folder: Path) -> None:
+def test_every_metric_has_a_set_whose_rows_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = specs(folder)
     shown = {spec.metric for spec in found} | {"exact"}  # read as vqa is
     assert shown == set(get_args(Metric))
+    monkeypatch.chdir(folder)
     for spec in found:
-        items = read_items(spec, folder)
+        items = read_items(spec)
         assert items
         assert all(item.has_image for item in items) is (spec.modality == "image")
 
 
-def test_the_box_of_the_page_is_written_as_it_says(folder: Path) -> None:
-    (item,) = read_items(next(spec for spec in specs(folder) if spec.metric == "box"), folder)
+def test_the_box_of_the_page_is_written_as_it_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (item,) = read_items(next(spec for spec in specs(folder) if spec.metric == "box"))
     assert item.box is not None
     assert item.size is not None
     formats: list[BoxFormat] = ["unit", "thousand", "ten", "pixel"]

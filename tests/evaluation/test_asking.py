@@ -13,11 +13,12 @@ import torch
 from grafting import CONFIGS, perturb
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.errors import UsageError
+from mmgraft.evaluation import kept
 from mmgraft.evaluation.generate import answers as asking
-from mmgraft.evaluation.generate.answers import answer, ask
-from mmgraft.evaluation.generate.predictions import Predictions, read_predictions
-from mmgraft.evaluation.generate.shared_prefix import read_beginning
+from mmgraft.evaluation.generate.answers import answer
+from mmgraft.evaluation.generate.shared_prefix import read_prefix
 from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.kept import Kept, read_predictions
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.vision.feature_cache import TowerFeatures
 from tiny import tiny_model, tiny_tower
@@ -95,7 +96,7 @@ def test_logits_after_a_shared_beginning_are_those_of_a_full_pass(
         return {"pixel_values": processor.pixels([one.images[0] for one in found])}
 
     with torch.no_grad():
-        beginning = read_beginning(model, rows, "mm", images)
+        beginning = read_prefix(model, rows, "mm", images)
         assert beginning is not None
         assert beginning.images == 1
         batch = asking._Batch(model, processor, rows, None, "mm")
@@ -125,7 +126,7 @@ def test_each_picture_of_a_batch_is_read_once(asked) -> None:
         return {"pixel_values": processor.pixels([one.images[0] for one in found])}
 
     with torch.no_grad():
-        read_beginning(model, rows, "mm", images)
+        read_prefix(model, rows, "mm", images)
     assert counts == [2]
 
 
@@ -135,7 +136,7 @@ def test_nothing_is_shared_where_a_window_would_count_padding(arch: str, shared:
     rows = [processor.encode([{"role": "user", "content": text}]) for text in ("one", "two words")]
     assert max(map(len, rows)) > 8, "the window of the tiny models"
     with torch.no_grad():
-        found = read_beginning(model, rows, "text", lambda _: {})
+        found = read_prefix(model, rows, "text", lambda _: {})
     assert (found is not None) is shared
 
 
@@ -192,9 +193,9 @@ def test_an_item_beyond_the_bases_table_is_named_before_any_is_asked(asked) -> N
     chats = questions(6)
     assert len(answer(model, processor, chats, max_new_tokens=6, batch_size=1)) == 2
     with pytest.raises(UsageError, match="conversation 2: 123 positions and up to 7 tokens"):
-        answer(model, processor, chats, max_new_tokens=7, batch_size=1, on_answers=on_answers)
+        answer(model, processor, chats, max_new_tokens=7, batch_size=1, on_result=on_answers)
     with pytest.raises(UsageError, match=r"129 positions.* a table of 128; shorten it, or leave"):
-        answer(model, processor, questions(0), max_new_tokens=1, on_answers=on_answers)
+        answer(model, processor, questions(0), max_new_tokens=1, on_result=on_answers)
     assert not answered
 
 
@@ -205,7 +206,12 @@ def test_a_broken_picture_names_its_item(tmp_path: Path, asked) -> None:
         "7", chat("what?", str(tmp_path / "a.png")), "what?", file="set.jsonl", place="line 3"
     )
     with pytest.raises(UsageError, match=r"set\.jsonl, line 3"):
-        ask(model, processor, [item], Predictions(tmp_path / "p.jsonl", {}))
+        ask(model, processor, [item], tmp_path)
+
+
+def ask(model: Any, processor: Any, items: list[Item], run: Path, **more: Any) -> list[str]:
+    """Answers that are kept in a run."""
+    return Kept(model, processor, run, {}, 2, **more).answers("p", items, None, 4)
 
 
 # -- resumed ------------------------------------------------------------------------------------
@@ -221,9 +227,13 @@ def questions(count: int) -> list[Item]:
 def test_what_is_answered_is_not_asked_again(tmp_path: Path, asked, monkeypatch) -> None:
     model, processor, _ = asked
     items = questions(5)
-    path = tmp_path / "p.jsonl"
-    whole = ask(model, processor, items, Predictions(tmp_path / "whole.jsonl", {}), batch_size=2)
-    ask(model, processor, items[1:3], Predictions(path, {}), batch_size=2)
+    whole = ask(model, processor, items, tmp_path / "whole")
+    run = tmp_path / "run"
+    path = run / "results/predictions/p.jsonl"
+    ask(model, processor, items, run)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *lines[2:4]]))
+    done = [row["id"] for row in read_predictions(path)]
     given: list[int] = []
     original = asking.answer
 
@@ -231,46 +241,36 @@ def test_what_is_answered_is_not_asked_again(tmp_path: Path, asked, monkeypatch)
         given.append(len(conversations))
         return original(model, processor, conversations, **rest)
 
-    monkeypatch.setattr(asking, "answer", counted)
+    monkeypatch.setattr(kept, "answer", counted)
     steps: list[tuple[int, int]] = []
-    again = ask(
-        model,
-        processor,
-        items,
-        Predictions(path, {}),
-        batch_size=2,
-        progress=lambda *at: steps.append(at),
-    )
+    again = ask(model, processor, items, run, progress=lambda *at: steps.append(at))
     assert given == [3]
     assert steps == [(2, 5), (4, 5), (5, 5)]
     assert again == whole
-    assert [row["id"] for row in read_predictions(path)][:2] == ["1", "2"]
+    assert [row["id"] for row in read_predictions(path)][:2] == done
 
 
 KILLED = """
 import sys, time
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from test_asking import made, questions
-from mmgraft.evaluation.generate.answers import ask
-from mmgraft.evaluation.generate.predictions import Predictions
+from test_asking import ask, made, questions
 
 def slow(done, total):
     print(done, flush=True)
     time.sleep(0.05)
 
 model, processor = made()
-ask(model, processor, questions(40), Predictions(Path({file!r}), {{"of": 1}}), batch_size=2,
-    max_new_tokens=4, progress=slow)
+ask(model, processor, questions(40), Path({run!r}), progress=slow)
 """
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     """A real SIGKILL in the middle of a set, then the rest in this process."""
     here = Path(__file__).resolve().parent
-    file = tmp_path / "p.jsonl"
+    file = tmp_path / "results/predictions/p.jsonl"
     paths = [str(here), str(here.parent), str(here.parent / "support")]
-    code = KILLED.format(paths=paths, file=str(file))
+    code = KILLED.format(paths=paths, run=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
@@ -279,15 +279,13 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
         run.send_signal(signal.SIGKILL)
     with file.open("ab") as half:
         half.write(b'{"id": "39", "answ')  # what a kill in the middle of a write leaves
-    kept = read_predictions(file)
-    assert 10 <= len(kept) < 40
+    rows = read_predictions(file)
+    assert 10 <= len(rows) < 40
     model, processor = made()
     items = questions(40)
-    resumed = Predictions(file, {"of": 1})
-    assert len(resumed.done) == len(kept)
-    texts = ask(model, processor, items, resumed, batch_size=2, max_new_tokens=4)
-    whole = ask(model, processor, items, Predictions(tmp_path / "w", {}), max_new_tokens=4)
+    texts = ask(model, processor, items, tmp_path)
+    whole = ask(model, processor, items, tmp_path / "whole")
     assert texts == whole
     ids = [json.loads(line)["id"] for line in file.read_text().splitlines()[1:]]
     assert sorted(ids, key=int) == [str(n) for n in range(40)], "each question once"
-    assert ids[: len(kept)] == [row["id"] for row in kept]
+    assert ids[: len(rows)] == [row["id"] for row in rows]

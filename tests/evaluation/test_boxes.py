@@ -70,7 +70,7 @@ def test_a_small_box_is_widened_not_lost() -> None:
 
 @pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 5, 5, 9), (200, 5, 220, 9), (-9, 1, 0, 2)])
 def test_a_box_without_an_area_in_the_picture_is_not_written(box) -> None:
-    with pytest.raises(UsageError, match="no area in a picture of 200 x 100"):
+    with pytest.raises(UsageError, match="no area in an image of 200 x 100"):
         format_box(box, "unit", SIZE)
 
 

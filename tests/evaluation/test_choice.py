@@ -11,7 +11,9 @@ from PIL import Image
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.likelihood.choice import ChoiceScore, score_choices, shows_options
+from mmgraft.evaluation.likelihood import likelihood
+from mmgraft.evaluation.likelihood.choice import score_choices
+from mmgraft.evaluation.metrics.choice import ChoiceScore, shows_options
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.wings.config import WingsConfig
 from mmgraft.model.modeling import GraftedModel
@@ -60,34 +62,49 @@ def _harness(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], **setting
     return [found for found, _ in lm.loglikelihood(requests, disable_tqdm=True)]
 
 
+def _sharing(monkeypatch: pytest.MonkeyPatch, share: bool) -> None:
+    """Without it, every option is read with its question."""
+    if not share:
+        monkeypatch.setattr(likelihood, "can_go_on", lambda config: False)
+
+
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom", "opt", "gemma3", "mixtral"])
-def test_log_probabilities_are_those_of_the_harness(arch: str, share: bool) -> None:
+def test_log_probabilities_are_those_of_the_harness(
+    arch: str, share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sharing(monkeypatch, share)
     model, processor = tiny_model(arch), _processor()
     items = _items()
-    found = score_choices(model, processor, items, chat=False, batch_size=3, share=share)
+    found = score_choices(model, processor, items, chat=False, batch_size=3)
     theirs = _harness(model, processor.tokenizer, _pairs(items))
     assert [one for score in found for one in score.sums] == pytest.approx(theirs, abs=1e-4)
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_a_beginning_of_sequence_and_an_empty_question_are_the_harnesss(share: bool) -> None:
+def test_a_beginning_of_sequence_and_an_empty_question_are_the_harnesss(
+    share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sharing(monkeypatch, share)
     model, processor = tiny_model("llama"), _processor(add_bos=True)
     contexts = ("", "<|bos|>Is there", "Is there")
     items = _items(contexts)
-    found = score_choices(model, processor, items, chat=False, share=share)
+    found = score_choices(model, processor, items, chat=False)
     theirs = _harness(model, processor.tokenizer, _pairs(items))
     assert [one for score in found for one in score.sums] == pytest.approx(theirs, abs=1e-4)
     assert found[1].sums[:2] == pytest.approx(found[2].sums[:2])  # not begun twice
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_what_is_too_long_loses_its_beginning_as_in_the_harness(share: bool) -> None:
+def test_what_is_too_long_loses_its_beginning_as_in_the_harness(
+    share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sharing(monkeypatch, share)
     model, processor = tiny_model("llama", max_position_embeddings=24), _processor()
     items = _items()
     lengths = [len(processor.tokenizer(text)["input_ids"]) for text in CONTEXTS]
     assert min(lengths) < 24 < max(lengths)
-    found = score_choices(model, processor, items, chat=False, share=share)
+    found = score_choices(model, processor, items, chat=False)
     theirs = _harness(model, processor.tokenizer, _pairs(items))
     assert [one for score in found for one in score.sums] == pytest.approx(theirs, abs=1e-4)
 
@@ -176,12 +193,12 @@ def test_an_image_item_is_scored_as_one_row_through_the_workflow(grafted) -> Non
     assert found[0].sums != pytest.approx(score_choices(model, processor, [items[2]])[0].sums)
 
 
-def test_sharing_the_question_changes_nothing(grafted) -> None:
+def test_sharing_the_question_changes_nothing(grafted, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = grafted
     items = [_with_image(item, (30, 60, 90)) for item in _items()]
-    shared, whole = (
-        score_choices(model, processor, items, share=share, batch_size=3) for share in (True, False)
-    )
+    shared = score_choices(model, processor, items, batch_size=3)
+    _sharing(monkeypatch, False)
+    whole = score_choices(model, processor, items, batch_size=3)
     for one, other in zip(shared, whole, strict=True):
         assert one.sums == pytest.approx(other.sums, abs=1e-4)
 
@@ -252,7 +269,7 @@ def test_results_come_batch_by_batch_and_in_order() -> None:
         items,
         batch_size=3,
         chat=False,
-        on_result=lambda scores: seen.extend(score.id for score in scores),
+        on_result=lambda _, scores: seen.extend(score.id for score in scores),
         progress=lambda done, total: steps.append((done, total)),
     )
     assert [score.id for score in found] == [item.id for item in items]
@@ -265,7 +282,7 @@ def test_what_cannot_be_scored_is_refused(grafted) -> None:
     plain, seen = _items()[0], _with_image(_items()[0], (0, 0, 0))
     with pytest.raises(UsageError, match="no options to score"):
         score_choices(model, processor, [Item("1", plain.messages, "x")])
-    with pytest.raises(UsageError, match="an image cannot be asked as plain text"):
+    with pytest.raises(UsageError, match="an image cannot be written as plain text"):
         score_choices(model, processor, [seen], chat=False)
     with pytest.raises(UsageError, match="no workflow"):
         score_choices(model, processor, [seen], workflow="other")

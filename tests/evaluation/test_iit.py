@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.dialogues.evaluate import evaluate_iit, measure_dialogues
+from mmgraft.evaluation import kept
+from mmgraft.evaluation.dialogues.evaluate import evaluate_iit, measure_generated
 from mmgraft.evaluation.dialogues.files import read_dialogues
-from mmgraft.evaluation.generate import kept_answers
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.likelihood.choice import ChoiceScore, score_choices
+from mmgraft.evaluation.likelihood.choice import score_choices
+from mmgraft.evaluation.metrics.choice import ChoiceScore
+from mmgraft.evaluation.metrics.scoring import measure_choices
 from mmgraft.inference import Answerer
 from mmgraft.runs.results import read_results, write_results
 from tiny_choice import choice_sets
@@ -30,14 +32,15 @@ def test_accuracies_of_a_hand_worked_dialogue() -> None:
     -3 / 1, -4 / 4, -9 / 2 a token; -3 / 1, -4 / 10, -9 / 1 a character.
     """
     score = ChoiceScore("0", (-3.0, -4.0, -9.0), (1, 4, 2), (1, 10, 1))
-    values = [measure_dialogues([item(0, gold)], [score], ["C. b"]).values() for gold in range(3)]
+    items = [[item(0, gold)] for gold in range(3)]
+    values = [measure_choices(one, [score]).values() for one in items]
     assert [one["accuracy"] for one in values] == [1, 0, 0]
     assert [one["accuracy_per_token"] for one in values] == [0, 1, 0]
     assert [one["accuracy_per_character"] for one in values] == [0, 1, 0]
-    assert [one["accuracy_generated"] for one in values] == [0, 0, 1]
-    unread = measure_dialogues([item(0, 0)], [score], ["who knows"]).values()
+    named = [measure_generated(one, ["C. b"]).values() for one in items]
+    assert [one["accuracy_generated"] for one in named] == [0, 0, 1]
+    unread = measure_generated(items[0], ["who knows"]).values()
     assert (unread["unread"], unread["accuracy_generated"]) == (1.0, 0.0)
-    assert "unread" not in measure_dialogues([item(0, 0)], [score]).values()
 
 
 def test_a_right_model_scores_all_and_a_random_one_chance() -> None:
@@ -50,17 +53,24 @@ def test_a_right_model_scores_all_and_a_random_one_chance() -> None:
         for one in items
     ]
     said = ["ABC"[one.gold or 0] for one in items]
-    assert measure_dialogues(items, right, said).values() == {
+    found = measure_choices(items, right).beside(measure_generated(items, said))
+    assert found.values() == {
         "accuracy": 1, "accuracy_per_token": 1, "accuracy_per_character": 1,
         "accuracy_generated": 1, "unread": 0,
     }  # fmt: skip
-    drawn = [
+    guessed = [
         ChoiceScore(one.id, tuple(rng.random() for _ in range(3)), (1, 4, 1), (1, 10, 1))
         for one in items
     ]
-    found = measure_dialogues(items, drawn, [rng.choice("ABC") for _ in items]).values()
-    assert found["accuracy"] == pytest.approx(1 / 3, abs=0.04)  # three standard deviations
-    assert found["accuracy_generated"] == pytest.approx(1 / 3, abs=0.04)
+    # Within three standard deviations.
+    assert measure_choices(items, guessed).values()["accuracy"] == pytest.approx(1 / 3, abs=0.04)
+    named = measure_generated(items, [rng.choice("ABC") for _ in items]).values()
+    assert named["accuracy_generated"] == pytest.approx(1 / 3, abs=0.04)
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch) -> None:
+    monkeypatch.setattr("mmgraft.evaluation.dialogues.evaluate.MAX_NEW_TOKENS", 3)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +80,7 @@ def parts(tmp_path_factory) -> Path:
 
 def evaluate(parts: Path, run: Path, specs=(), **settings):
     made = make_run(parts, run, "wings") if not run.is_dir() else run
-    settings = {"count": 2, "max_new_tokens": 3, "batch_size": 2, **settings}
+    settings = {"count": 2, "batch_size": 2, **settings}
     return evaluate_iit(Answerer.load(made), made, specs, **settings)
 
 
@@ -108,18 +118,18 @@ def test_what_was_scored_is_not_scored_again(parts: Path, tmp_path: Path, monkey
     specs, run = choice_sets(tmp_path), tmp_path / "run"
     whole = evaluate(parts, tmp_path / "whole", specs, batch_size=1)
     asked: list[str] = []
-    real = kept_answers.score_choices
+    real = kept.score_choices
 
     def counting(model, processor, items, *, on_result, **settings):
-        def keep(scores):
-            on_result(scores)
+        def keep(indices, scores):
+            on_result(indices, scores)
             asked.extend(score.id for score in scores)
             if len(asked) == 1:
                 raise KeyboardInterrupt
 
         return real(model, processor, items, on_result=keep, **settings)
 
-    monkeypatch.setattr(kept_answers, "score_choices", counting)
+    monkeypatch.setattr(kept, "score_choices", counting)
     with pytest.raises(KeyboardInterrupt):
         evaluate(parts, run, specs, batch_size=1)
     results = evaluate(parts, run, specs, batch_size=1)
@@ -130,13 +140,12 @@ def test_what_was_scored_is_not_scored_again(parts: Path, tmp_path: Path, monkey
 
 
 def test_another_runs_dialogues_are_asked_as_they_are(parts: Path, tmp_path: Path) -> None:
-    first = evaluate(parts, tmp_path / "one", choice_sets(tmp_path), generate=False)
+    first = evaluate(parts, tmp_path / "one", choice_sets(tmp_path))
     saved = tmp_path / "one/results/iit"
-    second = evaluate(parts, tmp_path / "two", dialogues=saved, generate=False)
+    second = evaluate(parts, tmp_path / "two", dialogues=saved)
     assert not (tmp_path / "two/results/iit").exists()
     assert [one.sha256 for one in second.sets] == [one.sha256 for one in first.sets]
     assert [one.scores for one in second.sets] == [one.scores for one in first.sets]
-    assert "accuracy_generated" not in second.sets[0].scores
     assert (tmp_path / "two" / (second.sets[0].predictions or "")).is_file()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.dialogues import build
 from mmgraft.evaluation.dialogues.build import build_iit, question_vectors
 from mmgraft.inference import Answerer
 from tiny_choice import choice_sets
@@ -18,6 +19,19 @@ from tiny_runs import make_parts, make_run
 def answerer(tmp_path_factory) -> Answerer:
     parts = make_parts(tmp_path_factory.mktemp("parts"))
     return Answerer.load(make_run(parts, parts / "run", "iaa"))
+
+
+@pytest.fixture
+def by_letters(monkeypatch) -> list[int]:
+    """Vectors without a model; gives how many questions each call had."""
+    calls: list[int] = []
+
+    def vectors(answerer, texts) -> np.ndarray:
+        calls.append(len(texts))
+        return letters(texts)
+
+    monkeypatch.setattr(build, "question_vectors", vectors)
+    return calls
 
 
 def letters(texts) -> np.ndarray:
@@ -38,35 +52,31 @@ def test_a_vector_is_the_mean_of_the_bases_last_states(answerer) -> None:
 
 
 def test_dialogues_are_built_once_and_again_when_something_differs(
-    answerer, tmp_path: Path
+    answerer, by_letters, tmp_path: Path
 ) -> None:
     specs = choice_sets(tmp_path)
-    calls: list[int] = []
+    calls = by_letters
 
-    def embed(texts):
-        calls.append(len(texts))
-        return letters(texts)
+    def make(**settings):
+        return build_iit(answerer, specs, tmp_path / "iit", **settings)
 
-    def build(**settings):
-        return build_iit(answerer, specs, tmp_path / "iit", embed=embed, **settings)
-
-    first = build(count=2)
+    first = make(count=2)
     assert calls == [9, 4]
     assert {shape: len(items) for shape, items in first.items()} == {
         "T": 2, "TT": 2, "TTT": 2, "TTV": 2, "TV": 2, "V": 2
     }  # fmt: skip
     text = (tmp_path / "iit/dialogues.jsonl").read_bytes()
-    build(count=2)
+    make(count=2)
     assert calls == [9, 4], "the saved ones are taken"
     assert (tmp_path / "iit/dialogues.jsonl").read_bytes() == text
-    build(count=2, seed=1)
+    make(count=2, seed=1)
     assert len(calls) == 4
     assert (tmp_path / "iit/dialogues.jsonl").read_bytes() != text
-    build(count=2)
+    make(count=2)
     assert (tmp_path / "iit/dialogues.jsonl").read_bytes() == text
     with (tmp_path / "text.jsonl").open("a") as file:
         file.write('{"id": "more", "question": "new?", "options": ["a", "b"], "answer": "A"}\n')
-    build(count=2)
+    make(count=2)
     assert calls[-2:] == [10, 4], "the sets have changed"
 
 
@@ -82,14 +92,14 @@ def _rows(folder: Path) -> bytes:
 
 
 def test_each_set_is_asked_as_it_asks_and_letters_answer_where_they_are_shown(
-    answerer, tmp_path: Path
+    answerer, by_letters, tmp_path: Path
 ) -> None:
     text, seen = choice_sets(tmp_path)
     text = text.model_copy(update={"prompt": "{question}\n{options}"})
 
     def built(name: str, *shapes: str):
         folder = tmp_path / name
-        return build_iit(answerer, [text, seen], folder, shapes=shapes, embed=letters, count=1)
+        return build_iit(answerer, [text, seen], folder, shapes=shapes, count=1)
 
     (item,) = built("seen", "TV")["TV"]
     assert [turn["role"] for turn in item.messages] == ["user", "assistant", "user"]
@@ -104,13 +114,15 @@ def test_each_set_is_asked_as_it_asks_and_letters_answer_where_they_are_shown(
     assert alone.gold == right[row["from"][0]["id"]]
 
 
-def test_questions_too_long_for_a_dialogue_are_left_out(answerer, tmp_path: Path) -> None:
+def test_questions_too_long_for_a_dialogue_are_left_out(
+    answerer, by_letters, tmp_path: Path
+) -> None:
     """Three with their answers must fit into the 128 positions that the base reads."""
     specs, told = choice_sets(tmp_path), []
     long = {"id": "long", "question": "w" * 60, "options": ["a", "b"], "answer": 0}
     with (tmp_path / "text.jsonl").open("a") as file:
         file.write(json.dumps(long) + "\n")
-    build_iit(answerer, specs, tmp_path / "iit", embed=letters, count=3, announce=told.append)
+    build_iit(answerer, specs, tmp_path / "iit", count=3, announce=told.append)
     assert told[0].endswith(
         "text.jsonl: 1 of 10 questions are left out, which are longer than 42 positions, a "
         "dialogue's part of what the base reads"
@@ -119,20 +131,20 @@ def test_questions_too_long_for_a_dialogue_are_left_out(answerer, tmp_path: Path
     used = [part["id"] for row in rows for part in row["from"]]
     assert "t0" in used
     assert "long" not in used
-    build_iit(answerer, specs, tmp_path / "one", shapes=["T"], embed=letters, count=10)
+    build_iit(answerer, specs, tmp_path / "one", shapes=["T"], count=10)
     assert b'"long"' in _rows(tmp_path / "one"), "alone it fits"
 
 
-def test_shapes_that_the_sets_do_not_give_are_announced(answerer, tmp_path: Path) -> None:
+def test_shapes_that_the_sets_do_not_give_are_announced(
+    answerer, by_letters, tmp_path: Path
+) -> None:
     told: list[str] = []
-    found = build_iit(
-        answerer, choice_sets(tmp_path)[:1], tmp_path / "iit", embed=letters, announce=told.append
-    )
+    found = build_iit(answerer, choice_sets(tmp_path)[:1], tmp_path / "iit", announce=told.append)
     assert list(found) == ["T", "TT", "TTT"]
     assert told[0] == ("no dialogues (T,T,V), (T,V), (V): there are 9 text and 0 visual questions")
     assert told[1].startswith("built 9 dialogues in ")
-    with pytest.raises(UsageError, match=r"\(V\) asks 1 visual questions, and there are 0"):
-        build_iit(answerer, choice_sets(tmp_path)[:1], tmp_path / "x", shapes=["V"], embed=letters)
+    with pytest.raises(UsageError, match=r"\(V\) has 1 visual questions, and there are 0"):
+        build_iit(answerer, choice_sets(tmp_path)[:1], tmp_path / "x", shapes=["V"])
     assert not (tmp_path / "x").exists()
 
 

@@ -138,7 +138,7 @@ def test_shapes_that_cannot_be_built_are_named() -> None:
     assert buildable({"T": 0, "V": 1}) == ["V"]
     assert buildable({"T": 3, "V": 1}) == list(SHAPES)
     assert title("TTV") == "(T,T,V)"
-    with pytest.raises(UsageError, match=r"\(T,T,T\) asks 3 text questions, and there are 2"):
+    with pytest.raises(UsageError, match=r"\(T,T,T\) has 3 text questions, and there are 2"):
         build_dialogues(pools(2, 1), 1)
     with pytest.raises(UsageError, match="no dialogue of shape 'TX'"):
         build_dialogues(pools(2, 1), 1, ["TX"])

@@ -24,7 +24,8 @@ from mmgraft.recipes.evaluation_set import SetSpec
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     for name, size in (("a.png", (20, 10)), ("b.png", (8, 8))):
         Image.new("RGB", size).save(tmp_path / "images" / name)
@@ -45,7 +46,7 @@ def _read(folder: Path, rows: Any, metric: str = "choice", name: str = "set.json
     else:
         path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     images = {} if metric in ("choice", "perplexity") else {"images": "images"}
-    return read_items(_spec(metric, path=name, **{**images, **more}), folder)
+    return read_items(_spec(metric, path=str(path), **{**images, **more}))
 
 
 # -- what files hold ----------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def test_sets_that_cannot_be_are_refused(folder: Path) -> None:
         _read(folder, [OK], columns={"answer": "solution"})
     with pytest.raises(UsageError, match="did you mean 'answer'"):
         _read(folder, [OK], columns={"answer": "anwser"})
-    with pytest.raises(UsageError, match="does not ask the question"):
+    with pytest.raises(UsageError, match="does not contain the question"):
         _read(folder, [OK], prompt="{quesiton}")
     with pytest.raises(UsageError, match="row 2: '3' is no object"):
         _read(folder, json.dumps([OK, 3]))
@@ -346,9 +347,9 @@ def test_sets_that_cannot_be_are_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="no image folder"):
         _read(folder, [SEEN], "exact", images="nowhere")
     with pytest.raises(UsageError, match="no data file"):
-        read_items(_spec(path="nowhere.jsonl"), folder)
+        read_items(_spec(path="nowhere.jsonl"))
     with pytest.raises(UsageError, match="names no path and no packaged set"):
-        data_file(SetSpec(name="mine", metric="choice", modality="text"), folder)
+        data_file(SetSpec(name="mine", metric="choice", modality="text"))
 
 
 # -- the prior's rows ---------------------------------------------------------------------------
@@ -384,18 +385,18 @@ def test_training_answers_of_every_kind_of_row(folder: Path) -> None:
     ]  # fmt: skip
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     spec = _spec("exact", train="train.jsonl")
-    assert read_training_answers(spec, folder) == [
+    assert read_training_answers(spec) == [
         ("Colour?", "blue"), ("Shape?", "circle"), ("Size?", "big"), ("Size?", "small"),
     ]  # fmt: skip
     (folder / "train.jsonl").write_text('{"question": "x"}')
     with pytest.raises(UsageError, match=r"train.jsonl, line 1: no answer to count"):
-        read_training_answers(spec, folder)
+        read_training_answers(spec)
     asked = {"messages": [{"role": "user", "content": "x"}]}
     (folder / "train.jsonl").write_text(json.dumps(asked))
     with pytest.raises(UsageError, match=r"train.jsonl has no question with an answer"):
-        read_training_answers(spec, folder)
+        read_training_answers(spec)
     with pytest.raises(UsageError, match="no training rows"):
-        read_training_answers(_spec("exact"), folder)
+        read_training_answers(_spec("exact"))
 
 
 def test_the_sha_is_the_files(folder: Path) -> None:

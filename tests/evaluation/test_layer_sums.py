@@ -65,7 +65,7 @@ def model_of(arch: str, method: str, attention: str | None = None) -> GraftedMod
 def explicit(model: GraftedModel) -> Iterator[dict[str, Any]]:
     """What every attention of an eager model hands back, and what enters every base layer."""
     layers = decoder_layers(model.base, model.anatomy)
-    inserted = getattr(model.workflow().graft, "places", [])
+    inserted = getattr(model.workflow().graft, "layer_indices", [])
     found: dict[str, Any] = {}
     modules = {str(i): layer for i, layer in enumerate(layers)}
     if model.workflow().graft.method == "iaa":

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.metrics.intervals import mean
-from mmgraft.evaluation.metrics.measured import Measured, share
+from mmgraft.evaluation.metrics.intervals import Measured, mean, share
 
 
 def test_means_are_those_of_each_list_and_the_first_is_the_main_one() -> None:

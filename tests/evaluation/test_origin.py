@@ -5,10 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.evaluation.metrics.intervals import Estimate
 from mmgraft.evaluation.origin import (
-    as_score,
-    as_scores,
     described_graft,
     software,
     weights_sha256,
@@ -56,9 +53,3 @@ def test_software_names_what_is_installed() -> None:
     found = software("numpy", "no-such-package-here")
     assert list(found) == ["torch", "transformers", "numpy"]
     assert all(found.values())
-
-
-def test_an_estimate_becomes_a_score() -> None:
-    found = Estimate(0.5, 0.4, 0.6, 10)
-    assert as_score(found).model_dump() == found.as_dict()
-    assert as_scores({"accuracy": found}) == {"accuracy": as_score(found)}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.likelihood import perplexity
+from mmgraft.evaluation.likelihood import likelihood, perplexity
 from mmgraft.evaluation.likelihood.perplexity import (
     TextScore,
     Window,
@@ -59,11 +59,18 @@ def _sums(scores: Sequence[TextScore]) -> list[float]:
     return [sum(window.log_likelihood for window in score.windows) for score in scores]
 
 
+def _reading(length: int) -> Any:
+    """A model whose windows are so long."""
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = length
+    return model
+
+
 @pytest.mark.parametrize("length", [7, 16, 128])
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_log_likelihoods_are_those_of_the_harness(length: int, add_bos: bool) -> None:
-    model, processor = tiny_model("llama"), _processor(add_bos=add_bos)
-    found = score_texts(model, processor, _items(), batch_size=3, length=length)
+    model, processor = _reading(length), _processor(add_bos=add_bos)
+    found = score_texts(model, processor, _items(), batch_size=3)
     theirs = _harness(model, processor.tokenizer, TEXTS, length)
     assert _sums(found) == pytest.approx(theirs, abs=1e-3)
     assert len(found[0].windows) > 1 or length == 128
@@ -82,8 +89,8 @@ def test_perplexities_are_those_of_the_harness() -> None:
     from lm_eval.api.metrics import weighted_perplexity
     from lm_eval.api.task import PerplexityTask
 
-    model, processor = tiny_model("llama"), _processor()
-    measured, _ = measure_texts(score_texts(model, processor, _items(), length=16))
+    model, processor = _reading(16), _processor()
+    measured, _ = measure_texts(score_texts(model, processor, _items()))
     sums = _harness(model, processor.tokenizer, TEXTS, 16)
     counts: dict[str, Any] = {
         "word_perplexity": PerplexityTask.count_words,
@@ -224,7 +231,7 @@ def test_logits_that_are_minus_infinity_in_both_are_no_difference() -> None:
 def test_long_windows_in_stretches_give_the_same(arch: str, monkeypatch: Any) -> None:
     model, base = tiny_model(arch), tiny_model(arch, seed=1)
     whole = score_texts(model, _processor(), _items(), base=base)
-    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 320 * 9)
+    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", 320 * 9)
     parts = score_texts(model, _processor(), _items(), base=base)
     for one, other in zip(whole, parts, strict=True):
         for left, right in zip(one.windows, other.windows, strict=True):
@@ -234,16 +241,15 @@ def test_long_windows_in_stretches_give_the_same(arch: str, monkeypatch: Any) ->
 
 
 def test_a_text_is_given_when_it_is_whole() -> None:
-    model, processor = tiny_model("llama"), _processor()
+    model, processor = _reading(8), _processor()
     seen: list[TextScore] = []
     steps: list[tuple[int, int]] = []
     found = score_texts(
         model,
         processor,
         [*_items(), Item("none", messages=(), question="")],
-        length=8,
         batch_size=2,
-        on_result=seen.append,
+        on_result=lambda _, scores: seen.extend(scores),
         progress=lambda done, total: steps.append((done, total)),
     )
     assert sorted(seen, key=lambda one: one.id) == found
@@ -269,7 +275,7 @@ def test_one_text_alone_is_drawn_by_windows() -> None:
 
 
 def test_what_was_not_measured_is_refused() -> None:
-    with pytest.raises(UsageError, match="base was not asked"):
+    with pytest.raises(UsageError, match="base did not score"):
         measure_texts([TextScore("a", 1, 1, (WindowScore(1, -1.0),))], of_base=True)
     with pytest.raises(UsageError, match="no token"):
         measure_texts([TextScore("a", 1, 1, ())])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mmgraft.errors import MMGraftError
-from mmgraft.evaluation.generate.predictions import Predictions, fingerprint_items, read_predictions
 from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.kept import Predictions, fingerprint_items, read_predictions
 from tiny_towers import picture
 
 ASKED = {"graft": {"sha256": "a"}, "settings": {"max_new_tokens": 8}}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.items.set_files import choose_sets, given_set, load_sets, run_sets
+from mmgraft.evaluation.sets import choose_sets, given_set, load_sets, run_sets
 from mmgraft.recipes.evaluation_set import SetSpec
 
 SETS = """

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.generate.predictions import read_predictions
+from mmgraft.evaluation import kept
 from mmgraft.evaluation.identity import PROMPTS
 from mmgraft.evaluation.items.files import read_items
-from mmgraft.evaluation.likelihood import kept_scores
+from mmgraft.evaluation.kept import read_predictions
 from mmgraft.evaluation.likelihood.choice import score_choices
 from mmgraft.evaluation.likelihood.perplexity import measure_texts, score_texts
 from mmgraft.evaluation.text import CHAT, EQUAL, evaluate_text
@@ -201,14 +201,14 @@ def test_a_set_added_later_leaves_those_before_as_they_were(
     before = _evaluate(trained, _sets(parts)).sets
     asked: list[str] = []
     for name in ("score_choices", "score_texts"):
-        real = getattr(kept_scores, name)
+        real = getattr(kept, name)
 
         def counting(*given: Any, real: Any = real, name: str = name, **settings: Any) -> Any:
             if given[2] and not settings["chat"]:
                 asked.append(name)
             return real(*given, **settings)
 
-        monkeypatch.setattr(kept_scores, name, counting)
+        monkeypatch.setattr(kept, name, counting)
     after = _evaluate(trained, [*_sets(parts), *_chats(parts)]).sets
     assert [one.scores for one in after[:2]] == [one.scores for one in before]
     assert not asked, "what was asked before was asked again"
@@ -250,13 +250,13 @@ def test_the_base_is_asked_once_for_all_grafts_on_it(
         for file in (run / "results" / "predictions").glob("*.jsonl"):
             file.unlink()
     asked: list[tuple[str, int]] = []
-    real = kept_scores.score_choices
+    real = kept.score_choices
 
     def counting(model: Any, processor: Any, items: Any, **settings: Any) -> Any:
         asked.append((type(model).__name__, len(items)))
         return real(model, processor, items, **settings)
 
-    monkeypatch.setattr(kept_scores, "score_choices", counting)
+    monkeypatch.setattr(kept, "score_choices", counting)
     cache = tmp_path / "base"
     first = _evaluate(frozen, _sets(parts), base_cache=cache).sets
     second = _evaluate(trained, _sets(parts), base_cache=cache).sets
@@ -274,9 +274,27 @@ def test_a_second_run_asks_nothing_again(frozen: Path, parts: Path, monkeypatch:
     def never(model: Any, processor: Any, items: Any, **settings: Any) -> None:
         assert not items, "asked again"
 
-    monkeypatch.setattr(kept_scores, "score_choices", never)
+    monkeypatch.setattr(kept, "score_choices", never)
     after = _evaluate(frozen, _sets(parts))
     assert [one.scores for one in after.sets] == [one.scores for one in before.sets]
+
+
+def test_what_an_earlier_version_began_is_read(trained: Path, frozen: Path, parts: Path) -> None:
+    """Sets of text are told apart by these first lines since they are kept."""
+    for run, name, beside in ((frozen, "choice", False), (trained, "texts", True)):
+        results = _evaluate(run, _sets(parts))
+        path = run / "results/predictions" / f"{name}.jsonl"
+        first = json.loads(path.read_text().splitlines()[0])
+        identity = results.identity
+        base = {"base": identity["base_fingerprint"]} if beside else {}
+        letters = {"letters": False} if name == "choice" else {}
+        assert first == {
+            "mmgraft_predictions": 1,
+            "graft": results.graft["sha256"],
+            **base,
+            "set": first["set"],
+            "settings": {"workflow": "text", **letters, "dtype": "float32"},
+        }
 
 
 def test_a_half_written_file_is_gone_on_from(frozen: Path, parts: Path) -> None:
@@ -307,7 +325,7 @@ def test_a_base_that_is_not_quite_equal_is_measured(
     frozen: Path, parts: Path, monkeypatch: Any
 ) -> None:
     """Where equal prompts hide unequal texts, the set is asked of both."""
-    real = kept_scores.KeptScores.compared
+    real = kept.Kept.compared
 
     def off(self: Any, items: Any, chat: bool) -> Any:
         from dataclasses import replace
@@ -317,7 +335,7 @@ def test_a_base_that_is_not_quite_equal_is_measured(
             replace(one, windows=tuple(replace(w, kl=0.5) for w in one.windows)) for one in scores
         ]
 
-    monkeypatch.setattr(kept_scores.KeptScores, "compared", off)
+    monkeypatch.setattr(kept.Kept, "compared", off)
     texts = _evaluate(frozen, _sets(parts)[1:]).sets[0]
     assert texts.settings["base"] == "measured"
     assert texts.scores["kl_to_base"].value == 0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate import answers as asking
-from mmgraft.evaluation.generate.predictions import read_predictions
+from mmgraft.evaluation.kept import read_predictions
 from mmgraft.evaluation.vision import blind_workflow, evaluate_vision, without_images
 from mmgraft.inference import Answerer
 from mmgraft.recipes.evaluation_set import SetSpec
@@ -177,8 +177,8 @@ def test_images_are_left_out_and_words_stay() -> None:
 def test_a_graft_that_needs_a_picture_in_every_row_is_asked_blindly_as_text(
     folder: Path, run: Path, tmp_path: Path
 ) -> None:
-    official = {"variant": "official", "system_prompt_length": 2, "image_token_length": 4}
-    answerer = Answerer.load(make_run(folder, tmp_path / "official", "wings", **official))
+    official = {"system_prompt_length": 2, "image_token_length": 4}
+    answerer = Answerer.load(make_run(folder, tmp_path / "official", "wings-official", **official))
     assert blind_workflow(answerer.model, "mm") == "text"
     assert blind_workflow(Answerer.load(run).model, "mm") == "mm"
     (found,) = evaluate_vision(answerer, tmp_path / "official", [spec(folder)]).sets

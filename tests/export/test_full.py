@@ -15,7 +15,6 @@ from mmgraft.export import full
 from mmgraft.export.folder import sizes_in
 from mmgraft.export.full import export_full
 from mmgraft.model.files.graft_file import GraftFile
-from mmgraft.model.files.load import attach
 from mmgraft.model.files.processor import load_processor
 from mmgraft.model.files.save import save_graft
 from mmgraft.vision.spec import VisionSpec
@@ -102,10 +101,10 @@ def test_a_second_workflow_is_known_by_its_tower(tmp_path: Path) -> None:
     export_full(make_graft(tmp_path, name="other", layers=[1]), tmp_path / "second")
     export_full(make_graft(tmp_path, name="blind", tower="siglip"), tmp_path / "third")
     model = GraftedModel.from_pretrained(tmp_path / "out")
-    attach(model, "grounding", tmp_path / "second")
+    model.add_workflow("grounding", tmp_path / "second")
     assert model.names == ["mm", "grounding"]
     with pytest.raises(UsageError, match="workflows of one model share a tower"):
-        attach(model, "more", tmp_path / "third")
+        model.add_workflow("more", tmp_path / "third")
 
 
 @pytest.mark.parametrize("name", ["siglip", "dinov3", "convnext"])

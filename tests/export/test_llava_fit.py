@@ -30,13 +30,12 @@ def refused(run: Path, reason: str) -> None:
     assert not (run.parent / "out").exists()
 
 
-@pytest.mark.parametrize("variant", ["paper", "official"])
-def test_wings(tmp_path: Path, variant: str) -> None:
+@pytest.mark.parametrize("method", ["wings", "wings-official"])
+def test_wings(tmp_path: Path, method: str) -> None:
     run = make_graft(tmp_path, method="wings", rank=4)
-    config = {"method": "wings", "rank": 4, "variant": variant}
-    if variant == "official":
-        config |= {"system_prompt_length": 3, "image_token_length": 4}
-    change_record(run, config=config)
+    lengths = {"system_prompt_length": 3, "image_token_length": 4}
+    config = {"rank": 4, **(lengths if method == "wings-official" else {})}
+    change_record(run, method=method, config={"method": method, **config})
     refused(run, "learners and a router beside the attention")
 
 

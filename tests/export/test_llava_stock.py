@@ -149,7 +149,7 @@ def test_stock_transformers_gives_the_grafts_logits(
         torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=0)
     shown = graft["batch"]["attention_mask"] == 1  # what stands at padding is nobody's
     ours, theirs = graft["batch_logits"][shown], stock["batch_logits"][shown]
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+    torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=0)
     assert exported.difference <= 1e-5
 
 

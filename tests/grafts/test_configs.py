@@ -7,10 +7,12 @@ import pytest
 from mmgraft.errors import UsageError
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.llava.config import LlavaConfig
+from mmgraft.grafts.registry import moved
 from mmgraft.grafts.wings.config import WingsConfig
+from mmgraft.published.wings.config import OfficialWingsConfig
 from mmgraft.strict import StrictModel
 
-OFFICIAL = {"variant": "official", "system_prompt_length": 14, "image_token_length": 16}
+OFFICIAL = {"system_prompt_length": 14, "image_token_length": 16}
 
 
 def said(config: type[StrictModel], **data: Any) -> str:
@@ -72,36 +74,36 @@ def test_sizes_are_positive(size: str) -> None:
 
 
 def test_official_is_what_published_checkpoints_are() -> None:
-    assert WingsConfig(**OFFICIAL).router_width == 4096
-    stage_one = WingsConfig(**OFFICIAL, learners=["visual"], router=False)
+    assert OfficialWingsConfig(**OFFICIAL).router_width == 4096
+    stage_one = OfficialWingsConfig(**OFFICIAL, learners=["visual"], router=False)
     assert not stage_one.routed
 
 
 @pytest.mark.parametrize("missing", ["system_prompt_length", "image_token_length"])
 def test_official_needs_its_two_lengths(missing: str) -> None:
     data = {key: value for key, value in OFFICIAL.items() if key != missing}
-    assert f"needs {missing}: copy" in said(WingsConfig, **data)
+    assert f"'{missing}' is missing" in said(OfficialWingsConfig, **data)
 
 
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"heads": 4}, "takes no heads"),
-        ({"max_length": 100}, "takes no max_length"),
-        ({"base": "full"}, "takes no base: it cannot be trained"),
-        ({"learners": ["textual"]}, "no textual learner alone"),
-        ({"router": False}, "set learners: [visual]"),
+        ({"heads": 4}, "unknown key 'heads'"),
+        ({"learners": ["textual"]}, "[visual] for stage 1"),
+        ({"router": False}, "learners: [visual]"),
     ],
 )
 def test_official_refuses_what_the_published_code_cannot(
     settings: dict[str, Any], text: str
 ) -> None:
-    assert text in said(WingsConfig, **OFFICIAL, **settings)
+    assert text in said(OfficialWingsConfig, **OFFICIAL, **settings)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"system_prompt_length": 0}, {"image_token_length": 9}, {"router_width": 2048}]
-)
-def test_paper_refuses_what_only_official_has(settings: dict[str, Any]) -> None:
-    (name,) = settings
-    assert f"{name} belongs to variant official" in said(WingsConfig, **settings)
+def test_the_official_variant_is_a_method_of_its_own() -> None:
+    old = {"method": "wings", "variant": "official", "heads": None, "base": "frozen", **OFFICIAL}
+    method, config, note = moved("wings", old)
+    assert (method, config) == ("wings-official", {"method": "wings-official", **OFFICIAL})
+    assert note == "method: wings with variant: official is method: wings-official now"
+    assert moved("wings", {**old, "heads": 4})[1]["heads"] == 4  # and so it is refused
+    paper = {"method": "wings", "variant": "paper"}
+    assert moved("wings", paper) == ("wings", paper, None)

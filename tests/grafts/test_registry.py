@@ -7,9 +7,9 @@ import pytest
 from mmgraft.errors import UsageError
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.registry import (
-    BUILT_IN,
     Method,
     broken_methods,
+    built_in,
     get_method,
     methods,
     parse_method_config,
@@ -18,8 +18,7 @@ from mmgraft.grafts.registry import (
 PLUGIN = """\
 from typing import Literal
 
-from mmgraft.grafts.registry import Method
-from mmgraft.strict import StrictModel
+from mmgraft.grafts import Method, StrictModel
 
 
 class BridgeConfig(StrictModel):
@@ -60,21 +59,24 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         __import__("sys").modules.pop(name, None)
 
 
-def test_the_three_are_built_in() -> None:
-    assert list(methods())[:3] == ["iaa", "wings", "llava"]
-    for method in BUILT_IN:
+BUILT_IN = ["iaa", "wings", "llava", "wings-official"]
+
+
+def test_four_are_built_in() -> None:
+    assert list(methods()) == BUILT_IN
+    for method in built_in():
         assert method.config_class.model_fields["method"].default == method.name
         assert method.paper.startswith("arXiv ")
 
 
-@pytest.mark.parametrize("method", BUILT_IN, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", built_in(), ids=lambda method: method.name)
 def test_the_built_in_graft_classes_load(method: Method) -> None:
-    assert method.load_graft().__name__.lower() == f"{method.name}graft"
+    assert method.load_graft().method == method.name
 
 
 def test_an_installed_package_brings_a_method(install) -> None:
     install(bridge="bridges.code:METHOD")
-    assert list(methods()) == ["iaa", "wings", "llava", "bridge"]
+    assert list(methods()) == [*BUILT_IN, "bridge"]
     method = get_method("bridge")
     assert method.origin == "mmgraft-bridges"
     assert method.load_graft().__name__ == "BridgeGraft"
@@ -97,7 +99,7 @@ def test_a_broken_package_is_named_and_disturbs_nobody(
     install, name: str, target: str, reason: str
 ) -> None:
     install(**{name: target})
-    assert list(methods()) == ["iaa", "wings", "llava"]
+    assert list(methods()) == BUILT_IN
     (broken,) = broken_methods()
     assert (broken.name, broken.origin) == (name, "mmgraft-bridges")
     assert reason in broken.reason
@@ -116,7 +118,7 @@ def test_a_graft_class_that_is_not_there_is_named(install) -> None:
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown method 'wing'; did you mean 'wings'"):
         get_method("wing")
-    with pytest.raises(UsageError, match="known: iaa, wings, llava"):
+    with pytest.raises(UsageError, match="known: iaa, wings, llava, wings-official"):
         get_method("zebra")
 
 

@@ -93,13 +93,13 @@ def test_what_is_kept_of_text() -> None:
     assert "bit for bit" not in trained
 
 
-def test_the_official_variant_names_what_it_lacks() -> None:
-    config = {"method": "wings", "variant": "official", "layers": "all"}
-    official = card(method="wings", config=config)
-    paper = card(method="wings", config={**config, "variant": "paper"})
-    for lack in ("None of mmgraft's guarantees", "right padding", "exactly one image", "trained"):
+def test_official_wings_names_what_it_lacks() -> None:
+    lengths = {"system_prompt_length": 3, "image_token_length": 4}
+    official = card(method="wings-official", config={"method": "wings-official", **lengths})
+    paper = card(method="wings", config={"method": "wings"})
+    for lack in ("does not promise", "padded on the right", "exactly one image", "teaches nothing"):
         assert lack in official
-    assert "guarantees" not in paper
+    assert "does not promise" not in paper
 
 
 def test_the_recipe_is_shown_to_the_letter() -> None:

@@ -11,7 +11,7 @@ import mmgraft.model.core
 import mmgraft.model.files.create
 import mmgraft.model.files.load
 from mmgraft.anatomy import inspection
-from mmgraft.model.files.load import load_model
+from mmgraft.model.modeling import GraftedModel
 from tiny_runs import make_parts, make_run
 
 
@@ -40,6 +40,6 @@ def test_once_to_graft_and_once_to_load(tmp_path: Path, examined: list[object]) 
     run = make_run(make_parts(tmp_path), tmp_path / "run", "iaa")
     assert len(examined) == 1
     examined.clear()
-    model = load_model(run)
+    model = GraftedModel.from_pretrained(run)
     assert examined == [model.base]
     assert model.anatomy.num_layers == model.base.config.num_hidden_layers

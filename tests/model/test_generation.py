@@ -27,6 +27,7 @@ from grafting import (
 )
 from mmgraft import GraftedModel, WingsConfig
 from mmgraft.errors import UsageError
+from mmgraft.published.wings.config import OfficialWingsConfig
 from tiny import tiny_model
 
 NEW = 4
@@ -280,7 +281,7 @@ def test_other_things_that_are_refused() -> None:
 
 
 def test_the_official_variant_decodes_without_a_cache() -> None:
-    config = WingsConfig(variant="official", rank=4, system_prompt_length=2, image_token_length=4)
+    config = OfficialWingsConfig(rank=4, system_prompt_length=2, image_token_length=4)
     model = perturb(graft_on("llama", config))
     inputs = batch([row("ttttiiiittttt")])
     assert torch.equal(model.generate(**inputs, **GREEDY), by_hand(model, inputs))

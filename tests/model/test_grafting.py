@@ -15,7 +15,7 @@ from grafting import CONFIGS, batch, graft_on, logits_of, rows, text_of
 from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
 from mmgraft.basefiles import TensorReader
 from mmgraft.errors import UsageError
-from mmgraft.model.files.create import create_graft, graft_model
+from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import TemplateChoice
 from mmgraft.vision.spec import ProjectorSpec
 from tiny import save_base, tiny_clip_dir, tiny_model, tiny_tower
@@ -184,7 +184,7 @@ def test_a_base_in_memory() -> None:
     before = {name: p.clone() for name, p in base.named_parameters()}
     tower = tiny_tower()
     spec = ProjectorSpec(norm=True, hidden=24)
-    model = graft_model(base, tower, CONFIGS["iaa-c"], workflow="eyes", projector=spec)
+    model = GraftedModel.graft(base, tower, CONFIGS["iaa-c"], workflow="eyes", projector=spec)
     assert model.base is base
     assert model.names == ["eyes"]
     assert model.default_workflow == "eyes"

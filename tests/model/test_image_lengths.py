@@ -14,7 +14,7 @@ from mmgraft import GraftedModel
 from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset, cut
 from mmgraft.data.batches.packing import Pack, PackCollator
-from mmgraft.data.chat.masking import supervise
+from mmgraft.data.chat.labels import supervise
 from mmgraft.data.chat.preview import preview_row
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.rows import Row

@@ -17,7 +17,7 @@ from grafting import (
     perturb,
     rows,
 )
-from mmgraft import WingsConfig
+from mmgraft.published.wings.config import OfficialWingsConfig
 from tiny import VARIANTS
 
 # The image first, in the middle, last; two images.
@@ -76,7 +76,7 @@ def test_every_column_under_both_attention_implementations(method: str, attentio
 
 def test_the_perturbation_finds_the_published_leak() -> None:
     """The official variant's textual learner looks ahead; the same look at it says so."""
-    config = WingsConfig(variant="official", rank=4, system_prompt_length=2, image_token_length=4)
+    config = OfficialWingsConfig(rank=4, system_prompt_length=2, image_token_length=4)
     model = perturb(graft_on("llama", config))
     inputs = batch(rows("ttttttiiiitttttt"))
     moved = (logits_of(model, inputs) - logits_of(model, changed_at(inputs, 12))).abs()

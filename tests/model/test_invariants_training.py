@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from grafting import CONFIGS, HIDDEN, PATCHES, every_method, graft_on, trained_groups
-from mmgraft import GraftedModel, WingsConfig
+from mmgraft import GraftedModel
 from mmgraft.anatomy import Anatomy
+from mmgraft.grafts import Promises
 from mmgraft.grafts.llava.graft import LlavaGraft
+from mmgraft.published.wings.config import OfficialWingsConfig
 
 IDS = 16
 CHANCE = math.log(IDS)
@@ -91,9 +93,9 @@ def test_no_method_beats_chance(arch: str, method: str) -> None:
 
 def test_the_same_training_finds_the_published_leak() -> None:
     """With the text in front of the image, its textual learner reads the token to be predicted."""
-    config = WingsConfig(variant="official", rank=16, system_prompt_length=2, image_token_length=4)
+    config = OfficialWingsConfig(rank=16, system_prompt_length=2, image_token_length=4)
     model = small("llama", config)
-    model.workflow().graft.trainable = True
+    model.workflow().graft.promises = Promises()
     assert trained_on_noise(model, ["middle"])["middle"] < CHANCE - 0.5
 
 
@@ -117,5 +119,6 @@ def test_the_same_training_finds_a_leak_in_every_place(arch: str) -> None:
     leaky = Leaky(CONFIGS["llava"], model.anatomy)
     model.workflow().graft = leaky.to(model.dtype)
     leaky.method = "leaky"
+    leaky.promises = Promises()
     losses = trained_on_noise(model, list(PLACES))
     assert all(loss < CHANCE - 0.5 for loss in losses.values()), losses

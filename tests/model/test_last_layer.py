@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from grafting import CONFIGS, batch, graft_on, perturb, rows, text_labels, trained_groups
+from inside_grafts import PositionGatedExpert, RowGatedLora
 from mmgraft import GraftedModel, IAAConfig
+from mmgraft.grafts import Graft
 from mmgraft.model import learning
 from mmgraft.model.last_layer import fed_at, last_layer
 
@@ -64,6 +66,27 @@ def test_the_inserted_layer_at_the_end_is_the_last_one(structure: Any) -> None:
     step(model)
     length = 2 * len(WORDS[0])
     assert calls == [[length], [length], [int(learned(model).sum())]]
+
+
+@pytest.mark.parametrize("kind", [RowGatedLora, PositionGatedExpert])
+def test_a_graft_inside_the_last_feed_forward_sees_whole_rows(
+    kind: type[Graft], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = graft_on("llama", CONFIGS["llava"])
+    inside = kind(CONFIGS["llava"], model.anatomy)
+    model.workflow().graft = inside
+    perturb(model, size=0.3)
+    model.set_trainable(["projector", "graft"])
+    model.train()
+    words = ("tttttttttt", "ttiiiitttttt")  # a row of text first
+    found = step(model, words)
+    assert last_layer(list(model.base.model.layers), [(inside, None)]) is None  # type: ignore[union-attr]
+    monkeypatch.setattr(learning, "fed_at", lambda layer, wanted: nullcontext())
+    wanted = step(model, words)
+    assert found.keys() == wanted.keys()
+    assert any(".parts.3." in name and wanted[name].abs().max() > 0 for name in wanted)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
 def learned(model: GraftedModel) -> Tensor:

@@ -27,7 +27,7 @@ from grafting import (
 from mmgraft import GraftedModel
 from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
-from mmgraft.model.files.create import create_graft, graft_model
+from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.load import load_base
 from mmgraft.model.files.save import save_graft
 from mmgraft.model.kernels.quantization import assert_unquantized, quantization_config
@@ -211,7 +211,7 @@ def test_what_cannot_be_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UsageError, match="4-bit cannot be trained"):
         model.set_trainable(["base"])
     with pytest.raises(UsageError, match="quantization='nf4'"):
-        graft_model(bench.plain("llama"), None, CONFIGS["iaa-c"])
+        GraftedModel.graft(bench.plain("llama"), None, CONFIGS["iaa-c"])
     with pytest.raises(UsageError, match="'int3' is not known; use nf4"):
         quantization_config("int3", torch.float32)
     assert quantization_config(None, torch.float32) is None
@@ -229,7 +229,7 @@ def test_a_graft_on_a_named_base_is_made_of_exact_tensors(bench: Bench) -> None:
     """An inserted layer is a copy of the file's layer, not of the rounded one in memory."""
     folder = str(bench.folder / "llama")
     tower = bench.tower
-    model = graft_model(folder, tower, CONFIGS["iaa-c"], quantization="nf4", dtype="float32")
+    model = GraftedModel.graft(folder, tower, CONFIGS["iaa-c"], quantization="nf4", dtype="float32")
     assert model.quantized
     exact = tiny_model("llama", **WIDE).model.layers[3].state_dict()
     copied = model.workflow().graft.layers[1].state_dict()

@@ -17,7 +17,7 @@ from crashes import Killed, every_step, full_at, killed_at
 from mmgraft.basefiles import TensorReader
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.model.files.graft_file import BaseReference, GraftFile, ImageToken
-from mmgraft.model.files.load import base_files, check_base, load_model, read_tensors
+from mmgraft.model.files.load import base_files, check_base, read_tensors
 from mmgraft.model.files.save import save_graft, write_graft
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.vision.spec import VisionSpec
@@ -139,7 +139,7 @@ def _set(model: GraftedModel, number: float) -> GraftedModel:
 def test_a_trained_base_and_its_graft_stay_together(parts: Path, tmp_path: Path, begin) -> None:
     """A new base under an old config would be refused for good by its fingerprint."""
     run = make_run(parts, tmp_path / "run", "llava")
-    model = load_model(run)
+    model = GraftedModel.from_pretrained(run)
     save_graft(_set(model, 1.0), run)
     kept = tmp_path / "kept"
     shutil.copytree(run, kept)
@@ -158,14 +158,14 @@ def test_a_trained_base_and_its_graft_stay_together(parts: Path, tmp_path: Path,
     assert found == sorted(found)
     assert set(found) == {1.0, 2.0}
     save_graft(model, run)
-    assert float(load_model(run).base.get_input_embeddings().weight[0, 0]) == 2.0
+    assert float(GraftedModel.from_pretrained(run).base.get_input_embeddings().weight[0, 0]) == 2.0
 
 
 def test_a_trained_base_brings_its_tokenizer(parts: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     run = make_run(parts, tmp_path / "run", "llava")
-    save_graft(_set(load_model(run), 1.0), tmp_path / "other")
+    save_graft(_set(GraftedModel.from_pretrained(run), 1.0), tmp_path / "other")
     assert (tmp_path / "other" / "base" / "tokenizer.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other" / "base")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(parts / "base").chat_template
@@ -173,14 +173,14 @@ def test_a_trained_base_brings_its_tokenizer(parts: Path, tmp_path: Path) -> Non
     assert (record.base.id, record.base_trained) == ("./base", True)
     assert record.trained_from == GraftFile.read(run).base
     assert GraftFile.read(run).base_trained is False
-    save_graft(load_model(tmp_path / "other"), tmp_path / "again")
+    save_graft(GraftedModel.from_pretrained(tmp_path / "other"), tmp_path / "again")
     assert GraftFile.read(tmp_path / "again").trained_from == record.trained_from
 
 
 def test_a_base_held_in_4_bit_is_not_saved(parts: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     run = make_run(parts, tmp_path / "run", "llava")
-    model = load_model(run, quantization="nf4")
+    model = GraftedModel.from_pretrained(run, quantization="nf4")
     model.workflow().record.base_trained = True
     with pytest.raises(UsageError, match="4-bit"):
         save_graft(model, run)

@@ -252,7 +252,7 @@ def test_a_folder_in_use_needs_force_and_keeps_what_is_not_replaced(
     import_checkpoint(made / "wings", out, force=True)
     assert (out / "mine.txt").read_text() == "mine"
     assert not (out / "graft-00001-of-00002.safetensors").exists()
-    assert GraftFile.read(out).method == "wings"
+    assert GraftFile.read(out).method == "wings-official"
 
 
 def test_into_the_current_folder(
@@ -261,7 +261,7 @@ def test_into_the_current_folder(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     import_checkpoint(made / "wings", ".")
-    assert GraftFile.read(Path()).method == "wings"
+    assert GraftFile.read(Path()).method == "wings-official"
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.iaa.config import IAAConfig
-from mmgraft.grafts.wings.config import WingsConfig
 from mmgraft.published.names import PUBLISHED_LAYERS, Published, read_published
+from mmgraft.published.wings.config import OfficialWingsConfig
 
 Shapes = dict[str, tuple[int, ...]]
 H, R = 8, 2
@@ -119,8 +119,7 @@ def test_wings_stage_two() -> None:
     shapes = wings_shapes()
     published = read_published(shapes, wings(attention_bias=True, sliding_window=4))
     (graft,) = published.grafts
-    assert graft.config == WingsConfig(
-        variant="official",
+    assert graft.config == OfficialWingsConfig(
         layers=[0, 1],
         rank=R,
         router_width=32,
@@ -142,7 +141,7 @@ def test_wings_stage_two() -> None:
 def test_wings_stage_one_leaves_the_textual_learner_out() -> None:
     published = read_published(wings_shapes(routed=False, bias=False), wings(sliding_window=4))
     settings = published.grafts[0].config
-    assert isinstance(settings, WingsConfig)
+    assert isinstance(settings, OfficialWingsConfig)
     assert (settings.learners, settings.router) == (["visual"], False)
     assert len(published.left_out) == 16
     assert not any("textual" in name for name in published.grafts[0].tensors)

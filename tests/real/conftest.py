@@ -26,7 +26,6 @@ from transformers import (
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.demo import assets
 from mmgraft.inference import Answerer
-from mmgraft.model.files.load import load_model
 from mmgraft.model.files.processor import load_processor
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.vision.spec import VisionSpec
@@ -74,7 +73,9 @@ class Real:
         if (method, dtype) not in self._grafted:
             self._make_room(self._grafted)
             options = {"dtype": dtype} if dtype != "nf4" else {"quantization": "nf4"}
-            self._grafted[method, dtype] = _moved(load_model(self.grafts[method], **options))
+            self._grafted[method, dtype] = _moved(
+                GraftedModel.from_pretrained(self.grafts[method], **options)
+            )
         return self._grafted[method, dtype]
 
     def forget(self) -> None:

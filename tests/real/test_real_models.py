@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmgraft.evaluation.identity import PROMPTS, text_identity
-from mmgraft.model.files.load import load_model
+from mmgraft.model.modeling import GraftedModel
 from tiny_runs import make_rows
 from tiny_towers import picture
 
@@ -42,7 +42,7 @@ def check_text(real: Any, method: str, dtype: str) -> None:
     ours = real.answerer(method, dtype)
     assert ours.model.quantized == (dtype == "nf4")
     stock = real.stock(dtype)
-    report = text_identity(ours.model, ours.processor, stock, real.tokenizer, SHORT, batch_size=2)
+    report = text_identity(ours.model, ours.processor, stock, real.tokenizer, SHORT)
     assert report.identical, report
     assert report.max_difference == 0.0
     assert report.prompts == 3
@@ -149,7 +149,7 @@ class TestSmolLM2:
         assert moved == {"mlp", "layers", "norm"}
         assert not (run / "base").exists()
 
-        model = load_model(run, quantization="nf4")
+        model = GraftedModel.from_pretrained(run, quantization="nf4")
         ids = smollm2.tokenizer("The capital of France is", return_tensors="pt")
         with torch.no_grad():
             assert torch.equal(model(**ids).logits, smollm2.stock("nf4")(**ids).logits)

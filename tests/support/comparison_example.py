@@ -91,7 +91,7 @@ def vision_of(
     groups = groups_of(items)
 
     def scores(found: Any) -> Any:
-        return {name: one.as_dict() for name, one in found.scores(groups).items()}
+        return {name: one.model_dump() for name, one in found.scores(groups).items()}
 
     one = SetResult(
         name=spec.name,

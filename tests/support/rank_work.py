@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from mmgraft.data.batches.sampler import EpochSampler
 from mmgraft.errors import MMGraftError
-from mmgraft.model.files.load import load_model
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.sharded.gathering import gathered, is_piece
 from mmgraft.training.distributed.sharding import rest, shard
 from mmgraft.training.run import plan_training, train
@@ -96,7 +96,9 @@ def _fresh(run: str, checkpointing: bool, four_bit: bool) -> Any:
     if four_bit:
         options = {"quantization": "nf4", "device_map": {"": "cpu"}}
         options["quantization_storage"] = torch.bfloat16
-    model = load_model(run, dtype=torch.float32, graft_dtype=torch.float32, **options)
+    model = GraftedModel.from_pretrained(
+        run, dtype=torch.float32, graft_dtype=torch.float32, **options
+    )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # or a CPU packs the weights anew
             module.support_avx512bf16_for_cpu = False

@@ -8,7 +8,7 @@ import torch
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.recipes.recipe import Stage
+from mmgraft.recipes.recipe import Stage, stage_class
 from mmgraft.training.stages import open_stage
 from tiny import tiny_model
 from tiny_towers import tiny_tower
@@ -20,7 +20,9 @@ def grafted(method: str, **config) -> GraftedModel:
 
 
 def stage(**values) -> Stage:
-    return Stage.model_validate({"name": "s", "workflow": "mm", **values})
+    wings = {"learners", "router"} & values.keys()
+    made = stage_class(get_method("wings").stage) if wings else Stage
+    return made.model_validate({"name": "s", "workflow": "mm", **values})
 
 
 @pytest.fixture

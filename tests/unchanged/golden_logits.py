@@ -92,4 +92,8 @@ def _expanded(sample: dict[str, Tensor]) -> dict[str, Any]:
     }
     if "pixel_values" in sample:
         inputs["pixel_values"] = sample["pixel_values"]
+        count = len(sample["pixel_values"])
+        if count == len(inputs["input_ids"]):  # one a row; in a row of text of no positions
+            inputs["image_rows"] = torch.arange(count)
+            inputs["image_lengths"] = inputs["mm_token_type_ids"].sum(dim=1)
     return inputs

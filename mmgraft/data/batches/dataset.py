@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mmgraft.data.bad_rows import BadRow, OnBadRow
-from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.formats.indexed import facts_of, key_at, select
 from mmgraft.data.images import open_images

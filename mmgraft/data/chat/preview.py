@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from mmgraft.data.batches.dataset import fitted
-from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.rows import Row
 

@@ -8,7 +8,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +15,7 @@ from typing_extensions import Self
 
 from mmgraft.data.batches.padding import Side, pad
 from mmgraft.data.chat.content import Message, flatten, has_image, has_parts
-from mmgraft.data.chat.template import Template, reads_parts, refusal, render
+from mmgraft.data.chat.template import Template, apply, reads_parts, render
 from mmgraft.data.chat.transcript import SentinelTokenizers, Transcript, write_transcript
 from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError
@@ -139,6 +138,7 @@ class GraftProcessor:
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         where: str = "the conversation",
+        prompting: bool = False,
     ) -> Transcript:
         """The conversation as its template and tokenizer see it; see `Transcript`."""
         return write_transcript(
@@ -148,6 +148,7 @@ class GraftProcessor:
             tools=tools,
             options=self.options,
             where=where,
+            prompting=prompting,
         )
 
     def prompt(
@@ -159,9 +160,7 @@ class GraftProcessor:
     ) -> str:
         """The text that is tokenised: the base's own, or one with a sentinel for every image."""
         if has_image(messages):
-            return self.transcript(messages, tools, where).render(
-                add_generation_prompt=add_generation_prompt
-            )
+            return self.transcript(messages, tools, where, add_generation_prompt).tokens.text
         return render(
             self.template,
             self.tokenizer,
@@ -193,9 +192,8 @@ class GraftProcessor:
         if not has_image(messages):
             ids = self._text_ids(messages, add_generation_prompt, tools, where)
             return Encoded(ids, [0] * len(ids), [])
-        transcript = self.transcript(messages, tools, where)
-        text = transcript.render(add_generation_prompt=add_generation_prompt)
-        return self.expand(transcript, transcript.ids(text))
+        transcript = self.transcript(messages, tools, where, add_generation_prompt)
+        return self.expand(transcript, transcript.tokens.ids)
 
     def expand(
         self,
@@ -346,19 +344,18 @@ class GraftProcessor:
         if self.template.kind == "plain":
             text = render(self.template, self.tokenizer, messages, tools=tools, where=where)
             return list(self.tokenizer(text, verbose=False)["input_ids"])
-        try:
-            encoding = self.tokenizer.apply_chat_template(
-                list(messages),  # pyright: ignore[reportArgumentType]
-                tools=list(tools) if tools else None,
-                chat_template=self.template.text,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=True,
-                **self.options,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise refusal(error, where) from error
-        return list(encoding["input_ids"])  # pyright: ignore
+        encoding = apply(
+            self.template,
+            self.tokenizer,
+            messages,
+            where,
+            tools=list(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+            **self.options,
+        )
+        return list(encoding["input_ids"])
 
     def _text_only(self, messages: Sequence[Message], where: str) -> Sequence[Message]:
         """The messages as they are where the template reads lists of parts, else flattened."""

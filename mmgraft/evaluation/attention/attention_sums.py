@@ -44,8 +44,8 @@ class AttentionSums:
     Attributes:
         columns: Which key belongs to which set, ``(b, S, c)`` of 0 and 1.
         queries: Which queries are summed over, ``(b, s)``: those that are no padding.
-        whole: Explicit weights are computed whole and handed on, for a graft that reads them (a
-            Wings router beside an attention without a fused kernel).
+        whole: Explicit weights are computed whole and handed on, for a graft that reads them
+            beside an attention without a fused kernel.
         sums: What was found, by the attention's name: ``(b, c)`` in fp32.
     """
 
@@ -56,7 +56,7 @@ class AttentionSums:
 
     @contextmanager
     def of(self, attentions: Mapping[str, nn.Module], registry: bool) -> Iterator[AttentionSums]:
-        """While the block lasts, every forward of these attentions is summed up.
+        """Sum every forward of these attentions while the block lasts.
 
         Args:
             attentions: Attention modules of decoder layers, by the names that ``sums`` gets.
@@ -74,7 +74,7 @@ class AttentionSums:
             yield self
 
     def weigh(self, call: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-        """What each query gives to each set, ``(b, s, c)``, by an attention called with columns.
+        """Return what each query gives to each set, ``(b, s, c)``.
 
         Args:
             call: The attention as a function of its values; gives ``(b, s, heads, width)``.
@@ -131,7 +131,7 @@ class _Job:
     into: AttentionSums
     name: str
     plain: str  # the base's own implementation
-    active: str  # the one in place now: the base's own, or the Wings router's around it
+    active: str  # the one in place now: the base's own, or a graft's around it
 
     def run(self, attention: Any, forward: Callable[[], Any]) -> Any:
         config = attention.config
@@ -152,7 +152,7 @@ def _summing_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """The base's attention function, called once more with columns for values."""
+    """Call the base's attention function once more, with columns for values."""
     job: _Job = module.__dict__[_JOB]
     if job.active == "eager":
         return _eager(job, module, query, key, value, attention_mask, kwargs)
@@ -183,7 +183,7 @@ def _eager(
     mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The architecture's explicit attention, in blocks of queries ``(b, n, <= BLOCK, d)``."""
+    """Call the architecture's explicit attention, in blocks of queries ``(b, n, <= BLOCK, d)``."""
     inner = _eager_function(module)
     if job.into.whole:
         out, weights = inner(module, query, key, value, mask, **kwargs)
@@ -200,7 +200,7 @@ def _eager(
 
 
 def _eager_function(attention: nn.Module) -> Callable[..., Any]:
-    """The explicit attention that a model's file defines beside its attention class."""
+    """Return the explicit attention that a model's file defines beside its attention class."""
     names = inspect.unwrap(type(attention).forward).__globals__
     found = names.get("eager_attention_forward")
     if found is None:

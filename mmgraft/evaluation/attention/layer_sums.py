@@ -40,7 +40,7 @@ class LayerSums:
 
 
 def side_columns(kinds: Tensor) -> Tensor:
-    """Which position stands where, ``(b, s) -> (b, s, 3)`` of false and true.
+    """Return which position stands where, ``(b, s) -> (b, s, 3)`` of false and true.
 
     Of a row with several images, text between the first and the last belongs to no side.
     """
@@ -55,7 +55,7 @@ def side_columns(kinds: Tensor) -> Tensor:
 def layer_sums(
     model: GraftedModel, inputs: Mapping[str, Tensor], workflow: str | None = None
 ) -> dict[str, LayerSums]:
-    """Sums of attention of one batch, with the graft out of the path and in it.
+    """Sum the attention of one batch, with the graft out of the path and in it.
 
     Args:
         model: In eval mode.
@@ -99,7 +99,7 @@ def layer_sums(
 
 
 def _attentions(layers: nn.ModuleList, anatomy: Anatomy) -> dict[str, nn.Module]:
-    """Attentions by layer; layers of another kind (with a running state) have none."""
+    """Return attentions by layer; layers of another kind (with a running state) have none."""
     found = {str(i): _submodule(layer, anatomy.attention_name) for i, layer in enumerate(layers)}
     return {name: module for name, module in found.items() if module is not None}
 
@@ -113,7 +113,7 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
 
 @contextmanager
 def _inactive(graft: Graft) -> Iterator[None]:
-    """The graft left out of the path, as `graft_active: false` of a stage does it."""
+    """Leave the graft out of the path, as `graft_active: false` of a stage does."""
     before, graft.active = graft.active, False
     try:
         yield
@@ -126,14 +126,14 @@ def _run(
     inputs: Mapping[str, Tensor],
     workflow: str,
     attentions: Mapping[str, nn.Module],
-    graft: Any = None,
+    graft: Graft | None = None,
     learned: dict[int, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """One forward; sums by the attention's name, and in ``learned`` those of learners by layer."""
+    """Run one forward; return sums by name, and put those of learners into ``learned``."""
     ids = inputs["input_ids"]
     image, mask = inputs.get("mm_token_type_ids"), inputs.get("attention_mask")
     kinds = kinds_of((ids.shape[0], ids.shape[1]), image, mask, ids.device)
-    # A graft beside the attention may read its weights, as the Wings router does.
+    # A graft beside the attention may read its weights.
     beside = graft is not None and type(graft).layer_context is not Graft.layer_context
     sums = AttentionSums(side_columns(kinds), kinds != PADDING, whole=beside)
 
@@ -149,7 +149,7 @@ def _run(
 
     with ExitStack() as stack:
         stack.enter_context(sums.of(attentions, model.anatomy.attention_in_registry))
-        if graft is not None and hasattr(graft, "watch"):
+        if graft is not None:
             stack.callback(setattr, graft, "watch", graft.watch)
             graft.watch = watch
         model(**inputs, workflow=workflow, use_cache=False, logits_to_keep=1)

@@ -1,10 +1,10 @@
-"""Builds the interleaved dialogues of a run: of which sets, and which questions are alike."""
+"""Build the interleaved dialogues of a run: from which sets, and which questions are alike."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -24,14 +24,11 @@ from mmgraft.evaluation.dialogues.dialogues import (
 from mmgraft.evaluation.dialogues.files import is_made_of, read_dialogues, save_dialogues
 from mmgraft.evaluation.items.files import data_file, file_sha256, read_items
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.likelihood.choice import shows_options
+from mmgraft.evaluation.metrics.choice import shows_options
 from mmgraft.recipes.evaluation_set import SetSpec
 
 if TYPE_CHECKING:
     from mmgraft.inference import Answerer
-
-Embed = Callable[[Sequence[str]], np.ndarray]
-"""Questions to what they mean, ``(n, h)``; rows of any length but 0."""
 
 EMBEDDING = "mean of the base's last hidden states"
 COUNT = 100
@@ -42,10 +39,10 @@ _BATCH = 16  # questions read together; fixed, since rounding depends on it
 
 
 def question_vectors(answerer: Answerer, questions: Sequence[str]) -> np.ndarray:
-    """What questions mean to the base: the mean of its last hidden states over the tokens.
+    """Return what questions mean to the base: the mean over tokens of its last hidden states.
 
     Args:
-        answerer: Whose base reads them, in text mode and without a chat template.
+        answerer: The graft, whose base reads them in text mode and without a chat template.
         questions: Texts.
 
     Returns:
@@ -63,14 +60,14 @@ def question_vectors(answerer: Answerer, questions: Sequence[str]) -> np.ndarray
     order = sorted(range(len(ids)), key=lambda at: len(ids[at]))
     vectors: list[np.ndarray] = [np.empty(0)] * len(ids)
     for start in range(0, len(order), _BATCH):
-        places = order[start : start + _BATCH]
-        rows = pad([ids[at] for at in places], processor.pad_id, "right").to(model.device)
-        mask = pad([[1] * len(ids[at]) for at in places], 0, "right").to(model.device)
+        indices = order[start : start + _BATCH]
+        rows = pad([ids[at] for at in indices], processor.pad_id, "right").to(model.device)
+        mask = pad([[1] * len(ids[at]) for at in indices], 0, "right").to(model.device)
         with torch.no_grad(), model.text_only():
             states = model.base.base_model(input_ids=rows, attention_mask=mask).last_hidden_state
         weights = mask.unsqueeze(-1).float()  # (b, s, 1)
         means = (states.float() * weights).sum(1) / weights.sum(1)  # (b, h)
-        for at, one in zip(places, means.cpu().numpy(), strict=True):
+        for at, one in zip(indices, means.cpu().numpy(), strict=True):
             vectors[at] = one
     return np.stack(vectors)
 
@@ -83,35 +80,24 @@ def build_iit(
     count: int = COUNT,
     shapes: Sequence[str] | None = None,
     seed: int = 0,
-    root: Path | None = None,
-    embed: Embed | None = None,
-    embedding: str = EMBEDDING,
     announce: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[Item]]:
-    """The dialogues of a folder, built and saved there unless they are there already.
+    """Return the dialogues of a folder by shape, built and saved there where they are missing.
 
-    Every question is asked as its set asks it, and answered by the text of the right option; where
-    its prompt shows the options with letters, the letters are the options. Questions too long for
-    a dialogue of the longest shape are left out, and counted.
+    Where a set's prompt shows the options with letters, the letters are the options. Questions too
+    long for a dialogue of the longest shape are left out, and counted.
 
     Args:
-        answerer: Whose base says which questions are alike.
+        answerer: The graft, whose base says which questions are alike.
         specs: Sets; those of `choice` are used, by their modality.
         folder: Of the data set; see :mod:`mmgraft.evaluation.dialogues.files`.
         count: Dialogues a shape.
         shapes: See :data:`SHAPES`. Default: all that the sets give.
-        seed: Of the draw.
-        root: What relative paths of the sets start from.
-        embed: Another way to tell which questions are alike.
-        embedding: What the data set says of it.
-        announce: Told in sentences what is done.
-
-    Returns:
-        Items by shape.
+        seed: Of the sample.
+        announce: Called with sentences about what is done.
 
     Raises:
-        UsageError: No multiple-choice set, sets too small for a shape, or rows of the folder that
-            were changed.
+        UsageError: No multiple-choice set, sets too small for a shape, or changed rows.
     """
     chosen = [spec for spec in specs if spec.metric == "choice"]
     if not chosen:
@@ -123,31 +109,36 @@ def build_iit(
         "seed": seed,
         "count": count,
         "shapes": None if shapes is None else list(shapes),
-        "embedding": embedding,
+        "embedding": EMBEDDING,
         "base": _base_sha256(answerer),
-        "sets": [_source(spec, root) for spec in chosen],
+        "sets": [_source(spec) for spec in chosen],
     }
     if not is_made_of(folder, made_of):
-        parts = max(map(len, shapes or SHAPES))
-        read = [(spec.name, _answerable(spec, read_items(spec, root))) for spec in chosen]
-        fitting = [(name, _short(answerer, items, parts, announce)) for name, items in read]
-        pools = _pools(fitting, embed or (lambda texts: question_vectors(answerer, texts)))
-        sizes = {letter: len(pool) for letter, pool in pools.items()}
-        possible = list(shapes) if shapes is not None else buildable(sizes)
-        left = [title(shape) for shape in SHAPES if shapes is None and shape not in possible]
-        if left:
-            announce(
-                f"no dialogues {', '.join(left)}: there are {sizes['T']} text and {sizes['V']} "
-                "visual questions"
-            )
+        longest = max(map(len, shapes or SHAPES))
+        pools = _pools(answerer, chosen, longest, announce)
+        possible = list(shapes) if shapes is not None else _possible(pools, announce)
         built = build_dialogues(pools, count, possible, seed)
         save_dialogues(folder, built, made_of)
         announce(f"built {sum(map(len, built.values()))} dialogues in {folder}")
     return read_dialogues(folder)
 
 
+def _possible(
+    pools: Mapping[str, Sequence[Candidate]], announce: Callable[[str], None]
+) -> list[str]:
+    """Return the shapes that the sets give."""
+    sizes = {letter: len(pool) for letter, pool in pools.items()}
+    possible = buildable(sizes)
+    if left := [title(shape) for shape in SHAPES if shape not in possible]:
+        announce(
+            f"no dialogues {', '.join(left)}: there are {sizes['T']} text and {sizes['V']} "
+            "visual questions"
+        )
+    return possible
+
+
 def _answerable(spec: SetSpec, items: Sequence[Item]) -> list[Item]:
-    """Items whose options are what may be answered: their texts, or the letters shown."""
+    """Return items whose options are what may be answered: their texts, or the letters shown."""
     if not shows_options(spec.prompt):
         return list(items)
     return [replace(item, options=tuple(ascii_uppercase[: len(item.options)])) for item in items]
@@ -156,7 +147,7 @@ def _answerable(spec: SetSpec, items: Sequence[Item]) -> list[Item]:
 def _short(
     answerer: Answerer, items: Sequence[Item], parts: int, announce: Callable[[str], None]
 ) -> list[Item]:
-    """Items of which so many fit into what the base reads, each with its longest answer."""
+    """Return items of which so many fit into what the base reads, each with its longest answer."""
     from mmgraft.evaluation.likelihood.likelihood import context_length
 
     processor = answerer.processor
@@ -177,31 +168,28 @@ def _short(
     return kept
 
 
-def _pools(sets: Sequence[tuple[str, Sequence[Item]]], embed: Embed) -> dict[str, list[Candidate]]:
+def _pools(
+    answerer: Answerer, specs: Sequence[SetSpec], parts: int, announce: Callable[[str], None]
+) -> dict[str, list[Candidate]]:
+    """Return candidates by letter, with vectors of length 1."""
     pools: dict[str, list[Candidate]] = {letter: [] for letter in WORDS}
-    for name, items in sets:
+    read = [(spec.name, _answerable(spec, read_items(spec))) for spec in specs]
+    for name, items in [(name, _short(answerer, items, parts, announce)) for name, items in read]:
         if not items:
             continue
-        vectors = np.asarray(embed([item.question for item in items]), dtype=np.float64)
+        vectors = question_vectors(answerer, [item.question for item in items]).astype(np.float64)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         for item, vector in zip(items, vectors / np.maximum(lengths, 1e-12), strict=True):
             pools["V" if item.has_image else "T"].append(Candidate(name, item, vector))
     return pools
 
 
-def _source(spec: SetSpec, root: Path | None) -> dict[str, Any]:
-    file = data_file(spec, root)
-    return {
-        "name": spec.name,
-        "modality": spec.modality,
-        "file": file.name,
-        "sha256": file_sha256(file),
-        "prompt": spec.prompt,
-        "columns": spec.columns,
-        "limit": spec.limit,
-        "seed": spec.seed,
-        "images": None if spec.images is None else Path(spec.images).name,
-    }
+def _source(spec: SetSpec) -> dict[str, Any]:
+    file = data_file(spec)
+    keys = {"name", "modality", "prompt", "columns", "limit", "seed"}
+    images = None if spec.images is None else Path(spec.images).name
+    own = {"file": file.name, "sha256": file_sha256(file), "images": images}
+    return {**spec.model_dump(include=keys), **own}
 
 
 def _base_sha256(answerer: Answerer) -> str:

@@ -1,7 +1,7 @@
 """Interleaved dialogues (IIT): questions with and without images joined by what they mean.
 
-The benchmark of Wings (arXiv 2406.03496) asks the last of several questions in six
-shapes. Its data were never released; these are built of any multiple-choice sets. Free of torch.
+The benchmark of Wings (arXiv 2406.03496) scores the last of several questions in six
+shapes. Its data were never released; these are built from any multiple-choice sets. Free of torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Candidate:
     Attributes:
         set: Name of its set.
         item: With options and the right one.
-        vector: What it means, ``(h,)`` of length 1.
+        vector: Its embedding, ``(h,)`` of length 1.
     """
 
     set: str
@@ -40,10 +40,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Questions in the order they are asked, all but the last of them answered.
+    """Questions in their order, all but the last of them answered.
 
     Attributes:
-        id: Shape and number, such as `TTV-3`; one number asks the same last question in every
+        id: Shape and number, such as `TTV-3`; one number has the same last question in every
             shape that ends with the same letter.
         shape: One of :data:`SHAPES`.
         parts: The questions.
@@ -59,26 +59,26 @@ class Dialogue:
         return self.parts[-1].item
 
     def messages(self) -> list[Mapping[str, Any]]:
-        """The conversation up to the last question; the earlier ones have their right answers."""
+        """Return the conversation up to the last question, earlier ones with their answers."""
         turns: list[Mapping[str, Any]] = []
         for part in self.parts[:-1]:
-            turns += [*_asked(part.item, first=not turns), answer_turn(part.item)]
-        return [*turns, *_asked(self.last, first=not turns)]
+            turns += [*_turns(part.item, first=not turns), answer_turn(part.item)]
+        return [*turns, *_turns(self.last, first=not turns)]
 
 
 def answer_turn(item: Item) -> dict[str, str]:
-    """The right answer of an item as a turn."""
+    """Return the right answer of an item as a turn."""
     assert item.gold is not None
     return {"role": "assistant", "content": item.options[item.gold]}
 
 
 def title(shape: str) -> str:
-    """A shape as the paper writes it: `(T,T,V)`."""
+    """Return a shape as the paper writes it: `(T,T,V)`."""
     return f"({','.join(shape)})"
 
 
 def buildable(counts: Mapping[str, int], shapes: Sequence[str] = SHAPES) -> list[str]:
-    """The shapes for which there is at least one question of every kind that they ask."""
+    """Return the shapes for which there are enough questions of every kind."""
     return [
         shape
         for shape in shapes
@@ -92,10 +92,10 @@ def build_dialogues(
     shapes: Sequence[str] = SHAPES,
     seed: int = 0,
 ) -> dict[str, list[Dialogue]]:
-    """Dialogues of each shape.
+    """Build dialogues of each shape.
 
-    The last questions are drawn by seed, the same for every shape that ends with the same letter,
-    so that what stands before them is all that differs. Each gets, of the questions not yet used
+    The last questions are sampled by a seed, the same for every shape with the same last letter, so
+    that what stands before them is all that differs. Each gets, of the questions not yet used
     in the shape, the most similar by cosine, the most similar one right before it. In a shape no
     question is used twice, and none has the words of the last.
 
@@ -103,7 +103,7 @@ def build_dialogues(
         pools: Candidates by letter: `T` and `V`.
         count: Dialogues a shape; fewer where the sets have too few questions for all shapes.
         shapes: Which ones; see :data:`SHAPES`. Others of T and V work alike.
-        seed: Of the draw.
+        seed: Of the sample.
 
     Raises:
         UsageError: An unknown letter, or not enough questions for one dialogue of a shape.
@@ -114,7 +114,7 @@ def build_dialogues(
         for letter in WORDS:
             if len(pools.get(letter, ())) < shape.count(letter):
                 raise UsageError(
-                    f"a dialogue {title(shape)} asks {shape.count(letter)} {WORDS[letter]} "
+                    f"a dialogue {title(shape)} has {shape.count(letter)} {WORDS[letter]} "
                     f"questions, and there are {len(pools.get(letter, ()))}; give a larger "
                     "multiple-choice set, or leave the shape out"
                 )
@@ -136,28 +136,28 @@ def _of_shape(
     shape: str, pools: Mapping[str, Sequence[Candidate]], lasts: Sequence[int]
 ) -> list[Dialogue]:
     letter = shape[-1]
-    asked = [pools[letter][at] for at in lasts]
+    scored = [pools[letter][index] for index in lasts]
     free: dict[str, np.ndarray] = {}
     near: dict[str, np.ndarray] = {}
     for one in dict.fromkeys(shape[:-1]):
         free[one] = np.ones(len(pools[one]), dtype=bool)
         vectors = np.stack([part.vector for part in pools[one]])  # (n, h)
-        near[one] = np.round(np.stack([part.vector for part in asked]) @ vectors.T, _DIGITS)
+        near[one] = np.round(np.stack([part.vector for part in scored]) @ vectors.T, _DIGITS)
     if letter in free:
         free[letter][list(lasts)] = False
     dialogues = []
-    for number, last in enumerate(asked):
+    for number, last in enumerate(scored):
         before: list[Candidate] = []
         for one in reversed(shape[:-1]):
-            place = _nearest(near[one][number], free[one], pools[one], last.item)
-            if place is None:
+            index = _nearest(near[one][number], free[one], pools[one], last.item)
+            if index is None:
                 raise UsageError(
                     f"no {WORDS[one]} question is left to stand before {last.item.where} in a "
                     f"dialogue {title(shape)}: others have the same words; give a set with more "
-                    "different questions, or ask for fewer dialogues"
+                    "different questions, or build fewer dialogues"
                 )
-            free[one][place] = False
-            before.insert(0, pools[one][place])
+            free[one][index] = False
+            before.insert(0, pools[one][index])
         dialogues.append(Dialogue(f"{shape}-{number + 1}", shape, (*before, last)))
     return dialogues
 
@@ -165,23 +165,20 @@ def _of_shape(
 def _nearest(
     near: np.ndarray, free: np.ndarray, pool: Sequence[Candidate], last: Item
 ) -> int | None:
-    """The most similar candidate that is free and asks something else; of equals the first."""
-    for place in np.argsort(-near, kind="stable"):
-        if free[place] and not _same_words(pool[place].item, last):
-            return int(place)
+    """Return the most similar candidate that is free and has other words; of equals the first."""
+    words = last.question.split()
+    for index in np.argsort(-near, kind="stable"):
+        if free[index] and pool[index].item.question.split() != words:
+            return int(index)
     return None
 
 
-def _same_words(one: Item, other: Item) -> bool:
-    return one.question.split() == other.question.split()
-
-
 def _shuffled(count: int, letter: str, seed: int) -> list[int]:
-    places = list(range(count))
-    random.Random(f"{letter} {seed}").shuffle(places)
-    return places
+    indices = list(range(count))
+    random.Random(f"{letter} {seed}").shuffle(indices)
+    return indices
 
 
-def _asked(item: Item, first: bool) -> list[Mapping[str, Any]]:
-    """The turns of an item; a system prompt stands at the beginning of a dialogue or nowhere."""
+def _turns(item: Item, first: bool) -> list[Mapping[str, Any]]:
+    """Return the turns of an item; a system prompt stands first in a dialogue or nowhere."""
     return [turn for turn in item.messages if first or turn.get("role") != "system"]

@@ -1,4 +1,4 @@
-"""Dialogues as a data set: a folder with `dialogues.jsonl`, its images, and what it was made of.
+"""Dialogues as a data set: a folder with `dialogues.jsonl`, its images, and their sources.
 
 Every line is a row that can be trained on, whose last turn is the right answer, and an item that
 can be evaluated: `options`, `answer` (its number from 0), `kind` (the shape), `group` (what the
@@ -45,9 +45,9 @@ def save_dialogues(
     """
 
     def write(fresh: Path) -> None:
-        images = _Images(fresh / IMAGES)
+        names: dict[str, str] = {}
         lines = [
-            json.dumps(_row(dialogue, images), ensure_ascii=False)
+            json.dumps(_row(dialogue, fresh / IMAGES, names), ensure_ascii=False)
             for dialogues in built.values()
             for dialogue in dialogues
         ]
@@ -64,7 +64,7 @@ def save_dialogues(
 
 
 def is_made_of(folder: Path, made_of: Mapping[str, Any]) -> bool:
-    """Whether the folder holds the dialogues that building them again would give.
+    """Return whether the folder holds the dialogues that building them again would give.
 
     Raises:
         UsageError: Its rows are not those that were saved.
@@ -74,7 +74,7 @@ def is_made_of(folder: Path, made_of: Mapping[str, Any]) -> bool:
 
 
 def read_dialogues(folder: Path) -> dict[str, list[Item]]:
-    """The items of a saved data set by shape, the last question of each to be scored.
+    """Read the items of a saved data set by shape, the last question of each to be scored.
 
     Raises:
         UsageError: There is none, its rows are not those that were saved, or an image is missing.
@@ -113,12 +113,12 @@ def _record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _row(dialogue: Dialogue, images: _Images) -> dict[str, Any]:
+def _row(dialogue: Dialogue, images: Path, names: dict[str, str]) -> dict[str, Any]:
     last = dialogue.last
     turns = [*dialogue.messages(), answer_turn(last)]
     return {
         "id": dialogue.id,
-        "messages": [images.moved(turn) for turn in turns],
+        "messages": [_with_copies(turn, images, names) for turn in turns],
         "options": list(last.options),
         "answer": last.gold,
         "kind": dialogue.shape,
@@ -127,31 +127,24 @@ def _row(dialogue: Dialogue, images: _Images) -> dict[str, Any]:
     }
 
 
-class _Images:
-    """Copies images beside the rows, each once, named by what they hold."""
+def _with_copies(turn: Mapping[str, Any], folder: Path, names: dict[str, str]) -> dict[str, Any]:
+    """Return a turn whose images lie in a folder, each once, named by what they hold."""
+    content = turn.get("content")
+    if not isinstance(content, list | tuple):
+        return dict(turn)
+    parts = []
+    for part in content:
+        if is_image(part):
+            path = os.fspath(image_of(part))
+            if path not in names:
+                names[path] = path if is_data_uri(path) else _copied(Path(path), folder)
+            part = {"type": "image", "image": names[path]}
+        parts.append(part)
+    return {**turn, "content": parts}
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.names: dict[str, str] = {}
 
-    def moved(self, turn: Mapping[str, Any]) -> dict[str, Any]:
-        """A turn whose images lie in the folder."""
-        content = turn.get("content")
-        if not isinstance(content, list | tuple):
-            return dict(turn)
-        parts = [
-            {"type": "image", "image": self._name(image_of(part))} if is_image(part) else part
-            for part in content
-        ]
-        return {**turn, "content": parts}
-
-    def _name(self, image: Any) -> str:
-        path = os.fspath(image)
-        if is_data_uri(path):
-            return path
-        if path not in self.names:
-            name = file_sha256(Path(path))[:16] + Path(path).suffix.lower()
-            self.folder.mkdir(exist_ok=True)
-            shutil.copyfile(path, self.folder / name)
-            self.names[path] = f"{IMAGES}/{name}"
-        return self.names[path]
+def _copied(path: Path, folder: Path) -> str:
+    name = file_sha256(path)[:16] + path.suffix.lower()
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(path, folder / name)
+    return f"{IMAGES}/{name}"

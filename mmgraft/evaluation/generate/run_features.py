@@ -28,13 +28,13 @@ def run_features(
     items: Sequence[Shown],
     announce: Callable[[str], None] = lambda text: None,
 ) -> Callable[[list[Path]], Tensor] | None:
-    """Features of image files ``(sum of entries, tower width)``, each computed once for all uses.
+    """Return features of image files ``(sum of entries, tower width)``, each computed once.
 
     Args:
         model: With its tower.
         run: Whose cache is used: the recipe's folder of features, else one in the run.
         items: Whose images are computed now.
-        announce: Told where they are kept.
+        announce: Called with where they are kept.
 
     Returns:
         None where images are no files, or more than the cache holds: then each is computed when

@@ -1,4 +1,4 @@
-"""What the rows of a batch begin with alike is read once: a system prompt, and each image."""
+"""The prefix that rows of a batch share is read once: a system prompt, and each image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHORTEST = 4
 
 
 @dataclass(frozen=True)
-class Beginning:
+class Prefix:
     """The first positions of a batch's rows, read into a cache.
 
     Attributes:
@@ -40,16 +40,14 @@ class _Plan:
     owners: list[int]  # which of the different images each row shows
 
 
-def read_beginning(
+def read_prefix(
     model: GraftedModel,
     rows: Sequence[Encoded],
     workflow: str,
     image_inputs: Callable[[Sequence[Encoded]], dict[str, Tensor]],
     max_new_tokens: int = 0,
-) -> Beginning | None:
-    """Read the beginning that rows share, and then each different first image once.
-
-    What comes after it may be padded in between: positions and masks count what is no padding.
+) -> Prefix | None:
+    """Read the prefix that rows share, where a cache is exact, and each first image once.
 
     Args:
         model: In eval mode.
@@ -57,15 +55,11 @@ def read_beginning(
         workflow: Of all rows.
         image_inputs: The images of some rows to inputs of the forward.
         max_new_tokens: Positions that an answer may add.
-
-    Returns:
-        None where too little is shared, or where a cache would not give what a full pass gives.
     """
     plan = _plan(rows)
     if plan is None or not _exact(model, workflow, max(map(len, rows)) + max_new_tokens):
         return None
-    cache = DynamicCache(config=model.base.config)
-    device = model.device
+    cache, device = DynamicCache(config=model.base.config), model.device
 
     def read(ids: list[list[int]], kind: int, past: int, **images: Tensor) -> None:
         new = torch.tensor(ids, device=device)
@@ -85,7 +79,7 @@ def read_beginning(
         read([rows[0].input_ids[: plan.text]], 0, 0)
     if not plan.image:
         cache.batch_select_indices(torch.zeros(len(rows), dtype=torch.long, device=device))
-        return Beginning(cache, plan.text, 0)
+        return Prefix(cache, plan.text, 0)
     firsts = [plan.owners.index(number) for number in range(max(plan.owners) + 1)]
     if plan.text:
         cache.batch_select_indices(torch.zeros(len(firsts), dtype=torch.long, device=device))
@@ -93,11 +87,11 @@ def read_beginning(
     ids = [rows[at].input_ids[plan.text : end] for at in firsts]
     read(ids, 1, plan.text, **image_inputs([rows[at].part(plan.text, end) for at in firsts]))
     cache.batch_select_indices(torch.tensor(plan.owners, device=device))
-    return Beginning(cache, end, 1)
+    return Prefix(cache, end, 1)
 
 
 def image_key(image: Any) -> Any:
-    """What tells images apart without opening them: the path or data URI, else the object."""
+    """Return what tells images apart without opening them: path, data URI, or the object."""
     return image if isinstance(image, str) else id(image)
 
 
@@ -122,10 +116,10 @@ def _plan(rows: Sequence[Encoded]) -> _Plan | None:
 
 
 def _exact(model: GraftedModel, workflow: str, length: int) -> bool:
-    if workflow != TEXT_WORKFLOW and not model.workflow(workflow).graft.cacheable:
+    if workflow != TEXT_WORKFLOW and model.workflow(workflow).graft.promises.cache:
         return False
     anatomy = model.anatomy
     if not _PLAIN_LAYERS.issuperset(anatomy.layer_types):
         return False
-    # A window counts columns, those of padding between beginning and rest too.
+    # A window counts columns, those of padding between prefix and rest too.
     return anatomy.sliding_window is None or length < anatomy.sliding_window

@@ -1,4 +1,4 @@
-"""What a record says of an item: its question, options, right answers and box."""
+"""The fields of a record: its question, options, right answers and box."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 
 _PASSAGES = ("passage", "context")
 _LETTERED = re.compile(r"(?:^|\n)\s*([A-Z])[.)]\s+")
-_ENDS = " .?!"  # some sets have them at one of the two places only
+_ENDS = " .?!"  # some sets have them in the options or in the answer alone
 _LETTER = re.compile(r"\(?([A-Z])[.)]?")
 
 
@@ -56,7 +56,7 @@ class Fields:
                     )
 
     def get(self, record: Mapping[str, Any], field: str) -> Any:
-        """A field's value, None where the record does not have it."""
+        """Return a field's value, None where the record does not have it."""
         named = self.columns.get(field)
         if named is not None and (named in record or "," not in named):
             return record.get(named)
@@ -68,7 +68,7 @@ class Fields:
         return None
 
     def question(self, record: Mapping[str, Any], where: str) -> str | None:
-        """The question, behind the passage it is about where the record has one."""
+        """Return the question, after its passage where there is one."""
         value = self.get(record, "question")
         if value is None:
             return None
@@ -78,7 +78,7 @@ class Fields:
         return f"{passage}\n{value.strip()}" if passage else value.strip()
 
     def passage(self, record: Mapping[str, Any]) -> str | None:
-        """The text under `passage` or `context` that comes before the question."""
+        """Return the text under `passage` or `context` that comes before the question."""
         for key in _PASSAGES:
             value = record.get(key)
             if isinstance(value, str) and value.strip() and key not in self.columns.values():
@@ -86,7 +86,7 @@ class Fields:
         return None
 
     def answers(self, record: Mapping[str, Any], where: str) -> list[Any]:
-        """What the record gives as right: of `answers`, else of `answer`; numbers stay numbers.
+        """Return the right answers: of `answers`, else of `answer`; numbers stay numbers.
 
         VQAv2's `[{"answer": ...}]` is read as a list of texts.
         """
@@ -102,7 +102,7 @@ class Fields:
         return plain
 
     def options(self, record: Mapping[str, Any], where: str) -> tuple[str, ...]:
-        """The texts to choose from; none where the record has no options."""
+        """Return the texts to choose from; none where the record has no options."""
         value = self.get(record, "options")
         if value is None:
             value = _letter_columns(record)
@@ -128,7 +128,7 @@ class Fields:
 
 
 def _letter_columns(record: Mapping[str, Any]) -> list[Any] | None:
-    """The columns A, B, C ... of a table."""
+    """Return the columns A, B, C ... of a table."""
     by_letter = {key.strip().upper(): value for key, value in record.items()}
     found: list[Any] = []
     while (letter := chr(ord("A") + len(found))) in by_letter and letter <= "Z":
@@ -137,7 +137,7 @@ def _letter_columns(record: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _split_letters(text: str, where: str) -> list[Any]:
-    """The options of lettered lines; one that begins with the next letter begins the next."""
+    """Return the options of lettered lines; a line with the next letter begins the next."""
     starts: list[re.Match[str]] = []
     for match in _LETTERED.finditer(text):
         if match[1] == chr(ord("A") + len(starts)):
@@ -152,7 +152,7 @@ def _split_letters(text: str, where: str) -> list[Any]:
 
 
 def gold_of(answer: Any, options: Sequence[str], where: str) -> int:
-    """Which option an answer names.
+    """Return which option an answer names.
 
     Text is looked for in this order: an option, an option with its letter ("B. two"), its letter
     ("B", "(b)"), its number from 0, an option whatever the case. A number counts from 0.
@@ -196,19 +196,18 @@ def _at(letter: str) -> int:
 
 
 def lettered_lines(options: Sequence[str]) -> str:
-    """Options as a prompt shows them: "A. one", "B. two", each on its line."""
+    """Write options as a prompt shows them: "A. one", "B. two", each on its line."""
     return "\n".join(f"{chr(ord('A') + at)}. {option}" for at, option in enumerate(options))
 
 
 def fill_prompt(prompt: str, question: str, options: Sequence[str]) -> str:
-    """A prompt with `{question}` and `{options}` replaced; other braces stay as they are."""
-    lines = lettered_lines(options)
-    pieces = {"{question}": question, "{options}": lines}
+    """Return a prompt with `{question}` and `{options}` replaced; other braces stay as they are."""
+    pieces = {"{question}": question, "{options}": lettered_lines(options)}
     return re.sub(r"\{question\}|\{options\}", lambda match: pieces[match[0]], prompt)
 
 
 def box_of(value: Any, size: tuple[int, int], where: str) -> Box:
-    """A box `(x1, y1, x2, y2)` in pixels, checked against its image.
+    """Return a box `(x1, y1, x2, y2)` in pixels, checked against its image.
 
     Args:
         value: Four numbers.

@@ -1,4 +1,4 @@
-"""Items from files: the one reader of everything that is evaluated."""
+"""Read items from files, whatever is evaluated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from mmgraft.data.chat.content import images_of_all, is_image
-from mmgraft.data.formats.sources import RowReader
+from mmgraft.data.formats.reader import RowReader
 from mmgraft.data.images import check_image, open_image
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.fields import Fields, box_of, fill_prompt, gold_of
@@ -23,24 +23,23 @@ from mmgraft.evaluation.items.records import item_records
 from mmgraft.recipes.evaluation_set import SetSpec
 
 TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
-"""What multiple choice of text asks where a set has no `prompt`: that of lm-eval's PIQA."""
+"""The prompt of multiple choice of text where a set has no `prompt`: that of lm-eval's PIQA."""
 
 VQA_V2_ANSWERS = 10
 Message = Mapping[str, Any]
 
 
-def data_file(spec: SetSpec, root: Path | None = None) -> Path:
-    """The file of a set's items: its `path`, else the packaged set of that name.
+def data_file(spec: SetSpec) -> Path:
+    """Return the file of a set's items: its `path`, else the packaged set of that name.
 
     Args:
         spec: The set. Without a `path` its name is that of a packaged set.
-        root: What a relative path starts from; default: the working folder.
 
     Raises:
         UsageError: There is neither, or the package is not installed.
     """
     named = spec.path or spec.name
-    path = _under(root, named)
+    path = _path(named)
     if path.is_file():
         return path
     if named in PACKAGED:
@@ -57,7 +56,7 @@ def data_file(spec: SetSpec, root: Path | None = None) -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -65,7 +64,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_items(spec: SetSpec, root: Path | None = None) -> list[Item]:
+def read_items(spec: SetSpec) -> list[Item]:
     """Read the items of a set.
 
     Records are objects of a JSON list or of lines of JSON, or lines of a CSV file. One is either a
@@ -77,8 +76,7 @@ def read_items(spec: SetSpec, root: Path | None = None) -> list[Item]:
     option, its letter or its number from 0. A `box` is in pixels of its image.
 
     Args:
-        spec: The set; `limit` draws so many items by `seed`, in the order of the file.
-        root: What relative paths start from; default: the working folder.
+        spec: The set; `limit` samples so many items by `seed`, in the order of the file.
 
     Returns:
         Items with what the metric needs. For `perplexity` of plain text the text is the item's
@@ -88,12 +86,12 @@ def read_items(spec: SetSpec, root: Path | None = None) -> list[Item]:
         UsageError: It names file and row: a missing image, an empty set, an unknown column, an
             answer not among the options, an id that occurs twice, or what the metric lacks.
     """
-    path = data_file(spec, root)
+    path = data_file(spec)
     packaged = PACKAGED.get(spec.path or spec.name)
-    if _under(root, spec.path or spec.name).is_file():
+    if _path(spec.path or spec.name).is_file():
         packaged = None
     columns = {**(packaged.columns if packaged else {}), **spec.columns}
-    reader = _ItemReader(spec, path, Fields(columns), _image_folder(spec, path, root))
+    reader = _ItemReader(spec, path, Fields(columns), _image_folder(spec, path))
     found = item_records(path, list(columns.values()))
     if packaged is not None:
         damaged = {f"line {number}" for number in packaged.without}
@@ -104,8 +102,8 @@ def read_items(spec: SetSpec, root: Path | None = None) -> list[Item]:
         found = reader.texts(found)
     chosen = reader.named(found)
     if spec.limit is not None and spec.limit < len(chosen):
-        places = random.Random(spec.seed).sample(range(len(chosen)), spec.limit)
-        chosen = [chosen[at] for at in sorted(places)]
+        sample = random.Random(spec.seed).sample(range(len(chosen)), spec.limit)
+        chosen = [chosen[at] for at in sorted(sample)]
     items = [reader.item(index, place, record) for index, place, record in chosen]
     if spec.modality == "image" and not any(item.has_image for item in items):
         raise UsageError(
@@ -115,8 +113,8 @@ def read_items(spec: SetSpec, root: Path | None = None) -> list[Item]:
     return items
 
 
-def read_training_answers(spec: SetSpec, root: Path | None = None) -> list[tuple[str, str]]:
-    """Every question and answer of a set's `train` file: what the prior score counts.
+def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:
+    """Read every question and answer of a set's `train` file, which the prior score counts.
 
     Of messages and LLaVA rows all turns count; of other records the first answer. Images are not
     looked for.
@@ -129,9 +127,9 @@ def read_training_answers(spec: SetSpec, root: Path | None = None) -> list[tuple
             f"set {spec.name!r} has no training rows to take the prior from; write train: FILE, or "
             "leave prior out of blind"
         )
-    path = _under(root, spec.train)
+    path = _path(spec.train)
     fields = Fields(spec.columns)
-    rows = RowReader(str(path), _image_folder(spec, path, root), "auto", check_images=False)
+    rows = RowReader(str(path), _image_folder(spec, path), "auto", check_images=False)
     pairs: list[tuple[str, str]] = []
     for place, record in item_records(path, list(spec.columns.values())):
         where = f"{path}, {place}"
@@ -163,29 +161,28 @@ class _ItemReader:
             self.prompt = TEXT_CHOICE_PROMPT
         if spec.prompt is not None and spec.metric != "caption" and "{question}" not in spec.prompt:
             raise UsageError(
-                f"set {spec.name!r}: the prompt {spec.prompt!r} does not ask the question; write "
-                "{question} where it goes"
+                f"set {spec.name!r}: the prompt {spec.prompt!r} does not contain the question; "
+                "write {question} where it goes"
             )
-        self.sizes: dict[str, tuple[int, int]] = {}
 
     def named(self, found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, str, dict]]:
-        """Ids, places and records; an id is the record's own, else its number in the file."""
-        places: dict[str, str] = {}
+        """Return ids, places and records; without an id its number in the file."""
+        known: dict[str, str] = {}
         chosen = []
         for place, record in found:
             own = self.fields.get(record, "id")
             index = place.split()[-1] if own is None else str(own)
-            if index in places:
+            if index in known:
                 raise UsageError(
-                    f"{self.file}, {place}: the id {index!r} stands at {places[index]} already; "
+                    f"{self.file}, {place}: the id {index!r} stands at {known[index]} already; "
                     "give every item its own, or name another column (columns: id: ...)"
                 )
-            places[index] = place
+            known[index] = place
             chosen.append((index, place, record))
         return chosen
 
     def texts(self, found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-        """Records with a text, each text once: a passage may stand beside many questions."""
+        """Return records with a text, each text once: a passage may stand beside many questions."""
         seen: set[str] = set()
         kept = []
         for place, record in found:
@@ -204,7 +201,7 @@ class _ItemReader:
         return kept
 
     def item(self, index: str, place: str, record: dict[str, Any]) -> Item:
-        """One record as an item."""
+        """Return one record as an item."""
         where = f"{self.file}, {place} (id {index})"
         kind, group = self.fields.get(record, "kind"), self.fields.get(record, "group")
         kind = None if kind is None else str(kind)
@@ -263,7 +260,7 @@ class _ItemReader:
     def _of_turns(
         self, turns: list[dict[str, Any]], options: Sequence[str], where: str
     ) -> tuple[list[Message], str, str | None]:
-        """Messages up to the last question, the question, and the answer after it."""
+        """Return messages up to the last question, the question, and the answer after it."""
         last = None
         if turns[-1]["role"] == "assistant":
             last = _text_of(turns[-1].get("content"))
@@ -312,13 +309,11 @@ class _ItemReader:
     def _size(self, images: Sequence[str], where: str) -> tuple[int, int]:
         if len(images) != 1:
             raise UsageError(f"{where}: {len(images)} images, and a box needs one; name its column")
-        if images[0] not in self.sizes:
-            self.sizes[images[0]] = _size_of(images[0], where)
-        return self.sizes[images[0]]
+        return _size_of(images[0], where)
 
 
 def _size_of(image: str, where: str) -> tuple[int, int]:
-    """Width and height of an image as it is shown, without reading its pixels where that serves."""
+    """Return width and height of an image as it is shown, decoded only where that is needed."""
     if not os.path.isfile(image):
         return open_image(image, where).size
     width, height = check_image(image, where)
@@ -337,22 +332,21 @@ def _text_of(content: Any) -> str:
 
 
 def _pairs(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Each question of a conversation, and the answer after it."""
+    """Return each question of a conversation, and the answer after it."""
     pairs = []
-    for asked, given in pairwise(messages):
-        if asked["role"] == "user" and given["role"] == "assistant":
-            question, answer = _text_of(asked.get("content")), _text_of(given.get("content"))
+    for turn, given in pairwise(messages):
+        if turn["role"] == "user" and given["role"] == "assistant":
+            question, answer = _text_of(turn.get("content")), _text_of(given.get("content"))
             pairs.append((question.strip(), answer.strip()))
     return pairs
 
 
-def _under(root: Path | None, path: str) -> Path:
-    found = Path(path).expanduser()
-    return found if root is None else root / found
+def _path(path: str) -> Path:
+    return Path(path).expanduser()
 
 
-def _image_folder(spec: SetSpec, path: Path, root: Path | None) -> str:
-    folder = path.parent if spec.images is None else _under(root, spec.images)
+def _image_folder(spec: SetSpec, path: Path) -> str:
+    folder = path.parent if spec.images is None else _path(spec.images)
     if not folder.is_dir():
         raise UsageError(
             f"set {spec.name!r}: no image folder {folder}; give the folder that image paths start "

@@ -26,7 +26,7 @@ class Item:
         box: `(x1, y1, x2, y2)` in pixels of the image, for grounding.
         size: `(width, height)` of the image in pixels, for grounding.
         kind: A breakdown's class, such as `color`.
-        group: Items of one group are drawn together by the bootstrap; an image's path by default.
+        group: The bootstrap resamples items of one group together; by default an image's path.
         file: Where the item was read.
         place: Where in the file: "line 12" or "row 12", counted from 1.
     """
@@ -46,7 +46,7 @@ class Item:
 
     @property
     def has_image(self) -> bool:
-        """Whether any message has an image part."""
+        """True where a message has an image part."""
         return has_image(self.messages)
 
     @property

@@ -20,7 +20,7 @@ class PackagedSet:
 
     Attributes:
         name: As a recipe says it.
-        metric: What it is for.
+        metric: What it is evaluated by.
         file: Below the package's `data`.
         columns: As in `SetSpec.columns`.
         without: Lines that are damaged there, left out.
@@ -53,7 +53,7 @@ PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
 
 
 def packaged_file(name: str) -> Path:
-    """Where a packaged set lies.
+    """Return the file of a packaged set.
 
     Raises:
         UsageError: There is no such set, or the package is missing; the message has the line that
@@ -78,10 +78,10 @@ def packaged_file(name: str) -> Path:
 
 
 def _package() -> Path | None:
-    """Its folder, found without importing it."""
+    """Return its folder, found without importing it."""
     try:
         found = find_spec(PACKAGE)
     except (ImportError, ValueError):
         return None
-    places = None if found is None else found.submodule_search_locations
-    return Path(next(iter(places))) if places else None
+    folders = None if found is None else found.submodule_search_locations
+    return Path(next(iter(folders))) if folders else None

@@ -1,4 +1,4 @@
-"""Under which licence a set's pictures lie, as `mmgraft data prepare` has noted it beside them."""
+"""The licence of a set's images, as `mmgraft data prepare` has noted it beside them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from mmgraft.data.images import is_data_uri
 from mmgraft.evaluation.items.item import Item
 
 FREE = frozenset({"MIT", "CC0", "CC0-1.0"})
-"""Licences under which pictures may go along with a report."""
+"""Licences under which images may go along with a report."""
 
 SOURCES = "*.source.json"
-_LEVELS = 4  # folders above a picture that are looked into
+_LEVELS = 4  # folders above an image that are looked into
 
 
 def stated_licences(file: Path, items: Iterable[Item]) -> set[str | None]:
-    """Licences of a file of items and of their pictures; None stands for one that nothing states.
+    """Return the licences of a file of items and of their images; None is one that nothing states.
 
-    A picture's is that of the nearest folder above it that has source files. The file's own must
+    An image's is that of the nearest folder above it that has source files. The file's own must
     name the file with its SHA-256: a file of one's own, put beside a packaged set, has none.
 
     Args:
         file: Of the items.
-        items: Those whose pictures are to be shown.
+        items: Those whose images are to be shown.
     """
     found = _of(_near(file), file)
     folders = set()
@@ -38,22 +38,22 @@ def stated_licences(file: Path, items: Iterable[Item]) -> set[str | None]:
             else:
                 found.add(None)
     for folder in folders:
-        found |= _of(_near(folder / "picture"))
+        found |= _of(_near(folder / "image"))
     return found
 
 
 def all_free(licences: Iterable[str | None]) -> bool:
-    """Whether every licence is known, and a free one."""
+    """Return whether every licence is known, and a free one."""
     return all(licence in FREE for licence in licences)
 
 
 def none_forbids(licences: Iterable[str | None]) -> bool:
-    """Whether every licence that is known is a free one."""
+    """Return whether every licence that is known is a free one."""
     return all(licence is None or licence in FREE for licence in licences)
 
 
 def _near(path: Path) -> list[dict[str, Any]]:
-    """What the source files say that lie nearest above a path; all of that folder."""
+    """Return what the nearest source files above a path say; all of that folder."""
     for folder in list(path.resolve().parents)[:_LEVELS]:
         files = sorted(folder.glob(SOURCES))
         if files:
@@ -70,7 +70,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _of(sources: Sequence[dict[str, Any]], file: Path | None = None) -> set[str | None]:
-    """Their licences; None where there is none, or none of them names the file."""
+    """Return their licences; None where there is none, or none of them names the file."""
     found: set[str | None] = {source.get("licence") for source in sources}
     if file is not None:
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()

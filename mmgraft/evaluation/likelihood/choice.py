@@ -2,60 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator, Sequence
+from string import ascii_uppercase
+from typing import TYPE_CHECKING
 
 from mmgraft.data.chat.closing import MARKER
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood.likelihood import (
+    Features,
+    Likelihoods,
+    Request,
+    plain_ids,
+    prefix_id,
+)
+from mmgraft.evaluation.metrics.choice import ChoiceScore
+from mmgraft.model.modeling import GraftedModel
+from mmgraft.model.workflow import TEXT_WORKFLOW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mmgraft.data.chat.processor import Encoded, GraftProcessor
+    from mmgraft.data.chat.processor import GraftProcessor
     from mmgraft.data.chat.transcript import Transcript
-    from mmgraft.evaluation.likelihood.likelihood import Features, Request
-    from mmgraft.model.modeling import GraftedModel
-
-By = Literal["sum", "token", "character"]
-
-
-@dataclass(frozen=True)
-class ChoiceScore:
-    """What a model makes of one item's options.
-
-    Attributes:
-        id: The item's.
-        sums: Log-probability of each option's text after the question, in nats.
-        tokens: Tokens of each.
-        characters: Characters of each option.
-    """
-
-    id: str
-    sums: tuple[float, ...]
-    tokens: tuple[int, ...]
-    characters: tuple[int, ...]
-
-    def scores(self, by: By = "sum") -> list[float]:
-        """Log-probabilities as they are, a token, or a character.
-
-        lm-evaluation-harness's `acc` goes by the first, its `acc_norm` by the last.
-        """
-        if by == "sum":
-            return list(self.sums)
-        sizes = self.tokens if by == "token" else self.characters
-        return [one / max(size, 1) for one, size in zip(self.sums, sizes, strict=True)]
-
-    def prediction(self, by: By = "sum") -> int:
-        """The likeliest option; the first of equals."""
-        scores = self.scores(by)
-        return scores.index(max(scores))
-
-
-def shows_options(prompt: str | None) -> bool:
-    """Whether a set's prompt shows the options with letters: then the letters are scored."""
-    return prompt is not None and "{options}" in prompt
 
 
 def score_choices(
@@ -68,105 +37,82 @@ def score_choices(
     letters: bool = False,
     batch_size: int = 16,
     features: Features | None = None,
-    share: bool = True,
-    on_result: Callable[[Sequence[ChoiceScore]], None] = lambda scores: None,
+    on_result: Callable[[Sequence[int], Sequence[ChoiceScore]], None] = lambda indices, scores: (
+        None
+    ),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ChoiceScore]:
-    """Log-probabilities of every option of every item.
+    """Compute log-probabilities of every option of every item, in order.
 
     Args:
         model: A grafted model, or a base by itself.
         processor: The grafted model's.
-        items: With options.
+        items: Items with options.
         workflow: Of all rows; by default items with an image run the model's and others ``text``.
-        chat: Ask through the processor's template, the option as the answer's beginning. Otherwise
-            the one turn's text and, after a space, the option are one plain text, as in
-            lm-evaluation-harness.
+        chat: Apply the processor's template; else question, space and option are one plain text.
         letters: Score "A", "B", ... instead of the options' texts.
-        batch_size: Items at a time, of like length.
-        features: The tower's features of image files; by default images are opened and run through
-            the tower.
-        share: Read each question once for all its options, where that is exact to float rounding.
-        on_result: Given the scores of each batch as it ends, to be kept.
-        progress: Told how many items are scored, and of how many.
-
-    Returns:
-        Scores in the order of the items.
+        batch_size: Items a batch, of like length.
+        features: The tower's features of image files; by default the tower computes them.
+        on_result: Called with the indices and the scores of each batch as it ends.
+        progress: Called with how many items are scored, and of how many.
 
     Raises:
-        UsageError: An item without options, or that cannot be asked so; a graft without the
-            workflow.
+        UsageError: An item without options or that cannot be written so; an unknown workflow.
     """
-    from mmgraft.evaluation.likelihood.likelihood import Likelihoods
-    from mmgraft.model.modeling import GraftedModel
-    from mmgraft.model.workflow import TEXT_WORKFLOW
-
-    requests = [_request(processor, item, chat, letters) for item in items]
+    options = [_options(item, letters) for item in items]
+    pairs = zip(items, options, strict=True)
+    requests = [_request(processor, item, texts, chat) for item, texts in pairs]
     found: dict[int, ChoiceScore] = {}
-    sees = workflow
-    if isinstance(model, GraftedModel) and workflow != TEXT_WORKFLOW:
-        sees = model.workflow(workflow).name
-    for with_images in (True, False):
-        chosen = [at for at, item in enumerate(items) if item.has_image is with_images]
-        if not chosen:
-            continue
-        name = (sees if with_images else workflow) or TEXT_WORKFLOW
-        likelihoods = Likelihoods(model, processor, name, features, share)
-        asked = [requests[at] for at in chosen]
-        _refuse_long(asked, [items[at] for at in chosen], likelihoods.length)
-        for places in likelihoods.batches(asked, batch_size):
-            sums = likelihoods.score([asked[place] for place in places])
-            scores = [
-                _score(items[chosen[place]], asked[place], one, letters)
-                for place, one in zip(places, sums, strict=True)
-            ]
-            found.update(zip((chosen[place] for place in places), scores, strict=True))
-            on_result(scores)
+    for name, chosen in _by_workflow(model, items, workflow):
+        likelihoods = Likelihoods(model, processor, name, features)
+        for at in chosen:
+            _refuse_long(items[at], requests[at], likelihoods.length)
+        for batch in likelihoods.batches([requests[at] for at in chosen], batch_size):
+            indices = [chosen[one] for one in batch]
+            sums = likelihoods.score([requests[at] for at in indices])
+            for at, one in zip(indices, sums, strict=True):
+                tokens = tuple(map(len, requests[at].continuations))
+                characters = tuple(map(len, options[at]))
+                found[at] = ChoiceScore(items[at].id, tuple(one), tokens, characters)
+            on_result(indices, [found[at] for at in indices])
             progress(len(found), len(items))
     return [found[at] for at in range(len(items))]
 
 
-def _score(item: Item, request: Request, sums: Sequence[float], letters: bool) -> ChoiceScore:
-    return ChoiceScore(
-        item.id,
-        tuple(sums),
-        tuple(len(each) for each in request.continuations),
-        tuple(len(text) for text in _texts(item, letters)),
-    )
+def _by_workflow(
+    model: GraftedModel | PreTrainedModel, items: Sequence[Item], workflow: str | None
+) -> Iterator[tuple[str, list[int]]]:
+    """Yield the workflow of items with images, and of those without, with their indices."""
+    sees = workflow
+    if isinstance(model, GraftedModel) and workflow != TEXT_WORKFLOW:
+        sees = model.workflow(workflow).name
+    for with_images, name in ((True, sees), (False, workflow)):
+        chosen = [at for at, item in enumerate(items) if item.has_image is with_images]
+        if chosen:
+            yield name or TEXT_WORKFLOW, chosen
 
 
-def _texts(item: Item, letters: bool) -> list[str]:
-    if not letters:
-        return list(item.options)
-    return [chr(ord("A") + at) for at in range(len(item.options))]
+def _options(item: Item, letters: bool) -> list[str]:
+    """Return what is scored: the options' texts or letters."""
+    if not item.options:
+        raise UsageError(f"{item.where}: no options to score; give at least two")
+    return list(ascii_uppercase[: len(item.options)] if letters else item.options)
 
 
-def _refuse_long(requests: Sequence[Request], items: Sequence[Item], length: int) -> None:
-    for request, item in zip(requests, items, strict=True):
-        if request.images and request.longest > length:
-            raise UsageError(
-                f"{item.where}: the question has {request.longest} positions with its images and "
-                f"an option, and the base reads {length}; shorten it, or leave it out"
-            )
+def _refuse_long(item: Item, request: Request, length: int) -> None:
+    longest = request.longest
+    if request.images and longest > length:
+        raise UsageError(
+            f"{item.where}: the question has {longest} positions with its images and an option, "
+            f"and the base reads {length}; shorten it, or leave it out"
+        )
 
 
 # -- questions as ids ---------------------------------------------------------------------------
 
 
-def _request(processor: GraftProcessor, item: Item, chat: bool, letters: bool) -> Request:
-    from mmgraft.evaluation.likelihood.likelihood import Request
-
-    if not item.options:
-        raise UsageError(f"{item.where}: no options to score; give at least two")
-    texts = _texts(item, letters)
-    if chat:
-        encoded, continuations = _chat(processor, item, texts)
-        request = Request(
-            encoded.input_ids, continuations, encoded.kinds, encoded.images, encoded.sizes
-        )
-    else:
-        context, continuations = _plain(processor, item, texts)
-        request = Request(context, continuations)
+def _request(processor: GraftProcessor, item: Item, texts: Sequence[str], chat: bool) -> Request:
+    request = (_chat if chat else _plain)(processor, item, texts)
     for text, ids in zip(texts, request.continuations, strict=True):
         if not ids:
             raise UsageError(
@@ -175,50 +121,43 @@ def _request(processor: GraftProcessor, item: Item, chat: bool, letters: bool) -
     return request
 
 
-def _plain(
-    processor: GraftProcessor, item: Item, texts: Sequence[str]
-) -> tuple[list[int], list[list[int]]]:
-    """Question and options as one text each, cut where the question's own ids end.
+def _plain(processor: GraftProcessor, item: Item, texts: Sequence[str]) -> Request:
+    """Write question and options as one text each, cut where the question's own ids end.
 
     Spaces at the question's end belong to the options. Source: lm-evaluation-harness, how it
     encodes a context and a continuation.
     """
-    from mmgraft.evaluation.likelihood.likelihood import plain_ids, prefix_id
-
     if item.has_image or len(item.messages) != 1:
         raise UsageError(
-            f"{item.where}: {'an image' if item.has_image else 'several turns'} cannot be asked as "
-            "plain text; ask through the chat template (chat: true in a set of text)"
+            f"{item.where}: {'an image' if item.has_image else 'several turns'} cannot be written "
+            "as plain text; use the chat template (chat: true in a set of text)"
         )
     tokenizer = processor.tokenizer
     question = str(item.messages[0]["content"])
     stripped = question.rstrip()
     gap = question[len(stripped) :]
     if not stripped:
-        first = prefix_id(tokenizer)
-        return [first], [
-            list(tokenizer.encode(f"{gap} {text}", add_special_tokens=False)) for text in texts
-        ]
+        wholes = [tokenizer.encode(f"{gap} {text}", add_special_tokens=False) for text in texts]
+        return Request([prefix_id(tokenizer)], wholes)
     context = plain_ids(tokenizer, stripped)
     wholes = [plain_ids(tokenizer, f"{stripped}{gap} {text}") for text in texts]
-    return context, [whole[len(context) :] for whole in wholes]
+    return Request(context, [whole[len(context) :] for whole in wholes])
 
 
-def _chat(
-    processor: GraftProcessor, item: Item, texts: Sequence[str]
-) -> tuple[Encoded, list[list[int]]]:
-    """The conversation up to the answer, and each option as the answer's first ids."""
+def _chat(processor: GraftProcessor, item: Item, texts: Sequence[str]) -> Request:
+    """Write the conversation up to the answer, and each option as the answer's first ids."""
     messages = [dict(message) for message in item.messages]
     transcript = processor.transcript(messages, where=item.where)
     prompt = transcript.render(add_generation_prompt=True)
     context = transcript.ids(prompt)
     gap = _gap(transcript, prompt)
-    wholes = [transcript.ids(f"{prompt}{gap}{text}") for text in texts]
-    return processor.expand(transcript, context), [whole[len(context) :] for whole in wholes]
+    wholes = [transcript.ids(f"{prompt}{gap}{text}")[len(context) :] for text in texts]
+    encoded = processor.expand(transcript, context)
+    return Request(encoded.input_ids, wholes, encoded.kinds, encoded.images, encoded.sizes)
 
 
 def _gap(transcript: Transcript, prompt: str) -> str:
-    """What the template writes between the answer's header and the answer."""
+    """Return what the template writes between the answer's header and the answer."""
     answer = {"role": "assistant", "content": MARKER}
     whole = transcript.render([*transcript.messages, answer])
     at = whole.find(MARKER, len(prompt))

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from mmgraft.data.batches.padding import pad
+from mmgraft.data.batches.padding import Side, pad
 from mmgraft.data.images import open_images
+from mmgraft.evaluation.generate.answers import Features
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
 if TYPE_CHECKING:
     from mmgraft.data.chat.processor import GraftProcessor
-
-Features = Callable[[list[Path]], Tensor]
-"""The tower's features of image files, ``(sum of entries, tower width)``."""
 
 DEFAULT_LENGTH = 2048
 """Context length of a base that names none, as in lm-evaluation-harness."""
@@ -69,7 +67,6 @@ class Likelihoods:
         workflow: Of all rows, for a grafted model.
         features: The tower's features of image files; by default images are opened and run through
             the tower.
-        share: Read contexts once where that is exact.
     """
 
     def __init__(
@@ -78,7 +75,6 @@ class Likelihoods:
         processor: GraftProcessor,
         workflow: str = TEXT_WORKFLOW,
         features: Features | None = None,
-        share: bool = True,
     ) -> None:
         self.model, self.processor, self.workflow = model, processor, workflow
         self.features = features
@@ -88,33 +84,24 @@ class Likelihoods:
         self._takes_positions = (
             "position_ids" in inspect.signature(base.base_model.forward).parameters
         )
-        self.share = share and self._cacheable()
+        self.share = self._cacheable()
 
     def batches(self, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
-        """Places of requests in batches of like length, the longest first.
+        """Return indices of requests in batches of like length, the longest first.
 
         A batch has ``batch_size`` requests at most, and as few as its logits ask for.
         """
-        order = sorted(range(len(requests)), key=lambda at: (-requests[at].longest, at))
-        most = LOGITS_AT_ONCE // int(self.config.get_text_config().vocab_size)
-        made: list[list[int]] = []
-        rows = width = 0
-        for at in order:
-            more = len(requests[at].continuations)
-            own = max(map(len, requests[at].continuations)) if self.share else requests[at].longest
-            width = max(width, own)
-            if not made or len(made[-1]) == batch_size or (rows + more) * width > most:
-                made.append([])
-                rows, width = 0, own
-            made[-1].append(at)
-            rows += more
-        return made
+        sizes = []
+        for request in requests:
+            width = max(map(len, request.continuations)) if self.share else request.longest
+            sizes.append((request.longest, len(request.continuations), width))
+        return batches(sizes, batch_size, positions_at_once(self.config))
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request]) -> list[list[float]]:
-        """Each continuation's log-probability after its context, in nats.
+        """Return each continuation's log-probability after its context, in nats.
 
-        A row longer than the model's context length loses its beginning, as in
+        A row longer than the model's context length loses its prefix, as in
         lm-evaluation-harness.
         """
         if self.share and max(request.longest for request in requests) <= self.length:
@@ -126,18 +113,18 @@ class Likelihoods:
     def _shared(self, requests: Sequence[Request]) -> list[list[float]]:
         contexts = [list(request.context) for request in requests]
         kinds = [list(request.kinds) or [0] * len(request.context) for request in requests]
-        mask = self._tensor(pad([[1] * len(ids) for ids in contexts], 0, "left"))
+        ids, mask = self._padded(contexts, "left")
         cache = DynamicCache(config=self.config)
         logits = self._forward(
-            self._tensor(pad(contexts, self.processor.pad_id, "left")),
+            ids,
             mask,
-            self._tensor(pad(kinds, 0, "left")),
+            pad(kinds, 0, "left").to(mask.device),
             self._images(requests),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )  # (b, 1, vocab)
-        first = _log_probabilities(logits[:, -1:])[:, 0]  # (b, vocab)
+        first = logits[:, -1].float().log_softmax(-1)  # (b, vocab)
         sums = [
             [float(first[row, each[0]]) for each in request.continuations]
             for row, request in enumerate(requests)
@@ -153,8 +140,7 @@ class Likelihoods:
         rows = [list(requests[row].continuations[at]) for row, at in longer]
         owners = torch.tensor([row for row, _ in longer], device=mask.device)
         cache.batch_select_indices(owners)
-        given = self._tensor(pad([row[:-1] for row in rows], self.processor.pad_id, "right"))
-        real = self._tensor(pad([[1] * (len(row) - 1) for row in rows], 0, "right"))
+        given, real = self._padded([row[:-1] for row in rows], "right")
         both = torch.cat([mask[owners], real], dim=1)
         logits = self._forward(
             given, both, torch.zeros_like(given), {}, past_key_values=cache, use_cache=True
@@ -164,7 +150,7 @@ class Likelihoods:
         return sums
 
     def _whole(self, requests: Sequence[Request]) -> list[list[float]]:
-        """Every continuation with its context."""
+        """Score every continuation with its context."""
         rows, kinds, starts, wanted, owners = [], [], [], [], []
         for request in requests:
             before = list(request.kinds) or [0] * len(request.context)
@@ -175,19 +161,11 @@ class Likelihoods:
                 starts.append(len(rows[-1]) - len(each))
                 wanted.append(each)
                 owners.append(request)
-        logits = self._forward(
-            self._tensor(pad(rows, self.processor.pad_id, "right")),
-            self._tensor(pad([[1] * len(row) for row in rows], 0, "right")),
-            self._tensor(pad(kinds, 0, "right")),
-            self._images(owners),
-            use_cache=False,
-        )
-        sums = iter(
-            [
-                _sum(each[start : start + len(ids)], ids)
-                for each, start, ids in zip(logits, starts, wanted, strict=True)
-            ]
-        )
+        ids, mask = self._padded(rows, "right")
+        kinds_of_all = pad(kinds, 0, "right").to(mask.device)
+        logits = self._forward(ids, mask, kinds_of_all, self._images(owners), use_cache=False)
+        parts = zip(logits, starts, wanted, strict=True)
+        sums = iter([_sum(each[start : start + len(ids)], ids) for each, start, ids in parts])
         return [[next(sums) for _ in request.continuations] for request in requests]
 
     # -- steps ----------------------------------------------------------------------------------
@@ -217,24 +195,52 @@ class Likelihoods:
         pixels = self.processor.pixels(open_images(images, "a question"))
         return {**given, "pixel_values": pixels.to(self.model.device)}
 
-    def _tensor(self, padded: Tensor) -> Tensor:
-        return padded.to(self.model.device)
+    def _padded(self, rows: Sequence[Sequence[int]], side: Side) -> tuple[Tensor, Tensor]:
+        """Return ids and mask of rows."""
+        ids = pad(rows, self.processor.pad_id, side).to(self.model.device)
+        return ids, pad([[1] * len(row) for row in rows], 0, side).to(ids.device)
 
     def _cacheable(self) -> bool:
         if isinstance(self.model, GraftedModel) and self.workflow != TEXT_WORKFLOW:
-            cacheable = self.model.workflow(self.workflow).graft.cacheable
-            return cacheable and can_go_on(self.config)
+            cached = not self.model.workflow(self.workflow).graft.promises.cache
+            return cached and can_go_on(self.config)
         return can_go_on(self.config)
 
 
+def batches(sizes: Sequence[tuple[int, int, int]], batch_size: int, most: int) -> list[list[int]]:
+    """Return indices in batches of like length, the longest first.
+
+    Args:
+        sizes: Length of each, its rows, and for how many positions of a row logits are computed.
+        batch_size: The most indices of a batch.
+        most: The most positions of a batch, rows being padded to the widest.
+    """
+    made: list[list[int]] = []
+    rows = width = 0
+    for at in sorted(range(len(sizes)), key=lambda at: (-sizes[at][0], at)):
+        _, more, own = sizes[at]
+        width = max(width, own)
+        if not made or len(made[-1]) == batch_size or (rows + more) * width > most:
+            made.append([])
+            rows, width = 0, own
+        made[-1].append(at)
+        rows += more
+    return made
+
+
+def positions_at_once(config: Any) -> int:
+    """Return at how many positions one pass may compute logits."""
+    return max(1, LOGITS_AT_ONCE // int(config.get_text_config().vocab_size))
+
+
 def can_go_on(config: Any) -> bool:
-    """Whether a base that goes on from a cache gives what a full pass gives, to float rounding."""
+    """Return whether a base that goes on from a cache gives what a full pass gives."""
     types = getattr(config.get_text_config(), "layer_types", None)
     return types is None or _PLAIN_LAYERS.issuperset(types)
 
 
 def context_length(config: Any, tokenizer: Any = None) -> int:
-    """Positions that a model reads at most, found where lm-evaluation-harness finds them."""
+    """Return the positions that a model reads at most, found as lm-evaluation-harness does."""
     text = getattr(config, "text_config", None) or config
     for name in _LENGTHS:
         value = getattr(text, name, None)
@@ -245,25 +251,21 @@ def context_length(config: Any, tokenizer: Any = None) -> int:
 
 
 def prefix_id(tokenizer: Any) -> int:
-    """What stands before a text that has no context: beginning of sequence, else its end."""
+    """Return what stands before a text without context: beginning of sequence, else its end."""
     found = tokenizer.bos_token_id
     return int(tokenizer.eos_token_id if found is None else found)
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """A text's ids with what the tokenizer puts around a text of its own accord.
+    """Return a text's ids with the special tokens that the tokenizer adds.
 
-    A text that says the beginning of sequence itself does not get another.
+    A text that contains the beginning of sequence itself does not get another.
     """
     says = text.startswith(tokenizer.decode(prefix_id(tokenizer)))
     return list(tokenizer.encode(text, **({"add_special_tokens": False} if says else {})))
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)
-
-
 def _sum(logits: Tensor, ids: Sequence[int]) -> float:
-    """The log-probability of ids, from the logits at the positions before them ``(n, vocab)``."""
+    """Return the log-probability of ids, from the logits before them ``(n, vocab)``."""
     wanted = torch.tensor(ids, device=logits.device)
-    return float(_log_probabilities(logits).gather(-1, wanted[:, None]).double().sum())
+    return float(logits.float().log_softmax(-1).gather(-1, wanted[:, None]).double().sum())

@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mmgraft.data.batches.padding import pad
-from mmgraft.data.chat.masking import supervise
+from mmgraft.data.chat.labels import supervise
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.likelihood.likelihood import (
-    LOGITS_AT_ONCE,
+    batches,
     can_go_on,
     context_length,
     plain_ids,
+    positions_at_once,
     prefix_id,
 )
-from mmgraft.evaluation.metrics.intervals import Statistic, ratio
-from mmgraft.evaluation.metrics.measured import Measured
+from mmgraft.evaluation.metrics.intervals import Measured, Statistic, share
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
@@ -38,12 +38,12 @@ _POSITIONS = 64  # whose fp32 probabilities are held at once; more cost page fau
 
 @dataclass(frozen=True)
 class WindowScore:
-    """What was found on the tokens that one window predicts, all of them summed.
+    """Sums over the tokens that one window predicts.
 
     Attributes:
         tokens: How many.
         log_likelihood: Of the tokens, in nats.
-        base_log_likelihood: The same by the base; None where none was asked.
+        base_log_likelihood: The same by the base; None without one.
         kl: KL divergence of the model's predictions from the base's, in nats.
     """
 
@@ -84,7 +84,7 @@ class Window:
 
 
 def rolling_windows(ids: Sequence[int], prefix: int, length: int) -> list[Window]:
-    """Cut a text so that every id is predicted once, each with as much before it as it can have.
+    """Cut a text so that every id is predicted once, each with the longest context there can be.
 
     The first window begins with ``prefix``. The others are predicted whole, but the last, which
     reads back so far that it is as long as the others. As lm-evaluation-harness rolls (its
@@ -108,16 +108,16 @@ def rolling_windows(ids: Sequence[int], prefix: int, length: int) -> list[Window
 
 
 def conversation(item: Item) -> list[dict[str, Any]]:
-    """A chat's messages, its answer last."""
-    asked = [dict(message) for message in item.messages]
-    return [*asked, {"role": "assistant", "content": item.answers[0]}]
+    """Return a chat's messages, its answer last."""
+    before = [dict(message) for message in item.messages]
+    return [*before, {"role": "assistant", "content": item.answers[0]}]
 
 
 def answer_window(processor: GraftProcessor, item: Item, length: int) -> Window:
-    """The ids of a chat, of which the last answer is predicted, as training learns it.
+    """Return the ids of a chat, of which the last answer is predicted, as in training.
 
     That is its text and the token that ends the turn. A chat that is longer than ``length`` loses
-    its beginning.
+    its prefix.
 
     Args:
         processor: Its template writes the chat.
@@ -146,63 +146,64 @@ def score_texts(
     *,
     base: PreTrainedModel | None = None,
     batch_size: int = 16,
-    length: int | None = None,
     chat: bool = False,
-    on_result: Callable[[TextScore], None] = lambda score: None,
+    on_result: Callable[[Sequence[int], Sequence[TextScore]], None] = lambda at, scores: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TextScore]:
-    """Log-likelihood of texts, and in the same pass KL(base || model) at every token predicted.
-
-    Of plain texts equal to lm-evaluation-harness's rolling log-likelihood.
+    """Compute the log-likelihood of texts, and in the same pass KL(base || model) of all tokens.
 
     Args:
-        model: A graft, whose text workflow is asked, or a base by itself; in eval mode.
-        processor: The graft's. Of plain texts only its tokenizer is used, and no template.
+        model: A graft, whose text workflow runs, or a base by itself; in eval mode.
+        processor: The graft's; for plain texts its tokenizer alone.
         items: Texts, as their `question`; or chats.
-        base: What to compare with.
-        batch_size: Windows at a time, of like length; fewer where their logits would be many.
-        length: Ids that a window reads; default: what the base was made for.
-        chat: Items are questions, and of each chat its answer is predicted.
-        on_result: Given each text's score when it is whole, to be kept.
-        progress: Told how many texts are scored, and of how many.
-
-    Returns:
-        Scores in the order of the items.
+        base: The model to compare with.
+        batch_size: Windows a batch; fewer where their logits would be many.
+        chat: Items are questions whose answers are predicted.
+        on_result: Called with the index and the score of each text when it is whole.
+        progress: Called with how many texts are scored, and of how many.
 
     Raises:
         UsageError: See :func:`answer_window`.
     """
-    stock = model.base if isinstance(model, GraftedModel) else model
-    tokenizer, config = processor.tokenizer, stock.config
-    length = length or context_length(config, tokenizer)
-    if chat:
-        cut = [[answer_window(processor, item, length)] for item in items]
-    else:
-        first = prefix_id(tokenizer)
-        ids = [plain_ids(tokenizer, item.question) for item in items]
-        cut = [rolling_windows(each, first, length) for each in ids]
-    texts = [item.answers[0] if chat else item.question for item in items]
-    places = [(at, number) for at, windows in enumerate(cut) for number in range(len(windows))]
+    config = (model.base if isinstance(model, GraftedModel) else model).config
+    cut = _windows(processor, items, context_length(config, processor.tokenizer), chat)
+    numbered = [(at, number) for at, windows in enumerate(cut) for number in range(len(windows))]
+    sizes = [(len(cut[at][number].given), 1, len(cut[at][number].given)) for at, number in numbered]
     found: dict[tuple[int, int], WindowScore] = {}
     whole: dict[int, TextScore] = {}
-    left = [len(windows) for windows in cut]
-    step = max(1, LOGITS_AT_ONCE // int(config.get_text_config().vocab_size))
-    for chosen in _batches(places, cut, batch_size, step):
+
+    def end(at: int) -> None:
+        scores = tuple(found[at, number] for number in range(len(cut[at])))
+        whole[at] = _text_score(items[at], chat, scores)
+        on_result([at], [whole[at]])
+
+    step = positions_at_once(config)
+    for batch in batches(sizes, batch_size, step):
+        chosen = [numbered[one] for one in batch]
         windows = [cut[at][number] for at, number in chosen]
         found.update(zip(chosen, _score(model, base, processor.pad_id, windows, step), strict=True))
-        for at, _ in chosen:
-            left[at] -= 1
         for at in dict.fromkeys(at for at, _ in chosen):
-            if not left[at]:
-                scores = tuple(found[at, number] for number in range(len(cut[at])))
-                whole[at] = _text_score(items[at].id, texts[at], scores)
-                on_result(whole[at])
+            if all((at, number) in found for number in range(len(cut[at]))):
+                end(at)
         progress(len(whole), len(items))
-    for at, windows in enumerate(cut):
-        if not windows:  # nothing that the tokenizer knows
-            whole[at] = _text_score(items[at].id, texts[at], ())
-            on_result(whole[at])
+    for at in [at for at, windows in enumerate(cut) if not windows]:
+        end(at)  # nothing that the tokenizer knows
     return [whole[at] for at in range(len(items))]
+
+
+def _windows(
+    processor: GraftProcessor, items: Sequence[Item], length: int, chat: bool
+) -> list[list[Window]]:
+    if chat:
+        return [[answer_window(processor, item, length)] for item in items]
+    first = prefix_id(processor.tokenizer)
+    ids = [plain_ids(processor.tokenizer, item.question) for item in items]
+    return [rolling_windows(each, first, length) for each in ids]
+
+
+def _text_score(item: Item, chat: bool, windows: tuple[WindowScore, ...]) -> TextScore:
+    text = item.answers[0] if chat else item.question
+    return TextScore(item.id, len(re.split(r"\s+", text)), len(text.encode()), windows)
 
 
 def measure_texts(
@@ -210,7 +211,7 @@ def measure_texts(
     of_base: bool = False,
     together: Sequence[str] | None = None,
 ) -> tuple[Measured, list[str | int]]:
-    """Perplexities, and KL to the base where it was measured.
+    """Measure perplexities, and KL to the base where it was computed.
 
     `perplexity` is a token's, `word_perplexity` and `byte_perplexity` are those of
     lm-evaluation-harness: the exponential of the negative log-likelihood of all texts by their
@@ -219,14 +220,14 @@ def measure_texts(
     Args:
         scores: Of the texts.
         of_base: Measure the base's own log-likelihoods instead.
-        together: What each text is drawn with; by default each by itself.
+        together: What each text is resampled with; by default each by itself.
 
     Returns:
-        The measured, one row a window, and the groups to draw: the texts, or the windows where
+        The measured, one row a window, and the groups to resample: the texts, or the windows where
         there is one text alone.
 
     Raises:
-        UsageError: No token was predicted, or the base was not asked.
+        UsageError: No token was predicted, or the base did not score.
     """
     rows: list[list[float]] = []
     groups: list[str | int] = []
@@ -236,52 +237,25 @@ def measure_texts(
         for number, window in enumerate(score.windows):
             likelihood = window.base_log_likelihood if of_base else window.log_likelihood
             if likelihood is None:
-                raise UsageError(
-                    "the base was not asked about these texts; ask it in the same pass"
-                )
-            share = window.tokens / total
+                raise UsageError("the base did not score these texts; give it in the same pass")
+            part = window.tokens / total
             rows.append(
-                [-likelihood, window.tokens, score.words * share, score.bytes * share]
+                [-likelihood, window.tokens, score.words * part, score.bytes * part]
                 + ([] if of_base or window.kl is None else [window.kl])
             )
             groups.append(name if len(scores) > 1 else number)
     if not rows:
         raise UsageError("the tokenizer finds no token in these texts; give others")
     statistics: dict[str, Statistic] = {
-        name: _exponential(0, at) for at, name in enumerate(_PERPLEXITIES, start=1)
+        name: lambda sums, at=at: np.exp(share(0, at)(sums))
+        for at, name in enumerate(("perplexity", "word_perplexity", "byte_perplexity"), start=1)
     }
-    if len(rows[0]) > len(_PERPLEXITIES) + 1:
-        statistics["kl_to_base"] = lambda sums: ratio(sums[..., [4, 1]])
+    if len(rows[0]) > 4:
+        statistics["kl_to_base"] = share(4, 1)
     return Measured(np.array(rows), statistics, "perplexity"), groups
 
 
-_PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
-
-
-def _exponential(above: int, below: int) -> Statistic:
-    return lambda sums: np.exp(ratio(sums[..., [above, below]]))
-
-
-def _text_score(name: str, text: str, windows: tuple[WindowScore, ...]) -> TextScore:
-    return TextScore(name, len(re.split(r"\s+", text)), len(text.encode()), windows)
-
-
 # -- one batch ----------------------------------------------------------------------------------
-
-
-def _batches(
-    places: Sequence[tuple[int, int]], cut: Sequence[Sequence[Window]], batch_size: int, most: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Windows of like length, the longest first, ``most`` positions at a time where they fit."""
-    size = {place: len(cut[place[0]][place[1]].given) for place in places}
-    batch: list[tuple[int, int]] = []
-    for place in sorted(places, key=lambda place: (-size[place], place)):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * size[batch[0]] > most):
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _score(
@@ -291,7 +265,7 @@ def _score(
     windows: Sequence[Window],
     step: int,
 ) -> list[WindowScore]:
-    """A batch, in stretches of ``step`` positions where a window is longer."""
+    """Score a batch, in stretches of ``step`` positions where a window is longer."""
     given = pad([window.given for window in windows], fill, "right")  # no row sees its padding
     begins = [len(window.given) - len(window.wanted) for window in windows]
     sums = torch.zeros(len(windows), 3, dtype=torch.float64)
@@ -316,7 +290,7 @@ def _score(
 
 
 def _compare(logits: Tensor, others: Tensor | None, wanted: Tensor) -> Tensor:
-    """Sums of log-likelihood, the base's, and KL(base || model), from ``(n, vocab)`` logits."""
+    """Return sums of log-likelihood, the base's, and KL(base || model), of ``(n, vocab)``."""
     sums = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(wanted), _POSITIONS):
         part = slice(start, start + _POSITIONS)
@@ -334,7 +308,7 @@ def _compare(logits: Tensor, others: Tensor | None, wanted: Tensor) -> Tensor:
 def _stretches(
     model: GraftedModel | PreTrainedModel, given: Tensor, step: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Where each stretch begins, and its logits ``(b, stretch, vocab)``."""
+    """Yield where each stretch begins, and its logits ``(b, stretch, vocab)``."""
     stock = model.base if isinstance(model, GraftedModel) else model
     run: Callable[..., Any] = model
     ids = given.to(model.device)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, asked of a grafted model through the harness's own code.
+"""Tasks of lm-evaluation-harness on a grafted model, through the harness's own code.
 
 Source: EleutherAI's lm-evaluation-harness (package `lm-eval`): prompts, scoring and metrics are its
 own; here its models get the graft's forward and its numbers get intervals.
@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,17 @@ Announce = Callable[[str], None]
 _NEAR = 5
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A task, a group that says how its tasks are put together, or the list of a tag's tasks."""
+
+    name: str
+    loaded: Any
+    leaves: list[Any]
+    images: bool
+    workflow: str
+
+
 def evaluate_harness(
     answerer: Answerer,
     tasks: Sequence[str],
@@ -36,8 +48,6 @@ def evaluate_harness(
     workflow: str | None = None,
     batch_size: int = 8,
     limit: int | None = None,
-    num_fewshot: int | None = None,
-    apply_chat_template: bool | None = None,
     include_path: str | Path | None = None,
     untouched: PreTrainedModel | None = None,
     announce: Announce = lambda message: None,
@@ -45,104 +55,65 @@ def evaluate_harness(
     """Run tasks by name.
 
     A set is a task, or a group whose own file says how its tasks are put together (their scores are
-    its `kinds`); a tag, or a group that says nothing, gives a set for each of its tasks. The scores
-    are the harness's numbers under the harness's names (`acc`, `acc_norm`, `word_perplexity`;
-    `exact_match,flexible` where a filter has a name).
+    its `kinds`); a tag, or a group that says nothing, gives a set for each of its tasks. Scores
+    have the harness's names. Prompts with images are chats; text is bare, as the harness has it.
 
     Args:
         answerer: The model and its processor.
         tasks: Names of tasks, groups or tags, or paths of task files.
-        workflow: Of all rows; by default ``text`` for tasks without images, the graft's for others.
-        batch_size: Rows at a time.
+        workflow: Of all rows; by default ``text`` for tasks without images, else the graft's.
+        batch_size: Rows a batch.
         limit: First documents of each task.
-        num_fewshot: Examples before each question, where the task does not fix their number.
-        apply_chat_template: Whether prompts are chats. By default those with images are, since a
-            graft learns them so, and text is asked bare, as the harness does.
         include_path: Folder of further task files, found at any depth.
-        untouched: The base without a graft, of which text tasks are asked too.
-        announce: Told what is done.
-
-    Returns:
-        Sets in the order of `tasks`; ``settings["workflow"]`` tells text from images.
+        untouched: The base without a graft, which text tasks are run on, too.
+        announce: Called with sentences about what is done.
 
     Raises:
-        UsageError: The extra is missing; a task is unknown, not text or images, mixed, or not of
-            this workflow; its file or data are not there; the harness refuses it.
+        UsageError: The extra is missing; a task is unknown, cannot run, or is refused.
         MMGraftError: A task's data could not be fetched.
     """
-    require_harness()
-    if not tasks:
-        raise UsageError("no task to run; name at least one")
+    manager = require_tasks(tasks, include_path)
     if workflow not in (None, TEXT_WORKFLOW):
-        answerer.model.workflow(workflow)
-    names = list(dict.fromkeys(tasks))
-    manager = _manager(names, include_path)
-    loaded = {name: _load(manager, name) for name in names}
-    kinds = {name: _workflow_of(answerer, name, loaded[name], workflow) for name in names}
+        answerer.model.workflow(workflow)  # says which there are
+    names = dict.fromkeys(tasks)
+    loaded = [_task(answerer, name, _load(manager, name), workflow) for name in names]
     results: list[SetResult] = []
-    for name in names:
-        chosen = kinds[name]
-        images = _has_images(loaded[name])
-        chat = images if apply_chat_template is None else apply_chat_template
-        if chat and not images and answerer.processor.template.kind == "plain":
-            raise UsageError(
-                f"task {name}: this graft's base has no chat template; leave the chat template out"
-            )
-        settings = {
-            "harness": f"lm-eval {version('lm-eval')}",
-            "workflow": chosen,
-            "chat_template": chat,
-            "batch_size": batch_size,
-            "limit": limit,
-        }
-        given = {
-            "limit": limit,
-            "num_fewshot": num_fewshot,
-            "apply_chat_template": chat,
-            "task_manager": manager,
-        }
-        announce(f"lm-eval: {name}, workflow {chosen}")
+    for task in loaded:
+        announce(f"lm-eval: {task.name}, workflow {task.workflow}")
         started = time.monotonic()
-        after = _run(_model(answerer, chosen, batch_size, images, chat), name, loaded[name], given)
+        given = {"limit": limit, "apply_chat_template": task.images, "task_manager": manager}
+        after = _run(_model(answerer, task, batch_size), task, given)
         before = None
-        if untouched is not None and not images:
-            from mmgraft.evaluation.lm_eval.models import plain_lm
-
-            lm = plain_lm(untouched, answerer.processor, batch_size)
-            before = _run(lm, name, loaded[name], given)
+        if untouched is not None and not task.images:
+            before = _run(_base(untouched, answerer, batch_size), task, given)
         seconds = time.monotonic() - started
-        sets = _sets(name, loaded[name], after, before, settings, announce)
+        settings = {"batch_size": batch_size, "limit": limit}
+        sets = _sets(task, after, before, settings, announce)
         results += [one.model_copy(update={"seconds": seconds / len(sets)}) for one in sets]
     return results
 
 
-def require_harness() -> None:
-    """Refuse tasks where the harness is not installed.
+def require_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
+    """Return the harness's index of tasks, before a model is loaded.
 
     Raises:
-        UsageError: It is not; the message has the line that installs it.
+        UsageError: The harness is not installed, the message has the line that installs it; no
+            task, or one that is unknown, and near ones are named.
     """
     if find_spec("lm_eval") is None:
         raise UsageError(
             "tasks of lm-evaluation-harness need a package more: pip install 'mmgraft[eval]'"
         )
-
-
-def require_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
-    """Refuse tasks that the harness does not have, before anything is asked.
-
-    Raises:
-        UsageError: It is not installed; a task is unknown, and near ones are named.
-    """
-    require_harness()
-    _manager(list(tasks), include_path)
+    if not tasks:
+        raise UsageError("no task to run; name at least one")
+    return _manager(list(tasks), include_path)
 
 
 # -- what to run --------------------------------------------------------------------------------
 
 
 def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
-    """The harness's index of tasks; its own fourteen thousand files only where they are needed."""
+    """Return the harness's index of tasks; its own files only where needed."""
     from lm_eval.tasks import TaskManager
 
     given = None
@@ -162,7 +133,7 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
 
 
 def _whole(index: dict[str, Any], name: str) -> bool:
-    """Whether an index holds a task, or a group and all its tasks; of a tag no index can say."""
+    """Return whether an index holds a task, or a group and all its tasks."""
     entry = index.get(name)
     if entry is None or entry.cfg is None:
         return False
@@ -188,7 +159,7 @@ def _unknown(name: str, known: Sequence[str], mine: Any, include_path: str | Non
 
 
 def _load(manager: Any, name: str) -> Any:
-    """A task or group with its data, or the list of a tag's tasks."""
+    """Load a task or group with its data, or the list of a tag's tasks."""
     try:
         loaded = manager.load([name])
     except FileNotFoundError as error:
@@ -209,21 +180,13 @@ def _load(manager: Any, name: str) -> Any:
     return list(loaded["tasks"].values())
 
 
-def _leaves(loaded: Any) -> list[Any]:
-    return loaded if isinstance(loaded, list) else loaded.get_all_tasks()
-
-
-def _has_images(loaded: Any) -> bool:
-    return bool(getattr(_leaves(loaded)[0], "MULTIMODAL", False))
-
-
-def _workflow_of(answerer: Answerer, name: str, loaded: Any, workflow: str | None) -> str:
-    """The workflow of a task.
+def _task(answerer: Answerer, name: str, loaded: Any, workflow: str | None) -> _Task:
+    """Check what was loaded, and choose its workflow.
 
     Raises:
-        UsageError: It cannot run these tasks.
+        UsageError: No workflow can run these tasks, or not the one that is given.
     """
-    leaves = _leaves(loaded)
+    leaves = loaded if isinstance(loaded, list) else loaded.get_all_tasks()
     if not leaves:
         raise UsageError(f"{name} has no task in it; name another")
     for task in leaves:
@@ -234,15 +197,24 @@ def _workflow_of(answerer: Answerer, name: str, loaded: Any, workflow: str | Non
             )
         if task.get_config("doc_to_audio"):
             raise UsageError(f"task {task.task_name} has sound, and a graft sees; leave it out")
-    if len({bool(getattr(task, "MULTIMODAL", False)) for task in leaves}) > 1:
+    kinds = {bool(getattr(task, "MULTIMODAL", False)) for task in leaves}
+    if len(kinds) > 1:
         raise UsageError(f"{name} has tasks with images and tasks without; name them one by one")
-    if not _has_images(loaded):
-        if workflow not in (None, TEXT_WORKFLOW) and not _pads(answerer, workflow):
-            raise UsageError(
-                f"task {name} is text, and workflow {workflow!r} takes an image with every row; "
-                f"ask it in {TEXT_WORKFLOW}"
-            )
-        return workflow or TEXT_WORKFLOW
+    images = kinds.pop()
+    if images:
+        _refuse_images(name, leaves, workflow)
+    elif workflow not in (None, TEXT_WORKFLOW) and (
+        why := answerer.model.workflow(workflow).graft.promises.no_image
+    ):
+        raise UsageError(
+            f"task {name} is text, which workflow {workflow!r} cannot answer ({why}); "
+            f"evaluate it with {TEXT_WORKFLOW}"
+        )
+    default = answerer.model.default_workflow if images else TEXT_WORKFLOW
+    return _Task(name, loaded, leaves, images, workflow or default)
+
+
+def _refuse_images(name: str, leaves: Sequence[Any], workflow: str | None) -> None:
     if workflow == TEXT_WORKFLOW:
         raise UsageError(f"task {name} has images, and the text workflow sees none; leave it out")
     for task in leaves:
@@ -251,37 +223,38 @@ def _workflow_of(answerer: Answerer, name: str, loaded: Any, workflow: str | Non
                 f"task {task.task_name} scores options beside an image ({task.OUTPUT_TYPE}), which "
                 "lm-eval's hf-multimodal cannot; use a set with `metric: choice` for that"
             )
-    return workflow or answerer.model.default_workflow
 
 
-def _pads(answerer: Answerer, workflow: str) -> bool:
-    """Whether rows may be padded, or have no image; the official variant of Wings takes neither."""
-    return answerer.model.workflow(workflow).graft.cacheable
-
-
-def _model(answerer: Answerer, workflow: str, batch_size: int, images: bool, chat: bool) -> Any:
+def _model(answerer: Answerer, task: _Task, batch_size: int) -> Any:
     from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM
 
-    if images:
-        return ImageLM(answerer, workflow, batch_size if _pads(answerer, workflow) else 1, chat)
-    return TextLM(answerer, workflow, batch_size)
+    if not task.images:
+        return TextLM(answerer, task.workflow, batch_size)
+    pads = not answerer.model.workflow(task.workflow).graft.promises.padding
+    return ImageLM(answerer, task.workflow, batch_size if pads else 1)
 
 
-def _run(lm: Any, name: str, loaded: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _base(untouched: PreTrainedModel, answerer: Answerer, batch_size: int) -> Any:
+    from mmgraft.evaluation.lm_eval.models import plain_lm
+
+    return plain_lm(untouched, answerer.processor, batch_size)
+
+
+def _run(lm: Any, task: _Task, given: dict[str, Any]) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
 
-    tasks = list(loaded) if isinstance(loaded, list) else [loaded]
+    tasks = list(task.loaded) if isinstance(task.loaded, list) else [task.loaded]
     try:
-        # No standard errors: intervals are drawn from the samples, as everywhere in mmgraft.
+        # No standard errors: intervals are resampled from the samples, as everywhere in mmgraft.
         found: Any = simple_evaluate(
             model=lm, tasks=tasks, bootstrap_iters=0, log_samples=True, **given
         )
     except UsageError as error:
-        raise UsageError(f"task {name}: {error}") from error
+        raise UsageError(f"task {task.name}: {error}") from error
     except (AssertionError, ImportError, NotImplementedError, ValueError) as error:
         raise UsageError(
-            f"task {name}: lm-eval refuses it ({type(error).__name__}: {error}); see to its task "
-            "file"
+            f"task {task.name}: lm-eval refuses it ({type(error).__name__}: {error}); see to its "
+            "task file"
         ) from error
     if found is None:
         raise UsageError("tasks run in one process; start mmgraft without a launcher")
@@ -292,29 +265,37 @@ def _run(lm: Any, name: str, loaded: Any, given: dict[str, Any]) -> dict[str, An
 
 
 def _sets(
-    name: str,
-    loaded: Any,
+    task: _Task,
     after: dict[str, Any],
     before: dict[str, Any] | None,
     settings: dict[str, Any],
     announce: Announce,
 ) -> list[SetResult]:
-    leaves = [Leaf.of(task, after) for task in _leaves(loaded)]
-    bases = [Leaf.of(task, before) for task in _leaves(loaded)] if before is not None else []
-    if not isinstance(loaded, list) and loaded.has_aggregation:
-        scores = grouped(loaded, leaves, after, announce)
-        base = grouped(loaded, bases, before, announce) if before is not None else {}
-        change = change_of(leaves, bases, loaded) if before is not None else {}
+    settings = {
+        "harness": f"lm-eval {version('lm-eval')}",
+        "workflow": task.workflow,
+        "chat_template": task.images,
+        **settings,
+    }
+    leaves = [Leaf.of(one, after) for one in task.leaves]
+    bases = None if before is None else [Leaf.of(one, before) for one in task.leaves]
+    group = task.loaded
+    if not isinstance(group, list) and group.has_aggregation:
+        scores = grouped(group, leaves, after, announce)
+        compared: dict[str, dict[str, Score]] = {}
+        if bases is not None and before is not None:
+            compared["base"] = grouped(group, bases, before, announce)
+            compared["change"] = change_of(leaves, bases, group)
         kinds = {leaf.name: score_leaf(leaf, announce) for leaf in leaves}
         if scores:
-            return [_result(name, leaves, after, settings, scores, base, change, kinds)]
+            return [_result(task.name, leaves, after, settings, scores, kinds=kinds, **compared)]
     results = []
     for number, leaf in enumerate(leaves):
-        scores, base, change = score_leaf(leaf, announce), {}, {}
-        if bases:
-            base = score_leaf(bases[number], announce)
-            change = change_of([leaf], [bases[number]])
-        results.append(_result(leaf.name, [leaf], after, settings, scores, base, change, {}))
+        scores, compared = score_leaf(leaf, announce), {}
+        if bases is not None:
+            compared["base"] = score_leaf(bases[number], announce)
+            compared["change"] = change_of([leaf], [bases[number]])
+        results.append(_result(leaf.name, [leaf], after, settings, scores, **compared))
     return results
 
 
@@ -324,9 +305,7 @@ def _result(
     found: dict[str, Any],
     settings: dict[str, Any],
     scores: dict[str, Score],
-    base: dict[str, Score],
-    change: dict[str, Score],
-    kinds: dict[str, dict[str, Score]],
+    **compared: Any,
 ) -> SetResult:
     if not scores:
         raise UsageError(f"task {name}: none of its metrics is a number; leave it out")
@@ -342,11 +321,9 @@ def _result(
         metric=main.partition(",")[0],
         main=main,
         file=leaves[0].file if len(leaves) == 1 else name,
-        sha256=hashlib.sha256("".join(leaf.asked for leaf in leaves).encode()).hexdigest(),
+        sha256=hashlib.sha256("".join(leaf.prompts for leaf in leaves).encode()).hexdigest(),
         items=sum(leaf.items for leaf in leaves),
         scores=scores,
-        base=base,
-        change=change,
-        kinds=kinds,
         settings=settings | more,
+        **compared,
     )

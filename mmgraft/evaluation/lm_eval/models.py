@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,31 +21,34 @@ from mmgraft.inference import Answerer
 HFLM: Any = huggingface.HFLM  # their decorators hide what these classes are
 HFMultimodalLM: Any = hf_vlms.HFMultimodalLM
 
+# A loaded model is what this package always gives, and no reason for a warning.
+logging.getLogger("lm_eval.models.huggingface").addFilter(
+    lambda record: "`pretrained` model kwarg" not in record.getMessage()
+)
+
 PLACEHOLDER = "<image>"
 """What a task of lm-evaluation-harness writes where an image stands."""
 
 
 def plain_lm(base: PreTrainedModel, processor: GraftProcessor, batch_size: int) -> Any:
-    """The harness's own `hf` model of a base, prompted as the graft's text workflow is."""
-    with _without_notes():
-        return HFLM(**_settings(base, processor, batch_size))
+    """Return the harness's own `hf` model of a base, prompted as the graft's text workflow is."""
+    return HFLM(**_settings(base, processor, batch_size))
 
 
 class TextLM(HFLM):
-    """A grafted model's text rows: `hf` on the base, but that the graft's forward runs them.
+    """A grafted model's text rows: `hf` on the base, except that the graft's forward runs them.
 
     What the harness reads from a model (its context length, its prefix token) it reads from the
     base.
 
     Args:
         answerer: Model and processor.
-        workflow: Of all rows: ``text``, or one that sees, asked without an image.
-        batch_size: Rows at a time.
+        workflow: Of all rows: ``text``, or one that sees, run without an image.
+        batch_size: Rows a batch.
     """
 
     def __init__(self, answerer: Answerer, workflow: str, batch_size: int) -> None:
-        with _without_notes():
-            super().__init__(**_settings(answerer.model.base, answerer.processor, batch_size))
+        super().__init__(**_settings(answerer.model.base, answerer.processor, batch_size))
         self._max_length = self.max_length
         self._model = answerer.model
         self._workflow = workflow
@@ -67,27 +69,22 @@ class TextLM(HFLM):
 class ImageLM(HFMultimodalLM):
     """A grafted model's rows with images: `hf-multimodal`, tokenised by the graft's processor.
 
-    The harness knows prompts as texts. Those of a chat are its messages as JSON, so that the
-    processor's own template writes them when the images are there.
+    The harness knows prompts as texts: here they are chats, written as JSON until the images are
+    there and the processor's own template is applied.
 
     Args:
         answerer: Model and processor.
         workflow: Of all rows.
-        batch_size: Rows at a time.
-        chat: Whether prompts are chats for the graft's template, or plain text.
+        batch_size: Rows a batch.
     """
 
-    def __init__(self, answerer: Answerer, workflow: str, batch_size: int, chat: bool) -> None:
+    def __init__(self, answerer: Answerer, workflow: str, batch_size: int) -> None:
         self._graft_processor = answerer.processor
-        with _without_notes():
-            super().__init__(
-                image_string=PLACEHOLDER,
-                **_settings(answerer.model.base, answerer.processor, batch_size),
-            )
+        settings = _settings(answerer.model.base, answerer.processor, batch_size)
+        super().__init__(image_string=PLACEHOLDER, **settings)
         self._max_length = self.max_length
         self._model = answerer.model
         self._workflow = workflow
-        self._chat = chat
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *_: Any, **__: Any) -> None:
         self.tokenizer, self.processor = tokenizer, self._graft_processor
@@ -111,12 +108,10 @@ class ImageLM(HFMultimodalLM):
         truncation: bool = False,
     ) -> dict[str, Any]:
         processor = self._graft_processor
-        if not self._chat:
-            processor = processor.with_template("plain")
-        rows = []
-        for text, shown in zip(strings, images, strict=True):
-            plain = [{"role": "user", "content": text}]
-            rows.append(processor.encode(_placed(json.loads(text) if self._chat else plain, shown)))
+        rows = [
+            processor.encode(_with_images(json.loads(text), shown))
+            for text, shown in zip(strings, images, strict=True)
+        ]
         longest = max(map(len, rows))
         if left_truncate_len and longest > left_truncate_len:
             raise UsageError(
@@ -132,7 +127,7 @@ class ImageLM(HFMultimodalLM):
 
 
 def _settings(base: PreTrainedModel, processor: GraftProcessor, batch_size: int) -> dict[str, Any]:
-    """What every model of the harness is made with."""
+    """Return what every model of the harness is made with."""
     return {
         "pretrained": base,
         "backend": "causal",
@@ -143,17 +138,17 @@ def _settings(base: PreTrainedModel, processor: GraftProcessor, batch_size: int)
 
 
 def _tokenizer(processor: GraftProcessor) -> PreTrainedTokenizerBase:
-    """The base's with the graft's template; a copy, since the harness may add a padding token."""
+    """Return a copy with the graft's template, because the harness may add a padding token."""
     tokenizer = copy.deepcopy(processor.tokenizer)
     if processor.template.text is not None:
         tokenizer.chat_template = processor.template.text
     return tokenizer
 
 
-def _placed(
+def _with_images(
     messages: Sequence[Mapping[str, Any]], images: Sequence[Any]
 ) -> list[Mapping[str, Any]]:
-    """Messages whose placeholders are image parts, in order."""
+    """Return messages whose placeholders are image parts, in order."""
     found = sum(str(message["content"]).count(PLACEHOLDER) for message in messages)
     if found != len(images):
         raise UsageError(
@@ -161,24 +156,12 @@ def _placed(
             f"task's doc_to_text write {PLACEHOLDER} once for each image of its doc_to_image"
         )
     queue = iter(images)
-    placed: list[Mapping[str, Any]] = []
+    made: list[Mapping[str, Any]] = []
     for message in messages:
         first, *rest = str(message["content"]).split(PLACEHOLDER)
         parts: list[dict[str, Any]] = [{"type": "text", "text": first}] if first else []
         for piece in rest:
             parts.append({"type": "image", "image": next(queue)})
             parts += [{"type": "text", "text": piece}] if piece else []
-        placed.append({**message, "content": parts if rest else first})
-    return placed
-
-
-@contextmanager
-def _without_notes() -> Iterator[None]:
-    """Silence about being given a loaded model, which is what this package always does."""
-    logger = logging.getLogger("lm_eval.models.huggingface")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+        made.append({**message, "content": parts if rest else first})
+    return made

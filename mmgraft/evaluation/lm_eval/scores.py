@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.metrics.intervals import LEVEL, Estimate, Statistic, estimate, paired, ratio
-from mmgraft.evaluation.origin import as_score
+from mmgraft.evaluation.metrics.intervals import Statistic, estimate, interval_of, paired, ratio
 from mmgraft.runs.results import Score
 
 Announce = Callable[[str], None]
 
-DRAWS = 200
-"""Of metrics that are no function of sums (BLEU, F1), whose every draw is computed anew."""
+RESAMPLES = 200
+"""Of metrics that are no function of sums (BLEU, F1), computed anew for every sample."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Leaf:
     Attributes:
         name: Of the task.
         file: Name of its data: a data set's id, or the names of local files.
-        asked: SHA-256 of all that was asked: prompts, options, settings and pixels.
+        prompts: SHA-256 of all that was evaluated: prompts, options, settings and pixels.
         items: Documents.
         numbers: The harness's, by the metric's name (and the filter's, after a comma).
         values: One a document, by the same names; what their kind is the metric knows.
@@ -38,7 +37,7 @@ class Leaf:
 
     name: str
     file: str
-    asked: str
+    prompts: str
     items: int
     numbers: dict[str, Any]
     values: dict[str, list[Any]]
@@ -46,19 +45,19 @@ class Leaf:
 
     @classmethod
     def of(cls, task: Any, found: dict[str, Any]) -> Leaf:
-        """What `simple_evaluate` found of a task."""
+        """Return what `simple_evaluate` found of a task."""
         from lm_eval.api.metrics import mean
         from lm_eval.api.model import hash_args
 
         name = task.task_name
         samples = found["samples"][name]
         values: dict[str, list[Any]] = {}
-        asked = hashlib.sha256()
+        digest = hashlib.sha256()
         for sample in samples:
             for metric in sample["metrics"]:
                 values.setdefault(_key(metric, sample["filter"]), []).append(sample[metric])
             for arguments in sample["arguments"]:
-                asked.update(hash_args(task.OUTPUT_TYPE, arguments).encode())
+                digest.update(hash_args(task.OUTPUT_TYPE, arguments).encode())
         numbers: dict[str, Any] = {}
         for key, number in found["results"][name].items():
             metric, comma, filtered = key.partition(",")
@@ -67,29 +66,31 @@ class Leaf:
         known = task.aggregation()
         aggregates = {key: known.get(key.partition(",")[0], mean) for key in values}
         items = len({sample["doc_id"] for sample in samples})
-        return cls(name, _file(task), asked.hexdigest(), items, numbers, values, aggregates)
+        return cls(name, _file(task), digest.hexdigest(), items, numbers, values, aggregates)
 
 
 def score_leaf(leaf: Leaf, announce: Announce) -> dict[str, Score]:
-    """A task's numbers with their intervals; one that is not finite is left out and announced."""
+    """Return a task's numbers with their intervals, those that are finite."""
     scores: dict[str, Score] = {}
     for key, number in leaf.numbers.items():
         if not _is_number(number):
             announce(f"{leaf.name}: {key} is {number}, not a number, and left out")
             continue
         sums = _sums(leaf, key)
-        found = estimate(*sums) if sums else _drawn(leaf, key)
-        if found is None:
+        if sums:
+            scores[key] = _with_value(number, *sums)
+        elif (ends := _resampled(leaf, key)) is not None:
+            count, (low, high) = len(leaf.values[key]), ends
+            scores[key] = Score(value=float(number), low=low, high=high, count=count, groups=count)
+        else:
             announce(f"{leaf.name}: {key} has no interval and is left out")
-            continue
-        scores[key] = as_score(replace(found, value=float(number)))
     return scores
 
 
 def grouped(
     group: Any, leaves: Sequence[Leaf], found: dict[str, Any], announce: Announce
 ) -> dict[str, Score]:
-    """A group's numbers: means over its tasks, weighted by their documents where it says so."""
+    """Return a group's numbers: means over its tasks, weighted where it says so."""
     scores: dict[str, Score] = {}
     for key, weighted in _group_keys(group, leaves):
         metric, comma, filtered = key.partition(",")
@@ -98,20 +99,19 @@ def grouped(
         if sums is None or not _is_number(number):
             announce(f"{group.name}: {key} is no mean over documents; see its tasks")
             continue
-        one = estimate(*sums)
-        scores[key] = as_score(replace(one, value=float(number)))
+        scores[key] = _with_value(number, *sums)
     return scores
 
 
 def change_of(after: Sequence[Leaf], before: Sequence[Leaf], group: Any = None) -> dict[str, Score]:
-    """Paired differences, after minus before, of the metrics that are functions of sums.
+    """Return paired differences, after minus before, of the metrics that are functions of sums.
 
     Raises:
-        UsageError: The two were not asked the same.
+        UsageError: The two did not get the same prompts.
     """
-    if [leaf.asked for leaf in after] != [leaf.asked for leaf in before]:
+    if [leaf.prompts for leaf in after] != [leaf.prompts for leaf in before]:
         raise UsageError(
-            f"task {after[0].name}: the graft and its base were not asked the same; ask both anew"
+            f"task {after[0].name}: the graft and its base got different prompts; run it again"
         )
     changes: dict[str, Score] = {}
     keys = _group_keys(group, after) if group is not None else [(k, True) for k in after[0].numbers]
@@ -121,11 +121,16 @@ def change_of(after: Sequence[Leaf], before: Sequence[Leaf], group: Any = None) 
         else:
             one, two = _sums(after[0], key), _sums(before[0], key)
         if one is not None and two is not None:
-            changes[key] = Score.model_validate(paired(one[0], two[0], one[1]).as_dict())
+            changes[key] = paired(one[0], two[0], one[1])
     return changes
 
 
 # -- steps --------------------------------------------------------------------------------------
+
+
+def _with_value(number: Any, columns: np.ndarray, statistic: Statistic) -> Score:
+    """Return the harness's own number with our interval."""
+    return estimate(columns, statistic).model_copy(update={"value": float(number)})
 
 
 def _key(metric: str, filtered: str) -> str:
@@ -152,7 +157,7 @@ def _is_number(number: Any) -> bool:
 
 
 def _sums(leaf: Leaf, key: str) -> tuple[np.ndarray, Statistic] | None:
-    """Columns and statistic of a metric that is a function of sums; None where it is not."""
+    """Return columns and statistic of a metric that is a function of sums; None where it is not."""
     from lm_eval.api import metrics
 
     statistics: dict[Any, tuple[bool, Statistic]] = {
@@ -174,7 +179,7 @@ def _sums(leaf: Leaf, key: str) -> tuple[np.ndarray, Statistic] | None:
 
 
 def _group_keys(group: Any, leaves: Sequence[Leaf]) -> list[tuple[str, bool]]:
-    """The metrics a group puts together, and whether tasks count by their documents."""
+    """Return the metrics a group puts together, and whether tasks count by their documents."""
     keys: list[tuple[str, bool]] = []
     for wanted in group.aggregate_metric_list or ():
         for key in dict.fromkeys(key for leaf in leaves for key in leaf.numbers):
@@ -188,7 +193,7 @@ def _group_keys(group: Any, leaves: Sequence[Leaf]) -> list[tuple[str, bool]]:
 def _group_sums(
     leaves: Sequence[Leaf], key: str, weighted: bool
 ) -> tuple[np.ndarray, Statistic] | None:
-    """Two columns a task ``(documents, 2 tasks)``, and the mean over all or of the tasks' means."""
+    """Return two columns a task ``(documents, 2 tasks)``, and the mean over all or over tasks."""
     from lm_eval.api.metrics import mean
 
     tables = []
@@ -208,27 +213,23 @@ def _group_sums(
 
     def mean_of_means(sums: np.ndarray) -> np.ndarray:
         pairs = sums.reshape(*sums.shape[:-1], count, 2)
-        drawn = pairs[..., 1] > 0  # a small task may be missing from a draw
-        return (ratio(pairs) * drawn).sum(-1) / drawn.sum(-1)
+        there = pairs[..., 1] > 0  # a small task may be missing from a sample
+        return (ratio(pairs) * there).sum(-1) / there.sum(-1)
 
     return wide, mean_of_means
 
 
-def _drawn(leaf: Leaf, key: str) -> Estimate | None:
-    """The interval of any metric, by computing it for draws of the documents."""
+def _resampled(leaf: Leaf, key: str) -> tuple[float, float] | None:
+    """Return the interval of any metric, by computing it for samples of the documents."""
     values, aggregate = leaf.values[key], leaf.aggregates[key]
     rng = np.random.default_rng(0)
     found: list[float] = []
-    for _ in range(DRAWS):
-        drawn = [values[at] for at in rng.integers(len(values), size=len(values))]
+    for _ in range(RESAMPLES):
+        sample = [values[at] for at in rng.integers(len(values), size=len(values))]
         try:
-            number = float(aggregate(drawn))
+            number = float(aggregate(sample))
         except (ArithmeticError, TypeError, ValueError):
-            continue  # a draw that the metric is not made for, such as one of a single class
+            continue  # a sample that the metric is not made for, such as one of a single class
         if math.isfinite(number):
             found.append(number)
-    if not found:
-        return None
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
-    return Estimate(float("nan"), float(low), float(high), len(values), len(values))
+    return interval_of(found) if found else None

@@ -8,7 +8,7 @@ from math import ceil, floor
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Box
-from mmgraft.evaluation.metrics.measured import Measured
+from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.recipes.evaluation_set import BoxFormat
 
 THRESHOLD = 0.5
@@ -18,7 +18,7 @@ _BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
 
 
 def format_box(box: Box, boxes: BoxFormat, size: tuple[int, int]) -> str:
-    """A box as text, `[x1,y1,x2,y2]`.
+    """Write a box as text, `[x1,y1,x2,y2]`.
 
     `unit` writes shares of width and height with two decimals, as LLaVA's instruction data do;
     `thousand` whole numbers from 0 to 999, 999 being the far edge; `ten` the same from 0 to 9, one
@@ -28,16 +28,16 @@ def format_box(box: Box, boxes: BoxFormat, size: tuple[int, int]) -> str:
     Args:
         box: `(x1, y1, x2, y2)` in pixels.
         boxes: The format.
-        size: `(width, height)` of the picture in pixels.
+        size: `(width, height)` of the image in pixels.
 
     Raises:
-        UsageError: No part of the box that has an area lies in the picture.
+        UsageError: No part of the box that has an area lies in the image.
     """
     inside = _clipped(box, size)
     if inside is None:
         raise UsageError(
-            f"box {list(box)} has no area in a picture of {size[0]} x {size[1]} pixels; give "
-            "x1 < x2 and y1 < y2 in pixels of the picture"
+            f"box {list(box)} has no area in an image of {size[0]} x {size[1]} pixels; give "
+            "x1 < x2 and y1 < y2 in pixels of the image"
         )
     numbers = [0, 0, 0, 0]
     for axis in (0, 1):
@@ -52,18 +52,18 @@ def format_box(box: Box, boxes: BoxFormat, size: tuple[int, int]) -> str:
 
 
 def parse_box(text: str, boxes: BoxFormat, size: tuple[int, int]) -> Box | None:
-    """The first box that an answer names, in pixels and cut to the picture.
+    """Read the first box that an answer names, in pixels and cut to the image.
 
     Numbers may have decimals in every format, and words may stand around the box.
 
     Args:
         text: An answer.
         boxes: The format it is to be in; see :func:`format_box`.
-        size: `(width, height)` of the picture in pixels.
+        size: `(width, height)` of the image in pixels.
 
     Returns:
         `(x1, y1, x2, y2)`; None for a malformed answer: no four numbers in brackets, or corners
-        that leave no area in the picture (swapped ones, or numbers of another format).
+        that leave no area in the image (swapped ones, or numbers of another format).
     """
     found = _BOX.search(text)
     if found is None:
@@ -77,7 +77,7 @@ def parse_box(text: str, boxes: BoxFormat, size: tuple[int, int]) -> Box | None:
 
 
 def iou(one: Box, other: Box) -> float:
-    """Intersection over union of two boxes with an area, 0 to 1.
+    """Compute the intersection over union of two boxes with an area, 0 to 1.
 
     Source: the Jaccard index of Everingham et al. 2010 (PASCAL VOC), of continuous coordinates:
     no pixel is added to widths and heights.
@@ -94,7 +94,7 @@ def measure_boxes(
     sizes: Sequence[tuple[int, int]],
     boxes: BoxFormat,
 ) -> Measured:
-    """Precision at IoU 0.5, mean IoU, and the share of malformed answers, which count as IoU 0.
+    """Measure precision at IoU 0.5, mean IoU, and the share of malformed answers (IoU 0).
 
     An answer is right where the IoU is 0.5 or more, as referring expressions (RefCOCO; Yu et al.
     2016, arXiv 1608.00272) are scored.
@@ -102,7 +102,7 @@ def measure_boxes(
     Args:
         given: Answers of a model.
         truth: Right boxes in pixels.
-        sizes: `(width, height)` of each picture in pixels.
+        sizes: `(width, height)` of each image in pixels.
         boxes: The format of the answers.
     """
     overlaps, malformed = [], []

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.metrics.measured import Measured
+from mmgraft.evaluation.metrics.intervals import Measured
 
 ORDERS = 4
 SIGMA = 6.0
@@ -23,7 +23,7 @@ _WORD = re.compile(
 
 
 def words_of(caption: str) -> list[str]:
-    """The words that captions are compared by.
+    """Return the words that captions are compared by.
 
     Lower case, no punctuation; "dog's" is "dog", "'s" and "isn't" is "is", "n't", and words with a
     hyphen stay whole, as in the Penn Treebank's way of cutting that the COCO evaluation uses.
@@ -70,14 +70,14 @@ class CiderD:
         self._log_items = math.log(len(references))
         self._references = [[self._weighted(one) for one in item] for item in counts]
 
-    def score(self, place: int, caption: str) -> float:
-        """The score of a caption of one item, 0 to 10."""
+    def score(self, index: int, caption: str) -> float:
+        """Return the score of a caption of one item, 0 to 10."""
         given = self._weighted(_counted(caption))
-        references = self._references[place]
+        references = self._references[index]
         return SCALE * sum(_similarity(given, one) for one in references) / len(references)
 
     def _weighted(self, counts: Counter[_NGram]) -> tuple[list[_Vector], int]:
-        """Weights of n-grams by n, and the caption's words."""
+        """Return weights of n-grams by n, and how many words the caption has."""
         vectors: list[_Vector] = [{} for _ in range(ORDERS)]
         for ngram, count in counts.items():
             rarity = self._log_items - math.log(max(self._frequency[ngram], 1))
@@ -86,7 +86,7 @@ class CiderD:
 
 
 def measure_captions(given: Sequence[str], cider: CiderD) -> Measured:
-    """The mean CIDEr-D; an interval of it draws items and leaves their weights as they are.
+    """Measure the mean CIDEr-D; its interval resamples items and leaves their weights as they are.
 
     Args:
         given: Captions of a model, in the order of the references.
@@ -105,7 +105,7 @@ def _counted(caption: str) -> Counter[_NGram]:
 
 
 def _similarity(given: tuple[list[_Vector], int], reference: tuple[list[_Vector], int]) -> float:
-    """The mean over n of eq. 4."""
+    """Return the mean over n of eq. 4."""
     total = 0.0
     for one, other in zip(given[0], reference[0], strict=True):
         norms = _norm(one) * _norm(other)

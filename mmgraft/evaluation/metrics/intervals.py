@@ -1,67 +1,38 @@
-"""Numbers with their bootstrap intervals, alone and paired."""
+"""What a metric found on each item, and the numbers made of it, with bootstrap intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mmgraft.errors import UsageError
+from mmgraft.runs.results import Score
 
 RESAMPLES = 1000
 LEVEL = 0.95
 Statistic = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A measured number and its 95 % percentile bootstrap interval.
-
-    Attributes:
-        value: Of all items.
-        low: Lower end of the interval.
-        high: Upper end.
-        count: Items.
-        groups: What was drawn: the items themselves, or what they belong to. Of one group nothing
-            else can be drawn, so that its interval has no width and says nothing. None: not known.
-    """
-
-    value: float
-    low: float
-    high: float
-    count: int
-    groups: int | None = None
-
-    def __str__(self) -> str:
-        """`0.823 (0.800 to 0.846)`."""
-        ends = f"{self.low:.3f} to {self.high:.3f}" if self.groups != 1 else "one group"
-        return f"{self.value:.3f} ({ends})"
-
-    @property
-    def resolved(self) -> bool:
-        """For a difference: whether the interval leaves zero out, and is of several groups."""
-        return self.groups != 1 and (self.low > 0 or self.high < 0)
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """Plain data for a report."""
-        return asdict(self)
+Groups = Sequence[Hashable] | None
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """The first sum by the second, ``(..., 2) -> (...)``; 0 where the second is 0."""
+    """Divide the first sum by the second, ``(..., 2) -> (...)``; 0 where the second is 0."""
     below = sums[..., 1]
     return np.divide(sums[..., 0], below, out=np.zeros(below.shape), where=below != 0)
+
+
+def share(above: int, below: int) -> Statistic:
+    """Return the statistic that divides one column's sum by another's; 0 where that is 0."""
+    return lambda sums: ratio(np.stack([sums[..., above], sums[..., below]], axis=-1))
 
 
 def estimate(
     columns: Sequence[Sequence[float]] | np.ndarray,
     statistic: Statistic = ratio,
-    groups: Sequence[Hashable] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Estimate:
-    """A statistic of sums over items, with its interval.
+    groups: Groups = None,
+) -> Score:
+    """Compute a statistic of sums over items, with its 95 % percentile bootstrap interval.
 
     A mean is the ratio of the columns (value, 1); perplexity is ``exp`` of the ratio of (negative
     log-likelihood, tokens); precision is the ratio of (true positives, predicted positives).
@@ -69,10 +40,8 @@ def estimate(
     Args:
         columns: What is summed, ``(items, k)``.
         statistic: From sums ``(..., k)`` to ``(...)``, without loops over the leading dimensions.
-        groups: What items belong together, such as those about one picture: groups are drawn
-            whole, since such items are right or wrong together. Default: each by itself.
-        resamples: How often to draw.
-        seed: Of the draws.
+        groups: What items belong together, such as those about one image: groups are resampled
+            whole, because such items are right or wrong together. Default: each by itself.
 
     Raises:
         UsageError: There is no item.
@@ -81,48 +50,42 @@ def estimate(
     if not len(table):
         raise UsageError("no items to score; give at least one")
     sums = _by_group(table, groups)  # (groups, k)
-    # Each group's number of draws, so that memory stays at resamples x groups.
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
-    values = statistic(drawn @ sums)  # (resamples,)
+    # How often each group is sampled, so that memory stays at resamples x groups.
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)
+    low, high = interval_of(statistic(counts @ sums))
+    value = float(statistic(table.sum(0)))
+    return Score(value=value, low=low, high=high, count=len(table), groups=len(sums))
+
+
+def interval_of(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Return the ends of the percentile interval of resampled values."""
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
-    whole = float(statistic(table.sum(0)))
-    return Estimate(whole, float(low), float(high), len(table), len(sums))
+    return float(low), float(high)
 
 
-def mean(
-    values: Sequence[float] | Sequence[bool] | np.ndarray,
-    groups: Sequence[Hashable] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Estimate:
-    """The mean of one number an item, with its interval; see :func:`estimate`."""
-    numbers = np.asarray(values, dtype=np.float64)
-    table = np.stack([numbers, np.ones_like(numbers)], axis=-1) if len(numbers) else numbers
-    return estimate(table, ratio, groups, resamples, seed)
+def mean(values: Sequence[float] | Sequence[bool] | np.ndarray, groups: Groups = None) -> Score:
+    """Compute the mean of one number an item, with its interval; see :func:`estimate`."""
+    return estimate(Measured.means(mean=values).columns, ratio, groups)
 
 
 def paired(
     after: Sequence[Sequence[float]] | np.ndarray,
     before: Sequence[Sequence[float]] | np.ndarray,
     statistic: Statistic = ratio,
-    groups: Sequence[Hashable] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Estimate:
-    """How a statistic differs between two measurements of the same items, after minus before.
+    groups: Groups = None,
+) -> Score:
+    """Compute how a statistic differs between two measurements of the same items.
 
-    Both are drawn together, so what the items themselves vary by cancels; whether the interval
-    leaves zero out is :attr:`Estimate.resolved`.
+    Both are resampled together, so what the items themselves vary by cancels; whether the interval
+    excludes zero is :attr:`Score.resolved`.
 
     Args:
         after: Columns of one, ``(items, k)``, as for :func:`estimate`.
-        before: Columns of the other, in the same order of items.
+        before: Columns of the other, in the same order of items; it is subtracted.
         statistic: See :func:`estimate`.
         groups: See :func:`estimate`.
-        resamples: How often to draw.
-        seed: Of the draws.
 
     Raises:
         UsageError: No items, or not the same number of them.
@@ -135,20 +98,89 @@ def paired(
     if not len(one):
         raise UsageError("no items to score; give at least one")
     width = one.shape[1]
+    return estimate(
+        np.concatenate([one, two], axis=1),
+        lambda sums: statistic(sums[..., :width]) - statistic(sums[..., width:]),
+        groups,
+    )
 
-    def difference(sums: np.ndarray) -> np.ndarray:
-        return statistic(sums[..., :width]) - statistic(sums[..., width:])
 
-    return estimate(np.concatenate([one, two], axis=1), difference, groups, resamples, seed)
-
-
-def _by_group(table: np.ndarray, groups: Sequence[Hashable] | None) -> np.ndarray:
+def _by_group(table: np.ndarray, groups: Groups) -> np.ndarray:
     if groups is None:
         return table
     if len(groups) != len(table):
         raise UsageError(f"{len(table)} items and {len(groups)} groups; give each item its group")
     numbers: dict[Hashable, int] = {}
-    places = [numbers.setdefault(group, len(numbers)) for group in groups]
+    indices = [numbers.setdefault(group, len(numbers)) for group in groups]
     sums = np.zeros((len(numbers), table.shape[1]))
-    np.add.at(sums, places, table)
+    np.add.at(sums, indices, table)
     return sums
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric's columns, one row an item, and its scores, which are statistics of their sums.
+
+    The same object gives the whole set, one kind of question, and the paired difference to another
+    measurement of the same items.
+
+    Attributes:
+        columns: What is summed over items, ``(items, k)``.
+        statistics: The scores by name, each from sums ``(..., k)`` to ``(...)``.
+        main: Name of the score that a table shows.
+    """
+
+    columns: np.ndarray
+    statistics: Mapping[str, Statistic]
+    main: str
+
+    @classmethod
+    def means(cls, **values: Sequence[float] | Sequence[bool] | np.ndarray) -> Measured:
+        """Make scores that are means of one number an item; the first is the main one."""
+        lists = [np.asarray(one, dtype=np.float64) for one in values.values()]
+        columns = np.stack([*lists, np.ones_like(lists[0])], axis=-1)
+        statistics = {name: share(at, -1) for at, name in enumerate(values)}
+        return cls(columns, statistics, next(iter(values)))
+
+    def of(self, indices: Sequence[int]) -> Measured:
+        """Return the same of some of the items, by index."""
+        return Measured(self.columns[list(indices)], self.statistics, self.main)
+
+    def beside(self, other: Measured) -> Measured:
+        """Return these scores and those of another metric on the same items."""
+        width = self.columns.shape[1]
+        parts = (slice(None, width), self.statistics), (slice(width, None), other.statistics)
+        statistics = {
+            name: lambda sums, part=part, one=one: one(sums[..., part])
+            for part, several in parts
+            for name, one in several.items()
+        }
+        columns = np.concatenate([self.columns, other.columns], axis=1)
+        return Measured(columns, statistics, self.main)
+
+    def values(self) -> dict[str, float]:
+        """Return the scores alone, without intervals."""
+        sums = self.columns.sum(axis=0)
+        return {name: float(statistic(sums)) for name, statistic in self.statistics.items()}
+
+    def scores(self, groups: Groups = None) -> dict[str, Score]:
+        """Return every score with its interval; see :func:`estimate`.
+
+        Raises:
+            UsageError: There is no item, or not one group an item.
+        """
+        return {
+            name: estimate(self.columns, statistic, groups)
+            for name, statistic in self.statistics.items()
+        }
+
+    def change(self, before: Measured, groups: Groups = None) -> dict[str, Score]:
+        """Return how every score differs from another measurement of the same items, in order.
+
+        Raises:
+            UsageError: There is no item, or not as many before.
+        """
+        return {
+            name: paired(self.columns, before.columns, statistic, groups)
+            for name, statistic in self.statistics.items()
+        }

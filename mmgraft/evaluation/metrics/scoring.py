@@ -6,14 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.likelihood.choice import By, ChoiceScore
+from mmgraft.evaluation.items.item import Box, Item
 from mmgraft.evaluation.metrics.boxes import measure_boxes
 from mmgraft.evaluation.metrics.captions import CiderD, measure_captions, words_of
-from mmgraft.evaluation.metrics.measured import Measured
+from mmgraft.evaluation.metrics.choice import By, ChoiceScore
+from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.evaluation.metrics.vqa import Prior, exact, vqa_match, vqa_v2
 from mmgraft.evaluation.metrics.yes_no import measure_yes_no, truth_of
-from mmgraft.evaluation.origin import as_scores
 from mmgraft.recipes.evaluation_set import Metric, SetSpec
 from mmgraft.runs.results import Score
 
@@ -29,7 +28,7 @@ BY: Mapping[str, By] = {
 
 
 def measure_answers(spec: SetSpec, items: Sequence[Item], answers: Sequence[str]) -> Measured:
-    """What texts are worth by any metric but `choice`.
+    """Score texts by any metric but `choice`.
 
     Args:
         spec: The set.
@@ -44,32 +43,29 @@ def measure_answers(spec: SetSpec, items: Sequence[Item], answers: Sequence[str]
     if spec.metric == "yes_no":
         truth = [truth_of(_first(item), item.where) for item in items]
         return measure_yes_no(answers, truth)
-    if spec.metric == "box":
-        boxes, sizes = [], []
-        for item in items:
-            if item.box is None or item.size is None or spec.boxes is None:
-                raise UsageError(f"{item.where}: no box to compare with; name its column")
-            boxes.append(item.box)
-            sizes.append(item.size)
-        assert spec.boxes is not None
+    if spec.metric == "box" and spec.boxes is not None:
+        boxes, sizes = zip(*map(box_and_size, items), strict=True)
         return measure_boxes(answers, boxes, sizes, spec.boxes)
-    if spec.metric == "vqa_v2":
-        return Measured.means(
-            accuracy=[vqa_v2(said, item.answers) for said, item in zip(answers, items, strict=True)]
-        )
-    match = _MATCHES.get(spec.metric)
-    if match is None:
+    accuracy = _ACCURACIES.get(spec.metric)
+    if accuracy is None:
         raise UsageError(f"set {spec.name!r}: {spec.metric} does not score answers in words")
-    return Measured.means(
-        accuracy=[
-            any(match(said, right) for right in item.answers)
-            for said, item in zip(answers, items, strict=True)
-        ]
-    )
+    pairs = zip(answers, items, strict=True)
+    return Measured.means(accuracy=[accuracy(said, item.answers) for said, item in pairs])
+
+
+def box_and_size(item: Item) -> tuple[Box, tuple[int, int]]:
+    """Return an item's box and the size of its image.
+
+    Raises:
+        UsageError: It has none; names file and row.
+    """
+    if item.box is None or item.size is None:
+        raise UsageError(f"{item.where}: no box to compare with; name its column")
+    return item.box, item.size
 
 
 def measure_choices(items: Sequence[Item], scores: Sequence[ChoiceScore]) -> Measured:
-    """Accuracy by log-probability: of an option's whole text, a token, and a character."""
+    """Measure accuracy by log-probability: of an option's whole text, a token, and a character."""
     return Measured.means(
         **{
             name: [one.prediction(by) == item.gold for one, item in zip(scores, items, strict=True)]
@@ -81,7 +77,7 @@ def measure_choices(items: Sequence[Item], scores: Sequence[ChoiceScore]) -> Mea
 def measure_prior(
     spec: SetSpec, items: Sequence[Item], seen: Iterable[tuple[str, str]]
 ) -> Measured:
-    """What the most frequent training answer to each question is worth.
+    """Score the most frequent training answer to each question.
 
     In multiple choice the option is taken that was right most often after the same question, of
     those equal the one right most often after any, of those equal the first; `accuracy` is the only
@@ -102,36 +98,44 @@ def measure_prior(
     if not pairs:
         raise UsageError("no training answers to count; give at least one")
     overall = Counter(answer for _, answer in pairs)
-    asked: dict[str, Counter[str]] = defaultdict(Counter)
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer in pairs:
-        asked[question][answer] += 1
+        by_question[question][answer] += 1
     right = []
     for item in items:
-        own = asked.get(item.question, Counter())
+        own = by_question.get(item.question, Counter())
         counts = [(own[option], overall[option]) for option in item.options]
         right.append(counts.index(max(counts)) == item.gold)
     return Measured.means(accuracy=right)
 
 
 def scores_by_kind(measured: Measured, items: Sequence[Item]) -> dict[str, dict[str, Score]]:
-    """The scores of each kind of item, in order of their names; none where items have none."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for at, item in enumerate(items):
+    """Return the scores of each kind of item, in order of their names; none where there is none."""
+    indices: dict[str, list[int]] = defaultdict(list)
+    for index, item in enumerate(items):
         if item.kind is not None:
-            places[item.kind].append(at)
+            indices[item.kind].append(index)
     groups = groups_of(items)
     return {
-        kind: as_scores(measured.of(chosen).scores([groups[at] for at in chosen]))
-        for kind, chosen in sorted(places.items())
+        kind: measured.of(chosen).scores([groups[index] for index in chosen])
+        for kind, chosen in sorted(indices.items())
     }
 
 
 def groups_of(items: Sequence[Item]) -> list[str]:
-    """What the bootstrap draws together: the items' groups, an item by itself without one."""
+    """Return what the bootstrap resamples together: items' groups; an item alone without one."""
     return [item.group if item.group is not None else item.id for item in items]
 
 
-_MATCHES: Mapping[str, Callable[[str, str], bool]] = {"exact": exact, "vqa": vqa_match}
+def _any(match: Callable[[str, str], bool]) -> Callable[[str, Sequence[str]], float]:
+    return lambda said, answers: any(match(said, right) for right in answers)
+
+
+_ACCURACIES: Mapping[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": _any(exact),
+    "vqa": _any(vqa_match),
+    "vqa_v2": vqa_v2,
+}
 
 
 def _cider(items: Sequence[Item]) -> CiderD:

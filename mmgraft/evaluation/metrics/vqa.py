@@ -1,21 +1,18 @@
-"""Visual question answering: which answers are right, and what asking blindly gives."""
+"""Visual question answering: which answers are right, and the answers of training alone."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mmgraft.errors import UsageError
-
-Match = Callable[[str, str], bool]
-
 
 # -- right or wrong -----------------------------------------------------------------------------
 
 
 def exact(given: str, truth: str) -> bool:
-    """Whether two answers are the same but for case and white space around them."""
+    """Return whether two answers are the same but for case and white space around them."""
     return given.strip().lower() == truth.strip().lower()
 
 
@@ -32,7 +29,7 @@ _PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`,?!]")
 
 
 def normalised(answer: str) -> str:
-    """An answer as the VQA challenge compares it.
+    """Return an answer as the VQA challenge compares it.
 
     Lower case, one line, no articles, numbers up to ten as digits, no punctuation but apostrophes,
     colons, and a full stop before a digit; other full stops leave no space ("u.s." is "us").
@@ -46,7 +43,7 @@ def normalised(answer: str) -> str:
 
 
 def vqa_match(given: str, truth: str) -> bool:
-    """Whether two answers are the same once :func:`normalised`."""
+    """Return whether two answers are the same once :func:`normalised`."""
     return normalised(given) == normalised(truth)
 
 
@@ -55,7 +52,7 @@ PEOPLE = 4
 
 
 def vqa_v2(given: str, answers: Sequence[str]) -> float:
-    """VQAv2's accuracy of one answer: 0, 0.3, 0.6, 0.9 or 1 where ten people answered.
+    """Return VQAv2's accuracy of one answer: 0, 0.3, 0.6, 0.9 or 1 where ten people answered.
 
     The mean of ``min(n / 3, 1)`` over all choices of nine of the ten people, ``n`` of whom gave
     this answer. Answers are compared once :func:`normalised`. Source: Antol et al. 2015 (arXiv
@@ -77,7 +74,7 @@ def vqa_v2(given: str, answers: Sequence[str]) -> float:
 
 
 def by_kind(right: Sequence[bool], kinds: Sequence[str]) -> dict[str, float]:
-    """The share of right answers for each kind of question, kinds in order of their names."""
+    """Return the share of right answers for each kind of question, kinds sorted."""
     found: dict[str, list[bool]] = defaultdict(list)
     for one, kind in zip(right, kinds, strict=True):
         found[kind].append(one)
@@ -90,7 +87,7 @@ def by_kind(right: Sequence[bool], kinds: Sequence[str]) -> dict[str, float]:
 class Prior:
     """Answers without looking: the most frequent training answer to the same question.
 
-    A question that training never asked gets the most frequent answer of all. Of answers equally
+    A question that training does not have gets the most frequent answer of all. Of answers equally
     frequent the first in the alphabet is taken.
 
     Args:
@@ -109,7 +106,7 @@ class Prior:
         self.answers: Mapping[str, str] = {q: _most_frequent(c) for q, c in counts.items()}
 
     def __call__(self, question: str) -> str:
-        """The answer to a question."""
+        """Return the answer to a question."""
         return self.answers.get(question, self.fallback)
 
 

@@ -79,7 +79,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
-    """Whether a column holds numbers, and stands on the right."""
+    """Return whether a column holds numbers, and stands on the right."""
     shown = [cell for cell in cells if cell not in ("", "-")]
     return bool(shown) and all(map(_NUMBER.fullmatch, shown))
 

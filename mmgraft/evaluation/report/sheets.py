@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 from mmgraft.atomic import atomic_bytes
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.images import open_image
-from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Box, Item
 from mmgraft.evaluation.items.source_licence import all_free, stated_licences
 from mmgraft.evaluation.metrics.boxes import THRESHOLD, format_box, iou, parse_box
+from mmgraft.evaluation.metrics.scoring import box_and_size
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import FOLDER
 
@@ -152,12 +152,11 @@ def box_answer(model: str, spec: SetSpec, item: Item, text: str) -> Answer:
     Raises:
         UsageError: An item without a box; names file and row.
     """
-    if item.box is None or item.size is None or spec.boxes is None:
-        raise UsageError(f"{item.where}: no box to compare with; name its column")
-    box = parse_box(text, spec.boxes, item.size)
+    truth, size = box_and_size(item)
+    box = parse_box(text, spec.boxes or "unit", size)
     if box is None:
         return Answer(model, text, False, None, "malformed")
-    overlap = iou(box, item.box)
+    overlap = iou(box, truth)
     return Answer(model, text, overlap >= THRESHOLD, box, f"IoU {overlap:.2f}")
 
 
@@ -202,9 +201,9 @@ def is_private(sheet: str) -> bool:
 
 def _box_item(spec: SetSpec, item: Item, text: str) -> SheetItem:
     answer = box_answer("", spec, item, text)
-    assert item.box is not None and item.size is not None and spec.boxes is not None  # noqa: PT018
-    truth = format_box(item.box, spec.boxes, item.size)
-    return SheetItem(first_image(item), item.question, truth, [answer], item.box)
+    truth, size = box_and_size(item)
+    text = format_box(truth, spec.boxes or "unit", size)
+    return SheetItem(first_image(item), item.question, text, [answer], truth)
 
 
 def _wrap(text: str, font: _Font) -> list[str]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mmgraft.evaluation.metrics.intervals import Estimate
 from mmgraft.runs.results import Score
 
 MINUS = "−"  # screen readers read it as minus, which a hyphen is not
@@ -21,7 +20,6 @@ _NAMES = {
     "precision_at_0.5": "precision at IoU 0.5",
     "f1": "F1",
 }
-WithInterval = Estimate | Score
 
 
 def score_name(name: str) -> str:
@@ -75,7 +73,7 @@ def decimals_for(*values: float) -> int:
     return wanted
 
 
-def interval(score: WithInterval) -> str:
+def interval(score: Score) -> str:
     """Return ``0.800 to 0.846``, or that there is no interval."""
     if score.groups == 1:
         return NO_INTERVAL
@@ -83,7 +81,7 @@ def interval(score: WithInterval) -> str:
     return f"{number(score.low, decimals)} to {number(score.high, decimals)}"
 
 
-def with_interval(score: WithInterval | None, strong: bool = False) -> str:
+def with_interval(score: Score | None, strong: bool = False) -> str:
     """Return ``0.823 (0.800 to 0.846)``, in bold where it is ``strong``; ``-`` for no score."""
     if score is None:
         return "-"
@@ -94,7 +92,7 @@ def with_interval(score: WithInterval | None, strong: bool = False) -> str:
     return f"{mark}{number(score.value, decimals)}{mark} ({interval(score)})"
 
 
-def change_with_interval(change: WithInterval | None) -> str:
+def change_with_interval(change: Score | None) -> str:
     """Return a difference with its interval, such as ``+0.012 (−0.004 to +0.028)``."""
     if change is None:
         return "-"
@@ -106,17 +104,12 @@ def change_with_interval(change: WithInterval | None) -> str:
     return f"{signed(change.value, decimals)} ({ends})"
 
 
-def is_zero(change: WithInterval) -> bool:
+def is_zero(change: Score) -> bool:
     """Return whether nothing differs, whatever items are resampled."""
     return change.value == change.low == change.high == 0
 
 
-def is_resolved(change: WithInterval) -> bool:
-    """Return whether the interval excludes zero; that of a single group says nothing."""
-    return change.groups != 1 and (change.low > 0 or change.high < 0)
-
-
-def verdict(change: WithInterval | None, name: str, sense: int | None = None) -> str:
+def verdict(change: Score | None, name: str, sense: int | None = None) -> str:
     """Return in a word what a difference of a score comes to.
 
     Args:
@@ -129,7 +122,7 @@ def verdict(change: WithInterval | None, name: str, sense: int | None = None) ->
         return "-"
     if is_zero(change):
         return "the same"
-    if not is_resolved(change):
+    if not change.resolved:
         return UNRESOLVED
     sense = direction(name) if sense is None else sense
     if sense == 0:

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import MMGraftError
 from mmgraft.export.llava.fit import Ingredients
-from mmgraft.model.files.load import load_model
+from mmgraft.model.modeling import GraftedModel
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Largest difference of a logit, as a share of the largest logit where that is above 1."""
@@ -54,7 +54,7 @@ def take_samples(made_of: Ingredients, processor: GraftProcessor, base: str | No
     Raises:
         UsageError: The graft's files do not fit its record.
     """
-    model = load_model(made_of.run, dtype=made_of.dtype, verify="off", base=base)
+    model = GraftedModel.from_pretrained(made_of.run, dtype=made_of.dtype, verify="off", base=base)
     samples = []
     for messages in _conversations():
         inputs = processor(messages)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -13,6 +12,7 @@ from mmgraft.anatomy import Anatomy, examine, get_path, skeleton
 from mmgraft.basefiles import ModelFiles, TensorReader, load_config
 from mmgraft.basefiles.parts import own_dtype
 from mmgraft.errors import UsageError
+from mmgraft.grafts.method import PlainDecoder
 from mmgraft.grafts.registry import get_method
 from mmgraft.layers import parse_layers
 from mmgraft.model.files.graft_file import GraftFile
@@ -91,9 +91,7 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
         UsageError: With the reason; or a base that is not the one the graft was made for.
     """
     record = GraftFile.read(run)
-    settings: Any = get_method(record.method).config_class.model_validate(record.config)
-    active = bool(record.state.get("active", True))
-    _refuse_method(record, settings, active)
+    graft = _as_decoder(record)
     files = base_files(record, run, base)
     check_base(record, files, "fast")
     config = load_config(files)
@@ -108,9 +106,7 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
             "loads no other"
         )
     _refuse_tower(tower)
-    places = parse_layers(settings.layers, anatomy.num_layers) if _inserts(settings, active) else []
-    owns = ("embedding", "norm", "head") if record.method == "iaa" and active else ()
-    owned = frozenset(name for name in owns if getattr(settings, name))
+    after = [] if graft.layers is None else parse_layers(graft.layers, anatomy.num_layers)
     return Ingredients(
         run=run,
         record=record,
@@ -119,9 +115,9 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
         anatomy=anatomy,
         tower=tower,
         dtype=_dtype(dtype, config, files),
-        layers=_order(anatomy.num_layers, places),
-        owns=owned,
-        tied_own=anatomy.tied and {"embedding", "head"} <= owned and not settings.untie,
+        layers=_order(anatomy.num_layers, after),
+        owns=graft.owns,
+        tied_own=anatomy.tied and {"embedding", "head"} <= graft.owns and not graft.untie,
     )
 
 
@@ -146,10 +142,6 @@ def _order(num_layers: int, places: list[int]) -> list[Source]:
     return layers
 
 
-def _inserts(settings: Any, active: bool) -> bool:
-    return settings.method == "iaa" and active
-
-
 def _stock(record: GraftFile) -> bool:
     return record.vision.kind == TRANSFORMERS_KIND
 
@@ -161,22 +153,18 @@ def _refusal(reason: str) -> UsageError:
     )
 
 
-def _refuse_method(record: GraftFile, settings: Any, active: bool) -> None:
-    if record.method == "wings":
-        raise _refusal(
-            "Wings adds learners and a router beside the attention of its layers, and LLaVA has "
-            "a projector and a plain decoder, nothing else"
-        )
-    if record.method not in ("iaa", "llava"):
+def _as_decoder(record: GraftFile) -> PlainDecoder:
+    """The graft as a plain decoder, or a refusal with its method's reason."""
+    made = get_method(record.method).as_decoder
+    if made is None:
         raise _refusal(
             f"LLaVA has a projector and a plain decoder, and what method {record.method} adds "
             "has no place in it"
         )
-    if record.method == "iaa" and active and settings.structure != "c":
-        raise _refusal(
-            f"structure {settings.structure} of IAA adds its layers through gates, beside the "
-            "decoder; only structure c is a plain, deeper decoder"
-        )
+    try:
+        return made(record.settings, bool(record.state.get("active", True)))
+    except UsageError as error:
+        raise _refusal(str(error)) from None
 
 
 def _refuse_projector(record: GraftFile, anatomy: Anatomy) -> None:

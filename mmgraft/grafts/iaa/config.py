@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from mmgraft.strict import LayerChoice, StrictModel
+from mmgraft.errors import UsageError
+from mmgraft.grafts.method import PlainDecoder, Promises, StageSwitches
+from mmgraft.strict import LayerChoice, Option, StrictModel
+
+GROUPS = {
+    "layers": "inserted layers, and their gates",
+    "embedding": "own input embedding",
+    "norm": "own final norm",
+    "head": "own LM head",
+}
 
 
 class IAAConfig(StrictModel):
@@ -22,18 +32,24 @@ class IAAConfig(StrictModel):
         description="base layers, counted from 0, after which a layer is inserted: "
         "[22, 24], '0-31:5', 'last:8'"
     )
-    structure: Literal["a", "b", "c"] = Field(
+    structure: Annotated[Literal["a", "b", "c"], Option("a, b or c.")] = Field(
         "c",
         description="c: a deeper decoder; b: gated, zero at the start; "
         "a: gated, and the layers also feed each other",
     )
-    gate: Literal["linear", "scalar"] = Field(
+    gate: Annotated[Literal["linear", "scalar"], Option("linear or scalar, for a and b.")] = Field(
         "linear", description="the zero-initialised gate of structures a and b; c has none"
     )
-    embedding: bool = Field(True, description="own input embedding, copied from the base")
-    norm: bool = Field(True, description="own final norm, copied from the base")
-    head: bool = Field(True, description="own LM head, copied from the base")
-    untie: bool = Field(
+    embedding: Annotated[bool, Option("Own input embedding.")] = Field(
+        True, description="own input embedding, copied from the base"
+    )
+    norm: Annotated[bool, Option("Own final norm.")] = Field(
+        True, description="own final norm, copied from the base"
+    )
+    head: Annotated[bool, Option("Own LM head.")] = Field(
+        True, description="own LM head, copied from the base"
+    )
+    untie: Annotated[bool, Option("Two copies where the base ties embedding and head.")] = Field(
         False,
         description="where the base ties embedding and head: two copies instead of one tied copy",
     )
@@ -47,3 +63,37 @@ class IAAConfig(StrictModel):
                 f"so there is only one; set {missing}: true or untie: false"
             )
         return self
+
+
+class IAAStage(StageSwitches):
+    """Nothing to switch; the base stays frozen."""
+
+    def check_switches(self, train: Sequence[str]) -> None:
+        if "base" in train:
+            raise ValueError("IAA keeps its base frozen in every stage; take base out of train")
+
+
+def promises(config: IAAConfig) -> Promises:
+    """Return what holds: a gate is needed for a fresh graft to change nothing."""
+    if config.structure == "c":
+        return Promises(fresh="structure c has no gate: it is a deeper decoder from the start")
+    return Promises()
+
+
+def as_decoder(config: IAAConfig, active: bool) -> PlainDecoder:
+    """Return the deeper decoder that structure c is."""
+    if not active:
+        return PlainDecoder()
+    if config.structure != "c":
+        raise UsageError(
+            f"structure {config.structure} of IAA adds its layers through gates, beside the "
+            "decoder; only structure c is a plain, deeper decoder"
+        )
+    owns = frozenset(name for name in ("embedding", "norm", "head") if getattr(config, name))
+    return PlainDecoder(config.layers, owns, config.untie)
+
+
+def part_of(tensor: str) -> str:
+    """Return the part that a tensor is counted with."""
+    part = tensor.split(".")[0]
+    return "inserted layers" if part == "layers" else part

@@ -17,7 +17,7 @@ from mmgraft.layers import parse_layers
 class IAAGraft(Graft):
     """Inserted layers ``phi'_k`` with an own embedding, norm and head, each optional.
 
-    With ``X^i`` the state entering base layer ``i`` and ``phi_i`` the layer:
+    With ``X^i`` the hidden states into base layer ``i`` and ``phi_i`` the layer:
 
     - structure ``c``: ``X^{i+1} = phi'_k(phi_i(X^i))`` (the paper's final one);
     - structure ``b``: ``X^{i+1} = phi_i(X^i) + G_k(phi'_k(phi_i(X^i)))``;
@@ -35,11 +35,11 @@ class IAAGraft(Graft):
 
     def __init__(self, config: IAAConfig, anatomy: Anatomy, parts: BaseParts) -> None:
         super().__init__(config, anatomy)
-        self.places = parse_layers(config.layers, anatomy.num_layers)
-        self.layers = nn.ModuleList([parts.layer(index) for index in self.places])
-        self._inserted_at = {index: k for k, index in enumerate(self.places)}
+        self.layer_indices = parse_layers(config.layers, anatomy.num_layers)
+        self.layers = nn.ModuleList([parts.layer(index) for index in self.layer_indices])
+        self._inserted_at = {index: k for k, index in enumerate(self.layer_indices)}
         if config.structure in ("a", "b"):
-            self.gates = nn.ModuleList([_Gate(config.gate, anatomy) for _ in self.places])
+            self.gates = nn.ModuleList([_Gate(config.gate, anatomy) for _ in self.layer_indices])
         self.embedding = parts.embedding() if config.embedding else None
         self.norm = parts.norm() if config.norm else None
         self.head = parts.head() if config.head else None
@@ -63,7 +63,7 @@ class IAAGraft(Graft):
         return {"head.weight"} if self.tied else set()
 
     def slot_layers(self) -> list[int]:
-        return list(self.places)
+        return list(self.layer_indices)
 
     def assign_slots(self, first: int) -> None:
         for k, layer in enumerate(self.layers):
@@ -78,21 +78,21 @@ class IAAGraft(Graft):
         self,
         index: int,
         call: Callable[[nn.Module, Tensor], Tensor],
-        entered: Tensor,
-        left: Tensor,
+        hidden_in: Tensor,
+        hidden_out: Tensor,
         state: Pass,
         carry: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         k = self._inserted_at.get(index)
         if k is None:
-            return left, carry
+            return hidden_out, carry
         inserted = self.layers[k]
         if self.config.structure == "c":
-            return call(inserted, left), None
+            return call(inserted, hidden_out), None
         if self.config.structure == "b":
-            return left + self.gates[k](call(inserted, left)), None
-        control = call(inserted, entered if carry is None else carry + entered)  # (b, s, h)
-        return left + self.gates[k](control), control
+            return hidden_out + self.gates[k](call(inserted, hidden_out)), None
+        control = call(inserted, hidden_in if carry is None else carry + hidden_in)  # (b, s, h)
+        return hidden_out + self.gates[k](control), control
 
     def ends_with(self, index: int) -> nn.Module | None:
         k = self._inserted_at.get(index)
@@ -110,9 +110,9 @@ class IAAGraft(Graft):
         return found
 
     def layer_modules(self) -> Sequence[tuple[int, nn.Module]]:
-        pairs = list(zip(self.places, self.layers, strict=True))
+        pairs = list(zip(self.layer_indices, self.layers, strict=True))
         if self.config.structure != "c":
-            pairs += list(zip(self.places, self.gates, strict=True))
+            pairs += list(zip(self.layer_indices, self.gates, strict=True))
         return pairs
 
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from mmgraft.anatomy import Anatomy
-from mmgraft.grafts.base import BaseParts, Graft
-from mmgraft.grafts.llava.config import LlavaConfig
+from mmgraft.grafts.base import Graft
 
 
 class LlavaGraft(Graft):
     """No modules beside the projector. ``base: full`` in a recipe trains the base too."""
 
     method = "llava"
-
-    def __init__(self, config: LlavaConfig, anatomy: Anatomy, parts: BaseParts | None) -> None:
-        super().__init__(config, anatomy)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
-from typing_extensions import Self
+from pydantic import Field, field_validator
 
-from mmgraft.strict import LayerChoice, StrictModel
+from mmgraft.errors import UsageError
+from mmgraft.grafts.method import PlainDecoder, StageSwitches
+from mmgraft.strict import LayerChoice, Option, StrictModel
+
+if TYPE_CHECKING:
+    from mmgraft.anatomy import Anatomy
 
 LearnerName = Literal["visual", "textual"]
+
+GROUPS = {
+    "learners": "both learners",
+    "learners.visual": "visual learners",
+    "learners.textual": "textual learners",
+    "router": "routers",
+}
 
 
 class WingsConfig(StrictModel):
     """Which base layers get learners, of which kind and size, and how their outputs are weighed.
 
-    Source: Wings, arXiv 2406.03496. `variant: official` computes what the published code computes,
-    defects included, and serves to load published checkpoints only; it promises no invariant.
+    Source: Wings, arXiv 2406.03496.
     """
 
     method: Literal["wings"] = "wings"
@@ -24,24 +35,25 @@ class WingsConfig(StrictModel):
         "all",
         description="base layers, counted from 0, that get learners: 'all', [0, 4], 'every:4'",
     )
-    rank: int = Field(64, ge=1, description="rank of every learner matrix (64 in the scripts)")
-    heads: int | None = Field(
+    rank: Annotated[int, Option("Of the learners.")] = Field(
+        64, ge=1, description="rank of every learner matrix (64 in the scripts)"
+    )
+    heads: Annotated[int | None, Option("Of a learner.")] = Field(
         None,
         ge=1,
         description="heads of a learner, dividing the hidden size; None: as many as the base has",
     )
-    learners: list[LearnerName] = Field(
+    learners: Annotated[list[LearnerName], Option("visual, textual or visual,textual.")] = Field(
         default=["visual", "textual"], description="which learners stand beside the attention"
     )
     router: bool = Field(
         True,
         description="weigh two learners by the router; with one learner there is nothing to weigh",
     )
-    variant: Literal["paper", "official"] = Field(
-        "paper",
-        description="official: what the published code computes, for published checkpoints only",
+    variant: Annotated[Literal["paper"], Option("paper or official.")] = Field(
+        "paper", description="the paper's equations; the published code is method wings-official"
     )
-    max_length: int | None = Field(
+    max_length: Annotated[int | None, Option("Longest row of the router.")] = Field(
         None,
         ge=1,
         description="columns of the router, the longest row it can weigh; None: the base's maximum",
@@ -49,17 +61,6 @@ class WingsConfig(StrictModel):
     base: Literal["frozen", "full"] = Field(
         "frozen",
         description="full: the base is trained too, as in the paper, and its text answers change",
-    )
-    system_prompt_length: int | None = Field(
-        None,
-        ge=0,
-        description="official only: tokens at the start of a row that no textual learner sees",
-    )
-    image_token_length: int | None = Field(
-        None, ge=1, description="official only: positions of the one image that a row has"
-    )
-    router_width: int = Field(
-        4096, ge=1, description="official only: columns of the published router"
     )
 
     @property
@@ -76,49 +77,48 @@ class WingsConfig(StrictModel):
             raise ValueError("a learner is named twice; name each once")
         return sorted(value, reverse=True)  # visual first, so that router columns have one order
 
-    @model_validator(mode="after")
-    def _check_variant(self) -> Self:
-        if self.variant == "official":
-            self._check_official()
-        else:
-            self._check_paper()
-        return self
 
-    def _check_official(self) -> None:
-        lengths = {
-            "system_prompt_length": self.system_prompt_length,
-            "image_token_length": self.image_token_length,
-        }
-        missing = [name for name, length in lengths.items() if length is None]
-        if missing:
-            raise ValueError(
-                f"variant official needs {' and '.join(missing)}: "
-                "copy them from the published checkpoint's config"
-            )
-        wrong = {
-            "heads": self.heads is not None,
-            "max_length": self.max_length is not None,
-            "base": self.base != "frozen",
-        }
-        for name in (name for name, is_set in wrong.items() if is_set):
-            reason = "it cannot be trained" if name == "base" else "the published code fixes it"
-            raise ValueError(f"variant official takes no {name}: {reason}; leave {name} out")
-        if self.learners == ["textual"]:
-            raise ValueError("variant official has no textual learner alone; use both or visual")
-        if len(self.learners) == 2 and not self.router:
-            raise ValueError(
-                "variant official without a router is stage 1, which uses the visual learner "
-                "alone; set learners: [visual]"
-            )
+class WingsStage(StageSwitches):
+    """Which learners are in the path, and whether the router weighs them."""
 
-    def _check_paper(self) -> None:
-        only_official = {
-            "system_prompt_length": self.system_prompt_length is not None,
-            "image_token_length": self.image_token_length is not None,
-            "router_width": self.router_width != 4096,
-        }
-        for name in (name for name, is_set in only_official.items() if is_set):
-            raise ValueError(
-                f"{name} belongs to variant official; leave it out"
-                + (", or set max_length" if name == "router_width" else "")
-            )
+    learners: list[LearnerName] | None = Field(default=None, description="in the path")
+    router: bool | None = Field(default=None, description="false adds a learner with weight 1")
+
+    def check_switches(self, train: Sequence[str]) -> None:
+        if self.learners is None:
+            return
+        for learner in sorted({"visual", "textual"} - set(self.learners)):
+            if f"learners.{learner}" in train:
+                raise ValueError(
+                    f"trains learners.{learner}, but learners leaves it out of the path; "
+                    f"add {learner} to learners"
+                )
+
+
+def refuses(anatomy: Anatomy) -> str | None:
+    """Return the reason why a base cannot take learners beside its attention."""
+    if anatomy.branch_blocked is not None:
+        return anatomy.branch_blocked
+    if anatomy.embedding_size != anatomy.hidden_size:
+        return (
+            f"{anatomy.model_type} embeds tokens in {anatomy.embedding_size} numbers but its "
+            f"layers have {anatomy.hidden_size}, and learners need both the same"
+        )
+    return None
+
+
+def as_decoder(config: WingsConfig, active: bool) -> PlainDecoder:
+    """Refuse: no plain decoder has learners."""
+    raise UsageError(
+        "Wings adds learners and a router beside the attention of its layers, and LLaVA has "
+        "a projector and a plain decoder, nothing else"
+    )
+
+
+def part_of(tensor: str) -> str:
+    """Return the part that a tensor is counted with."""
+    words = tensor.split(".")  # layers.3.visual.query.up.weight
+    for learner in ("visual", "textual"):
+        if learner in words:
+            return f"{learner} learners"
+    return "router" if "router" in words else words[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,8 @@ from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, PADDING, BaseParts, Graft, Pass, select
 from mmgraft.grafts.computing import computes_on
-from mmgraft.grafts.wings.config import WingsConfig
+from mmgraft.grafts.method import StageSwitches
+from mmgraft.grafts.wings.config import WingsConfig, WingsStage
 from mmgraft.grafts.wings.decoding import Stacked, read_token
 from mmgraft.grafts.wings.learners import Learner, learner_heads
 from mmgraft.grafts.wings.reading import KIND_OF, prepare, read_all, read_packed
@@ -53,43 +54,23 @@ class WingsGraft(Graft):
 
     Attributes:
         running: The learners that act now: stage 1 runs the visual one alone, with weight 1.
-        watch: Told of every learner's attention, for measurements: base layer, queries and keys
-            ``(b, heads, s, d)``, the mask, the queries that see a key ``(b, s, 1)``, and the
-            router's share ``(b, s)`` or None for 1.
     """
 
     method = "wings"
-    watch: Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor | None], None] | None = None
 
     def __init__(self, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> None:
         super().__init__(config, anatomy)
-        if anatomy.branch_blocked is not None:
-            raise UsageError(
-                f"Wings cannot add its learners to this base: {anatomy.branch_blocked}. "
-                "Choose --method iaa or llava."
-            )
-        if anatomy.embedding_size != anatomy.hidden_size:
-            raise UsageError(
-                f"{anatomy.model_type} embeds tokens in {anatomy.embedding_size} numbers but its "
-                f"layers have {anatomy.hidden_size}: Wings' learners need both the same. "
-                "Choose --method iaa or llava for this base."
-            )
         self.heads = learner_heads(anatomy, config.heads)
         self.length = config.max_length or anatomy.max_positions or _FALLBACK_LENGTH
-        self.places = parse_layers(config.layers, anatomy.num_layers)
+        self.layer_indices = parse_layers(config.layers, anatomy.num_layers)
         self.layers = nn.ModuleDict(
-            {str(i): WingsLayer(config, anatomy, self.heads, self.length) for i in self.places}
+            {
+                str(i): WingsLayer(config, anatomy, self.heads, self.length)
+                for i in self.layer_indices
+            }
         )
         self.running: tuple[str, ...] = tuple(config.learners)
         self._first_slot = 0
-
-    @classmethod
-    def build(cls, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> Graft:
-        if config.variant == "official":
-            from mmgraft.grafts.wings.official_graft import OfficialWingsGraft
-
-            return OfficialWingsGraft(config, anatomy, parts)
-        return cls(config, anatomy, parts)
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "learners": list(self.running)}
@@ -105,8 +86,27 @@ class WingsGraft(Graft):
             )
         self.running = tuple(name for name in ("visual", "textual") if name in wanted)
 
+    def switch(self, switches: StageSwitches) -> None:
+        stage = switches if isinstance(switches, WingsStage) else WingsStage()
+        self.set_state({"learners": stage.learners or self.config.learners})
+        both, routed = len(self.running) == 2, self.config.routed
+        if stage.router and not (both and routed):
+            raise UsageError(
+                "has router: true, but "
+                + ("one learner has nothing to weigh" if not both else "this graft has no router")
+                + "; write router: false"
+            )
+        if stage.router is False and both and routed:
+            raise UsageError(
+                "has router: false, but this graft's router weighs its two learners; write "
+                "router: true, or learners: [visual]"
+            )
+
+    def changes_feed_forward(self, index: int) -> bool:
+        return False
+
     def slot_layers(self) -> list[int]:
-        return [FULL_ATTENTION] * len(self.places)
+        return [FULL_ATTENTION] * len(self.layer_indices)
 
     def assign_slots(self, first: int) -> None:
         self._first_slot = first
@@ -140,7 +140,7 @@ class WingsGraft(Graft):
         def attend(original: Any, *args: Any, **kwargs: Any) -> Any:
             if hasattr(wing, "router") and len(self.running) == 2:
                 columns = partial(_columns, wing.router, state, first_key)
-                fused = self.anatomy.explicit_router is None and _fusible(attention)
+                fused = self.anatomy.explicit_weights is None and _fusible(attention)
                 spans = partial(_spans, state)
                 out, logits = route(original, attention, columns, fused, args, kwargs, spans)
                 shares = logits.softmax(-1)  # (b, s, 2): visual, textual
@@ -171,23 +171,18 @@ class WingsGraft(Graft):
         self, wing: WingsLayer, index: int, hidden: Tensor, state: Pass, shares: Tensor | None
     ) -> Tensor:
         """The routed sum of the learners at one layer, ``(b, s, h)``."""
-        if stacked := self._stacked(wing, hidden, state):
-            slot = self._first_slot + self.places.index(index)
+        inputs, remember = hidden.to(state.features.dtype), None
+        if state.cache is not None:
+            slot = self._first_slot + self.layer_indices.index(index)
             remember = partial(state.cache.update, layer_idx=slot)
-            entered = hidden.to(state.features.dtype)
-            return read_token(stacked, entered, state, remember, shares)
-        learners = {name: wing.learner(name) for name in self.running}
-        entered, queries = hidden.to(state.features.dtype), {}
+            if (stacked := self._stacked(wing, hidden, state)) is not None:
+                return read_token(stacked, inputs, state, remember, shares)
+        learners, queries = {name: wing.learner(name) for name in self.running}, {}
         for name, learner in learners.items():
             kind = KIND_OF[name]
             if kind in state.packed or (not state.packed and (kind != IMAGE or state.any_image)):
-                queries[name] = learner.queries(entered)
-        remember = watch = None
-        if state.cache is not None:
-            slot = self._first_slot + self.places.index(index)
-            remember = partial(state.cache.update, layer_idx=slot)
-        if self.watch is not None:
-            watch = partial(self._tell, index, shares)
+                queries[name] = learner.queries(inputs)
+        watch = None if self.watch is None else partial(self._show, index, shares)
         if state.packed:
             lowered = read_packed(learners, queries, state, remember)
         else:
@@ -200,9 +195,9 @@ class WingsGraft(Graft):
         return torch.zeros_like(hidden) if total is None else total
 
     def _stacked(self, wing: WingsLayer, hidden: Tensor, state: Pass) -> Stacked | None:
-        """The matrices for a single text token that is decoded; None for any other pass."""
+        """Return the matrices for a single text token that is decoded; None for other passes."""
         of_text = state.start > 0 and hidden.shape[1] == 1 and not state.new_image
-        if not of_text or state.cache is None or self.watch is not None:
+        if not of_text or self.watch is not None:
             return None
         names = [n for n in self.running if KIND_OF[n] != IMAGE or state.any_image]
         if self.training or torch.is_grad_enabled() or not names:
@@ -220,7 +215,7 @@ class WingsGraft(Graft):
         self._forget_stacked()
         return super().train(mode)
 
-    def _tell(
+    def _show(
         self,
         index: int,
         shares: Tensor | None,
@@ -237,8 +232,9 @@ class WingsGraft(Graft):
         found: dict[str, list[nn.Parameter]] = {}
         for wing in self.layers.values():
             for name in self.config.learners:
-                learner = wing.get_submodule(name)
-                found.setdefault(f"learners.{name}", []).extend(learner.parameters())
+                learner = list(wing.get_submodule(name).parameters())
+                found.setdefault("learners", []).extend(learner)
+                found.setdefault(f"learners.{name}", []).extend(learner)
             if hasattr(wing, "router"):
                 found.setdefault("router", []).extend(wing.get_submodule("router").parameters())
         return dict(found)

@@ -8,20 +8,7 @@ from torch import Tensor, nn
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import Pass
-
-
-class LowRank(nn.Module):
-    """``x W_a W_b`` with ``W_a: h -> r`` Gaussian and ``W_b: r -> h`` zero."""
-
-    def __init__(self, size: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(size, rank, bias=False)
-        self.up = nn.Linear(rank, size, bias=False)
-        nn.init.normal_(self.down.weight, std=size**-0.5)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
+from mmgraft.grafts.lowrank import LowRank
 
 
 class Learner(nn.Module):

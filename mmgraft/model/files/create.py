@@ -1,110 +1,73 @@
-"""Make a fresh graft: in memory on a loaded base, or as files without ever loading the base."""
+"""Make a fresh graft: on a loaded base, or from files without ever loading the base."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mmgraft.anatomy import Anatomy, examine, examine_config
+from mmgraft.anatomy import Anatomy, examine_config
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import BaseParts, Graft
-from mmgraft.grafts.registry import get_method
+from mmgraft.grafts.registry import get_method, methods
 from mmgraft.layers import parse_layers
 from mmgraft.model.files.graft_file import BaseReference, GraftFile, ImageToken, TemplateChoice
-from mmgraft.model.files.load import finish, load_base
-from mmgraft.model.files.parts import LoadedParts, ReadParts, check_places
+from mmgraft.model.files.parts import LoadedParts, ReadParts, check_layers
 from mmgraft.model.files.save import graft_tensors, write_graft
 from mmgraft.model.workflow import Workflow
+from mmgraft.strict import StrictModel
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
 from mmgraft.vision.projectors.registry import build_projector
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.base import VisionTower
-from mmgraft.vision.towers.registry import describe_tower, load_tower
+from mmgraft.vision.towers.registry import describe_tower
 
 if TYPE_CHECKING:
     from mmgraft.basefiles import ModelFiles
-    from mmgraft.model.modeling import GraftedModel
 
 SEED = 0
-"""Of the new tensors that do not start as copies or zero: projector, learners."""
+"""Of the new tensors that do not start as copies or zero, such as the projector's."""
 
 
-def graft_model(
-    base: str | Path | PreTrainedModel,
-    vision: str | Path | VisionSpec | VisionTower | None,
-    config: Any,
-    *,
-    workflow: str = "mm",
-    quantization: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    device_map: Any = None,
-    projector: ProjectorConfig | None = None,
-    template: TemplateChoice | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> GraftedModel:
-    """Graft fresh modules onto a base, ready to train or to run.
+def make_on_loaded(
+    base: PreTrainedModel,
+    anatomy: Anatomy,
+    config: StrictModel,
+    workflow: str,
+    projector: ProjectorConfig,
+    template: TemplateChoice | None,
+    tower: VisionTower | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Workflow:
+    """Make a fresh workflow on a base in memory."""
+    if getattr(base, "is_quantized", False):
+        raise UsageError(
+            "this base is held in 4-bit, so its exact tensors are gone: name the base by id "
+            "or folder and give quantization='nf4'."
+        )
+    reference = BaseReference(id=base.config._name_or_path or "unknown")
+    token = _image_token(tokenizer, anatomy)
+    width = None if tower is None else tower.hidden_size
+    parts = LoadedParts(base, anatomy)
+    chosen = template or TemplateChoice()
+    made = _make(config, anatomy, parts, workflow, projector, width, reference, token, chosen)
+    return _seen_with(made, tower)
 
-    Args:
-        base: A Hub id or folder, or a loaded causal LM (not in 4-bit: an inserted layer is a copy
-            of exact tensors; name the base instead, and give ``quantization``).
-        vision: A tower, its spec, its name; None for a model that is only given features of the
-            base's own width.
-        config: ``IAAConfig``, ``WingsConfig``, ``LlavaConfig`` or a registered method's.
-        workflow: Its name.
-        quantization: ``"nf4"`` holds the base in 4-bit.
-        dtype: Of the base; default: as saved.
-        device_map: As for transformers.
-        projector: Which one, with its settings; default: the two layers of ``MlpConfig``.
-        template: How conversations become text; default: the tokenizer's chat template.
-        tokenizer: Of a loaded base, to choose the image token by.
 
-    Raises:
-        UsageError: Layers that cannot carry a graft, or settings that do not fit the base.
-    """
-    from mmgraft.model.modeling import GraftedModel
-
-    spec = MlpConfig() if projector is None else projector
-    vision = str(vision) if isinstance(vision, Path) else vision
-    tower = load_tower(vision) if isinstance(vision, str | VisionSpec) else vision
-    width = tower.hidden_size if tower is not None else None
-    if isinstance(base, str | Path):
-        from mmgraft.basefiles import resolve
-
-        files = resolve(base)
-        made = _make_from_files(files, config, workflow, spec, width, template, tower)
-        loaded = load_base(files, dtype, device_map, quantization)
-        anatomy = examine(loaded)
-    else:
-        if getattr(base, "is_quantized", False):
-            raise UsageError(
-                "this base is held in 4-bit, so its exact tensors are gone: name the base by id "
-                "or folder and give quantization='nf4'."
-            )
-        loaded, anatomy = base, examine(base)
-        reference = BaseReference(id=base.config._name_or_path or "unknown")
-        token = _image_token(tokenizer, anatomy)
-        parts = LoadedParts(base, anatomy)
-        chosen = template or TemplateChoice()
-        made = _make(config, anatomy, parts, workflow, spec, width, reference, token, chosen)
-        if tower is not None:
-            made.record.vision = tower.spec
-            made.record.vision_fingerprint = tower.fingerprint()
-    made.to(loaded.dtype)
-    finish(made, loaded, anatomy)
+def _seen_with(made: Workflow, tower: VisionTower | None) -> Workflow:
     if tower is not None:
-        tower = tower.to(device=loaded.device, dtype=loaded.dtype)
-    return GraftedModel(loaded.requires_grad_(False), tower, [made], anatomy)
+        made.record.vision = tower.spec
+        made.record.vision_fingerprint = tower.fingerprint()
+    return made
 
 
 def create_graft(
     base: str,
     vision: str | VisionSpec,
-    config: Any,
+    config: StrictModel,
     folder: str | Path,
     *,
     workflow: str = "mm",
@@ -140,9 +103,8 @@ def create_graft(
     spec = _pinned(spec)
     shape = describe_tower(spec)
     files = resolve(base, revision)
-    made = _make_from_files(
-        files, config, workflow, projector or MlpConfig(), shape.hidden_size, template, None
-    )
+    spec_of = projector or MlpConfig()
+    made = make_from_files(files, config, workflow, spec_of, template, width=shape.hidden_size)
     if full_fingerprint:
         made.record.base.fingerprint = fingerprint(files, full=True)
     made.record.vision = spec
@@ -164,45 +126,54 @@ def _pinned(spec: VisionSpec) -> VisionSpec:
     return spec.model_copy(update={"revision": locate(spec)[1]})
 
 
-def _make_from_files(
+def make_from_files(
     files: ModelFiles,
-    config: Any,
+    config: StrictModel,
     workflow: str,
-    spec: ProjectorConfig,
-    width: int | None,
+    projector: ProjectorConfig,
     template: TemplateChoice | None,
-    tower: VisionTower | None,
+    tower: VisionTower | None = None,
+    width: int | None = None,
 ) -> Workflow:
+    """Make a fresh workflow from a base's files, of which it reads what it copies.
+
+    Args:
+        files: The base's.
+        config: The method's settings.
+        workflow: Its name.
+        projector: Its shape and start.
+        template: How conversations become text.
+        tower: The tower, where it is loaded.
+        width: Width of its features, where it is not.
+    """
     from mmgraft.basefiles import TensorReader, fingerprint, load_config
 
     base_config = load_config(files)
     anatomy = examine_config(base_config)
-    places = _copied_layers(config, anatomy)
+    indices = _copied_layers(config, anatomy)
     tokenizer = _tokenizer(files)
     chosen = choose_template(tokenizer, template, files.id)
     token = _image_token(tokenizer, anatomy)
     reference = BaseReference(id=files.id, revision=files.revision, fingerprint=fingerprint(files))
     owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
     with TensorReader(files) as reader:
-        parts = ReadParts(reader, base_config, places, owns, anatomy)
-        made = _make(config, anatomy, parts, workflow, spec, width, reference, token, chosen)
-    if tower is not None:
-        made.record.vision = tower.spec
-        made.record.vision_fingerprint = tower.fingerprint()
-    return made
+        parts = ReadParts(reader, base_config, indices, owns, anatomy)
+        width = width if tower is None else tower.hidden_size
+        made = _make(config, anatomy, parts, workflow, projector, width, reference, token, chosen)
+    return _seen_with(made, tower)
 
 
 def _copied_layers(config: Any, anatomy: Anatomy) -> list[int]:
     """The layers that a method names, checked against the base."""
     if getattr(config, "layers", None) is None:
         return []
-    places = parse_layers(config.layers, anatomy.num_layers)
-    check_places(places, anatomy)
-    return places
+    indices = parse_layers(config.layers, anatomy.num_layers)
+    check_layers(indices, anatomy)
+    return indices
 
 
 def _make(
-    config: Any,
+    config: Any,  # the method's settings
     anatomy: Anatomy,
     parts: BaseParts,
     workflow: str,
@@ -213,13 +184,20 @@ def _make(
     template: TemplateChoice,
 ) -> Workflow:
     _copied_layers(config, anatomy)
-    method = get_method(config.method).load_graft()
+    method = get_method(config.method)
+    reason = method.refuses(anatomy)
+    if reason is not None:
+        others = [name for name, one in methods().items() if one.refuses(anatomy) is None]
+        raise UsageError(
+            f"method {method.name} cannot be used on this base: {reason}. Methods that can: "
+            f"{', '.join(others)}."
+        )
     size = anatomy.embedding_size
     with torch.random.fork_rng(devices=[]):  # the same graft twice, whatever was drawn before
         torch.manual_seed(SEED)
         # The projector first: the same one whatever the method, so that methods compare.
         projector = build_projector(spec, width or size, size)
-        graft: Graft = method.build(config, anatomy, parts)
+        graft: Graft = method.load_graft()(config, anatomy, parts)
     record = GraftFile(
         method=config.method,
         config=config.model_dump(mode="json"),
@@ -232,11 +210,7 @@ def _make(
     )
     made = Workflow(workflow, projector, graft, record)
     dtype = next((p.dtype for p in graft.parameters()), None)
-    return made if dtype is None else _as(made, dtype)
-
-
-def _as(workflow: nn.Module, dtype: torch.dtype) -> Any:
-    return workflow.to(dtype)
+    return made if dtype is None else cast(Workflow, made.to(dtype))
 
 
 def _image_token(tokenizer: PreTrainedTokenizerBase | None, anatomy: Anatomy) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +12,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmgraft import __version__
 from mmgraft.atomic import complete
 from mmgraft.errors import UsageError
+from mmgraft.grafts.method import Promises
+from mmgraft.grafts.registry import get_method, methods, moved
+from mmgraft.strict import StrictModel
 from mmgraft.vision.projectors.configs import AnyProjector, MlpConfig
 from mmgraft.vision.spec import VisionSpec
+
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 CONFIG_NAME = "graft_config.json"
 WEIGHTS_NAME = "graft.safetensors"
 OWN_BASE = "base"
 """Folder inside a graft's folder that holds a base of its own (trained, or imported)."""
+
+
+_noted: set[Path] = set()  # files whose reading has said what moved
 
 
 class _Strict(BaseModel):
@@ -57,7 +66,7 @@ class GraftFile(_Strict):
     """The whole record.
 
     Attributes:
-        state: What of the graft runs now (``active``, ``learners``): a stage may run a part of it.
+        state: What of the graft runs now: a stage may run a part of it.
         base_trained: Text is then the trained base's, not the original's.
         trained_from: The original of a trained base, to compare with.
         recipe: The resolved recipe of the last training.
@@ -81,8 +90,19 @@ class GraftFile(_Strict):
     recipe: dict[str, Any] | None = None
     results: dict[str, Any] | None = None
 
+    @property
+    def settings(self) -> StrictModel:
+        """The method's settings."""
+        return get_method(self.method).config_class.parse(self.config, f"config of {CONFIG_NAME}")
+
+    @property
+    def promises(self) -> Promises:
+        """What the method promises of this graft; all, where the method is not installed."""
+        method = methods().get(self.method)
+        return Promises() if method is None else method.promises(self.settings)
+
     def dump(self) -> str:
-        """The file's text."""
+        """Return the file's text."""
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -97,7 +117,7 @@ class GraftFile(_Strict):
         if not path.is_file():
             raise UsageError(
                 f"{folder} holds no {CONFIG_NAME}, so it is no graft. "
-                "Make one with: mmgraft graft BASE --method iaa --layers 22,24"
+                "Make one with: mmgraft graft BASE --method METHOD"
             )
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -113,6 +133,11 @@ class GraftFile(_Strict):
                 f"{path} has schema version {version}; this mmgraft ({__version__}) reads up to "
                 f"{SCHEMA_VERSION}. Upgrade it: pip install -U mmgraft"
             )
+        if isinstance(data.get("method"), str) and isinstance(data.get("config"), dict):
+            data["method"], data["config"], note = moved(data["method"], data["config"])
+            if note is not None and path not in _noted:
+                _noted.add(path)
+                _log.warning("%s: %s", path, note)
         try:
             return cls.model_validate(data)
         except ValidationError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +22,6 @@ from mmgraft.model.kernels.quantization import assert_unquantized, leave_file, q
 from mmgraft.model.workflow import Workflow
 from mmgraft.vision.projectors.registry import build_projector
 from mmgraft.vision.spec import VisionSpec
-from mmgraft.vision.towers.registry import load_tower
-
-if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
 
 Verify = Literal["fast", "full", "off"]
 _GRAFT_FILES = [
@@ -39,98 +35,8 @@ _GRAFT_FILES = [
 ]
 
 
-def load_model(
-    source: str | Path,
-    *,
-    dtype: str | torch.dtype | None = None,
-    device_map: Any = None,
-    quantization: str | None = None,
-    quantization_storage: torch.dtype | None = None,
-    attn_implementation: str | None = None,
-    verify: Verify = "fast",
-    base: str | None = None,
-    graft_dtype: torch.dtype | None = None,
-    revision: str | None = None,
-) -> GraftedModel:
-    """Load a graft, its base and its tower.
-
-    Args:
-        source: A graft's folder, or its Hub id.
-        dtype: Of the base, such as ``"bfloat16"``; default: as it was saved.
-        device_map: As for transformers.
-        quantization: ``"nf4"`` holds the base in 4-bit; nothing else is quantised.
-        quantization_storage: Of the packed bytes; bf16 for FSDP2.
-        attn_implementation: As for transformers.
-        verify: ``"fast"`` compares the base's config, headers and the edges of every tensor with
-            the graft's record, ``"full"`` hashes every byte, ``"off"`` trusts.
-        base: Where the base lies, when not where the record says.
-        graft_dtype: Of tower, projector and graft; default: the base's. Training loads fp32.
-        revision: Of the graft on the Hub.
-
-    Raises:
-        UsageError: No graft, a corrupt or newer file, a base that is not the recorded one.
-    """
-    from mmgraft.model.modeling import GraftedModel
-
-    folder = graft_folder(source, revision)
-    record = GraftFile.read(folder)
-    files = base_files(record, folder, base)
-    check_base(record, files, verify)
-    loaded = load_base(
-        files, dtype, device_map, quantization, attn_implementation, quantization_storage
-    )
-    anatomy = examine(loaded)
-    tower = load_tower(local_tower(record, folder), dtype=loaded.dtype, device=loaded.device)
-    workflow = load_workflow(
-        record, folder, loaded, graft_dtype or loaded.dtype, tower.hidden_size, anatomy
-    )
-    assert_unquantized(tower, "vision_tower")
-    model = GraftedModel(loaded, tower, [workflow], anatomy)
-    model.name_or_path = str(source)
-    return model
-
-
-def attach(
-    model: GraftedModel,
-    name: str,
-    source: str | Path,
-    *,
-    verify: Verify = "fast",
-    revision: str | None = None,
-) -> None:
-    """Add a saved graft as a further workflow of a loaded base.
-
-    Args:
-        model: Gets the workflow.
-        name: The workflow's name there.
-        source: The graft's folder, or its Hub id.
-        verify: ``"off"`` does not compare the two grafts' bases.
-        revision: Of the graft on the Hub.
-
-    Raises:
-        UsageError: The graft belongs to another base or sees with another tower, or the name is
-            taken.
-    """
-    if name in model.names:
-        raise UsageError(f"a workflow is called {name!r} already; choose another name.")
-    folder = graft_folder(source, revision)
-    record = GraftFile.read(folder)
-    first = model.workflow().record
-    if verify != "off":
-        _same_base(first, record, source)
-    if not _same_tower(first, record):
-        raise UsageError(
-            f"{source} sees with {record.vision.name}, this model with {first.vision.name}: "
-            "workflows of one model share a tower."
-        )
-    projector = model.workflow().projector
-    dtype = next(projector.parameters()).dtype
-    record = record.model_copy(update={"workflow": name})
-    width = projector.in_features
-    model._attach(load_workflow(record, folder, model.base, dtype, width, model.anatomy))
-
-
-def _same_base(first: GraftFile, second: GraftFile, source: str | Path) -> None:
+def same_base(first: GraftFile, second: GraftFile, source: str | Path) -> None:
+    """Refuse a graft that belongs to another base."""
     if not first.base.fingerprint or not second.base.fingerprint:
         return  # a base made in memory has none; the tensors' shapes must still fit
     difference = compare_fingerprints(first.base.fingerprint, second.base.fingerprint)
@@ -166,8 +72,8 @@ def local_tower(record: GraftFile, folder: Path) -> VisionSpec:
     return record.vision.model_copy(update={"id": str((folder / name).resolve())})
 
 
-def _same_tower(first: GraftFile, second: GraftFile) -> bool:
-    """Whether two grafts see with one tower: by what it is where that is known, else by name."""
+def same_tower(first: GraftFile, second: GraftFile) -> bool:
+    """Return whether two grafts see with one tower: by what it is where known, else by name."""
     if first.vision_fingerprint and second.vision_fingerprint:
         return first.vision_fingerprint == second.vision_fingerprint
     return first.vision == second.vision
@@ -269,8 +175,7 @@ def load_workflow(
         raise UsageError(f"{folder} does not hold what its {CONFIG_NAME} says: {problem}.")
     tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     workflow.load_state_dict(tensors, strict=False, assign=True)
-    if hasattr(workflow.graft, "tie"):
-        workflow.graft.tie()  # type: ignore[operator]
+    workflow.graft.tie()
     finish(workflow, base, anatomy)
     workflow.origin = folder
     return workflow
@@ -290,12 +195,10 @@ def build_workflow(
     record: GraftFile, base: PreTrainedModel, width: int, anatomy: Anatomy | None = None
 ) -> Workflow:
     """A workflow's modules, without values, for the base at hand."""
-    method = get_method(record.method)
-    config = method.config_class.parse(record.config, f"config of {CONFIG_NAME}")
     anatomy = examine(base) if anatomy is None else anatomy
     parts = shape_parts(base.config, anatomy)
     with torch.device("meta"):
-        graft = method.load_graft().build(config, anatomy, parts)
+        graft = get_method(record.method).load_graft()(record.settings, anatomy, parts)
         projector = build_projector(record.projector, width, anatomy.embedding_size)
     if record.state:
         graft.set_state(record.state)

@@ -49,7 +49,7 @@ class ReadParts:
     Args:
         reader: The base's tensors.
         config: The base's config.
-        places: The layers that may be asked for.
+        indices: The layers that may be asked for.
         owns: Which of ``embedding``, ``norm`` and ``head`` may be.
         anatomy: Of the config, where it was examined before.
     """
@@ -58,20 +58,20 @@ class ReadParts:
         self,
         reader: TensorReader,
         config: PreTrainedConfig,
-        places: Sequence[int],
+        indices: Sequence[int],
         owns: Sequence[str],
         anatomy: Anatomy | None = None,
     ) -> None:
         self.reader, self.config, self.anatomy = reader, config, anatomy
-        self.places, self.owns = list(places), set(owns)
+        self.indices, self.owns = list(indices), set(owns)
 
     @cached_property
     def _parts(self) -> BaseParts:
         wanted = ("embedding" in self.owns, "norm" in self.owns, "head" in self.owns)
-        return read_layers(self.reader, self.config, self.places, *wanted, anatomy=self.anatomy)
+        return read_layers(self.reader, self.config, self.indices, *wanted, anatomy=self.anatomy)
 
     def layer(self, index: int) -> nn.Module:
-        return self._parts.layers[self.places.index(index)]
+        return self._parts.layers[self.indices.index(index)]
 
     def embedding(self) -> nn.Module:
         assert self._parts.embedding is not None
@@ -111,9 +111,9 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def check_places(places: Sequence[int], anatomy: Anatomy) -> None:
+def check_layers(indices: Sequence[int], anatomy: Anatomy) -> None:
     """Refuse layers that cannot carry a graft, by name and with the reason."""
-    for index in places:
+    for index in indices:
         if index in anatomy.blocked:
             free = [str(i) for i in range(anatomy.num_layers) if i not in anatomy.blocked]
             raise UsageError(

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
+from mmgraft.grafts.registry import methods
 from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME, GraftFile
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mmgraft.basefiles import ModelFiles
-
-INVARIANTS = (
-    "text rows give the base's logits",
-    "a fresh graft changes nothing on image rows",
-    "cached decoding equals the full forward",
-    "a row depends neither on its neighbours nor on padding",
-    "no position sees a later one",
-)
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
@@ -146,7 +139,7 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
         parts["head"] = 0
     total = _count(model)
     parts["other"] = total - sum(parts.values()) - sum(layer.parameters for layer in layers)
-    refusals = {"wings": anatomy.branch_blocked} if anatomy.branch_blocked else {}
+    reasons = {name: method.refuses(anatomy) for name, method in methods().items()}
     return ModelSummary(
         id=files.id,
         revision=files.revision,
@@ -167,7 +160,7 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
         },
         layers=layers,
         parts=parts,
-        refusals=refusals,
+        refusals={name: reason for name, reason in reasons.items() if reason},
     )
 
 
@@ -180,7 +173,7 @@ def summarise_graft(folder: Path) -> GraftSummary:
     record = GraftFile.read(folder)
     rows: dict[str, PartRow] = {}
     for name, (parameters, size) in _tensors(folder).items():
-        part = _part(name)
+        part = _part(name, record.method)
         old = rows.get(part, PartRow(part, 0, 0, 0))
         rows[part] = PartRow(part, old.tensors + 1, old.parameters + parameters, old.bytes + size)
     return GraftSummary(
@@ -201,15 +194,17 @@ def summarise_graft(folder: Path) -> GraftSummary:
 
 
 def lacking(record: GraftFile) -> dict[str, str]:
-    """The invariants that a graft does not promise, each with the reason."""
-    if record.method == "wings" and record.config.get("variant") == "official":
-        return dict.fromkeys(INVARIANTS, "variant official computes what the published code does")
-    lacks: dict[str, str] = {}
-    if record.base_trained:
-        lacks[INVARIANTS[0]] = "the base was trained: they are the trained base's"
-    if record.method == "iaa" and record.config.get("structure", "c") == "c":
-        lacks[INVARIANTS[1]] = "structure c has no gate: it is a deeper decoder from the start"
-    return lacks
+    """Return what a graft does not promise, each with the reason."""
+    promises = record.promises
+    if record.base_trained and not promises.text:
+        why = "the base was trained: they are the trained base's"
+        promises = replace(promises, text=why)
+    return promises.broken()
+
+
+def limits(record: GraftFile) -> dict[str, str]:
+    """Return what one must know to use a graft: :func:`lacking` beside text and a fresh start."""
+    return replace(record.promises, text="", fresh="").broken()
 
 
 def _count(module: nn.Module) -> int:
@@ -247,12 +242,9 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _part(tensor: str) -> str:
-    """The group of a tensor: `graft.layers.3.visual.query.up.weight` is `visual learners`."""
-    words = tensor.removeprefix("graft.").split(".")
-    for learner in ("visual", "textual"):
-        if learner in words:
-            return f"{learner} learners"
-    if "router" in words:
-        return "router"
-    return {"layers": "inserted layers"}.get(words[0], words[0])
+def _part(tensor: str, method: str) -> str:
+    """The part that a tensor is counted with, as its method names it."""
+    inside = tensor.removeprefix("graft.")
+    if inside == tensor or method not in methods():
+        return inside.split(".")[0]
+    return methods()[method].part_of(inside)

@@ -60,8 +60,8 @@ def check_compiled(
     chosen = [layer for index, layer in enumerate(layers) if not _reached(grafts, index)]
     if not chosen:
         raise UsageError(
-            "compile: true finds no layer to compile: the learners stand inside the attention of "
-            "every layer. Leave compile out, or graft fewer layers (--layers every:4)."
+            "compile: true finds no layer to compile: a part of the graft stands inside every "
+            "layer. Leave compile out, or graft fewer layers (--layers every:4)."
         )
     return chosen
 

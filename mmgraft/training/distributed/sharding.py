@@ -3,7 +3,7 @@
 A decoder layer and what grafts run at it are one group: its parameters are gathered before the
 layer runs and given up after it, forwards and backwards. That is where the patched forward of a
 layer stands (``model/forward.py``), so the grafts' parts are whole whenever they are called,
-however they are called: torch's hooks are on the layer, and some parts have no call of their own to
+however they are called: torch's hooks are on the layer, and a part may have no call of its own to
 hang them on. Everything else (embeddings, last norm, head, projector) is the model's own group. The
 frozen vision tower stays whole: it also works between steps, for one process alone.
 

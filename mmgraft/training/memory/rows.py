@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmgraft.data.batches.dataset import cut
-from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.formats.indexed import facts_of, select
 from mmgraft.data.rows import Row

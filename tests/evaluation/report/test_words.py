@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmgraft.evaluation.metrics.intervals import Estimate
 from mmgraft.evaluation.report.words import (
     change_with_interval,
     decimals_for,
@@ -21,10 +20,11 @@ from mmgraft.evaluation.report.words import (
     verdict,
     with_interval,
 )
+from mmgraft.runs.results import Score
 
 
-def found(value: float, low: float, high: float) -> Estimate:
-    return Estimate(value, low, high, 100)
+def found(value: float, low: float, high: float) -> Score:
+    return Score(value=value, low=low, high=high, count=100)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_names_of_scores() -> None:
 
 
 def test_one_group_is_told_and_never_resolved() -> None:
-    alone = Estimate(0.2, 0.2, 0.2, 50, groups=1)
+    alone = Score(value=0.2, low=0.2, high=0.2, count=50, groups=1)
     assert with_interval(alone) == "0.200 (one group, no interval)"
     assert change_with_interval(alone) == "+0.200 (one group, no interval)"
     assert verdict(alone, "accuracy") == "not resolved"
-    assert verdict(Estimate(0.2, 0.2, 0.2, 50, groups=2), "accuracy") == "better"
+    assert verdict(Score(value=0.2, low=0.2, high=0.2, count=50, groups=2), "accuracy") == "better"

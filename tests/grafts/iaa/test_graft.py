@@ -73,8 +73,8 @@ def by_reference(model: GraftedModel, inputs: dict[str, Tensor]) -> Tensor:
     gated = graft.config.structure != "c"
     states = iaa_reference(
         [calling(layer, call) for layer, call in zip(layers, calls, strict=True)],
-        {i: calling(graft.layers[k], calls[i]) for k, i in enumerate(graft.places)},
-        {i: graft.gates[k] for k, i in enumerate(graft.places)} if gated else {},
+        {i: calling(graft.layers[k], calls[i]) for k, i in enumerate(graft.layer_indices)},
+        {i: graft.gates[k] for k, i in enumerate(graft.layer_indices)} if gated else {},
         graft.config.structure,
         calls[0][0],
     )

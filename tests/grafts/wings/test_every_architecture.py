@@ -266,7 +266,7 @@ def test_the_router_reads_columns_of_the_tokens_own_positions(arch: str) -> None
 
 
 def test_what_wings_cannot_stand_on_is_refused() -> None:
-    with pytest.raises(UsageError, match="Choose --method iaa or llava"):
+    with pytest.raises(UsageError, match="Methods that can: iaa, llava"):
         graft_on("opt_post_norm", WINGS)
     with pytest.raises(
         UsageError, match=r"5 learner heads do not fit hidden size 32.*1, 2, 4, 8, 16"

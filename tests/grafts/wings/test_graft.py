@@ -14,6 +14,7 @@ from mmgraft import GraftedModel, WingsConfig
 from mmgraft.errors import UsageError
 from mmgraft.grafts.wings.learners import Rotation
 from mmgraft.grafts.wings.router import explicit_weights
+from mmgraft.published.wings.config import OfficialWingsConfig
 from reference.wings_paper import LearnerWeights, wings_layer_reference
 
 LAYER = 1
@@ -116,6 +117,6 @@ def test_only_a_router_bounds_the_length() -> None:
 
 @pytest.mark.parametrize("arch", ["phi", "granite", "gemma2", "gpt2"])
 def test_the_published_code_is_for_plain_rotary_blocks(arch: str) -> None:
-    config = WingsConfig(variant="official", system_prompt_length=2, image_token_length=4)
-    with pytest.raises(UsageError, match="--variant paper"):
+    config = OfficialWingsConfig(system_prompt_length=2, image_token_length=4)
+    with pytest.raises(UsageError, match=r"knows Llama and Qwen2 only.*Methods that can: .*llava"):
         graft_on(arch, config)

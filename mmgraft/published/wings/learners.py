@@ -1,4 +1,4 @@
-"""Wings as the published code computes it (`variant: official`), defects included.
+"""Wings as the published code computes it (method `wings-official`), defects included.
 
 It exists to load published checkpoints with equal logits, and promises none of the invariants that
 the paper's form keeps: later tokens change earlier outputs, rows of one batch change each other,
@@ -82,7 +82,7 @@ def plan_official(
     real = kinds != PADDING  # (b, s)
     if (real[:, 1:] & ~real[:, :-1]).any():
         raise UsageError(
-            "Wings `variant: official` takes right-padded batches only; "
+            "wings-official takes right-padded batches only; "
             'set padding_side="right", or run the rows one by one'
         )
     features = features * real[..., None].to(features.dtype)
@@ -145,8 +145,8 @@ class OfficialLearners(nn.Module):
         super().__init__()
         if hidden_size % heads:
             raise UsageError(
-                f"Wings `variant: official` needs heads that divide the hidden size, and "
-                f"{heads} does not divide {hidden_size}; use `variant: paper`"
+                f"wings-official needs heads that divide the hidden size, and "
+                f"{heads} does not divide {hidden_size}; graft with --method wings"
             )
         if len(learners) == 2 and not router:
             raise UsageError("two Wings learners need a router; set `router: true`")
@@ -205,7 +205,7 @@ class OfficialLearners(nn.Module):
         if router_scores is None:
             if attention is None:
                 raise UsageError(
-                    "Wings `variant: official` needs the base's attention weights; "
+                    "wings-official needs the base's attention weights; "
                     'load the base with attn_implementation="eager"'
                 )
             router_scores = self.router_scores(attention)
@@ -249,7 +249,7 @@ def _image_starts(kinds: Tensor) -> tuple[list[int], int]:
     together = (last - starts + 1 == counts) | (counts == 0)
     if not together.all() or counts[counts > 0].unique().numel() > 1:
         raise UsageError(
-            "Wings `variant: official` takes one image a row; give one, or use `variant: paper`"
+            "wings-official takes one image a row; give one, or graft with --method wings"
         )
     return starts.tolist(), int(counts.max())
 
@@ -259,7 +259,7 @@ def _cut_images(features: Tensor, kinds: Tensor, image_length: int) -> Tensor:
     image = kinds == IMAGE
     if not image.any(1).all():
         raise UsageError(
-            "Wings `variant: official` takes no batch in which some rows have an image and some "
+            "wings-official takes no batch in which some rows have an image and some "
             "none; run them apart, or give the rows without one a dummy image"
         )
     return features[image].view(features.shape[0], image_length, -1)
@@ -282,7 +282,7 @@ def _text_keys(
     fillers = [longest - len(each) for each in keys]
     if any(not each and count for each, count in zip(keys, fillers, strict=True)):
         raise UsageError(
-            "Wings `variant: official` cannot batch a row without text after its system prompt "
+            "wings-official cannot batch a row without text after its system prompt "
             "with others; run it by itself"
         )
     filled = [each + each[-1:] * count for each, count in zip(keys, fillers, strict=True)]

@@ -1,4 +1,4 @@
-"""Wings' ``official`` variant in the path of a base; see :mod:`mmgraft.grafts.wings.official`."""
+"""The published Wings code's learners in the path of a base."""
 
 from __future__ import annotations
 
@@ -11,29 +11,24 @@ from torch import Tensor, nn
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import BaseParts, Graft, Pass
-from mmgraft.grafts.wings.config import WingsConfig
-from mmgraft.grafts.wings.official import OfficialLearners, OfficialPlan, plan_official
 from mmgraft.grafts.wings.router import route
 from mmgraft.layers import parse_layers
 from mmgraft.patching import patched_forward
+from mmgraft.published.wings.config import OfficialWingsConfig
+from mmgraft.published.wings.learners import OfficialLearners, OfficialPlan, plan_official
 
 
 class OfficialWingsGraft(Graft):
     """What the published code computes, so that published checkpoints load; not for training."""
 
-    method = "wings"
-    cacheable = False
-    trainable = False
+    method = "wings-official"
 
-    def __init__(self, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> None:
+    def __init__(
+        self, config: OfficialWingsConfig, anatomy: Anatomy, parts: BaseParts | None
+    ) -> None:
         super().__init__(config, anatomy)
-        plain = anatomy.branch_norm is None and anatomy.residual_scale == 1.0
-        if anatomy.rope_theta is None or anatomy.parallel_block or not plain:
-            raise UsageError(
-                f"the published Wings code knows Llama and Qwen2 only, not {anatomy.model_type}: "
-                "use --variant paper."
-            )
-        self.places = parse_layers(config.layers, anatomy.num_layers)
+        assert anatomy.rope_theta is not None  # see `refuses`
+        indices = parse_layers(config.layers, anatomy.num_layers)
         self.layers = nn.ModuleDict(
             {
                 str(index): OfficialLearners(
@@ -45,12 +40,15 @@ class OfficialWingsGraft(Graft):
                     config.routed,
                     config.router_width,
                 )
-                for index in self.places
+                for index in indices
             }
         )
 
     def acts_on(self, index: int) -> bool:
         return str(index) in self.layers
+
+    def changes_feed_forward(self, index: int) -> bool:
+        return False
 
     @contextmanager
     def layer_context(
@@ -58,7 +56,7 @@ class OfficialWingsGraft(Graft):
     ) -> Iterator[None]:
         if gate is not None:
             raise UsageError(
-                "the official Wings variant mixes the rows of a batch: give it batches in which "
+                "wings-official mixes the rows of a batch: give it batches in which "
                 "every row runs this workflow."
             )
         learners: OfficialLearners = self.layers[str(index)]  # type: ignore[assignment]
@@ -88,22 +86,20 @@ class OfficialWingsGraft(Graft):
         if "official" not in state.shared:
             if state.cache is not None:
                 raise UsageError(
-                    "the official Wings variant cannot use a cache (later tokens change earlier "
+                    "wings-official cannot use a cache (later tokens change earlier "
                     "outputs): pass use_cache=False."
                 )
             if state.segments is not None:
-                raise UsageError(
-                    "the official Wings variant takes one row a sequence: leave segments out."
-                )
+                raise UsageError("wings-official takes one row a sequence: leave segments out.")
             width = self.config.router_width if self.config.routed else None
-            images = state.images  # one a row, all of one length
-            if images is not None:
-                images = images.unflatten(0, (state.kinds.shape[0], -1))
+            images, rows = None, state.kinds.shape[0]
+            if state.images is not None and state.image_rows.tolist() == list(range(rows)):
+                images = state.images.unflatten(0, (rows, -1))  # (b, P, h), dummies too
             state.shared["official"] = plan_official(
                 state.features,
                 state.kinds,
                 images,
-                self.config.system_prompt_length or 0,
+                self.config.system_prompt_length,
                 width,
             )
         return state.shared["official"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, PADDING, TEXT
-from mmgraft.grafts.wings.official import (
+from mmgraft.published.wings.learners import (
     ROUTER_WIDTH,
     OfficialLearners,
     OfficialPlan,

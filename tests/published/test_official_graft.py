@@ -8,9 +8,10 @@ import torch
 from grafting import batch, distance, graft_on, logits_of, own, perturb, plain, rows, text_of
 from mmgraft import GraftedModel, WingsConfig
 from mmgraft.errors import UsageError
-from mmgraft.grafts.wings.official_graft import OfficialWingsGraft
+from mmgraft.published.wings.config import OfficialWingsConfig
+from mmgraft.published.wings.graft import OfficialWingsGraft
 
-OFFICIAL = WingsConfig(variant="official", rank=4, system_prompt_length=2, image_token_length=4)
+OFFICIAL = OfficialWingsConfig(rank=4, system_prompt_length=2, image_token_length=4)
 PAPER = WingsConfig(rank=4)
 
 
@@ -53,16 +54,17 @@ def test_what_it_cannot_do_is_refused() -> None:
         logits_of(official, batch(rows("tttttiiiittttt", "tttttttttt")))
     with pytest.raises(UsageError, match="one image a row"):
         logits_of(official, batch(rows("tiiiittiiiit")))
-    with pytest.raises(UsageError, match="--variant paper"):
+    with pytest.raises(UsageError, match="--method wings"):
         official.set_trainable(["graft"])
 
 
 def test_a_row_without_an_image_takes_a_dummy_one() -> None:
-    """As the published code gives a black image to it: one image for each row, shown or not."""
+    """As the published code gives a black image to it: an image of no positions in that row."""
     official, _ = pair()
     inputs = batch(rows("tttttiiiittttt", "tttttttttttttt"))
     dummy = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(3))
     given = {**inputs, "image_features": torch.cat([inputs["image_features"], dummy])}
+    given |= {"image_rows": torch.arange(2), "image_lengths": torch.tensor([4, 0])}
     found = logits_of(official, given, workflow="mm")
     given["image_features"] = torch.cat([inputs["image_features"], dummy + 1])
     assert torch.equal(logits_of(official, given, workflow="mm")[0], found[0])

@@ -1,0 +1,141 @@
+"""What a method says of itself to the rest of the code. Free of torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from mmgraft.errors import UsageError
+from mmgraft.strict import LayerChoice, StrictModel
+
+if TYPE_CHECKING:
+    from mmgraft.anatomy import Anatomy
+
+
+def _promise(sentence: str) -> Any:
+    return field(default="", metadata={"sentence": sentence})
+
+
+@dataclass(frozen=True)
+class Promises:
+    """What holds for a graft: each promise is empty where it is kept, else the reason why not.
+
+    Attributes:
+        text: Rows without an image give the base's logits.
+        fresh: A new graft changes nothing on rows with an image.
+        cache: Decoding with a cache gives what the full forward gives.
+        neighbours: A row depends neither on its neighbours nor on padding.
+        causal: No position sees a later one.
+        padding: Rows of a batch may be padded on either side.
+        no_image: A row without an image may run the graft.
+        training: Gradients of the graft are worth following.
+    """
+
+    text: str = _promise("text rows give the base's logits")
+    fresh: str = _promise("a fresh graft changes nothing on image rows")
+    cache: str = _promise("cached decoding equals the full forward")
+    neighbours: str = _promise("a row depends neither on its neighbours nor on padding")
+    causal: str = _promise("no position sees a later one")
+    padding: str = _promise("rows may be padded on either side")
+    no_image: str = _promise("a row without an image may run the graft")
+    training: str = _promise("the graft can be trained")
+
+    def broken(self) -> dict[str, str]:
+        """Return the sentences that do not hold, each with the reason."""
+        reasons = {one.metadata["sentence"]: getattr(self, one.name) for one in fields(self)}
+        return {sentence: reason for sentence, reason in reasons.items() if reason}
+
+
+class StageSwitches(StrictModel):
+    """What a stage of a recipe may switch in a graft: fields stand flat among the stage's keys.
+
+    A method with switches names its subclass in :attr:`Method.stage`, and its graft reads them in
+    :meth:`Graft.switch`. Every field needs a default, which must mean "as the graft is".
+    """
+
+    def check_switches(self, train: Sequence[str]) -> None:
+        """Refuse switches that do not go together with the groups that the stage trains.
+
+        Args:
+            train: Names of the groups.
+
+        Raises:
+            ValueError: Says what is wrong; the stage's name is put before it.
+        """
+
+
+@dataclass(frozen=True)
+class PlainDecoder:
+    """A graft as an ordinary decoder, whose layers follow one another without a gate.
+
+    Attributes:
+        layers: Base layers that are followed by one of the graft's, in order; None for none.
+        owns: Which of ``embedding``, ``norm`` and ``head`` are the graft's own.
+        untie: Own embedding and own head are two tensors also where the base ties them.
+    """
+
+    layers: LayerChoice | None = None
+    owns: frozenset[str] = frozenset()
+    untie: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of grafting sight onto a base.
+
+    Attributes:
+        name: The word in ``--method``, in recipes and in ``graft_config.json``.
+        title: One line for people.
+        paper: Where it comes from, as an arXiv id or an address; empty for none.
+        config_class: Its settings; the field ``method`` holds :attr:`name`. Must import without
+            torch.
+        graft: Where its graft class is, as "package.module:Class", or a callable that returns it.
+        recipe: What ``mmgraft graft`` writes into a new run folder as its recipe, if anything: the
+            file name of a shipped one, or the whole path of a file of the method's own package.
+        groups: Groups of parameters that a stage may train beside ``projector``, ``graft`` (all of
+            the method's) and ``base``, each with a line of description; None leaves the check to
+            the model.
+        stage: What a stage of a recipe may switch.
+        refuses: Gives the reason why a base cannot take the method, or None where it can.
+        promises: Gives what holds for a graft of these settings.
+        part_of: Gives the name under which ``inspect`` and the model card count a tensor, from its
+            name in the graft; by default the name's first word.
+        as_decoder: Gives a graft of these settings as a plain decoder, for exports; its second
+            argument says whether the graft is in the path.
+        origin: The package that brought it, filled in by the registry.
+
+    ``as_decoder`` raises UsageError with the reason where the graft is none.
+    """
+
+    name: str
+    title: str
+    paper: str
+    config_class: type[StrictModel]
+    graft: str | Callable[[], type[Any]] = field(repr=False)
+    recipe: str | None = None
+    groups: Mapping[str, str] | None = None
+    stage: type[StageSwitches] = StageSwitches
+    refuses: Callable[[Anatomy], str | None] = lambda anatomy: None
+    promises: Callable[[Any], Promises] = lambda config: Promises()
+    part_of: Callable[[str], str] = lambda tensor: tensor.split(".")[0]
+    as_decoder: Callable[[Any, bool], PlainDecoder] | None = None
+    origin: str = "mmgraft"
+
+    def load_graft(self) -> type[Any]:
+        """Import the graft class, and torch with it.
+
+        Raises:
+            UsageError: The class cannot be imported; names the package to mend.
+        """
+        if not isinstance(self.graft, str):
+            return self.graft()
+        module_name, _, class_name = self.graft.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                f"method {self.name!r} names {self.graft!r}, which cannot be loaded ({error}); "
+                f"reinstall or mend the package {self.origin!r}"
+            ) from error
