@@ -20,6 +20,7 @@ from mmgraft import WingsConfig
 from mmgraft.grafts.wings.graft import WingsLayer
 from mmgraft.grafts.wings.learners import Learner
 from mmgraft.model.modeling import GraftedModel
+from mmgraft.vision.plan import Plan
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -54,7 +55,9 @@ def explicit_logits(model: GraftedModel, batch: dict[str, Tensor]) -> Tensor:
     base = model.base
     embeds = base.get_input_embeddings()(batch["input_ids"])  # (b, s, h)
     image = batch["mm_token_type_ids"][0] == 1  # (s,) the same in all rows
-    projected = model.workflow().projector(batch["image_features"]).flatten(0, 1)
+    features = batch["image_features"]
+    plans = [Plan.of_count(features.shape[1])] * len(features)
+    projected = model.workflow().projector(features.flatten(0, 1), plans)
     places = (batch["mm_token_type_ids"] == 1)[..., None]
     features = embeds.masked_scatter(places, projected)
     length = features.shape[1]

@@ -187,8 +187,7 @@ def preview(
     """
     from mmgraft.cli.console import note, print_json
     from mmgraft.data.chat.preview import preview_row
-    from mmgraft.data.formats.shards import is_there
-    from mmgraft.data.formats.sources import row_at
+    from mmgraft.data.formats.sources import is_there, row_at
     from mmgraft.runs.find import find_run, is_graft
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Selection, views

@@ -10,7 +10,8 @@ import typer
 from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption
 
 if TYPE_CHECKING:
-    from mmgraft.recipes.recipe import Recipe
+    from mmgraft.recipes.recipe import GraftDefaults, Recipe
+    from mmgraft.vision.projectors.configs import ProjectorConfig
 
 _OF_A_RUN = (
     "checkpoints",
@@ -90,6 +91,14 @@ def graft(
             "--feature-layer", help="Hidden state of the tower; -2.", rich_help_panel=_SEE
         ),
     ] = None,
+    projector: Annotated[
+        str | None,
+        typer.Option(
+            "--projector",
+            help="mlp, linear, pixel_shuffle, pool or an installed one; mlp.",
+            rich_help_panel=_SEE,
+        ),
+    ] = None,
     projector_norm: Annotated[
         bool | None,
         typer.Option(
@@ -133,7 +142,7 @@ def graft(
     from mmgraft.errors import UsageError
     from mmgraft.grafts.registry import get_method
     from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe
-    from mmgraft.vision.spec import ProjectorSpec, VisionSpec
+    from mmgraft.vision.spec import VisionSpec
 
     chosen = load_recipe(recipe, method=method) if recipe is not None else None
     kind = get_method(method or (chosen.method if chosen else _missing_method()))
@@ -155,9 +164,6 @@ def graft(
     layer = feature_layer if feature_layer is not None else defaults and defaults.feature_layer
     if layer is not None:
         spec = spec.model_copy(update={"feature_layer": layer})
-    projector = defaults.projector if defaults else ProjectorSpec()
-    if projector_norm is not None:
-        projector = projector.model_copy(update={"norm": projector_norm})
     written = find_recipe(recipe) if recipe is not None else method_recipe(kind)
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
         raise UsageError(
@@ -175,7 +181,7 @@ def graft(
         config,
         target,
         workflow=workflow or (chosen and chosen.workflow) or "mm",
-        projector=projector,
+        projector=_projector(defaults, projector, projector_norm),
         template=_template(template),
         revision=revision,
         full_fingerprint=verify == "full",
@@ -247,6 +253,24 @@ def _config(kind: Any, given: dict[str, Any], settings: list[str], recipe: Recip
             raise UsageError(f"--set {setting}: write KEY=VALUE")
         values[key] = yaml.safe_load(text)
     return kind.config_class.parse(values, f"settings of method {kind.name}")
+
+
+def _projector(
+    defaults: GraftDefaults | None, name: str | None, norm: bool | None
+) -> ProjectorConfig:
+    """The projector's settings: the recipe's where it names the same one, then the options."""
+    from mmgraft.errors import UsageError
+    from mmgraft.vision.projectors.configs import MlpConfig
+    from mmgraft.vision.projectors.registry import find_projector
+
+    config: ProjectorConfig = defaults.projector if defaults else MlpConfig()
+    if name not in (None, config.kind):
+        config = find_projector(name).config_class.parse({}, f"settings of projector {name}")
+    if norm is None:
+        return config
+    if "norm" not in type(config).model_fields:
+        raise UsageError(f"--projector-norm is no setting of projector {config.kind}; leave it out")
+    return config.model_copy(update={"norm": norm})
 
 
 def _template(spec: str | None) -> Any:

@@ -12,6 +12,7 @@ def methods(json: JsonFlag = False) -> None:
     from mmgraft.cli.console import note, print_json, stdout, table
     from mmgraft.grafts.registry import broken_methods
     from mmgraft.grafts.registry import methods as usable_methods
+    from mmgraft.vision.projectors.registry import find_projector, projectors
 
     usable, broken = usable_methods().values(), broken_methods()
     if json:
@@ -25,7 +26,9 @@ def methods(json: JsonFlag = False) -> None:
             }
             for method in usable
         ]
-        print_json({"methods": rows, "broken": [asdict(one) for one in broken]})
+        titles = {name: find_projector(name).title for name in projectors()}
+        broken_too = [asdict(one) for one in broken]
+        print_json({"methods": rows, "broken": broken_too, "projectors": titles})
         return
     stdout().print(
         table(

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mmgraft.data.bad_rows import HUB
-from mmgraft.data.formats.shards import is_there
+from mmgraft.data.formats.sources import is_there
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.sets import choose_sets
 from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets

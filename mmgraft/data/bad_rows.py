@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,12 @@ class BadRow:
     """One row, and why it cannot be used.
 
     Attributes:
-        file: where it was read, as a whole path.
-        place: where in the file: "line 12" or "row 12".
-        id: the row's, None where it has none that can be read.
-        fault: "missing", "broken", "enormous" or "outside" of a picture; "row" of a row that is
+        file: Where it was read, as a whole path.
+        place: Where in the file: "line 12" or "row 12".
+        id: The row's, None where it has none that can be read.
+        fault: "missing", "broken", "enormous" or "outside" of an image; "row" of a row that is
             not written as one should be; "empty" of one with nothing to learn.
-        reason: the whole message.
+        reason: The whole message.
     """
 
     file: str
@@ -39,7 +39,7 @@ class BadRow:
 
     @classmethod
     def of(cls, row: Row, error: UsageError, fault: str = "row") -> BadRow:
-        """A row that was read, and the error that it gave."""
+        """Return the bad row of a row that was read, and the error that it gave."""
         return cls(absolute(row.file), row.place, row.id, fault_of(error, fault), str(error))
 
     @property
@@ -48,41 +48,35 @@ class BadRow:
         return self.file, self.place
 
     def as_dict(self) -> dict[str, Any]:
-        """As it is written."""
-        return {
-            "file": self.file,
-            "place": self.place,
-            "id": self.id,
-            "fault": self.fault,
-            "reason": self.reason,
-        }
+        """Give what is written of it."""
+        return asdict(self)
 
 
 def fault_of(error: UsageError, otherwise: str = "row") -> str:
-    """What an error says is wrong, in one word."""
+    """Return what an error says is wrong, in one word."""
     return getattr(error, "fault", otherwise)
 
 
 def absolute(file: str) -> str:
-    """A file by a path that means the same from any folder; a set of the Hub by its name."""
+    """Return a file by a path that means the same from any folder; a set of the Hub by its name."""
     return file if file.startswith(HUB) else os.path.abspath(file)
 
 
 def key_of(row: Row) -> tuple[str, str]:
-    """The key of a row that was read, as `BadRow.key`."""
+    """Return the key of a row that was read, as ``BadRow.key``."""
     return absolute(row.file), row.place
 
 
 class BadRowLog:
-    """`bad_rows.jsonl` of a run: each bad row once a stage, in the order in which they were met.
+    """``bad_rows.jsonl`` of a run: each bad row once a stage, in the order in which they were met.
 
-    A line has what a `BadRow` has, and `stage` and `step`: both null for a row that was left out
-    before the training began, else where the next good row first took its place. A run that goes on
-    leaves out exactly the rows of its log, and those that it meets itself.
+    A line has what a ``BadRow`` has, and ``stage`` and ``step``: both null for a row that was left
+    out before the training began, else where the next good row first took its place. A run that
+    goes on leaves out exactly the rows of its log, and those that it meets itself.
 
     Args:
-        run: the run folder.
-        new: begin as an empty log, whatever an earlier training left there.
+        run: The run folder.
+        new: Begin as an empty log, whatever an earlier training left there.
     """
 
     def __init__(self, run: Path, new: bool = False) -> None:
@@ -95,8 +89,7 @@ class BadRowLog:
     def _read(self, text: str) -> None:
         try:
             line = json.loads(text)
-            names = ("file", "place", "id", "fault", "reason")
-            row = BadRow(**{name: line[name] for name in names})
+            row = BadRow(**{field.name: line[field.name] for field in fields(BadRow)})
             self._seen[(line["stage"], row.key)] = row
         except (ValueError, KeyError, TypeError):
             pass  # a line that a kill cut short; its row is met again
@@ -124,12 +117,12 @@ class BadRowLog:
         return new
 
     def left_out(self, stage: str | None) -> set[tuple[str, str]]:
-        """Keys of the rows of a stage; None: of those left out before the training began."""
+        """Return the keys of a stage's rows; None: of those left out before the training began."""
         return {key for of, key in self._seen if of == stage}
 
 
 def _torn(path: Path) -> bool:
-    """Whether a kill cut the last line short."""
+    """Tell whether a kill cut the last line short."""
     try:
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)

@@ -16,7 +16,7 @@ import numpy as np
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.batches.dataset import fitted
 from mmgraft.data.chat.content import images_of_all
-from mmgraft.data.chat.masking import answer_turns, supervise_row
+from mmgraft.data.chat.labels import answer_turns, supervise_row
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.formats.indexed import facts_of
 from mmgraft.data.images import check_image, is_data_uri, open_image
@@ -202,8 +202,7 @@ class Checker:
     def _encode(self, row: Row, report: Report) -> None:
         assert self.processor is not None
         encoded = supervise_row(self.processor, row)
-        patches = self.processor.num_patches
-        if fitted(encoded, self.max_length, self.positions, patches, row.where)[1]:
+        if fitted(encoded, self.max_length, self.positions, row.where)[1]:
             report.cut.append(row.where)
         report.lengths.append(len(encoded))
         report.image_positions += sum(encoded.kinds)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.images import is_data_uri, open_image
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
-from mmgraft.vision.feature_cache import FeatureCache, Picture, tower_features
+from mmgraft.vision.feature_cache import FeatureCache, ImageFile, tower_features
 from mmgraft.vision.images import BadImage, load_image
 from mmgraft.vision.stored import StoredImage
 from mmgraft.vision.towers.base import VisionTower
@@ -57,14 +58,14 @@ def fill_cache(
     Args:
         cache: To fill.
         tower: Computes.
-        rows: Whose pictures are wanted.
+        rows: Whose images are wanted.
         progress: See :meth:`FeatureCache.get_many`.
-        bad: Takes rows whose pictures cannot be used; None raises instead.
+        bad: Takes rows whose images cannot be used; None raises instead.
 
     Raises:
         UsageError: A row whose image is no file, or a file that cannot be read.
     """
-    found: dict[Picture, int] = {}  # the first row that shows a file
+    found: dict[ImageFile, int] = {}  # the first row that shows a file
     for at, row in enumerate(rows):
         try:
             for path in [_file(image, row) for image in images_of_all(row.messages)]:
@@ -75,7 +76,7 @@ def fill_cache(
             bad.append(BadRow.of(cast(Row, row), error))
     plain = tower_features(tower)
 
-    def compute(paths: list[Picture]) -> torch.Tensor:
+    def compute(paths: list[ImageFile]) -> Sequence[Tensor]:
         try:
             return plain(paths)
         except UsageError:
@@ -101,9 +102,9 @@ def fill_cache(
     return len(found)
 
 
-def _unusable(paths: Iterable[Picture]) -> dict[Picture, BadImage]:
+def _unusable(paths: Iterable[ImageFile]) -> dict[ImageFile, BadImage]:
     """Every file that cannot be opened, and why; all are decoded, so only once one has failed."""
-    errors: dict[Picture, BadImage] = {}
+    errors: dict[ImageFile, BadImage] = {}
     for path in paths:
         try:
             load_image(path)
@@ -116,13 +117,13 @@ def _named(error: BadImage, row: Shown) -> BadImage:
     return BadImage(f"{row.where}: {error}", error.fault)
 
 
-def _path(image: object) -> Picture | None:
+def _path(image: object) -> ImageFile | None:
     if isinstance(image, StoredImage):
         return image
     return Path(image) if isinstance(image, str) and not is_data_uri(image) else None
 
 
-def _file(image: object, row: Shown) -> Picture:
+def _file(image: object, row: Shown) -> ImageFile:
     if (path := _path(image)) is not None:
         return path
     raise UsageError(

@@ -7,12 +7,20 @@ import io
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from PIL import Image
 
 from mmgraft.errors import UsageError, brief
-from mmgraft.vision.images import BadImage, decode, load_image, look_at, to_rgb
+from mmgraft.vision.images import (
+    BadImage,
+    decode,
+    load_image,
+    look_at,
+    shown_size,
+    size_in,
+    to_rgb,
+)
 from mmgraft.vision.stored import StoredImage
 
 T = TypeVar("T")
@@ -31,17 +39,7 @@ def open_images(images: Sequence[Any], where: str) -> list[Image.Image]:
 
 def open_image(image: Any, where: str) -> Image.Image:
     """Open one path, data URI, stored or PIL image as RGB; see `open_images`."""
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if isinstance(image, StoredImage):
-        return _named(load_image, image, where)
-    if not isinstance(image, str | os.PathLike):
-        raise UsageError(f"{where}: an image of type {type(image).__name__}; give a path")
-    name = os.fspath(image)
-    if is_data_uri(name):
-        return _open_data_uri(name, where)
-    refuse_web(name, where)
-    return _named(load_image, name.removeprefix("file://"), where)
+    return _read(image, where, load_image, decode, to_rgb)
 
 
 def check_image(image: Any, where: str) -> tuple[int, int]:
@@ -50,19 +48,39 @@ def check_image(image: Any, where: str) -> tuple[int, int]:
     Raises:
         UsageError: as `open_image`.
     """
-    if isinstance(image, StoredImage):
-        return _named(look_at, image, where)
-    if not isinstance(image, str | os.PathLike) or is_data_uri(os.fspath(image)):
-        return open_image(image, where).size
-    name = os.fspath(image)
-    refuse_web(name, where)
-    return _named(look_at, name.removeprefix("file://"), where)
+    return _read(image, where, look_at, lambda file: decode(file).size, lambda i: to_rgb(i).size)
 
 
-def _named(read: Callable[[Any], T], image: Any, where: str) -> T:
-    """What a reader gives; its error names the row as well."""
+def size_of(image: Any, where: str) -> tuple[int, int]:
+    """Width and height of what `open_image` gives, from the head of a file; no pixel is decoded.
+
+    Raises:
+        UsageError: As `open_image`, where the head is wrong.
+    """
+    return _read(image, where, shown_size, size_in, lambda i: to_rgb(i).size)
+
+
+def _read(
+    image: Any,
+    where: str,
+    file: Callable[[str | StoredImage], T],
+    data: Callable[[IO[bytes]], T],
+    opened: Callable[[Image.Image], T],
+) -> T:
+    """What a reader of the image's kind gives; an error names the row as well."""
+    if isinstance(image, Image.Image):
+        return opened(image)
+    name: Any = image
+    if not isinstance(image, StoredImage):
+        if not isinstance(image, str | os.PathLike):
+            raise UsageError(f"{where}: an image of type {type(image).__name__}; give a path")
+        name = os.fspath(image)
+        if is_data_uri(name):
+            return _from_data_uri(name, where, data)
+        refuse_web(name, where)
+        name = name.removeprefix("file://")
     try:
-        return read(image)
+        return file(name)
     except BadImage as error:
         raise BadImage(f"{where}: {error}", error.fault) from error
 
@@ -81,13 +99,13 @@ def refuse_web(name: str, where: str) -> None:
         )
 
 
-def _open_data_uri(uri: str, where: str) -> Image.Image:
+def _from_data_uri(uri: str, where: str, read: Callable[[IO[bytes]], T]) -> T:
     head = _DATA_URI.match(uri)
     if head is None:
         raise UsageError(f"{where}: a data URI ({uri[:40]}...) not in base64; write ;base64, in it")
     try:
         data = base64.b64decode(uri[head.end() :], validate=True)
-        return decode(io.BytesIO(data))
+        return read(io.BytesIO(data))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(
             f"{where}: a data URI ({uri[:40]}...) of an image too large ({error}); scale it down",

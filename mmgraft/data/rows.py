@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from mmgraft.data.chat.content import has_image, is_image
+from mmgraft.data.chat.content import has_image
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,12 @@ class Row:
     """One conversation.
 
     Attributes:
-        id: the source's own, else its position.
-        messages: `{"role", "content"}`, content a text or a list of text and image parts; an image
-            is `{"type": "image", "image": path or data URI}`, its path resolved.
-        file: where the row was read.
-        place: where in the file: "line 12" or "row 12", counted from 1.
-        tools: for the chat template.
+        id: The source's own, else its position.
+        messages: ``{"role", "content"}``, content a text or a list of text and image parts; an
+            image is ``{"type": "image", "image": path or data URI}``, its path resolved.
+        file: Where the row was read.
+        place: Where in the file: "line 12" or "row 12", counted from 1.
+        tools: For the chat template.
     """
 
     id: str
@@ -38,19 +38,3 @@ class Row:
         """The row as an error names it: "train.json, row 12 (id abc)"."""
         place = ", ".join(part for part in (self.file, self.place) if part)
         return f"{place} (id {self.id})" if place else f"row {self.id}"
-
-
-def caption_row(row: Row) -> Row:
-    """The row with nothing but the images left of its user turns.
-
-    LLaVA's first stage is trained so: its data ask in a hundred ways for the same caption, and the
-    published code puts the caption right after the image.
-    """
-    messages = []
-    for message in row.messages:
-        content = message.get("content")
-        if message["role"] == "user":
-            parts = content if isinstance(content, list | tuple) else []
-            message = {**message, "content": [part for part in parts if is_image(part)]}
-        messages.append(message)
-    return replace(row, messages=messages)

@@ -57,7 +57,12 @@ class Pass:
     key_positions: Tensor  # (b, S)
     start: int  # column of the first new position among the keys
     cache: Any = None
-    images: Tensor | None = None  # (b, P, h) one dummy image a row, official Wings only
+    images: Tensor | None = None  # (sum of image_counts, h) projected features, image after image
+    image_counts: Tensor | None = (
+        None  # (images,) vectors of each image, on the CPU as the next two
+    )
+    image_lengths: Tensor | None = None  # (images,) positions of each: its vectors, or 0 (unplaced)
+    image_rows: Tensor | None = None  # (images,) the row of each, ascending
     shared: dict[Any, Any] = field(default_factory=dict)  # computed once, used by every layer
     packed: dict[int, Packed] = field(default_factory=dict)  # by kind, where a graft asked for it
     segments: Tensor | None = None  # (b, s) which of a sequence's rows, where it holds several
@@ -74,7 +79,10 @@ class Pass:
             }
             packed = {kind: chosen.on(device) for kind, chosen in self.packed.items()}
             segments = None if self.segments is None else self.segments.to(device)
-            other = replace(self, **moved, shared={}, packed=packed, segments=segments)
+            images = None if self.images is None else self.images.to(device)
+            other = replace(
+                self, **moved, shared={}, packed=packed, segments=segments, images=images
+            )
             vars(other).update(any_image=self.any_image, new_image=self.new_image)
             self.shared[key] = other
         return self.shared[key]
@@ -93,6 +101,15 @@ class Pass:
     def new_image(self) -> bool:
         """Whether any new position of any row is an image position."""
         return bool((self.kinds == IMAGE).any())
+
+    @cached_property
+    def ordinals(self) -> Tensor:
+        """Number of the image that each new position belongs to ``(b, s)``; -1 at others."""
+        found = torch.full_like(self.kinds, -1)
+        if self.image_lengths is None:
+            return found
+        numbers = torch.arange(len(self.image_lengths)).repeat_interleave(self.image_lengths)
+        return found.masked_scatter(self.kinds == IMAGE, numbers.to(found))
 
     def visible(self, kind: int) -> tuple[Tensor, Tensor]:
         """Keys of one kind at or before each query.

@@ -101,6 +101,11 @@ class RowSlot:
         layer = self._layer
         return bool(layer.is_initialized and layer.keys is not None and layer.keys.numel())
 
+    @property
+    def past(self) -> int:
+        """Positions in the cache."""
+        return 0 if self.cache is None else int(self.cache.get_seq_length())
+
     def workflows(self) -> list[int]:
         """Workflow number of every row, as written."""
         return self._layer.keys[:, 0, 0, 0].tolist()

@@ -16,7 +16,9 @@ from typing_extensions import Self
 from mmgraft.anatomy import Anatomy, examine
 from mmgraft.errors import UsageError
 from mmgraft.model.config import GraftedConfig
-from mmgraft.model.workflow import Workflow
+from mmgraft.model.images import GivenImages, Images, place, plan_features, plan_images
+from mmgraft.model.workflow import TEXT_WORKFLOW, Workflow
+from mmgraft.vision.plan import Plan
 from mmgraft.vision.towers.base import VisionTower
 
 
@@ -107,10 +109,77 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         """The base's."""
         return cast(nn.Module, self.base.get_output_embeddings())
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """The tower's features: ``(images, 3, H, W) -> (images, P, tower width)``, no gradient."""
-        if self.vision_tower is None:
-            raise UsageError("this model was loaded without its vision tower: give image_features.")
+    def image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """The tower's features, without a gradient.
+
+        Args:
+            pixel_values: From the tower's ``preprocess``.
+            image_sizes: ``(images, 2)``, width and height, where the tower's plan depends on them.
+
+        Returns:
+            ``(sum of entries, tower width)``, image after image; of a tower with one plan for all
+            images ``(images, entries, tower width)``.
+        """
         tower = self.vision_tower
+        if tower is None:
+            raise UsageError("this model was loaded without its vision tower: give image_features.")
+        pixels = pixel_values.to(device=tower.device, dtype=tower.dtype)
         with torch.no_grad():
-            return tower(pixel_values.to(device=tower.device, dtype=tower.dtype))
+            if tower.fixed_plan is not None:
+                return tower(pixels)
+            return tower.encode(pixels, plan_images(tower, len(pixels), image_sizes))
+
+    def images_in(self, given: GivenImages, names: Sequence[str], shown: Tensor) -> Images | None:
+        """The images of a batch, held against the image positions of its rows.
+
+        Args:
+            given: What the caller gave.
+            names: Workflow of each row.
+            shown: True at image positions ``(b, s)``.
+
+        Raises:
+            UsageError: Images and positions do not match.
+        """
+        positions = shown.sum(dim=1).tolist()
+        if not given.any:
+            if any(positions):
+                raise UsageError(
+                    f"{sum(positions)} image positions but no image: give pixel_values or "
+                    "image_features."
+                )
+            return None
+
+        def counts(row: int, plan: Plan) -> int:
+            if names[row] == TEXT_WORKFLOW:
+                raise UsageError(f"row {row} runs the text workflow, which takes no images.")
+            return self.workflow(names[row]).projector.counts(plan)
+
+        images = given.features
+        if not isinstance(images, Images):
+            features = images
+            if features is None:
+                assert given.pixels is not None
+                features = self.image_features(given.pixels, given.sizes)
+            plans = plan_features(self.vision_tower, features, given.sizes)
+            if given.rows is None or given.lengths is None:
+                dummies = self._dummies(names, plans)
+                rows = dummies or place(plans, positions, counts)
+                lengths = [
+                    0 if dummies and not positions[row] else counts(row, plan)
+                    for row, plan in zip(rows, plans, strict=True)
+                ]
+            else:
+                rows, lengths = given.rows.tolist(), given.lengths.tolist()
+            images = Images(features, plans, rows, lengths)
+        images.check(positions, counts)
+        return images
+
+    def _dummies(self, names: Sequence[str], plans: Sequence[Plan]) -> list[int] | None:
+        """A row for each image, where a row without positions has an image too (official Wings).
+
+        The published Wings code gives a black image to rows without one.
+        """
+        takes = len(names) == len(plans) and all(
+            name != TEXT_WORKFLOW and not self.workflow(name).graft.cacheable for name in names
+        )
+        return list(range(len(names))) if takes else None

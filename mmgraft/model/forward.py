@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,8 +95,7 @@ def _layer(
     run: _Run, index: int, layer: nn.Module, original: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """One base layer with its grafts, checkpointed or not."""
-    state = run.state
-    if state is None:
+    if run.state is None:
         return checkpoint(original, *args, use_reentrant=False, **kwargs)
     if args:
         hidden, args = args[0], args[1:]
@@ -107,40 +106,53 @@ def _layer(
         hidden, args = hidden.to(device), cast(Any, send_to_device(args, device))
         kwargs = cast(Any, send_to_device(kwargs, device, skip_keys="past_key_values"))
         run.carries = [None if carry is None else carry.to(device) for carry in run.carries]
-
     if run.lockstep:  # outside the part that is computed again: its gradients come after all others
         hidden = join(hidden, _parameters_at(run, index))
 
-    def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, ...]:
-        here = state.on(hidden.device)
-        with ExitStack() as stack:
-            if run.through_4bit:
-                stack.enter_context(gradients_through_packed(layer))
-            for item in run.active:
-                if item.graft.acts_on(index):
-                    context = item.graft.layer_context(index, layer, hidden, here, item.gate)
-                    stack.enter_context(context)
-            out = original(hidden, *args, **kwargs)
-        left, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
-
-        def call(module: nn.Module, x: Tensor) -> Tensor:
-            result = module(x, *args, **kwargs)
-            return result[0] if isinstance(result, tuple) else result
-
-        carried = list(carries)
-        for number, item in enumerate(run.active):
-            if item.graft.acts_on(index):
-                new, carried[number] = item.graft.after_layer(
-                    index, call, hidden, left, here, carries[number]
-                )
-                left = left if new is left else select(item.gate, new, left)
-        return (left if rest is None else (left, *rest)), carried
+    def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, list[Tensor | None]]:
+        return _with_grafts(run, index, layer, hidden, carries, original, args, kwargs)
 
     if run.checkpointing:
         out, run.carries = checkpoint(forward, hidden, *run.carries, use_reentrant=False)
     else:
         out, run.carries = forward(hidden, *run.carries)
     return out
+
+
+def _with_grafts(
+    run: _Run,
+    index: int,
+    layer: nn.Module,
+    hidden: Tensor,
+    carries: Sequence[Tensor | None],
+    original: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> tuple[Any, list[Tensor | None]]:
+    """A layer's output with what the grafts add to it, and what they carry to the next layer."""
+    assert run.state is not None
+    here = run.state.on(hidden.device)
+    acting = [n for n, item in enumerate(run.active) if item.graft.acts_on(index)]
+    with ExitStack() as stack:
+        if run.through_4bit:
+            stack.enter_context(gradients_through_packed(layer))
+        for item in (run.active[n] for n in acting):
+            stack.enter_context(item.graft.layer_context(index, layer, hidden, here, item.gate))
+        given = original(hidden, *args, **kwargs)
+    out, rest = (given[0], given[1:]) if isinstance(given, tuple) else (given, None)
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        result = module(x, *args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    carried = list(carries)
+    for number in acting:
+        item = run.active[number]
+        new, carried[number] = item.graft.after_layer(
+            index, call, hidden, out, here, carries[number]
+        )
+        out = out if new is out else select(item.gate, new, out)
+    return (out if rest is None else (out, *rest)), carried
 
 
 def _parameters_at(run: _Run, index: int) -> list[nn.Parameter]:

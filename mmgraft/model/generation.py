@@ -11,12 +11,19 @@ from transformers.masking_utils import create_masks_for_generate
 
 from mmgraft.errors import UsageError
 from mmgraft.model.cache import RowSlot, extend
-from mmgraft.model.rows import refuse_unplaced, sort_rows
+from mmgraft.model.images import GivenImages
+from mmgraft.model.rows import sort_rows
 from mmgraft.model.training_state import TrainingState
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
-_IMAGE_INPUTS = ("pixel_values", "image_features")
-_OWN_INPUTS = (*_IMAGE_INPUTS, "mm_token_type_ids", "workflow")
+_IMAGE_INPUTS = {
+    "pixels": "pixel_values",
+    "features": "image_features",
+    "sizes": "image_sizes",
+    "lengths": "image_lengths",
+    "rows": "image_rows",
+}
+_OWN_INPUTS = (*_IMAGE_INPUTS.values(), "mm_token_type_ids", "workflow")
 
 
 class WorkflowGeneration(TrainingState):
@@ -46,26 +53,27 @@ class WorkflowGeneration(TrainingState):
         if new is None:
             raise UsageError("give input_ids (or inputs_embeds) to generate from.")
         self._check_positions(new.shape[1], kwargs)
-        cache = kwargs.get("past_key_values")
         rows = sort_rows(
             (new.shape[0], new.shape[1]),
             kwargs.get("mm_token_type_ids"),
             TEXT_WORKFLOW if self._only_text else workflow,
             self.names,
             self.default_workflow,
-            RowSlot(cache, self.anatomy.num_layers),
-            0
-            if cache is None or RowSlot(cache, self.anatomy.num_layers).filled
-            else int(cache.get_seq_length()),
+            RowSlot(kwargs.get("past_key_values"), self.anatomy.num_layers),
         )
+        images = GivenImages(**{k: kwargs.pop(v, None) for k, v in _IMAGE_INPUTS.items()})
         if rows.text_only:
-            refuse_unplaced(*(kwargs.get(name) for name in _IMAGE_INPUTS))
+            images.refuse()
             kwargs = {k: v for k, v in kwargs.items() if k not in _OWN_INPUTS}
             return cast(Any, self.base).generate(ids, **kwargs)
         self._check_mode(kwargs)
         for name in set(rows.names) - {TEXT_WORKFLOW}:
             if not self.workflow(name).graft.cacheable:
                 kwargs["use_cache"] = False
+        if images.any:  # seen by the tower once, for all beams and steps
+            mask = kwargs.get("mm_token_type_ids")
+            shown = new.new_zeros(new.shape[0], 1) if mask is None else mask
+            kwargs["image_features"] = self.images_in(images, rows.names, shown != 0)
         numbers = [self.names.index(n) if n != TEXT_WORKFLOW else -1 for n in rows.names]
         kwargs["workflow"] = torch.tensor(numbers, device=new.device)
         if ids is not None:
@@ -153,15 +161,15 @@ class WorkflowGeneration(TrainingState):
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         length = ids.shape[1] if ids is not None else embeds.shape[1]
         continues = not is_first_iteration and kwargs.get("use_cache", True)
+        images = given.pop("image_features", None)
         if mm_token_type_ids is None or continues:
-            return {k: v for k, v in given.items() if k not in _IMAGE_INPUTS}
+            return given
         total = max(input_ids.shape[1], mm_token_type_ids.shape[1], length)
         missing = total - mm_token_type_ids.shape[1]
         mask = torch.nn.functional.pad(mm_token_type_ids, (0, missing))
         step = mask[:, total - length :]
-        for name in _IMAGE_INPUTS:
-            if given.get(name) is not None:
-                given[name] = _images_of_step(given[name], mask, step)
+        if images is not None:
+            given["image_features"] = images.within(mask, step)
         given["mm_token_type_ids"] = step
         return given
 
@@ -169,15 +177,13 @@ class WorkflowGeneration(TrainingState):
         self, expand_size: int = 1, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat rows for beams or samples; the images of a row are repeated with it."""
-        mask: Any = kwargs.get("mm_token_type_ids")
-        images = {name: kwargs.pop(name) for name in _IMAGE_INPUTS if kwargs.get(name) is not None}
+        images = kwargs.pop("image_features", None)
+        rows = (kwargs["input_ids"] if "input_ids" in kwargs else kwargs["inputs_embeds"]).shape[0]
         ids, kwargs = cast(Any, super())._expand_inputs_for_generation(
             expand_size=expand_size, **kwargs
         )
-        for name, tensor in images.items():
-            owners = _owners(tensor.shape[0], mask)
-            pieces = [tensor[owners == row] for row in range(int(mask.shape[0]))]
-            kwargs[name] = torch.cat([p for p in pieces for _ in range(expand_size)])
+        if images is not None:
+            kwargs["image_features"] = images.expand(rows, expand_size)
         return ids, kwargs
 
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -204,27 +210,3 @@ class WorkflowGeneration(TrainingState):
             inputs = kwargs["model_kwargs"]
             kwargs["model_kwargs"] = {k: v for k, v in inputs.items() if k not in _OWN_INPUTS}
         return cast(Any, super())._get_candidate_generator(*args, **kwargs)
-
-
-def _owners(images: int, mask: Tensor | None) -> Tensor:
-    """The row of each image ``(images,)``, from the image positions ``(b, s)``."""
-    if mask is None or not images:
-        raise UsageError("images were given without mm_token_type_ids, which places them.")
-    counts = (mask != 0).sum(dim=1)
-    patches = int(counts.sum()) // images
-    return torch.repeat_interleave(
-        torch.arange(mask.shape[0], device=mask.device), counts // max(patches, 1)
-    )
-
-
-def _images_of_step(images: Tensor, mask: Tensor, step: Tensor) -> Tensor | None:
-    """Those images whose positions lie in this step: the last ones of each row."""
-    if not (step != 0).any():
-        return None
-    owners = _owners(images.shape[0], mask)
-    patches = int((mask != 0).sum()) // images.shape[0]
-    keep = []
-    for row in range(mask.shape[0]):
-        mine = (owners == row).nonzero().flatten()
-        keep.append(mine[len(mine) - int((step[row] != 0).sum()) // patches :])
-    return images[torch.cat(keep).to(images.device)]

@@ -17,9 +17,10 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Pass, select
 from mmgraft.model.cache import RowSlot, extend
 from mmgraft.model.forward import Active, running
+from mmgraft.model.images import GivenImages, Images
 from mmgraft.model.learning import WorkflowLoss
 from mmgraft.model.packing import packing_blocked, refuse_beside
-from mmgraft.model.rows import Rows, kinds_of, refuse_unplaced, sort_rows
+from mmgraft.model.rows import Rows, kinds_of, sort_rows
 from mmgraft.model.sharded.lockstep import join, outside_layers
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
@@ -70,22 +71,22 @@ class GraftedModel(WorkflowLoss):
 
         attach(self, name, source, **options)
 
-    def processor(self, tokenizer_folder: str | Path | None = None) -> GraftProcessor:
-        """The processor of this model: conversations with images in, inputs of ``generate`` out.
+    def processor(
+        self, tokenizer_folder: str | Path | None = None, workflow: str | None = None
+    ) -> GraftProcessor:
+        """Make the processor of a workflow: conversations with images in, inputs of a batch out.
 
         Args:
             tokenizer_folder: Where the base's tokenizer lies, when not with the base.
+            workflow: Its name; default: the first.
         """
         from mmgraft.model.files.load import base_files
         from mmgraft.model.files.processor import load_processor
 
-        workflow = self.workflow()
+        chosen = self.workflow(workflow)
         if tokenizer_folder is None:
-            origin = workflow.origin or Path()
-            tokenizer_folder = base_files(workflow.record, origin).path
-        tower = self.vision_tower
-        patches, preprocess = (1, None) if tower is None else (tower.num_patches, tower.preprocess)
-        return load_processor(workflow.record, tokenizer_folder, patches, preprocess)
+            tokenizer_folder = base_files(chosen.record, chosen.origin or Path()).path
+        return load_processor(chosen.record, tokenizer_folder, self.vision_tower)
 
     # -- forward -------------------------------------------------------------------------------
 
@@ -99,7 +100,10 @@ class GraftedModel(WorkflowLoss):
         labels: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None,
+        image_features: Tensor | Images | None = None,
+        image_sizes: Tensor | None = None,
+        image_lengths: Tensor | None = None,
+        image_rows: Tensor | None = None,
         workflow: str | Sequence[str] | Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -118,8 +122,15 @@ class GraftedModel(WorkflowLoss):
             labels: ``(b, s)``, -100 where nothing is learned. The loss runs the head on supervised
                 positions only, and ``logits`` is then None.
             mm_token_type_ids: ``(b, s)``, 1 at image positions.
-            pixel_values: ``(images, 3, H, W)`` of all rows, in order of appearance.
-            image_features: ``(images, P, tower width)`` instead: the tower's output.
+            pixel_values: Pixels of the images of all rows, in order of appearance:
+                ``(images, 3, H, W)`` where the tower has one plan for all images.
+            image_features: ``(sum of entries, tower width)`` instead: the tower's output, also as
+                ``(images, entries, tower width)``.
+            image_sizes: ``(images, 2)``, width and height, where the tower's plan depends on them.
+            image_lengths: ``(images,)`` positions of each image in its row; 0 for an image that
+                only the graft sees.
+            image_rows: ``(images,)`` the row of each image. Without the two the images fill the
+                image positions in order.
             workflow: A workflow for all rows, or one a row; by default rows with an image run the
                 model's default workflow and the others ``text``.
             use_cache: Return a cache.
@@ -144,6 +155,9 @@ class GraftedModel(WorkflowLoss):
             raise UsageError("give input_ids or inputs_embeds.")
         if segments is not None:
             refuse_beside(segments, new.shape[:2], past_key_values)
+        given_images = GivenImages(
+            pixel_values, image_features, image_sizes, image_lengths, image_rows
+        )
         slot = RowSlot(past_key_values, self.anatomy.num_layers)
         rows = sort_rows(
             (new.shape[0], new.shape[1]),
@@ -152,7 +166,6 @@ class GraftedModel(WorkflowLoss):
             self.names,
             self.default_workflow,
             slot,
-            int(past_key_values.get_seq_length()) if past_key_values is not None else 0,
         )
         if segments is not None:
             self.check_packing(segments.shape[0])
@@ -161,14 +174,13 @@ class GraftedModel(WorkflowLoss):
             attention_mask, use_cache = None, False
         options = dict(kwargs, use_cache=use_cache)
         if rows.text_only and not (self.lockstep and labels is not None):
-            refuse_unplaced(pixel_values, image_features)
+            given_images.refuse()
             if labels is not None and self.training:
                 return self._text_training(
                     input_ids, attention_mask, position_ids, labels, num_items_in_batch
                 )
             if slot.filled and position_ids is None and self._takes_positions:
-                past = int(past_key_values.get_seq_length())  # type: ignore[union-attr]
-                position_ids = _positions(attention_mask, past, new.shape[1], new.device)
+                position_ids = _positions(attention_mask, slot.past, new.shape[1], new.device)
             given = {
                 "input_ids": input_ids, "attention_mask": attention_mask,
                 "position_ids": position_ids, "past_key_values": past_key_values,
@@ -187,18 +199,21 @@ class GraftedModel(WorkflowLoss):
             slot = RowSlot(past_key_values, self.anatomy.num_layers)
         active = self._active(rows, new.device)
         embeds = self._embed(input_ids, inputs_embeds, active)
-        features = image_features
-        if features is None and pixel_values is not None:
-            features = self.image_features(pixel_values)
         batch = (new.shape[0], new.shape[1])
         real = attention_mask if segments is None else segments
         kinds = kinds_of(batch, mm_token_type_ids, real, embeds.device)
-        embeds, images = self._merge(embeds, rows, kinds, features)
+        images = self.images_in(given_images, rows.names, kinds == IMAGE)
+        embeds, projected = self._merge(embeds, rows, kinds == IMAGE, images)
         embeds = self._joined(embeds, first=True)
         state = self._state(
             rows, embeds, kinds, attention_mask, position_ids, past_key_values, slot
         )
-        state.images, state.segments = images, segments
+        state.segments = segments
+        if images is not None:
+            state.images = projected
+            state.image_lengths = torch.tensor(images.lengths)
+            state.image_counts = torch.tensor(images.counts)
+            state.image_rows = torch.tensor(images.rows)
         given = {
             "inputs_embeds": embeds,
             "attention_mask": self._static_mask(embeds, attention_mask, past_key_values),
@@ -285,62 +300,32 @@ class GraftedModel(WorkflowLoss):
         return out if out is not None else self.base.get_input_embeddings()(ids)
 
     def _merge(
-        self, embeds: Tensor, rows: Rows, kinds: Tensor, features: Tensor | None
+        self, embeds: Tensor, rows: Rows, shown: Tensor, images: Images | None
     ) -> tuple[Tensor, Tensor | None]:
         """Projected image features at the image positions ``(b, s, h)``, and by themselves."""
-        image = kinds == IMAGE  # (b, s)
-        wanted = int(image.sum())
-        if features is None:
-            if wanted:
-                raise UsageError(
-                    f"{wanted} image positions but no image: give pixel_values or image_features."
-                )
+        if images is None:
             return embeds, None
-        if self._takes_dummies(rows, features):
-            owner = torch.arange(len(rows.names))
-            shown = image.any(dim=1).cpu()
-        else:
-            given = features.shape[0] * features.shape[1]
-            if given != wanted:
-                raise UsageError(
-                    f"{features.shape[0]} images of {features.shape[1]} patches do not fill "
-                    f"{wanted} image positions; every image of the batch needs its own positions."
-                )
-            per_row = image.sum(dim=1)
-            if (per_row % features.shape[1]).any():
-                raise UsageError(
-                    f"the rows have {per_row.tolist()} image positions, and an image takes "
-                    f"{features.shape[1]}: make mm_token_type_ids with the processor of this tower."
-                )
-            per_row = per_row // features.shape[1]  # images a row
-            owner = torch.repeat_interleave(torch.arange(len(rows.names)), per_row.cpu())
-            shown = torch.ones(features.shape[0], dtype=torch.bool)
-        projected = self._project(features, rows, owner).to(embeds)  # (images, P, h)
-        placed = projected[shown.to(projected.device)].flatten(0, 1)
-        return embeds.masked_scatter(image[..., None].to(embeds.device), placed), projected
+        projected = self._project(images, rows).to(embeds)  # (sum of counts, h)
+        placed = projected
+        if not any(images.lengths):
+            return embeds, projected
+        if 0 in images.lengths:
+            pieces = projected.split(images.counts)
+            placed = torch.cat([p for p, n in zip(pieces, images.lengths, strict=True) if n])
+        return embeds.masked_scatter(shown[..., None].to(embeds.device), placed), projected
 
-    def _takes_dummies(self, rows: Rows, features: Tensor) -> bool:
-        """Whether each row has one image, a dummy where it has no image position (official Wings).
-
-        The published Wings code gives a black image to rows without one.
-        """
-        return len(rows.names) == features.shape[0] and all(
-            name != TEXT_WORKFLOW and not self.workflow(name).graft.cacheable
-            for name in set(rows.names)
-        )
-
-    def _project(self, features: Tensor, rows: Rows, owner: Tensor) -> Tensor:
-        """Each image through the projector of its row's workflow, ``(images, P, h)``."""
-        out: Tensor | None = None
-        for workflow in self._workflow_list():
-            if workflow.name not in rows.names:
-                continue
-            mine = rows.gate(workflow.name, owner.device)
-            projected = workflow.projector(features)
-            out = projected if out is None else select(mine[owner], projected, out)  # type: ignore[index]
-        if out is None:
-            raise UsageError("images were given, but no row runs a workflow that sees.")
-        return out
+    def _project(self, images: Images, rows: Rows) -> Tensor:
+        """Each image through the projector of its row's workflow, ``(sum of counts, h)``."""
+        names = [rows.names[row] for row in images.rows]
+        if len(set(names)) == 1:
+            return images.project(self.workflow(names[0]).projector)
+        found: dict[int, Tensor] = {}
+        for name in dict.fromkeys(names):
+            mine = [number for number, other in enumerate(names) if other == name]
+            chosen = images.choose(mine)
+            made = chosen.project(self.workflow(name).projector)
+            found.update(zip(mine, made.split(chosen.counts), strict=True))
+        return torch.cat([found[number] for number in range(len(names))])
 
     def _state(
         self,
@@ -353,7 +338,7 @@ class GraftedModel(WorkflowLoss):
         slot: RowSlot,
     ) -> Pass:
         length = embeds.shape[1]
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = slot.past
         if position_ids is None:
             position_ids = _positions(attention_mask, past, length, embeds.device)
         positions = position_ids.to(embeds.device).expand(embeds.shape[0], -1)

@@ -39,7 +39,6 @@ def sort_rows(
     known: Sequence[str],
     default: str,
     slot: RowSlot,
-    past: int,
 ) -> Rows:
     """Decide every row's workflow.
 
@@ -51,7 +50,6 @@ def sort_rows(
         known: Workflows of the model.
         default: The workflow of a row with an image when nothing was asked.
         slot: Rows that a cache remembers.
-        past: Positions in the cache.
 
     Raises:
         UsageError: An unknown workflow, images in a row that runs ``text``, or a cache that was
@@ -71,19 +69,23 @@ def sort_rows(
             )
     else:
         names = asked or [default if image else TEXT_WORKFLOW for image in has_image]
-        if past and any(name != TEXT_WORKFLOW for name in names):
+        if slot.past and any(name != TEXT_WORKFLOW for name in names):
             raise UsageError(
                 "this cache was filled by the text workflow, and a row now needs "
-                f"{next(n for n in names if n != TEXT_WORKFLOW)!r} (a picture changes how the "
+                f"{next(n for n in names if n != TEXT_WORKFLOW)!r} (an image changes how the "
                 "earlier text is read): run the whole dialogue again with a fresh cache."
             )
+    _refuse_blind(names, has_image, known)
+    return Rows(names)
+
+
+def _refuse_blind(names: list[str], has_image: list[bool], known: Sequence[str]) -> None:
     for row, (name, image) in enumerate(zip(names, has_image, strict=True)):
         if image and name == TEXT_WORKFLOW:
             raise UsageError(
                 f"row {row} has an image but runs the text workflow (the base alone, which cannot "
                 f"see): choose one of {', '.join(known)}, or take the image out."
             )
-    return Rows(names)
 
 
 def _asked(
@@ -103,19 +105,6 @@ def _asked(
                 f"{', '.join([TEXT_WORKFLOW, *known])}."
             )
     return names
-
-
-def refuse_unplaced(*images: Tensor | None) -> None:
-    """Refuse images where no row has a position for one: they would be left out unsaid.
-
-    Raises:
-        UsageError: An image was given.
-    """
-    if any(tensor is not None and len(tensor) for tensor in images):
-        raise UsageError(
-            "images were given, but no row has a position for one: pass mm_token_type_ids too "
-            "(the processor makes both)."
-        )
 
 
 def kinds_of(

@@ -10,7 +10,7 @@ from torch import nn
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import Graft
 from mmgraft.model.files.graft_file import GraftFile
-from mmgraft.vision.projectors.mlp import Projector
+from mmgraft.vision.projectors.base import Projector
 
 TEXT_WORKFLOW = "text"
 """The base alone."""

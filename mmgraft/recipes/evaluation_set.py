@@ -92,7 +92,7 @@ class SetSpec(StrictModel):
 
 
 def dialogue_sets(specs: Sequence[SetSpec]) -> list[SetSpec]:
-    """The sets that dialogues are built of: multiple choice, each question once.
+    """Return the sets that dialogues are built of: multiple choice, each question once.
 
     Dialogues are chats whatever a set says, so that one asked as a chat adds nothing to the same
     file as plain text.

@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def recipe_dir() -> Path:
-    """The folder of the shipped recipes.
+    """Return the folder of the shipped recipes.
 
     The wheel carries them inside the package; in a checkout they stand beside it.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mmgraft.data.bad_rows import HUB, OnBadRow
 from mmgraft.errors import did_you_mean
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.strict import StrictModel
-from mmgraft.vision.spec import ProjectorSpec
+from mmgraft.vision.projectors.configs import AnyProjector, MlpConfig
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "iaa": ("projector", "graft", "layers", "embedding", "norm", "head"),
@@ -22,12 +22,23 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """What a stage of each shipped method can train, beside `base` where the recipe trains the base."""
 
 TextRows = Literal["skip", "graft", "base"]
-Precision = Literal["bf16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 Parallel = Literal["ddp", "fsdp2"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _refuse_fp16(value: Any) -> Any:
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(
+            "training in fp16 is refused: small gradients become zero and large ones inf; "
+            "write bf16 or fp32"
+        )
+    return value
+
+
+Precision = Annotated[Literal["bf16", "fp32"], BeforeValidator(_refuse_fp16)]
 
 
 def _workflow_name(name: str) -> str:
@@ -87,7 +98,7 @@ class GraftDefaults(StrictModel):
         default=None, description="hidden state of the tower; -2 is usual"
     )
     config: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
-    projector: ProjectorSpec = ProjectorSpec()
+    projector: AnyProjector = MlpConfig()
 
 
 class Stage(StrictModel):
@@ -141,11 +152,6 @@ class Stage(StrictModel):
     )
     precision: Precision | None = None
     seed: Seed | None = None
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _refuse_fp16(cls, value: Any) -> Any:
-        return _refuse_fp16(value)
 
     @field_validator("lr")
     @classmethod
@@ -236,11 +242,6 @@ class Recipe(StrictModel):
         default="error",
         description="error names a row that cannot be used; skip leaves it out and logs it",
     )
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _refuse_fp16(cls, value: Any) -> Any:
-        return _refuse_fp16(value)
 
     @field_validator("feature_cache")
     @classmethod
@@ -429,12 +430,3 @@ class Recipe(StrictModel):
                 keys.append(f"{where}[0].path")
             keys += [f"{where}[{i}].path" for i, entry in enumerate(entries) if not entry.path]
         return list(dict.fromkeys(keys))
-
-
-def _refuse_fp16(value: Any) -> Any:
-    if value in ("fp16", "float16", "half"):
-        raise ValueError(
-            "training in fp16 is refused: small gradients become zero and large ones inf; "
-            "write bf16 or fp32"
-        )
-    return value

@@ -12,7 +12,7 @@ import numpy as np
 from mmgraft.data.bad_rows import HUB, BadRow, OnBadRow
 from mmgraft.data.batches.mixture import Part, mix
 from mmgraft.data.chat.content import images_of_all
-from mmgraft.data.chat.masking import answer_turns
+from mmgraft.data.chat.labels import answer_turns
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.formats.indexed import RowIndex, facts_of, select

@@ -14,7 +14,7 @@ from mmgraft.basefiles import ModelFiles, load_config, resolve
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import resolve_template
-from mmgraft.data.formats.shards import is_there
+from mmgraft.data.formats.sources import is_there
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, local_tower
@@ -24,6 +24,7 @@ from mmgraft.recipes.source import find_recipe, load_recipe
 from mmgraft.runs.find import is_graft
 from mmgraft.training.run import recipe_file
 from mmgraft.training.stage_data import check_data_is_set, with_template
+from mmgraft.vision.projectors.configs import MlpConfig
 from mmgraft.vision.towers.registry import describe_tower
 
 
@@ -189,8 +190,7 @@ def _processor(
 ) -> GraftProcessor:
     """Load a run's, or that of a base and a tower; no weights are read."""
     if run is not None and record is not None:
-        patches = describe_tower(local_tower(record, run)).num_patches
-        return load_processor(record, base.path, patches, None)
+        return load_processor(record, base.path, describe_tower(local_tower(record, run)))
     vision = _vision(chosen, recipe)
     assert vision is not None
     try:
@@ -201,7 +201,9 @@ def _processor(
         ) from None
     template = resolve_template(chosen.template, tokenizer)
     filler, _ = choose_placeholder(tokenizer, len(tokenizer))
-    return GraftProcessor(tokenizer, describe_tower(vision).num_patches, filler, template)
+    projector = MlpConfig() if recipe is None else recipe.graft.projector
+    positions = describe_tower(vision).positions(projector)
+    return GraftProcessor(tokenizer, positions, filler, template)
 
 
 def _placed(entry: DataEntry, chosen: Selection) -> DataEntry:

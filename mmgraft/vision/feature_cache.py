@@ -1,4 +1,4 @@
-"""Features of a frozen tower on disk, so that each picture passes through the tower once."""
+"""Features of a frozen tower on disk, so that each image passes through the tower once."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ logger = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 _STALE_SECONDS = 3600
 
-Picture = Path | StoredImage
-"""An image file, or a picture inside another file."""
+ImageFile = Path | StoredImage
+"""An image file, or one inside another file."""
+
+Compute = Callable[[list[ImageFile]], Sequence[Tensor]]
+"""The features of some images, each (vectors, hidden)."""
 
 
 class FeatureCache:
-    """Rows of features in a few shards, found by the bytes of the picture.
+    """Features in a few shards, found by the bytes of the image; images may differ in length.
 
-    A picture's key is the SHA-256 of its file's bytes; the folder's name holds the tower's
+    An image's key is the SHA-256 of its file's bytes; the folder's name holds the tower's
     fingerprint (its weights, layer and preprocessing) and the stored dtype. Shards are written to a
     temporary name, synced and renamed, and never changed, so that processes can share a cache; a
-    shard that fails its checksum is removed and its pictures are computed again.
+    shard that fails its checksum is removed and its images are computed again.
 
     Args:
         folder: The cache folder, shared by any number of towers.
@@ -62,49 +65,49 @@ class FeatureCache:
         self.shard_bytes = shard_bytes
         name = f"{tower_fingerprint[:32]}-{str(dtype).removeprefix('torch.')}"
         self.folder = self.root / name
-        self._shards: dict[Path, Tensor] = {}
+        self._shards: dict[Path, Sequence[Tensor]] = {}
         self._rows: dict[str, tuple[Path, int]] = {}
         self._digests: dict[tuple[str, int, int], str] = {}
 
     def get_many(
         self,
-        paths: Sequence[str | Picture],
-        compute: Callable[[list[Picture]], Tensor],
+        paths: Sequence[str | ImageFile],
+        compute: Compute,
         batch_size: int = 32,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
         """Features of image files, computed where they are not stored yet.
 
-        Call it once with all pictures of a data set rather than once a step: what one call computes
+        Call it once with all images of a data set rather than once a step: what one call computes
         shares shards.
 
         Args:
-            paths: Image files, or pictures inside others; equal pictures are computed once.
-            compute: Features of some files: k paths -> (k, P, hidden). See `tower_features`.
+            paths: Image files, or images inside others; equal images are computed once.
+            compute: Features of some files, one tensor a file. See `tower_features`.
             batch_size: Files that `compute` gets at a time.
             progress: Called with (computed, to compute) after every batch.
 
         Returns:
-            One (P, hidden) tensor a path, in order, on the CPU; rows of shared storage, not to be
-            written to.
+            One (vectors, hidden) tensor a path, in order, on the CPU; parts of shared storage, not
+            to be written to.
 
         Raises:
             UsageError: From `load_image`, for a missing or broken file.
         """
-        pictures = [Path(path) if isinstance(path, str) else path for path in paths]
-        keys = [self._digest(picture) for picture in pictures]
+        images = [Path(path) if isinstance(path, str) else path for path in paths]
+        keys = [self._digest(image) for image in images]
         if any(key not in self._rows for key in keys):
             self._read_new_shards()
         found: dict[str, Tensor] = {}
-        missing: dict[str, Picture] = {}
+        missing: dict[str, ImageFile] = {}
         used: set[Path] = set()
-        for key, picture in zip(keys, pictures, strict=True):
+        for key, image in zip(keys, images, strict=True):
             if key in self._rows:
                 shard, row = self._rows[key]
                 found[key] = self._shards[shard][row]
                 used.add(shard)
             else:
-                missing[key] = picture
+                missing[key] = image
         for shard in used:
             with contextlib.suppress(OSError):
                 os.utime(shard)
@@ -116,32 +119,31 @@ class FeatureCache:
 
     def _compute(
         self,
-        missing: dict[str, Picture],
-        compute: Callable[[list[Picture]], Tensor],
+        missing: dict[str, ImageFile],
+        compute: Compute,
         batch_size: int,
         progress: Callable[[int, int], None] | None,
-    ) -> Iterator[tuple[list[str], Tensor]]:
-        """Keys and features (k, P, hidden) of a shard's worth of pictures at a time."""
+    ) -> Iterator[tuple[list[str], list[Tensor]]]:
+        """Keys and features of a shard's worth of images at a time."""
         keys: list[str] = []
-        parts: list[Tensor] = []
+        found: list[Tensor] = []
         size = 0
         todo = list(missing)
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            features = compute([missing[key] for key in batch]).detach()
-            features = features.to(device="cpu", dtype=self.dtype).contiguous()
+            features = compute([missing[key] for key in batch])
             keys += batch
-            parts.append(features)
-            size += features.nbytes
+            found += [one.detach().to(device="cpu", dtype=self.dtype) for one in features]
+            size += sum(one.nbytes for one in found[-len(batch) :])
             if progress is not None:
                 progress(start + len(batch), len(todo))
             if size >= self.shard_bytes:
-                yield keys, torch.cat(parts)
-                keys, parts, size = [], [], 0
-        if parts:
-            yield keys, torch.cat(parts)
+                yield keys, found
+                keys, found, size = [], [], 0
+        if found:
+            yield keys, found
 
-    def _digest(self, path: Picture) -> str:
+    def _digest(self, path: ImageFile) -> str:
         try:
             if isinstance(path, StoredImage):
                 return path.digest()
@@ -170,12 +172,12 @@ class FeatureCache:
                 continue
             self._add(path, keys, features)
 
-    def _add(self, path: Path, keys: list[str], features: Tensor) -> None:
+    def _add(self, path: Path, keys: list[str], features: Sequence[Tensor]) -> None:
         self._shards[path] = features
         for row, key in enumerate(keys):
             self._rows.setdefault(key, (path, row))
 
-    def _store(self, keys: list[str], features: Tensor) -> Tensor:
+    def _store(self, keys: list[str], features: Sequence[Tensor]) -> Sequence[Tensor]:
         """Write one shard and return it mapped from the file, so that memory can be given back.
 
         A full disk costs the cache, not the work: the features then stay in memory.
@@ -184,8 +186,10 @@ class FeatureCache:
         temporary = path.with_suffix(".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            metadata = {"keys": json.dumps(keys), "crc32": str(_checksum(features))}
-            save_file({"features": features}, temporary, metadata=metadata)
+            flat = torch.cat(list(features))
+            offsets = torch.tensor([0, *map(len, features)]).cumsum(0)
+            metadata = {"keys": json.dumps(keys), "crc32": str(_checksum(flat))}
+            save_file({"features": flat, "offsets": offsets}, temporary, metadata=metadata)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -219,7 +223,7 @@ class FeatureCache:
             total -= size
 
 
-def tower_features(tower: VisionTower) -> Callable[[list[Picture]], Tensor]:
+def tower_features(tower: VisionTower) -> Compute:
     """A `compute` for `FeatureCache.get_many`: read, preprocess, run the tower.
 
     Raises:
@@ -227,14 +231,16 @@ def tower_features(tower: VisionTower) -> Callable[[list[Picture]], Tensor]:
         MMGraftError: From the returned function, where the features are not finite.
     """
 
-    def compute(paths: list[Picture]) -> Tensor:
-        features = tower(tower.preprocess([load_image(path) for path in paths]))
+    def compute(paths: list[ImageFile]) -> Sequence[Tensor]:
+        images = [load_image(path) for path in paths]
+        plans = [tower.plan(image.size) for image in images]
+        features = tower.encode(tower.preprocess(images), plans)
         if not torch.isfinite(features).all():
             raise MMGraftError(
                 f"{tower.spec.name} gives features that are not finite in {tower.dtype}: load the "
                 "tower in float32."
             )
-        return features
+        return features.split([tower.entries(plan) for plan in plans])
 
     return compute
 
@@ -243,11 +249,17 @@ def _checksum(features: Tensor) -> int:
     return zlib.crc32(features.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _read_shard(path: Path) -> tuple[list[str], Tensor]:
+def _read_shard(path: Path) -> tuple[list[str], Sequence[Tensor]]:
     with safe_open(path, framework="pt") as shard:
         metadata = shard.metadata() or {}
         features = shard.get_tensor("features")
+        ragged = "offsets" in shard.keys()  # noqa: SIM118  (no mapping)
+        offsets = shard.get_tensor("offsets") if ragged else None
     keys = json.loads(metadata["keys"])
-    if len(keys) != len(features) or int(metadata["crc32"]) != _checksum(features):
+    if int(metadata["crc32"]) != _checksum(features):
         raise ValueError("its checksum does not match")
-    return keys, features
+    # Version 0.1 wrote (k, P, hidden).
+    found = features.unbind() if offsets is None else features.split(offsets.diff().tolist())
+    if len(keys) != len(found):
+        raise ValueError("it does not hold what it names")
+    return keys, found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.stored import StoredImage
@@ -22,11 +22,14 @@ _ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
 
 _DRAWINGS = ("EPS", "WMF")
 
+_HEADS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""Formats whose head says the size and how the image is turned."""
+
 T = TypeVar("T")
 
 
 class BadImage(UsageError):
-    """A picture that cannot be used.
+    """An image that cannot be used.
 
     Attributes:
         fault: in one word.
@@ -50,7 +53,7 @@ def load_image(path: str | Path | StoredImage) -> Image.Image:
 def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
     """Width and height of an image file, without decoding it where its two ends are in order.
 
-    The head says that it is a picture, and how large; the end, whether it was cut short. Only a
+    The head says that it is an image, and how large; the end, whether it was cut short. Only a
     file whose end is odd, or that ends in no known way, is decoded. Bytes that are wrong in between
     are not seen: only `load_image` finds them.
 
@@ -70,8 +73,44 @@ def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
     return _with_file(path, look)
 
 
+def shown_size(path: str | Path | StoredImage) -> tuple[int, int]:
+    """Width and height of what `load_image` gives for an image file, from its head alone.
+
+    Raises:
+        BadImage: As `load_image`, where the head is wrong; what follows it is not looked at.
+    """
+    return _with_file(path, size_in)
+
+
+def size_in(file: IO[bytes]) -> tuple[int, int]:
+    """Width and height of an image's bytes as they are shown, decoded only where heads may lie."""
+    with _opened(file) as image:
+        if image.format not in _HEADS or (image.format == "PNG" and _says_more(file)):
+            image.load()
+            return ImageOps.exif_transpose(image).size
+        # Not its own getexif: that of a PNG reads the pixels.
+        turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        width, height = image.size
+        return (height, width) if turn in (5, 6, 7, 8) else (width, height)
+
+
+def _says_more(file: IO[bytes]) -> bool:
+    """Whether a PNG has chunks behind its pixels, which may say how it is turned."""
+    before = file.tell()
+    file.seek(8)
+    kind, pixels = b"", False
+    while len(head := file.read(8)) == 8 and kind != b"IEND":
+        kind = head[4:]
+        if pixels and kind not in (b"IDAT", b"IEND"):
+            break
+        pixels = kind == b"IDAT"
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(before)
+    return pixels and kind not in (b"IDAT", b"IEND")
+
+
 def decode(file: IO[bytes]) -> Image.Image:
-    """A picture's bytes as upright RGB; raises whatever the decoder does, for a bomb Pillow's."""
+    """An image's bytes as upright RGB; raises whatever the decoder does, for a bomb Pillow's."""
     with _opened(file) as image:
         image.load()
         return to_rgb(image)
@@ -79,7 +118,7 @@ def decode(file: IO[bytes]) -> Image.Image:
 
 @contextmanager
 def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
-    """A picture whose pixels are not read yet; one of too many of them, or a program, is refused.
+    """An image whose pixels are not read yet; one of too many of them, or a program, is refused.
 
     Pillow hands PostScript to another program, which would do what a stranger's file says.
     """
@@ -87,7 +126,7 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file) as image:
             if image.format in _DRAWINGS:
-                raise ValueError(f"a drawing ({image.format}), not a picture")
+                raise ValueError(f"a drawing ({image.format}), not an image")
             yield image
 
 

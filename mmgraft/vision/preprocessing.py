@@ -49,7 +49,7 @@ class Preprocessing(Protocol):
 
 
 class SquareResize:
-    """The whole picture as a square (its aspect not kept), then ``(x * scale - mean) / std``.
+    """The whole image as a square (its aspect not kept), then ``(x * scale - mean) / std``.
 
     Args:
         size: Side of the square in pixels.
@@ -101,7 +101,7 @@ class StockPreprocessing:
         name: The tower's name, for messages.
 
     Raises:
-        UsageError: Pictures of different shape come out in different sizes.
+        UsageError: Images of different shape come out in different sizes.
     """
 
     def __init__(self, processor: Any, name: str) -> None:
@@ -113,7 +113,7 @@ class StockPreprocessing:
         if sizes or len(size) != 3 or size[0] != 3:
             raise UsageError(
                 f"The image processor of {name} ({type(processor).__name__}) does not bring every "
-                "picture to one size of three channels. Give a fixed one in the tower's options: "
+                "image to one size of three channels. Give a fixed one in the tower's options: "
                 "image_size (with image_mean and image_std where the processor has none)."
             )
         self.image_size = (size[1], size[2])

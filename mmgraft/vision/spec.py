@@ -1,4 +1,4 @@
-"""What names a vision tower and a projector: pydantic, importable without torch."""
+"""What names a vision tower: pydantic, importable without torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from mmgraft.strict import StrictModel
+from mmgraft.vision.projectors.configs import MlpConfig
 
 TRANSFORMERS_KIND = "transformers"
 
@@ -48,19 +49,5 @@ class VisionSpec(StrictModel):
         return self.id or self.kind
 
 
-class ProjectorSpec(StrictModel):
-    """Shape and start of the projector between tower and base.
-
-    Attributes:
-        norm: A LayerNorm over the tower's features before the first linear layer. The published
-            projectors have none.
-        hidden: Width between the two linear layers; None means the width of the base.
-        init_scale: Factor on the initial weights and bias of the last linear layer; below 1 the
-            first image tokens are closer in size to the base's text embeddings.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    norm: bool = False
-    hidden: int | None = Field(default=None, ge=1)
-    init_scale: float = Field(default=1.0, gt=0.0)
+ProjectorSpec = MlpConfig
+"""The public name of the usual projector's settings."""

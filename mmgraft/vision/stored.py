@@ -1,4 +1,4 @@
-"""A picture inside a file of many: a member of a tar, a cell of a table."""
+"""An image inside a file of many: a member of a tar, a cell of a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StoredImage:
-    """Where a picture's bytes lie; they are read when they are asked for.
+    """Where an image's bytes lie; they are read when they are asked for.
 
     Two are the same where their names are.
 
@@ -30,7 +30,7 @@ class StoredImage:
     size: int = field(default=0, compare=False)
 
     def read(self) -> bytes:
-        """The bytes of the picture.
+        """The bytes of the image.
 
         Raises:
             OSError: the file cannot be read; EOFError, if it has become shorter.

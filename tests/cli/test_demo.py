@@ -16,7 +16,8 @@ from mmgraft.runs.results import Score as Interval
 def make_report(identical: bool = True, seconds: float = 700.0) -> DemoReport:
     def score(value: float) -> Score:
         return Score(
-            Interval(value=value, low=value - 0.02, high=value + 0.02, count=1000), {"color": 0.5, "yes/no": 0.8}
+            Interval(value=value, low=value - 0.02, high=value + 0.02, count=1000),
+            {"color": 0.5, "yes/no": 0.8},
         )
 
     difference = None if identical else "logits of prompts 1 to 4"

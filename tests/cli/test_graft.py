@@ -53,6 +53,22 @@ def test_json_tells_what_was_added(cli, parts: Path, here: Path) -> None:
     assert data["config"]["rank"] == 4
 
 
+def test_a_projector_is_chosen_by_name(cli, parts: Path, here: Path) -> None:
+    graft = ("graft", parts / "Base-Llama", "--method", "llava", "--vision", parts / "clip")
+    ran = cli(*graft, "--projector", "pixel_shuffle", "--no-projector-norm")
+    assert ran.code == 0, ran.err
+    record = json.loads((here / "base-llama-llava" / "graft_config.json").read_text())
+    assert record["projector"] == {
+        "kind": "pixel_shuffle", "k": 2, "norm": False, "hidden": None, "init_scale": 1.0,
+    }  # fmt: skip
+    tensors = load_file(here / "base-llama-llava" / "graft.safetensors")
+    assert tensors["projector.mlp.0.weight"].shape[1] == 4 * 16
+    wrong = cli(*graft, "--projector", "pixel_shufle", "--out", "other")
+    assert wrong.code == 2
+    assert "pixel_shuffle" in wrong.err
+    assert not (here / "other").exists()
+
+
 def test_dry_run_writes_nothing(cli, parts: Path, here: Path) -> None:
     ran = cli("graft", parts / "Base-Llama", "--method", "llava", "--vision", parts / "clip",
               "--dry-run")  # fmt: skip

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmgraft.data import checking
 from mmgraft.data.bad_rows import BadRow
-from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.preview import preview_row
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.checking import Checker

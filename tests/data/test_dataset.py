@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset, cut
-from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.images import open_image
-from mmgraft.data.rows import Row, caption_row
+from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.vision.feature_cache import FeatureCache
 from text_tokenizers import template, text_tokenizer
@@ -66,14 +66,6 @@ def test_rows_are_tokenised_and_opened_when_asked_for(
     assert all(isinstance(image, str) for image in unopened.images)
 
 
-def test_a_caption_row_keeps_of_a_question_its_images(row: Callable[..., Row]) -> None:
-    plain = GraftProcessor(text_tokenizer("byte_bpe"), PATCHES, 4, "plain")
-    asked = row("1", (5, 6))
-    assert plain.prompt(caption_row(asked).messages) == "<image><image>A cat.</s>"
-    assert caption_row(asked).where == asked.where
-    assert plain.prompt(caption_row(row("2")).messages) == "A cat.</s>"
-
-
 def test_rows_without_an_image_are_skipped_and_counted(
     processor: GraftProcessor, row: Callable[..., Row], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -98,14 +90,14 @@ def test_a_cut_keeps_images_whole(processor: GraftProcessor, row: Callable[..., 
     starts = [at for at, kind in enumerate(whole.kinds) if kind][::PATCHES]
     third = starts[2]
     for length in range(third, third + PATCHES):
-        short = cut(whole, length, PATCHES, "row 1")
+        short = cut(whole, length, "row 1")
         assert len(short) == third
         assert len(short.images) == 2
         assert sum(short.kinds) == 2 * PATCHES
         assert short.spans == whole.spans[:1]
-    assert len(cut(whole, third + PATCHES, PATCHES, "row 1").images) == 3
+    assert len(cut(whole, third + PATCHES, "row 1").images) == 3
     end = whole.spans[1][1]
-    partly = cut(whole, end - 2, PATCHES, "row 1")
+    partly = cut(whole, end - 2, "row 1")
     assert len(partly) == end - 2
     assert partly.spans[1] == (whole.spans[1][0], end - 2)
     assert [x for x in partly.labels if x != -100] == [x for x in whole.labels if x != -100][:-2]
@@ -207,8 +199,8 @@ def test_a_feature_cache_is_asked_instead_of_making_pixels(
     with pytest.raises(UsageError, match="does not hold"):
         Collator(processor, features=cache)(examples)
     batch = Collator(processor, features=cache, compute=compute)(examples)
-    assert batch["image_features"].shape == (3, PATCHES, 2)
-    assert batch["image_features"][:, 0, 0].tolist() == [5, 6, 5]
+    assert batch["image_features"].shape == (3 * PATCHES, 2)
+    assert batch["image_features"][::PATCHES, 0].tolist() == [5, 6, 5]
     assert "pixel_values" not in batch
     opened = RowDataset(dataset.rows, processor)
     with pytest.raises(UsageError, match=r"row 1 \(id 1\): a feature cache finds images by"):

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import pickle
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ import pytest
 from PIL import Image
 
 from mmgraft.data.bad_rows import BadRow
-from mmgraft.data.formats import arrow_files, tables
-from mmgraft.data.formats.arrow_files import ArrowRows, parquet_copy, rows_of
+from mmgraft.data.formats import tables
 from mmgraft.data.formats.sources import Checks, Source, index_rows, read_rows
 from mmgraft.data.images import open_image
 from mmgraft.errors import MMGraftError, UsageError
@@ -214,19 +211,20 @@ def test_progress_of_the_package_is_neither_shown_nor_switched_off(
     assert capfd.readouterr().err == ""
 
 
-def test_a_copy_is_made_once_and_again_when_the_file_changes(tmp_path, table, monkeypatch) -> None:
-    path = tmp_path / "rows.parquet"
+def test_a_copy_is_made_once_and_again_when_the_file_changes(tmp_path, table) -> None:
+    path = tmp_path / "rows [1].parquet"
     table.to_parquet(str(path))
-    first = parquet_copy(str(path))
-    written = first.stat().st_mtime_ns
-    assert parquet_copy(str(path)) == first
-    assert first.stat().st_mtime_ns == written
+
+    def copies() -> dict[Path, int]:
+        assert len(index_rows(Source(str(path)))) > 0
+        return {one: one.stat().st_mtime_ns for one in (tmp_path / "cache").rglob("*.arrow")}
+
+    first = copies()
+    assert len(first) == 1
+    assert copies() == first
     table.select([2]).to_parquet(str(path))
-    assert [row.id for row in index_rows(Source(str(path)))] == ["c"]
-    monkeypatch.setattr(arrow_files, "_BATCH", 100)  # less than a row
     os.utime(path, ns=(1, 1))
-    copied = ArrowRows([str(parquet_copy(str(path)))])
-    assert [batch.num_rows for batch in copied.rows(0, len(copied))] == [1]
+    assert [row.id for row in index_rows(Source(str(path)))] == ["c"]
 
 
 def test_a_parquet_file_that_is_spoilt_inside_is_named_and_no_copy_is_left(tmp_path) -> None:
@@ -242,67 +240,6 @@ def test_a_parquet_file_that_is_spoilt_inside_is_named_and_no_copy_is_left(tmp_p
     assert [one for one in kept if one.suffix != ".lock"] == []
 
 
-def test_several_processes_make_one_copy(table, tmp_path, monkeypatch) -> None:
-    path = tmp_path / "rows.parquet"
-    table.to_parquet(str(path))
-    folder = tmp_path / "cache" / "mmgraft"
-    folder.mkdir(parents=True)
-    written: list[Path] = []
-    write = arrow_files.atomic_write
-
-    def slow(copy: Path, writer: Any) -> None:
-        written.append(copy)
-        barrier.wait(timeout=60)  # the other one is on its way
-        time.sleep(0.2)
-        write(copy, writer)
-
-    monkeypatch.setattr(arrow_files, "atomic_write", slow)
-    barrier = threading.Barrier(2)
-    copies: list[Path] = []
-    other = threading.Thread(target=lambda: copies.append(parquet_copy(str(path))))
-    other.start()
-    while not written:
-        time.sleep(0.01)
-    (torn := folder / f".{written[0].name}.abc.tmp").write_bytes(b"half")
-    threading.Thread(target=barrier.wait).start()
-    copies.append(parquet_copy(str(path)))
-    other.join()
-    assert copies == [written[0]] * 2  # and written once
-    torn.unlink()
-
-
-def test_a_picture_that_every_row_shows_is_not_unpacked_for_all_at_once(tmp_path, monkeypatch):
-    """A dictionary holds it once; a batch of thousands of rows would hold it thousands of times."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(
-        pa.table({"id": range(500), "text": ["x" * 40_000] * 500}), tmp_path / "rows.parquet"
-    )
-    monkeypatch.setattr(arrow_files, "_UNPACKED", 400_000)
-    monkeypatch.setattr(arrow_files, "_BATCH", 100_000)
-    asked: list[int] = []
-    iterate = pq.ParquetFile.iter_batches
-
-    def watched(self: Any, batch_size: int, **more: Any) -> Any:
-        asked.append(batch_size)
-        return iterate(self, batch_size=batch_size, **more)
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
-    copied = ArrowRows([str(parquet_copy(str(tmp_path / "rows.parquet")))])
-    assert 1 <= asked[0] <= 10  # of 40 kB each
-    sizes = [batch.num_rows for batch in copied.rows(0, 500)]
-    assert sum(sizes) == 500
-    ids = [number for batch in copied.rows(0, 500) for number in batch.column(0).to_pylist()]
-    assert ids == list(range(500))
-    # Small rows are put together again.
-    pq.write_table(pa.table({"text": ["x"] * 500}), tmp_path / "small.parquet")
-    monkeypatch.setattr(arrow_files, "_UNPACKED", 100)
-    small = ArrowRows([str(parquet_copy(str(tmp_path / "small.parquet")))])
-    assert asked[1] < 20
-    assert [batch.num_rows for batch in small.rows(0, 500)] == [500]
-
-
 def test_a_column_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -311,10 +248,10 @@ def test_a_column_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch) -
     pq.write_table(
         pa.table({"messages": ["0" * 2_000_000]}), path, compression="zstd", use_dictionary=False
     )
-    monkeypatch.setattr(arrow_files, "_BOMB", 1_000_000)
+    monkeypatch.setattr(tables, "_BOMB", 1_000_000)
     with pytest.raises(UsageError, match=r"bytes of its column messages unpack to 2,000,\d+"):
         index_rows(Source(str(path)))
-    monkeypatch.setattr(arrow_files, "_BOMB", 3_000_000)
+    monkeypatch.setattr(tables, "_BOMB", 3_000_000)
     with pytest.raises(UsageError, match="row 1: its 'messages' is a"):
         index_rows(Source(str(path)))
 
@@ -333,10 +270,10 @@ def test_text_that_is_no_text_and_a_spoilt_copy_are_named(tmp_path) -> None:
     assert [row.place for row in rows] == ["row 1", "row 3"]
     assert [one.place for one in bad] == ["row 2"]
     assert "row 2: not UTF-8 text" in bad[0].reason
-    copy = parquet_copy(str(path))
+    (copy,) = (tmp_path / "cache").rglob("*.arrow")
     for data in (b"", copy.read_bytes()[:100]):
         copy.write_bytes(data)
-        with pytest.raises(UsageError, match=r"\.arrow is damaged .* remove it"):
+        with pytest.raises(UsageError, match="cannot be read as a table"):
             index_rows(Source(str(path)))
 
 
@@ -344,35 +281,11 @@ def test_a_part_of_a_table_and_shuffled_rows_are_read_as_they_are(table, tmp_pat
     table.to_parquet(str(tmp_path / "rows.parquet"))
     whole = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"))
     for part, wanted in ((whole, "abc"), (whole.select([2, 0, 1]), "cab"), (whole.take(2), "ab")):
-        rows = tables.TableFile("x", pickle.loads(pickle.dumps(rows_of(part))))
-        assert isinstance(rows.rows, ArrowRows) is (wanted == "abc")
+        rows = pickle.loads(pickle.dumps(tables.TableFile("x", part)))
         found = list(rows.scan())
         assert "".join(one.record.data["id"] for one in found) == wanted
         back = [rows.read(one.position, one.number).data["id"] for one in found]
         assert "".join(back) == wanted
-
-
-def test_pages_that_were_read_are_given_back(table, tmp_path) -> None:
-    """Else a table that was read is resident memory as a whole."""
-    many = datasets.Dataset.from_dict({"text": ["x" * 1000] * 8000})
-    many.save_to_disk(str(tmp_path / "many"))
-    rows = rows_of(datasets.load_from_disk(str(tmp_path / "many")))
-    before = resident()
-    rows.rows(0, 8000)[-1].column(0).to_pylist()
-    for batch in rows.rows(0, 8000):
-        batch.column(0).to_pylist()
-    read = resident()
-    rows.give_back()
-    assert read - before > 5e6
-    assert resident() - before < 1e6
-
-
-def resident() -> int:
-    """Bytes of mapped files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssFile:"):
-            return int(line.split()[1]) * 1024
-    pytest.skip("no /proc here")
 
 
 def test_one_part_of_a_set_that_was_saved_keeps_its_name(tmp_path: Path, table: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grafting import CONFIGS, perturb
-from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation import kept
 from mmgraft.evaluation.generate import answers as asking
@@ -92,11 +92,11 @@ def test_logits_after_a_shared_beginning_are_those_of_a_full_pass(
     ]
     rows = [processor.encode(each) for each in chats]
 
-    def images(found: list[Any]) -> dict[str, torch.Tensor]:
-        return {"pixel_values": processor.pixels(found)}
+    def images(found: list[Encoded]) -> dict[str, torch.Tensor]:
+        return {"pixel_values": processor.pixels([one.images[0] for one in found])}
 
     with torch.no_grad():
-        beginning = read_prefix(model, rows, processor.num_patches, "mm", images)
+        beginning = read_prefix(model, rows, "mm", images)
         assert beginning is not None
         assert beginning.images == 1
         batch = asking._Batch(model, processor, rows, None, "mm")
@@ -111,7 +111,7 @@ def test_logits_after_a_shared_beginning_are_those_of_a_full_pass(
         got = model(**new, attention_mask=mask, past_key_values=past, workflow="mm").logits[:, -1]
         for row, logits in zip(rows, got, strict=True):
             whole = processor.collate([row], "left")
-            wanted = model(**whole, **images(row.images), workflow="mm").logits[0, -1]
+            wanted = model(**whole, **images([row]), workflow="mm").logits[0, -1]
             assert (logits - wanted).abs().max() < 1e-4
 
 
@@ -121,12 +121,12 @@ def test_each_picture_of_a_batch_is_read_once(asked) -> None:
     rows = [processor.encode(chat(text, image)) for text in "abc" for image in (one, two)]
     counts: list[int] = []
 
-    def images(found: list[Any]) -> dict[str, torch.Tensor]:
+    def images(found: list[Encoded]) -> dict[str, torch.Tensor]:
         counts.append(len(found))
-        return {"pixel_values": processor.pixels(found)}
+        return {"pixel_values": processor.pixels([one.images[0] for one in found])}
 
     with torch.no_grad():
-        read_prefix(model, rows, processor.num_patches, "mm", images)
+        read_prefix(model, rows, "mm", images)
     assert counts == [2]
 
 
@@ -136,7 +136,7 @@ def test_nothing_is_shared_where_a_window_would_count_padding(arch: str, shared:
     rows = [processor.encode([{"role": "user", "content": text}]) for text in ("one", "two words")]
     assert max(map(len, rows)) > 8, "the window of the tiny models"
     with torch.no_grad():
-        found = read_prefix(model, rows, 4, "text", lambda _: {})
+        found = read_prefix(model, rows, "text", lambda _: {})
     assert (found is not None) is shared
 
 
@@ -154,7 +154,7 @@ def test_features_given_are_used_for_the_right_pictures(tmp_path: Path) -> None:
 
     def features(paths: list[Path]) -> torch.Tensor:
         seen.extend(path.name for path in paths)
-        return compute(paths)
+        return torch.cat(list(compute(paths)))
 
     opened = answer(model, processor, chats, max_new_tokens=6)
     assert answer(model, processor, chats, max_new_tokens=6, features=features) == opened

@@ -228,7 +228,7 @@ def test_the_processor_keeps_its_tokenizer(answerer: Answerer) -> None:
     processor = answerer.processor
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.pad_token = None
-    own = GraftProcessor(tokenizer, processor.num_patches, 5, "chat", processor.preprocess)
+    own = GraftProcessor(tokenizer, processor.image_positions, 5, "chat", processor.preprocess)
     for lm in (
         TextLM(Answerer(answerer.model, own), "text", 1),
         ImageLM(Answerer(answerer.model, own), "mm", 1),

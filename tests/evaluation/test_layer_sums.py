@@ -21,6 +21,7 @@ from grafting import (
     graft_on,
     logits_of,
     perturb,
+    project,
     row,
     rows,
 )
@@ -105,7 +106,7 @@ def learner_sums(model: GraftedModel, found: dict[str, Any], index: int, word: s
     wing = graft.layers[str(index)]
     image = torch.tensor([letter == "i" for letter in word])
     features = model.base.get_input_embeddings()(inputs["input_ids"])[0].clone()
-    features[image] = model.workflow().projector(inputs["image_features"]).flatten(0, 1)
+    features[image] = project(model, inputs["image_features"]).flatten(0, 1)
     positions, theta = torch.arange(len(word)), model.anatomy.rope_theta
     shares = None
     if hasattr(wing, "router"):

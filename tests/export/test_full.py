@@ -31,7 +31,7 @@ def logits(folder: Path, pictures: list[str]) -> Tensor:
     assert tower is not None
     record = GraftFile.read(folder)
     tokenizer = folder / record.base.id
-    processor = load_processor(record, tokenizer, tower.num_patches, tower.preprocess)
+    processor = load_processor(record, tokenizer, tower)
     return model(**processor(conversations(pictures))).logits
 
 

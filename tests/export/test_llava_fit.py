@@ -11,6 +11,12 @@ import torch
 from mmgraft.errors import UsageError
 from mmgraft.export.llava.export import export_llava
 from mmgraft.export.llava.fit import gather
+from mmgraft.vision.projectors.configs import (
+    LinearConfig,
+    PixelShuffleConfig,
+    PoolConfig,
+    ProjectorConfig,
+)
 from mmgraft.vision.spec import ProjectorSpec, VisionSpec
 from tiny import tiny_clip_dir
 from tiny_exports import change_record, make_base, make_graft
@@ -48,11 +54,14 @@ def test_gates_that_are_not_in_the_path_do_no_harm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("projector", "reason"),
     [
+        (LinearConfig(), "its projector is linear"),
+        (PixelShuffleConfig(), "its projector is pixel_shuffle"),
+        (PoolConfig(), "its projector is pool"),
         (ProjectorSpec(norm=True), "projector.norm"),
         (ProjectorSpec(hidden=48), "48 wide in the middle"),
     ],
 )
-def test_projectors(tmp_path: Path, projector: ProjectorSpec, reason: str) -> None:
+def test_projectors(tmp_path: Path, projector: ProjectorConfig, reason: str) -> None:
     refused(make_graft(tmp_path, projector=projector), reason)
 
 

@@ -16,6 +16,7 @@ from grafting import (
     grafted,
     logits_of,
     plain,
+    project,
     rows,
 )
 from mmgraft import GraftedModel, IAAConfig
@@ -39,7 +40,7 @@ def llava(arch: str, projector: torch.nn.Module) -> GraftedModel:
 def test_the_llava_path_is_the_base_on_merged_embeddings(arch: str) -> None:
     model, base, given = fresh(arch, "llava"), plain(arch), inputs()
     embeds = base.get_input_embeddings()(given["input_ids"]).detach().clone()
-    projected = model.workflow().projector(given["image_features"]).detach()
+    projected = project(model, given["image_features"]).detach()
     embeds[given["mm_token_type_ids"] == 1] = projected.flatten(0, 1)
     mask = given["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)

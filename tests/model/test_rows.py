@@ -18,10 +18,19 @@ EMPTY = RowSlot(None, 0)
 MASK = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]])
 
 
-def sort(
-    wanted: Any = None, mask: Tensor | None = MASK, slot: RowSlot = EMPTY, past: int = 0
-) -> list[str]:
-    return sort_rows((2, 4), mask, wanted, ["mm", "grounding"], "mm", slot, past).names
+def sort(wanted: Any = None, mask: Tensor | None = MASK, slot: RowSlot = EMPTY) -> list[str]:
+    return sort_rows((2, 4), mask, wanted, ["mm", "grounding"], "mm", slot).names
+
+
+class OfText(RowSlot):
+    """A slot of a cache that the text workflow filled."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 0)
+
+    @property
+    def past(self) -> int:
+        return 6
 
 
 class Filled(RowSlot):
@@ -55,7 +64,7 @@ def test_what_was_asked_for_is_run() -> None:
 
 def test_a_cache_remembers_its_rows() -> None:
     slot = Filled(1, -1)
-    assert sort(mask=None, slot=slot, past=6) == ["grounding", "text"]
+    assert sort(mask=None, slot=slot) == ["grounding", "text"]
     assert sort(["grounding", "text"], slot=slot) == ["grounding", "text"]
     with pytest.raises(UsageError, match="another workflow"):
         sort("mm", slot=slot)
@@ -68,8 +77,8 @@ def test_a_cache_remembers_its_rows() -> None:
         ({"wanted": ["mm"]}, "1 workflows were given for 2 rows"),
         ({"wanted": "text"}, "row 0 has an image but runs the text workflow.*mm, grounding"),
         ({"wanted": ["text", "mm"]}, "row 0 has an image"),
-        ({"past": 3}, "run the whole dialogue again"),
-        ({"wanted": "mm", "mask": None, "past": 3}, "run the whole dialogue again"),
+        ({"slot": OfText()}, "run the whole dialogue again"),
+        ({"wanted": "mm", "mask": None, "slot": OfText()}, "run the whole dialogue again"),
         ({"slot": Filled(-1, 0)}, "row 0 has an image"),
     ],
 )
@@ -108,12 +117,16 @@ def test_images_and_their_positions_must_agree() -> None:
     with pytest.raises(UsageError, match="8 image positions but no image"):
         logits_of(model, missing)
     one = {**inputs, "image_features": inputs["image_features"][:1]}
-    with pytest.raises(UsageError, match="1 images of 4 patches do not fill 8"):
+    with pytest.raises(
+        UsageError, match=r"row 1 has 4 image positions, and its images \[\] take 0"
+    ):
         logits_of(model, one)
     torn = {**inputs, "mm_token_type_ids": inputs["mm_token_type_ids"].clone()}
     torn["mm_token_type_ids"][0, 5] = 0
     torn["mm_token_type_ids"][1, 4] = 1
-    with pytest.raises(UsageError, match=r"\[3, 5\] image positions"):
+    with pytest.raises(
+        UsageError, match=r"row 0 has 3 image positions, and its images \[0\] take 4"
+    ):
         logits_of(model, torn)
     unplaced = {k: v for k, v in inputs.items() if k != "mm_token_type_ids"}
     with pytest.raises(UsageError, match="pass mm_token_type_ids"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grafting import project
 from mmgraft import GraftedModel
 from mmgraft.published.importer import import_checkpoint
 from reference.golden import IMAGE_ID, golden_case, golden_root, row_lengths, sample_ids
@@ -92,8 +93,9 @@ def test_image_features(models: dict[str, GraftedModel]) -> None:
     sample = golden_case("iaa/llama_gqa_l6").samples["g"]
     model = models["iaa/llama_gqa_l6"]
     features = model.image_features(sample["pixel_values"])
+    features = features.view(sample["vision_features"].shape)
     assert (features - sample["vision_features"]).abs().max() < TOLERANCE
-    projected = model.workflow("grounding").projector(features)
+    projected = project(model, features, "grounding")
     assert (projected - sample["image_features"]).abs().max() < TOLERANCE
 
 

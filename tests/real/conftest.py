@@ -94,9 +94,7 @@ class Real:
             tower = model.vision_tower
             assert tower is not None
             record = model.workflow().record
-            self._processor = load_processor(
-                record, self.folder, tower.num_patches, tower.preprocess
-            )
+            self._processor = load_processor(record, self.folder, tower)
         return Answerer(model, self._processor)
 
     @cached_property

@@ -18,10 +18,11 @@ def test_the_checkout_has_recipes_for_every_built_in_method() -> None:
 
 
 def test_an_installed_package_uses_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mmgraft.recipes.files, "_PACKAGE", tmp_path / "mmgraft")
+    monkeypatch.setattr(mmgraft.recipes.files, "_PACKAGE", tmp_path / "mmgraft" / "recipes")
     with pytest.raises(UsageError, match="reinstall mmgraft"):
         recipe_dir()
     (tmp_path / "recipes").mkdir()
     assert recipe_dir() == tmp_path / "recipes"
-    (tmp_path / "mmgraft" / "recipes").mkdir(parents=True)
-    assert recipe_dir() == tmp_path / "mmgraft" / "recipes"
+    shipped = tmp_path / "mmgraft" / "recipes" / "shipped"
+    shipped.mkdir(parents=True)
+    assert recipe_dir() == shipped

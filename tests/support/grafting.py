@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
 from mmgraft.model.loss import supervised
+from mmgraft.vision.plan import Plan
 from tiny import ARCHITECTURES, HIDDEN, tiny_model
 
 PATCHES = 4
@@ -142,6 +143,13 @@ def batch(rows: Sequence[Row], side: str = "right", length: int | None = None) -
         made["mm_token_type_ids"] = padded([r.kinds for r in rows])
         made["image_features"] = features
     return made
+
+
+def project(model: GraftedModel, features: Tensor, workflow: str | None = None) -> Tensor:
+    """Features `(images, P, v)` as the model's projector makes them, `(images, P, h)`."""
+    plans = [Plan.of_count(features.shape[1])] * len(features)
+    made = model.workflow(workflow).projector(features.flatten(0, 1), plans)
+    return made.unflatten(0, features.shape[:2])
 
 
 def text_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

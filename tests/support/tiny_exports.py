@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
-from mmgraft.vision.spec import ProjectorSpec, VisionSpec
+from mmgraft.vision.projectors.configs import ProjectorConfig
+from mmgraft.vision.spec import VisionSpec
 from tiny import save_base, tiny_clip_dir, tiny_siglip_dir
 from tiny_towers import picture
 
@@ -40,7 +41,7 @@ def make_graft(
     tower: str | VisionSpec = "clip",
     method: str = "iaa",
     name: str = "run",
-    projector: ProjectorSpec | None = None,
+    projector: ProjectorConfig | None = None,
     template: TemplateChoice | None = None,
     base: Path | None = None,
     **config: Any,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from mmgraft.vision.preprocessing import SquareResize
 from mmgraft.vision.spec import VisionSpec
 from mmgraft.vision.towers.base import VisionTower
-from mmgraft.vision.towers.registry import register_tower, tower_kinds
+from mmgraft.vision.towers.registry import describe_tower, register_tower, tower_kinds
 
 _TOKENS: dict[str, Any] = {
     "hidden_size": 16,
@@ -159,6 +159,12 @@ def tiny_tower(patches: int = 4, hidden: int = 16, seed: int = 0) -> VisionTower
 
 def _load_tiny(spec: VisionSpec) -> VisionTower:
     return TinyTower(spec, **spec.options)
+
+
+def shape_of(tower: VisionSpec | str) -> tuple[int, int | None]:
+    """Feature width and vectors of one image, as `describe_tower` says."""
+    shape = describe_tower(tower)
+    return shape.hidden_size, shape.num_patches
 
 
 _PATTERNS: tuple[Callable[[int, int], tuple[int, int, int]], ...] = (

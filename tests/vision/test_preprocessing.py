@@ -61,7 +61,7 @@ def test_processor_without_one_size_is_refused(tmp_path: Path) -> None:
     values = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     processor = load_processor(tmp_path)
-    with pytest.raises(UsageError, match="does not bring every picture to one size"):
+    with pytest.raises(UsageError, match="does not bring every image to one size"):
         StockPreprocessing(processor, "tower")
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mmgraft.errors import UsageError
-from mmgraft.vision import VisionSpec, describe_tower, load_tower, register_tower, tower_kinds
+from mmgraft.vision import VisionSpec, load_tower, register_tower, tower_kinds
 from mmgraft.vision.towers.base import fingerprint_tensors
 from mmgraft.vision.towers.registry import TowerShape, unregister_tower
-from tiny_towers import TinyTower, picture, tiny_tower
+from tiny_towers import TinyTower, picture, shape_of, tiny_tower
 
 
 def loader(spec: VisionSpec) -> TinyTower:
@@ -39,7 +39,7 @@ def test_registered_tower_is_frozen_cast_and_described(kind: str) -> None:
     assert tower(tower.preprocess([picture()])).shape == (1, 3, 8)
     assert tower.dtype == torch.bfloat16
     assert tower.fingerprint() == loader(tower.spec).fingerprint()
-    assert describe_tower(kind) == (8, 3)
+    assert shape_of(kind) == (8, 3)
     with pytest.raises(UsageError, match="already registered"):
         register_tower(kind, loader)
 
@@ -49,7 +49,7 @@ def test_describe_spares_the_weights(kind: str) -> None:
         raise AssertionError("loaded")
 
     register_tower(kind, fail, describe=lambda spec: TowerShape(12, 9))
-    assert describe_tower(VisionSpec(kind=kind)) == (12, 9)
+    assert shape_of(VisionSpec(kind=kind)) == (12, 9)
 
 
 def test_installed_package_offers_a_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hub_server import HubServer
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.vision import VisionSpec, describe_tower, load_tower
 from mmgraft.vision.towers.transformers import TransformersTower
-from tiny_towers import TOWERS, picture, save_processor, save_tower, tiny_vision_model
+from tiny_towers import TOWERS, picture, save_processor, save_tower, shape_of, tiny_vision_model
 
 
 def load(folder: Path, **values: Any) -> TransformersTower:
@@ -54,7 +54,7 @@ def test_features_equal_a_call_by_hand(name: str, tmp_path: Path) -> None:
         expected = tokens_by_hand(model, x, layer, tiny.prefix)
     torch.testing.assert_close(tower(x), expected, atol=1e-6, rtol=0)
     assert (tower.num_patches, tower.hidden_size) == expected.shape[1:]
-    assert describe_tower(tower.spec) == expected.shape[1:][::-1]
+    assert shape_of(tower.spec) == expected.shape[1:][::-1]
     assert tower.image_size == (tiny.size, tiny.size)
 
 
@@ -85,7 +85,7 @@ def test_layer_can_be_chosen(tmp_path: Path) -> None:
     x = pixels(96)
     expected = grid_by_hand(grid_model(x, output_hidden_states=True).hidden_states[-2])
     torch.testing.assert_close(tower(x), expected)
-    assert describe_tower(tower.spec) == (16, 36)
+    assert shape_of(tower.spec) == (16, 36)
 
 
 def two_towers(name: str, folder: Path) -> Any:
@@ -240,7 +240,7 @@ def test_naflex_and_models_that_see_nothing_are_refused_by_name(tmp_path: Path) 
 def test_shape_is_known_without_weights(tmp_path: Path) -> None:
     save_tower(tmp_path, "siglip")
     (tmp_path / "model.safetensors").unlink()
-    assert describe_tower(str(tmp_path)) == (16, 16)
+    assert shape_of(str(tmp_path)) == (16, 16)
     with pytest.raises(UsageError, match="cannot be loaded"):
         load(tmp_path)
 
@@ -349,7 +349,7 @@ def test_a_shape_costs_no_weights_and_a_dead_hub_is_a_failure(
 ) -> None:
     save_tower(tmp_path, "clip")
     hub.add_model("acme/tower", tmp_path)
-    assert describe_tower("acme/tower") == (16, 16)
+    assert shape_of("acme/tower") == (16, 16)
     assert not any("safetensors" in path for path in hub.paths("GET"))
     hub.drop_connection_on("model.safetensors")
     with pytest.raises(MMGraftError, match="check the network") as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from mmgraft.data.batches.padding import pad
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.images import is_data_uri
 from mmgraft.errors import UsageError
-from mmgraft.vision.feature_cache import FeatureCache, Picture
+from mmgraft.vision.feature_cache import Compute, FeatureCache, ImageFile
 from mmgraft.vision.stored import StoredImage
 
 
@@ -21,8 +21,9 @@ class Collator:
     """Puts examples together, padded on the right.
 
     A batch has input_ids, attention_mask, mm_token_type_ids and labels, each (b, s); for its images
-    in order of appearance pixel_values (n, 3, H, W), or image_features (n, P, vision hidden) from a
-    cache; and row_ids, a list of b texts. With `text_rows` "graft" it also names the workflow of
+    in order of appearance what `GraftProcessor.images_of` says of them and pixel_values, or
+    image_features (sum of their vectors, vision hidden) from a cache; and row_ids, a list of b
+    texts. With `text_rows` "graft" it also names the workflow of
     every row, so that rows without an image run the graft too.
     """
 
@@ -31,7 +32,7 @@ class Collator:
         processor: GraftProcessor,
         text_rows: TextRows = "skip",
         features: FeatureCache | None = None,
-        compute: Callable[[list[Picture]], Tensor] | None = None,
+        compute: Compute | None = None,
         workflow: str = "mm",
         multiple: int = 1,
     ):
@@ -68,7 +69,7 @@ class Collator:
         if images and self.features is not None:
             paths = [path for example in examples for path in _paths(example)]
             found = self.features.get_many(paths, self.compute or _not_cached)
-            batch["image_features"] = torch.stack(found)
+            batch["image_features"] = torch.cat(found)
         elif images:
             batch["pixel_values"] = self.processor.pixels(images)
         if self.text_rows == "graft":
@@ -89,7 +90,7 @@ def _paths(example: Example) -> list[str | StoredImage]:
     return list(example.images)
 
 
-def _not_cached(paths: list[Picture]) -> Tensor:
+def _not_cached(paths: list[ImageFile]) -> list[Tensor]:
     raise UsageError(
         f"the feature cache does not hold {paths[0]}; compute the features of all images first"
     )

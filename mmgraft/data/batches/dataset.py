@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mmgraft.data.bad_rows import BadRow, OnBadRow
-from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.formats.indexed import facts_of, key_at, select
 from mmgraft.data.images import open_images
@@ -216,12 +218,11 @@ class RowDataset(Dataset[Example]):
     def _encoded(self, row: Row) -> tuple[Encoded, bool]:
         """A row as it is trained on, and whether it had to be cut."""
         encoded = supervise_row(self.processor, row)
-        patches = self.processor.num_patches
-        return fitted(encoded, self.max_length, self.positions, patches, row.where)
+        return fitted(encoded, self.max_length, self.positions, row.where)
 
 
 def fitted(
-    encoded: Encoded, max_length: int | None, positions: int | None, num_patches: int, where: str
+    encoded: Encoded, max_length: int | None, positions: int | None, where: str
 ) -> tuple[Encoded, bool]:
     """A row as it is trained on, and whether it had to be cut.
 
@@ -229,7 +230,6 @@ def fitted(
         encoded: all of it.
         max_length: where rows are cut; None cuts nothing.
         positions: that the base has a table of; None where it has none.
-        num_patches: positions of an image.
         where: names the row in errors.
 
     Raises:
@@ -237,7 +237,7 @@ def fitted(
     """
     shorter = max_length is not None and len(encoded) > max_length
     if max_length is not None and shorter:
-        encoded = cut(encoded, max_length, num_patches, where)
+        encoded = cut(encoded, max_length, where)
     if positions is not None and len(encoded) > positions:
         raise UsageError(
             f"{where}: {len(encoded)} positions, and the base has a table of {positions}; set "
@@ -246,24 +246,19 @@ def fitted(
     return encoded, shorter
 
 
-def cut(encoded: Encoded, max_length: int, num_patches: int, where: str) -> Encoded:
+def cut(encoded: Encoded, max_length: int, where: str) -> Encoded:
     """The first positions of a row, `max_length` or fewer: an image is kept whole or left out.
 
     Raises:
         UsageError: naming the row, where nothing to learn is left.
     """
     end = min(max_length, len(encoded))
-    whole, part = divmod(sum(encoded.kinds[:end]), num_patches)
-    if part:
-        end = [at for at, kind in enumerate(encoded.kinds) if kind][whole * num_patches]
-    spans = tuple((start, min(stop, end)) for start, stop in encoded.spans if start < end)
-    shorter = replace(
-        encoded,
-        input_ids=encoded.input_ids[:end],
-        kinds=encoded.kinds[:end],
-        images=encoded.images[:whole],
-        spans=spans,
-    )
+    shown = sum(encoded.kinds[:end])
+    ends = list(accumulate(encoded.lengths, initial=0))  # among the image positions
+    whole = bisect_right(ends, shown) - 1
+    if shown > ends[whole]:
+        end = [at for at, kind in enumerate(encoded.kinds) if kind][ends[whole]]
+    shorter = encoded.part(0, end)
     if all(label == -100 for label in shorter.labels):
         first = encoded.spans[0][0] if encoded.spans else len(encoded)
         raise UsageError(

@@ -32,20 +32,20 @@ def mix(
 ) -> RowIndex:
     """Put sources together and shuffle them; no row is read.
 
-    A source of n rows and weight w gives round(n w) rows: every row floor(w) times, and a drawn
-    sample for the rest. What is drawn of a source depends on the seed and on its place in the list,
-    not on the other sources.
+    A source of n rows and weight w gives round(n w) rows: every row floor(w) times, and a
+    random sample for the rest. What is sampled of a source depends on the seed and on its place in
+    the list, not on the other sources.
 
     Args:
-        parts: the sources.
-        seed: decides what is drawn and the order.
-        limit: keep this many rows of the shuffled mixture.
-        image_share: how much of the rows have an image, above 0 and below 1. As many rows are
+        parts: The sources.
+        seed: Decides the samples and the order.
+        limit: Keep this many rows of the shuffled mixture.
+        image_share: How much of the rows have an image, above 0 and below 1. As many rows are
             shown as without it: rows of the one kind more often, of the other less often, as a
             weight would.
 
     Raises:
-        UsageError: for a weight that is not above 0, a mixture without rows, or a share of rows of
+        UsageError: For a weight that is not above 0, a mixture without rows, or a share of rows of
             which there are none.
     """
     rows = Joined([part.rows for part in parts])
@@ -54,42 +54,42 @@ def mix(
     for index, part in enumerate(parts):
         if part.weight <= 0:
             raise UsageError(f"a data weight of {part.weight}; write one above 0, or leave it out")
-        places = np.arange(first, first + len(part.rows))
+        indices = np.arange(first, first + len(part.rows))
         wanted = round(len(part.rows) * part.weight)
-        chosen.append(_drawn(places, wanted, random.Random(f"{seed} {index}")))
+        chosen.append(_sample(indices, wanted, random.Random(f"{seed} {index}")))
         first += len(part.rows)
-    places = np.concatenate(chosen) if chosen else np.arange(0)
-    if image_share is not None and len(places):
-        places = _shared(places, rows.facts.with_image[places], image_share, seed)
-    order = array("q", places.astype(np.int64).tobytes())
+    indices = np.concatenate(chosen) if chosen else np.arange(0)
+    if image_share is not None and len(indices):
+        indices = _with_share(indices, rows.facts.with_image[indices], image_share, seed)
+    order = array("q", indices.astype(np.int64).tobytes())
     random.Random(f"{seed} order").shuffle(order)
-    places = np.array(order, dtype=np.int64)[:limit]
-    if not len(places):
+    indices = np.array(order, dtype=np.int64)[:limit]
+    if not len(indices):
         raise UsageError("the data has no rows; set the files, weights and limits to give some")
-    return Selected(rows, places)
+    return Selected(rows, indices)
 
 
-def _drawn(places: NDArray[Any], wanted: int, draw: random.Random) -> NDArray[Any]:
-    """So many of some places: each as often as it goes, and a sample for the rest."""
-    whole, rest = divmod(wanted, len(places)) if len(places) else (0, 0)
-    sample = draw.sample(range(len(places)), rest)
-    return np.concatenate([np.tile(places, whole), places[np.sort(np.array(sample, dtype=int))]])
+def _sample(indices: NDArray[Any], wanted: int, draw: random.Random) -> NDArray[Any]:
+    """Choose so many of some indices: each as often as it goes, and a sample for the rest."""
+    whole, rest = divmod(wanted, len(indices)) if len(indices) else (0, 0)
+    sample = draw.sample(range(len(indices)), rest)
+    return np.concatenate([np.tile(indices, whole), indices[np.sort(np.array(sample, dtype=int))]])
 
 
-def _shared(
-    places: NDArray[Any], with_image: NDArray[np.bool_], share: float, seed: int
+def _with_share(
+    indices: NDArray[Any], with_image: NDArray[np.bool_], share: float, seed: int
 ) -> NDArray[Any]:
-    """As many places, of which a share has an image."""
-    images = round(share * len(places))
+    """Choose as many indices, of which a share has an image."""
+    images = round(share * len(indices))
     found: list[NDArray[Any]] = []
     for name, kind, wanted in (
         ("with an image", with_image, images),
-        ("without an image", ~with_image, len(places) - images),
+        ("without an image", ~with_image, len(indices) - images),
     ):
         if wanted and not kind.any():
             raise UsageError(
-                f"image_share: {share:g} wants {wanted} of {len(places)} rows {name}, and the data "
-                "has none; add such rows, or leave image_share out"
+                f"image_share: {share:g} wants {wanted} of {len(indices)} rows {name}, and the "
+                "data has none; add such rows, or leave image_share out"
             )
-        found.append(_drawn(places[kind], wanted, random.Random(f"{seed} {name}")))
+        found.append(_sample(indices[kind], wanted, random.Random(f"{seed} {name}")))
     return np.concatenate(found)

@@ -71,6 +71,9 @@ class PackCollator:
             for one in lengths
         ]
         batch["segments"] = pad_sequence(numbers, batch_first=True)
+        if "image_rows" in batch:
+            owner = torch.repeat_interleave(torch.tensor([len(pack) for pack in packs]))
+            batch["image_rows"] = owner[batch["image_rows"]]
         batch["labels"] = learned_within(batch["labels"], batch["segments"])
         if "workflow" in batch:
             batch["workflow"] = batch["workflow"][: len(packs)]  # one and the same for all

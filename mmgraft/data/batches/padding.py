@@ -15,11 +15,11 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: Side, multiple: int = 1
     """Pad rows of numbers to the longest of them.
 
     Args:
-        rows: b rows.
-        value: fills the gap.
-        side: where the gap is: "left" for batched generation, which needs the last position to be
+        rows: B rows.
+        value: Fills the gap.
+        side: Where the gap is: "left" for batched generation, which needs the last position to be
             every row's newest token; "right" for training.
-        multiple: round the length up to a multiple of this.
+        multiple: Round the length up to a multiple of this.
 
     Returns:
         (b, s) int64.

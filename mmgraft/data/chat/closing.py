@@ -1,14 +1,15 @@
-"""How a template ends an answer, learnt by writing answers with it."""
+"""Where answers end in a text, and how a template closes them; learned by writing answers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from mmgraft.data.chat.content import Message
-from mmgraft.data.chat.transcript import Transcript
+from mmgraft.data.chat.transcript import Transcript, shared_length
 from mmgraft.errors import UsageError
 
 MARKER = "zqAnswerqz"
@@ -23,7 +24,7 @@ class Closing:
     inner: str  # where a user turn follows
 
 
-def closing_of(transcript: Transcript, turn: int) -> Closing:
+def closing_of(transcript: Transcript, turn: int, where: str) -> Closing:
     """Learn how a template ends the answer of this turn: with and without a user turn after it.
 
     Taken is what both have in common, up to the last special or added token in it: the end of turn
@@ -32,29 +33,72 @@ def closing_of(transcript: Transcript, turn: int) -> Closing:
     each takes its own.
     """
     answer = {**transcript.messages[turn], "role": "assistant", "content": MARKER}
-    usual = not transcript.tools and not answer.get("tool_calls")
-    known = transcript.learnt.closings
-    if usual and "usual" in known:
-        return known["usual"]
-    short = {key: answer[key] for key in ("role", "content")} if usual else answer
+    usual = not answer.get("tool_calls")
+    known, key = transcript.copies.closings, bool(transcript.tools)
+    if usual and key in known:
+        return known[key]
+    short = {name: answer[name] for name in ("role", "content")} if usual else answer
     try:
-        tails = _tails(transcript, [{"role": "user", "content": "a"}, short])
+        tails = _tails(transcript, [{"role": "user", "content": "a"}, short], where)
     except UsageError:
-        tails = _tails(transcript, [*transcript.messages[:turn], answer])
-    closing = _common_closing(*tails, added_tokens(transcript))
+        tails = _tails(transcript, [*transcript.messages[:turn], answer], where)
+    closing = _common_closing(*tails, transcript.copies.added_tokens)
     if usual:
-        known["usual"] = closing
+        known[key] = closing
     return closing
 
 
-def split_at(
-    transcript: Transcript, messages: Sequence[Message], marker: str, where: str
-) -> tuple[str, str]:
-    """The rendered text before and after a marker in it.
+def split_at_answer(transcript: Transcript, turn: int, where: str) -> tuple[str, str]:
+    """Write the conversation with a marker in an answer's place; gives the text on both sides.
 
     Raises:
-        UsageError: where the template writes the marker not exactly once.
+        UsageError: The template does not write the answer exactly once.
     """
+    messages = list(transcript.messages)
+    marker = _unused_marker(transcript.tokens.text)
+    messages[turn] = {**messages[turn], "content": marker}
+    return _split(transcript, messages, marker, where)
+
+
+def content_ends(transcript: Transcript, turns: Collection[int]) -> dict[int, int]:
+    """Find where the contents of turns end in the text, by writing it once more with marks there.
+
+    Content that ends in white space, which a template may trim, is not marked, nor is an image.
+
+    Returns:
+        The character behind the content by turn, of the turns whose content stands once in the
+        text; none at all where marks change what the template writes.
+    """
+    text = transcript.tokens.text
+    marker = _unused_marker(text)
+    messages = list(transcript.messages)
+    for turn in turns:
+        content = messages[turn].get("content") if turn >= 0 else None
+        image = transcript.sentinel is not None and str(content).endswith(transcript.sentinel)
+        if isinstance(content, str) and content[-1:].strip() and not image:
+            messages[turn] = {**messages[turn], "content": f"{content}{marker}{turn};"}
+    pieces = re.split(rf"{marker}(\d+);", transcript.render(messages))
+    numbers = pieces[1::2]
+    if "".join(pieces[::2]) != text:
+        return {}
+    ends = accumulate(map(len, pieces[::2]))
+    return {
+        int(number): end
+        for number, end in zip(numbers, ends, strict=False)
+        if numbers.count(number) == 1
+    }
+
+
+def _unused_marker(text: str) -> str:
+    marker = MARKER
+    while marker in text:
+        marker += "z"
+    return marker
+
+
+def _split(
+    transcript: Transcript, messages: Sequence[Message], marker: str, where: str
+) -> tuple[str, str]:
     pieces = transcript.render(messages).split(marker)
     if len(pieces) != 2:
         raise UsageError(
@@ -64,35 +108,18 @@ def split_at(
     return pieces[0], pieces[1]
 
 
-def added_tokens(transcript: Transcript) -> re.Pattern[str]:
-    """Matches the text of a special or added token, but no white space and no sentinel."""
-    if transcript.learnt.added_tokens is None:
-        tokenizer = transcript.base
-        texts = {token.content for token in tokenizer.added_tokens_decoder.values()}
-        texts |= set(tokenizer.all_special_tokens)
-        names = sorted((text for text in texts if text.strip()), key=len, reverse=True)
-        transcript.learnt.added_tokens = re.compile("|".join(map(re.escape, names)) or "(?!)")
-    return transcript.learnt.added_tokens
-
-
-def common_start(one: str, other: str) -> str:
-    """The longest text that both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))]
-
-
-def _tails(transcript: Transcript, messages: list[dict[str, Any]]) -> tuple[str, str]:
-    _, last = split_at(transcript, messages, MARKER, transcript.where)
+def _tails(transcript: Transcript, messages: list[dict[str, Any]], where: str) -> tuple[str, str]:
+    _, last = _split(transcript, messages, MARKER, where)
     try:
         following = [*messages, {"role": "user", "content": "b"}]
-        _, inner = split_at(transcript, following, MARKER, transcript.where)
+        _, inner = _split(transcript, following, MARKER, where)
     except UsageError:
         inner = ""  # no user may follow here
     return last, inner
 
 
 def _common_closing(last: str, inner: str, tokens: re.Pattern[str]) -> Closing:
-    common = len(common_start(last, inner))
+    common = shared_length(last, inner)
     shared = [match.end() for match in tokens.finditer(last) if match.end() <= common]
     if shared:
         return Closing(last[: shared[-1]], last[: shared[-1]])

@@ -8,19 +8,19 @@ from typing import Any
 from mmgraft.errors import UsageError
 
 Message = Mapping[str, Any]
-"""`{"role": ..., "content": str | list of parts}`; other keys go to the chat template untouched."""
+"""``{"role", "content": str | list of parts}``; other keys go to the chat template untouched."""
 
 
 def is_image(part: Any) -> bool:
-    """Whether a content part is an image, in any of the spellings in use."""
+    """Tell whether a content part is an image, in any of the spellings in use."""
     return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
 
 
 def image_of(part: Mapping[str, Any]) -> Any:
-    """What an image part holds: a path, a data URI or a PIL image; None for an empty part.
+    """Return what an image part holds: a path, a data URI or a PIL image; None for an empty part.
 
-    Read are `{"type": "image", "image": X}` (or `path`, `url`) and
-    `{"type": "image_url", "image_url": {"url": X}}`.
+    Read are ``{"type": "image", "image": X}`` (or ``path``, ``url``) and
+    ``{"type": "image_url", "image_url": {"url": X}}``.
     """
     for key in ("image", "image_url", "path", "url"):
         value = part.get(key)
@@ -32,17 +32,12 @@ def image_of(part: Mapping[str, Any]) -> Any:
 
 
 def has_image(messages: Iterable[Message]) -> bool:
-    """Whether any message has an image part."""
-    return any(
-        is_image(part)
-        for message in messages
-        if isinstance(message.get("content"), list | tuple)
-        for part in message["content"]
-    )
+    """Tell whether any message has an image part."""
+    return any(True for _ in images_of_all(messages))
 
 
 def images_of_all(messages: Iterable[Message]) -> Iterator[Any]:
-    """What the image parts of all messages hold, in order of appearance."""
+    """Yield what the image parts of all messages hold, in order of appearance."""
     for message in messages:
         content = message.get("content")
         for part in content if isinstance(content, list | tuple) else ():
@@ -51,7 +46,7 @@ def images_of_all(messages: Iterable[Message]) -> Iterator[Any]:
 
 
 def answering(messages: Iterable[Message]) -> list[int]:
-    """The turns in which the assistant says something, or calls a tool."""
+    """Return the turns in which the assistant says something, or calls a tool."""
     return [at for at, message in enumerate(messages) if _answers(message)]
 
 
@@ -65,7 +60,7 @@ def _answers(message: Message) -> bool:
 
 
 def has_parts(messages: Iterable[Message]) -> bool:
-    """Whether any message has a list of parts for its content."""
+    """Tell whether any message has a list of parts for its content."""
     return any(isinstance(message.get("content"), list | tuple) for message in messages)
 
 
@@ -82,7 +77,7 @@ def flatten(
         New messages, and what the image parts hold, in order of appearance.
 
     Raises:
-        UsageError: for a part that is neither text nor image, and for an image part that holds
+        UsageError: For a part that is neither text nor image, and for an image part that holds
             nothing.
     """
     flat: list[dict[str, Any]] = []
@@ -118,7 +113,7 @@ def _flatten_parts(parts: Sequence[Any], sentinel: str, images: list[Any], turn:
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """Every text anywhere inside nested lists and dicts, keys included."""
+    """Yield every text anywhere inside nested lists and dicts, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The id that fills an image position in `input_ids`."""
+"""The id that fills an image position in ``input_ids``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _UNUSED = re.compile(
 def choose_placeholder(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, str]:
     """Choose a valid id for the slots that images stand in.
 
-    `mm_token_type_ids` alone says which positions are an image's; the id only fills the slot. It is
-    a row of the embedding all the same, so that nothing that indexes by id (an embedding, a
+    ``mm_token_type_ids`` alone says which positions are an image's; the id only fills the slot. It
+    is a row of the embedding all the same, so that nothing that indexes by id (an embedding, a
     repetition penalty) meets one past the end. The base's vocabulary is never resized.
 
     Args:
-        tokenizer: the base's.
-        vocab_size: rows of the base's embedding.
+        tokenizer: The base's.
+        vocab_size: Rows of the base's embedding.
 
     Returns:
         The id, and in words why this one: the first there is of an embedding row without a token, a

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from mmgraft.data.batches.dataset import fitted
-from mmgraft.data.chat.masking import supervise_row
+from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.rows import Row
 
@@ -19,8 +19,8 @@ class Piece:
     """Neighbouring positions of one kind.
 
     Attributes:
-        kind: "learned" is trained, "prompt" only read, "image" one picture's.
-        text: as the tokenizer writes it; a picture's path for an image.
+        kind: "learned" is trained, "prompt" only read, "image" one image's.
+        text: as the tokenizer writes it; an image's path for an image.
         positions: how many.
     """
 
@@ -75,18 +75,18 @@ def preview_row(
     """
     encoded = supervise_row(processor, row)
     whole = len(encoded)
-    encoded, _ = fitted(encoded, max_length, positions, processor.num_patches, row.where)
+    encoded, _ = fitted(encoded, max_length, positions, row.where)
     return Preview(row.where, tuple(_pieces(processor, encoded)), whole)
 
 
 def _pieces(processor: GraftProcessor, encoded: Encoded) -> list[Piece]:
-    labels = encoded.labels
+    owners = (number for number, length in enumerate(encoded.lengths) for _ in range(length))
     marks: list[tuple[Kind, int]] = []  # the kind of every position, and which image
-    seen = 0
-    for kind, label in zip(encoded.kinds, labels, strict=True):
-        seen += kind
-        image = (seen - 1) // processor.num_patches if kind else 0
-        marks.append(("image" if kind else "prompt" if label == -100 else "learned", image))
+    for kind, label in zip(encoded.kinds, encoded.labels, strict=True):
+        if kind:
+            marks.append(("image", next(owners)))
+        else:
+            marks.append(("prompt" if label == -100 else "learned", 0))
     pieces: list[Piece] = []
     ids: list[int] = []  # of text so far: a tokenizer may write a piece otherwise when it is alone
     text = ""

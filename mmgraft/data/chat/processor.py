@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -14,13 +15,14 @@ from typing_extensions import Self
 
 from mmgraft.data.batches.padding import Side, pad
 from mmgraft.data.chat.content import Message, flatten, has_image, has_parts
-from mmgraft.data.chat.template import Template, reads_parts, refusal, render
+from mmgraft.data.chat.template import Template, apply, reads_parts, render
 from mmgraft.data.chat.transcript import SentinelTokenizers, Transcript, write_transcript
-from mmgraft.data.images import open_images
+from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError
+from mmgraft.vision.positions import ImagePositions
 
 Preprocess = Callable[[Sequence[Image.Image]], Tensor]
-"""A vision tower's `preprocess`: n images -> (n, 3, H, W)."""
+"""A vision tower's `preprocess`."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,37 @@ class Encoded:
     """One conversation as ids.
 
     Attributes:
-        input_ids: s ids; where an image stands, `num_patches` times the placeholder.
+        input_ids: s ids; where an image stands, the placeholder at each of its positions.
         kinds: s numbers, 1 at an image's positions and 0 at text: the row's `mm_token_type_ids`.
         images: what the image parts held (paths, data URIs, PIL images), in order of appearance.
         spans: first and past-the-last position of everything to learn; only `supervise` fills it.
+        lengths: positions of each image.
+        sizes: width and height of each image, where its positions depend on them.
     """
 
     input_ids: list[int]
     kinds: list[int]
     images: list[Any]
     spans: tuple[tuple[int, int], ...] = ()
+    lengths: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def part(self, start: int, end: int | None = None) -> Encoded:
+        """The positions from `start` up to `end`, with the images that lie whole in them."""
+        end = len(self) if end is None else end
+        at = list(accumulate(self.lengths, initial=0))
+        first, last = sum(self.kinds[:start]), sum(self.kinds[:end])
+        kept = [n for n in range(len(self.images)) if first <= at[n] and at[n + 1] <= last]
+        chosen = slice(kept[0], kept[-1] + 1) if kept else slice(0)
+        spans = ((max(a, start) - start, min(b, end) - start) for a, b in self.spans)
+        return Encoded(
+            self.input_ids[start:end],
+            self.kinds[start:end],
+            self.images[chosen],
+            tuple((a, b) for a, b in spans if a < b),
+            self.lengths[chosen],
+            self.sizes[chosen],
+        )
 
     @property
     def labels(self) -> list[int]:
@@ -67,17 +90,18 @@ class GraftProcessor:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        num_patches: int,
+        image_positions: ImagePositions | int,
         placeholder_id: int,
         template: Template | str = "chat",
         preprocess: Preprocess | None = None,
         options: Mapping[str, Any] | None = None,
     ):
-        """Bind the base's tokenizer to a vision tower's size.
+        """Bind the base's tokenizer to what an image takes.
 
         Args:
             tokenizer: the base's; it is never changed.
-            num_patches: positions of one image.
+            image_positions: how many positions an image takes, from its size; a number is that of
+                every image.
             placeholder_id: fills them; see `choose_placeholder`.
             template: a `Template`, or one of the kinds that need no text.
             preprocess: the vision tower's; without it `__call__` takes no images.
@@ -88,7 +112,9 @@ class GraftProcessor:
                 raise UsageError(f"template {template!r}: resolve it with resolve_template first")
             template = Template("plain" if template == "plain" else "chat")
         self.tokenizer = tokenizer
-        self.num_patches = num_patches
+        if isinstance(image_positions, int):
+            image_positions = ImagePositions.same(image_positions)
+        self.image_positions = image_positions
         self.placeholder_id = placeholder_id
         self.template = template
         self.preprocess = preprocess
@@ -100,7 +126,7 @@ class GraftProcessor:
         """The same processor with another template."""
         return type(self)(
             self.tokenizer,
-            self.num_patches,
+            self.image_positions,
             self.placeholder_id,
             template,
             self.preprocess,
@@ -112,6 +138,7 @@ class GraftProcessor:
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         where: str = "the conversation",
+        prompting: bool = False,
     ) -> Transcript:
         """The conversation as its template and tokenizer see it; see `Transcript`."""
         return write_transcript(
@@ -121,6 +148,7 @@ class GraftProcessor:
             tools=tools,
             options=self.options,
             where=where,
+            prompting=prompting,
         )
 
     def prompt(
@@ -132,9 +160,7 @@ class GraftProcessor:
     ) -> str:
         """The text that is tokenised: the base's own, or one with a sentinel for every image."""
         if has_image(messages):
-            return self.transcript(messages, tools, where).render(
-                add_generation_prompt=add_generation_prompt
-            )
+            return self.transcript(messages, tools, where, add_generation_prompt).tokens.text
         return render(
             self.template,
             self.tokenizer,
@@ -166,9 +192,8 @@ class GraftProcessor:
         if not has_image(messages):
             ids = self._text_ids(messages, add_generation_prompt, tools, where)
             return Encoded(ids, [0] * len(ids), [])
-        transcript = self.transcript(messages, tools, where)
-        text = transcript.render(add_generation_prompt=add_generation_prompt)
-        return self.expand(transcript, transcript.ids(text))
+        transcript = self.transcript(messages, tools, where, add_generation_prompt)
+        return self.expand(transcript, transcript.tokens.ids)
 
     def expand(
         self,
@@ -177,19 +202,32 @@ class GraftProcessor:
         spans: Sequence[tuple[int, int]] = (),
     ) -> Encoded:
         """Give every sentinel the positions of an image, and move the spans along."""
+        lengths, sizes = self._measure(transcript)
         input_ids: list[int] = []
         kinds: list[int] = []
         at = [0]  # where each id of `ids` begins, and the end
+        queue = iter(lengths)
         for index in ids:
             if index == transcript.sentinel_id:
-                input_ids += [self.placeholder_id] * self.num_patches
-                kinds += [1] * self.num_patches
+                length = next(queue)
+                input_ids += [self.placeholder_id] * length
+                kinds += [1] * length
             else:
                 input_ids.append(index)
                 kinds.append(0)
             at.append(len(input_ids))
         moved = tuple((at[start], at[end]) for start, end in spans)
-        return Encoded(input_ids, kinds, transcript.images, moved)
+        return Encoded(input_ids, kinds, transcript.images, moved, lengths, sizes)
+
+    def _measure(
+        self, transcript: Transcript
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """Positions of each image, and its size where they depend on it."""
+        fixed = self.image_positions.fixed
+        if fixed is not None:
+            return (fixed,) * len(transcript.images), ()
+        sizes = tuple(size_of(image, transcript.where) for image in transcript.images)
+        return tuple(map(self.image_positions, sizes)), sizes
 
     def __call__(
         self,
@@ -207,8 +245,7 @@ class GraftProcessor:
             tools: for the chat template, the same for all.
 
         Returns:
-            input_ids, attention_mask and mm_token_type_ids, each (b, s); with images also
-            pixel_values (n_images, 3, H, W), in order of appearance.
+            What `collate` gives; with images also their pixel_values, in order of appearance.
 
         Raises:
             UsageError: where a template refuses a conversation or an image cannot be read.
@@ -237,6 +274,12 @@ class GraftProcessor:
     def collate(
         self, rows: Sequence[Encoded], padding_side: Side, multiple: int = 1
     ) -> dict[str, Tensor]:
+        """Pad rows to one length: what `pad` gives, and with images what `images_of` gives."""
+        return {**self.pad(rows, padding_side, multiple), **self.images_of(rows)}
+
+    def pad(
+        self, rows: Sequence[Encoded], padding_side: Side, multiple: int = 1
+    ) -> dict[str, Tensor]:
         """Pad rows to one length: input_ids, attention_mask, mm_token_type_ids, each (b, s)."""
         columns = {
             "input_ids": ([row.input_ids for row in rows], self.pad_id),
@@ -248,8 +291,24 @@ class GraftProcessor:
             for name, (values, fill) in columns.items()
         }
 
+    def images_of(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """What a batch says of its images.
+
+        Returns:
+            image_lengths and image_rows (images,), the positions and the row of each image; where
+            the tower's plan depends on an image's size also image_sizes (images, 2), width and
+            height. Nothing for rows without images.
+        """
+        lengths = [length for row in rows for length in row.lengths]
+        if not lengths:
+            return {}
+        owners = [number for number, row in enumerate(rows) for _ in row.lengths]
+        found = {"image_lengths": torch.tensor(lengths), "image_rows": torch.tensor(owners)}
+        sizes = [size for row in rows for size in row.sizes]
+        return {**found, "image_sizes": torch.tensor(sizes)} if sizes else found
+
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """The vision tower's input: (n, 3, H, W).
+        """The vision tower's input, (n, 3, H, W) of a tower with one plan for all images.
 
         Raises:
             UsageError: where the processor was made without a tower's `preprocess`.
@@ -285,19 +344,18 @@ class GraftProcessor:
         if self.template.kind == "plain":
             text = render(self.template, self.tokenizer, messages, tools=tools, where=where)
             return list(self.tokenizer(text, verbose=False)["input_ids"])
-        try:
-            encoding = self.tokenizer.apply_chat_template(
-                list(messages),  # pyright: ignore[reportArgumentType]
-                tools=list(tools) if tools else None,
-                chat_template=self.template.text,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=True,
-                **self.options,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise refusal(error, where) from error
-        return list(encoding["input_ids"])  # pyright: ignore
+        encoding = apply(
+            self.template,
+            self.tokenizer,
+            messages,
+            where,
+            tools=list(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+            **self.options,
+        )
+        return list(encoding["input_ids"])
 
     def _text_only(self, messages: Sequence[Message], where: str) -> Sequence[Message]:
         """The messages as they are where the template reads lists of parts, else flattened."""

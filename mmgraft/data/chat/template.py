@@ -25,7 +25,7 @@ class Template:
     Attributes:
         kind: "chat" is the tokenizer's own, "plain" is the contents one after another, "file" is
             the jinja text of a file.
-        text: the jinja text of kind "file", else None.
+        text: The jinja text of kind "file", else None.
     """
 
     kind: Literal["chat", "plain", "file"] = "chat"
@@ -37,7 +37,7 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
 
     Args:
         spec: "chat" (also None), "plain", or the path of a jinja file.
-        tokenizer: the base's.
+        tokenizer: The base's.
 
     Raises:
         UsageError: "chat" for a tokenizer that has no template, a file that is missing or is not
@@ -58,7 +58,7 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
     text = path.read_text(encoding="utf-8")
     template = Template("file", text)
     try:
-        _apply(template, tokenizer, [{"role": "user", "content": _PROBE}])
+        _apply(template, tokenizer, [{"role": "user", "content": _PROBE}], tokenize=False)
     except TemplateSyntaxError as error:
         raise UsageError(
             f"{spec}, line {error.lineno}: {error.message}; correct the template"
@@ -79,43 +79,47 @@ def render(
     sentinel: str | None = None,
     where: str = "the conversation",
 ) -> str:
-    """The text of a conversation.
+    """Write a conversation as one text.
 
     Args:
-        template: how to write it.
-        tokenizer: the base's, or a copy of it.
-        messages: with string contents, unless the template reads parts.
-        tools: for the chat template.
-        add_generation_prompt: end with the header of an answer; plain text has none.
-        options: variables of the chat template, such as `enable_thinking`.
-        sentinel: the text that stands for an image in `messages`; plain text needs it.
-        where: names the row in an error.
+        template: How to write it.
+        tokenizer: The base's, or a copy of it.
+        messages: With string contents, unless the template reads parts.
+        tools: For the chat template.
+        add_generation_prompt: End with the header of an answer; plain text has none.
+        options: Variables of the chat template, such as ``enable_thinking``.
+        sentinel: The text that stands for an image in ``messages``; plain text needs it.
+        where: Names the row in an error.
 
     Raises:
-        UsageError: where the template refuses the conversation.
+        UsageError: Where the template refuses the conversation.
     """
     if template.kind == "plain":
         eos = tokenizer.eos_token
         return _plain(messages, tools, str(eos) if eos else None, sentinel, where)
+    settings = {"add_generation_prompt": add_generation_prompt, **(options or {})}
+    return str(apply(template, tokenizer, messages, where, tools=tools, tokenize=False, **settings))
+
+
+def apply(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    where: str,
+    **settings: Any,
+) -> Any:
+    """Call ``apply_chat_template`` with a chat template.
+
+    Raises:
+        UsageError: The template refuses the conversation.
+    """
     try:
-        return _apply(
-            template,
-            tokenizer,
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            **(options or {}),
-        )
+        return _apply(template, tokenizer, messages, **settings)
     except (TemplateError, TypeError, ValueError) as error:
-        raise refusal(error, where) from error
-
-
-def refusal(error: Exception, where: str) -> UsageError:
-    """The error for a conversation that a chat template does not take."""
-    return UsageError(
-        f"{where}: the chat template refuses this conversation: {error}; change its turns, or give "
-        "another template"
-    )
+        raise UsageError(
+            f"{where}: the chat template refuses this conversation: {error}; change its turns, or "
+            "give another template"
+        ) from error
 
 
 def _apply(
@@ -123,39 +127,38 @@ def _apply(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     **settings: Any,
-) -> str:
-    text = tokenizer.apply_chat_template(
+) -> Any:
+    return tokenizer.apply_chat_template(
         list(messages),  # pyright: ignore[reportArgumentType]
         chat_template=template.text,
-        tokenize=False,
         **settings,
     )
-    return str(text)
 
 
 def source_of(
     template: Template, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None = None
 ) -> str:
-    """The jinja text that is used for a conversation with these tools; empty for plain text."""
+    """Return the jinja text that is used with these tools; empty for plain text."""
     if template.kind == "plain":
         return ""
     return tokenizer.get_chat_template(template.text, list(tools) if tools else None)
 
 
 def marks_answers(source: str) -> bool:
-    """Whether a template marks what the assistant writes with `{% generation %}`."""
+    """Tell whether a template marks what the assistant writes with ``{% generation %}``."""
     return _MARK.search(source) is not None
 
 
 def reads_parts(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template writes a list of text parts as it writes the same text."""
+    """Tell whether a chat template writes a list of text parts as it writes the same text."""
     if template.kind == "plain":
         return False
     texts: list[str] = []
     for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
         try:
-            texts.append(_apply(template, tokenizer, [{"role": "user", "content": content}]))
-        except (TemplateError, TypeError, ValueError):
+            message = {"role": "user", "content": content}
+            texts.append(apply(template, tokenizer, [message], "", tokenize=False))
+        except UsageError:
             return False
     return texts[0] == texts[1]
 
@@ -167,7 +170,7 @@ def _plain(
     sentinel: str | None,
     where: str,
 ) -> str:
-    """The contents one after another; an answer ends with the end-of-sequence token.
+    """Return the contents one after another; an answer ends with the end-of-sequence token.
 
     Two texts that would run into each other are kept apart: an answer by a space, any other turn by
     a newline. Nothing comes between an image and a caption.

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from mmgraft.data.chat.template import Template, render, source_of
 from mmgraft.errors import UsageError
 
 STOCK_SENTINEL = "<image>"
-"""What transformers' `LlavaProcessor` calls it; the first choice, so that prompts look familiar."""
+"""Name of transformers' ``LlavaProcessor``; the first choice, so that prompts look familiar."""
 
 _TRIES = 8
 
@@ -28,29 +29,20 @@ def _sentinels() -> Iterator[str]:
         yield f"\ue000image {number}\ue001"
 
 
-@dataclass
-class Learnt:
-    """What was found out once about a tokenizer and its template, for all conversations."""
-
-    prefix: list[int] | None = None
-    added_tokens: re.Pattern[str] | None = None
-    closings: dict[str, Any] = field(default_factory=dict)
-
-
 class SentinelTokenizers:
     """Copies of a tokenizer, each with one more token that stands for an image.
 
-    The tokenizer itself is never touched: adding `<image>` to it would turn the ordinary words "an
-    <image> tag" into an id past the vocabulary.
+    The tokenizer itself is never touched: adding ``<image>`` to it would turn the ordinary words
+    "an <image> tag" into an id past the vocabulary.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.learnt = Learnt()
+        self.closings: dict[bool, Any] = {}  # of answers, with and without tools
         self._copies: dict[str, tuple[PreTrainedTokenizerBase, int]] = {}
 
     def get(self, sentinel: str) -> tuple[PreTrainedTokenizerBase, int] | None:
-        """A copy that knows the sentinel, and its id; None where the base has such a token."""
+        """Return a copy that knows the sentinel, and its id; None if the base has such a token."""
         if sentinel not in self._copies:
             if self.tokenizer.convert_tokens_to_ids(sentinel) not in (
                 None,
@@ -66,37 +58,65 @@ class SentinelTokenizers:
             self._copies[sentinel] = (clone, index)
         return self._copies[sentinel]
 
+    @cached_property
+    def prefix(self) -> list[int]:
+        """Ids that the tokenizer puts before a text of its own accord."""
+        probe = _encode(self.tokenizer, "a", special=False)
+        whole = _encode(self.tokenizer, "a", special=True)
+        for start in range(len(whole) - len(probe) + 1):
+            if whole[start : start + len(probe)] == probe:
+                return whole[:start]
+        return []
+
+    @cached_property
+    def added_tokens(self) -> re.Pattern[str]:
+        """Matches the text of a special or added token, but no white space and no sentinel."""
+        texts = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        texts |= set(self.tokenizer.all_special_tokens)
+        names = sorted((text for text in texts if text.strip()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
 
 @dataclass
 class Transcript:
     """A conversation, flattened, with all that is needed to write and tokenise pieces of it.
 
     Attributes:
-        messages: contents are texts, images are sentinels.
-        images: what the image parts held, in order.
-        base: the base's tokenizer.
-        tokenizer: the same where there is no image, else a copy that knows the sentinel.
-        sentinel: stands for an image; None where there is none.
-        sentinel_id: its id, which no text has.
-        where: names the row in errors.
+        messages: Contents are texts, images are sentinels.
+        images: What the image parts held, in order.
+        copies: The base's tokenizer, and copies of it.
+        tokenizer: The base's where there is no image, else a copy that knows the sentinel.
+        sentinel: Stands for an image; None where there is none.
+        sentinel_id: Its id, which no text has.
+        where: Names the row in errors.
+        prompting: End with the header of an answer.
     """
 
     messages: list[dict[str, Any]]
     images: list[Any]
     template: Template
-    base: PreTrainedTokenizerBase
+    copies: SentinelTokenizers
     tokenizer: PreTrainedTokenizerBase
-    learnt: Learnt
     tools: Sequence[Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     sentinel: str | None = None
     sentinel_id: int | None = None
     where: str = "the conversation"
+    prompting: bool = False
+
+    def again(self) -> Transcript:
+        """Return the same conversation, to be written anew."""
+        return replace(self)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The conversation, written and tokenised once."""
+        return Tokens(self, self.render(add_generation_prompt=self.prompting))
 
     def render(
         self, messages: Sequence[Message] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The text of the conversation, or of other messages by the same rules."""
+        """Return the text of the conversation, or of other messages by the same rules."""
         return render(
             self.template,
             self.tokenizer,
@@ -109,17 +129,17 @@ class Transcript:
         )
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a rendered text, an image one id.
+        """Return token ids of a rendered text, an image one id.
 
         A chat template writes its own special tokens. Plain text gets those that the tokenizer puts
         before a text (a beginning-of-sequence token), not those it may put after it.
         """
-        bare = _encode(self.tokenizer, text, special=False)
-        if self.template.kind != "plain":
-            return bare
-        if self.learnt.prefix is None:
-            self.learnt.prefix = _prefix(self.base)
-        return self.learnt.prefix + bare
+        return self.prefix + _encode(self.tokenizer, text, special=False)
+
+    @property
+    def prefix(self) -> list[int]:
+        """Ids that the tokenizer itself puts before plain text."""
+        return self.copies.prefix if self.template.kind == "plain" else []
 
     @property
     def source(self) -> str:
@@ -127,19 +147,68 @@ class Transcript:
         return source_of(self.template, self.tokenizer, self.tools)
 
 
+class Tokens:
+    """A text as ids, with the characters that each was made of.
+
+    Attributes:
+        text: As the template wrote it.
+        ids: Of the whole text, an image one id.
+    """
+
+    def __init__(self, transcript: Transcript, text: str) -> None:
+        self.transcript, self.text = transcript, text
+        self._encoding = transcript.tokenizer(text, add_special_tokens=False, verbose=False)
+        self.ids: list[int] = transcript.prefix + list(self._encoding["input_ids"])
+
+    def before(self, end: int) -> tuple[int, bool]:
+        """Count the first ids that are those of the text up to a character as well.
+
+        An added token parts a text in two that are tokenised by themselves, so that it is enough to
+        tokenise from the last one on. A tokenizer that does not say which characters its tokens
+        were made of tokenises all that is before the character.
+
+        Returns:
+            How many, and whether the text up to the character has no other ids than these.
+        """
+        character, token = self._last_added(end)
+        if character:
+            own = _encode(self.transcript.tokenizer, self.text[character:end], special=False)
+        else:
+            own = self.transcript.ids(self.text[:end])
+        shared = shared_length(own, self.ids[token : token + len(own)])
+        return token + shared, shared == len(own)
+
+    @cached_property
+    def _added(self) -> list[tuple[int, int, int]]:
+        """First and last character of each added token in the text, and the token's place."""
+        if not self.transcript.tokenizer.is_fast:
+            return []
+        found: list[tuple[int, int, int]] = []
+        first = len(self.transcript.prefix)
+        for match in self.transcript.copies.added_tokens.finditer(self.text):
+            at = self._encoding.char_to_token(match.start())
+            index = self.transcript.tokenizer.convert_tokens_to_ids(match.group())
+            if at is not None and self.ids[at + first] == index:
+                found.append((match.start(), match.end(), at + first))
+        return found
+
+    def _last_added(self, end: int) -> tuple[int, int]:
+        """Find the last added token that ends by a character: its own first one, and its place."""
+        for start, stop, token in reversed(self._added):
+            if start and stop <= end:
+                return start, token
+        return 0, 0
+
+
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Count the first items that two sequences have in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
     encoding = tokenizer(text, add_special_tokens=special, verbose=False)
     return list(encoding["input_ids"])
-
-
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text of its own accord."""
-    probe = _encode(tokenizer, "a", special=False)
-    whole = _encode(tokenizer, "a", special=True)
-    for start in range(len(whole) - len(probe) + 1):
-        if whole[start : start + len(probe)] == probe:
-            return whole[:start]
-    return []
 
 
 def write_transcript(
@@ -150,64 +219,37 @@ def write_transcript(
     tools: Sequence[Any] | None = None,
     options: Mapping[str, Any] | None = None,
     where: str = "the conversation",
+    prompting: bool = False,
 ) -> Transcript:
     """Flatten a conversation around a sentinel that occurs nowhere in it.
 
     Raises:
-        UsageError: where the template drops or repeats an image, refuses the conversation, or a
+        UsageError: Where the template drops or repeats an image, refuses the conversation, or a
             content part is neither text nor image.
     """
-    options = dict(options or {})
     flat, images = flatten(messages, STOCK_SENTINEL, where)
     plain = Transcript(
-        messages=flat,
-        images=[],
-        template=template,
-        base=copies.tokenizer,
-        tokenizer=copies.tokenizer,
-        learnt=copies.learnt,
-        tools=tools,
-        options=options,
-        where=where,
-    )
+        flat, images, template, copies, copies.tokenizer, tools, dict(options or {}),
+        where=where, prompting=prompting,
+    )  # fmt: skip
     if not images:
         return plain
     for sentinel in _sentinels():
         flat, images = flatten(messages, sentinel, where)
-        if _elsewhere(sentinel, flat, len(images), tools, options):
-            continue
+        texts = strings_in([flat, list(tools or ()), plain.options])
+        if sum(text.count(sentinel) for text in texts) != len(images):
+            continue  # it stands where no image stands
         copied = copies.get(sentinel)
         if copied is None:
             continue
-        tokenizer, index = copied
         transcript = replace(
-            plain,
-            messages=flat,
-            images=images,
-            tokenizer=tokenizer,
-            sentinel=sentinel,
-            sentinel_id=index,
+            plain, messages=flat, tokenizer=copied[0], sentinel=sentinel, sentinel_id=copied[1]
         )
         if sentinel in transcript.source:
             continue
-        found = transcript.ids(transcript.render()).count(index)
-        if found == len(images):
+        if transcript.tokens.ids.count(copied[1]) == len(images):
             return transcript
     raise UsageError(
         f"{where}: the template does not write every image exactly once ({len(images)} image parts)"
         "; move the images to a user turn, or give another template"
-    )
-
-
-def _elsewhere(
-    sentinel: str,
-    flat: Sequence[Message],
-    images: int,
-    tools: Sequence[Any] | None,
-    options: Mapping[str, Any],
-) -> bool:
-    """Whether the sentinel's text occurs where no image stands."""
-    written = sum(text.count(sentinel) for text in strings_in(list(flat)))
-    return written != images or any(
-        sentinel in text for value in (list(tools or ()), options) for text in strings_in(value)
     )

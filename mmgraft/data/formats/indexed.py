@@ -1,7 +1,7 @@
 """Rows that stay on disk: what is kept of each is where it lies and a few numbers.
 
 A million rows cost some 20 MB. Each is read and checked once when its file is opened, and read
-again whenever it is asked for.
+again at each access.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Facts:
     """What is known of rows without reading them.
 
     Attributes:
-        letters: of all texts, (n,) uint32.
-        pictures: image parts, (n,) uint16.
-        answers: whether the assistant says anything, (n,) bool.
+        letters: Of all texts, (n,) uint32.
+        pictures: Image parts, (n,) uint16.
+        answers: Whether the assistant says anything, (n,) bool.
     """
 
     letters: NDArray[np.uint32]
@@ -42,9 +42,9 @@ class Facts:
         """Whether a row has an image, (n,)."""
         return self.pictures > 0
 
-    def at(self, places: NDArray[Any]) -> Facts:
-        """Those of some rows."""
-        return Facts(self.letters[places], self.pictures[places], self.answers[places])
+    def at(self, indices: NDArray[Any]) -> Facts:
+        """Return those of some rows."""
+        return Facts(self.letters[indices], self.pictures[indices], self.answers[indices])
 
 
 class FactsBuilder:
@@ -60,7 +60,7 @@ class FactsBuilder:
         self.answers.append(bool(answering(row.messages)))
 
     def facts(self) -> Facts:
-        """All that was noted."""
+        """Return all that was noted."""
         return Facts(
             np.array(self.letters, dtype=np.uint32),
             np.array(self.pictures, dtype=np.uint16),
@@ -80,7 +80,7 @@ def _letters(messages: Sequence[Message]) -> int:
 
 
 class RowIndex(Sequence[Row]):
-    """Rows by number, read when they are asked for. A slice is an index too."""
+    """Rows by number, read at each access. A slice is an index too."""
 
     @property
     @abstractmethod
@@ -89,14 +89,14 @@ class RowIndex(Sequence[Row]):
 
     @abstractmethod
     def key(self, at: int) -> tuple[str, str]:
-        """File and place of a row, as `BadRow.key`."""
+        """File and place of a row, as ``BadRow.key``."""
 
     @abstractmethod
     def row(self, at: int) -> Row:
         """Read a row.
 
         Raises:
-            UsageError: its file has changed.
+            UsageError: Its file has changed.
         """
 
     @overload
@@ -104,7 +104,7 @@ class RowIndex(Sequence[Row]):
     @overload
     def __getitem__(self, at: slice) -> Sequence[Row]: ...
     def __getitem__(self, at: int | slice) -> Row | Sequence[Row]:
-        """A row, or an index of some rows."""
+        """Return a row, or an index of some rows."""
         if isinstance(at, slice):
             return Selected(self, np.arange(len(self))[at])
         where = int(at) + len(self) if at < 0 else int(at)
@@ -120,12 +120,12 @@ class FileRows(RowIndex):
     """The good rows of one file.
 
     Args:
-        source: reads the records.
-        folder: that image paths start from.
-        format: of the rows.
-        positions: of the records, (n,) int64.
-        numbers: of the records, (n,) uint32.
-        facts: of the rows.
+        source: Reads the records.
+        folder: That image paths start from.
+        format: Of the rows.
+        positions: Of the records, (n,) int64.
+        numbers: Of the records, (n,) uint32.
+        facts: Of the rows.
     """
 
     def __init__(
@@ -146,21 +146,21 @@ class FileRows(RowIndex):
 
     @property
     def facts(self) -> Facts:
-        """See `RowIndex`."""
+        """See ``RowIndex``."""
         return self._facts
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def key(self, at: int) -> tuple[str, str]:
-        """See `RowIndex`."""
+        """See ``RowIndex``."""
         return self._file, f"{self.source.unit} {self.numbers[at]}"
 
     def row(self, at: int) -> Row:
-        """See `RowIndex`."""
+        """See ``RowIndex``."""
         number = int(self.numbers[at])
         record = self.source.read(int(self.positions[at]), number)
-        reader = RowReader(self.source.file, self.folder, self.format, False, record.pictures)
+        reader = RowReader(self.source.file, self.folder, self.format, False, record.images)
         return reader.row(f"{self.source.unit} {number}", record.data)
 
 
@@ -174,7 +174,7 @@ class Joined(RowIndex):
 
     @property
     def facts(self) -> Facts:
-        """See `RowIndex`."""
+        """See ``RowIndex``."""
         found = [facts_of(part) for part in self.parts] or [FactsBuilder().facts()]
         return Facts(
             np.concatenate([one.letters for one in found]),
@@ -186,14 +186,14 @@ class Joined(RowIndex):
         return self.ends[-1] if self.ends else 0
 
     def key(self, at: int) -> tuple[str, str]:
-        """See `RowIndex`."""
-        part, place = self._find(at)
-        return key_at(self.parts[part], place)
+        """See ``RowIndex``."""
+        part, index = self._find(at)
+        return key_at(self.parts[part], index)
 
     def row(self, at: int) -> Row:
-        """See `RowIndex`."""
-        part, place = self._find(at)
-        return self.parts[part][place]
+        """See ``RowIndex``."""
+        part, index = self._find(at)
+        return self.parts[part][index]
 
     def _find(self, at: int) -> tuple[int, int]:
         part = bisect_right(self.ends, at)
@@ -204,36 +204,36 @@ class Selected(RowIndex):
     """Some rows of others, in any order; a row may stand there more than once.
 
     Args:
-        rows: to choose from.
-        places: which, (n,).
+        rows: To choose from.
+        indices: Which, (n,).
     """
 
-    def __init__(self, rows: Sequence[Row], places: NDArray[Any]) -> None:
+    def __init__(self, rows: Sequence[Row], indices: NDArray[Any]) -> None:
         if isinstance(rows, Selected):
-            rows, places = rows.rows, rows.places[places]
+            rows, indices = rows.rows, rows.indices[indices]
         small = len(rows) <= 2**32
         self.rows = rows
-        self.places = places.astype(np.uint32 if small else np.int64, copy=False)
+        self.indices = indices.astype(np.uint32 if small else np.int64, copy=False)
 
     @property
     def facts(self) -> Facts:
-        """See `RowIndex`."""
-        return facts_of(self.rows).at(self.places)
+        """See ``RowIndex``."""
+        return facts_of(self.rows).at(self.indices)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def key(self, at: int) -> tuple[str, str]:
-        """See `RowIndex`."""
-        return key_at(self.rows, int(self.places[at]))
+        """See ``RowIndex``."""
+        return key_at(self.rows, int(self.indices[at]))
 
     def row(self, at: int) -> Row:
-        """See `RowIndex`."""
-        return self.rows[int(self.places[at])]
+        """See ``RowIndex``."""
+        return self.rows[int(self.indices[at])]
 
 
 def facts_of(rows: Sequence[Row]) -> Facts:
-    """Facts of any rows; those of an index are at hand, others are looked at."""
+    """Return facts of any rows; those of an index are at hand, others are looked at."""
     if isinstance(rows, RowIndex):
         return rows.facts
     builder = FactsBuilder()
@@ -243,11 +243,13 @@ def facts_of(rows: Sequence[Row]) -> Facts:
 
 
 def key_at(rows: Sequence[Row], at: int) -> tuple[str, str]:
-    """File and place of a row, without reading it where it lies in an index."""
+    """Return file and place of a row, without reading it where it lies in an index."""
     return rows.key(at) if isinstance(rows, RowIndex) else key_of(rows[at])
 
 
 def select(rows: Sequence[Row], chosen: NDArray[Any]) -> Sequence[Row]:
-    """The rows at some places (n,), or where a mask (all rows,) is true."""
-    places = np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen
-    return rows if len(places) == len(rows) and chosen.dtype == np.bool_ else Selected(rows, places)
+    """Return the rows at some indices (n,), or where a mask (all rows,) is true."""
+    indices = np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen
+    return (
+        rows if len(indices) == len(rows) and chosen.dtype == np.bool_ else Selected(rows, indices)
+    )

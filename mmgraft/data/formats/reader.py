@@ -41,27 +41,27 @@ class RowReader:
         folder: str | None,
         format: Format,
         check_images: bool,
-        pictures: Mapping[str, StoredImage] | None = None,
+        images: Mapping[str, StoredImage] | None = None,
     ):
         """Choose how the records are read.
 
         Args:
-            file: names them in errors.
-            folder: that image paths start from, a whole path; None where there is none.
+            file: Names them in errors.
+            folder: That image paths start from, a whole path; None where there is none.
             format: "auto" tells the two kinds of rows apart by their keys.
-            check_images: refuse a row whose image file is missing now, not when it is used.
-            pictures: of the record, by name, where they lie beside it in a file of many; then its
+            check_images: Refuse a row whose image file is missing now, not when it is used.
+            images: Of the record, by name, where they lie beside it in a file of many; then its
                 paths name these and no others.
         """
         self.file, self.folder, self.format = file, folder, format
         self.check_images = check_images
-        self.pictures = pictures
+        self.images = images
 
     def row(self, place: str, data: Any) -> Row:
-        """One record as a row.
+        """Read one record as a row.
 
         Raises:
-            UsageError: naming file, row and what is wrong.
+            UsageError: Naming file, row and what is wrong.
         """
         where = f"{self.file}, {place}"
         if not isinstance(data, dict):
@@ -171,10 +171,10 @@ class RowReader:
         )
 
     def resolve(self, image: Any, where: str) -> str | StoredImage:
-        """An image's path as a file inside the image folder; a data URI stays as it is.
+        """Resolve an image's path to a file inside the image folder; a data URI stays as it is.
 
         Raises:
-            UsageError: it is no path, an address, outside of the folder, or missing.
+            UsageError: It is no path, an address, outside of the folder, or missing.
         """
         if isinstance(image, StoredImage):
             return image
@@ -185,15 +185,15 @@ class RowReader:
         if is_data_uri(image):
             return image
         refuse_web(image, where)
-        if self.pictures is not None:
-            if image not in self.pictures:
-                there = ", ".join(dict.fromkeys(map(str, self.pictures.values()))) or "none"
+        if self.images is not None:
+            if image not in self.images:
+                there = ", ".join(dict.fromkeys(map(str, self.images.values()))) or "none"
                 raise BadImage(
-                    f"{where}: no picture {brief(image)} lies beside this record ({there}); put it "
+                    f"{where}: no image {brief(image)} lies beside this record ({there}); put it "
                     "into the shard under the record's own name, or leave the row out",
                     "missing",
                 )
-            return self.pictures[image]
+            return self.images[image]
         if self.folder is None:
             raise UsageError(
                 f"{where}: the image is a path ({brief(image)}); give the folder that paths start "
@@ -215,7 +215,7 @@ class RowReader:
 
 
 def id_of(data: dict[str, Any]) -> str | None:
-    """What a record calls itself, as it can be written anywhere; None where it says nothing."""
+    """Return what a record calls itself, as it can be written anywhere, or None."""
     found = data.get("id")
     return None if found is None else brief(found)
 
@@ -243,12 +243,12 @@ def _check_text(data: dict[str, Any], where: str) -> None:
 
 def _where_it_may_be(image: str) -> str:
     if len(image) > _LONGEST_NAME:
-        return "a picture's own bytes begin with data:image/png;base64, (or jpeg)"
+        return "an image's own bytes begin with data:image/png;base64, (or jpeg)"
     return "set the folder that image paths start from, or leave the row out"
 
 
 def _listed(data: dict[str, Any], where: str) -> list[Any]:
-    """The images beside the turns: one path, a list of them, or none."""
+    """Return the images beside the turns: one path, a list of them, or none."""
     listed: list[Any] = []
     for key in ("image", "images"):
         value = data.get(key)

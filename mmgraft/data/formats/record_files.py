@@ -27,12 +27,12 @@ class Record:
     """One record.
 
     Attributes:
-        data: what it says.
-        pictures: that lie beside it, by name; None where pictures are files.
+        data: What it says.
+        images: That lie beside it, by name; None where images are files.
     """
 
     data: Any
-    pictures: Mapping[str, StoredImage] | None = None
+    images: Mapping[str, StoredImage] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Found:
     """A record that was met while a file was read from its beginning to its end.
 
     Attributes:
-        position: what `RecordFile.read` finds it by.
-        number: counted from 1, in the file's `unit`.
-        record: the record, or why it cannot be read.
+        position: What ``RecordFile.read`` finds it by.
+        number: Counted from 1, in the file's ``unit``.
+        record: The record, or why it cannot be read.
     """
 
     position: int
@@ -59,18 +59,18 @@ class RecordFile(Protocol):
     """What its numbers count: "line", "row" or "sample"."""
 
     def scan(self) -> Iterator[Found]:
-        """All records in order.
+        """Yield all records in order.
 
         Raises:
-            UsageError: the file as a whole cannot be read.
+            UsageError: The file as a whole cannot be read.
         """
         ...
 
     def read(self, position: int, number: int) -> Record:
-        """One record.
+        """Read one record.
 
         Raises:
-            UsageError: it is not there any more.
+            UsageError: It is not there any more.
         """
         ...
 
@@ -84,13 +84,13 @@ class Stamp:
 
     @classmethod
     def of(cls, file: str | Path) -> Stamp:
-        """As the file is now."""
+        """Take the stamp of a file as it is now."""
         stat = Path(file).stat()
         return cls(stat.st_size, stat.st_mtime_ns)
 
 
 def changed(file: str) -> UsageError:
-    """The error for a file that is not as it was when its rows were counted."""
+    """Make the error for a file that is not as it was when its rows were counted."""
     return UsageError(
         f"{file} has changed since its rows were counted; leave files as they are while they are "
         "trained on, and begin again"
@@ -98,7 +98,7 @@ def changed(file: str) -> UsageError:
 
 
 def gone(file: str, error: OSError) -> UsageError:
-    """The error for a file that is not there any more."""
+    """Make the error for a file that is not there any more."""
     return UsageError(f"{file} cannot be read any more ({error}); put it back")
 
 
@@ -110,10 +110,10 @@ class JsonFile:
         self.stamp = Stamp.of(file)
 
     def open(self) -> IO[bytes]:
-        """The file, for a read by position.
+        """Open the file, for a read by position.
 
         Raises:
-            UsageError: it has changed, or is gone.
+            UsageError: It has changed, or is gone.
         """
         try:
             if Stamp.of(self.file) != self.stamp:
@@ -129,7 +129,7 @@ class LineFile(JsonFile):
     unit = "line"
 
     def scan(self) -> Iterator[Found]:
-        """All lines that are not empty."""
+        """Yield all lines that are not empty."""
         with self.open() as file:
             position = 0
             for number, line in enumerate(file, start=1):
@@ -138,7 +138,7 @@ class LineFile(JsonFile):
                 position += len(line)
 
     def read(self, position: int, number: int) -> Record:
-        """The line that begins there."""
+        """Read the line that begins there."""
         with self.open() as file:
             file.seek(position)
             found = self._record(file.readline(), number)
@@ -147,7 +147,7 @@ class LineFile(JsonFile):
         return found
 
     def _record(self, line: bytes, number: int) -> Record | UsageError | None:
-        """What a line says, or why it cannot be read; None of an empty one."""
+        """Return what a line says, or why it cannot be read; None of an empty one."""
         where = f"{self.file}, line {number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -171,7 +171,7 @@ class ListFile(JsonFile):
     unit = "row"
 
     def scan(self) -> Iterator[Found]:
-        """All objects of the list."""
+        """Yield all objects of the list."""
         with self.open() as file:
             begins = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
             file.seek(len(codecs.BOM_UTF8) if begins else 0)
@@ -193,7 +193,7 @@ class ListFile(JsonFile):
                 text.fail("Extra data")
 
     def read(self, position: int, number: int) -> Record:
-        """The object that begins there."""
+        """Read the object that begins there."""
         with self.open() as file:
             file.seek(position)
             return Record(_Window(self, file, position, _SHORT).value())
@@ -213,7 +213,7 @@ class _Window:
         self.ended = False
 
     def peek(self) -> str:
-        """The next character that is no white space; none at the end."""
+        """Return the next character that is no white space; none at the end."""
         while True:
             end = self.at
             while end < len(self.text) and self.text[end] in _SPACE:
@@ -229,7 +229,7 @@ class _Window:
         self._move(self.at + 1)
 
     def value(self) -> Any:
-        """The JSON value that begins here."""
+        """Return the JSON value that begins here."""
         self.peek()
         while True:
             try:
@@ -275,7 +275,7 @@ class _Window:
 
 
 def json_file(file: str) -> LineFile | ListFile:
-    """A file of lines or a list, as its first character says."""
+    """Return a file of lines or a list, as its first character says."""
     source = LineFile(file)
     with source.open() as opened:
         text = opened.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8).lstrip()

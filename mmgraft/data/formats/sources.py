@@ -1,39 +1,128 @@
-"""Rows from files: LLaVA's json and OpenAI-style messages, in JSON, parquet, tars and data sets."""
+"""Rows from files: which files a name stands for, what reads each, and their rows in order."""
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmgraft.data.bad_rows import BadRow, absolute, fault_of
+from mmgraft.data.bad_rows import HUB, BadRow, absolute, fault_of
 from mmgraft.data.formats.indexed import FactsBuilder, FileRows, Joined, RowIndex
 from mmgraft.data.formats.reader import Format, RowReader, id_of
 from mmgraft.data.formats.record_files import Found, RecordFile, json_file
-from mmgraft.data.formats.shards import Source
+from mmgraft.data.formats.tables import is_saved, open_table
+from mmgraft.data.formats.tar_files import TarFile
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 
-__all__ = ["OnBad", "RowReader", "Source", "index_rows", "read_rows", "records", "row_at"]
-
 OnBad = Callable[[BadRow], None]
+
+ENDINGS = (".json", ".jsonl", ".parquet", ".tar")
+"""Of files that a folder of shards is made of."""
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that belong together: a file, or the shards of one set.
+
+    Attributes:
+        path: A file, a folder of shards, a pattern (``shards/*.tar``, ``{000..127}.tar``), a folder
+            that ``datasets`` saved, or ``hub:OWNER/NAME``.
+        images: The folder that image paths start from; None: each file's own.
+        format: "auto" tells LLaVA's rows from messages by their keys.
+        limit: The first rows only.
+        split: Of a set of ``datasets``.
+        subset: Of a set of the Hub.
+        revision: Of a set of the Hub.
+    """
+
+    path: str
+    images: str | None = None
+    format: Format = "auto"
+    limit: int | None = None
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+
+    def files(self) -> list[str]:
+        """Return the files, in the order in which their rows are counted.
+
+        Raises:
+            UsageError: None is there.
+        """
+        path = self.path
+        if path.startswith(HUB) or os.path.isfile(path):
+            return [path]
+        if os.path.isdir(path):
+            return [path] if is_saved(Path(path)) else _in_folder(path)
+        found = _matching(path)
+        if not found:
+            raise UsageError(
+                f"no data file {path}; give a LLaVA json, a messages jsonl, parquet or tar shards, "
+                "a folder of them, or hub:OWNER/NAME"
+            )
+        return found
+
+    def open(self, file: str) -> RecordFile:
+        """Open one of the files.
+
+        Raises:
+            UsageError: Nothing does.
+        """
+        table = partial(open_table, file, self.split, self.subset, self.revision)
+        if file.startswith(HUB) or os.path.isdir(file):
+            return table()
+        if self.split != "train":
+            raise UsageError(
+                f"split: {self.split} is of a set of the Hub, or of one that datasets saved, and "
+                f"{file} is neither; leave split out, or name the file of that split"
+            )
+        if file.lower().endswith(_COMPRESSED):
+            raise UsageError(
+                f"{file} is compressed, so that no row of it can be read by itself; unpack it"
+            )
+        ending = os.path.splitext(file)[1].lower()
+        if ending == ".parquet":
+            return table()
+        return TarFile(file) if ending == ".tar" else json_file(file)
+
+    def folder(self, file: str) -> str | None:
+        """Return the folder that image paths of a file start from, as a whole path.
+
+        Raises:
+            UsageError: It is not there.
+        """
+        if self.images is None and file.startswith(HUB):
+            return None
+        folder = Path(self.images) if self.images is not None else Path(file).parent
+        if not folder.is_dir():
+            raise UsageError(
+                f"no image folder {folder}; give the folder that image paths start from"
+            )
+        return os.path.abspath(folder)
 
 
 @dataclass(frozen=True)
 class Checks:
-    """What is asked of a row before it counts.
+    """What a row must be before it counts.
 
     Attributes:
-        images: refuse a row whose image file is missing now, not when it is used.
-        on_bad: told of each row that cannot be used, which is left out; None raises instead.
-        leave_out: keys (see `BadRow.key`) of rows that are not looked at.
-        accept: raises UsageError for a row that shall count as bad.
-        one: refuse a source that has not one row to use.
+        images: Refuse a row whose image file is missing now, not when it is used.
+        on_bad: Called with each row that cannot be used, which is left out; None raises instead.
+        leave_out: Keys (see ``BadRow.key``) of rows that are not looked at.
+        accept: Raises UsageError for a row that shall count as bad.
+        one: Refuse a source that has not one row to use.
     """
 
     images: bool = True
@@ -49,48 +138,41 @@ def read_rows(
     format: Format = "auto",
     limit: int | None = None,
     check_images: bool = True,
-    on_bad: OnBad | None = None,
 ) -> list[Row]:
-    """Read all rows of a file into memory; `index_rows` leaves them where they are.
+    """Read all rows of a file into memory; ``index_rows`` leaves them where they are.
 
     A file of JSON is a list or one object a line. A row is one of
 
-    - LLaVA's: `{"id", "image": path or list, "conversations": [{"from": "human", "value": ...}]}`,
-      where every `<image>` in a value is one of the images, in order;
-    - messages: `{"messages": [{"role", "content"}]}`, content a text or a list of
-      `{"type": "text", "text"}`, `{"type": "image", "image": path}` and
-      `{"type": "image_url", "image_url": {"url": path or data URI}}`; `{"type": "image"}` alone
-      takes the next of a list `"images"` beside the messages.
+    - LLaVA's: ``{"id", "image": path or list, "conversations": [{"from": "human", "value"}]}``,
+      where every ``<image>`` in a value is one of the images, in order;
+    - messages: ``{"messages": [{"role", "content"}]}``, content a text or a list of
+      ``{"type": "text", "text"}``, ``{"type": "image", "image": path}`` and
+      ``{"type": "image_url", "image_url": {"url": path or data URI}}``; ``{"type": "image"}`` alone
+      takes the next of a list ``"images"`` beside the messages.
 
     Args:
-        path: the file; for what else it may be, see `Source`.
-        images: the folder that image paths start from, and must not leave; by default the file's.
+        path: The file; for what else it may be, see ``Source``.
+        images: The folder that image paths start from, and must not leave; by default the file's.
         format: "auto" tells the two kinds of rows apart by their keys.
-        limit: read this many rows, from the first.
-        check_images: see `Checks`.
-        on_bad: see `Checks`.
+        limit: Read this many rows, from the first.
+        check_images: See ``Checks``.
 
     Raises:
-        UsageError: naming file, row and what is wrong.
+        UsageError: Naming file, row and what is wrong.
     """
     source = Source(str(path), None if images is None else str(images), format, limit)
-    checks = Checks(check_images, on_bad)
-    every = (row for opened in _opened(source) for _, row in _good(*opened, source, checks))
-    rows = list(islice(every, limit))
-    if not rows:
-        _refuse_none(source, checks)
-    return rows
+    return list(index_rows(source, Checks(check_images)))
 
 
 def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
     """Read and check all rows once, and keep where they lie.
 
     Args:
-        source: the files.
-        checks: what is asked of a row.
+        source: The files.
+        checks: What a row must be.
 
     Raises:
-        UsageError: naming file, row and what is wrong.
+        UsageError: Naming file, row and what is wrong.
     """
     checks = checks or Checks()
     parts: list[FileRows] = []
@@ -120,12 +202,12 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
 
 
 def row_at(sources: Sequence[Source], number: int) -> Row:
-    """One row, counted from 1 over all files of all sources; the others are not looked at.
+    """Read one row, counted from 1 over all files of all sources; the others are not looked at.
 
     Of a source with a limit, its first rows are counted.
 
     Raises:
-        UsageError: as `read_rows`, for this row; or there are fewer.
+        UsageError: As ``read_rows``, for this row; or there are fewer.
     """
     count = 0
     for source in sources:
@@ -141,25 +223,21 @@ def row_at(sources: Sequence[Source], number: int) -> Row:
     )
 
 
-def records(path: Path, on_bad: OnBad | None = None) -> Iterator[tuple[str, Any]]:
-    """Every record of a file and its place, from a JSON list or from lines of JSON.
+def records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every record of a file and its place, from a JSON list or from lines of JSON.
 
     Raises:
-        UsageError: for what is not JSON; of lines `on_bad` is told instead, where it is given.
+        UsageError: Something in it is not JSON.
     """
     file = json_file(str(path))
     for found in file.scan():
-        place = f"{file.unit} {found.number}"
         if isinstance(found.record, UsageError):
-            if on_bad is None:
-                raise found.record
-            on_bad(BadRow(absolute(file.file), place, None, "row", str(found.record)))
-            continue
-        yield place, found.record.data
+            raise found.record
+        yield f"{file.unit} {found.number}", found.record.data
 
 
 def _opened(source: Source) -> Iterator[tuple[RecordFile, str | None]]:
-    """Every file, and the folder that its image paths start from."""
+    """Yield every file, and the folder that its image paths start from."""
     for file in source.files():
         folder = source.folder(file)
         yield source.open(file), folder
@@ -168,7 +246,7 @@ def _opened(source: Source) -> Iterator[tuple[RecordFile, str | None]]:
 def _good(
     file: RecordFile, folder: str | None, source: Source, checks: Checks
 ) -> Iterator[tuple[Found, Row]]:
-    """The rows that can be used."""
+    """Yield the rows that can be used."""
     whole = absolute(file.file)
     for found in file.scan():
         place = f"{file.unit} {found.number}"
@@ -193,7 +271,7 @@ def _row(
 ) -> Row:
     if isinstance(found.record, UsageError):
         raise found.record
-    reader = RowReader(file.file, folder, source.format, check_images, found.record.pictures)
+    reader = RowReader(file.file, folder, source.format, check_images, found.record.images)
     return reader.row(f"{file.unit} {found.number}", found.record.data)
 
 
@@ -213,3 +291,73 @@ def _refuse_none(source: Source, checks: Checks) -> None:
                 ) from None
             raise UsageError(f"{source.path}: all of its rows are left out; begin anew")
     raise UsageError(f"{source.path} has no rows; give a file with at least one")
+
+
+def is_there(path: str) -> bool:
+    """Tell whether a name stands for rows: of the Hub, a file, shards in a folder, a pattern."""
+    if path.startswith(HUB) or os.path.isfile(path):
+        return True
+    if os.path.isdir(path):
+        return is_saved(Path(path)) or bool(_shards(path))
+    return bool(_matching(path))
+
+
+def _shards(folder: str) -> list[str]:
+    return [
+        os.path.join(folder, name)
+        for name in sorted(os.listdir(folder))
+        if name.lower().endswith(ENDINGS)
+        and not name.startswith(".")  # as in a pattern
+        and os.path.isfile(os.path.join(folder, name))
+    ]
+
+
+def _in_folder(folder: str) -> list[str]:
+    found = _shards(folder)
+    if not found:
+        raise UsageError(
+            f"the folder {folder} holds no shards to read; give one with "
+            f"{', '.join(ENDINGS)} files, or a pattern such as FOLDER/**/*.tar"
+        )
+    for name in sorted(os.listdir(folder)):
+        unpacked, packed = os.path.splitext(name)
+        there = os.path.join(folder, unpacked) in found
+        if packed.lower() in _COMPRESSED and unpacked.lower().endswith(ENDINGS) and not there:
+            raise UsageError(
+                f"{os.path.join(folder, name)} is compressed, and would be left out beside "
+                f"{os.path.basename(found[0])}; unpack it, or name the files with a pattern"
+            )
+    return found
+
+
+def _matching(pattern: str) -> list[str]:
+    """Return files of a pattern, in order of their names; of a range, in order of its numbers.
+
+    Raises:
+        UsageError: A number of a range is missing, though others are there.
+    """
+    found: list[str] = []
+    missing: list[str] = []
+    for one in _ranges(pattern):
+        files = [file for file in sorted(glob.glob(one, recursive=True)) if os.path.isfile(file)]
+        found += files
+        missing += [] if files else [one]
+    if found and missing:
+        raise UsageError(
+            f"{pattern}: {len(missing)} of its files are not there, the first {missing[0]}; "
+            "download them, or write the range that is there"
+        )
+    return list(dict.fromkeys(found))  # {1..10}* finds 10 twice
+
+
+def _ranges(pattern: str) -> Sequence[str]:
+    """Return ``{000..127}`` written out."""
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    written: list[str] = []
+    for number in range(int(first), int(last) + 1):
+        text = pattern[: found.start()] + f"{number:0{len(first)}}" + pattern[found.end() :]
+        written += _ranges(text)
+    return written

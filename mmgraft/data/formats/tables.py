@@ -1,60 +1,75 @@
-"""Tables of rows: parquet shards, and data sets that the `datasets` package keeps as Arrow files.
+"""Tables of rows: parquet shards, and data sets that the ``datasets`` package keeps as Arrow files.
 
 A table lies memory-mapped on disk, so that any row is read without the others.
 """
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
+import os
+import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmgraft.data.bad_rows import HUB
-from mmgraft.data.formats.arrow_files import (
-    ArrowRows,
-    DatasetRows,
-    first_line,
-    no_table,
-    parquet_copy,
-    rows_of,
-)
 from mmgraft.data.formats.record_files import Found, Record
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.vision.stored import StoredImage
 
 _SLICE = 256
 """Rows that are looked at together."""
+_MAPPED_ANEW = 64
+"""Reads after which files are mapped anew."""
+_UNPACKED = 256
+"""Rows of a parquet file that are unpacked at a time."""
+_BOMB, _BOMB_RATIO = 1 << 30, 1000
+"""Bytes of a column of a group, and for each byte of it in the file: above both it is no data."""
 _TURNS = ("messages", "conversations", "tools")
 
 
 class TableFile:
-    """A table with a row a record; a record's position is its index."""
+    """A table with a row a record; a record's position is its index.
+
+    Args:
+        file: Names it in errors.
+        table: A ``datasets.Dataset``.
+    """
 
     unit = "row"
 
-    def __init__(self, file: str, rows: ArrowRows | DatasetRows) -> None:
+    def __init__(self, file: str, table: Any) -> None:
         self.file = file
-        self.rows = rows
+        self.table = table.with_format("arrow")
+        self._reads = 0
 
     def scan(self) -> Iterator[Found]:
-        """All rows."""
-        for start in range(0, len(self.rows), _SLICE):
-            stop = min(start + _SLICE, len(self.rows))
+        """Yield all rows."""
+        for start in range(0, len(self.table), _SLICE):
+            stop = min(start + _SLICE, len(self.table))
             for position, record in enumerate(self._between(start, stop), start=start):
                 yield Found(position, position + 1, record)
-            self.rows.give_back()
+            self._count_read()
 
     def read(self, position: int, number: int) -> Record:
-        """One row."""
+        """Read one row."""
         (found,) = self._between(position, position + 1)
+        self._count_read()
         if isinstance(found, UsageError):
             raise found
         return found
 
+    def _count_read(self) -> None:
+        """Map the files anew from time to time, or all that was read stays resident memory."""
+        self._reads += 1
+        if self._reads % _MAPPED_ANEW == 0:
+            self.table = pickle.loads(pickle.dumps(self.table))
+
     def _between(self, start: int, stop: int) -> Iterator[Record | UsageError]:
-        for rows in self.rows.rows(start, stop):
+        for rows in self.table[start:stop].to_batches():
             yield from self._records(rows, start + 1)
             start += rows.num_rows
 
@@ -96,12 +111,12 @@ class TableFile:
 
 
 def _values(column: Any) -> list[Any]:
-    """Cells of a column as Python values; only where there are bytes, as Arrow's own."""
+    """Return cells of a column as Python values; only where there are bytes, as Arrow's own."""
     return list(column) if "binary" in str(column.type) else column.to_pylist()
 
 
 def _plain(value: Any, name: Callable[[], str]) -> Any:
-    """A cell as JSON would have it: keys without a value are left out, bytes are pictures.
+    """Return a cell as JSON would have it: keys without a value are left out, bytes are images.
 
     Every row of a table has all keys, so that nothing is said by one that is empty; the content of
     a message alone is kept.
@@ -131,7 +146,7 @@ def _plain(value: Any, name: Callable[[], str]) -> Any:
 
 
 def _parsed(data: dict[str, Any]) -> dict[str, Any]:
-    """The record with turns that are written as JSON text read."""
+    """Return the record with turns that are written as JSON text read."""
     for key in _TURNS:
         value = data.get(key)
         if isinstance(value, str):
@@ -142,59 +157,62 @@ def _parsed(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-# -- opening ------------------------------------------------------------------------------------
-
-
-def parquet_table(file: str) -> TableFile:
-    """A parquet file, by a copy that can be mapped, which is made once; see `parquet_copy`.
-
-    Raises:
-        UsageError: no parquet, or `pyarrow` is not installed.
-        MMGraftError: there is no room for the copy.
-    """
-    return TableFile(file, ArrowRows([str(parquet_copy(file))]))
-
-
-def saved_table(folder: str, split: str) -> TableFile:
-    """A folder that `save_to_disk` wrote.
-
-    Raises:
-        UsageError: it is damaged, has no such split, or `datasets` is not installed.
-    """
-    datasets = _datasets(folder)
-    found = _loaded(folder, lambda: datasets.load_from_disk(folder))
-    return TableFile(folder, rows_of(_of_split(found, folder, split)))
-
-
-def hub_table(name: str, split: str, subset: str | None, revision: str | None) -> TableFile:
-    """A data set of the Hub, downloaded whole into the cache of `datasets`.
+def open_table(file: str, split: str, subset: str | None, revision: str | None) -> TableFile:
+    """Open what ``datasets`` reads, memory-mapped from its cache.
 
     Args:
-        name: `hub:OWNER/NAME`.
-        split: as `datasets` writes it: "train", "train[:1000]".
-        subset: the configuration, of a set that has several.
-        revision: a branch, tag or commit.
+        file: A parquet file, a folder that ``save_to_disk`` wrote, or ``hub:OWNER/NAME``.
+        split: As ``datasets`` writes it: "train", "train[:1000]".
+        subset: Configuration of a set of the Hub that has several.
+        revision: Branch, tag or commit of a set of the Hub.
 
     Raises:
-        UsageError: no such set, split or subset, or `datasets` is not installed.
-        MMGraftError: it cannot be downloaded.
+        UsageError: No table, no such set, split or subset, or ``datasets`` is not installed.
+        MMGraftError: It cannot be downloaded, or there is no room for it.
     """
-    datasets = _datasets(name)
-    where = name.removeprefix(HUB)
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(f"{file} needs datasets to be read: pip install 'mmgraft[data]'") from None
+    if file.startswith(HUB):
+        name = file.removeprefix(HUB)
+        load = partial(datasets.load_dataset, name, subset, split=split, revision=revision)
+        return TableFile(file, _loaded(file, load))
+    if os.path.isdir(file):
+        found = _loaded(file, partial(datasets.load_from_disk, file))
+        return TableFile(file, _of_split(found, file, split))
+    _refuse_bomb(file)
+    name = glob.escape(os.path.abspath(file))
+    load = partial(datasets.Dataset.from_parquet, name, batch_size=_UNPACKED)
+    return TableFile(file, _loaded(file, load))
 
-    def load() -> Any:
-        return datasets.load_dataset(where, subset, split=split, revision=revision)
 
-    return TableFile(name, rows_of(_loaded(name, load)))
+def _refuse_bomb(file: str) -> None:
+    """Refuse a parquet file with a column that could fill the memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        head = pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise no_table(file, error) from None
+    for at, number in itertools.product(range(head.num_row_groups), range(head.num_columns)):
+        column = head.row_group(at).column(number)
+        size, packed = column.total_uncompressed_size, column.total_compressed_size
+        if size > max(_BOMB, _BOMB_RATIO * packed):
+            raise UsageError(
+                f"{file}: {packed:,} bytes of its column {column.path_in_schema} unpack to "
+                f"{size:,}, which is no data but could fill the memory; leave the file out"
+            )
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder is what `save_to_disk` writes."""
+    """Tell whether a folder is what ``save_to_disk`` writes."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _of_split(found: Any, where: str, split: str) -> Any:
-    if not hasattr(found, "keys"):  # one table; "train" is what is asked where nothing is set
+    if not hasattr(found, "keys"):  # one table; "train" is the split where nothing is set
         if split not in ("train", str(found.split)):
             raise UsageError(
                 f"{where} is one set and has no split {split!r}; leave split out (limit takes its "
@@ -204,16 +222,6 @@ def _of_split(found: Any, where: str, split: str) -> Any:
     if split not in found:
         raise UsageError(f"{where}: no split {split!r} but {', '.join(found)}; set split to one")
     return found[split]
-
-
-def _datasets(where: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            f"{where} needs datasets to be read: pip install 'mmgraft[data]'"
-        ) from None
-    return datasets
 
 
 def _loaded(where: str, load: Callable[[], Any]) -> Any:
@@ -227,19 +235,26 @@ def _loaded(where: str, load: Callable[[], Any]) -> Any:
         raise MMGraftError(
             f"{where} cannot be downloaded ({first_line(error)}); try again"
         ) from error
-    # What is no table, no split, or no name is told by nearly any exception.
+    # What is no table, no split, or no name raises nearly any exception.
     except Exception as error:
+        cause = error.__cause__ or error
         if type(error).__module__.split(".")[0] in ("httpx", "requests", "urllib3"):
             raise MMGraftError(
                 f"{where} cannot be downloaded ({first_line(error)}); try again"
             ) from error
-        if (
-            isinstance(error, OSError)
-            and error.errno is not None
-            and not isinstance(error, FileNotFoundError)
-        ):
-            raise MMGraftError(f"{where} cannot be kept on disk ({error}); make room") from error
-        raise no_table(where, error.__cause__ or error) from error
+        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, FileNotFoundError):
+            raise MMGraftError(f"{where} cannot be kept on disk ({cause}); make room") from error
+        raise no_table(where, cause) from error
     finally:
         if not silent:
             enable_progress_bars()
+
+
+def no_table(where: str, error: BaseException) -> UsageError:
+    """Give the error for what cannot be read as a table."""
+    return UsageError(f"{where} cannot be read as a table ({first_line(error)}); correct it")
+
+
+def first_line(error: BaseException) -> str:
+    """Give what an error says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

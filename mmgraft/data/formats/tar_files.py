@@ -13,15 +13,15 @@ from mmgraft.data.formats.record_files import Found, Record, Stamp, changed, gon
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.stored import StoredImage
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-"""Endings of members that are pictures."""
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+"""Endings of members that are images."""
 
 
 class TarFile:
     """A tar of samples; a record's position is that of its first member's head.
 
     Members with the same path up to the first dot of the last name are one sample. Its record is
-    the `.json` member, a row as in any file, or the `.txt` member, the caption of its pictures.
+    the ``.json`` member, a row as in any file, or the ``.txt`` member, the caption of its images.
     Members are never written to disk.
     """
 
@@ -32,12 +32,12 @@ class TarFile:
         self.stamp = Stamp.of(file)
 
     def scan(self) -> Iterator[Found]:
-        """All samples; one that has no record is an error of its own."""
+        """Yield all samples; one that has no record is an error of its own."""
         for number, members in enumerate(self._samples(0), start=1):
             yield Found(members[0].offset, number, self._sample(members, number))
 
     def read(self, position: int, number: int) -> Record:
-        """The sample that begins there."""
+        """Read the sample that begins there."""
         try:
             same = Stamp.of(self.file) == self.stamp
         except OSError as error:
@@ -50,7 +50,7 @@ class TarFile:
         return found
 
     def _samples(self, position: int) -> Iterator[list[tarfile.TarInfo]]:
-        """Members of each sample from a position on."""
+        """Yield members of each sample from a position on."""
         members: list[tarfile.TarInfo] = []
         for member in self._members(position):
             if members and _key(members[0].name) != _key(member.name):
@@ -92,17 +92,17 @@ class TarFile:
     def _sample(self, members: Sequence[tarfile.TarInfo], number: int) -> Record | UsageError:
         key = _key(members[0].name)
         where = f"{self.file}, sample {number} ({brief(key)})"
-        kinds = _told_apart(members, where)
+        kinds = _record_members(members, where)
         if isinstance(kinds, UsageError):
             return kinds
-        pictures = [
+        images = [
             StoredImage(
                 f"{self.file}/{member.name}", None, self.file, member.offset_data, member.size
             )
             for member in members
-            if _kind(member.name) in PICTURES
+            if _kind(member.name) in IMAGE_ENDINGS
         ]
-        names = _names(self.file, pictures)
+        names = _names(self.file, images)
         data: Any = None
         if "json" in kinds:
             try:
@@ -110,26 +110,26 @@ class TarFile:
             except (ValueError, RecursionError) as error:
                 return UsageError(f"{where}: its json is not JSON ({error}); correct it")
         if "txt" in kinds and not (isinstance(data, dict) and _is_row(data)):
-            if not pictures:
+            if not images:
                 return UsageError(
-                    f"{where}: a caption without a picture beside it; add one that ends in "
-                    f"{', '.join(PICTURES[:4])}, or leave the sample out"
+                    f"{where}: a caption without an image beside it; add one that ends in "
+                    f"{', '.join(IMAGE_ENDINGS[:4])}, or leave the sample out"
                 )
             try:
                 caption = self._text(kinds["txt"]).decode()
             except UnicodeDecodeError as error:
                 return UsageError(f"{where}: its txt is not UTF-8 ({error.reason}); convert it")
-            data = _captioned(data, caption.strip(), pictures)
+            data = _captioned(data, caption.strip(), images)
         if data is None:
             there = brief(", ".join(member.name for member in members))
             return UsageError(
                 f"{where}: neither a .json nor a .txt in it but {there}; put the row, or the "
-                "caption, beside its pictures under the same name"
+                "caption, beside its images under the same name"
             )
         if isinstance(data, dict):
             data.setdefault("id", os.path.basename(key))
-            if pictures and _is_row(data) and not _names_pictures(data):
-                data["images"] = [names[str(one)] for one in pictures]
+            if images and _is_row(data) and not _names_images(data):
+                data["images"] = [names[str(one)] for one in images]
         return Record(data, names)
 
     def _text(self, member: tarfile.TarInfo) -> bytes:
@@ -141,10 +141,10 @@ def _key(name: str) -> str:
     return folder + slash + last.partition(".")[0]
 
 
-def _told_apart(
+def _record_members(
     members: Sequence[tarfile.TarInfo], where: str
 ) -> dict[str, tarfile.TarInfo] | UsageError:
-    """The members that a record is made of beside pictures: its json and its txt."""
+    """Return the members that a record is made of beside images: its json and its txt."""
     seen: set[str] = set()
     for member in members:
         if member.name in seen:
@@ -167,12 +167,12 @@ def _told_apart(
 
 
 def _is_of_finder(name: str) -> bool:
-    """Whether a member only says how a Mac shows the file beside it."""
+    """Tell whether a member only says how a Mac shows the file beside it."""
     return name.rpartition("/")[2].startswith("._")
 
 
 def _ending(name: str) -> str:
-    """What tells the members of a sample apart: all from the first dot of the last name on."""
+    """Return what tells members of a sample apart: all from the first dot of the last name on."""
     return name.rpartition("/")[2].partition(".")[2]
 
 
@@ -180,14 +180,14 @@ def _kind(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def _names(file: str, pictures: Sequence[StoredImage]) -> dict[str, StoredImage]:
-    """Pictures by all that a record may call them: path, last name, ending."""
+def _names(file: str, images: Sequence[StoredImage]) -> dict[str, StoredImage]:
+    """Return images by all that a record may call them: path, last name, ending."""
     found: dict[str, StoredImage] = {}
-    for picture in pictures:
-        path = picture.name.removeprefix(f"{file}/").removeprefix("./")
+    for image in images:
+        path = image.name.removeprefix(f"{file}/").removeprefix("./")
         last = path.rpartition("/")[2]
-        for name in (picture.name, path, f"./{path}", last, last.partition(".")[2]):
-            found.setdefault(name, picture)
+        for name in (image.name, path, f"./{path}", last, last.partition(".")[2]):
+            found.setdefault(name, image)
     return found
 
 
@@ -195,8 +195,8 @@ def _is_row(data: Mapping[str, Any]) -> bool:
     return "messages" in data or "conversations" in data
 
 
-def _names_pictures(data: Mapping[str, Any]) -> bool:
-    """Whether a row says which pictures it shows."""
+def _names_images(data: Mapping[str, Any]) -> bool:
+    """Tell whether a row says which images it shows."""
     if "image" in data or "images" in data:
         return True
     turns = data.get("messages")
@@ -208,9 +208,9 @@ def _names_pictures(data: Mapping[str, Any]) -> bool:
     return False
 
 
-def _captioned(data: Any, caption: str, pictures: Sequence[StoredImage]) -> dict[str, Any]:
+def _captioned(data: Any, caption: str, images: Sequence[StoredImage]) -> dict[str, Any]:
     messages = [
-        {"role": "user", "content": [{"type": "image"} for _ in pictures]},
+        {"role": "user", "content": [{"type": "image"} for _ in images]},
         {"role": "assistant", "content": caption},
     ]
     named = {"id": data["id"]} if isinstance(data, dict) and "id" in data else {}

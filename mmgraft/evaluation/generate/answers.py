@@ -137,36 +137,33 @@ class _Batch:
         prefix = read_prefix(
             self.model,
             rows,
-            processor.num_patches,
             self.workflow,
             self._image_inputs,
             max_new_tokens,
         )
         start, seen = (prefix.length, prefix.images) if prefix else (0, 0)
-        rests = [
-            type(row)(row.input_ids[start:], row.kinds[start:], row.images[seen:]) for row in rows
-        ]
-        inputs: dict[str, Any] = processor.collate(rests, "left")
+        inputs: dict[str, Any] = processor.pad([row.part(start) for row in rows], "left")
         if prefix is not None:
-            first = processor.collate(
-                [type(row)(row.input_ids[:start], row.kinds[:start], []) for row in rows], "left"
-            )
+            first = processor.pad([row.part(0, start) for row in rows], "left")
             inputs = {name: torch.cat([first[name], inputs[name]], dim=1) for name in inputs}
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         if prefix is not None:
             inputs["past_key_values"] = prefix.cache
-        if any(rest.images for rest in rests):  # images are placed by counting those of all columns
-            inputs.update(self._image_inputs([image for row in rows for image in row.images]))
+        if any(len(row.images) > seen for row in rows):  # counting those of all columns
+            inputs.update(self._image_inputs(rows))
         return inputs
 
-    def _image_inputs(self, images: list[Any]) -> dict[str, Tensor]:
+    def _image_inputs(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        images = [image for row in rows for image in row.images]
         if not images:
             return {}
+        given = self.processor.images_of(rows)
         device = self.model.device
         if self.features is not None:
-            return {"image_features": self.features([Path(image) for image in images]).to(device)}
+            features = self.features([Path(image) for image in images])
+            return {**given, "image_features": features.to(device)}
         pixels = self.processor.pixels(open_images(images, "a batch of questions"))
-        return {"pixel_values": pixels.to(device)}
+        return {**given, "pixel_values": pixels.to(device)}
 
 
 def _by_workflow(

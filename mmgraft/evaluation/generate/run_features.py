@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.features import Shown, fill_cache, open_cache
-from mmgraft.data.images import is_data_uri
+from mmgraft.data.images import is_data_uri, size_of
 from mmgraft.vision.feature_cache import tower_features
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
+    from mmgraft.vision.towers.base import VisionTower
 
 FOLDER = "features"
 
@@ -26,7 +27,7 @@ def run_features(
     items: Sequence[Shown],
     announce: Callable[[str], None] = lambda text: None,
 ) -> Callable[[list[Path]], Tensor] | None:
-    """Return features of image files ``(n, P, tower width)``, each image computed once.
+    """Return features of image files ``(sum of entries, tower width)``, each image computed once.
 
     Args:
         model: With its tower.
@@ -51,10 +52,18 @@ def run_features(
     named = recipe.get("feature_cache")
     folder = Path(named).expanduser() if isinstance(named, str) else run / FOLDER
     cache = open_cache(tower, folder)
-    picture_bytes = tower.num_patches * tower.hidden_size * cache.dtype.itemsize
-    if len(set(images)) * picture_bytes > cache.max_bytes:
+    vector_bytes = tower.hidden_size * cache.dtype.itemsize
+    if _vectors(tower, items) * vector_bytes > cache.max_bytes:
         return None
     count = fill_cache(cache, tower, items)
     announce(f"features of {count} images are in {cache.folder}")
     compute = tower_features(tower)
-    return lambda paths: torch.stack(cache.get_many(paths, compute))
+    return lambda paths: torch.cat(cache.get_many(paths, compute))
+
+
+def _vectors(tower: VisionTower, items: Sequence[Shown]) -> int:
+    """Feature vectors of all different images."""
+    first = {image: item.where for item in items for image in images_of_all(item.messages)}
+    if tower.fixed_plan is not None:
+        return len(first) * tower.num_patches
+    return sum(tower.entries(tower.plan(size_of(image, where))) for image, where in first.items())

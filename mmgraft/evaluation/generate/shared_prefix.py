@@ -43,9 +43,8 @@ class _Plan:
 def read_prefix(
     model: GraftedModel,
     rows: Sequence[Encoded],
-    patches: int,
     workflow: str,
-    image_inputs: Callable[[list[Any]], dict[str, Tensor]],
+    image_inputs: Callable[[Sequence[Encoded]], dict[str, Tensor]],
     max_new_tokens: int = 0,
 ) -> Prefix | None:
     """Read the prefix that rows share, and then each different first image once.
@@ -55,15 +54,14 @@ def read_prefix(
     Args:
         model: In eval mode.
         rows: A batch.
-        patches: Positions of one image.
         workflow: Of all rows.
-        image_inputs: Images to inputs of the forward.
+        image_inputs: The images of some rows to inputs of the forward.
         max_new_tokens: Positions that an answer may add.
 
     Returns:
         None where too little is shared, or where a cache would not give what a full pass gives.
     """
-    plan = _plan(rows, patches)
+    plan = _plan(rows)
     if plan is None or not _exact(model, workflow, max(map(len, rows)) + max_new_tokens):
         return None
     cache = DynamicCache(config=model.base.config)
@@ -93,7 +91,7 @@ def read_prefix(
         cache.batch_select_indices(torch.zeros(len(firsts), dtype=torch.long, device=device))
     end = plan.text + plan.image
     ids = [rows[at].input_ids[plan.text : end] for at in firsts]
-    read(ids, 1, plan.text, **image_inputs([rows[at].images[0] for at in firsts]))
+    read(ids, 1, plan.text, **image_inputs([rows[at].part(plan.text, end) for at in firsts]))
     cache.batch_select_indices(torch.tensor(plan.owners, device=device))
     return Prefix(cache, end, 1)
 
@@ -103,7 +101,7 @@ def image_key(image: Any) -> Any:
     return image if isinstance(image, str) else id(image)
 
 
-def _plan(rows: Sequence[Encoded], patches: int) -> _Plan | None:
+def _plan(rows: Sequence[Encoded]) -> _Plan | None:
     if len(rows) < 2:
         return None
     shortest = min(map(len, rows))
@@ -113,12 +111,13 @@ def _plan(rows: Sequence[Encoded], patches: int) -> _Plan | None:
         row.kinds[text] == 0 and row.input_ids[text] == first.input_ids[text] for row in rows
     ):
         text += 1
-    end = text + patches
-    if shortest > end and all(1 in row.kinds and row.kinds.index(1) == text for row in rows):
+    image = first.lengths[0] if first.lengths else 0
+    alike = all(row.lengths[:1] == (image,) and row.kinds.index(1) == text for row in rows)
+    if shortest > text + image and alike:
         numbers: dict[Any, int] = {}
         owners = [numbers.setdefault(image_key(row.images[0]), len(numbers)) for row in rows]
         if len(numbers) < len(rows):
-            return _Plan(text, patches, owners)
+            return _Plan(text, image, owners)
     return _Plan(text, 0, []) if text >= _SHORTEST else None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from mmgraft.data.chat.content import images_of_all, is_image
-from mmgraft.data.formats.sources import RowReader
+from mmgraft.data.formats.reader import RowReader
 from mmgraft.data.images import check_image, open_image
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.fields import Fields, box_of, fill_prompt, gold_of

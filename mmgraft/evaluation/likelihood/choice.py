@@ -153,7 +153,7 @@ def _chat(processor: GraftProcessor, item: Item, texts: Sequence[str]) -> Reques
     gap = _gap(transcript, prompt)
     wholes = [transcript.ids(f"{prompt}{gap}{text}")[len(context) :] for text in texts]
     encoded = processor.expand(transcript, context)
-    return Request(encoded.input_ids, wholes, encoded.kinds, encoded.images)
+    return Request(encoded.input_ids, wholes, encoded.kinds, encoded.images, encoded.sizes)
 
 
 def _gap(transcript: Transcript, prompt: str) -> str:

@@ -40,12 +40,14 @@ class Request:
         continuations: Ids of each, at least one.
         kinds: 1 at an image's positions and 0 at text; empty where there is no image.
         images: Paths, data URIs or PIL images, in order.
+        sizes: Width and height of each, where its positions depend on them.
     """
 
     context: Sequence[int]
     continuations: Sequence[Sequence[int]]
     kinds: Sequence[int] = ()
     images: Sequence[Any] = field(default_factory=list)
+    sizes: Sequence[tuple[int, int]] = ()
 
     @property
     def longest(self) -> int:
@@ -193,11 +195,13 @@ class Likelihoods:
         images = [image for request in requests for image in request.images]
         if not images:
             return {}
+        sizes = [size for request in requests for size in request.sizes]
+        given = {"image_sizes": torch.tensor(sizes)} if sizes else {}
         if self.features is not None:
             features = self.features([Path(image) for image in images])
-            return {"image_features": features.to(self.model.device)}
+            return {**given, "image_features": features.to(self.model.device)}
         pixels = self.processor.pixels(open_images(images, "a question"))
-        return {"pixel_values": pixels.to(self.model.device)}
+        return {**given, "pixel_values": pixels.to(self.model.device)}
 
     def _padded(self, rows: Sequence[Sequence[int]], side: Side) -> tuple[Tensor, Tensor]:
         """Return ids and mask of rows."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mmgraft.data.batches.padding import pad
-from mmgraft.data.chat.masking import supervise
+from mmgraft.data.chat.labels import supervise
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.likelihood.likelihood import (

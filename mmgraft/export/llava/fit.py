@@ -17,6 +17,7 @@ from mmgraft.grafts.registry import get_method
 from mmgraft.layers import parse_layers
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, check_base, local_tower
+from mmgraft.vision.projectors.configs import MlpConfig
 from mmgraft.vision.spec import TRANSFORMERS_KIND
 from mmgraft.vision.towers.registry import load_tower
 from mmgraft.vision.towers.transformers import TransformersTower
@@ -179,6 +180,10 @@ def _refuse_method(record: GraftFile, settings: Any, active: bool) -> None:
 
 
 def _refuse_projector(record: GraftFile, anatomy: Anatomy) -> None:
+    if not isinstance(record.projector, MlpConfig):
+        raise _refusal(
+            f"its projector is {record.projector.kind}, and LLaVA's is two linear layers (mlp)"
+        )
     if record.projector.norm:
         raise _refusal(
             "its projector has a norm (projector.norm), and LLaVA normalises nothing before its "

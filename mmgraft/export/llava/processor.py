@@ -49,7 +49,7 @@ def stock_processor(made_of: Ingredients) -> StockProcessor:
         UsageError: The base has no tokenizer, or the tower's pixels cannot be made by transformers.
     """
     tower = made_of.tower
-    graft = load_processor(made_of.record, made_of.files.path, tower.num_patches, tower.preprocess)
+    graft = load_processor(made_of.record, made_of.files.path, tower)
     tokenizer, token = image_tokenizer(graft.tokenizer, graft.template)
     index = tokenizer.convert_tokens_to_ids(token)
     assert isinstance(index, int)

@@ -96,10 +96,13 @@ class OfficialWingsGraft(Graft):
                     "the official Wings variant takes one row a sequence: leave segments out."
                 )
             width = self.config.router_width if self.config.routed else None
+            images = state.images  # one a row, all of one length
+            if images is not None:
+                images = images.unflatten(0, (state.kinds.shape[0], -1))
             state.shared["official"] = plan_official(
                 state.features,
                 state.kinds,
-                state.images,
+                images,
                 self.config.system_prompt_length or 0,
                 width,
             )

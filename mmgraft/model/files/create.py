@@ -20,8 +20,9 @@ from mmgraft.model.files.load import finish, load_base
 from mmgraft.model.files.parts import LoadedParts, ReadParts, check_places
 from mmgraft.model.files.save import graft_tensors, write_graft
 from mmgraft.model.workflow import Workflow
-from mmgraft.vision.projectors.mlp import Projector
-from mmgraft.vision.spec import TRANSFORMERS_KIND, ProjectorSpec, VisionSpec
+from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
+from mmgraft.vision.projectors.registry import build_projector
+from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import describe_tower, load_tower
 
@@ -42,7 +43,7 @@ def graft_model(
     quantization: str | None = None,
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
-    projector: ProjectorSpec | None = None,
+    projector: ProjectorConfig | None = None,
     template: TemplateChoice | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> GraftedModel:
@@ -58,7 +59,7 @@ def graft_model(
         quantization: ``"nf4"`` holds the base in 4-bit.
         dtype: Of the base; default: as saved.
         device_map: As for transformers.
-        projector: Its shape and start.
+        projector: Which one, with its settings; default: the two layers of ``MlpConfig``.
         template: How conversations become text; default: the tokenizer's chat template.
         tokenizer: Of a loaded base, to choose the image token by.
 
@@ -67,7 +68,7 @@ def graft_model(
     """
     from mmgraft.model.modeling import GraftedModel
 
-    spec = ProjectorSpec() if projector is None else projector
+    spec = MlpConfig() if projector is None else projector
     vision = str(vision) if isinstance(vision, Path) else vision
     tower = load_tower(vision) if isinstance(vision, str | VisionSpec) else vision
     width = tower.hidden_size if tower is not None else None
@@ -107,7 +108,7 @@ def create_graft(
     folder: str | Path,
     *,
     workflow: str = "mm",
-    projector: ProjectorSpec | None = None,
+    projector: ProjectorConfig | None = None,
     template: TemplateChoice | None = None,
     revision: str | None = None,
     full_fingerprint: bool = False,
@@ -121,7 +122,7 @@ def create_graft(
         config: The method's settings.
         folder: Where the graft goes.
         workflow: Its name.
-        projector: Its shape and start.
+        projector: Which one, with its settings; default: the two layers of ``MlpConfig``.
         template: How conversations become text.
         revision: Of the base on the Hub.
         full_fingerprint: Hash every byte of the base, so that ``verify="full"`` can compare.
@@ -140,7 +141,7 @@ def create_graft(
     shape = describe_tower(spec)
     files = resolve(base, revision)
     made = _make_from_files(
-        files, config, workflow, projector or ProjectorSpec(), shape.hidden_size, template, None
+        files, config, workflow, projector or MlpConfig(), shape.hidden_size, template, None
     )
     if full_fingerprint:
         made.record.base.fingerprint = fingerprint(files, full=True)
@@ -167,7 +168,7 @@ def _make_from_files(
     files: ModelFiles,
     config: Any,
     workflow: str,
-    spec: ProjectorSpec,
+    spec: ProjectorConfig,
     width: int | None,
     template: TemplateChoice | None,
     tower: VisionTower | None,
@@ -205,7 +206,7 @@ def _make(
     anatomy: Anatomy,
     parts: BaseParts,
     workflow: str,
-    spec: ProjectorSpec,
+    spec: ProjectorConfig,
     width: int | None,
     reference: BaseReference,
     token: tuple[int, str],
@@ -217,7 +218,7 @@ def _make(
     with torch.random.fork_rng(devices=[]):  # the same graft twice, whatever was drawn before
         torch.manual_seed(SEED)
         # The projector first: the same one whatever the method, so that methods compare.
-        projector = Projector.from_spec(width or size, size, spec)
+        projector = build_projector(spec, width or size, size)
         graft: Graft = method.build(config, anatomy, parts)
     record = GraftFile(
         method=config.method,

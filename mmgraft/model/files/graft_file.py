@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmgraft import __version__
 from mmgraft.atomic import complete
 from mmgraft.errors import UsageError
-from mmgraft.vision.spec import ProjectorSpec, VisionSpec
+from mmgraft.vision.projectors.configs import AnyProjector, MlpConfig
+from mmgraft.vision.spec import VisionSpec
 
 SCHEMA_VERSION = 1
 CONFIG_NAME = "graft_config.json"
@@ -71,7 +72,7 @@ class GraftFile(_Strict):
     base: BaseReference
     vision: VisionSpec
     vision_fingerprint: str | None = None
-    projector: ProjectorSpec = ProjectorSpec()
+    projector: AnyProjector = MlpConfig()
     image_token: ImageToken
     template: TemplateChoice = TemplateChoice()
     state: dict[str, Any] = Field(default_factory=dict)

@@ -20,14 +20,13 @@ from mmgraft.model.files.parts import execution_device, shape_parts, share_confi
 from mmgraft.model.files.save import INDEX_NAME
 from mmgraft.model.kernels.quantization import assert_unquantized, leave_file, quantization_config
 from mmgraft.model.workflow import Workflow
-from mmgraft.vision.projectors.mlp import Projector
+from mmgraft.vision.projectors.registry import build_projector
 from mmgraft.vision.spec import VisionSpec
 from mmgraft.vision.towers.registry import load_tower
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
 
-_PROJECTOR = "projector.mlp.0.weight"
 Verify = Literal["fast", "full", "off"]
 _GRAFT_FILES = [
     "*.json",
@@ -82,7 +81,9 @@ def load_model(
     )
     anatomy = examine(loaded)
     tower = load_tower(local_tower(record, folder), dtype=loaded.dtype, device=loaded.device)
-    workflow = load_workflow(record, folder, loaded, graft_dtype or loaded.dtype, anatomy)
+    workflow = load_workflow(
+        record, folder, loaded, graft_dtype or loaded.dtype, tower.hidden_size, anatomy
+    )
     assert_unquantized(tower, "vision_tower")
     model = GraftedModel(loaded, tower, [workflow], anatomy)
     model.name_or_path = str(source)
@@ -122,9 +123,11 @@ def attach(
             f"{source} sees with {record.vision.name}, this model with {first.vision.name}: "
             "workflows of one model share a tower."
         )
-    dtype = next(model.workflow().projector.parameters()).dtype
+    projector = model.workflow().projector
+    dtype = next(projector.parameters()).dtype
     record = record.model_copy(update={"workflow": name})
-    model._attach(load_workflow(record, folder, model.base, dtype, model.anatomy))
+    width = projector.in_features
+    model._attach(load_workflow(record, folder, model.base, dtype, width, model.anatomy))
 
 
 def _same_base(first: GraftFile, second: GraftFile, source: str | Path) -> None:
@@ -252,16 +255,13 @@ def load_workflow(
     folder: Path,
     base: PreTrainedModel,
     dtype: torch.dtype,
+    width: int,
     anatomy: Anatomy | None = None,
 ) -> Workflow:
     """Build a workflow's modules on the meta device and put the saved tensors in."""
     anatomy = examine(base) if anatomy is None else anatomy
     tensors = read_tensors(folder)
-    if _PROJECTOR not in tensors:
-        raise UsageError(
-            f"{folder} does not hold what its {CONFIG_NAME} says: tensor {_PROJECTOR} is missing."
-        )
-    workflow = build_workflow(record, base, vision_width(tensors), anatomy)
+    workflow = build_workflow(record, base, width, anatomy)
     shared = {f"graft.{name}" for name in workflow.graft.shares()}
     wanted = {k: v for k, v in workflow.state_dict().items() if k not in shared}
     problem = _mismatch(wanted, tensors)
@@ -286,11 +286,6 @@ def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None
     return f"tensor {min(extra)} is unknown" if extra else None
 
 
-def vision_width(tensors: dict[str, Tensor]) -> int:
-    """Width of the tower's features, as the saved projector says."""
-    return tensors[_PROJECTOR].shape[1]
-
-
 def build_workflow(
     record: GraftFile, base: PreTrainedModel, width: int, anatomy: Anatomy | None = None
 ) -> Workflow:
@@ -301,7 +296,7 @@ def build_workflow(
     parts = shape_parts(base.config, anatomy)
     with torch.device("meta"):
         graft = method.load_graft().build(config, anatomy, parts)
-        projector = Projector.from_spec(width, anatomy.embedding_size, record.projector)
+        projector = build_projector(record.projector, width, anatomy.embedding_size)
     if record.state:
         graft.set_state(record.state)
     return Workflow(record.workflow, projector, graft, record)

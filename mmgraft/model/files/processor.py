@@ -8,17 +8,18 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from mmgraft.data.chat.processor import GraftProcessor, Preprocess
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template
 from mmgraft.errors import UsageError
 from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.vision.towers.base import VisionTower
+from mmgraft.vision.towers.registry import TowerShape
 
 
 def load_processor(
     record: GraftFile,
     tokenizer_folder: str | Path,
-    num_patches: int,
-    preprocess: Preprocess | None,
+    tower: VisionTower | TowerShape | None,
     options: Mapping[str, Any] | None = None,
 ) -> GraftProcessor:
     """Make the processor that a graft's record describes.
@@ -26,8 +27,7 @@ def load_processor(
     Args:
         record: The graft's ``graft_config.json``.
         tokenizer_folder: Where the base's tokenizer lies.
-        num_patches: Positions of one image, as the tower says.
-        preprocess: The tower's; None for text alone.
+        tower: The tower that images go through; its shape is enough to count their positions.
         options: Variables of the chat template, such as ``enable_thinking``.
 
     Raises:
@@ -41,6 +41,9 @@ def load_processor(
             "put its tokenizer files beside its weights."
         ) from None
     template = Template(record.template.kind, record.template.text)
+    shape = tower if isinstance(tower, TowerShape) else tower and TowerShape.of(tower)
+    positions = 1 if shape is None else shape.positions(record.projector)
+    preprocess = getattr(tower, "preprocess", None)
     return GraftProcessor(
-        tokenizer, num_patches, record.image_token.id, template, preprocess, options
+        tokenizer, positions, record.image_token.id, template, preprocess, options
     )

@@ -14,6 +14,7 @@ from mmgraft.training.memory.simulation import Load, Step, simulate, simulate_to
 from mmgraft.training.memory.stand_in import Outline, count_of, meta_model, weights_of
 from mmgraft.training.memory.subject import Subject, loaded_dtype
 from mmgraft.training.stages import open_stage
+from mmgraft.vision.plan import Plan
 
 PROCESS = {"cuda": 0, "cpu": 100_000_000}
 """Bytes that a process takes beside its tensors once it trains: code that is read as it is used."""
@@ -113,7 +114,7 @@ class Estimator:
             groups=groups_of(model),
         )
         images = CACHED_AT_ONCE if recipe.feature_cache else stage.batch_size * rows.images
-        tower, seeing = self._tower(recipe, images)
+        tower, seeing = self._tower(recipe, rows, images)
         process = tower + PROCESS[self.device]
         still = sum(held.weights.values()) + process + held.buffers
         state, sums = held.optimizer, held.gradients if stage.accumulate > 1 else 0
@@ -172,8 +173,7 @@ class Estimator:
         load = Load(
             rows=stage.batch_size,
             length=rows.length,
-            images=rows.images,
-            patches=subject.patches,
+            plans=self._plans(rows),
             supervised=rows.supervised,
             padded=stage.packing or (rows.uneven and stage.batch_size > 1),
             width=subject.width,
@@ -191,15 +191,25 @@ class Estimator:
         self._opened[key] = model, step
         return model, step
 
-    def _tower(self, recipe: Recipe, images: int) -> tuple[int, int]:
+    def _plans(self, rows: RowSizes) -> list[Plan]:
+        """Return the plans of the images of the row that has the most."""
+        if rows.sizes:
+            return [self.subject.plan(size) for size in rows.sizes]
+        return [self.subject.plan(None)] * rows.images if rows.images else []
+
+    def _tower(self, recipe: Recipe, rows: RowSizes, images: int) -> tuple[int, int]:
         """Return the bytes of the tower's weights, and what it holds beside them while it runs."""
         dtype = loaded_dtype(recipe)
-        key = (images, dtype)
+        largest = max(rows.sizes, key=lambda size: self.subject.plan(size).entries, default=None)
+        key = (images, largest, dtype)
         if key not in self._towers:
             if self._outline is None:
                 self._outline = self.subject.outline()
             weights = count_of(self._outline.module) * dtype.itemsize
-            seeing = simulate_tower(self._outline, images, dtype) if images else 0
+            seeing = 0
+            if images:
+                plans = [self.subject.plan(largest)] * images
+                seeing = simulate_tower(self._outline, largest, plans, dtype)
             self._towers[key] = weights, seeing
         return self._towers[key]
 

@@ -107,7 +107,7 @@ class _Reader:
 
     def sizes(self, stage: Stage, length: int | None, seed: int) -> RowSizes:
         if length is not None:
-            return assumed(length, self.subject.patches, "--length", stage.packing)
+            return assumed(length, self.subject.positions.fixed, "--length", stage.packing)
         entries = stage.data or []
         if entries and all(entry.path for entry in entries):
             rows = self.data.rows(entries, seed, stage.image_share)
@@ -115,7 +115,7 @@ class _Reader:
             return self.of_rows(rows, stage)
         if stage.max_length is not None:
             source = "max_length; no data are named"
-            return assumed(stage.max_length, self.subject.patches, source, stage.packing)
+            return assumed(stage.max_length, self.subject.positions.fixed, source, stage.packing)
         raise UsageError(
             f"stage {stage.name!r} names neither data nor max_length: give --length, the positions "
             "of a row with its image, or --data FILE"
@@ -130,7 +130,7 @@ class _Reader:
     def processor(self, stage: Stage) -> GraftProcessor:
         if self._plain is None:
             folder = _tokenizer_folder(self.subject.files)
-            self._plain = load_processor(self.subject.record, folder, self.subject.patches, None)
+            self._plain = load_processor(self.subject.record, folder, self.subject.shape)
         return with_template(self._plain, stage.template)
 
 

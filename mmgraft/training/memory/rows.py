@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mmgraft.data.batches.dataset import cut
-from mmgraft.data.chat.masking import supervise_row
-from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.labels import supervise_row
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.formats.indexed import facts_of, select
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.vision.plan import Size
 
 TOKENISED = 64
 """Rows of a stage that are tokenised: those with the most characters and images."""
 _CHARACTERS = 3  # a position, about
+_POSITIONS = 256  # of an image, about, where its size decides
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,11 @@ class RowSizes:
 
     Attributes:
         length: Positions, images counted.
-        images: Images in it.
+        images: Images in the row that has the most.
         supervised: Supervised tokens in it.
         uneven: Rows differ in length.
         source: Where the numbers come from, in words.
+        sizes: Of the images of that row, where their positions depend on them.
     """
 
     length: int
@@ -36,6 +39,7 @@ class RowSizes:
     supervised: int
     uneven: bool
     source: str
+    sizes: tuple[Size, ...] = ()
 
 
 def measured(
@@ -61,15 +65,17 @@ def measured(
     """
     kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
     facts = facts_of(kept)
-    sizes = facts.letters.astype(np.int64)
-    sizes += _CHARACTERS * processor.num_patches * facts.pictures.astype(np.int64)
-    longest = [kept[int(at)] for at in np.argsort(-sizes, kind="stable")[:TOKENISED]]
+    weights = facts.letters.astype(np.int64)
+    each = processor.image_positions.fixed or _POSITIONS
+    weights += _CHARACTERS * each * facts.pictures.astype(np.int64)
+    longest = [kept[int(at)] for at in np.argsort(-weights, kind="stable")[:TOKENISED]]
     lengths, images, supervised = [], [], []
+    most: Encoded | None = None  # the row with the most image positions
     for at, row in enumerate(longest):
         try:
             encoded = supervise_row(processor, row)
             if max_length is not None and len(encoded) > max_length:
-                encoded = cut(encoded, max_length, processor.num_patches, row.where)
+                encoded = cut(encoded, max_length, row.where)
         except UsageError:
             if skip_bad and (lengths or at + 1 < len(longest)):
                 continue
@@ -77,11 +83,16 @@ def measured(
         lengths.append(len(encoded))
         images.append(len(encoded.images))
         supervised.append(sum(label != -100 for label in encoded.labels))
+        if most is None or sum(encoded.kinds) > sum(most.kinds):
+            most = encoded
+    sizes = () if most is None else most.sizes
     if packing and max_length is not None:
-        return _of_sequences(max_length, lengths, images, supervised, len(kept))
+        found = _of_sequences(max_length, lengths, images, supervised, len(kept))
+        return replace(found, sizes=sizes * (max_length // len(most))) if most and sizes else found
     uneven = len(kept) > len(longest) or len(set(lengths)) > 1
     source = f"longest of {len(kept)} rows"
-    return RowSizes(max(lengths), max(images), max(supervised), uneven, source)
+    shown = len(sizes) or max(images)
+    return RowSizes(max(lengths), shown, max(supervised), uneven, source, sizes)
 
 
 def _of_sequences(
@@ -95,14 +106,19 @@ def _of_sequences(
     return RowSizes(room, most(images), most(supervised), True, f"packed, from {rows} rows")
 
 
-def assumed(length: int, patches: int, source: str, packing: bool = False) -> RowSizes:
+def assumed(length: int, patches: int | None, source: str, packing: bool = False) -> RowSizes:
     """Assume rows of one length with one image, all the rest of it supervised.
 
     A packed sequence is one of many rows: as many images as it has room for, each with an answer.
 
     Raises:
-        UsageError: An image does not fit into the row.
+        UsageError: An image does not fit into the row, or its size decides how much it takes.
     """
+    if patches is None:
+        raise UsageError(
+            "with this tower the size of an image decides how many positions it takes; give --data "
+            "FILE"
+        )
     if length <= patches + 1:
         raise UsageError(
             f"a row of {length} positions has no room for an image, which takes {patches} with "

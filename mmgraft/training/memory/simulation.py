@@ -12,9 +12,11 @@ from torch import Tensor
 from mmgraft.anatomy import decoder_layers
 from mmgraft.errors import MMGraftError
 from mmgraft.grafts.computing import as_if_on
+from mmgraft.model.images import Images
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.training.memory.ledger import Ledger
 from mmgraft.training.memory.stand_in import Outline, without_values
+from mmgraft.vision.plan import Plan, Size
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,7 @@ class Load:
     Attributes:
         rows: In the batch.
         length: Positions of the longest row, images counted.
-        images: Of one row.
-        patches: Positions of one image.
+        plans: Of the images of one row.
         supervised: Supervised tokens of a row.
         padded: Rows differ in length, so that attention gets a mask.
         width: Of the tower's features.
@@ -34,8 +35,7 @@ class Load:
 
     rows: int
     length: int
-    images: int
-    patches: int
+    plans: list[Plan]
     supervised: int
     padded: bool
     width: int
@@ -108,13 +108,16 @@ def simulate(
         ) from error
 
 
-def simulate_tower(outline: Outline, images: int, dtype: torch.dtype) -> int:
-    """Count the bytes that the tower needs at once to see some images, beside its weights."""
+def simulate_tower(
+    outline: Outline, size: Size | None, plans: list[Plan], dtype: torch.dtype
+) -> int:
+    """Count the bytes that the tower needs at once to see images of one size."""
     module = outline.module
+    pixels = torch.empty_like(outline.pixels(size, len(plans)), device="meta")
     with without_values(module, dtype):
         with Ledger([*module.parameters(), *module.buffers()]) as ledger, torch.no_grad():
-            pixels = torch.empty(images, 3, *outline.image_size)
-            outline.features(module, pixels.to(dtype))  # both live: pixels come in fp32
+            pixels = torch.empty(pixels.shape)
+            outline.features(module, pixels.to(dtype), plans)  # both live: pixels come in fp32
         return ledger.peak
 
 
@@ -139,7 +142,9 @@ def _watch(
 
 def _loss(model: GraftedModel, load: Load) -> Tensor:
     shape = (load.rows, load.length)
-    shown = load.images * load.patches
+    projector = model.workflow().projector
+    lengths = [projector.counts(plan) for plan in load.plans]
+    shown = sum(lengths)
     real = torch.ones(shape, dtype=torch.long)
     if load.padded:
         real[min(1, load.rows - 1) :, -1] = 0
@@ -149,8 +154,14 @@ def _loss(model: GraftedModel, load: Load) -> Tensor:
     labels[:, max(1, load.length - load.supervised) :] = 0
     features = None
     if shown:
-        shown = (load.rows * load.images, load.patches, load.width)
-        features = torch.empty(shown, dtype=load.dtype)
+        plans = load.plans * load.rows
+        entries = sum(plan.entries for plan in plans)
+        features = Images(
+            torch.empty(entries, load.width, dtype=load.dtype),
+            plans,
+            [row for row in range(load.rows) for _ in load.plans],
+            lengths * load.rows,
+        )
     out = model(
         input_ids=torch.zeros(shape, dtype=torch.long),
         attention_mask=real,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from mmgraft.anatomy import get_path, skeleton
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import build_workflow
 from mmgraft.model.modeling import GraftedModel
+from mmgraft.vision.plan import Plan, Size
 
 _BLOCK, _NESTED = 64, 256  # numbers that share a constant; constants that share one
 _TABLES = 16 * 4 + 256 * 4 + 4  # the two code tables of a layer, and the constants' offset
@@ -26,11 +27,17 @@ _TABLES = 16 * 4 + 256 * 4 + 4  # the two code tables of a layer, and the consta
 
 @dataclass(frozen=True)
 class Outline:
-    """A tower without weights: the module on the meta device and what it is run on."""
+    """A tower without weights.
+
+    Attributes:
+        module: On the meta device.
+        pixels: Called with an image's size (None: any) and how many there are.
+        features: Called with the module, pixels and a plan for each image.
+    """
 
     module: nn.Module
-    image_size: tuple[int, int]
-    features: Any  # (module, pixels (n, 3, H, W)) -> (n, P, width)
+    pixels: Callable[[Size | None, int], Tensor]
+    features: Callable[[Any, Tensor, list[Plan]], Tensor]
 
 
 def meta_model(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mmgraft.aliases import default_tower, resolve_alias
@@ -18,8 +20,10 @@ from mmgraft.model.files.load import local_tower
 from mmgraft.model.files.summary import locate
 from mmgraft.recipes.recipe import Recipe
 from mmgraft.training.memory.stand_in import Outline
+from mmgraft.vision.plan import Plan, Size
+from mmgraft.vision.positions import ImagePositions
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
-from mmgraft.vision.towers.registry import describe_tower, load_tower
+from mmgraft.vision.towers.registry import TowerShape, describe_tower, load_tower
 
 
 @dataclass(frozen=True)
@@ -31,26 +35,50 @@ class Subject:
         files: The base's, of which config and tokenizer are read.
         config: The base's.
         vision: The tower's spec, its path that of this machine.
-        width: Of the tower's features.
-        patches: Positions of one image.
+        shape: The tower's width and plan.
     """
 
     record: GraftFile
     files: ModelFiles
     config: PreTrainedConfig
     vision: VisionSpec
-    width: int
-    patches: int
+    shape: TowerShape
+
+    @property
+    def width(self) -> int:
+        """Width of the tower's features."""
+        return self.shape.hidden_size
+
+    @property
+    def positions(self) -> ImagePositions:
+        """Positions of an image."""
+        return self.shape.positions(self.record.projector)
+
+    def plan(self, size: Size | None) -> Plan:
+        """Return the plan of an image of a size; of every image where the size is None."""
+        plan = self.shape.plan
+        if isinstance(plan, Plan):
+            return plan
+        assert size is not None
+        return plan(size)
 
     def outline(self) -> Outline:
         """Build the tower without weights; one of a registered kind has no config and is loaded."""
         if self.vision.kind != TRANSFORMERS_KIND:
             tower = load_tower(self.vision)
-            return Outline(tower, tower.image_size, lambda module, pixels: module(pixels))
+
+            def pixels(size: Size | None, images: int) -> Tensor:
+                return tower.preprocess([Image.new("RGB", size or (64, 64))] * images)
+
+            return Outline(tower, pixels, lambda module, x, plans: module.encode(x, plans))
         from mmgraft.vision.towers.transformers import outline
 
         module, features, size = outline(self.vision)
-        return Outline(module, size, features.features)
+        return Outline(
+            module,
+            lambda _, images: torch.empty(images, 3, *size),
+            lambda module, x, _: features.features(module, x),
+        )
 
 
 def subject_of_run(run: Path, base: str | None = None, vision: str | None = None) -> Subject:
@@ -125,7 +153,7 @@ def _subject(record: GraftFile, files: ModelFiles, spec: VisionSpec) -> Subject:
     shape = describe_tower(spec)
     config = load_config(files)
     vars(config).pop("quantization_config", None)
-    return Subject(record, files, config, spec, shape.hidden_size, shape.num_patches)
+    return Subject(record, files, config, spec, shape)
 
 
 def loaded_dtype(recipe: Recipe) -> torch.dtype:

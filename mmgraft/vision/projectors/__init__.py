@@ -1,1 +1,1 @@
-"""Projectors: from a tower's features to the base's embedding width."""
+"""Projectors: from a tower's features to vectors of the base's embedding width, one file each."""

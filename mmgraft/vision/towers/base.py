@@ -1,4 +1,4 @@
-"""The vision tower interface: pixels in, one feature vector a patch out, always frozen."""
+"""The vision tower interface: images in, feature vectors out, always frozen."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from mmgraft.errors import UsageError
+from mmgraft.vision.plan import Plan, Size
 from mmgraft.vision.spec import VisionSpec
 
 _EDGE_BYTES = 16 * 1024
@@ -22,34 +24,79 @@ _EDGE_BYTES = 16 * 1024
 class VisionTower(nn.Module):
     """A frozen image encoder.
 
-    A subclass sets the attributes below and implements `forward`, `preprocess` and `identity`.
+    A subclass sets the attributes below and implements `preprocess` and `identity`; one whose
+    images all take the same plan also sets `fixed_plan` and implements `forward`, any other one
+    implements `plan` and `encode`.
 
     Attributes:
         spec: The spec that loads this tower again, with nothing left to a default.
         hidden_size: Width of a feature vector.
-        num_patches: Feature vectors of one image; the base spends as many positions on it.
-        image_size: (height, width) of the pixels that `preprocess` returns.
+        fixed_plan: The plan of every image; None where it depends on an image's size.
+        image_size: (height, width) of the pixels that `preprocess` returns, where it is fixed.
     """
 
     spec: VisionSpec
     hidden_size: int
-    num_patches: int
+    fixed_plan: Plan | None = None
     image_size: tuple[int, int]
     _fingerprint: str | None = None
 
-    @abstractmethod
+    @property
+    def num_patches(self) -> int:
+        """Feature vectors of one image, where all images have the same number."""
+        if self.fixed_plan is None:
+            raise UsageError(
+                f"{self.spec.name} gives a different number of vectors for each size of an image: "
+                "ask its plan."
+            )
+        return self.entries(self.fixed_plan)
+
+    @num_patches.setter
+    def num_patches(self, vectors: int) -> None:
+        self.fixed_plan = Plan.of_count(vectors)
+
+    def plan(self, size: Size) -> Plan:
+        """Return what becomes of an image of one size (width, height); no pixels are read."""
+        if self.fixed_plan is None:
+            raise NotImplementedError
+        return self.fixed_plan
+
+    def entries(self, plan: Plan) -> int:
+        """Return the number of feature vectors of one image."""
+        return plan.entries
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features of preprocessed images: (n, 3, H, W) -> (n, num_patches, hidden_size)."""
         raise NotImplementedError
 
+    def encode(self, pixels: Tensor, plans: Sequence[Plan]) -> Tensor:
+        """Return the features of preprocessed images, image after image.
+
+        Args:
+            pixels: From `preprocess`.
+            plans: One an image.
+
+        Returns:
+            ``(sum of entries, hidden_size)``, the vectors of a view row by row. Those of one image
+            do not depend on the others.
+        """
+        return self(pixels).flatten(0, 1)
+
     @abstractmethod
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pixels for `forward`: images of any size and mode -> (n, 3, H, W) float32 on the CPU."""
+        """Pixels for `encode`: images of any size and mode -> float32 on the CPU.
+
+        (n, 3, H, W) of a tower with a fixed plan; of another one in a shape of its own, all images
+        in one tensor.
+        """
         raise NotImplementedError
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """All but the weights that decides the features: config, layer, preprocessing (JSON)."""
+        """All but the weights that decides the features (JSON).
+
+        Config, layer, preprocessing and, where plans are not fixed, the rule that makes them.
+        """
         raise NotImplementedError
 
     def save(self, folder: str | Path) -> VisionSpec:

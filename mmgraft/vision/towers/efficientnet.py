@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmgraft.errors import UsageError
 from mmgraft.strict import StrictModel
+from mmgraft.vision.plan import Plan
 from mmgraft.vision.preprocessing import SquareResize
 from mmgraft.vision.spec import VisionSpec
 from mmgraft.vision.towers.base import VisionTower, fingerprint_tensors
@@ -25,7 +26,7 @@ from mmgraft.vision.towers.registry import TowerShape
 
 HIDDEN_SIZE = 1280
 STRIDE = 32
-# Convolutions round differently at different batch sizes. At one size a picture's features are the
+# Convolutions round differently at different batch sizes. At one size an image's features are the
 # same to the bit whatever its neighbours; this size is also nearly the fastest on a CPU.
 BATCH = 8
 
@@ -34,7 +35,7 @@ class EfficientNetOptions(StrictModel):
     """Options of the EfficientNet-Lite kinds.
 
     Attributes:
-        image_size: Side of the square that pictures are resized to, a multiple of 32; every 32 x 32
+        image_size: Side of the square that images are resized to, a multiple of 32; every 32 x 32
             pixels become one image position.
     """
 
@@ -54,7 +55,7 @@ class EfficientNetTower(VisionTower):
         super().__init__()
         self.spec = spec
         self.hidden_size = HIDDEN_SIZE
-        self.num_patches = (image_size // STRIDE) ** 2
+        self.fixed_plan = _plan(image_size)
         self.image_size = (image_size, image_size)
         self.preprocessing = SquareResize(image_size, [127.0] * 3, [128.0] * 3, scale=1.0)
         # Over the stored weights: folding rounds, and not the same on every processor.
@@ -123,12 +124,16 @@ def load(spec: VisionSpec) -> EfficientNetTower:
 
 
 def describe(spec: VisionSpec) -> TowerShape:
-    """Feature width and patches; no package needed.
+    """Return feature width and plan; no package needed.
 
     Raises:
         UsageError: An option is wrong.
     """
-    return TowerShape(HIDDEN_SIZE, (_image_size(spec) // STRIDE) ** 2)
+    return TowerShape(HIDDEN_SIZE, _plan(_image_size(spec)))
+
+
+def _plan(image_size: int) -> Plan:
+    return Plan.single((image_size // STRIDE, image_size // STRIDE))
 
 
 def _image_size(spec: VisionSpec) -> int:

@@ -37,11 +37,6 @@ class FeatureMap:
     hidden_size: int
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def num_patches(self) -> int:
-        """Feature vectors of one image."""
-        return self.grid[0] * self.grid[1]
-
     def features(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         """Run the model and read its patches, row by row: (n, 3, H, W) -> (n, P, hidden)."""
         # A list of indices keeps one hidden state in memory; models that know no lists keep all.
@@ -59,12 +54,12 @@ def vision_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     """The vision part of a config: its own ``vision_config`` where it has one, else itself.
 
     Raises:
-        UsageError: A SigLIP 2 NaFlex checkpoint, whose pictures have no fixed number of patches.
+        UsageError: A SigLIP 2 NaFlex checkpoint, whose images have no fixed number of patches.
     """
     if config.model_type in NAFLEX_TYPES:
         raise UsageError(
-            f"{name} is a SigLIP 2 NaFlex checkpoint: its number of patches differs from picture "
-            "to picture, and a graft needs a fixed one. Use a fixed-resolution SigLIP 2 instead, "
+            f"{name} is a SigLIP 2 NaFlex checkpoint, whose number of patches differs from image "
+            "to image; such towers are not read yet. Use a fixed-resolution SigLIP 2 instead, "
             "such as google/siglip2-so400m-patch14-384 or google/siglip2-base-patch16-256."
         )
     part = getattr(config, "vision_config", None)

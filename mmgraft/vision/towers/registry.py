@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, NamedTuple
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.vision.kinds import Kinds
+from mmgraft.vision.plan import Plan, Size
+from mmgraft.vision.positions import ImagePositions
+from mmgraft.vision.projectors.configs import ProjectorConfig
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 
 if TYPE_CHECKING:
@@ -15,14 +18,33 @@ if TYPE_CHECKING:
 
     from mmgraft.vision.towers.base import VisionTower
 
-ENTRY_POINT_GROUP = "mmgraft.towers"
 
+class TowerShape:
+    """What a projector and a processor must know of a tower.
 
-class TowerShape(NamedTuple):
-    """What a projector must know of a tower: the feature width and the positions of one image."""
+    Args:
+        hidden_size: Width of a feature vector.
+        plan: The plan of every image, or a function of an image's size; a number stands for one
+            view of so many vectors.
+    """
 
-    hidden_size: int
-    num_patches: int
+    def __init__(self, hidden_size: int, plan: Plan | Callable[[Size], Plan] | int) -> None:
+        self.hidden_size = hidden_size
+        self.plan = Plan.of_count(plan) if isinstance(plan, int) else plan
+
+    @property
+    def num_patches(self) -> int | None:
+        """Feature vectors of one image, where all images have the same number."""
+        return self.plan.entries if isinstance(self.plan, Plan) else None
+
+    @classmethod
+    def of(cls, tower: VisionTower) -> TowerShape:
+        """The shape of a loaded tower."""
+        return cls(tower.hidden_size, tower.fixed_plan or tower.plan)
+
+    def positions(self, projector: ProjectorConfig) -> ImagePositions:
+        """How many positions an image takes with a projector."""
+        return ImagePositions(projector.counts, self.plan)
 
 
 Loader = Callable[[VisionSpec], "VisionTower"]
@@ -38,35 +60,27 @@ class TowerKind:
     describe: Describer | None = None
 
 
-def _load_transformers(spec: VisionSpec) -> VisionTower:
-    from mmgraft.vision.towers.transformers import load
+def _built_in(name: str, module: str) -> TowerKind:
+    """A kind whose module, with ``load`` and ``describe``, is imported when it is asked."""
 
-    return load(spec)
+    def call(function: str) -> Callable[[VisionSpec], Any]:
+        def run(spec: VisionSpec) -> Any:
+            return getattr(import_module(f"mmgraft.vision.towers.{module}"), function)(spec)
 
+        return run
 
-def _describe_transformers(spec: VisionSpec) -> TowerShape:
-    from mmgraft.vision.towers.transformers import describe
-
-    return describe(spec)
-
-
-def _load_efficientnet(spec: VisionSpec) -> VisionTower:
-    from mmgraft.vision.towers.efficientnet import load
-
-    return load(spec)
+    return TowerKind(name, call("load"), call("describe"))
 
 
-def _describe_efficientnet(spec: VisionSpec) -> TowerShape:
-    from mmgraft.vision.towers.efficientnet import describe
-
-    return describe(spec)
+def _of_entry_point(name: str, value: Any) -> TowerKind:
+    return value if isinstance(value, TowerKind) else TowerKind(name, value)
 
 
-_KINDS: dict[str, TowerKind] = {
-    TRANSFORMERS_KIND: TowerKind(TRANSFORMERS_KIND, _load_transformers, _describe_transformers)
-}
+_KINDS: Kinds[TowerKind] = Kinds("vision tower kind", "mmgraft.towers", _of_entry_point)
+_KINDS.register(TRANSFORMERS_KIND, _built_in(TRANSFORMERS_KIND, "transformers"))
 for _name in ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"):
-    _KINDS[_name] = TowerKind(_name, _load_efficientnet, _describe_efficientnet)
+    _KINDS.register(_name, _built_in(_name, "efficientnet"))
+tower_kinds, find_kind, unregister_tower = _KINDS.names, _KINDS.find, _KINDS.unregister
 
 
 def register_tower(kind: str, loader: Loader, describe: Describer | None = None) -> None:
@@ -85,33 +99,7 @@ def register_tower(kind: str, loader: Loader, describe: Describer | None = None)
     Raises:
         UsageError: The name is taken.
     """
-    if kind in _KINDS:
-        raise UsageError(f"The vision tower kind '{kind}' is already registered: use another name.")
-    _KINDS[kind] = TowerKind(kind, loader, describe)
-
-
-def unregister_tower(kind: str) -> None:
-    """Forget a kind that `register_tower` added; unknown kinds are ignored."""
-    _KINDS.pop(kind, None)
-
-
-def tower_kinds() -> list[str]:
-    """Every kind that can be loaded: built in, registered, or offered by an installed package."""
-    return sorted({*_KINDS, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
-
-
-def find_kind(kind: str) -> TowerKind:
-    """The registered kind of that name.
-
-    Raises:
-        UsageError: No such kind; names the nearest one.
-    """
-    if kind in _KINDS:
-        return _KINDS[kind]
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=kind):
-        value = point.load()
-        return value if isinstance(value, TowerKind) else TowerKind(kind, value)
-    raise UsageError(f"Unknown vision tower kind {kind!r}; {did_you_mean(kind, tower_kinds())}")
+    _KINDS.register(kind, TowerKind(kind, loader, describe))
 
 
 def load_tower(
@@ -138,7 +126,7 @@ def load_tower(
 
 
 def describe_tower(spec: VisionSpec | str) -> TowerShape:
-    """Feature width and positions of one image, without loading weights where the kind can.
+    """Return feature width and plan, without loading weights where the kind can.
 
     Raises:
         UsageError: As `load_tower`.
@@ -149,4 +137,4 @@ def describe_tower(spec: VisionSpec | str) -> TowerShape:
     if kind.describe is not None:
         return kind.describe(spec)
     tower = load_tower(spec)
-    return TowerShape(tower.hidden_size, tower.num_patches)
+    return TowerShape.of(tower)

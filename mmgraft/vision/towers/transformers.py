@@ -20,6 +20,7 @@ from transformers import AutoConfig, BaseImageProcessor, PreTrainedConfig, PreTr
 from mmgraft.basefiles import fetch
 from mmgraft.errors import UsageError
 from mmgraft.strict import StrictModel
+from mmgraft.vision.plan import Plan
 from mmgraft.vision.preprocessing import (
     Preprocessing,
     SquareResize,
@@ -42,7 +43,7 @@ class TransformersOptions(StrictModel):
     """Options of kind ``transformers``: preprocessing in place of the tower's own processor.
 
     Attributes:
-        image_size: Resize every picture to this square. None means the config's own size.
+        image_size: Resize every image to this square. None means the config's own size.
         image_mean: Mean of each channel on 0..1; None means the processor's.
         image_std: Standard deviation of each channel; None means the processor's.
     """
@@ -77,7 +78,7 @@ class TransformersTower(VisionTower):
         self.preprocessing = preprocessing
         self.spec = spec
         self.hidden_size = feature_map.hidden_size
-        self.num_patches = feature_map.num_patches
+        self.fixed_plan = Plan.single(feature_map.grid)
         self.image_size = preprocessing.image_size
         self._processor = processor
         self.freeze()
@@ -169,14 +170,14 @@ def load(spec: VisionSpec) -> TransformersTower:
 
 
 def describe(spec: VisionSpec) -> TowerShape:
-    """Feature width and patches, from the config and the image processor alone.
+    """Return feature width and plan, from the config and the image processor alone.
 
     Raises:
         UsageError: As `load`.
         MMGraftError: As `load`.
     """
     _, _, _, feature_map = _examine(spec, locate(spec)[0])
-    return TowerShape(feature_map.hidden_size, feature_map.num_patches)
+    return TowerShape(feature_map.hidden_size, Plan.single(feature_map.grid))
 
 
 def outline(spec: VisionSpec) -> tuple[PreTrainedModel, FeatureMap, tuple[int, int]]:

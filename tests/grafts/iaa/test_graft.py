@@ -20,6 +20,7 @@ from grafting import (
     logits_of,
     perturb,
     plain,
+    project,
     rows,
 )
 from mmgraft import GraftedModel, IAAConfig
@@ -65,7 +66,7 @@ def by_reference(model: GraftedModel, inputs: dict[str, Tensor]) -> Tensor:
     graft, base, anatomy = model.workflow().graft, model.base, model.anatomy
     table = graft.embedding or base.get_input_embeddings()
     embeds = table(inputs["input_ids"]).clone()
-    projected = model.workflow().projector(inputs["image_features"])
+    projected = project(model, inputs["image_features"])
     embeds[inputs["mm_token_type_ids"] == 1] = projected.flatten(0, 1)
     calls = layer_calls(model, embeds, inputs["attention_mask"])
     layers = decoder_layers(base, anatomy)

@@ -21,6 +21,7 @@ from grafting import (
     logits_of,
     own,
     perturb,
+    project,
     rows,
     text_labels,
 )
@@ -90,7 +91,7 @@ def what_wings_adds(
 def initial_features(model: GraftedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Text embeddings with the projected images in place, by hand."""
     features = model.base.get_input_embeddings()(inputs["input_ids"]).clone()
-    projected = model.workflow().projector(inputs["image_features"])
+    projected = project(model, inputs["image_features"])
     features[inputs["mm_token_type_ids"] == 1] = projected.flatten(0, 1)
     return features
 

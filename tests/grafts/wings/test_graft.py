@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from grafting import batch, graft_on, perturb, rows
+from grafting import batch, graft_on, perturb, project, rows
 from mmgraft import GraftedModel, WingsConfig
 from mmgraft.errors import UsageError
 from mmgraft.grafts.wings.learners import Rotation
@@ -60,7 +60,7 @@ def test_a_layer_adds_what_the_reference_says(
     model.base.set_attn_implementation("eager")
     _, plain, weights = at_layer(model, inputs)
     embeds = model.base.get_input_embeddings()(inputs["input_ids"])
-    images = model.workflow().projector(inputs["image_features"]).flatten(0, 1)
+    images = project(model, inputs["image_features"]).flatten(0, 1)
     features = embeds.masked_scatter(inputs["mm_token_type_ids"].bool()[..., None], images)
     router = graft.layers[str(LAYER)].router.weight if len(learners) == 2 else None
     textual = weights_of(model, "textual") if len(learners) == 2 else None

@@ -18,6 +18,7 @@ from mmgraft.recipes.recipe import Stage
 from mmgraft.training.memory.simulation import Load, Step, simulate
 from mmgraft.training.memory.stand_in import meta_model
 from mmgraft.training.stages import open_stage
+from mmgraft.vision.plan import Plan
 from tiny import HIDDEN, LAYERS, tiny_config
 from tiny_records import tiny_record
 
@@ -40,7 +41,8 @@ def step(method: str, arch: str = "llama", **changes) -> Step:
         changes.pop("quantization", None),
     )
     open_stage(model, stage(method))
-    load = Load(2, LENGTH, 1, PATCHES, LEARNED, changes.pop("padded", False), HIDDEN, torch.float32)
+    plans = [Plan.of_count(PATCHES)]
+    load = Load(2, LENGTH, plans, LEARNED, changes.pop("padded", False), HIDDEN, torch.float32)
     options = {
         "precision": "fp32",
         "device": "cpu",

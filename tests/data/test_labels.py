@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmgraft.data.chat.masking import supervise
+from mmgraft.data.chat.labels import supervise
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.chat.template import Template
 from mmgraft.errors import UsageError

@@ -1,0 +1,199 @@
+"""The images of a batch: their features, and which positions of which rows they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmgraft.errors import UsageError
+from mmgraft.vision.plan import Plan
+from mmgraft.vision.projectors.base import Projector
+from mmgraft.vision.towers.base import VisionTower
+
+Counts = Callable[[int, Plan], int]
+"""Positions of an image in a row, by the row's workflow: the row's number, the image's plan."""
+
+
+@dataclass
+class Images:
+    """Images in order of appearance, row after row.
+
+    Attributes:
+        features: The tower's, ``(sum of entries, width)``, image after image; as the tower gives
+            them, ``(images, entries, width)``, where all have one plan.
+        plans: Of each image.
+        rows: The row of each image.
+        lengths: Positions of each image in its row; 0 for an image that only the graft sees.
+        counts: Vectors that its row's projector makes of each image; filled by `check`.
+    """
+
+    features: Tensor
+    plans: list[Plan]
+    rows: list[int]
+    lengths: list[int]
+    counts: list[int] = field(default_factory=list)
+
+    def choose(self, numbers: Sequence[int], rows: Sequence[int] | None = None) -> Images:
+        """Take some of the images, perhaps in other rows."""
+        if self.features.dim() == 3 or not numbers:
+            features = self.features[list(numbers)]
+        else:
+            pieces = self.features.split([plan.entries for plan in self.plans])
+            features = torch.cat([pieces[n] for n in numbers])
+        return Images(
+            features,
+            [self.plans[n] for n in numbers],
+            [self.rows[n] for n in numbers] if rows is None else list(rows),
+            [self.lengths[n] for n in numbers],
+            [self.counts[n] for n in numbers],
+        )
+
+    def project(self, projector: Projector) -> Tensor:
+        """Their vectors in a row of the base's width, ``(sum of counts, h)``."""
+        features = self.features if projector.any_shape else self.features.flatten(0, -2)
+        return projector(features, self.plans).flatten(0, -2)
+
+    def of_row(self, row: int) -> list[int]:
+        """Numbers of a row's images."""
+        return [number for number, owner in enumerate(self.rows) if owner == row]
+
+    def expand(self, rows: int, times: int) -> Images:
+        """Repeat every row so many times, each followed by its repetitions."""
+        copies = [(n, row * times + i) for row in range(rows) for i in range(times)
+                  for n in self.of_row(row)]  # fmt: skip
+        return self.choose([n for n, _ in copies], [row for _, row in copies])
+
+    def within(self, whole: Tensor, step: Tensor) -> Images | None:
+        """Those that stand in the last positions of their rows.
+
+        Args:
+            whole: Image positions ``(b, S)`` of the rows.
+            step: Those of the last positions ``(b, s)``.
+        """
+        if not (step != 0).any():
+            return None
+        before = ((whole != 0).sum(dim=1) - (step != 0).sum(dim=1)).tolist()
+        kept = []
+        for row, gone in enumerate(before):
+            start = 0
+            for number in self.of_row(row):
+                if start >= gone:
+                    kept.append(number)
+                start += self.lengths[number]
+        return self.choose(kept)
+
+    def check(self, positions: Sequence[int], counts: Counts) -> None:
+        """Hold the images against the image positions of the rows.
+
+        Args:
+            positions: Image positions of each row.
+            counts: What an image takes.
+
+        Raises:
+            UsageError: Names the row, the image and both numbers.
+        """
+        if self.rows != sorted(self.rows):
+            raise UsageError(f"image_rows {self.rows}: give images row after row.")
+        self.counts = [counts(row, plan) for row, plan in zip(self.rows, self.plans, strict=True)]
+        for number, wanted in enumerate(self.counts):
+            row, length = self.rows[number], self.lengths[number]
+            if length not in (0, wanted):
+                raise UsageError(
+                    f"image {number} (row {row}) has {length} positions in its row, and its "
+                    f"projector makes {wanted} vectors of it: make the batch with the processor of "
+                    "this model."
+                )
+        for row, held in enumerate(positions):
+            taken = sum(self.lengths[number] for number in self.of_row(row))
+            if taken != held:
+                raise UsageError(
+                    f"row {row} has {held} image positions, and its images {self.of_row(row)} take "
+                    f"{taken}: every image needs its own positions, made by the processor of this "
+                    "model."
+                )
+
+
+@dataclass
+class GivenImages:
+    """What a caller of the forward or of ``generate`` gave of images."""
+
+    pixels: Tensor | None = None
+    features: Tensor | Images | None = None
+    sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether an image was given."""
+        images = self.features if self.pixels is None else self.pixels
+        return bool(
+            images.plans if isinstance(images, Images) else images is not None and len(images)
+        )
+
+    def refuse(self) -> None:
+        """Refuse images where no row has a position for one: they would be left out unsaid.
+
+        Raises:
+            UsageError: An image was given.
+        """
+        if self.any:
+            raise UsageError(
+                "images were given, but no row has a position for one: pass mm_token_type_ids too "
+                "(the processor makes both)."
+            )
+
+
+def place(plans: Sequence[Plan], positions: Sequence[int], counts: Counts) -> list[int]:
+    """Find the row of each image: images fill the image positions of the rows in order."""
+    rows: list[int] = []
+    row, left = 0, positions[0]
+    for plan in plans:
+        while left <= 0 and row + 1 < len(positions):
+            row += 1
+            left = positions[row]
+        left -= counts(row, plan)
+        rows.append(row)
+    return rows
+
+
+def plan_images(tower: VisionTower, images: int, sizes: Tensor | None) -> list[Plan]:
+    """Plan some images, from their sizes where the tower looks at these.
+
+    Raises:
+        UsageError: Sizes are needed and not given.
+    """
+    if tower.fixed_plan is not None:
+        return [tower.fixed_plan] * images
+    if sizes is None:
+        raise UsageError(
+            f"{tower.spec.name} sees each image by its size: give image_sizes, which the processor "
+            "of this model makes."
+        )
+    return [tower.plan((int(width), int(height))) for width, height in sizes.tolist()]
+
+
+def plan_features(tower: VisionTower | None, features: Tensor, sizes: Tensor | None) -> list[Plan]:
+    """Plan the images of features, ``(sum of entries, width)`` or ``(images, entries, width)``.
+
+    Raises:
+        UsageError: The features are not those of whole images.
+    """
+    vectors = features.shape[:-1].numel()
+    if tower is None:
+        if features.dim() != 3:
+            raise UsageError(
+                "a model without a tower takes image_features (images, entries, width)."
+            )
+        return [Plan.of_count(features.shape[1])] * len(features)
+    each = tower.fixed_plan.entries if tower.fixed_plan is not None else 1
+    plans = plan_images(tower, vectors // each, sizes)
+    if sum(plan.entries for plan in plans) != vectors:
+        raise UsageError(
+            f"image_features hold {vectors} vectors, and {len(plans)} images of this tower have "
+            f"{sum(plan.entries for plan in plans)}."
+        )
+    return plans

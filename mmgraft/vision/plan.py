@@ -1,0 +1,62 @@
+"""What a tower makes of an image of one size: its views, and the grid of vectors of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from typing_extensions import Self
+
+Size = tuple[int, int]
+"""Width and height of an image in pixels, as it is shown (turned as its EXIF data says)."""
+
+Grid = tuple[int, int]
+"""Rows and columns."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One look of a tower at an image: the whole of it, or a part.
+
+    Attributes:
+        kind: ``base`` and ``thumbnail`` show the whole image, ``tile`` a part, ``frame`` one image
+            of a video.
+        grid: Rows and columns of feature vectors, which come row by row.
+        at: Row and column of a tile among the tiles.
+        valid: Rows and columns of the grid that are no padding; None means all.
+    """
+
+    kind: Literal["base", "tile", "thumbnail", "frame"]
+    grid: Grid
+    at: Grid = (0, 0)
+    valid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The views of one image in order, a function of its size alone.
+
+    Attributes:
+        views: At least one.
+        layout: Rows and columns of tiles.
+    """
+
+    views: tuple[View, ...]
+    layout: Grid = (1, 1)
+
+    @classmethod
+    def single(cls, grid: Grid) -> Self:
+        """The plan of one view of the whole image."""
+        return cls((View("base", grid),))
+
+    @classmethod
+    def of_count(cls, vectors: int) -> Self:
+        """One view of so many vectors: a square where that fits, else one row."""
+        side = math.isqrt(vectors)
+        return cls.single((side, side) if side * side == vectors else (1, vectors))
+
+    @property
+    def entries(self) -> int:
+        """Feature vectors of all views."""
+        return sum(view.grid[0] * view.grid[1] for view in self.views)
