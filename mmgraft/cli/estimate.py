@@ -148,7 +148,6 @@ def _lines(stage: dict[str, Any]) -> dict[str, Any]:
         "optimizer": _gb(stage["optimizer"]),
         "gradients": _gb(stage["gradients"]),
         "of others, for a moment": _gb(stage["gathered"]),
-        "to exchange": _gb(stage["buffers"]),
         "activations": _gb(stage["activations"]),
         "  of a layer": _gb(round(sum(layers) / len(layers))) if layers else "",
         "peak": _gb(stage["peak"]),

@@ -19,9 +19,13 @@ from torch import Tensor, nn
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
+from mmgraft.grafts.computing import computes_on
 
 PADDING, TEXT, IMAGE = 0, 1, 2
 """Kinds of a position. Padding is 0, as a cache slot is that nothing was written to."""
+
+MASK_WIDTH = 8
+"""CUDA's efficient attention copies a mask whose width is no multiple of this, in every call."""
 
 FULL_ATTENTION = -1
 """In :meth:`Graft.slot_layers`: a slot that keeps every position, whatever the base's layers do."""
@@ -120,8 +124,10 @@ class Pass:
             the queries that see something.
         """
         if kind not in self.shared:
-            keys = torch.arange(self.key_kinds.shape[1], device=self.key_kinds.device)
-            mask = (self.key_kinds == kind)[:, None, :] & (keys <= self.columns[:, None])[None]
+            mask = (self.key_kinds == kind)[:, None, :]
+            if self.kinds.shape[1] > 1:  # after a single new position comes no key of any kind
+                keys = torch.arange(self.key_kinds.shape[1], device=self.key_kinds.device)
+                mask = mask & (keys <= self.columns[:, None])[None]
             if self.segments is not None:
                 mask = mask & (self.segments[:, :, None] == self.segments[:, None, :])
             seen = mask.any(-1, keepdim=True)
@@ -139,6 +145,8 @@ class Pass:
         width = int(counts.max())
         if width == 0 or kind in self.packed:
             return
+        if computes_on(self.features) == "cuda":
+            width = min(-(-width // MASK_WIDTH) * MASK_WIDTH, chosen.shape[1])
         columns = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
         there = torch.arange(width, device=columns.device) < counts[:, None]
         mask = there[:, None, :] & (columns[:, None, :] <= self.columns[:, None])  # (b, s, K)

@@ -27,3 +27,8 @@ def as_if_on(kind: str) -> Iterator[None]:
         yield
     finally:
         _asked.pop()
+
+
+def is_flash(attention: str) -> bool:
+    """Whether an attention of transformers is a flash package's: it takes half precision alone."""
+    return "flash_attention" in attention or "flash-attn" in attention

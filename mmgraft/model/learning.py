@@ -41,7 +41,13 @@ class WorkflowLoss(WorkflowGeneration):
         total = hidden.new_zeros((), dtype=torch.float32)
         for head, gate in self._heads(active):
             part = mask if gate is None else mask & gate.to(mask.device)[:, None]
-            total = total + chunked_loss(hidden[part], targets[part], head, self.anatomy.vocab_size)
+            at = part.flatten().nonzero().squeeze(1)  # a card is waited for once; by a mask, twice
+            total = total + chunked_loss(
+                hidden.flatten(0, 1).index_select(0, at),
+                targets.flatten().index_select(0, at),
+                head,
+                self.anatomy.vocab_size,
+            )
         count = mask.sum() if num_items is None else num_items
         count = count.to(total.device) if isinstance(count, Tensor) else count
         return (
@@ -50,8 +56,8 @@ class WorkflowLoss(WorkflowGeneration):
 
     def _learned(self, labels: Tensor, rows: Rows) -> Tensor:
         """Positions whose logits the loss reads, ``(b, s)``."""
-        mask, _ = supervised(labels)
-        if self.training and not self.base_is_trained:
+        mask = supervised(labels)
+        if self.training and not self.base_is_trained and TEXT_WORKFLOW in rows.names:
             learns = torch.tensor([name != TEXT_WORKFLOW for name in rows.names])
             mask = mask & learns.to(mask.device)[:, None]
         return mask

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, PADDING, BaseParts, Graft, Pass, select
 from mmgraft.grafts.computing import computes_on
 from mmgraft.grafts.wings.config import WingsConfig
+from mmgraft.grafts.wings.decoding import Stacked, read_token
 from mmgraft.grafts.wings.learners import Learner, learner_heads
 from mmgraft.grafts.wings.reading import KIND_OF, prepare, read_all, read_packed
 from mmgraft.grafts.wings.router import Router, route
@@ -26,7 +28,13 @@ _FALLBACK_LENGTH = 4096  # for bases that name no maximum length (Bloom)
 
 
 class WingsLayer(nn.Module):
-    """The learners and the router of one layer."""
+    """The learners and the router of one layer.
+
+    Attributes:
+        stacked: Copies of their matrices, while tokens are decoded.
+    """
+
+    stacked: Stacked | None = None
 
     def __init__(self, config: WingsConfig, anatomy: Anatomy, heads: int, length: int) -> None:
         super().__init__()
@@ -108,6 +116,8 @@ class WingsGraft(Graft):
 
     def begin(self, state: Pass) -> None:
         """From the first position on, each learner reads the keys of its own kind alone."""
+        if state.start == 0:
+            self._forget_stacked()
         if state.start == 0 and self.watch is None:
             prepare(state, [KIND_OF[name] for name in self.running])
 
@@ -161,6 +171,11 @@ class WingsGraft(Graft):
         self, wing: WingsLayer, index: int, hidden: Tensor, state: Pass, shares: Tensor | None
     ) -> Tensor:
         """The routed sum of the learners at one layer, ``(b, s, h)``."""
+        if stacked := self._stacked(wing, hidden, state):
+            slot = self._first_slot + self.places.index(index)
+            remember = partial(state.cache.update, layer_idx=slot)
+            entered = hidden.to(state.features.dtype)
+            return read_token(stacked, entered, state, remember, shares)
         learners = {name: wing.learner(name) for name in self.running}
         entered, queries = hidden.to(state.features.dtype), {}
         for name, learner in learners.items():
@@ -183,6 +198,27 @@ class WingsGraft(Graft):
             out = learners[name].lift(low if share is None else share[..., None].to(low) * low)
             total = out if total is None else total + out
         return torch.zeros_like(hidden) if total is None else total
+
+    def _stacked(self, wing: WingsLayer, hidden: Tensor, state: Pass) -> Stacked | None:
+        """The matrices for a single text token that is decoded; None for any other pass."""
+        of_text = state.start > 0 and hidden.shape[1] == 1 and not state.new_image
+        if not of_text or state.cache is None or self.watch is not None:
+            return None
+        names = [n for n in self.running if KIND_OF[n] != IMAGE or state.any_image]
+        if self.training or torch.is_grad_enabled() or not names:
+            return None
+        seen = wing.learner(self.running[-1])
+        if wing.stacked is None or not wing.stacked.serves(names, seen.output.up.weight):
+            wing.stacked = Stacked.of({name: wing.learner(name) for name in names}, seen)
+        return wing.stacked
+
+    def _forget_stacked(self) -> None:
+        for wing in self.layers.values():
+            wing.stacked = None  # type: ignore[assignment]
+
+    def train(self, mode: bool = True) -> WingsGraft:
+        self._forget_stacked()
+        return super().train(mode)
 
     def _tell(
         self,
@@ -225,11 +261,12 @@ def _first_key(state: Pass, index: int, attention: nn.Module) -> int:
 
 def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
     """The router's columns for ``count`` keys from column ``first`` on, ``(b, count, 2)``."""
-    positions = state.key_positions[:, first : first + count]  # (b, <= count)
-    missing = count - positions.shape[1]  # a static cache has keys that nothing was written to
-    if missing:
-        positions = torch.nn.functional.pad(positions, (0, missing))
-    return router.columns(positions)
+    key = ("router's positions", first, count)
+    if key not in state.shared:
+        positions = state.key_positions[:, first : first + count].clamp(min=0)  # (b, <= count)
+        missing = count - positions.shape[1]  # a static cache has keys that nothing was written to
+        state.shared[key] = F.pad(positions, (0, missing)) if missing else positions
+    return router.columns(state.shared[key])
 
 
 def _spans(state: Pass, mask: Tensor) -> Spans | None:

@@ -40,7 +40,6 @@ class StageEstimate:
         trained: Of these, how many the stage trains.
         weights: Of base, graft and projector, by dtype; ``nf4`` with its constants.
         gathered: Weights of other processes that are whole here while they are computed with.
-        buffers: What several processes hold all the time to exchange gradients.
         gradients: Of what is trained, in fp32.
         optimizer: Its state.
         activations: Kept by the forward pass for the backward one.
@@ -60,7 +59,6 @@ class StageEstimate:
     trained: int
     weights: dict[str, int]
     gathered: int
-    buffers: int
     gradients: int
     optimizer: int
     activations: int
@@ -116,9 +114,12 @@ class Estimator:
         images = CACHED_AT_ONCE if recipe.feature_cache else stage.batch_size * rows.images
         tower, seeing = self._tower(recipe, rows, images)
         process = tower + PROCESS[self.device]
-        still = sum(held.weights.values()) + process + held.buffers
-        state, sums = held.optimizer, held.gradients if stage.accumulate > 1 else 0
-        working = step.peak - sums + (held.passing + held.gradients if in_pieces else 0)
+        still = sum(held.weights.values()) + process
+        # Several processes keep gradients elsewhere than the pass; those of DDP always lie there.
+        many = self.processes > 1
+        stay = stage.accumulate > 1 or (many and not in_pieces)
+        state, sums = held.optimizer, held.gradients if stay else 0
+        working = step.peak - sums + (held.passing + held.gradients if many else 0)
         moving = int(working * ALLOCATOR[self.device])
         moments = {
             "forward and backward": still + held.gathered + state + sums + moving,
@@ -136,10 +137,9 @@ class Estimator:
             trained=sum(p.numel() for p in trained),
             weights=held.weights,
             gathered=held.gathered,
-            buffers=held.buffers,
             gradients=held.gradients,
             optimizer=state,
-            activations=step.kept - (0 if in_pieces else sums),
+            activations=step.kept - (0 if many else sums),
             layers=step.layers,
             working=working,
             tower=tower,
@@ -154,12 +154,12 @@ class Estimator:
 
     def _open(self, recipe: Recipe, index: int) -> tuple[GraftedModel, Step]:
         """Open a stage's model and simulate its step; what the optimizer is does not matter."""
-        stage, subject, in_pieces = recipe.stages[index], self.subject, self._in_pieces(recipe)
+        stage, subject, many = recipe.stages[index], self.subject, self.processes > 1
         dtype = loaded_dtype(recipe)
         key = (
             index, tuple(stage.train), stage.batch_size, stage.accumulate > 1,
             stage.gradient_checkpointing, recipe.quantization, stage.precision, dtype,
-            recipe.attention, in_pieces,
+            recipe.attention,
         )  # fmt: skip
         if key in self._opened:
             return self._opened[key]
@@ -185,8 +185,8 @@ class Estimator:
             precision=stage.precision or "bf16",
             device=self.device,
             checkpointing=stage.gradient_checkpointing,
-            accumulates=stage.accumulate > 1 and not in_pieces,
-            gradients_leave=in_pieces,
+            accumulates=stage.accumulate > 1 and not many,
+            gradients_leave=many,
         )
         self._opened[key] = model, step
         return model, step

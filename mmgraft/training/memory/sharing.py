@@ -50,7 +50,6 @@ class Share:
         gradients: That it keeps.
         optimizer: Its state.
         scratch: Of the optimizer's step.
-        buffers: Held all the time to exchange gradients.
         passing: Gradients that are whole on their way to the others.
     """
 
@@ -59,7 +58,6 @@ class Share:
     gradients: int
     optimizer: int
     scratch: int
-    buffers: int
     passing: int
 
 
@@ -105,8 +103,7 @@ def share(
 
     gradients = 4 * trained
     if processes == 1 or way == "ddp":
-        buckets = gradients if processes > 1 else 0  # DDP's copies of all gradients
-        return Share(dict(weights), 0, gradients, optimizer, scratch, buckets, 0)
+        return Share(dict(weights), 0, gradients, optimizer, scratch, 0)
     # The rest stays whole from its forward to its backward; one layer runs, one is on its way.
     # Gradients of two groups: one is computed, one is being summed over all processes.
     return Share(
@@ -115,7 +112,6 @@ def share(
         gradients=part(gradients),
         optimizer=part(optimizer),
         scratch=part(scratch),
-        buffers=0,
         passing=min(2 * 4 * groups.trained, gradients),
     )
 
@@ -143,11 +139,10 @@ def state_bytes(
 
 
 def scratch_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer, device: str) -> int:
-    """Count what a step holds beside the state: roots of the second moments.
+    """Count what a step holds beside the state: two copies of a parameter's second moments.
 
-    On CUDA torch takes all parameters together, elsewhere one by one with two copies.
+    On CUDA one kernel does all of the step, and holds nothing.
     """
-    if optimizer != "adamw":
+    if optimizer != "adamw" or device == "cuda":
         return 0
-    sizes = [4 * parameter.numel() for parameter in trained]
-    return sum(sizes) if device == "cuda" else 2 * max(sizes, default=0)
+    return 2 * max((4 * parameter.numel() for parameter in trained), default=0)
