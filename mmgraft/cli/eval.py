@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.options import (
@@ -71,43 +72,51 @@ def evaluate(
     Results and a report go into the run's results/. After a kill the same command goes on:
     no question is asked twice.
     """
+    _evaluate(SimpleNamespace(**locals()))
+
+
+def _evaluate(given: Any) -> None:
+    """Check what was given, load the graft and measure it."""
     from mmgraft.cli.console import note
     from mmgraft.evaluation.evaluate import Evaluation, check
     from mmgraft.runs.find import find_run
 
-    folder = find_run(run, announce=note)
-    one = {
-        "images": images, "train": train, "name": name, "prompt": prompt, "boxes": boxes,
-        "columns": _columns(column), "metric": metric,
-    }  # fmt: skip
-    if data is None:
-        specs = _several(folder, sets, one, only or (), limit)
+    folder = find_run(given.run, announce=note)
+    keys = ("images", "train", "name", "prompt", "boxes", "metric")
+    one = {key: getattr(given, key) for key in keys} | {"columns": _columns(given.column)}
+    only = given.only or ()
+    if given.data is None:
+        specs = _several(folder, given.sets, one, only, given.limit)
     else:
-        specs = _given(data, one, text, limit, several=sets is not None or bool(only))
+        several = given.sets is not None or bool(only)
+        specs = _given(given.data, one, given.text, given.limit, several)
     evaluation = Evaluation(
         run=folder,
         specs=tuple(specs),
-        text=text,
-        vision=vision,
-        iit=iit,
-        tasks=_listed(harness),
-        workflow=workflow,
-        batch_size=batch_size,
-        limit=limit,
-        include_path=include_path,
-        dialogues=dialogues,
-        dialogue_count=dialogue_count,
-        untouched=untouched,
+        text=given.text,
+        vision=given.vision,
+        iit=given.iit,
+        tasks=_listed(given.harness),
+        workflow=given.workflow,
+        batch_size=given.batch_size,
+        limit=given.limit,
+        include_path=given.include_path,
+        dialogues=given.dialogues,
+        dialogue_count=given.dialogue_count,
+        untouched=given.untouched,
     )
-    evaluation = evaluation.with_parts_of_sets() if data is not None else evaluation
+    if given.data is not None:
+        evaluation = evaluation.with_parts_of_sets()
     plan = check(evaluation)
-    if dry_run:
-        _show_plan(folder, plan, json)
-    else:
-        from mmgraft.cli.loading import load_answerer
+    if given.dry_run:
+        _show_plan(folder, plan, given.json)
+        return
+    from mmgraft.cli.loading import load_answerer
 
-        answerer = load_answerer(str(folder), device, dtype, quantization, base, verify, None)
-        _run(answerer, evaluation, json)
+    answerer = load_answerer(
+        str(folder), given.device, given.dtype, given.quantization, given.base, given.verify, None
+    )
+    _run(answerer, evaluation, given.json)
 
 
 def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.options import (
@@ -58,56 +59,73 @@ def laws(
     correlation over layers of the attention to the text before the image with that to the text
     after it (Wings, arXiv 2406.03496). Rows need text on both sides of the image.
     """
+    _laws(SimpleNamespace(**locals()))
+
+
+def _laws(given: Any) -> None:
+    """Check what was given, load the graft and measure it."""
     from mmgraft.cli.console import note
     from mmgraft.errors import UsageError
     from mmgraft.model.files.graft_file import GraftFile
     from mmgraft.model.files.load import graft_folder
 
-    if rows is not None and set_name is not None:
+    if given.rows is not None and given.set_name is not None:
         raise UsageError("give a file of rows or --set, not both")
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; name a folder")
-    folder, local = graft_folder(run, revision), Path(run).is_dir()
-    if out is None and not local:
-        raise UsageError(f"{run} is on the Hub, where nothing is written; give --out FOLDER")
+    if given.out is not None and given.out.exists() and not given.out.is_dir():
+        raise UsageError(f"--out {given.out} is a file; name a folder")
+    folder, local = graft_folder(given.run, given.revision), Path(given.run).is_dir()
+    if given.out is None and not local:
+        raise UsageError(f"{given.run} is on the Hub, where nothing is written; give --out FOLDER")
     GraftFile.read(folder)
-    name, file, samples = _samples(folder, rows, images, set_name, limit, seed)
-    target = out or folder / "results"
-    if dry_run:
+    name, file, samples = _samples(folder, given)
+    target = given.out or folder / "results"
+    if given.dry_run:
         note(f"would measure {len(samples)} rows of {file} and write {target / JSON_NAME}")
         return
+    _measure(given, folder, target, name, file, samples)
 
+
+def _measure(
+    given: Any, folder: Path, target: Path, name: str, file: Path, samples: Sequence[Any]
+) -> None:
     from mmgraft.atomic import atomic_bytes, atomic_json
+    from mmgraft.cli.console import note
     from mmgraft.cli.loading import load_answerer
     from mmgraft.evaluation.attention.laws import evaluate_laws
     from mmgraft.evaluation.report.plots import laws_plot
     from mmgraft.runs.sections import put_aside
 
-    answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
+    answerer = load_answerer(
+        given.run,
+        given.device,
+        given.dtype,
+        given.quantization,
+        given.base,
+        given.verify,
+        given.revision,
+    )
     results = evaluate_laws(
         answerer,
         samples,
         folder,
         file=file,
         name=name,
-        workflow=workflow,
-        batch_size=batch_size,
-        settings={"limit": limit, "seed": seed},
+        workflow=given.workflow,
+        batch_size=given.batch_size,
+        settings={"limit": given.limit, "seed": given.seed},
         announce=note,
         progress=lambda done, total: note(f"{done} of {total} rows"),
     )
-    plot = laws_plot({folder.resolve().name if local else run: results})
+    plot = laws_plot({folder.resolve().name if Path(given.run).is_dir() else given.run: results})
     target.mkdir(parents=True, exist_ok=True)
-    for path in put_aside(folder, results) if out is None else ():
+    for path in put_aside(folder, results) if given.out is None else ():
         note(f"results of the graft as it was before are {path.name} now")
     atomic_bytes(target / PNG_NAME, plot)
     atomic_json(target / JSON_NAME, results.model_dump(mode="json"))
-    _show(results, json)
-    if not json:
-        note(f"wrote {target / JSON_NAME} and {PNG_NAME}")
+    _show(results, target, given.json)
 
 
-def _show(results: Results, json: bool) -> None:
+def _show(results: Results, target: Path, json: bool) -> None:
     from mmgraft.cli.console import note, print_json, stdout, table
 
     if json:
@@ -125,25 +143,20 @@ def _show(results: Results, json: bool) -> None:
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts if count)
     if left_out:
         note(f"left out: {left_out.replace('_', ' ')}")
+    note(f"wrote {target / JSON_NAME} and {PNG_NAME}")
 
 
-def _samples(
-    folder: Path,
-    rows: Path | None,
-    images: Path | None,
-    set_name: str | None,
-    limit: int,
-    seed: int,
-) -> tuple[str, Path, Sequence[Any]]:
+def _samples(folder: Path, given: Any) -> tuple[str, Path, Sequence[Any]]:
     """Return name, file and samples: those of a file, or of a set of the recipe."""
     from mmgraft.errors import UsageError
     from mmgraft.evaluation.attention.laws import read_samples
 
+    rows, images, limit, seed = given.rows, given.images, given.limit, given.seed
     if rows is not None:
         return rows.stem, rows, read_samples(rows, images, limit, seed)
     from mmgraft.evaluation.items.files import data_file, read_items
 
-    spec = _set(folder, set_name)
+    spec = _set(folder, given.set_name)
     if images is not None:
         spec = spec.model_copy(update={"images": str(images)})
     if spec.limit is None or limit < spec.limit:

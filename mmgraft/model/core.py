@@ -5,21 +5,40 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 from typing_extensions import Self
 
 from mmgraft.anatomy import Anatomy, examine
 from mmgraft.errors import UsageError
-from mmgraft.model.config import GraftedConfig
 from mmgraft.model.images import GivenImages, Images, place, plan_features, plan_images
 from mmgraft.model.workflow import TEXT_WORKFLOW, Workflow
 from mmgraft.vision.plan import Plan
 from mmgraft.vision.towers.base import VisionTower
+
+
+class GraftedConfig(PreTrainedConfig):
+    """A thin shell around the base's own config, which caches and masks are made from."""
+
+    model_type = "mmgraft"
+
+    def __init__(self, base_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.base_config = base_config
+        if base_config is not None:
+            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id"):
+                setattr(self, name, getattr(base_config, name, None))
+            for name in ("bos_token_id", "eos_token_id", "tie_word_embeddings"):
+                setattr(self, name, getattr(base_config, name, None))
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Return the base's config."""
+        base = getattr(self, "base_config", None)  # not set yet while transformers checks a config
+        return self if base is None else base
 
 
 class GraftedCore(PreTrainedModel, GenerationMixin):

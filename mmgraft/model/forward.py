@@ -1,4 +1,4 @@
-"""Run a base with the grafts of the active workflows in its path."""
+"""What the forward takes, and how a base runs with the grafts of the active workflows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,97 @@ from accelerate.utils.operations import send_to_device
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from mmgraft.anatomy import Anatomy, decoder_layers, get_path
+from mmgraft.data.batches.segments import learned_within, number
+from mmgraft.errors import UsageError
 from mmgraft.grafts.base import Graft, Pass, select
 from mmgraft.model.files.parts import execution_device
+from mmgraft.model.images import GivenImages
 from mmgraft.model.kernels.activations import activations_again
 from mmgraft.model.kernels.compiling import is_compiled
 from mmgraft.model.kernels.quantization import gradients_through_packed
+from mmgraft.model.packing import refuse_beside
 from mmgraft.model.sharded.lockstep import join
 from mmgraft.patching import patched_forward
+
+
+@dataclass
+class Inputs:
+    """The parameters of :meth:`GraftedModel.forward`; ``images`` are five of them.
+
+    Attributes:
+        input_ids: ``(b, s)``; at image positions any id of the vocabulary.
+        attention_mask: ``(b, past + s)``, 0 at padding on either side.
+        position_ids: ``(b, s)``; by default each token's own position, padding not counted.
+        past_key_values: A cache; it also remembers each row's workflow.
+        inputs_embeds: ``(b, s, h)`` instead of ``input_ids``.
+        labels: ``(b, s)``, -100 where nothing is supervised. The loss runs the head on supervised
+            positions only, and ``logits`` is then None.
+        mm_token_type_ids: ``(b, s)``, 1 at image positions.
+        images: ``pixel_values``, ``image_features``, ``image_sizes``, ``image_lengths`` and
+            ``image_rows``; see :class:`mmgraft.model.images.GivenImages`.
+        workflow: A workflow for all rows, or one a row; by default rows with an image run the
+            model's default workflow and the others ``text``.
+        use_cache: Return a cache.
+        logits_to_keep: Compute logits of the last positions only.
+        num_items_in_batch: Supervised tokens that the summed loss is divided by; by default those
+            of this batch.
+        segments: ``(b, s)``, for several rows in one sequence: 0 at padding, another number for
+            each row than its neighbours'. No row sees another, each one's positions begin at 0;
+            mask, positions and cache are not taken beside it.
+        options: For the base.
+
+    Raises:
+        UsageError: Neither ids nor embeddings, or segments that do not go with them.
+    """
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    past_key_values: Cache | None
+    inputs_embeds: Tensor | None
+    labels: Tensor | None
+    mm_token_type_ids: Tensor | None
+    images: GivenImages
+    workflow: str | Sequence[str] | Tensor | None
+    use_cache: bool | None
+    logits_to_keep: int | Tensor
+    num_items_in_batch: Tensor | int | None
+    segments: Tensor | None
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.input_ids is None and self.inputs_embeds is None:
+            raise UsageError("give input_ids or inputs_embeds.")
+        if self.segments is not None:
+            refuse_beside(self.segments, self.batch, self.past_key_values)
+
+    @property
+    def new(self) -> Tensor:
+        """Ids or embeddings."""
+        found = self.input_ids if self.input_ids is not None else self.inputs_embeds
+        assert found is not None
+        return found
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Rows and new positions."""
+        return self.new.shape[0], self.new.shape[1]
+
+    @property
+    def real(self) -> Tensor | None:
+        """0 at padding; None where there is none."""
+        return self.attention_mask if self.segments is None else self.segments
+
+    def number_rows(self) -> None:
+        """Number the rows of the sequences, and let their positions and labels begin anew."""
+        assert self.segments is not None
+        self.segments, self.position_ids = number(self.segments.to(self.new.device))
+        if self.labels is not None:
+            self.labels = learned_within(self.labels, self.segments)
+        self.attention_mask, self.use_cache = None, False
 
 
 @dataclass
@@ -146,11 +228,9 @@ def _with_grafts(
         return result[0] if isinstance(result, tuple) else result
 
     carried = list(carries)
-    for number in acting:
-        item = run.active[number]
-        new, carried[number] = item.graft.after_layer(
-            index, call, hidden, out, here, carries[number]
-        )
+    for at in acting:
+        item = run.active[at]
+        new, carried[at] = item.graft.after_layer(index, call, hidden, out, here, carries[at])
         out = out if new is out else select(item.gate, new, out)
     return (out if rest is None else (out, *rest)), carried
 

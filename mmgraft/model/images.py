@@ -118,7 +118,20 @@ class Images:
 
 @dataclass
 class GivenImages:
-    """What a caller of the forward or of ``generate`` gave of images."""
+    """What a caller of the forward or of ``generate`` gave of images.
+
+    Attributes:
+        pixels: ``pixel_values`` of the images of all rows, in order of appearance:
+            ``(images, 3, H, W)`` where the tower has one plan for all images.
+        features: ``image_features (sum of entries, tower width)`` instead: the tower's output, also
+            as ``(images, entries, tower width)``.
+        sizes: ``image_sizes (images, 2)``, width and height, where the tower's plan depends on
+            them.
+        lengths: ``image_lengths (images,)``, positions of each image in its row; 0 for an image
+            that only the graft sees.
+        rows: ``image_rows (images,)``, the row of each image. Without the two the images fill the
+            image positions in order.
+    """
 
     pixels: Tensor | None = None
     features: Tensor | Images | None = None

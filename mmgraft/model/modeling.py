@@ -12,20 +12,25 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmgraft.anatomy import get_path
-from mmgraft.data.batches.segments import learned_within, number
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Pass, select
 from mmgraft.model.cache import RowSlot, extend
-from mmgraft.model.forward import Active, running
+from mmgraft.model.forward import Active, Inputs, running
 from mmgraft.model.images import GivenImages, Images
 from mmgraft.model.learning import WorkflowLoss
-from mmgraft.model.packing import packing_blocked, refuse_beside
+from mmgraft.model.packing import packing_blocked
 from mmgraft.model.rows import Rows, kinds_of, sort_rows
 from mmgraft.model.sharded.lockstep import join, outside_layers
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
 if TYPE_CHECKING:
     from mmgraft.data.chat.processor import GraftProcessor
+
+
+_OF_THE_BASE = (
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels",
+    "logits_to_keep",
+)  # fmt: skip
 
 
 class GraftedModel(WorkflowLoss):
@@ -113,34 +118,8 @@ class GraftedModel(WorkflowLoss):
     ) -> CausalLMOutputWithPast:
         """Run a batch whose rows may run different workflows.
 
-        Args:
-            input_ids: ``(b, s)``; at image positions any id of the vocabulary.
-            attention_mask: ``(b, past + s)``, 0 at padding on either side.
-            position_ids: ``(b, s)``; by default each token's own position, padding not counted.
-            past_key_values: A cache; it also remembers each row's workflow.
-            inputs_embeds: ``(b, s, h)`` instead of ``input_ids``.
-            labels: ``(b, s)``, -100 where nothing is learned. The loss runs the head on supervised
-                positions only, and ``logits`` is then None.
-            mm_token_type_ids: ``(b, s)``, 1 at image positions.
-            pixel_values: Pixels of the images of all rows, in order of appearance:
-                ``(images, 3, H, W)`` where the tower has one plan for all images.
-            image_features: ``(sum of entries, tower width)`` instead: the tower's output, also as
-                ``(images, entries, tower width)``.
-            image_sizes: ``(images, 2)``, width and height, where the tower's plan depends on them.
-            image_lengths: ``(images,)`` positions of each image in its row; 0 for an image that
-                only the graft sees.
-            image_rows: ``(images,)`` the row of each image. Without the two the images fill the
-                image positions in order.
-            workflow: A workflow for all rows, or one a row; by default rows with an image run the
-                model's default workflow and the others ``text``.
-            use_cache: Return a cache.
-            logits_to_keep: Compute logits of the last positions only.
-            num_items_in_batch: Supervised tokens that the summed loss is divided by; by default
-                those of this batch.
-            segments: ``(b, s)``, for several rows in one sequence: 0 at padding, another number
-                for each row than its neighbours'. No row sees another, each one's positions begin
-                at 0; mask, positions and cache are not taken beside it.
-            **kwargs: For the base.
+        Every parameter is described with :class:`mmgraft.model.forward.Inputs`; what is not named
+        there is handed to the base.
 
         Returns:
             Loss, logits ``(b, s, vocab)`` and cache.
@@ -150,88 +129,89 @@ class GraftedModel(WorkflowLoss):
                 images that do not match the image positions, rows longer than a graft can
                 represent, and labels for a base whose logits are more than its head's.
         """
-        new = input_ids if input_ids is not None else inputs_embeds
-        if new is None:
-            raise UsageError("give input_ids or inputs_embeds.")
-        if segments is not None:
-            refuse_beside(segments, new.shape[:2], past_key_values)
-        given_images = GivenImages(
-            pixel_values, image_features, image_sizes, image_lengths, image_rows
-        )
-        slot = RowSlot(past_key_values, self.anatomy.num_layers)
-        rows = sort_rows(
-            (new.shape[0], new.shape[1]),
-            mm_token_type_ids,
-            TEXT_WORKFLOW if self._only_text else workflow,
-            self.names,
-            self.default_workflow,
-            slot,
-        )
-        if segments is not None:
-            self.check_packing(segments.shape[0])
-            segments, position_ids = number(segments.to(new.device))
-            labels = None if labels is None else learned_within(labels, segments)
-            attention_mask, use_cache = None, False
-        options = dict(kwargs, use_cache=use_cache)
-        if rows.text_only and not (self.lockstep and labels is not None):
-            given_images.refuse()
-            if labels is not None and self.training:
-                return self._text_training(
-                    input_ids, attention_mask, position_ids, labels, num_items_in_batch
-                )
-            if slot.filled and position_ids is None and self._takes_positions:
-                position_ids = _positions(attention_mask, slot.past, new.shape[1], new.device)
-            given = {
-                "input_ids": input_ids, "attention_mask": attention_mask,
-                "position_ids": position_ids, "past_key_values": past_key_values,
-                "inputs_embeds": inputs_embeds, "labels": labels,
-                "logits_to_keep": logits_to_keep, **options,
-            }  # fmt: skip
-            return self.base(**{k: v for k, v in given.items() if v is not None})
-        if use_cache is None:
-            use_cache = labels is None and not self.training
-            use_cache = use_cache and all(
-                self.workflow(name).graft.cacheable for name in rows.names if name != TEXT_WORKFLOW
+        images = GivenImages(pixel_values, image_features, image_sizes, image_lengths, image_rows)
+        return self._run(
+            Inputs(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels,
+                mm_token_type_ids, images, workflow, use_cache, logits_to_keep, num_items_in_batch,
+                segments, kwargs,
             )
-            options["use_cache"] = use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.base.config)
-            slot = RowSlot(past_key_values, self.anatomy.num_layers)
-        active = self._active(rows, new.device)
-        embeds = self._embed(input_ids, inputs_embeds, active)
-        batch = (new.shape[0], new.shape[1])
-        real = attention_mask if segments is None else segments
-        kinds = kinds_of(batch, mm_token_type_ids, real, embeds.device)
-        images = self.images_in(given_images, rows.names, kinds == IMAGE)
+        )  # fmt: skip
+
+    def _run(self, given: Inputs) -> CausalLMOutputWithPast:
+        slot = RowSlot(given.past_key_values, self.anatomy.num_layers)
+        wanted = TEXT_WORKFLOW if self._only_text else given.workflow
+        rows = sort_rows(
+            given.batch, given.mm_token_type_ids, wanted, self.names, self.default_workflow, slot
+        )
+        if given.segments is not None:
+            self.check_packing(given.batch[0])
+            given.number_rows()
+        if rows.text_only and not (self.lockstep and given.labels is not None):
+            return self._run_text(given, slot)
+        slot = self._open_cache(given, rows, slot)
+        active = self._active(rows, given.new.device)
+        embeds = self._embed(given.input_ids, given.inputs_embeds, active)
+        kinds = kinds_of(given.batch, given.mm_token_type_ids, given.real, embeds.device)
+        images = self.images_in(given.images, rows.names, kinds == IMAGE)
         embeds, projected = self._merge(embeds, rows, kinds == IMAGE, images)
         embeds = self._joined(embeds, first=True)
-        state = self._state(
-            rows, embeds, kinds, attention_mask, position_ids, past_key_values, slot
-        )
-        state.segments = segments
+        state = self._state(rows, embeds, kinds, given, slot)
         if images is not None:
             state.images = projected
             state.image_lengths = torch.tensor(images.lengths)
             state.image_counts = torch.tensor(images.counts)
             state.image_rows = torch.tensor(images.rows)
-        given = {
-            "inputs_embeds": embeds,
-            "attention_mask": self._static_mask(embeds, attention_mask, past_key_values),
-            "past_key_values": past_key_values, **options,
+        return self._run_layers(given, rows, active, state)
+
+    def _run_layers(
+        self, given: Inputs, rows: Rows, active: list[Active], state: Pass
+    ) -> CausalLMOutputWithPast:
+        """The base with the grafts in its path, up to logits or loss."""
+        cache, labels = given.past_key_values, given.labels
+        inputs = {
+            "inputs_embeds": state.features,
+            "attention_mask": self._static_mask(state.features, given.attention_mask, cache),
+            "past_key_values": cache, "use_cache": given.use_cache, **given.options,
         }  # fmt: skip
         if self._takes_positions:
-            given["position_ids"] = state.positions
+            inputs["position_ids"] = state.positions
         checkpointing = self.gradient_checkpointing and self.training
         with running(self.base, self.anatomy, active, state, checkpointing, self.lockstep):
             if labels is None:
-                return self.base(**given, logits_to_keep=logits_to_keep)
+                return self.base(**inputs, logits_to_keep=given.logits_to_keep)
             with self._last_layer(active, labels, rows, checkpointing):
-                hidden = self.base.base_model(**given).last_hidden_state  # (b, s, h)
+                hidden = self.base.base_model(**inputs).last_hidden_state  # (b, s, h)
         hidden = self._joined(hidden, first=False)
-        loss = self._loss(hidden, labels, rows, active, num_items_in_batch)
+        loss = self._loss(hidden, labels, rows, active, given.num_items_in_batch)
         if self.lockstep:
             loss = join(loss, [hidden]).clone()  # no view: torch hangs a hook on what is returned
         return CausalLMOutputWithPast(loss=loss)
+
+    def _run_text(self, given: Inputs, slot: RowSlot) -> CausalLMOutputWithPast:
+        """Text rows alone: the base with what was given, bit for bit."""
+        given.images.refuse()
+        if given.labels is not None and self.training:
+            return self._text_training(given, given.labels)
+        if slot.filled and given.position_ids is None and self._takes_positions:
+            given.position_ids = _positions(
+                given.attention_mask, slot.past, given.batch[1], given.new.device
+            )
+        inputs = {name: getattr(given, name) for name in _OF_THE_BASE}
+        inputs.update(given.options, use_cache=given.use_cache)
+        return self.base(**{k: v for k, v in inputs.items() if v is not None})
+
+    def _open_cache(self, given: Inputs, rows: Rows, slot: RowSlot) -> RowSlot:
+        """Decide whether a cache is used where the caller did not, and make one where it is."""
+        if given.use_cache is None:
+            given.use_cache = given.labels is None and not self.training
+            given.use_cache = given.use_cache and all(
+                self.workflow(name).graft.cacheable for name in rows.names if name != TEXT_WORKFLOW
+            )
+        if given.use_cache and given.past_key_values is None:
+            given.past_key_values = DynamicCache(config=self.base.config)
+            slot = RowSlot(given.past_key_values, self.anatomy.num_layers)
+        return slot
 
     def _joined(self, x: Tensor, first: bool) -> Tensor:
         """In lockstep, ``x`` with what stands before the layers, or with the heads, behind it."""
@@ -328,19 +308,11 @@ class GraftedModel(WorkflowLoss):
         return torch.cat([found[number] for number in range(len(names))])
 
     def _state(
-        self,
-        rows: Rows,
-        embeds: Tensor,
-        kinds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        slot: RowSlot,
+        self, rows: Rows, embeds: Tensor, kinds: Tensor, given: Inputs, slot: RowSlot
     ) -> Pass:
-        length = embeds.shape[1]
-        past = slot.past
+        cache, past, position_ids = given.past_key_values, slot.past, given.position_ids
         if position_ids is None:
-            position_ids = _positions(attention_mask, past, length, embeds.device)
+            position_ids = _positions(given.attention_mask, past, embeds.shape[1], embeds.device)
         positions = position_ids.to(embeds.device).expand(embeds.shape[0], -1)
         if cache is not None:
             slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
@@ -352,26 +324,24 @@ class GraftedModel(WorkflowLoss):
             if workflow.name in rows.names:
                 workflow.graft.check_length(longest)  # before anything is written to the cache
         key_kinds, key_positions = slot.write(kinds, positions, workflows)
-        return Pass(self.anatomy, embeds, kinds, positions, key_kinds, key_positions, past, cache)
+        return Pass(
+            self.anatomy, embeds, kinds, positions, key_kinds, key_positions, past, cache,
+            segments=given.segments,
+        )  # fmt: skip
 
-    def _text_training(
-        self,
-        ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        labels: Tensor,
-        num_items: Tensor | int | None,
-    ) -> CausalLMOutputWithPast:
+    def _text_training(self, inputs: Inputs, labels: Tensor) -> CausalLMOutputWithPast:
         """A training step whose rows are all text: a zero loss unless the base is trained."""
         if not self.base_is_trained:
             return CausalLMOutputWithPast(loss=self.touch())
-        given: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask}
-        if position_ids is not None and self._takes_positions:
-            given["position_ids"] = position_ids
+        given: dict[str, Any] = {
+            "input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask,
+        }  # fmt: skip
+        if inputs.position_ids is not None and self._takes_positions:
+            given["position_ids"] = inputs.position_ids
         with running(self.base, self.anatomy, [], None, self.gradient_checkpointing):
             hidden = self.base.base_model(**given, use_cache=False).last_hidden_state
         rows = Rows(["text"] * hidden.shape[0])
-        loss = self._loss(hidden, labels, rows, [], num_items)
+        loss = self._loss(hidden, labels, rows, [], inputs.num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss + self.touch())
 
 

@@ -28,7 +28,7 @@ def run_features(
     items: Sequence[Shown],
     announce: Callable[[str], None] = lambda text: None,
 ) -> Callable[[list[Path]], Tensor] | None:
-    """Return features of image files ``(sum of entries, tower width)``, each image computed once.
+    """Return features of image files ``(sum of entries, tower width)``, each computed once.
 
     Args:
         model: With its tower.

@@ -47,9 +47,7 @@ def read_prefix(
     image_inputs: Callable[[Sequence[Encoded]], dict[str, Tensor]],
     max_new_tokens: int = 0,
 ) -> Prefix | None:
-    """Read the prefix that rows share, and then each different first image once.
-
-    What comes after it may be padded in between: positions and masks count what is not padding.
+    """Read the prefix that rows share, where a cache is exact, and each first image once.
 
     Args:
         model: In eval mode.
@@ -57,15 +55,11 @@ def read_prefix(
         workflow: Of all rows.
         image_inputs: The images of some rows to inputs of the forward.
         max_new_tokens: Positions that an answer may add.
-
-    Returns:
-        None where too little is shared, or where a cache would not give what a full pass gives.
     """
     plan = _plan(rows)
     if plan is None or not _exact(model, workflow, max(map(len, rows)) + max_new_tokens):
         return None
-    cache = DynamicCache(config=model.base.config)
-    device = model.device
+    cache, device = DynamicCache(config=model.base.config), model.device
 
     def read(ids: list[list[int]], kind: int, past: int, **images: Tensor) -> None:
         new = torch.tensor(ids, device=device)

@@ -38,7 +38,7 @@ def stated_licences(file: Path, items: Iterable[Item]) -> set[str | None]:
             else:
                 found.add(None)
     for folder in folders:
-        found |= _of(_near(folder / "picture"))
+        found |= _of(_near(folder / "image"))
     return found
 
 
