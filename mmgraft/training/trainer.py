@@ -207,6 +207,8 @@ class GraftTrainer(Trainer):
         self, batch_samples: list[Any], device: torch.device
     ) -> Tensor | int | None:
         """Supervised tokens of a whole step, over all ranks, of rows that train something."""
+        if "supervised" not in batch_samples[0]:
+            return None  # a batch to evaluate on, which is divided by its own
         every = self.stage.text_rows != "skip"
         total = sum(
             tokens

@@ -59,7 +59,7 @@ def test_a_whole_base_trains_with_flash_attention(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "_check_installed", lambda *_: None)
-    switches = {"train": ["projector", "base"], "packing": True, "max_length": 64}
+    switches = {"train": ["projector", "base"], "packing": True, "batch_size": 1, "max_length": 64}
     settings = {"base": "full", "attention": "flash_attention_2", "precision": "bf16"}
     run = make(parts, tmp_path / "run", "llava", switches, **settings)
     with pretend_cuda(), pretend_flash() as calls:

@@ -45,7 +45,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> list[list
         def forward(**given):
             outputs = whole(**given)
             if self.state.global_step + 1 == step and not rows:
-                rows.append(list(self._rows))
+                rows.append(list(self._about["rows"]))
                 outputs.loss = outputs.loss * value
             return outputs
 

@@ -262,11 +262,14 @@ def _first_key(state: Pass, index: int, attention: nn.Module) -> int:
 def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
     """The router's columns for ``count`` keys from column ``first`` on, ``(b, count, 2)``."""
     key = ("router's positions", first, count)
-    if key not in state.shared:
+    positions = state.shared.get(key)
+    if positions is None:
         positions = state.key_positions[:, first : first + count].clamp(min=0)  # (b, <= count)
         missing = count - positions.shape[1]  # a static cache has keys that nothing was written to
-        state.shared[key] = F.pad(positions, (0, missing)) if missing else positions
-    return router.columns(state.shared[key])
+        positions = F.pad(positions, (0, missing)) if missing else positions
+        if state.start:  # a token is decoded: all layers share them
+            state.shared[key] = positions
+    return router.columns(positions)
 
 
 def _spans(state: Pass, mask: Tensor) -> Spans | None:

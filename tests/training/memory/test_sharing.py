@@ -37,7 +37,7 @@ def shared(way: Any, processes: int, **changes: Any) -> Share:
 
 def test_one_process_holds_everything_whatever_the_recipe_says() -> None:
     for way in ("ddp", "fsdp2"):
-        assert shared(way, 1) == Share(WEIGHTS, 0, 400, 800, 400, 0, 0)
+        assert shared(way, 1) == Share(WEIGHTS, 0, 400, 800, 400, 0)
 
 
 def test_ddp_holds_everything_and_the_gradients_a_second_time() -> None:
@@ -48,9 +48,7 @@ def test_fsdp2_keeps_a_part_of_everything_and_gathers_two_layers_and_the_rest() 
     """Four processes: 8000/4 and 400/4; 2100 + 2 * 700 whole; gradients 400/4, and of two groups
     2 * 4 * 60 = 480 on their way, of which there are 400 in all.
     """
-    assert shared("fsdp2", 4) == Share(
-        {"bfloat16": 2000, "float32": 100}, 3500, 100, 200, 100, 0, 400
-    )
+    assert shared("fsdp2", 4) == Share({"bfloat16": 2000, "float32": 100}, 3500, 100, 200, 100, 400)
     small = shared("fsdp2", 3, groups=Groups(5000, 2000, 10))
     assert small.weights == {"bfloat16": 2667, "float32": 134}  # rounded up
     assert small.gathered == 8400  # never more than there is
