@@ -59,6 +59,7 @@ class WorkflowGeneration(TrainingState):
             self.names,
             self.default_workflow,
             RowSlot(kwargs.get("past_key_values"), self.anatomy.num_layers),
+            kwargs.get("attention_mask"),
         )
         images = GivenImages(**{k: kwargs.pop(v, None) for k, v in _IMAGE_INPUTS.items()})
         if rows.text_only:
@@ -70,11 +71,9 @@ class WorkflowGeneration(TrainingState):
             if self.workflow(name).graft.promises.cache:
                 kwargs["use_cache"] = False
         if images.any:  # seen by the tower once, for all beams and steps
-            mask = kwargs.get("mm_token_type_ids")
-            shown = new.new_zeros(new.shape[0], 1) if mask is None else mask
-            kwargs["image_features"] = self.images_in(images, rows.names, shown != 0)
+            kwargs["image_features"] = self.images_in(images, rows.names, rows.images)
         numbers = [self.names.index(n) if n != TEXT_WORKFLOW else -1 for n in rows.names]
-        kwargs["workflow"] = torch.tensor(numbers, device=new.device)
+        kwargs["workflow"] = torch.tensor(numbers)  # the host reads them for every token
         if ids is not None:
             kwargs["input_ids"] = ids
         return cast(Any, super()).generate(**kwargs)

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmgraft.anatomy import examine, get_path
 from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
-from mmgraft.grafts.base import IMAGE, Pass, select
+from mmgraft.grafts.base import IMAGE, Graft, Pass, select
 from mmgraft.model.cache import RowSlot, extend
 from mmgraft.model.files.create import make_from_files, make_on_loaded
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
@@ -302,8 +302,9 @@ class GraftedModel(WorkflowLoss):
         slot = RowSlot(given.past_key_values, self.anatomy.num_layers)
         wanted = TEXT_WORKFLOW if self._only_text else given.workflow
         rows = sort_rows(
-            given.batch, given.mm_token_type_ids, wanted, self.names, self.default_workflow, slot
-        )
+            given.batch, given.mm_token_type_ids, wanted, self.names, self.default_workflow, slot,
+            given.real,
+        )  # fmt: skip
         if given.segments is not None:
             self.check_packing(given.batch[0])
             given.number_rows()
@@ -313,7 +314,7 @@ class GraftedModel(WorkflowLoss):
         active = self._active(rows, given.new.device)
         embeds = self._embed(given.input_ids, given.inputs_embeds, active)
         kinds = kinds_of(given.batch, given.mm_token_type_ids, given.real, embeds.device)
-        images = self.images_in(given.images, rows.names, kinds == IMAGE)
+        images = self.images_in(given.images, rows.names, rows.images)
         embeds, projected = self._merge(embeds, rows, kinds == IMAGE, images)
         embeds = self._joined(embeds, first=True)
         state = self._state(rows, embeds, kinds, given, slot)
@@ -479,16 +480,24 @@ class GraftedModel(WorkflowLoss):
             slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
             extend(cache, self.anatomy.num_layers, slots)
         numbers = [self.names.index(n) if n != TEXT_WORKFLOW else -1 for n in rows.names]
-        workflows = torch.tensor(numbers, device=embeds.device)
-        longest = int(positions.max()) + 1
-        for workflow in self._workflow_list():
-            if workflow.name in rows.names:
-                workflow.graft.check_length(longest)  # before anything is written to the cache
-        key_kinds, key_positions = slot.write(kinds, positions, workflows)
-        return Pass(
+        self._check_lengths(rows, positions)  # before anything is written to the cache
+        new_image = any(rows.images)
+        key_kinds, key_positions, any_image = slot.write(kinds, positions, numbers, new_image)
+        state = Pass(
             self.anatomy, embeds, kinds, positions, key_kinds, key_positions, past, cache,
             segments=given.segments,
         )  # fmt: skip
+        vars(state).update(new_image=new_image, any_image=any_image)  # known on the host
+        return state
+
+    def _check_lengths(self, rows: Rows, positions: Tensor) -> None:
+        """Refuse rows that are longer than a graft of theirs can represent."""
+        grafts = [w.graft for w in self._workflow_list() if w.name in rows.names]
+        bound = [graft for graft in grafts if type(graft).check_length is not Graft.check_length]
+        if bound:  # or nobody waits for it
+            longest = int(positions.max()) + 1
+            for graft in bound:
+                graft.check_length(longest)
 
     def _text_training(self, inputs: Inputs, labels: Tensor) -> CausalLMOutputWithPast:
         """A training step whose rows are all text: a zero loss unless the base is trained."""

@@ -406,7 +406,8 @@ class _Batches:
         batch["rows"] = [example.where for example in examples]  # names more than an id does
         batch["bad_rows"] = [row for example in examples for row in example.skipped]
         batch.pop("workflow", None)  # the trainer names every row's
-        return batch | describe(batch)
+        about = describe(batch)
+        return batch | about
 
 
 def _device(device: str) -> str:

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit"}
 _ON_CUDA = {**_OPTIMIZERS, "adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
-ABOUT = ("rows", "bad_rows", "supervised", "with_image", "positions")
+ABOUT = ("rows", "bad_rows", "supervised", "with_image", "positions", "on_host")
 """What a batch says of itself on the host, see :func:`describe`: a card is not waited for it."""
+_ON_HOST = ("image_sizes", "image_lengths", "image_rows")
 _PREFETCHED = 4  # batches that each worker has ready for a card
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -230,7 +231,8 @@ class GraftTrainer(Trainer):
         self._about = {name: inputs.pop(name) for name in ABOUT}
         if bad := self._about["bad_rows"]:
             self.on_bad(bad, self.state.global_step + self.grafted.training)
-        return super()._prepare_inputs(inputs)
+        on_host = {name: torch.tensor(values) for name, values in self._about["on_host"].items()}
+        return {**super()._prepare_inputs(inputs), **on_host}
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -425,8 +427,9 @@ def describe(batch: dict[str, Any]) -> dict[str, Any]:
     """Count what the trainer wants to know of a batch, before it goes to a card.
 
     Returns:
-        ``supervised`` tokens and whether there is an image ``with_image``, a list by row; and all
-        ``positions`` that are no padding.
+        ``supervised`` tokens and whether there is an image ``with_image``, a list by row; all
+        ``positions`` that are no padding; and what the model reads ``on_host``, taken out of the
+        batch.
     """
     kinds, labels = batch.get("mm_token_type_ids"), batch["labels"]
     none = torch.zeros(len(labels), dtype=torch.bool)
@@ -434,4 +437,5 @@ def describe(batch: dict[str, Any]) -> dict[str, Any]:
         "supervised": (labels[:, 1:] != -100).sum(dim=1).tolist(),
         "with_image": (none if kinds is None else (kinds != 0).any(dim=1)).tolist(),
         "positions": int(batch["attention_mask"].sum()),
+        "on_host": {name: batch.pop(name).tolist() for name in _ON_HOST if name in batch},
     }
