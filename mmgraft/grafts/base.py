@@ -252,6 +252,13 @@ class Graft(nn.Module):
     def check_length(self, length: int) -> None:
         """Refuse a row of ``length`` positions that the graft cannot represent."""
 
+    def check_attention(self, implementation: str) -> None:
+        """Refuse an attention of the base that the graft cannot run beside, when it is loaded.
+
+        Args:
+            implementation: transformers' name, such as ``sdpa`` or ``flash_attention_2``.
+        """
+
     def begin(self, state: Pass) -> None:
         """Compute what all layers of a pass share, before the first of them."""
 

@@ -88,6 +88,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
     # -- workflows ------------------------------------------------------------------------------
 
     def _attach(self, workflow: Workflow) -> None:
+        workflow.graft.check_attention(str(self.base.config._attn_implementation))
         self.workflows[workflow.name] = workflow
         slot = self.anatomy.num_layers + 1
         for other in self._workflow_list():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grafting import CONFIGS, batch, graft_on, perturb, rows, text_labels
 from mmgraft import GraftedModel
+from mmgraft.errors import UsageError
 from mmgraft.evaluation.attention.layer_sums import layer_sums
 from pretend_cuda import CARD, Card
 from pretend_flash import Calls, pretend_flash
@@ -83,3 +84,9 @@ def test_sums_of_attention_are_those_of_explicit_weights(flash: Calls, method: s
     assert flash.widths
     for series, wanted in explicit.items():
         assert fast[series].sums == pytest.approx(wanted.sums, rel=0.03, abs=0.03)
+
+
+def test_a_router_that_needs_weights_is_refused_with_flash(flash: Calls) -> None:
+    with pytest.raises(UsageError, match=r"gemma2.*attention: eager"):
+        graft_on("gemma2", CONFIGS["wings"], attention="flash_attention_2")
+    assert graft_on("gemma2", CONFIGS["iaa-c"], attention="flash_attention_2") is not None

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, PADDING, BaseParts, Graft, Pass, select
-from mmgraft.grafts.computing import computes_on
+from mmgraft.grafts.computing import computes_on, is_flash
 from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.wings.config import WingsConfig, WingsStage
 from mmgraft.grafts.wings.decoding import Stacked, read_token
@@ -126,6 +126,14 @@ class WingsGraft(Graft):
             raise UsageError(
                 f"a row has {length} positions, but this graft's router knows {self.length}: "
                 "shorten the row, or graft again with a larger --max-length."
+            )
+
+    def check_attention(self, implementation: str) -> None:
+        if self.config.routed and self.anatomy.explicit_weights and is_flash(implementation):
+            raise UsageError(
+                f"the router of Wings needs the attention weights of {self.anatomy.model_type}, "
+                f"and {implementation} does not give them: write attention: eager "
+                "(attn_implementation='eager')."
             )
 
     @contextmanager

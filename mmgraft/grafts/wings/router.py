@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmgraft.errors import UsageError
 from mmgraft.grafts.computing import computes_on, is_flash
 from mmgraft.grafts.wings.spans import Spans, over_spans
 
@@ -194,7 +195,10 @@ def _explicit(
         out = original(*args, **kwargs)
     weights = out[1] if isinstance(out, tuple) and isinstance(out[1], Tensor) else caught.weights
     if weights is None:
-        raise RuntimeError(f"{type(attention).__name__} gave no attention weights for the router")
+        raise UsageError(
+            f"{type(attention).__name__} gave no attention weights for the router of Wings: load "
+            "the base with attn_implementation='eager'."
+        )
     summed = weights.float().sum(dim=1)  # (b, s, S)
     return out, summed @ columns(summed.shape[-1]).float()
 
