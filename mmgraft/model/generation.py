@@ -59,7 +59,6 @@ class WorkflowGeneration(TrainingState):
             self.names,
             self.default_workflow,
             RowSlot(kwargs.get("past_key_values"), self.anatomy.num_layers),
-            kwargs.get("attention_mask"),
         )
         images = GivenImages(**{k: kwargs.pop(v, None) for k, v in _IMAGE_INPUTS.items()})
         if rows.text_only:

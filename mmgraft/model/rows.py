@@ -63,10 +63,12 @@ def sort_rows(
         UsageError: An unknown workflow, images in a row that runs ``text``, or a cache that was
             filled by another workflow.
     """
-    size = batch[0]
+    size, length = batch
     images = [0] * size
     if image_mask is not None:  # the one look that the host takes at where images stand
-        shown = kinds_of(batch, image_mask, real, image_mask.device) == IMAGE
+        shown = image_mask[:, -length:] != 0
+        if real is not None and real.dim() == 2:
+            shown = shown & (real[:, -length:] != 0)
         images = shown.sum(dim=1).tolist()
     asked = _asked(wanted, known, size)
     if slot.filled:

@@ -78,7 +78,7 @@ def test_slots_take_the_type_of_their_layer() -> None:
         assert cache.layers == before
     growing = DynamicCache()
     extend(growing, LAYERS, slots)
-    assert growing.layers == []
+    assert [type(layer) for layer in growing.layers] == [*[DynamicLayer] * LAYERS, RowLayer]
 
 
 def test_a_slot_records_the_past_where_its_layer_does() -> None:
