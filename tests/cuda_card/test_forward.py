@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from grafting import CONFIGS, batch, graft_on, perturb, rows, text_labels, text_of, together
 from mmgraft import GraftedModel
+from mmgraft.grafts.base import IMAGE, Pass
+from mmgraft.model.cache import RowSlot, extend
 from pretend_cuda import CARD, Card, pretend_cuda
 from tiny_runs import make_parts, make_run
 
@@ -66,6 +70,34 @@ def test_generation(card: Card, arch: str, method: str) -> None:
     for mode in MODES.values():
         made = moved.generate(**there(inputs), **length, **mode)
         assert torch.equal(made.cpu(), plain.generate(**inputs, **length, **mode))
+
+
+def test_an_offloaded_cache(card: Card) -> None:
+    """Its row slot, a few numbers, stays on the card."""
+    plain, moved = both("llama", "wings")
+    inputs = batch(MIXED, "left")
+    length = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    made = moved.generate(**there(inputs), **length, cache_implementation="offloaded")
+    assert torch.equal(made.cpu(), plain.generate(**inputs, **length))
+    cache = DynamicCache()
+    extend(cache, 0, [])
+    ones = torch.ones(2, 3, dtype=torch.long, device=CARD)
+    RowSlot(cache, 0).write(ones, ones, [0, 0], image=False)
+    cache.layers[0].offload()
+    assert cache.layers[0].keys.is_cuda
+
+
+def test_masks_of_a_kind_have_a_width_that_kernels_take(card: Card) -> None:
+    kinds = torch.tensor([[1] * 20, [1] * 9 + [2] * 11])
+    for device, width in (("cpu", 11), (CARD, 16)):
+        positions = torch.arange(20).expand(2, -1).to(device)
+        there = kinds.to(device)
+        state = Pass(
+            cast(Any, None), torch.randn(2, 20, 4).to(device), there, positions, there, positions, 0
+        )
+        state.pack(IMAGE)
+        assert state.packed[IMAGE].mask.shape == (2, 1, 20, width)
+        assert state.packed[IMAGE].mask[1, 0, -1].sum() == 11
 
 
 @pytest.mark.parametrize("method", ["iaa", "llava", "wings"])

@@ -11,6 +11,8 @@ import torch
 from mmgraft.recipes.recipe import Recipe
 from mmgraft.training.devices import default_workers, slow_precision
 from mmgraft.training.run import plan_training
+from mmgraft.training.session import Session
+from mmgraft.training.stages import open_stage
 from mmgraft.training.trainer import training_arguments
 from pretend_cuda import Card, pretend_cuda
 from tiny_runs import make_parts, make_run, write_recipe
@@ -38,6 +40,21 @@ def test_copies_and_steps_are_those_of_a_card(card: Card, tmp_path: Path) -> Non
     assert arguments.accelerator_config.non_blocking
     assert arguments.dataloader_pin_memory
     assert arguments.dataloader_persistent_workers
+
+
+def test_ranks_hold_gradients_once_and_send_nothing_frozen(tmp_path: Path) -> None:
+    run = make_run(make_parts(tmp_path), tmp_path / "run", "iaa")
+    write_recipe(run, tmp_path, "iaa", [{**TUNE, "train": ["projector", "graft"]}])
+    plan = plan_training(run, device="cpu")
+    session = Session(plan, lambda text: None)
+    model = session._model_for(plan.stages[0])
+    groups = open_stage(model, plan.stages[0])
+    trainer = session._trainer(0, tmp_path / "stage", groups, [])
+    assert trainer.accelerator.ddp_handler.gradient_as_bucket_view
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    assert ignored >= {name for name, _ in model.named_buffers()}
+    for name, parameter in model.named_parameters():
+        assert (name in ignored) is not parameter.requires_grad
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])

@@ -1,4 +1,4 @@
-"""How often the host waits for the card, and how many kernels a token of Wings starts.
+"""How often the host waits for the card.
 
 Each wait empties the card's queue, so a new ``.item()`` or boolean mask in a pass costs time that
 no CPU test sees. Counted are all waits of a pass, transformers' own too: one a decoded token, and
@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from grafting import CONFIGS, batch, graft_on, perturb, rows, text_labels, trained_groups
 from mmgraft import GraftedModel
+from mmgraft.evaluation.likelihood.likelihood import _sums
 from mmgraft.training.run import plan_training
 from mmgraft.training.session import Session
 from pretend_cuda import CARD, Card
@@ -32,7 +33,6 @@ CEILINGS = {  # waits of a decoded token and of a training forward
     ("wings", "mixed"): (4, 12),
 }
 OF_A_STEP = {"llava": 13, "iaa": 13, "wings": 15}
-KERNELS = 1.75  # of Wings, in those of LLaVA
 
 
 def there(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -70,13 +70,14 @@ def test_waits_of_a_token_and_of_a_training_pass(card: Card, method: str, side: 
     assert not any(kernel.startswith("math") for kernel, _ in forward.attention), forward.report()
 
 
-def test_kernels_of_a_token(card: Card) -> None:
-    started = {}
-    for method in ("llava", "wings"):
-        model = on_card(method, num_hidden_layers=8)
-        few, many = (generated(card, model, "even", tokens).started for tokens in (2, 4))
-        started[method] = (many - few) / 2
-    assert started["wings"] <= KERNELS * started["llava"], started
+def test_waits_of_scores(card: Card) -> None:
+    """As many for a hundred options as for one: ids go there at once, sums come back at once."""
+    for count in (1, 100):
+        logits = [torch.randn(3, 50, device=CARD) for _ in range(count)]
+        with card.counting() as seen:
+            found = _sums(logits, [[1, 2, 3]] * count)
+        assert len(found) == count
+        assert seen.count == 2, seen.report()
 
 
 class Waits(TrainerCallback):

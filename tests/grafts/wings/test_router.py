@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmgraft.errors import UsageError
+from mmgraft.grafts.computing import as_if_on
+from mmgraft.grafts.wings import router as router_module
 from mmgraft.grafts.wings.router import IMPLEMENTATION, Router, explicit_weights, route
 from mmgraft.grafts.wings.spans import causal_spans
 from tiny import tiny_model
@@ -75,6 +78,26 @@ def test_fused_and_explicit_routing_agree(arch: str) -> None:
 
 
 @torch.no_grad()
+def test_heads_too_wide_for_a_card_take_two_calls_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the path is asked about, as an estimate of memory does, too."""
+    monkeypatch.setattr(router_module, "_WIDEST_FUSED", 8)
+    positions, router = torch.arange(9).expand(2, -1), random_router()
+    attention, kwargs = attention_call("llama", "sdpa")
+    inner, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or inner(*a, **k)
+    )
+    given = (attention.forward, attention, columns_of(router, positions), True, (), kwargs)
+    once = route(*given)
+    assert len(calls) == 1
+    with as_if_on("cuda"):
+        twice = route(*given)
+    assert len(calls) == 3
+    torch.testing.assert_close(twice[1], once[1])
+    torch.testing.assert_close(twice[0][0], once[0][0])
+
+
+@torch.no_grad()
 def test_causal_pieces_give_what_the_mask_gives() -> None:
     attention, kwargs = attention_call("llama", "sdpa")
     positions = torch.arange(9).expand(2, -1).clone()
@@ -136,7 +159,7 @@ def test_an_exception_puts_the_attention_back() -> None:
 
 def test_an_attention_without_weights_is_told() -> None:
     attention, _ = attention_call("llama", "sdpa")
-    with pytest.raises(RuntimeError, match="no attention weights"):
+    with pytest.raises(UsageError, match="no attention weights"):
         route(
             lambda: (torch.zeros(1), None), attention, lambda n: torch.zeros(1, n, 2), False, (), {}
         )
