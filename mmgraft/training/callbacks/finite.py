@@ -100,7 +100,7 @@ def _read(losses: Sequence[Tensor], norm: Tensor | float) -> list[float]:
     """Read losses and the norm, in one wait where they lie together."""
     if not isinstance(norm, Tensor) or not losses or norm.device != losses[0].device:
         return [*(float(loss) for loss in losses), float(norm)]
-    return torch.stack([one.detach().double() for one in (*losses, norm)]).tolist()
+    return torch.stack([one.detach().float() for one in (*losses, norm)]).tolist()
 
 
 def named(rows: Sequence[str]) -> str:
