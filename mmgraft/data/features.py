@@ -68,15 +68,7 @@ def fill_cache(
     Raises:
         UsageError: A row whose image is no file, or a file that cannot be read.
     """
-    found: dict[ImageFile, int] = {}  # the first row that shows a file
-    for at, row in enumerate(rows):
-        try:
-            for path in [_file(image, row) for image in images_of_all(row.messages)]:
-                found.setdefault(path, at)
-        except UsageError as error:
-            if bad is None:
-                raise
-            bad.append(BadRow.of(cast(Row, row), error))
+    found = _first_rows(rows, bad)
     files = sorted(found, key=str)[share[0] :: share[1]]
 
     def explain(paths: list[ImageFile]) -> None:
@@ -99,6 +91,20 @@ def fill_cache(
         files = [path for path in files if path not in unusable]
         cache.get_many(files, compute, progress=progress)
     return len(files)
+
+
+def _first_rows(rows: Sequence[Shown], bad: list[BadRow] | None) -> dict[ImageFile, int]:
+    """Find all image files, and the first row that shows each."""
+    found: dict[ImageFile, int] = {}
+    for at, row in enumerate(rows):
+        try:
+            for path in [_file(image, row) for image in images_of_all(row.messages)]:
+                found.setdefault(path, at)
+        except UsageError as error:
+            if bad is None:
+                raise
+            bad.append(BadRow.of(cast(Row, row), error))
+    return found
 
 
 def _unusable(paths: Iterable[ImageFile]) -> dict[ImageFile, BadImage]:

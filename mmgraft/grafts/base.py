@@ -256,7 +256,7 @@ class Graft(nn.Module):
         """Refuse an attention of the base that the graft cannot run beside, when it is loaded.
 
         Args:
-            implementation: transformers' name, such as ``sdpa`` or ``flash_attention_2``.
+            implementation: Its name in transformers, such as ``sdpa`` or ``flash_attention_2``.
         """
 
     def begin(self, state: Pass) -> None:

@@ -30,5 +30,5 @@ def as_if_on(kind: str) -> Iterator[None]:
 
 
 def is_flash(attention: str) -> bool:
-    """Whether an attention of transformers is a flash package's: it takes half precision alone."""
+    """Tell whether an attention is a flash package's, which takes half precision alone."""
     return "flash_attention" in attention or "flash-attn" in attention

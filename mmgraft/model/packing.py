@@ -77,7 +77,7 @@ def packing_blocked(
 
 
 def takes_half(base: PreTrainedModel) -> bool:
-    """Whether a base in fp32 runs only under autocast: a flash package refuses fp32."""
+    """Tell whether a base in fp32 runs only under autocast: a flash package refuses fp32."""
     return base.dtype == torch.float32 and is_flash(str(base.config._attn_implementation))
 
 

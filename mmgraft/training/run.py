@@ -34,7 +34,7 @@ from mmgraft.runs.sections import put_all_aside
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
 from mmgraft.training.callbacks.stopping import with_way_on
-from mmgraft.training.devices import check_packages, default_workers, is_main_rank, pick_device
+from mmgraft.training.devices import check_packages, is_main_rank, pick_device, with_workers
 from mmgraft.training.distributed.parallel import check_count, check_parallel, processes, way_on
 from mmgraft.training.memory.shortage import out_of_memory
 from mmgraft.training.stage_data import (
@@ -138,14 +138,11 @@ def plan_training(
         _check_resume(run, restart, changes=bool(recipe or overrides or max_steps))
     progress = None if restart else checkpoint.read_progress(run)
     file = _check_progress(run, progress, resume) or recipe_file(run, record, recipe)
-    loaded = load_recipe(file, method=record.method, overrides=overrides)
-    loaded = with_data(loaded, data, images)
+    loaded = with_data(load_recipe(file, method=record.method, overrides=overrides), data, images)
     if max_steps is not None:
         loaded = with_max_steps(loaded, max_steps)
     check_data_is_set(loaded, run, file)
-    device = pick_device(device)
-    if loaded.workers is None:
-        loaded = loaded.model_copy(update={"workers": default_workers(device)})
+    loaded, device = with_workers(loaded, pick_device(device))
     plan = Plan(run, record, loaded.resolved(record.workflow), device, resume=resume)
     check_packages(loaded, plan.device)
     check_parallel(loaded, plan.device, count or processes())

@@ -228,7 +228,7 @@ class FeatureCache:
 
 
 class TowerFeatures:
-    """A `compute` for `FeatureCache.get_many`: read, preprocess, run the tower.
+    """A ``compute`` for ``FeatureCache.get_many``: read, preprocess, run the tower.
 
     Args:
         tower: Runs here, in the process that asks.

@@ -235,9 +235,10 @@ def test_workers_read_ahead_and_change_neither_features_nor_errors(
         picture(20 + which, which=which % 2).save(path)
     plain = FeatureCache(tmp_path / "a", "t").get_many(paths, TowerFeatures(tower), batch_size=2)
     state = torch.get_rng_state()
-    with monkeypatch.context() as patched:  # what is read here is read by nobody else
+    elsewhere = read_elsewhere(os.getpid())
+    with monkeypatch.context() as patched:
         patched.setattr(feature_cache, "_read", lambda *_: pytest.fail("read here"))
-        patched.setattr(feature_cache._Reading, "__getitem__", read_elsewhere(os.getpid()))
+        patched.setattr(feature_cache._Reading, "__getitem__", elsewhere)
         cache = FeatureCache(tmp_path / "b", "t")
         found = cache.get_many(paths, TowerFeatures(tower, workers=2), batch_size=2)
     assert all(map(torch.equal, found, plain))

@@ -45,7 +45,7 @@ class Stacked:
         )
 
     def serves(self, looking: Sequence[str], weight: Tensor) -> bool:
-        """Whether these are the matrices of learners by these names, where they are now."""
+        """Tell whether these are the matrices of learners by these names, where they are now."""
         here = (self.lift.device, self.lift.dtype) == (weight.device, weight.dtype)
         return here and self.names == tuple(looking)
 

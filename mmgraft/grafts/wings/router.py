@@ -150,7 +150,7 @@ def _router_attention(
 def _has_plain_weights(
     implementation: str, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether a single query's weights follow from its scores and a mask of the keys alone."""
+    """Tell whether a single query's weights follow from its scores and a mask of the keys alone."""
     if kwargs.get("dropout"):
         return False
     if not is_flash(implementation):

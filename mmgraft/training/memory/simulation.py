@@ -132,8 +132,7 @@ def simulate(
                     hooks.callback(leaves.remove)
             for layer in decoder_layers(model.base, model.anatomy):
                 _watch(layer, ledger, layers, hooks)
-            if device == "cuda":
-                hooks.enter_context(_CudaCasts())
+            hooks.enter_context(_CudaCasts() if device == "cuda" else contextlib.nullcontext())
             with bf16:
                 loss = _loss(model, load)
             kept = ledger.now
