@@ -1,11 +1,13 @@
 # make demo    the whole job on a small real model, on a CPU
 # make test    the whole test suite
 # make lint    style, types, import contracts, lines of code
+# make docs    the pages and the Python reference as HTML, in build/docs
 #
-# Each creates .venv the first time. PYTHON chooses the interpreter, JOBS the number of test processes.
+# Each creates .venv the first time (docs also .venv-docs). PYTHON chooses the interpreter, JOBS the number of test processes.
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 JOBS ?= 2
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check
@@ -13,7 +15,7 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check
 # Two processes share the cores: one thread each, and no spinning while they wait.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test lint env clean
+.PHONY: demo test lint docs env clean
 
 demo: env
 	$(RUN)/mmgraft demo
@@ -28,6 +30,12 @@ lint: env
 	$(RUN)/pyright --pythonpath $(RUN)/python
 	$(RUN)/lint-imports
 	$(RUN)/python tests/support/lines_of_code.py
+
+# Warnings and broken links fail; so does a page that would fetch something when it is opened.
+docs: env $(DOCS_VENV)/.installed
+	rm -rf build/docs
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(DOCS_VENV)/bin/python -m sphinx -q -W --keep-going docs build/docs
+	$(DOCS_VENV)/bin/python docs/fetches.py build/docs
 
 env: $(VENV)/.installed
 
@@ -44,5 +52,14 @@ $(VENV)/.test-installed: test-packages.txt $(VENV)/.installed
 	$(PIP) install -q --no-deps -r test-packages.txt
 	@touch $@
 
+# Sphinx lives apart and sees the packages of $(VENV): torch is not installed a second time.
+$(DOCS_VENV)/.installed: docs-packages.txt $(VENV)/.installed
+	@$(RUN)/python -c 'import sys; sys.exit("make docs needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(RUN)/python -m venv $(DOCS_VENV)
+	@$(RUN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(DOCS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r docs-packages.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DOCS_VENV) build/docs

@@ -24,10 +24,9 @@ HEAD = """\
 Written by `python docs/make_cli.py` from the commands themselves; not to be edited by hand.
 `mmgraft COMMAND --help` says the same.
 
-Every command exits with 0 when it is done, 1 when something failed that was asked for correctly (a
-full disk, a dead network), 2 for wrong use, and 130 after Ctrl-C. Results go to stdout, everything
-else to stderr. `--json` prints the result as JSON; `--dry-run` says what would be done and writes
-nothing.
+Every command exits with 0 when it is done, 1 when a correct command failed (a full disk, a dead
+network), 2 for wrong use, and 130 after Ctrl-C. Results go to stdout, everything else to stderr.
+`--json` prints the result as JSON; `--dry-run` says what would be done and writes nothing.
 """
 
 _TYPES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
@@ -41,7 +40,7 @@ def page() -> str:
     ]
     parts = [HEAD, "\n".join(["| command | what it does |", "|---|---|", *rows])]
     for name, command in COMMANDS.items():
-        target = command.load()
+        target = command.load(name)
         if isinstance(target, typer.Typer):
             parts += [f"## mmgraft {name}", command.help]
             for inner in target.registered_commands:

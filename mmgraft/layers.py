@@ -19,23 +19,23 @@ _MOST_LAYERS = 1 << 20  # a larger number is a slip of the keyboard; the limit b
 
 
 def parse_layers(text: str | Sequence[int], num_layers: int) -> list[int]:
-    """Return the base layers that ``text`` names, as sorted indices.
+    """Return which base layers ``text`` names, as sorted indices.
 
-    | form | meaning, for a base of 12 layers |
-    |---|---|
-    | ``3,7`` | layers 3 and 7 |
-    | ``2-6`` | 2, 3, 4, 5, 6: both ends count |
-    | ``0-11:5`` | every fifth from 0: 0, 5, 10 |
-    | ``every:4`` | the last of every 4: 3, 7, 11 |
-    | ``last:2`` | 10, 11 |
-    | ``all`` | 0 to 11 |
+    Of a base of 12 layers,
+
+    - ``3,7`` means layers 3 and 7,
+    - ``2-6`` 2, 3, 4, 5, 6: both ends count,
+    - ``0-11:5`` every fifth from 0: 0, 5, 10,
+    - ``every:4`` the last of every 4: 3, 7, 11,
+    - ``last:2`` 10, 11,
+    - ``all`` 0 to 11.
 
     Args:
         text: One of the forms, or indices already in a list.
-        num_layers: How many decoder layers the base has.
+        num_layers: Number of decoder layers of the base.
 
     Raises:
-        UsageError: For a layer that the base lacks, one named twice, or text in no known form.
+        UsageError: A layer that the base lacks, one named twice, or text in no known form.
     """
     if num_layers < 1:
         raise UsageError(f"the base has {num_layers} layers; it needs at least one")

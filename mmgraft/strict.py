@@ -14,7 +14,8 @@ from typing_extensions import ParamSpec, Self
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.layers import check_layers
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _layer_choice(value: Any) -> list[int] | str:

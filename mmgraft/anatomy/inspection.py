@@ -209,7 +209,7 @@ def _window(config: PreTrainedConfig) -> int | None:
     return getattr(config, "attention_chunk_size", None) if window is None else window
 
 
-def _heads(attention: nn.Module, config: PreTrainedConfig) -> dict[str, int]:
+def _heads(attention: nn.Module, config: PreTrainedConfig) -> dict[str, Any]:
     heads: int = getattr(config, "num_attention_heads", None) or 1
 
     def size(*names: str, default: int) -> int:

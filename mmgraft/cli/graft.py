@@ -56,7 +56,7 @@ def _setting(name: str, info: FieldInfo, option: Option, panel: str) -> inspect.
     if kind is bool and info.default:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     shown = typer.Option(flag, help=option.help, rich_help_panel=panel)
-    annotation = Annotated[kind | None, shown]  # type: ignore[valid-type]
+    annotation = Annotated[kind | None, shown]
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return inspect.Parameter(name, keyword, default=None, annotation=annotation)
 

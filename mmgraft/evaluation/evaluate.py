@@ -174,7 +174,8 @@ def _sections(
     shared: dict[str, Any] = {"announce": announce}
     if evaluation.batch_size is not None:
         shared["batch_size"] = evaluation.batch_size
-    given, run, workflow = shared | {"progress": progress}, evaluation.run, evaluation.workflow
+    given: dict[str, Any] = {**shared, "progress": progress}
+    run, workflow = evaluation.run, evaluation.workflow
     if evaluation.text:
         from mmgraft.evaluation.text import evaluate_text
 
@@ -195,7 +196,9 @@ def _sections(
         yield from _harness(answerer, evaluation, shared)
 
 
-def _harness(answerer: Answerer, evaluation: Evaluation, shared: dict[str, Any]) -> list[Results]:
+def _harness(
+    answerer: Answerer, evaluation: Evaluation, shared: dict[str, Any]
+) -> Iterator[Results]:
     """Run tasks: those of text go into the section `text`, those with images into `vision`."""
     from mmgraft.evaluation.identity import base_trained, untouched_base
     from mmgraft.evaluation.lm_eval.harness import evaluate_harness

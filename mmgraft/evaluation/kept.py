@@ -36,7 +36,7 @@ from mmgraft.runs.results import FOLDER as RESULTS
 
 if TYPE_CHECKING:
     from mmgraft.data.chat.processor import GraftProcessor
-    from mmgraft.evaluation.untouched import Untouched
+    from mmgraft.evaluation.identity import Untouched
     from mmgraft.model.modeling import GraftedModel
 
 VERSION = 1

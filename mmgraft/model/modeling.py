@@ -126,7 +126,7 @@ class GraftedModel(WorkflowLoss):
 
     @classmethod
     @known_keywords
-    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def from_pretrained(
         cls,
         source: str | Path,
         *,

@@ -210,7 +210,8 @@ def stage_class(switches: type[StageSwitches]) -> type[Stage]:
     """Return the class of stages of a method that may switch this."""
     if switches is StageSwitches:
         return Stage
-    return create_model(f"Stage_{switches.__name__}", __base__=(switches, Stage))
+    made: Any = create_model(f"Stage_{switches.__name__}", __base__=(switches, Stage))
+    return made
 
 
 def _stage(value: Any, info: ValidationInfo) -> Stage:

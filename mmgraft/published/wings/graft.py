@@ -92,9 +92,11 @@ class OfficialWingsGraft(Graft):
             if state.segments is not None:
                 raise UsageError("wings-official takes one row a sequence: leave segments out.")
             width = self.config.router_width if self.config.routed else None
-            images, rows = None, state.kinds.shape[0]
-            if state.images is not None and state.image_rows.tolist() == list(range(rows)):
-                images = state.images.unflatten(0, (rows, -1))  # (b, P, h), dummies too
+            images, owners, rows = state.images, state.image_rows, state.kinds.shape[0]
+            if images is not None and owners is not None and owners.tolist() == list(range(rows)):
+                images = images.unflatten(0, (rows, -1))  # (b, P, h), dummies too
+            else:
+                images = None
             state.shared["official"] = plan_official(
                 state.features,
                 state.kinds,

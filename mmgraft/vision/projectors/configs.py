@@ -19,7 +19,7 @@ class ProjectorConfig(StrictModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: str
+    kind: Any
 
     def counts(self, plan: Plan) -> int:
         """Positions of an image that a tower plans so; by default one for each of its vectors."""

@@ -34,7 +34,7 @@ class ProjectorKind:
     name: str
     title: str
     config_class: type[ProjectorConfig]
-    load: Callable[[], type[Projector]]
+    load: Callable[[], Callable[..., Projector]]
 
 
 def _built_in(name: str, title: str, config: type[ProjectorConfig], module: str) -> ProjectorKind:
