@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mmgraft.training.memory.request import Request
 
 _PLAN, _ROWS = "What is trained", "Length of rows"
-_OF_SEVERAL = ("of others, for a moment", "to exchange")
+_OF_SEVERAL = ("of others, for a moment",)
 
 
 _Target = Annotated[str, argument("Shipped name, YAML file, or a graft.", metavar="RECIPE|RUN")]
