@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmgraft import GraftedModel
+from mmgraft import GraftedModel, UsageError
 from mmgraft.grafts.registry import get_method
+from mmgraft.recipes.source import load_recipe
+from mmgraft.training.stages import set_path
 from mmgraft.vision.spec import VisionSpec
 from tiny import ARCHITECTURES, save_base, tiny_clip_dir, tiny_model
 
@@ -124,3 +126,28 @@ def test_trained_saved_and_loaded(installed: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, seen), logits(model, seen))
     read = row(loaded, 0, 0, 0, 0)
     assert torch.equal(logits(loaded, read), logits(tiny_model("llama"), read))
+
+
+def test_a_stage_switches_it_and_what_runs_is_saved(installed: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base", "llama")
+    tower = VisionSpec(id=str(tiny_clip_dir(tmp_path / "tower")))
+    model = graft(str(tmp_path / "base"), tower)
+    file = installed / PACKAGE / "adapter.yaml"
+    recipe = load_recipe(file, overrides=["stages.instruct.scale=0.5"]).resolved("mm")
+    for stage, scale in zip(recipe.stages, (1.0, 0.5), strict=True):
+        set_path(model, stage)
+        assert model.workflow().graft.scale == scale
+    model.save_pretrained(tmp_path / "run")
+    loaded = GraftedModel.from_pretrained(tmp_path / "run")
+    assert loaded.workflow().graft.state() == {"active": True, "scale": 0.5}
+
+
+def test_its_switch_and_its_groups_are_its_own(installed: Path, tmp_path: Path) -> None:
+    text = (installed / PACKAGE / "adapter.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text.replace("method: adapter", "method: llava"), encoding="utf-8")
+    with pytest.raises(UsageError, match="scale"):
+        load_recipe(file)
+    file.write_text(text.replace("[projector, adapters]", "[projector, layers]"), encoding="utf-8")
+    with pytest.raises(UsageError, match="layers"):
+        load_recipe(file)
