@@ -39,6 +39,7 @@ def make(parts: Path, run: Path, method: str, switches: dict[str, Any], **settin
     if "eval_every" in settings:
         held = {"path": str(parts / "rows.jsonl"), "images": str(parts / "images")}
         settings["eval_data"] = [held]
+    settings = {"workers": 0, **settings}
     write_recipe(run, parts, method, [{**stage, "max_steps": 2, **switches}], **settings)
     return run
 

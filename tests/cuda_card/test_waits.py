@@ -96,7 +96,7 @@ def test_waits_of_a_step(card: Card, tmp_path: Path, method: str) -> None:
     run = make_run(make_parts(tmp_path), tmp_path / "run", method)
     train = ["projector"] if method == "llava" else ["projector", "graft"]
     stage = {"name": "tune", "train": train, "lr": 1e-3, "batch_size": 2, "max_steps": 3}
-    write_recipe(run, tmp_path, method, [stage], precision="bf16", log_every=9)
+    write_recipe(run, tmp_path, method, [stage], precision="bf16", log_every=9, workers=0)
     waits = Waits(card)
     Session(plan_training(run, device="cuda"), lambda text: None).run_stage(0, [waits])
     of_step = waits.seen[2] - waits.seen[1]
