@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import is_torch_cuda_available
 
 from pretend_cuda import Card, OnCard, kernel_of, pretend_cuda
 
@@ -139,9 +140,12 @@ def test_kernels_of_attention(card: Card) -> None:
 
 
 def test_afterwards_there_is_none() -> None:
+    assert not is_torch_cuda_available()  # which keeps its answer
     with pretend_cuda():
         assert torch.cuda.is_available()
+        assert is_torch_cuda_available()
     assert not torch.cuda.is_available()
+    assert not is_torch_cuda_available()
     assert torch.accelerator.current_accelerator() is None
     with pytest.raises((RuntimeError, AssertionError)):
         torch.ones(2, device="cuda")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib
 import os
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -61,6 +64,8 @@ def pretend_cuda(cards: int = 1) -> Iterator[Card]:
     """
     assert _hooks is not None, WHY_NOT
     with ExitStack() as stack:
+        stack.callback(_forget_answers)
+        _forget_answers()
         _hooks.set_there(cards)
         stack.callback(_hooks.set_there, 0)
         for owner, name, value in _replaced(cards):
@@ -69,6 +74,19 @@ def pretend_cuda(cards: int = 1) -> Iterator[Card]:
         stack.enter_context(Attention())
         stack.enter_context(Mode())
         yield stack.enter_context(counting())
+
+
+_OF_CARDS = re.compile("cuda|accelerator|gpu|flash|triton|device|tf32")
+_REMEMBERING = ("transformers.utils", "accelerate.utils", "torch.utils._triton")
+
+
+def _forget_answers() -> None:
+    """Let libraries look again at whether there is a card: they keep the first answer."""
+    for name, module in list(sys.modules.items()):
+        if module is not None and name.startswith(_REMEMBERING):
+            for question, value in list(vars(module).items()):
+                if isinstance(value, functools._lru_cache_wrapper) and _OF_CARDS.search(question):
+                    value.cache_clear()
 
 
 def _why_not() -> str:
