@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmgraft import IAAConfig
-from mmgraft.data.batches.segments import learned_within
+from mmgraft.data.batches.sequences import learned_within
 from mmgraft.model.kernels.compiling import compiled_layers
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.training.grouping import GroupSampler, PackSampler

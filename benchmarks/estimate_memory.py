@@ -175,8 +175,7 @@ def _lengthen(rows: Path, words: int) -> None:
 def _predict(case: Case, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from mmgraft.training.memory.request import read_request
 
-    request = read_request(folder / "run", device="cpu")
-    (stage,) = request.estimator().stages(request.recipe)
+    (stage,) = read_request(folder / "run", device="cpu").stages()
     return {
         "predicted": stage.peak,
         "moment": stage.moment,

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,18 @@ def atomic_write(path: Path | str, writer: Callable[[Path], object]) -> None:
         MMGraftError: The disk is full or cannot be written to; ``path`` is as it was.
     """
     path = Path(path)
-    try:
+    with _reported(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise _failed(path, error) from error
-    temporary = Path(name)
-    try:
-        os.close(handle)
-        writer(temporary)
-        temporary.chmod(_mode_of(path))  # afterwards: a writer may put a file of its own there
-        _sync(temporary)
-        temporary.replace(path)
-    except BaseException as error:  # a Ctrl-C leaves no half file behind either
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise _failed(path, error) from error
-        raise
+        temporary = Path(name)
+        try:
+            os.close(handle)
+            writer(temporary)
+            temporary.chmod(_mode_of(path))  # afterwards: a writer may put a file of its own there
+            _sync(temporary)
+            temporary.replace(path)
+        except BaseException:  # a Ctrl-C leaves no half file behind either
+            temporary.unlink(missing_ok=True)
+            raise
     _sync(path.parent)
 
 
@@ -75,40 +71,34 @@ def atomic_folder(path: Path | str, writer: Callable[[Path], None]) -> None:
     """
     path = Path(path)
     old = path.with_name(f".{path.name}.old")
-    try:
+    with _reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if old.exists() and not path.exists():
             old.replace(path)  # an earlier run was killed between the two renamings
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise _failed(path, error) from error
-    try:
-        writer(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(_usual_mode())
-                _sync(file)
-        temporary.chmod(0o777 & ~_mask())
-        _sync(temporary)
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():
-            old.replace(path)
-        if isinstance(error, OSError | SafetensorError):
-            raise _failed(path, error) from error
-        raise
+        try:
+            writer(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(_usual_mode())
+                    _sync(file)
+            temporary.chmod(0o777 & ~_mask())
+            _sync(temporary)
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.replace(old)
+            temporary.replace(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not path.exists():
+                old.replace(path)
+            raise
     shutil.rmtree(old, ignore_errors=True)
     _sync(path.parent)
 
 
 def replace_together(
-    folder: Path | str,
-    writers: Mapping[str, Callable[[Path], object]],
-    gone: Collection[str] = (),
+    folder: Path | str, writers: Mapping[str, Callable[[Path], object]], gone: Collection[str] = ()
 ) -> None:
     """Replace files and folders that belong together: all are the old ones, or all the new ones.
 
@@ -127,31 +117,30 @@ def replace_together(
     folder = Path(folder)
     building, ready = folder / _BUILDING, folder / _READY
     made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        complete(folder)
-        _remove(building)  # of a save that was killed
-        building.mkdir()
-        for name, writer in writers.items():
-            fresh = building / name
-            writer(fresh)
-            if fresh.is_file():
-                fresh.chmod(_mode_of(folder / name))
-            for file in (path for path in fresh.rglob("*") if path.is_file()):
-                file.chmod(_usual_mode())
-        atomic_json(building / _MOVES, {"put": list(writers), "gone": sorted(gone)})
-        for path in (*building.rglob("*"), building):
-            _sync(path)
-        building.rename(ready)
-        _sync(folder)
-    except BaseException as error:
-        _remove(building)
-        if made:
-            with suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError | SafetensorError):
-            raise _failed(folder, error) from error
-        raise
+    with _reported(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            complete(folder)
+            _remove(building)  # of a save that was killed
+            building.mkdir()
+            for name, writer in writers.items():
+                fresh = building / name
+                writer(fresh)
+                if fresh.is_file():
+                    fresh.chmod(_mode_of(folder / name))
+                for file in (path for path in fresh.rglob("*") if path.is_file()):
+                    file.chmod(_usual_mode())
+            atomic_json(building / _MOVES, {"put": list(writers), "gone": sorted(gone)})
+            for path in (*building.rglob("*"), building):
+                _sync(path)
+            building.rename(ready)
+            _sync(folder)
+        except BaseException:
+            _remove(building)
+            if made:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
     complete(folder)
 
 
@@ -199,11 +188,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _failed(path: Path, error: Exception) -> MMGraftError:
-    return MMGraftError(
-        f"could not write {path} ({error}); what stood there is as it was. Make room, or choose "
-        "another folder, and run the command again"
-    )
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """While the block lasts, raise an error that a user can act on where a write fails."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise MMGraftError(
+            f"could not write {path} ({error}); what stood there is as it was. Make room, or "
+            "choose another folder, and run the command again"
+        ) from error
 
 
 def _mode_of(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Ask a grafted model: a loaded model with its processor, batches of answers, and a dialogue."""
+"""Answer with a grafted model: a model with its processor, batches of answers, a dialogue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.generation.streamers import TextStreamer
 from typing_extensions import Self
@@ -90,7 +89,7 @@ class Dialogue:
     """A conversation with a model, turn by turn.
 
     What the cache holds is used again as far as the new prompt begins with it and the workflow is
-    the same; otherwise (a first picture in a dialogue that began as text) all is read anew. Either
+    the same; otherwise (a first image in a dialogue that began as text) all is read anew. Either
     way an answer is what a fresh run of the whole dialogue gives.
     """
 
@@ -158,7 +157,7 @@ class Dialogue:
             inputs["streamer"] = _Streamer(processor, on_text)
         with torch.inference_mode():
             out = model.generate(**inputs, workflow=workflow, **self.answerer.settings(**settings))
-        ids = _list(out[0])
+        ids = out[0].tolist()
         rows = 0 if cache is None else cast(Any, cache).layers[0].keys.shape[0]
         if cache is not None and rows == 1:  # else beams or samples
             held = int(cache.get_seq_length())
@@ -173,7 +172,7 @@ class Dialogue:
         return not self.answerer.model.workflow(workflow).graft.promises.cache
 
     def _reusable(self, encoded: Encoded) -> Cache | None:
-        """The cache, if the new prompt begins with all that it holds and goes beyond it."""
+        """Return the cache, if the new prompt begins with all that it holds and goes beyond it."""
         if self._cache is None or self._seen is None:
             return None
         ids, kinds, images = self._seen
@@ -196,12 +195,8 @@ class _Streamer(TextStreamer):
             self._on_text(text)
 
 
-def _list(ids: Tensor) -> list[int]:
-    return [int(token) for token in ids.tolist()]
-
-
 def prompt_of(messages: Sequence[dict[str, Any]], where: str) -> Sequence[dict[str, Any]]:
-    """A row's messages up to the last user's turn; an answer at the end is not shown.
+    """Return a row's messages up to the last user's turn; an answer at the end is not shown.
 
     Raises:
         UsageError: The row asks nothing.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 from typing_extensions import ParamSpec, Self
 
 from mmgraft.errors import UsageError, did_you_mean
@@ -92,7 +93,7 @@ def describe(error: ValidationError, model: type[BaseModel], what: str) -> str:
     """Pydantic's report in words: one line a problem, unknown keys with the nearest right one."""
     lines: list[str] = []
     for item in error.errors(include_url=False, include_context=True):
-        line = _describe_item(item["type"], item["msg"], item["loc"], item["input"], model)
+        line = describe_item(item, model)
         if line not in lines:
             lines.append(line)
     if len(lines) == 1:
@@ -100,30 +101,27 @@ def describe(error: ValidationError, model: type[BaseModel], what: str) -> str:
     return f"{what} has {len(lines)} problems:\n" + "\n".join(f"  - {line}" for line in lines)
 
 
-def _describe_item(
-    kind: str, message: str, loc: tuple[int | str, ...], value: Any, model: type[BaseModel]
-) -> str:
-    where = _dotted(loc)
-    if kind == "extra_forbidden":
-        known = _fields_at(model, loc[:-1])
-        hint = did_you_mean(str(loc[-1]), known) if known else "remove it"
+def describe_item(item: ErrorDetails, model: type[BaseModel]) -> str:
+    """Return one of pydantic's problems in words; see ``describe``."""
+    where = dotted(item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(model, item["loc"][:-1])
+        hint = did_you_mean(str(item["loc"][-1]), known) if known else "remove it"
         return f"unknown key {where!r}; {hint}"
-    if kind == "missing":
+    if item["type"] == "missing":
         return f"{where!r} is missing; add it"
-    text = message.removeprefix("Value error, ")
+    text = item["msg"].removeprefix("Value error, ")
     if not where:
         return text
-    shown = repr(value)
+    shown = repr(item["input"])
     if shown in text:
         return f"{where!r}: {text}"
     return f"{where!r}: {text} (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
 
 
-def _dotted(loc: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.lstrip(".")
+def dotted(loc: Sequence[int | str]) -> str:
+    """Return a place in a config as a user writes it: ``stages[0].lr``."""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

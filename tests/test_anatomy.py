@@ -12,7 +12,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 
 from mmgraft.anatomy import (
     Anatomy,
-    attention_of,
     decoder_layers,
     examine,
     examine_config,
@@ -20,7 +19,7 @@ from mmgraft.anatomy import (
     skeleton,
 )
 from mmgraft.anatomy.branch import BranchUnknown, examine_branch
-from mmgraft.anatomy.positions import position_table
+from mmgraft.anatomy.inspection import position_table
 from mmgraft.errors import UsageError
 from tiny import ARCHITECTURES, LAYERS, VARIANTS, WINDOW, tiny_config, tiny_model
 
@@ -143,7 +142,7 @@ def test_the_attention_joins_the_stream_where_and_as_the_probe_says(name: str) -
     model = tiny_model(name)
     anatomy = examine(model)
     layer, (args, kwargs) = layer_call(model, anatomy, 1)
-    joint = attention_of(layer, anatomy)
+    joint = layer.get_submodule(anatomy.attention_name)
     if anatomy.branch_norm:
         joint = layer.get_submodule(anatomy.branch_norm)
     outputs: list[Any] = []

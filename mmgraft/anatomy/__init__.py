@@ -7,12 +7,11 @@ place of their parts. Nothing here is a table of models.
 
 from __future__ import annotations
 
-from mmgraft.anatomy.description import Anatomy, attention_of, decoder_layers, get_path
+from mmgraft.anatomy.description import Anatomy, decoder_layers, get_path
 from mmgraft.anatomy.inspection import examine, examine_config, refuse_non_causal, skeleton
 
 __all__ = [
     "Anatomy",
-    "attention_of",
     "decoder_layers",
     "examine",
     "examine_config",

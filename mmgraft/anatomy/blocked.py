@@ -87,7 +87,7 @@ def blocked_layer(
 
 def in_registry(attention: nn.Module) -> bool:
     """Return whether an attention calls a function of transformers' attention registry."""
-    return any("ALL_ATTENTION_FUNCTIONS" in source for source in _sources(attention))
+    return any("ALL_ATTENTION_FUNCTIONS" in source for source in _class_sources(type(attention)))
 
 
 def explicit_weights_reason(model: nn.Module, attention: nn.Module) -> str | None:
@@ -115,10 +115,6 @@ def explicit_weights_reason(model: nn.Module, attention: nn.Module) -> str | Non
     return None
 
 
-def _sources(module: nn.Module) -> list[str]:
-    return _class_sources(type(module))
-
-
 @cache  # finding a class in its file parses the whole file
 def _class_sources(module_class: type[nn.Module]) -> list[str]:
     sources = []
@@ -135,7 +131,7 @@ def _class_sources(module_class: type[nn.Module]) -> list[str]:
 def _interface_calls(attention: nn.Module) -> list[ast.Call]:
     return [
         node
-        for source in _sources(attention)[:1]
+        for source in _class_sources(type(attention))[:1]
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)

@@ -91,8 +91,3 @@ def decoder_layers(model: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
     layers = get_path(model, anatomy.layers_path)
     assert isinstance(layers, nn.ModuleList)
     return layers
-
-
-def attention_of(layer: nn.Module, anatomy: Anatomy) -> nn.Module:
-    """Return the self-attention inside one decoder layer."""
-    return get_path(layer, anatomy.attention_name)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from mmgraft.basefiles.files import ModelFiles, copy_tokenizer, fetch, load_config, resolve
+from mmgraft.basefiles.files import (
+    ModelFiles,
+    copy_tokenizer,
+    fetch,
+    find_tokenizer,
+    load_config,
+    resolve,
+)
 from mmgraft.basefiles.fingerprint import compare_fingerprints, fingerprint
-from mmgraft.basefiles.parts import BaseParts, read_layers, read_modules
+from mmgraft.basefiles.parts import read_layers, read_modules
 from mmgraft.basefiles.tensors import TensorReader
 
 __all__ = [
-    "BaseParts",
     "ModelFiles",
     "TensorReader",
     "compare_fingerprints",
     "copy_tokenizer",
     "fetch",
+    "find_tokenizer",
     "fingerprint",
     "load_config",
     "read_layers",

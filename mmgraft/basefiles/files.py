@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmgraft.anatomy import refuse_non_causal
@@ -171,6 +171,14 @@ def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
         MMGraftError: See :func:`fetch`.
     """
     return fetch(name, revision, _SMALL)
+
+
+def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a model's folder; None where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -14,41 +13,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.quantization_config import Mxfp4Config
 
-from mmgraft.anatomy import Anatomy, examine_config, get_path, skeleton
+from mmgraft.anatomy import Anatomy, skeleton
 from mmgraft.basefiles.tensors import TensorReader
 from mmgraft.errors import UsageError
-
-
-@dataclass(frozen=True)
-class BaseParts:
-    """Modules of a base, of its own classes, on the CPU in eval mode.
-
-    Attributes:
-        layers: The decoder layers that were wanted, in that order.
-        embedding: The token embedding, or None if not wanted.
-        norm: The final norm, or None if not wanted or not there.
-        head: The head, or None if not wanted. Its weight is the embedding's own where the base
-            ties them and both were wanted.
-        config: The base's configuration as the modules know it.
-    """
-
-    layers: list[nn.Module]
-    embedding: nn.Module | None
-    norm: nn.Module | None
-    head: nn.Module | None
-    config: PreTrainedConfig
 
 
 def read_layers(
     reader: TensorReader,
     config: PreTrainedConfig,
-    layers: Sequence[int],
-    embedding: bool = False,
-    norm: bool = False,
-    head: bool = False,
-    dtype: torch.dtype | None = None,
-    anatomy: Anatomy | None = None,
-) -> BaseParts:
+    layers: Collection[int],
+    owns: Collection[str],
+    anatomy: Anatomy,
+) -> PreTrainedModel:
     """Read chosen parts of a base, and of its tensors only theirs.
 
     The base's own class is built on the meta device, everything that is not wanted is taken out
@@ -59,33 +35,24 @@ def read_layers(
     Args:
         reader: The base's tensors.
         config: The base's configuration; it is not changed.
-        layers: Numbers of the layers, counted from 0, each at most once.
-        embedding: Read the token embedding.
-        norm: Read the final norm.
-        head: Read the head; of a tied base that is the embedding's tensor.
-        dtype: Dtype of the parts; by default the one that the base itself loads in.
-        anatomy: Anatomy of the same configuration, where it was examined before.
+        layers: Numbers of the layers, counted from 0.
+        owns: Which of ``embedding``, ``norm`` (where there is one) and ``head`` to read; the head
+            of a tied base is the embedding's tensor.
+        anatomy: Anatomy of the same configuration.
+
+    Returns:
+        The base without all other parts, in eval mode on the CPU.
 
     Raises:
         UsageError: The base lacks tensors of these parts, or its checkpoint is quantised by
             another method than MXFP4, which is unpacked.
     """
-    _refuse_quantised(config, reader.files.id)
-    anatomy = anatomy or examine_config(config)
-    tied_head = head and anatomy.tied
+    tied_head = "head" in owns and anatomy.tied
+    paths = {name: getattr(anatomy, f"{name}_path") for name in owns}
     wanted = {f"{anatomy.layers_path}.{index}" for index in layers}
-    wanted |= {anatomy.embedding_path} if embedding or tied_head else set()
-    wanted |= {anatomy.norm_path} if norm and anatomy.norm_path else set()
-    wanted |= {anatomy.head_path} if head else set()
-    model = read_modules(reader, config, wanted, dtype, tied_head)
-    loaded = get_path(model, anatomy.layers_path)
-    return BaseParts(
-        layers=[loaded._modules[str(index)] for index in layers],  # type: ignore[misc]
-        embedding=get_path(model, anatomy.embedding_path) if embedding else None,
-        norm=get_path(model, anatomy.norm_path) if norm and anatomy.norm_path else None,
-        head=get_path(model, anatomy.head_path) if head else None,
-        config=model.config,
-    )
+    wanted |= {path for path in paths.values() if path is not None}
+    wanted |= {anatomy.embedding_path} if tied_head else set()
+    return read_modules(reader, config, wanted, tied=tied_head)
 
 
 def read_modules(

@@ -83,14 +83,18 @@ class LazyTensor:
         return math.prod(self.shape)
 
 
-def read_headers(folder: Path) -> dict[str, TensorEntry]:
+def read_headers(folder: Path, stem: str = "model") -> dict[str, TensorEntry]:
     """Return where each tensor of a folder's safetensors files lies; empty where it has none.
+
+    Args:
+        folder: A model's or a graft's.
+        stem: How the files' names begin: ``model`` (then others are taken too) or ``graft``.
 
     Raises:
         UsageError: A shard is missing, cut short or no safetensors file.
     """
     entries: dict[str, TensorEntry] = {}
-    for file in _weight_files(folder, "model", ".safetensors"):
+    for file in _weight_files(folder, stem, ".safetensors"):
         entries.update(_read_header(file))
     return entries
 
@@ -127,7 +131,7 @@ def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
     index = folder / f"{stem}{suffix}.index.json"
     if not index.is_file():
         single = folder / f"{stem}{suffix}"
-        every = folder.glob(f"*{suffix}" if suffix == ".safetensors" else f"{stem}*{suffix}")
+        every = folder.glob(f"*{suffix}" if stem == "model" else f"{stem}*{suffix}")
         others = sorted(path for path in every if "adapter" not in path.name)
         return [single] if single.is_file() else others
     try:
@@ -149,7 +153,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(
-            f"{file} is not a whole safetensors file ({error}); fetch it again"
+            f"{file} is not a whole safetensors file but corrupt ({error}); fetch it again"
         ) from error
     header.pop("__metadata__", None)
     for name, value in header.items():

@@ -6,22 +6,22 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli.console import note, print_json, show_error
+from mmgraft.cli.loading import load_answerer, seed_sampling
 from mmgraft.cli.options import (
-    BaseOption,
-    DeviceOption,
-    DtypeOption,
+    LOADING,
     JsonFlag,
     MaxNewTokensOption,
-    QuantizationOption,
-    RevisionOption,
     RunArgument,
     SamplingSeedOption,
     TemperatureOption,
-    VerifyOption,
     WorkflowOption,
     argument,
     option,
+    with_options,
 )
+from mmgraft.errors import UsageError
+from mmgraft.runs.find import find_run
 
 if TYPE_CHECKING:
     from mmgraft.inference import Dialogue
@@ -38,6 +38,7 @@ ImageOption = Annotated[list[str] | None, option("--image", "Image to show; may 
 TopPOption = Annotated[float | None, option("--top-p", "Nucleus to sample from.", min=0.0, max=1.0)]
 
 
+@with_options("json", LOADING)
 def chat(
     run: RunArgument = None,
     prompt: PromptArgument = None,
@@ -48,26 +49,17 @@ def chat(
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = None,
     seed: SamplingSeedOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    quantization: QuantizationOption = None,
-    base: BaseOption = None,
-    verify: VerifyOption = "fast",
-    revision: RevisionOption = None,
     json: JsonFlag = False,
+    **loading: Any,
 ) -> None:
     """Talk with a grafted model. Without an image it is the base itself, word for word.
 
     /image PATH brings an image in at any turn, also into a dialogue that began as text.
     """
-    from mmgraft.cli.console import note, print_json
-    from mmgraft.cli.loading import load_answerer, seed_sampling
-    from mmgraft.errors import UsageError
-
     run, prompt = _which(run, prompt)
     if json and prompt is None:
         raise UsageError("--json needs a prompt: mmgraft chat RUN 'What is this?' --json")
-    answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
+    answerer = load_answerer(run, **loading)
     dialogue = _dialogue(answerer, system, workflow, image or [])
     _warn_of_lacks(answerer)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
@@ -97,9 +89,6 @@ def _dialogue(
 
 def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
     """Return run and prompt; a lone argument that names no folder and no Hub id is the prompt."""
-    from mmgraft.cli.console import note
-    from mmgraft.runs.find import find_run
-
     if run is not None and prompt is None and not Path(run).expanduser().exists():
         words = run.strip().split()
         if len(words) != 1 or run.count("/") != 1:
@@ -110,9 +99,6 @@ def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
 
 
 def _talk(dialogue: Dialogue, settings: dict[str, Any]) -> None:
-    from mmgraft.cli.console import note, show_error
-    from mmgraft.errors import UsageError
-
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -152,7 +138,6 @@ def _say(dialogue: Dialogue, text: str, settings: dict[str, Any]) -> None:
 
 
 def _warn_of_lacks(answerer: Any) -> None:
-    from mmgraft.cli.console import note
     from mmgraft.model.files.summary import limits
 
     found = limits(answerer.model.workflow().record)

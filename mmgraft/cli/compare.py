@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,68 +12,37 @@ if TYPE_CHECKING:
     from mmgraft.comparison.plan import ComparisonPlan, StagePlan
     from mmgraft.comparison.spec import Comparison
 
-_SHARED, _TRIAL = "What all arms share", "Less than all"
-
-
-RecipeArgument = Annotated[
-    str, argument("A shipped comparison (`mmgraft recipes ls`), or a YAML file.")
-]
-OutOption = Annotated[Path | None, option("--out", "Folder; ./compare-NAME when not given.")]
-BaseOption = Annotated[str | None, option("--base", "Alias, Hub id or folder.", panel=_SHARED)]
-VisionOption = Annotated[
-    str | None, option("--vision", "Hub id, folder or registered tower.", panel=_SHARED)
-]
-RootOption = Annotated[
-    str | None, option("--root", "Folder that the file's paths start from.", panel=_SHARED)
-]
-DataOption = Annotated[
-    list[str] | None,
-    option(
-        "--data",
-        "Rows to train on, for all stages or as STAGE=FILE; may be repeated.",
-        panel=_SHARED,
-    ),
-]
-ImagesOption = Annotated[
-    str | None, option("--images", "Folder that image paths start from.", panel=_SHARED)
-]
-SeedOption = Annotated[int | None, option("--seed", "Seed of the order of rows.", panel=_SHARED)]
-_SET_HELP = "KEY=VALUE in every arm's recipe, or ARM:KEY=VALUE in one; may be repeated."
-SetOption = Annotated[list[str] | None, option("--set", _SET_HELP, panel=_SHARED)]
-OnlyOption = Annotated[
-    list[str] | None, option("--only", "Run this arm; may be repeated.", panel=_TRIAL)
-]
-MaxStepsOption = Annotated[
-    int | None, option("--max-steps", "Largest number of steps a stage.", panel=_TRIAL, min=1)
-]
-LimitOption = Annotated[
-    int | None, option("--limit", "Largest number of items a set.", panel=_TRIAL, min=1)
-]
-TrainOnlyFlag = Annotated[bool, option("--train-only", "Evaluate in a later call.", panel=_TRIAL)]
-BatchSizeOption = Annotated[
-    int | None, option("--batch-size", "Questions a batch in evaluation.", min=1)
-]
-DeviceOption = Annotated[
-    str | None, option("--device", "cuda, mps or cpu; default: the first available.")
-]
+_shared = partial(option, panel="What all arms share")
+_STAGE_KEYS = ("trains", "rows", "rows_a_step", "sequences_a_step", "steps")
+_trial = partial(option, panel="Less than all")
 
 
 def compare(
-    recipe: RecipeArgument,
-    out: OutOption = None,
-    base: BaseOption = None,
-    vision: VisionOption = None,
-    root: RootOption = None,
-    data: DataOption = None,
-    images: ImagesOption = None,
-    seed: SeedOption = None,
-    set_: SetOption = None,
-    only: OnlyOption = None,
-    max_steps: MaxStepsOption = None,
-    limit: LimitOption = None,
-    train_only: TrainOnlyFlag = False,
-    batch_size: BatchSizeOption = None,
-    device: DeviceOption = None,
+    recipe: Annotated[
+        str, argument("A shipped comparison (`mmgraft recipes ls`), or a YAML file.")
+    ],
+    out: Annotated[Path | None, option("Folder; ./compare-NAME when not given.")] = None,
+    base: Annotated[str | None, _shared("Alias, Hub id or folder.")] = None,
+    vision: Annotated[str | None, _shared("Hub id, folder or registered tower.")] = None,
+    root: Annotated[str | None, _shared("Folder that the file's paths start from.")] = None,
+    data: Annotated[
+        list[str] | None,
+        _shared("Rows to train on, for all stages or as STAGE=FILE; may be repeated."),
+    ] = None,
+    images: Annotated[str | None, _shared("Folder that image paths start from.")] = None,
+    seed: Annotated[int | None, _shared("Seed of the order of rows.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        _shared(
+            "--set", "KEY=VALUE in every arm's recipe, or ARM:KEY=VALUE in one; may be repeated."
+        ),
+    ] = None,
+    only: Annotated[list[str] | None, _trial("Run this arm; may be repeated.")] = None,
+    max_steps: Annotated[int | None, _trial("Largest number of steps a stage.", min=1)] = None,
+    limit: Annotated[int | None, _trial("Largest number of items a set.", min=1)] = None,
+    train_only: Annotated[bool, _trial("--train-only", "Evaluate in a later call.")] = False,
+    batch_size: Annotated[int | None, option("Questions a batch in evaluation.", min=1)] = None,
+    device: Annotated[str | None, option("cuda, mps or cpu; default: the first available.")] = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -151,14 +121,7 @@ def summary(plan: ComparisonPlan) -> dict[str, Any]:
                 "own_budget": arm.own_budget,
                 "done": list(arm.done),
                 "stages": [
-                    {
-                        "stage": stage.name,
-                        "trains": list(stage.trains),
-                        "rows": stage.rows,
-                        "rows_a_step": stage.rows_a_step,
-                        "sequences_a_step": stage.sequences_a_step,
-                        "steps": stage.steps,
-                    }
+                    {"stage": stage.name, **{key: getattr(stage, key) for key in _STAGE_KEYS}}
                     for stage in arm.stages
                 ],
             }

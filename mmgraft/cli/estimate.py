@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli.console import human_count, print_json, stdout, table
 from mmgraft.cli.options import JsonFlag, argument, option
+from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
-    from mmgraft.training.memory.request import Request
+    from mmgraft.training.memory.estimate import Estimator
 
 _PLAN, _ROWS = "What is trained", "Length of rows"
 _OF_SEVERAL = ("of others, for a moment",)
@@ -49,15 +51,12 @@ def estimate(
 
     Every step of the real code runs on shapes alone: of base and tower only configs are read.
     """
-    from mmgraft.errors import UsageError
-
     if device not in ("cuda", "cpu"):
         raise UsageError(f"--device {device}: write cuda or cpu")
     # Everything below loads torch.
-    from mmgraft.cli.console import print_json
     from mmgraft.training.memory.request import read_request
 
-    request = read_request(
+    estimator = read_request(
         target,
         recipe=recipe,
         base=base,
@@ -69,43 +68,41 @@ def estimate(
         device=device,
         processes=processes,
     )
-    found = _found(request)
+    found = _found(estimator)
     if json:
         print_json(found)
     else:
         _show(found)
 
 
-def _found(request: Request) -> dict[str, Any]:
+def _found(estimator: Estimator) -> dict[str, Any]:
     from mmgraft.training.memory.cards import reserve, smallest
     from mmgraft.training.memory.estimate import not_counted
     from mmgraft.training.memory.switches import peak_of, savings
 
-    estimator, recipe = request.estimator(), request.recipe
-    stages = estimator.stages(recipe)
+    recipe, subject = estimator.recipe, estimator.subject
+    stages = estimator.stages()
     card = smallest(peak_of(stages))
-    files, record = request.subject.files, request.subject.record
+    files, record = subject.files, subject.record
     return {
         "recipe": recipe.name,
         "method": recipe.method,
         "base": record.base.id if files.id.startswith("./") else files.id,
-        "tower": request.subject.vision.name,
-        "device": request.device,
+        "tower": subject.vision.name,
+        "device": estimator.device,
         "quantization": recipe.quantization,
-        "processes": request.processes,
+        "processes": estimator.processes,
         "parallel": recipe.parallel,
         "stages": [asdict(stage) for stage in stages],
         "peak": peak_of(stages),
         "reserve": reserve(),
         "card": None if card is None else {"gb": card.gb, "such_as": card.such_as},
-        "savings": [asdict(one) for one in savings(estimator, recipe)],
-        "not_counted": not_counted(recipe, request.device, request.processes),
+        "savings": [asdict(one) for one in savings(estimator)],
+        "not_counted": not_counted(recipe, estimator.device, estimator.processes),
     }
 
 
 def _show(found: dict[str, Any]) -> None:
-    from mmgraft.cli.console import stdout, table
-
     out, stages, several = stdout(), found["stages"], found["processes"] > 1
     lines = [
         f"{found['recipe']} ({found['method']}) on {found['base']}, seen with {found['tower']}"
@@ -134,8 +131,6 @@ def _show(found: dict[str, Any]) -> None:
 
 def _lines(stage: dict[str, Any]) -> dict[str, Any]:
     """Build a stage's column of the table: what stands beside each label."""
-    from mmgraft.cli.console import human_count
-
     layers = stage["layers"]
     return {
         "rows at once": stage["batch_size"],

@@ -1,4 +1,4 @@
-"""`mmgraft eval`."""
+"""``mmgraft eval``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from mmgraft.runs.results import Results
 
 _EVERY = 5.0  # seconds between two lines of progress
+_PASSED_ON = (
+    "text", "vision", "iit", "workflow", "batch_size", "limit", "include_path", "dialogues",
+    "dialogue_count", "untouched",
+)  # fmt: skip
+"""Options that :class:`Evaluation` has by the same names."""
 _sets = partial(option, panel="Which sets")
 _one = partial(option, panel="A set without a recipe")
 
@@ -82,28 +87,9 @@ def _evaluate(given: Any) -> None:
     from mmgraft.runs.find import find_run
 
     folder = find_run(given.run, announce=note)
-    keys = ("images", "train", "name", "prompt", "boxes", "metric")
-    one = {key: getattr(given, key) for key in keys} | {"columns": _columns(given.column)}
-    only = given.only or ()
-    if given.data is None:
-        specs = _several(folder, given.sets, one, only, given.limit)
-    else:
-        several = given.sets is not None or bool(only)
-        specs = _given(given.data, one, given.text, given.limit, several)
+    named = {key: getattr(given, key) for key in _PASSED_ON}
     evaluation = Evaluation(
-        run=folder,
-        specs=tuple(specs),
-        text=given.text,
-        vision=given.vision,
-        iit=given.iit,
-        tasks=_listed(given.harness),
-        workflow=given.workflow,
-        batch_size=given.batch_size,
-        limit=given.limit,
-        include_path=given.include_path,
-        dialogues=given.dialogues,
-        dialogue_count=given.dialogue_count,
-        untouched=given.untouched,
+        folder, tuple(_specs(folder, given)), tasks=_listed(given.harness), **named
     )
     if given.data is not None:
         evaluation = evaluation.with_parts_of_sets()
@@ -145,33 +131,27 @@ def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
 # -- which sets ---------------------------------------------------------------------------------
 
 
-def _several(
-    run: Path, sets: str | None, one: dict[str, Any], only: Sequence[str], limit: int | None
-) -> list[SetSpec]:
-    """Return sets of a file or of the run's recipe."""
-    from mmgraft.errors import UsageError
-    from mmgraft.evaluation.sets import choose_sets, load_sets, run_sets
-
-    if any(value is not None for value in one.values()):
-        raise UsageError(
-            "--metric, --images, --train, --name, --prompt, --boxes and --column are of a set "
-            "named by --data FILE; give it, or write them into a file for --sets"
-        )
-    return choose_sets(run_sets(run) if sets is None else load_sets(sets), only, limit)
-
-
-def _given(
-    data: str, one: dict[str, Any], text: bool, limit: int | None, several: bool
-) -> list[SetSpec]:
-    """Return the set of ``--data``."""
+def _specs(run: Path, given: Any) -> list[SetSpec]:
+    """Return the set of ``--data``, else sets of a file or of the run's recipe."""
     from mmgraft.errors import UsageError
     from mmgraft.evaluation.items.packaged_text import PACKAGED
-    from mmgraft.evaluation.sets import choose_sets, given_set
+    from mmgraft.evaluation.sets import choose_sets, given_set, load_sets, run_sets
 
-    if several:
+    keys = ("images", "train", "name", "prompt", "boxes", "metric")
+    one = {key: getattr(given, key) for key in keys} | {"columns": _columns(given.column)}
+    only = given.only or ()
+    if given.data is None:
+        if any(value is not None for value in one.values()):
+            raise UsageError(
+                "--metric, --images, --train, --name, --prompt, --boxes and --column are of a set "
+                "named by --data FILE; give it, or write them into a file for --sets"
+            )
+        sets = run_sets(run) if given.sets is None else load_sets(given.sets)
+        return choose_sets(sets, only, given.limit)
+    if given.sets is not None or only:
         raise UsageError("--data is one set, --sets and --only choose of several; give one of them")
-    modality = "text" if text or data in PACKAGED else None
-    return choose_sets([given_set(data, modality=modality, **one)], (), limit)
+    modality = "text" if given.text or given.data in PACKAGED else None
+    return choose_sets([given_set(given.data, modality=modality, **one)], (), given.limit)
 
 
 def _columns(given: Sequence[str] | None) -> dict[str, str] | None:
@@ -233,18 +213,13 @@ def _show(results: Results) -> None:
         out.print(f"text against the untouched base: {same}", markup=False)
     if not results.sets:
         return
-    beside = [{"base": one.base, "change": one.change, **one.blind} for one in results.sets]
-    used = [
-        name
-        for name in ("base", "change", "prior", "no_image")
-        if any(
-            one.main in found.get(name, {}) for one, found in zip(results.sets, beside, strict=True)
-        )
-    ]
+    found = [(one, {"base": one.base, "change": one.change, **one.blind}) for one in results.sets]
+    names = ("base", "change", "prior", "no_image")
+    used = [name for name in names if any(one.main in more.get(name, {}) for one, more in found)]
     rows = [
         [one.name, one.metric, one.items, one.main, str(one.scores[one.main])]
-        + [str(found.get(name, {}).get(one.main, "")) for name in used]
-        for one, found in zip(results.sets, beside, strict=True)
+        + [str(more.get(name, {}).get(one.main, "")) for name in used]
+        for one, more in found
     ]
     columns = ["set", "metric", "items", "score", "graft", *used]
     out.print(table(columns, rows, title=results.section))

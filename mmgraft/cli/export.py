@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from mmgraft.cli.console import human_bytes, note, print_json, stdout, table
+from mmgraft.cli.loading import check_dtype, quiet_bars
 from mmgraft.cli.options import BaseOption, DryRunFlag, JsonFlag, RunArgument, option
+from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.runs.find import find_run
 
 if TYPE_CHECKING:
     from mmgraft.export.folder import Exported, Kind
@@ -13,19 +17,20 @@ if TYPE_CHECKING:
 _KINDS = ("graft", "full", "llava")
 
 
+_TO = "graft: the adapter alone; full: with base and tower; llava: stock LLaVA."
+_To = Annotated[str, option("--to", _TO)]
+_WORKFLOW = "Workflow to export, where an import wrote several."
+_Workflow = Annotated[str | None, option("--workflow", _WORKFLOW)]
+_DTYPE = "llava: bfloat16, float32 or float16. Default: the base's."
+_Dtype = Annotated[str | None, option("--dtype", _DTYPE)]
+
+
 def export(
     run: RunArgument = None,
-    to: Annotated[
-        str,
-        option("--to", "graft: the adapter alone; full: with base and tower; llava: stock LLaVA."),
-    ] = "",
+    to: _To = "",
     out: Annotated[Path | None, option("--out", "-o", "Folder. Default: ./<graft>-<to>.")] = None,
-    workflow: Annotated[
-        str | None, option("--workflow", "Workflow to export, where an import wrote several.")
-    ] = None,
-    dtype: Annotated[
-        str | None, option("--dtype", "llava: bfloat16, float32 or float16. Default: the base's.")
-    ] = None,
+    workflow: _Workflow = None,
+    dtype: _Dtype = None,
     base: BaseOption = None,
     force: Annotated[bool, option("--force", "Replace an earlier export in the folder.")] = False,
     dry_run: DryRunFlag = False,
@@ -37,9 +42,6 @@ def export(
     To llava: an IAA graft of structure c, or a LLaVA one, as an ordinary model of transformers; it
     is compared with the graft before it is kept.
     """
-    from mmgraft.cli.console import note, print_json
-    from mmgraft.cli.loading import quiet_bars
-
     _check(to, dtype)
     kind = cast("Kind", to)
     quiet_bars(json)
@@ -59,8 +61,6 @@ def export(
 def _write(
     run: Path, out: Path, kind: Kind, base: str | None, dtype: str | None, dry_run: bool
 ) -> Exported:
-    from mmgraft.cli.console import note
-
     if kind == "graft":
         from mmgraft.export.graft import export_graft
 
@@ -76,9 +76,6 @@ def _write(
 
 def _check(to: str, dtype: str | None) -> None:
     """Refuse options that need no model to be refused."""
-    from mmgraft.cli.loading import check_dtype
-    from mmgraft.errors import UsageError, did_you_mean
-
     if not to:
         raise UsageError(f"say what to write with --to: {', '.join(_KINDS)}")
     if to not in _KINDS:
@@ -92,9 +89,6 @@ def _check(to: str, dtype: str | None) -> None:
 
 
 def _find(run: str | None) -> Path:
-    from mmgraft.cli.console import note
-    from mmgraft.runs.find import find_run
-
     if run is None or Path(run).expanduser().exists() or run.count("/") != 1:
         return find_run(run, announce=note)
     from mmgraft.model.files.load import graft_folder
@@ -116,8 +110,6 @@ def _summary(result: Exported) -> dict[str, Any]:
 
 
 def _show(result: Exported) -> None:
-    from mmgraft.cli.console import human_bytes, stdout, table
-
     rows = [[name, human_bytes(size)] for name, size in result.files.items()]
     rows.append([f"{len(result.files)} files", human_bytes(sum(result.files.values()))])
     verb = "written to" if result.written else "would be written to"

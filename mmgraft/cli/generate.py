@@ -6,24 +6,23 @@ import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli.console import note, print_json
+from mmgraft.cli.loading import load_answerer, seed_sampling
 from mmgraft.cli.options import (
-    BaseOption,
-    DeviceOption,
+    LOADING,
     DryRunFlag,
-    DtypeOption,
     ImagesOption,
     JsonFlag,
     MaxNewTokensOption,
     OverwriteFlag,
-    QuantizationOption,
-    RevisionOption,
     SamplingSeedOption,
     TemperatureOption,
-    VerifyOption,
     WorkflowOption,
     argument,
     option,
+    with_options,
 )
+from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from mmgraft.inference import Answerer
 
 
+@with_options("force", LOADING)
 def generate(
     run: Annotated[str, argument("Folder or Hub id of a graft.")],
     rows: Annotated[Path, argument("Messages jsonl or LLaVA json.")],
@@ -44,30 +44,22 @@ def generate(
     seed: SamplingSeedOption = None,
     workflow: WorkflowOption = None,
     limit: Annotated[int | None, option("--limit", "Answer the first rows only.", min=1)] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    quantization: QuantizationOption = None,
-    base: BaseOption = None,
-    verify: VerifyOption = "fast",
-    revision: RevisionOption = None,
     force: OverwriteFlag = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
+    **loading: Any,
 ) -> None:
     """Answer the last user's turn of every row, in batches.
 
     Rows of about one length are answered together; the output keeps the order of the input. It
     appears under its name when it is whole.
     """
-    from mmgraft.cli.console import note, print_json
-    from mmgraft.cli.loading import load_answerer, seed_sampling
-
     found, prompts = _read(rows, images, limit, out, force)
     if dry_run:
         note(f"would answer {len(found)} rows of {rows} in batches of {batch_size}")
         return
     _check_images(found, prompts)
-    answerer = load_answerer(run, device, dtype, quantization, base, verify, revision)
+    answerer = load_answerer(run, **loading)
     seed_sampling(seed)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     settings |= {"do_sample": temperature > 0, "temperature": temperature or None}
@@ -84,7 +76,6 @@ def _read(
 ) -> tuple[list[Row], list[Sequence[dict[str, Any]]]]:
     """Read rows and the prompt of each, once it is known that the answers can be written."""
     from mmgraft.data.formats.sources import read_rows
-    from mmgraft.errors import UsageError
     from mmgraft.inference import prompt_of
 
     if out.exists() and not force:
@@ -113,8 +104,6 @@ def _answer(
     settings: dict[str, Any],
 ) -> list[str]:
     """Return the answers in the order of the rows, rows of about one length answered together."""
-    from mmgraft.cli.console import note
-
     lengths = [
         len(answerer.processor.encode(prompt, where=row.where))
         for prompt, row in zip(prompts, rows, strict=True)

@@ -1,23 +1,38 @@
-"""`mmgraft graft`."""
+"""``mmgraft graft``."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-import typer
+import yaml
 
-from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption
-from mmgraft.grafts.registry import built_in, methods
+from mmgraft.aliases import default_tower, resolve_alias
+from mmgraft.atomic import atomic_text
+from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
+from mmgraft.cli.loading import uncollected
+from mmgraft.cli.options import (
+    DryRunFlag,
+    ForceFlag,
+    JsonFlag,
+    RevisionOption,
+    argument,
+    option,
+    with_options,
+)
+from mmgraft.errors import UsageError
+from mmgraft.grafts.registry import built_in, get_method, methods, moved
+from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
+from mmgraft.recipes.recipe import GraftDefaults, Recipe
+from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe
 from mmgraft.strict import Option
+from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
+from mmgraft.vision.projectors.registry import find_projector
+from mmgraft.vision.spec import VisionSpec
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
-
-    from mmgraft.recipes.recipe import GraftDefaults, Recipe
-    from mmgraft.vision.projectors.configs import ProjectorConfig
 
 _OF_A_RUN = (
     "checkpoints",
@@ -31,94 +46,66 @@ _SEE = "Tower, projector and text"
 _METHODS = ", ".join(method.name for method in built_in() if method.recipe)
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for every setting of a method that says it is one, as keywords."""
-    signature = inspect.signature(command, eval_str=True)
-    given = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    names = [one.name for one in given]
-    made: dict[str, inspect.Parameter] = {}
+def _settings() -> dict[str, tuple[Any, None]]:
+    """Return an option for every setting of a method that says it is one."""
+    made: dict[str, tuple[Any, None]] = {}
     for method in methods().values():
         for name, info in method.config_class.model_fields.items():
-            option = next((one for one in info.metadata if isinstance(one, Option)), None)
-            if option is not None and name not in made and name not in names:
-                made[name] = _setting(name, info, option, f"Method {method.name}")
-    at = names.index("layers") + 1
-    parameters = [*given[:at], *made.values(), *given[at:]]
-    command.__dict__["__signature__"] = signature.replace(parameters=parameters)
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    return command
+            found = next((one for one in info.metadata if isinstance(one, Option)), None)
+            if found is not None and name not in made:
+                made[name] = _setting(name, info, found.help, f"Method {method.name}"), None
+    return made
 
 
-def _setting(name: str, info: FieldInfo, option: Option, panel: str) -> inspect.Parameter:
+def _setting(name: str, info: FieldInfo, text: str, panel: str) -> Any:
     flag = f"--{name.replace('_', '-')}"
     types = [one for one in (info.annotation, *get_args(info.annotation)) if isinstance(one, type)]
     kind = next((one for one in types if one in (bool, int, float)), str)
     if kind is bool and info.default:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    shown = typer.Option(flag, help=option.help, rich_help_panel=panel)
-    annotation = Annotated[kind | None, shown]
-    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
+    return Annotated[kind | None, option(flag, text, panel=panel)]
 
 
-@with_settings
+_Base = Annotated[str, argument("Alias, Hub id or folder of the language model.")]
+_Method = Annotated[str | None, option("--method", f"{_METHODS} or an installed one.")]
+_LAYERS = "Where: 22,24 or 0-31:5, every:4, last:8, all."
+_Layers = Annotated[str | None, option("--layers", _LAYERS)]
+_TOWER = "Hub id, folder or registered tower."
+_Vision = Annotated[str | None, option("--vision", _TOWER, panel=_SEE)]
+_FEATURES = "Hidden state of the tower; -2."
+_FeatureLayer = Annotated[int | None, option("--feature-layer", _FEATURES, panel=_SEE)]
+_PROJECTOR = "mlp, linear, pixel_shuffle, pool or an installed one; mlp."
+_Projector = Annotated[str | None, option("--projector", _PROJECTOR, panel=_SEE)]
+_NORM = "--projector-norm/--no-projector-norm", "A norm before the projector."
+_ProjectorNorm = Annotated[bool | None, option(*_NORM, panel=_SEE)]
+_TEMPLATE = "chat, plain or a jinja file."
+_Template = Annotated[str | None, option("--template", _TEMPLATE, panel=_SEE)]
+_Workflow = Annotated[str | None, option("--workflow", "Name of the new workflow; mm.")]
+_RECIPE = "Shipped name or file: its settings, and how to train."
+_Recipe = Annotated[str | None, option("--recipe", _RECIPE)]
+_SET = "KEY=VALUE of the method's config; may be repeated."
+_Set = Annotated[list[str] | None, option("--set", _SET)]
+_Out = Annotated[Path | None, option("--out", "Folder; ./<model>-<method> when not given.")]
+_VERIFY = "full hashes every byte of the base, not its edges."
+_Verify = Annotated[str, option("--verify", _VERIFY)]
+
+
+@with_options("vision", _settings())
 def graft(
-    base: Annotated[str, typer.Argument(help="Alias, Hub id or folder of the language model.")],
-    method: Annotated[
-        str | None, typer.Option("--method", help=f"{_METHODS} or an installed one.")
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option("--layers", help="Where: 22,24 or 0-31:5, every:4, last:8, all."),
-    ] = None,
-    vision: Annotated[
-        str | None,
-        typer.Option("--vision", help="Hub id, folder or registered tower.", rich_help_panel=_SEE),
-    ] = None,
-    feature_layer: Annotated[
-        int | None,
-        typer.Option(
-            "--feature-layer", help="Hidden state of the tower; -2.", rich_help_panel=_SEE
-        ),
-    ] = None,
-    projector: Annotated[
-        str | None,
-        typer.Option(
-            "--projector",
-            help="mlp, linear, pixel_shuffle, pool or an installed one; mlp.",
-            rich_help_panel=_SEE,
-        ),
-    ] = None,
-    projector_norm: Annotated[
-        bool | None,
-        typer.Option(
-            "--projector-norm/--no-projector-norm",
-            help="A norm before the projector.",
-            rich_help_panel=_SEE,
-        ),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option("--template", help="chat, plain or a jinja file.", rich_help_panel=_SEE),
-    ] = None,
-    workflow: Annotated[
-        str | None, typer.Option("--workflow", help="Name of the new workflow; mm.")
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", help="Shipped name or file: its settings, and how to train."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of the method's config; may be repeated."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder; ./<model>-<method> when not given.")
-    ] = None,
+    base: _Base,
+    method: _Method = None,
+    layers: _Layers = None,
+    vision: _Vision = None,
+    feature_layer: _FeatureLayer = None,
+    projector: _Projector = None,
+    projector_norm: _ProjectorNorm = None,
+    template: _Template = None,
+    workflow: _Workflow = None,
+    recipe: _Recipe = None,
+    set_: _Set = None,
+    out: _Out = None,
     revision: RevisionOption = None,
-    verify: Annotated[
-        str, typer.Option("--verify", help="full hashes every byte of the base, not its edges.")
-    ] = "fast",
+    verify: _Verify = "fast",
     force: ForceFlag = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
@@ -128,42 +115,19 @@ def graft(
 
     The base is never loaded: only the tensors that the graft copies are read from its files.
     """
-    from mmgraft.aliases import default_tower, resolve_alias
-    from mmgraft.cli.console import note, print_json
-    from mmgraft.errors import UsageError
-    from mmgraft.grafts.registry import get_method
-    from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe
-    from mmgraft.vision.spec import VisionSpec
-
     chosen = load_recipe(recipe, method=method) if recipe is not None else None
-    kind = get_method(method or (chosen.method if chosen else _missing_method()))
-    config = _config(kind, {"layers": layers, **settings}, set_ or [], chosen)
+    config = _config(method, {"layers": layers, **settings}, set_ or [], chosen)
     kind = get_method(config.method)
-    if verify not in ("fast", "full"):
-        raise UsageError(f"--verify {verify}: choose fast or full")
     target = out or Path(f"{_short(base)}-{kind.name}")
-    folder_base = resolve_alias(base)
     defaults = chosen.graft if chosen else None
-    spec = VisionSpec.from_name(vision or (defaults and defaults.vision) or default_tower())
-    if vision is None and defaults and defaults.vision_options:
-        spec = spec.model_copy(update={"options": dict(defaults.vision_options)})
-    layer = feature_layer if feature_layer is not None else defaults and defaults.feature_layer
-    if layer is not None:
-        spec = spec.model_copy(update={"feature_layer": layer})
+    tower = _tower(defaults, vision, feature_layer)
     written = find_recipe(recipe) if recipe is not None else method_recipe(kind)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
-        raise UsageError(
-            f"{target} is not empty; give --force to write into it, or another folder with --out"
-        )
-    from mmgraft.cli.loading import uncollected
-
+    _check(target, force, verify)
     with uncollected():  # here torch is loaded
         from mmgraft.model.files.create import create_graft
-        from mmgraft.model.files.summary import summarise_graft
-
     record = create_graft(
-        folder_base,
-        spec,
+        resolve_alias(base),
+        tower,
         config,
         target,
         workflow=workflow or (chosen and chosen.workflow) or "mm",
@@ -174,24 +138,41 @@ def graft(
         dry_run=dry_run,
     )
     if dry_run:
-        if json:
-            print_json({"folder": str(target), "written": False, **record.model_dump(mode="json")})
-            return
-        note(f"would write a graft of method {kind.name} on {folder_base} into {target}")
-        return
-    _put_aside(target)
-    if written is not None:
-        from mmgraft.atomic import atomic_text
+        _show_plan(record, target, f"{kind.name} on {resolve_alias(base)}", json)
+    else:
+        _finish(target, written, json)
 
-        atomic_text(target / "recipe.yaml", written.read_text(encoding="utf-8"))
-    summary = summarise_graft(target)
-    _report(summary, target, json)
+
+def _tower(
+    defaults: GraftDefaults | None, vision: str | None, feature_layer: int | None
+) -> VisionSpec:
+    """Return the tower: the recipe's unless another is named, then the option for its layer."""
+    spec = VisionSpec.from_name(vision or (defaults and defaults.vision) or default_tower())
+    if vision is None and defaults and defaults.vision_options:
+        spec = spec.model_copy(update={"options": dict(defaults.vision_options)})
+    layer = feature_layer if feature_layer is not None else defaults and defaults.feature_layer
+    return spec if layer is None else spec.model_copy(update={"feature_layer": layer})
+
+
+def _check(folder: Path, force: bool, verify: str) -> None:
+    """Refuse what can be refused before torch is loaded."""
+    if verify not in ("fast", "full"):
+        raise UsageError(f"--verify {verify}: choose fast or full")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not force:
+        raise UsageError(
+            f"{folder} is not empty; give --force to write into it, or another folder with --out"
+        )
+
+
+def _show_plan(record: GraftFile, folder: Path, what: str, json: bool) -> None:
+    if json:
+        print_json({"folder": str(folder), "written": False, **record.model_dump(mode="json")})
+    else:
+        note(f"would write a graft of method {what} into {folder}")
 
 
 def _put_aside(folder: Path) -> None:
     """Move what an earlier graft's training left, so that it is not taken for the new one's."""
-    from mmgraft.cli.console import note
-
     left = [folder / name for name in _OF_A_RUN if (folder / name).exists()]
     if not left:
         return
@@ -205,33 +186,25 @@ def _put_aside(folder: Path) -> None:
     note(f"what an earlier training left in {folder} is in {aside.name} now")
 
 
-def _missing_method() -> str:
-    from mmgraft.errors import UsageError
-    from mmgraft.grafts.registry import methods
-
-    raise UsageError(f"name the method with --method: {', '.join(methods())}")
-
-
 def _short(base: str) -> str:
     return Path(base.rstrip("/")).name.lower() or "model"
 
 
-def _config(kind: Any, given: dict[str, Any], settings: list[str], recipe: Recipe | None) -> Any:
-    """The method's config: the recipe's settings, then the options, then --set."""
-    import yaml
-
-    from mmgraft.cli.console import note
-    from mmgraft.errors import UsageError
-    from mmgraft.grafts.registry import get_method, moved
-
-    fields = kind.config_class.model_fields
+def _config(
+    method: str | None, given: dict[str, Any], settings: list[str], recipe: Recipe | None
+) -> Any:
+    """Return the method's config: the recipe's settings, then the options, then --set."""
+    method = method or (recipe.method if recipe else None)
+    if method is None:
+        raise UsageError(f"name the method with --method: {', '.join(methods())}")
+    fields = get_method(method).config_class.model_fields
     values: dict[str, Any] = dict(recipe.graft.config) if recipe else {}
     for name, value in given.items():
         if value is None:
             continue
         if name not in fields:
             raise UsageError(
-                f"--{name.replace('_', '-')} is no setting of method {kind.name}; "
+                f"--{name.replace('_', '-')} is no setting of method {method}; "
                 f"leave it out, or see: mmgraft methods"
             )
         is_list = get_origin(fields[name].annotation) is list
@@ -241,7 +214,7 @@ def _config(kind: Any, given: dict[str, Any], settings: list[str], recipe: Recip
         if not equals:
             raise UsageError(f"--set {setting}: write KEY=VALUE")
         values[key] = yaml.safe_load(text)
-    name, values, note_ = moved(kind.name, values)
+    name, values, note_ = moved(method, values)
     if note_ is not None:
         note(note_)
     return get_method(name).config_class.parse(values, f"settings of method {name}")
@@ -250,11 +223,7 @@ def _config(kind: Any, given: dict[str, Any], settings: list[str], recipe: Recip
 def _projector(
     defaults: GraftDefaults | None, name: str | None, norm: bool | None
 ) -> ProjectorConfig:
-    """The projector's settings: the recipe's where it names the same one, then the options."""
-    from mmgraft.errors import UsageError
-    from mmgraft.vision.projectors.configs import MlpConfig
-    from mmgraft.vision.projectors.registry import find_projector
-
+    """Return the settings: the recipe's where it names the same projector, then the options."""
     config: ProjectorConfig = defaults.projector if defaults else MlpConfig()
     if name not in (None, config.kind):
         config = find_projector(name).config_class.parse({}, f"settings of projector {name}")
@@ -265,10 +234,7 @@ def _projector(
     return config.model_copy(update={"norm": norm})
 
 
-def _template(spec: str | None) -> Any:
-    from mmgraft.errors import UsageError
-    from mmgraft.model.files.graft_file import TemplateChoice
-
+def _template(spec: str | None) -> TemplateChoice | None:
     if spec in (None, "chat"):
         return None
     if spec == "plain":
@@ -279,11 +245,14 @@ def _template(spec: str | None) -> Any:
     return TemplateChoice(kind="file", text=path.read_text(encoding="utf-8"))
 
 
-def _report(summary: Any, folder: Path, json: bool) -> None:
-    from dataclasses import asdict
+def _finish(folder: Path, recipe: Path | None, json: bool) -> None:
+    """Put the recipe beside a new graft, and show what was written."""
+    from mmgraft.model.files.summary import summarise_graft
 
-    from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
-
+    _put_aside(folder)
+    if recipe is not None:
+        atomic_text(folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
+    summary = summarise_graft(folder)
     if json:
         print_json({"folder": str(folder), "written": True, **asdict(summary)})
         return

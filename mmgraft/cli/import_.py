@@ -5,27 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from mmgraft.aliases import resolve_alias
+from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
+from mmgraft.cli.loading import quiet_bars
 from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption, argument, option
 
 if TYPE_CHECKING:
     from mmgraft.published.importer import ImportReport
 
 
+_Out = Annotated[Path | None, option("--out", "-o", "Folder to write. Default: one of its name.")]
+_BASE = "The original LLM; if all tensors are equal, it is referred to."
+_Base = Annotated[str | None, option("--base", _BASE)]
+_LAYERS = "IAA: the base layers, where the checkpoint names none."
+_Layers = Annotated[str | None, option("--layers", _LAYERS)]
+_TOWER = "Vision tower of its training, if it names another."
+_Tower = Annotated[str | None, option("--tower", _TOWER)]
+
+
 def import_checkpoint(
     checkpoint: Annotated[str, argument("Folder or Hub id of a checkpoint of the published code.")],
-    out: Annotated[
-        Path | None, option("--out", "-o", "Folder to write. Default: one of its name.")
-    ] = None,
-    base: Annotated[
-        str | None,
-        option("--base", "The original LLM; if all tensors are equal, it is referred to."),
-    ] = None,
-    layers: Annotated[
-        str | None, option("--layers", "IAA: the base layers, where the checkpoint names none.")
-    ] = None,
-    tower: Annotated[
-        str | None, option("--tower", "Vision tower of its training, if it names another.")
-    ] = None,
+    out: _Out = None,
+    base: _Base = None,
+    layers: _Layers = None,
+    tower: _Tower = None,
     revision: RevisionOption = None,
     force: ForceFlag = False,
     dry_run: DryRunFlag = False,
@@ -39,9 +42,6 @@ def import_checkpoint(
     """
     from dataclasses import asdict
 
-    from mmgraft.aliases import resolve_alias
-    from mmgraft.cli.console import note, print_json
-    from mmgraft.cli.loading import quiet_bars
     from mmgraft.published.importer import import_checkpoint as run
 
     quiet_bars(json)
@@ -71,8 +71,6 @@ def _default_folder(checkpoint: str) -> Path:
 
 
 def _show(report: ImportReport, dry_run: bool) -> None:
-    from mmgraft.cli.console import human_bytes, human_count, note, stdout, table
-
     rows = [
         [
             graft.workflow,

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
 from mmgraft.cli.options import JsonFlag, RevisionOption, argument
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ def inspect(
 
     No weights are loaded: a model is examined from its config, a graft from its headers.
     """
-    from mmgraft.cli.console import print_json
     from mmgraft.model.files.summary import GraftSummary, locate, summarise_graft, summarise_model
 
     place = locate(model, revision)
@@ -35,8 +35,6 @@ def inspect(
 
 
 def _show_model(found: ModelSummary) -> None:
-    from mmgraft.cli.console import human_bytes, human_count, note, stdout, table
-
     out = stdout()
     out.print(f"{found.id}: {found.model_class}", markup=False)
     out.print(
@@ -66,20 +64,15 @@ def _show_model(found: ModelSummary) -> None:
         note(f"{method} cannot be used here: {reason}")
 
 
-def _layer_of(feature_layer: int | None) -> str:
-    return "" if feature_layer is None else f", hidden state {feature_layer}"
-
-
 def _show_graft(found: GraftSummary) -> None:
-    from mmgraft.cli.console import human_bytes, human_count, stdout, table
-
     out = stdout()
     settings = ", ".join(f"{key} {value}" for key, value in found.config.items() if key != "method")
+    layer = "" if found.feature_layer is None else f", hidden state {found.feature_layer}"
     rows = [
         ["method", found.method + (f" ({settings})" if settings else "")],
         ["workflow", found.workflow],
         ["base", f"{found.base} @ {found.base_revision}" if found.base_revision else found.base],
-        ["vision tower", found.tower + _layer_of(found.feature_layer)],
+        ["vision tower", found.tower + layer],
     ]
     out.print(table(["graft", found.folder], rows))
     parts = [

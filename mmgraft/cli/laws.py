@@ -1,8 +1,9 @@
-"""`mmgraft laws`."""
+"""``mmgraft laws``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mmgraft.recipes.evaluation_set import SetSpec
     from mmgraft.runs.results import Results
 
+_LOADING = attrgetter("run", "device", "dtype", "quantization", "base", "verify", "revision")
 JSON_NAME, PNG_NAME = "laws.json", "laws.png"
 
 
@@ -95,15 +97,7 @@ def _measure(
     from mmgraft.evaluation.report.plots import laws_plot
     from mmgraft.runs.sections import put_aside
 
-    answerer = load_answerer(
-        given.run,
-        given.device,
-        given.dtype,
-        given.quantization,
-        given.base,
-        given.verify,
-        given.revision,
-    )
+    answerer = load_answerer(*_LOADING(given))
     results = evaluate_laws(
         answerer,
         samples,
@@ -134,9 +128,9 @@ def _show(results: Results, target: Path, json: bool) -> None:
     (one,) = results.sets
     rows = []
     for name, score in one.scores.items():
-        change = one.change.get(name)
-        ends = "" if change is None else f"({change.low:+.3f} to {change.high:+.3f})"
-        shown = "" if change is None else f"{change.value:+.3f} {ends}"
+        shown = ""
+        if change := one.change.get(name):
+            shown = f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
         rows.append([name.removeprefix("shift_").replace("_", " "), str(score), shown])
     stdout().print(table(["summed over", "attention shift", "change"], rows))
     counts = results.details[one.name]["left_out"].items()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
+from mmgraft.cli.console import stderr
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,8 +84,6 @@ def quiet_bars(json: bool = False) -> None:
     """Keep the progress bars of transformers and of the Hub's client out of logs and JSON."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
-
-    from mmgraft.cli.console import stderr
 
     if json or not stderr().is_terminal:
         disable_progress_bars()

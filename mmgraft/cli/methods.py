@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from mmgraft.cli.console import note, print_json, stdout, table
 from mmgraft.cli.options import JsonFlag
 
 
 def methods(json: JsonFlag = False) -> None:
     """List the methods of grafting: the three built in, and those of installed packages."""
-    from mmgraft.cli.console import note, print_json, stdout, table
     from mmgraft.grafts.registry import broken_methods
     from mmgraft.grafts.registry import methods as usable_methods
     from mmgraft.vision.projectors.registry import find_projector, projectors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,34 @@ def option(*words: str, panel: str | None = None, **more: Any) -> Any:
 def argument(text: str, **more: Any) -> Any:
     """Declare a positional argument by its help text."""
     return typer.Argument(help=text, **more)
+
+
+def with_options(
+    before: str, more: Mapping[str, tuple[Any, Any]]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options that it takes as keywords, ``**more``.
+
+    Args:
+        before: Parameter that they stand before in the help.
+        more: Annotation and default of each, by name; names that the command has are left out.
+    """
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = {n: one for n, one in signature.parameters.items() if one.kind != one.VAR_KEYWORD}
+        made = [
+            inspect.Parameter(name, kind, default=default, annotation=annotation)
+            for name, (annotation, default) in more.items()
+            if name not in own
+        ]
+        at = list(own).index(before)
+        parameters = [*list(own.values())[:at], *made, *list(own.values())[at:]]
+        command.__dict__["__signature__"] = signature.replace(parameters=parameters)
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return give
 
 
 JsonFlag = Annotated[bool, option("--json", "Print the result as JSON on stdout.")]
@@ -67,3 +97,13 @@ BaseOption = Annotated[
 VerifyOption = Annotated[
     str, option("--verify", "Check of the base: fast, full or off.", panel=_LOADING)
 ]
+
+LOADING = {
+    "device": (DeviceOption, None),
+    "dtype": (DtypeOption, None),
+    "quantization": (QuantizationOption, None),
+    "base": (BaseOption, None),
+    "verify": (VerifyOption, "fast"),
+    "revision": (RevisionOption, None),
+}
+"""Options of a command that loads a model; what ``load_answerer`` takes."""

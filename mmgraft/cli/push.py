@@ -8,29 +8,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmgraft.cli.console import confirm, human_bytes, note, print_json, stdout, table
+from mmgraft.cli.loading import quiet_bars
 from mmgraft.cli.options import DryRunFlag, JsonFlag, YesFlag, argument, option
+from mmgraft.runs.find import find_run
 
 if TYPE_CHECKING:
     from mmgraft.hub.push import PushPlan, Target
 
 
+_RUN = "Folder of the graft. Default: the one here, or the only one below."
+_Run = Annotated[Path | None, argument(_RUN)]
+_REPO_ID = "OWNER/NAME. Default: your name and the folder's."
+_RepoId = Annotated[str | None, option("--repo-id", _REPO_ID)]
+_BASE_ID = "Hub id of the base, where it is a local folder."
+_BaseId = Annotated[str | None, option("--base-id", _BASE_ID)]
+_VISION_ID = "Hub id of the tower, where it is a local folder."
+_VisionId = Annotated[str | None, option("--vision-id", _VISION_ID)]
+_LICENSE = "Licence in the model card, such as apache-2.0."
+_License = Annotated[str | None, option("--license", _LICENSE)]
+
+
 def push(
-    run: Annotated[
-        Path | None, argument("Folder of the graft. Default: the one here, or the only one below.")
-    ] = None,
-    repo_id: Annotated[
-        str | None, option("--repo-id", "OWNER/NAME. Default: your name and the folder's.")
-    ] = None,
+    run: _Run = None,
+    repo_id: _RepoId = None,
     private: Annotated[bool, option("--private", "Make the new repository private.")] = False,
-    base_id: Annotated[
-        str | None, option("--base-id", "Hub id of the base, where it is a local folder.")
-    ] = None,
-    vision_id: Annotated[
-        str | None, option("--vision-id", "Hub id of the tower, where it is a local folder.")
-    ] = None,
-    license: Annotated[
-        str | None, option("--license", "Licence in the model card, such as apache-2.0.")
-    ] = None,
+    base_id: _BaseId = None,
+    vision_id: _VisionId = None,
+    license: _License = None,
     dry_run: DryRunFlag = False,
     yes: YesFlag = False,
     json: JsonFlag = False,
@@ -39,10 +44,7 @@ def push(
 
     Checkpoints stay here. A base on the Hub is referred to; one inside the folder goes along.
     """
-    from mmgraft.cli.console import confirm, note, print_json
-    from mmgraft.cli.loading import quiet_bars
     from mmgraft.hub.push import default_name, find_target, plan_push, send
-    from mmgraft.runs.find import find_run
 
     folder = find_run(run, announce=note)
     plan = plan_push(folder, base_id, vision_id, license)
@@ -65,8 +67,6 @@ def push(
 
 
 def _question(plan: PushPlan, target: Target) -> str:
-    from mmgraft.cli.console import human_bytes
-
     files = plan.all_files(target.repo_id)
     size = human_bytes(sum(file.size for file in files))
     new = "new " if target.revision is None else ""
@@ -75,8 +75,6 @@ def _question(plan: PushPlan, target: Target) -> str:
 
 
 def _list(plan: PushPlan, repo_id: str, private: bool, json: bool) -> None:
-    from mmgraft.cli.console import human_bytes, note, print_json, stdout, table
-
     for warning in plan.warnings:
         note(f"note: {warning}")
     repo_id = repo_id if "/" in repo_id else f"<you>/{repo_id}"

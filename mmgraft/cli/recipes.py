@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmgraft.cli.console import note, print_json, stdout, table
 from mmgraft.cli.options import DryRunFlag, JsonFlag, OverwriteFlag, argument, option
+from mmgraft.comparison.spec import (
+    arm_recipe,
+    find_comparison,
+    is_comparison,
+    load_comparison,
+    shipped_comparisons,
+)
+from mmgraft.errors import UsageError
+from mmgraft.grafts.registry import get_method
+from mmgraft.recipes.source import find_recipe, load_recipe, shipped_recipes
 
 if TYPE_CHECKING:
     from mmgraft.recipes.recipe import Recipe, Stage
@@ -27,11 +38,6 @@ def list_recipes(
     json: JsonFlag = False,
 ) -> None:
     """List the recipes that come with mmgraft, and the comparisons for `mmgraft compare`."""
-    from mmgraft.cli.console import print_json, stdout, table
-    from mmgraft.comparison.spec import load_comparison, shipped_comparisons
-    from mmgraft.grafts.registry import get_method
-    from mmgraft.recipes.source import load_recipe, shipped_recipes
-
     if method is not None:
         get_method(method)
     recipes = [load_recipe(name) for name in shipped_recipes()]
@@ -81,10 +87,6 @@ def _stages(recipe: Recipe) -> str:
 @app.command("show", epilog="Example: mmgraft recipes show iaa-24gb")
 def show(name: Name, json: JsonFlag = False) -> None:
     """Print a recipe as it is written, comments and all."""
-    from mmgraft.cli.console import print_json
-    from mmgraft.comparison.spec import is_comparison, load_comparison
-    from mmgraft.recipes.source import load_recipe
-
     path = _find(name)
     if json:
         found = load_comparison(path) if is_comparison(path) else load_recipe(path)
@@ -95,28 +97,23 @@ def show(name: Name, json: JsonFlag = False) -> None:
 
 def _find(name: str) -> Path:
     """Return the file of a recipe or a comparison; no two shipped ones have one name."""
-    from mmgraft.comparison.spec import find_comparison, shipped_comparisons
-    from mmgraft.recipes.source import find_recipe
-
     if name in shipped_comparisons() and not Path(name).is_file():
         return find_comparison(name)
     return find_recipe(name)
 
 
+_To = Annotated[Path | None, argument("File or folder to write; ./NAME.yaml when not given.")]
+
+
 @app.command("cp", epilog="Example: mmgraft recipes cp iaa-24gb my-recipe.yaml")
 def copy(
     name: Name,
-    to: Annotated[
-        Path | None, argument("File or folder to write; ./NAME.yaml when not given.")
-    ] = None,
+    to: _To = None,
     force: OverwriteFlag = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Copy a recipe, to change it."""
-    from mmgraft.cli.console import note, print_json
-    from mmgraft.errors import UsageError
-
     source = _find(name)
     target = Path(source.name) if to is None else to.expanduser()
     if target.is_dir():
@@ -142,10 +139,6 @@ def validate(
     json: JsonFlag = False,
 ) -> None:
     """Check a recipe: every key, every value, and what a stage may train."""
-    from mmgraft.cli.console import print_json, stdout, table
-    from mmgraft.comparison.spec import is_comparison
-    from mmgraft.recipes.source import load_recipe
-
     path = _find(name)
     if is_comparison(path):
         _validate_comparison(path, method, json)
@@ -177,10 +170,6 @@ def _stage_row(stage: Stage) -> list[Any]:
 
 
 def _validate_comparison(path: Path, method: str | None, json: bool) -> None:
-    from mmgraft.cli.console import print_json, stdout, table
-    from mmgraft.comparison.spec import arm_recipe, load_comparison
-    from mmgraft.errors import UsageError
-
     if method is not None:
         raise UsageError(f"{path} is a comparison, which has no one method; leave --method out")
     comparison = load_comparison(path)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmgraft.cli.console import note, print_json, stderr, stdout, table
 from mmgraft.cli.options import DryRunFlag, JsonFlag, argument, option
+from mmgraft.runs.find import find_run
 
 if TYPE_CHECKING:
     from mmgraft.recipes.recipe import Stage
@@ -60,8 +62,6 @@ def train(
     Ctrl-C finishes the step, saves, and says how to go on.
     """
     from mmgraft.cli import processes as launcher
-    from mmgraft.cli.console import note
-    from mmgraft.runs.find import find_run
 
     launcher.end_with_launcher()
     folder = find_run(run, announce=note)
@@ -95,7 +95,6 @@ def train(
 def _train(plan: Plan, json: bool) -> None:
     from transformers.utils import logging
 
-    from mmgraft.cli.console import note, print_json, stderr
     from mmgraft.training.callbacks.progress import ProgressDisplay
     from mmgraft.training.devices import is_main_rank, slow_precision
     from mmgraft.training.memory.shortage import warning
@@ -153,7 +152,6 @@ def _summary(plan: Plan, processes: int) -> dict[str, Any]:
 
 
 def _show(summary: dict[str, Any], json: bool) -> None:
-    from mmgraft.cli.console import note, print_json, stdout, table
     from mmgraft.training.devices import is_main_rank
 
     if not is_main_rank():

@@ -6,7 +6,7 @@ OUT/arms/NAME/phases/     PHASE.json: its settings, its sessions, whether it is 
 OUT/features/             the tower's features, shared by the arms
 OUT/base/                 scores of the untouched base, shared by the arms
 OUT/dialogues/            interleaved dialogues, the same for all arms
-OUT/report.*              written by `mmgraft.comparison.report`
+OUT/report.*              written by ``mmgraft.comparison.report``
 """
 
 from __future__ import annotations

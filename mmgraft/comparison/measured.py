@@ -1,4 +1,4 @@
-"""What was measured of the arms: their results, and their kept answers scored item by item.
+"""Measurements of the arms: their results, and their kept answers scored item by item.
 
 Scores of kept answers are computed again, so that differences between arms are paired.
 """
@@ -15,12 +15,7 @@ from typing import Any
 from mmgraft.comparison.files import Phase, arm_folder, phases_done
 from mmgraft.comparison.spec import Comparison
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.items.files import (
-    data_file,
-    file_sha256,
-    read_items,
-    read_training_answers,
-)
+from mmgraft.evaluation.items.files import data_file, file_sha256, read_items, read_training_answers
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import read_choice_row, read_predictions, read_text_row
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
@@ -69,12 +64,12 @@ class MeasuredArm:
 
     @property
     def base_trained(self) -> bool:
-        """Whether text may have changed."""
+        """Return whether text may have changed."""
         return self.record is not None and self.record.base_trained
 
     @property
     def training(self) -> dict[str, Any]:
-        """What the training cost; empty where it is not done."""
+        """Return what the training cost; empty where it is not done."""
         section = self.sections.get("training")
         return {} if section is None else section.details
 
@@ -145,7 +140,7 @@ class SetAnswers:
 
     @property
     def notes(self) -> list[str]:
-        """Which arms are left out, and why."""
+        """Return which arms are left out, and why."""
         name = self.spec.name
         return [f"{name}: {arm} is left out of these: {why}" for arm, why in self.missing.items()]
 

@@ -1,4 +1,4 @@
-"""What this process does in the phases of an arm: tower features, and each kind of evaluation."""
+"""Work of one process in the phases of an arm: tower features, and each kind of evaluation."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.comparison.files import FEATURES, Phase, arm_folder, phases_done, read_phase
@@ -59,7 +59,7 @@ class StagePlan:
 
     @property
     def budget(self) -> tuple[object, ...]:
-        """What has to be the same for arms to be comparable: name, steps, rows a step.
+        """Return what has to be the same for arms to be comparable: name, steps, rows a step.
 
         Where steps are not known yet: the rows, how often they are seen, and what a step holds.
         """
@@ -123,7 +123,7 @@ def make_plan(
     """Check everything that can be checked before a model is loaded; nothing is written.
 
     Args:
-        comparison: From `load_comparison`.
+        comparison: From ``load_comparison``.
         out: The comparison's folder.
         only: Names of the arms to run; default: all.
         max_steps: End every stage after so many steps.
@@ -280,10 +280,10 @@ def _check_sets(comparison: Comparison, recipes: Mapping[str, Recipe]) -> None:
 
 
 def _read_sets(comparison: Comparison) -> None:
-    with_images = [one for one in comparison.evaluation if one.modality == "image"]
-    read_sets([one for one in comparison.evaluation if one.modality == "text"], "text")
-    if with_images:
-        read_sets(with_images, "image")
+    modalities: tuple[Literal["text", "image"], ...] = ("text", "image")
+    for modality in modalities:
+        if specs := [one for one in comparison.evaluation if one.modality == modality]:
+            read_sets(specs, modality)
     if comparison.iit is not None and comparison.iit.path is not None:
         read_dialogues(Path(comparison.iit.path))
     if comparison.laws is not None:

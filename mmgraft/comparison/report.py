@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,7 @@ from pydantic import Field
 from mmgraft import __version__
 from mmgraft.comparison import tables
 from mmgraft.comparison.files import Phase, read_comparison
-from mmgraft.comparison.measured import (
-    MeasuredArm,
-    SetAnswers,
-    read_answers,
-    read_arms,
-    set_names,
-)
+from mmgraft.comparison.measured import MeasuredArm, SetAnswers, read_answers, read_arms, set_names
 from mmgraft.comparison.spec import Comparison
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import data_file
@@ -25,8 +19,8 @@ from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.items.source_licence import none_forbids, stated_licences
 from mmgraft.evaluation.metrics.scoring import measure_answers
 from mmgraft.evaluation.report import about_run, score_tables, sheets
-from mmgraft.evaluation.report.markdown import Table, as_code, plain, render
-from mmgraft.evaluation.report.report import BESIDE, write_page
+from mmgraft.evaluation.report.markdown import Table, plain, render
+from mmgraft.evaluation.report.report import BESIDE, plots_of, write_page
 from mmgraft.evaluation.report.words import listed, number, verdict
 from mmgraft.runs.results import SCHEMA_VERSION, Results, Score, Section
 from mmgraft.strict import MeasuredModel
@@ -117,9 +111,6 @@ def _write(
     answers: Sequence[SetAnswers],
     problems: Sequence[str],
 ) -> dict[str, Path]:
-    from mmgraft.evaluation.report.plots import laws_plot, training_curves
-
-    of_text = [one for one in answers if one.spec.modality == "text"]
     of_images = [one for one in answers if one.spec.modality == "image"]
     drawn = {one.spec.name: answer_sheet(one) for one in of_images}
     laws = {arm.name: arm.sections["laws"] for arm in arms if "laws" in arm.sections}
@@ -132,13 +123,7 @@ def _write(
         arms=arms,
         tables=tables,
         scores=score_tables,
-        listed=_listed,
-        proofs=[
-            f"{as_code(arm.name)}: {score_tables.identity_sentence(arm.identity)}"
-            for arm in arms
-            if arm.identity
-        ],
-        text_tables=[tables.text_changes(arms), *map(tables.differences_table, of_text)],
+        text=[one for one in answers if one.spec.modality == "text"],
         vision=of_images,
         sheets=drawn,
         beside=BESIDE,
@@ -152,15 +137,8 @@ def _write(
     )
     images = {f"answers-{name}": sheet.png for name, sheet in drawn.items() if sheet}
     linked = [f"answers-{name}" for name, sheet in drawn.items() if sheet and sheet.private]
-    if laws:
-        images["laws"] = laws_plot(laws)
-    if curves:
-        images["curves"] = training_curves(curves)
+    images |= plots_of(laws, curves)
     return write_page(out, markdown, report.model_dump(mode="json"), images, linked)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return listed(list(map(plain, names)))
 
 
 def _answers(

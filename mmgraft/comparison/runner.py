@@ -72,7 +72,7 @@ def compare(
     since; a training that was stopped goes on from its last checkpoint.
 
     Args:
-        plan: From `make_plan`.
+        plan: From ``make_plan``.
         train_only: Leave evaluation and report to a later call.
         batch_size: Questions a batch; None leaves it to each evaluation.
         announce: Called with sentences about the progress.
@@ -208,9 +208,7 @@ class _Arm:
             done = True
         finally:
             session = Session(
-                began=began,
-                seconds=time.monotonic() - clock,
-                cpu_seconds=time.process_time() - cpu,
+                began=began, seconds=time.monotonic() - clock, cpu_seconds=time.process_time() - cpu
             )
             write_phase(self.arm.run, record.after(session, done))
 

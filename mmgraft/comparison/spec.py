@@ -1,4 +1,4 @@
-"""What a comparison is: arms that share base, tower, data, seed and sets. Free of torch."""
+"""Comparisons: arms that share base, tower, data, seed and sets. Free of torch."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def find_comparison(name: str | Path) -> Path:
 
 
 def load_comparison(source: str | Path) -> Comparison:
-    """Read and check a comparison; `make_plan` checks recipes and data of its arms.
+    """Read and check a comparison; ``make_plan`` checks recipes and data of its arms.
 
     Args:
         source: A path, or the name of a shipped comparison.

@@ -7,25 +7,23 @@ from typing import Any
 
 from mmgraft.comparison.measured import MeasuredArm, SetAnswers, set_names
 from mmgraft.evaluation.report import words
-from mmgraft.evaluation.report.markdown import Table, plain
-from mmgraft.evaluation.report.score_tables import (
-    BLIND_NAMES,
-    INTERVALS,
-    KL,
-    blind_of,
-    blind_score,
-    score_title,
-    set_verdict,
-)
+from mmgraft.evaluation.report.markdown import Table, plain, score_title
+from mmgraft.evaluation.report.score_tables import INTERVALS, KL, blind_of, blind_score, set_verdict
 from mmgraft.runs.results import Section, SetResult
 
 UNTOUCHED = "the base, untouched"
+COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "parameters trained": ("trained_parameters", "{:,}".format),
+    "training": ("seconds", words.duration),
+    "peak memory": ("peak_memory_mb", words.megabytes),
+}
+"""Costs of a training in the main table: keys of its results, and how they are written."""
 
 
 def main_table(arms: Sequence[MeasuredArm]) -> Table:
     """Return the table: text before and after, vision and blind, parameters, time and memory."""
-    text = {name: _results(arms, "text", name) for name in set_names(arms, "text")}
-    vision = {name: _results(arms, "vision", name) for name in set_names(arms, "vision")}
+    text = {name: results(arms, "text", name) for name in set_names(arms, "text")}
+    vision = {name: results(arms, "vision", name) for name in set_names(arms, "vision")}
     columns, rows = ["arm", "identity"], [[UNTOUCHED, "-"]]
     rows += [[plain(arm.name), _identity(arm)] for arm in arms]
 
@@ -39,14 +37,13 @@ def main_table(arms: Sequence[MeasuredArm]) -> Table:
         add(_title(name, found), words.with_interval(base, strong=True), list(map(_after, found)))
     for name, found in text.items():
         if any(one is not None and KL in one.scores for one in found):
-            add(f"KL, {plain(name)}", "0", [_score(one, KL) for one in found])
+            add(f"KL, {plain(name)}", "0", [score(one, KL) for one in found])
     for name, found in vision.items():
-        add(_title(name, found), "-", [_score(one, strong=True) for one in found])
-        for blind in blind_of(one for one in found if one is not None):
-            cells = [words.with_interval(blind_score(one, blind)) for one in found]
-            add(BLIND_NAMES.get(blind, blind), "-", cells)
-    for title, cells in _costs(arms).items():
-        add(title, "-", cells)
+        add(_title(name, found), "-", [score(one, strong=True) for one in found])
+        for blind, title in blind_of(one for one in found if one is not None).items():
+            add(title, "-", [words.with_interval(blind_score(one, blind)) for one in found])
+    for title, (key, show) in COSTS.items():
+        add(title, "-", [cost(arm, key, show) for arm in arms])
     note = (
         "Identity: whether every logit of text is the base's. Text marked better or worse is so "
         "beside the untouched base, the paired difference being resolved. The columns after a "
@@ -55,45 +52,17 @@ def main_table(arms: Sequence[MeasuredArm]) -> Table:
     return Table("What each arm keeps, sees and costs", columns, rows, note)
 
 
-def text_changes(arms: Sequence[MeasuredArm]) -> Table:
-    """Return every text score of every arm beside the untouched base's."""
+def differences_table(answers: SetAnswers) -> Table:
+    """Return how arms differ on the same items of a set."""
+    main = answers.main
     rows = [
-        [
-            plain(arm.name),
-            plain(one.name),
-            score_title(name),
-            words.with_interval(one.base.get(name)),
-            words.with_interval(one.scores[name], strong=name == one.main),
-            words.change_with_interval(change),
-            set_verdict(one, name),
-        ]
-        for arm in arms
-        for one in arm.sets("text")
-        for name, change in one.change.items()
-        if name != KL
+        [plain(one), plain(other), words.change_with_interval(change), words.verdict(change, main)]
+        for one, other, change in answers.differences
     ]
-    columns = ["arm", "set", "score", "before", "after", "change", "verdict"]
-    note = f"Changes are paired: the same items for both. {INTERVALS}"
-    return Table("Text before and after", columns, rows, note)
-
-
-def differences_table(answers: SetAnswers, blind: bool = False) -> Table:
-    """Return how arms differ on the same items of a set, or from answering blind."""
-    rows = [
-        [
-            plain(first),
-            BLIND_NAMES[second] if blind else plain(second),
-            words.change_with_interval(change),
-            words.verdict(change, answers.main),
-        ]
-        for first, second, change in (answers.over_blind if blind else answers.differences)
-    ]
-    columns = ["arm", "minus", score_title(answers.main), "verdict"]
-    name = plain(answers.spec.name)
-    if blind:
-        return Table(f"{name}: seeing against answering blind", columns, rows)
+    columns = ["arm", "minus", score_title(main), "verdict"]
     note = f"Paired: {len(answers.items):,} items, the same ones. {INTERVALS}"
     folded = answers.spec.modality == "text"  # the changes to the base are beside it
+    name = plain(answers.spec.name)
     return Table(f"{name}: differences between arms", columns, rows, note, folded)
 
 
@@ -112,34 +81,8 @@ def kinds_table(arms: Sequence[MeasuredArm], name: str) -> Table:
     return Table(caption, ["kind", "items", *map(plain, sets)], rows if len(rows) > 1 else [])
 
 
-def dialogues_table(arms: Sequence[MeasuredArm]) -> Table:
-    """Return the score of the last question of each shape of dialogue, arms across."""
-    shown = [arm for arm in arms if arm.sets("iit")]
-    rows = []
-    for shape in set_names(shown, "iit"):
-        found = _results(shown, "iit", shape)
-        items = next(one.items for one in found if one is not None)
-        rows.append([plain(shape), f"{items:,}", *map(_score, found)])
-    columns = ["shape", "dialogues", *(plain(arm.name) for arm in shown)]
-    note = f"Accuracy of the last question, the same dialogues for all arms. {INTERVALS}"
-    return Table("Dialogues of text (T) and images (V)", columns, rows, note)
-
-
-def costs_table(arms: Sequence[MeasuredArm]) -> Table:
-    """Return what each training cost and how it ended."""
-    trained = [arm for arm in arms if arm.training]
-    found = _costs(trained) | {
-        "processor time": _measured(trained, "cpu_seconds", words.duration),
-        "memory on the card": _measured(trained, "peak_card_memory_mb", words.megabytes),
-        "steps": [_by_stage(arm.training.get("steps"), words.in_words) for arm in trained],
-        "last loss": [_by_stage(arm.training.get("final_losses"), words.number) for arm in trained],
-    }
-    names = [plain(arm.name) for arm in trained]
-    rows = [list(cells) for cells in zip(names, *found.values(), strict=True)]
-    return Table("What each training cost", ["arm", *found], rows)
-
-
-def _results(arms: Sequence[MeasuredArm], section: Section, name: str) -> list[SetResult | None]:
+def results(arms: Sequence[MeasuredArm], section: Section, name: str) -> list[SetResult | None]:
+    """Return a set's results by every arm."""
     return [arm.set_named(section, name) for arm in arms]
 
 
@@ -158,30 +101,19 @@ def _identity(arm: MeasuredArm) -> str:
 
 def _after(one: SetResult | None) -> str:
     """Return a text score, with the word better or worse where its change is resolved."""
-    cell = _score(one, strong=True)
+    cell = score(one, strong=True)
     word = "" if one is None else set_verdict(one, one.main)
     if word not in ("better", "worse"):
         return cell
     return f"{cell.removesuffix(')')}; {word})" if cell.endswith(")") else f"{cell} ({word})"
 
 
-def _score(one: SetResult | None, name: str | None = None, strong: bool = False) -> str:
+def score(one: SetResult | None, name: str | None = None, strong: bool = False) -> str:
+    """Return a score of a set with its interval, by default the main one."""
     return words.with_interval(None if one is None else one.scores.get(name or one.main), strong)
 
 
-def _costs(arms: Sequence[MeasuredArm]) -> dict[str, list[str]]:
-    return {
-        "parameters trained": _measured(arms, "trained_parameters", "{:,}".format),
-        "training": _measured(arms, "seconds", words.duration),
-        "peak memory": _measured(arms, "peak_memory_mb", words.megabytes),
-    }
-
-
-def _measured(arms: Sequence[MeasuredArm], key: str, show: Callable[[Any], str]) -> list[str]:
-    values = [arm.training.get(key) for arm in arms]
-    return [show(one) if isinstance(one, int | float) else "-" for one in values]
-
-
-def _by_stage(values: dict[str, Any] | None, show: Callable[[Any], str]) -> str:
-    shown = {stage: value for stage, value in (values or {}).items() if value is not None}
-    return ", ".join(f"{plain(stage)} {show(value)}" for stage, value in shown.items()) or "-"
+def cost(arm: MeasuredArm, key: str, show: Callable[[Any], str]) -> str:
+    """Return a number of an arm's training in words."""
+    found = arm.training.get(key)
+    return show(found) if isinstance(found, int | float) else "-"

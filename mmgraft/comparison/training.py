@@ -13,8 +13,8 @@ from mmgraft.comparison.child import Ended, locked, measured
 from mmgraft.comparison.files import PhaseRecord, Session, read_phase, write_phase
 from mmgraft.comparison.plan import ArmPlan
 from mmgraft.errors import MMGraftError
-from mmgraft.evaluation.origin import weights_sha256
-from mmgraft.evaluation.report.about_run import METRICS, read_metrics, shown_name
+from mmgraft.evaluation.origin import described_record
+from mmgraft.evaluation.report.about_run import METRICS, read_metrics
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.runs.results import Results, write_results
 from mmgraft.training import checkpoint
@@ -101,13 +101,7 @@ def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
         section="training",
         mmgraft_version=__version__,
         versions=json.loads((arm.run / VERSIONS).read_text(encoding="utf-8")),
-        graft={
-            "method": graft.method,
-            "workflow": graft.workflow,
-            "base": shown_name(graft.base.id),
-            "vision": shown_name(graft.vision.name),
-            "sha256": weights_sha256(arm.run),
-        },
+        graft=described_record(graft, arm.run, graft.workflow),
         details={
             "arm": arm.name,
             "recipe": arm.recipe.name,

@@ -44,7 +44,7 @@ class BadRow:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells rows apart: file and place."""
+        """Return what tells rows apart: file and place."""
         return self.file, self.place
 
     def as_dict(self) -> dict[str, Any]:

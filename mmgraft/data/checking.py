@@ -26,7 +26,7 @@ from mmgraft.vision.images import BadImage, Fault
 from mmgraft.vision.stored import StoredImage
 
 FAULTS = ("missing", "broken", "enormous", "outside", "empty", "row")
-"""What can be wrong with a row; see `BadRow`."""
+"""What can be wrong with a row; see ``BadRow``."""
 
 _KEPT = 10
 
@@ -36,20 +36,20 @@ class Report:
     """What was found in some rows.
 
     Attributes:
-        rows: all, bad ones counted.
-        text_rows: rows without an image.
-        bad: rows that cannot be used, one fault each.
-        images: image parts of all rows.
-        files: different pictures among them.
-        largest: width, height and name of the picture with most pixels.
-        lengths: positions of every row before a cut; empty without a tokenizer.
-        image_positions: of all rows.
-        learned: positions that are learned, of all rows.
-        longest: positions and name of the longest rows.
-        max_length: where rows are cut.
-        cut: names of the rows that are longer.
-        twice: names of rows that say the same as an earlier one, and that one's.
-        ids_twice: ids that several rows have.
+        rows: All, bad ones counted.
+        text_rows: Rows without an image.
+        bad: Rows that cannot be used, one fault each.
+        images: Image parts of all rows.
+        files: Different images among them.
+        largest: Width, height and name of the image with most pixels.
+        lengths: Positions of every row before a cut; empty without a tokenizer.
+        image_positions: Of all rows.
+        learned: Positions that are learned, of all rows.
+        longest: Positions and name of the longest rows.
+        max_length: Where rows are cut.
+        cut: Names of the rows that are longer.
+        twice: Names of rows that say the same as an earlier one, and that one's.
+        ids_twice: Ids that several rows have.
     """
 
     rows: int = 0
@@ -115,11 +115,11 @@ class Checker:
     """Looks at rows one after another.
 
     Args:
-        processor: for lengths; without one rows are not tokenised.
-        max_length: where rows are cut.
-        skip_text: rows without an image are counted and not looked at further.
-        quick: look at the two ends of a picture instead of decoding it.
-        positions: that the base has a table of; None where it has none, or is not known.
+        processor: For lengths; without one rows are not tokenised.
+        max_length: Where rows are cut.
+        skip_text: Rows without an image are counted and not looked at further.
+        quick: Look at the two ends of an image instead of decoding it.
+        positions: That the base has a table of; None where it has none, or is not known.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ class Checker:
         """Look at all rows.
 
         Args:
-            rows: that could be read.
-            unread: that could not.
+            rows: That could be read.
+            unread: That could not.
         """
         report = Report(
             rows=len(rows) + len(unread),
@@ -182,17 +182,18 @@ class Checker:
         return report
 
     def _look(self, image: Any, where: str, report: Report) -> None:
-        """Look at a picture, once however many rows show it."""
+        """Look at an image, once however many rows show it."""
         key = _key(image)
         if key not in self._sound and key not in self._faulty:
             try:
                 # Each row adds its name.
-                size = (check_image if self.quick else _decoded)(image, "")
-            except UsageError as error:  # what it holds on to may be a picture
+                size = check_image(image, "") if self.quick else open_image(image, "").size
+            except UsageError as error:  # what it holds on to may be an image
                 self._faulty[key] = str(error), getattr(error, "fault", None)
             else:
                 self._sound.add(key)
-                if report.largest is None or size[0] * size[1] > _pixels(report.largest):
+                largest = report.largest or (0, 0, "")
+                if size[0] * size[1] > largest[0] * largest[1]:
                     name = str(image)
                     report.largest = (*size, "a data URI" if is_data_uri(name) else name)
         if key in self._faulty:
@@ -209,16 +210,8 @@ class Checker:
         report.learned += sum(label != -100 for label in encoded.labels)
 
 
-def _decoded(image: str, where: str) -> tuple[int, int]:
-    return open_image(image, where).size
-
-
-def _pixels(largest: tuple[int, int, str]) -> int:
-    return largest[0] * largest[1]
-
-
 def _key(image: Any) -> bytes:
-    """What tells pictures apart, in a few bytes: there may be millions."""
+    """Return what tells images apart, in a few bytes: there may be millions."""
     return hashlib.blake2b(os.fsencode(str(image)), digest_size=12).digest()
 
 
@@ -240,7 +233,7 @@ class _Same:
 
 
 def _content(value: Any) -> str:
-    """What a row shows, for JSON: a picture inside another file by its bytes."""
+    """Return what a row shows, for JSON: an image inside another file by its bytes."""
     try:
         return value.digest() if isinstance(value, StoredImage) else str(value)
     except (OSError, EOFError):

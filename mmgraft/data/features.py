@@ -34,7 +34,7 @@ class Shown(Protocol):
 
 
 def open_cache(tower: VisionTower, folder: Path) -> FeatureCache:
-    """The cache of one tower in a folder that runs may share, in the tower's own precision.
+    """Return the cache of one tower in a folder that runs may share, in the tower's own precision.
 
     Raises:
         UsageError: A file is there instead.
@@ -68,7 +68,7 @@ def fill_cache(
     Raises:
         UsageError: A row whose image is no file, or a file that cannot be read.
     """
-    found = _first_rows(rows, bad)
+    found = _files(rows, bad)
     files = sorted(found, key=str)[share[0] :: share[1]]
 
     def explain(paths: list[ImageFile]) -> None:
@@ -78,27 +78,28 @@ def fill_cache(
     compute = TowerFeatures(tower, workers, explain)
     try:
         cache.get_many(files, compute, progress=progress)
+        return len(files)
     except UsageError:
         if bad is None:
             raise
-        unusable = _unusable(files)
-        bad += [
-            BadRow.of(cast(Row, row), _named(unusable[path], row))
-            for row in rows
-            for path in dict.fromkeys(map(_path, images_of_all(row.messages)))
-            if path in unusable
-        ]
-        files = [path for path in files if path not in unusable]
-        cache.get_many(files, compute, progress=progress)
-    return len(files)
+    unusable = _unusable(files)
+    bad += [
+        BadRow.of(cast(Row, row), _named(unusable[path], row))
+        for row in rows
+        for path in dict.fromkeys(map(_path, images_of_all(row.messages)))
+        if path in unusable
+    ]
+    left = [path for path in files if path not in unusable]
+    cache.get_many(left, compute, progress=progress)
+    return len(left)
 
 
-def _first_rows(rows: Sequence[Shown], bad: list[BadRow] | None) -> dict[ImageFile, int]:
-    """Find all image files, and the first row that shows each."""
+def _files(rows: Sequence[Shown], bad: list[BadRow] | None) -> dict[ImageFile, int]:
+    """Return the image files of all rows, and the first row that shows each."""
     found: dict[ImageFile, int] = {}
     for at, row in enumerate(rows):
         try:
-            for path in [_file(image, row) for image in images_of_all(row.messages)]:
+            for path in [image_file(image, row.where) for image in images_of_all(row.messages)]:
                 found.setdefault(path, at)
         except UsageError as error:
             if bad is None:
@@ -108,7 +109,9 @@ def _first_rows(rows: Sequence[Shown], bad: list[BadRow] | None) -> dict[ImageFi
 
 
 def _unusable(paths: Iterable[ImageFile]) -> dict[ImageFile, BadImage]:
-    """Every file that cannot be opened, and why; all are decoded, so only once one has failed."""
+    """Return every file that cannot be opened, and why; all are decoded, so only once one has
+    failed.
+    """
     errors: dict[ImageFile, BadImage] = {}
     for path in paths:
         try:
@@ -128,10 +131,15 @@ def _path(image: object) -> ImageFile | None:
     return Path(image) if isinstance(image, str) and not is_data_uri(image) else None
 
 
-def _file(image: object, row: Shown) -> ImageFile:
+def image_file(image: object, where: str) -> ImageFile:
+    """Return the file that an image part names.
+
+    Raises:
+        UsageError: The row holds the image in itself.
+    """
     if (path := _path(image)) is not None:
         return path
     raise UsageError(
-        f"{row.where}: the row holds its image in itself, and feature_cache keeps features of "
+        f"{where}: the row holds its image in itself, and feature_cache keeps features of "
         "image files; write the image as a file, or set feature_cache: false"
     )

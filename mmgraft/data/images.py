@@ -12,15 +12,7 @@ from typing import IO, Any, TypeVar
 from PIL import Image
 
 from mmgraft.errors import UsageError, brief
-from mmgraft.vision.images import (
-    BadImage,
-    decode,
-    load_image,
-    look_at,
-    shown_size,
-    size_in,
-    to_rgb,
-)
+from mmgraft.vision.images import BadImage, decode, load_image, look_at, shown_size, size_in, to_rgb
 from mmgraft.vision.stored import StoredImage
 
 T = TypeVar("T")
@@ -32,30 +24,30 @@ def open_images(images: Sequence[Any], where: str) -> list[Image.Image]:
     """Open what image parts hold.
 
     Raises:
-        UsageError: naming the row and the image, for one that is missing, broken or on the web.
+        UsageError: Naming the row and the image, for one that is missing, broken or on the web.
     """
     return [open_image(image, where) for image in images]
 
 
 def open_image(image: Any, where: str) -> Image.Image:
-    """Open one path, data URI, stored or PIL image as RGB; see `open_images`."""
+    """Open one path, data URI, stored or PIL image as RGB; see ``open_images``."""
     return _read(image, where, load_image, decode, to_rgb)
 
 
 def check_image(image: Any, where: str) -> tuple[int, int]:
-    """Width and height of what an image part holds, looked at and not decoded; see `look_at`.
+    """Width and height of what an image part holds, looked at and not decoded; see ``look_at``.
 
     Raises:
-        UsageError: as `open_image`.
+        UsageError: As ``open_image``.
     """
     return _read(image, where, look_at, lambda file: decode(file).size, lambda i: to_rgb(i).size)
 
 
 def size_of(image: Any, where: str) -> tuple[int, int]:
-    """Width and height of what `open_image` gives, from the head of a file; no pixel is decoded.
+    """Width and height of what ``open_image`` gives, from the head of a file; no pixel is decoded.
 
     Raises:
-        UsageError: As `open_image`, where the head is wrong.
+        UsageError: As ``open_image``, where the head is wrong.
     """
     return _read(image, where, shown_size, size_in, lambda i: to_rgb(i).size)
 
@@ -67,7 +59,7 @@ def _read(
     data: Callable[[IO[bytes]], T],
     opened: Callable[[Image.Image], T],
 ) -> T:
-    """What a reader of the image's kind gives; an error names the row as well."""
+    """Return what a reader of the image's kind gives; an error names the row as well."""
     if isinstance(image, Image.Image):
         return opened(image)
     name: Any = image
@@ -86,7 +78,7 @@ def _read(
 
 
 def is_data_uri(name: str) -> bool:
-    """Whether an image is given as its own bytes in text."""
+    """Return whether an image is given as its own bytes in text."""
     return name[:5].lower() == "data:"
 
 

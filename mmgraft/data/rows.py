@@ -30,7 +30,7 @@ class Row:
 
     @property
     def has_image(self) -> bool:
-        """Whether any message has an image part."""
+        """Return whether any message has an image part."""
         return has_image(self.messages)
 
     @property

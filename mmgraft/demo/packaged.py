@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,15 +205,8 @@ def prepare(
         about = {
             "content": offer.content,
             "licence": offer.licence,
-            "packages": {package.name: _version(package) for package in offer.packages},
+            "packages": {package.name: package.version for package in offer.packages},
             "seed": seed,
         }
         files = write_set(draft, out, name, about, force)
     return Prepared(name, out, files, draft.rows, offer.licence, written=not dry_run)
-
-
-def _version(package: Package) -> str | None:
-    try:
-        return version(package.name)
-    except PackageNotFoundError:
-        return None

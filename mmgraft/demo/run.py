@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,28 +144,28 @@ class _Demo:
         settings = self.settings
         if models is None:
             check_packages(settings.hub)
-        with self._phase("data"):
-            root = easy_vqa.folder()
-            train_set, test_set = easy_vqa.questions("train"), easy_vqa.questions("test")
-            tested = easy_vqa.draw(test_set, settings.questions, DRAW_SEED)
-            prior = Prior((question.text, question.answer) for question in train_set)
-        with self._phase("models"):
-            models = models or demo_models(settings.hub, self.announce)
-        with self._phase("graft"):
-            data = self._write_rows(train_set)
-            self._graft(models)
-        with self._phase("before training"):
-            answers, _ = self._answer(tested, root)
-            before = _score(tested, answers)
+        root = easy_vqa.folder()
+        train_set, test_set = easy_vqa.questions("train"), easy_vqa.questions("test")
+        tested = easy_vqa.draw(test_set, settings.questions, DRAW_SEED)
+        prior = Prior((question.text, question.answer) for question in train_set)
+        self._took("data")
+        models = models or demo_models(settings.hub, self.announce)
+        self._took("models")
+        data = self._write_rows(train_set)
+        self._graft(models)
+        self._took("graft")
+        answers, _ = self._answer(tested, root)
+        before = _score(tested, answers)
+        self._took("before training")
         stages = self._train(data, root)
-        with self._phase("after training"):
-            answers, answerer = self._answer(tested, root)
-            after = _score(tested, answers)
-        with self._phase("text compared"):
-            identity = self._compare(answerer)
-        with self._phase("chat and images"):
-            chat = _chat(answerer, tested[0], root)
-            sheet = self._sheet(tested, answers, root)
+        answers, answerer = self._answer(tested, root)
+        after = _score(tested, answers)
+        self._took("after training")
+        identity = self._compare(answerer)
+        self._took("text compared")
+        chat = _chat(answerer, tested[0], root)
+        sheet = self._sheet(tested, answers, root)
+        self._took("chat and images")
         report = DemoReport(
             method=settings.method,
             base=models.base,
@@ -190,11 +189,6 @@ class _Demo:
         return report
 
     # -- phases ---------------------------------------------------------------------------------
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        yield
-        self._took(name)
 
     def _took(self, name: str) -> None:
         """End a phase, which began where the one before it ended."""
@@ -317,10 +311,7 @@ def _chat(answerer: Answerer, shown: Question, root: Path) -> list[Turn]:
     seeing = Dialogue(answerer)
     seeing.add_image(image)
     turns = []
-    for text, shows in (
-        ("what shape is in the image?", image),
-        ("what color is the shape?", None),
-    ):
+    for text, shows in (("what shape is in the image?", image), ("what color is the shape?", None)):
         turns.append(Turn(text, seeing.say(text, **settings), shows))
     text = "What is the capital of France?"
     turns.append(Turn(text, Dialogue(answerer).say(text, **settings), None))

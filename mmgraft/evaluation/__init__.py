@@ -1,1 +1,1 @@
-"""What a graft can do, and what it leaves as it was, in numbers."""
+"""Evaluation: numbers for what a graft can do, and for what it leaves as it was."""

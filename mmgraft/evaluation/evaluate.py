@@ -199,7 +199,7 @@ def _sections(
 def _harness(
     answerer: Answerer, evaluation: Evaluation, shared: dict[str, Any]
 ) -> Iterator[Results]:
-    """Run tasks: those of text go into the section `text`, those with images into `vision`."""
+    """Run tasks: those of text go into the section ``text``, those with images into ``vision``."""
     from mmgraft.evaluation.identity import base_trained, untouched_base
     from mmgraft.evaluation.lm_eval.harness import evaluate_harness
     from mmgraft.evaluation.origin import described_graft, section_of

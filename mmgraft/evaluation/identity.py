@@ -60,8 +60,7 @@ def text_identity(
     Args:
         model: The grafted model, in eval mode.
         processor: Its processor.
-        base: The base as transformers loads it, in the same dtype and attention implementation;
-            see :func:`load_untouched`.
+        base: The base as :func:`load_untouched` loads it, in the same dtype and attention.
         tokenizer: The base's own.
         prompts: The text of the one turn of each conversation.
 
@@ -75,55 +74,30 @@ def text_identity(
             f"the grafted model computes in {model.base.dtype} and the base in {base.dtype}; load "
             "both in the same dtype"
         )
-    found = _Comparison()
+    differences: list[str] = []
+    largest, positions, digests = 0.0, 0, (hashlib.sha256(), hashlib.sha256())
     for start in range(0, len(prompts), _BATCH):
         chats = [[{"role": "user", "content": one}] for one in prompts[start : start + _BATCH]]
         ours = [processor.encode(chat) for chat in chats]
         for chat, own in zip(chats, ours, strict=True):
             if own.input_ids != _base_ids(tokenizer, chat):
-                found.differs(f"the ids of {chat[0]['content']!r}")
+                differences.append(f"the ids of {chat[0]['content']!r}")
         inputs = processor.collate(ours, "left")
         plain = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        found.positions += int(inputs["attention_mask"].sum())
-        where = f"logits of prompts {start + 1} to {start + len(chats)}"
-        found.compare(_logits(model, inputs), _logits(base, plain), where)
-    return found.report(len(prompts))
-
-
-class _Comparison:
-    """What was found so far."""
-
-    def __init__(self) -> None:
-        self.difference: str | None = None
-        self.largest, self.positions = 0.0, 0
-        self.grafted, self.base = hashlib.sha256(), hashlib.sha256()
-
-    def differs(self, what: str) -> None:
-        """Note the first difference."""
-        self.difference = self.difference or what
-
-    def compare(self, mine: Tensor, other: Tensor, where: str) -> None:
-        """Compare the logits of a batch, ``(b, s, vocab)`` each."""
-        self.grafted.update(_bytes(mine))
-        self.base.update(_bytes(other))
+        positions += int(inputs["attention_mask"].sum())
+        mine, other = _logits(model, inputs), _logits(base, plain)  # (b, s, vocab)
+        bits = _bytes(mine), _bytes(other)
+        for digest, one in zip(digests, bits, strict=True):
+            digest.update(one)
         if mine.shape != other.shape:
-            self.differs(f"shape {tuple(mine.shape)}, not {tuple(other.shape)}")
-            return
-        self.largest = max(self.largest, float((mine.float() - other.float()).abs().max()))
-        if _bytes(mine) != _bytes(other):
-            self.differs(where)
-
-    def report(self, prompts: int) -> IdentityReport:
-        """Return all of it."""
-        return IdentityReport(
-            identical=self.difference is None,
-            max_difference=self.largest,
-            first_difference=self.difference,
-            prompts=prompts,
-            positions=self.positions,
-            grafted=self.grafted.hexdigest(),
-            base=self.base.hexdigest(),
-        )
+            differences.append(f"shape {tuple(mine.shape)}, not {tuple(other.shape)}")
+            continue
+        largest = max(largest, float((mine.float() - other.float()).abs().max()))
+        if bits[0] != bits[1]:
+            differences.append(f"logits of prompts {start + 1} to {start + len(chats)}")
+    first = next(iter(differences), None)
+    hexes = [digest.hexdigest() for digest in digests]
+    return IdentityReport(first is None, largest, first, len(prompts), positions, *hexes)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.atomic import free_name
-from mmgraft.data.chat.content import image_of, is_image
+from mmgraft.data.chat.content import image_of
 from mmgraft.data.chat.template import source_of
 from mmgraft.data.images import is_data_uri
 from mmgraft.errors import MMGraftError
-from mmgraft.evaluation.generate.answers import Features, answer
-from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.generate.answers import answer
+from mmgraft.evaluation.generate.run_features import Features
+from mmgraft.evaluation.items.item import Item, with_images
 from mmgraft.evaluation.likelihood.choice import score_choices
 from mmgraft.evaluation.likelihood.perplexity import (
     TextScore,
@@ -46,14 +47,15 @@ FOLDER = "predictions"
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
 Compute = Callable[..., object]
-"""Called with processor and items, and with `batch_size`, `on_result` and `progress` by name."""
+"""Called with processor and items, and with ``batch_size``, ``on_result`` and ``progress`` by
+name."""
 
 
 @dataclass(frozen=True)
 class Kept:
     """A graft, and its base where text is compared, whose answers and scores are all kept.
 
-    Files lie in `results/predictions/` of the run; the base's beside them, or in a folder that
+    Files lie in ``results/predictions/`` of the run; the base's beside them, or in a folder that
     several grafts of one base share.
 
     Attributes:
@@ -106,7 +108,7 @@ class Kept:
         same: bool = False,
         of_base: bool = False,
     ) -> list[ChoiceScore]:
-        """Return log-probabilities of options; see `choice.score_choices`.
+        """Return log-probabilities of options; see ``choice.score_choices``.
 
         Args:
             name: Of the set.
@@ -171,7 +173,7 @@ class Kept:
 
     @property
     def numbers(self) -> dict[str, str]:
-        """What numbers are computed in."""
+        """Return what numbers are computed in."""
         base = self.model.base
         quantized = getattr(base.config, "quantization_config", None) is not None
         return {
@@ -337,7 +339,7 @@ class Predictions:
         self._begun = path.is_file() and self._take_in()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append objects, each with its `id`, and flush them onto the disk.
+        """Append objects, each with its ``id``, and flush them onto the disk.
 
         Raises:
             MMGraftError: The disk is full or cannot be written to; what was there stays.
@@ -386,17 +388,12 @@ def fingerprint_items(items: Sequence[Item]) -> str:
     digest = hashlib.sha256()
     images: dict[str, str] = {}
     for item in items:
-        read = [item.id, [_plain(message, images) for message in item.messages], item.options]
+        messages = [
+            with_images(one, lambda part: _digest(image_of(part), images)) for one in item.messages
+        ]
+        read = [item.id, messages, item.options]
         digest.update(json.dumps(read, ensure_ascii=False, default=str).encode())
     return digest.hexdigest()
-
-
-def _plain(message: Mapping[str, Any], images: dict[str, str]) -> Row:
-    content = message.get("content")
-    if not isinstance(content, list | tuple):
-        return dict(message)
-    parts = [_digest(image_of(part), images) if is_image(part) else part for part in content]
-    return {**message, "content": parts}
 
 
 def _digest(image: Any, known: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""What was measured, by which software: what every section of a run's results says of itself."""
+"""Origin of results: the graft and the software that every section of a run names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmgraft import __version__
 from mmgraft.evaluation.items.files import file_sha256
 from mmgraft.evaluation.report.about_run import shown_name
-from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME
+from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME, GraftFile
 from mmgraft.runs.results import Results, Section, SetResult
 
 if TYPE_CHECKING:
@@ -35,10 +35,14 @@ def described_graft(model: GraftedModel, run: Path, workflow: str | None = None)
     Of a base or tower in a folder the folder's name: results are shown to others.
     """
     flow = model.workflow(workflow)
-    record = flow.record
+    return described_record(flow.record, run, flow.name)
+
+
+def described_record(record: GraftFile, run: Path, workflow: str) -> dict[str, str]:
+    """Return the same of a graft that is not loaded."""
     return {
         "method": record.method,
-        "workflow": flow.name,
+        "workflow": workflow,
         "base": shown_name(record.base.id),
         "vision": shown_name(record.vision.name),
         "sha256": weights_sha256(run),

@@ -13,12 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.items.files import (
-    data_file,
-    file_sha256,
-    read_items,
-    read_training_answers,
-)
+from mmgraft.evaluation.items.files import data_file, file_sha256, read_items, read_training_answers
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Groups, Measured
 from mmgraft.evaluation.metrics.scoring import measure_answers, measure_prior
@@ -39,7 +34,8 @@ class _Sets(StrictModel):
 
 
 def load_sets(source: str | Path) -> list[SetSpec]:
-    """Read the sets under `evaluation:` of a YAML file: a recipe, a comparison, or the list alone.
+    """Read the sets under ``evaluation:`` of a YAML file: a recipe, a comparison, or the list
+    alone.
 
     Args:
         source: A path, or the name of a shipped recipe.
@@ -135,7 +131,7 @@ class EvaluatedSet:
 
     @property
     def plain_texts(self) -> bool:
-        """Whether items are texts, and not questions with answers."""
+        """Return whether items are texts, and not questions with answers."""
         return self.spec.metric == "perplexity" and not self.spec.chat
 
     def result(

@@ -1,4 +1,4 @@
-"""What a graft leaves of text: proved where the base is frozen, measured on any set of text."""
+"""Text after grafting: proved unchanged where the base is frozen, measured on any set of text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def evaluate_text(
 
     Where the base is frozen and all logits compared are identical, a set is evaluated once, and
     both get its scores. Else graft and base are evaluated, and their difference is paired. A killed
-    run is continued: scores are kept in `results/predictions/` of the run as they come.
+    run is continued: scores are kept in ``results/predictions/`` of the run as they come.
 
     Args:
         answerer: The graft.
@@ -71,7 +71,7 @@ def evaluate_text(
         progress: Called with how many items of a set are scored, and of how many.
 
     Returns:
-        Section `text`; not yet written.
+        Section ``text``; not yet written.
 
     Raises:
         UsageError: See :func:`read_sets`; a base that is not the recorded one.

@@ -1,4 +1,4 @@
-"""What a graft sees: sets of questions about images, with two blind scores beside every score."""
+"""Vision scores: sets of questions about images, with two blind scores beside every score."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmgraft.data.chat.content import is_image
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.generate.answers import Features
-from mmgraft.evaluation.generate.run_features import run_features
+from mmgraft.evaluation.generate.run_features import Features, run_features
 from mmgraft.evaluation.kept import Kept, read_predictions
 from mmgraft.evaluation.metrics.choice import shows_options
 from mmgraft.evaluation.metrics.intervals import Measured
@@ -49,7 +48,7 @@ def evaluate_vision(
 ) -> Results:
     """Evaluate sets with images by each set's metric.
 
-    A killed run is continued: predictions are kept in `results/predictions/` of the run, one file
+    A killed run is continued: predictions are kept in ``results/predictions/`` of the run, one file
     for the answers and one for those without the image.
 
     Args:
@@ -62,7 +61,7 @@ def evaluate_vision(
         progress: Called with how many questions of a set are answered, and of how many.
 
     Returns:
-        Section `vision`; not yet written.
+        Section ``vision``; not yet written.
 
     Raises:
         UsageError: See :func:`read_sets`; a graft without the workflow.

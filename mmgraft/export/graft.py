@@ -8,18 +8,14 @@ from typing import Any
 
 from mmgraft.atomic import atomic_folder, atomic_text
 from mmgraft.export.folder import Exported, copy_file, sizes_in
-from mmgraft.hub.card import is_ours, render_card
+from mmgraft.hub.card import card_of, has_own_readme
 from mmgraft.hub.references import WHAT, local_references
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
-from mmgraft.runs.contents import README, RECIPE, UploadFile, belonging, graft_parameters
-from mmgraft.runs.results import measured
+from mmgraft.runs.contents import README, UploadFile, belonging
 
 
 def export_graft(
-    run: Path,
-    out: Path,
-    dry_run: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    run: Path, out: Path, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Exported:
     """Write config, weights, recipe, results and card of a graft into a new folder.
 
@@ -63,15 +59,10 @@ def write_record(
 ) -> None:
     """Write ``graft_config.json`` and the card; a README of the user's own is kept."""
     atomic_text(folder / CONFIG_NAME, record.dump())
-    readme, recipe = run / README, run / RECIPE
-    if readme.is_file() and not is_ours(readme.read_text(encoding="utf-8", errors="replace")):
-        copy_file(readme, folder / README)
-        return
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    card = render_card(
-        record, name, graft_parameters(run), text, measured=measured(run), files_there=files
-    )
-    atomic_text(folder / README, card)
+    if has_own_readme(run):
+        copy_file(run / README, folder / README)
+    else:
+        atomic_text(folder / README, card_of(run, record, name, files))
 
 
 def _settled(record: GraftFile, run: Path) -> tuple[GraftFile, list[str], list[str]]:

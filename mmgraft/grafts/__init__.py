@@ -1,12 +1,16 @@
 """The methods, one folder each, and what the author of another method needs.
 
-The names below are loaded when first used: a method's config must import without torch.
+Those that need torch are loaded when first used: a method's config must import without it.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from mmgraft.grafts.method import Method, PlainDecoder, Promises, StageSwitches
+from mmgraft.layers import parse_layers
+from mmgraft.strict import LayerChoice, Option, StrictModel
 
 if TYPE_CHECKING:
     from mmgraft.anatomy import Anatomy
@@ -22,10 +26,7 @@ if TYPE_CHECKING:
         select,
     )
     from mmgraft.grafts.lowrank import LowRank
-    from mmgraft.grafts.method import Method, PlainDecoder, Promises, StageSwitches
-    from mmgraft.layers import parse_layers
     from mmgraft.patching import patched_forward
-    from mmgraft.strict import LayerChoice, Option, StrictModel
 
 _HOMES = {
     "mmgraft.anatomy": ("Anatomy",),
@@ -34,10 +35,7 @@ _HOMES = {
         *("BaseParts", "Graft", "Packed", "Pass", "select"),
     ),
     "mmgraft.grafts.lowrank": ("LowRank",),
-    "mmgraft.grafts.method": ("Method", "PlainDecoder", "Promises", "StageSwitches"),
-    "mmgraft.layers": ("parse_layers",),
     "mmgraft.patching": ("patched_forward",),
-    "mmgraft.strict": ("LayerChoice", "Option", "StrictModel"),
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What every method implements, and what one forward pass shares with it.
+"""The contract that every method implements, and the forward pass that it takes part in.
 
 A method is one folder: a config (pydantic, free of torch) and a :class:`Graft`. The model runs the
 base's own decoder layers and asks each graft of an active workflow two things per layer: a context
@@ -47,7 +47,7 @@ class Packed:
     seen: Tensor  # (b, s, 1) likewise
 
     def on(self, device: torch.device) -> Packed:
-        """The same on another device."""
+        """Return the same on another device."""
         return Packed(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
@@ -64,9 +64,7 @@ class Pass:
     start: int  # column of the first new position among the keys
     cache: Any = None
     images: Tensor | None = None  # (sum of image_counts, h) projected features, image after image
-    image_counts: Tensor | None = (
-        None  # (images,) vectors of each image, on the CPU as the next two
-    )
+    image_counts: Tensor | None = None  # (images,) vectors of each, on the CPU as the next two
     image_lengths: Tensor | None = None  # (images,) positions of each: its vectors, or 0 (unplaced)
     image_rows: Tensor | None = None  # (images,) the row of each, ascending
     shared: dict[Any, Any] = field(default_factory=dict)  # computed once, used by every layer
@@ -79,16 +77,11 @@ class Pass:
             return self
         key = ("pass", device)
         if key not in self.shared:
-            moved = {
-                name: getattr(self, name).to(device)
-                for name in ("features", "kinds", "positions", "key_kinds", "key_positions")
-            }
+            names = ("features", "kinds", "positions", "key_kinds", "key_positions")
+            given = {name: getattr(self, name) for name in (*names, "segments", "images")}
+            moved = {name: t.to(device) for name, t in given.items() if t is not None}
             packed = {kind: chosen.on(device) for kind, chosen in self.packed.items()}
-            segments = None if self.segments is None else self.segments.to(device)
-            images = None if self.images is None else self.images.to(device)
-            other = replace(
-                self, **moved, shared={}, packed=packed, segments=segments, images=images
-            )
+            other = replace(self, **moved, shared={}, packed=packed)
             vars(other).update(any_image=self.any_image, new_image=self.new_image)
             self.shared[key] = other
         return self.shared[key]
@@ -100,12 +93,12 @@ class Pass:
 
     @cached_property
     def any_image(self) -> bool:
-        """Whether any key of any row is an image position."""
+        """Return whether any key of any row is an image position."""
         return bool((self.key_kinds == IMAGE).any())
 
     @cached_property
     def new_image(self) -> bool:
-        """Whether any new position of any row is an image position."""
+        """Return whether any new position of any row is an image position."""
         return bool((self.kinds == IMAGE).any())
 
     @cached_property
@@ -214,7 +207,7 @@ class Graft(nn.Module):
 
     @cached_property
     def promises(self) -> Promises:
-        """What holds for this graft, from its method's descriptor."""
+        """Return what holds for this graft, from its method's descriptor."""
         return get_method(self.method).promises(self.config)
 
     # -- what runs ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where a computation runs, for code that takes another path there.
+"""Questions about the place of a computation, for code that takes another path there.
 
 An estimate of memory runs on tensors without values, which say that they are on the CPU whatever
 device is asked about: it says so here, and the code takes that device's path.
@@ -15,7 +15,9 @@ _asked: list[str] = []
 
 
 def computes_on(tensor: Tensor) -> str:
-    """The kind of device, such as ``cpu`` or ``cuda``, whose path a tensor's computation takes."""
+    """Return the kind of device, such as ``cpu`` or ``cuda``, whose path a tensor's computation
+    takes.
+    """
     return _asked[-1] if _asked else tensor.device.type
 
 

@@ -1,4 +1,4 @@
-"""What a method says of itself to the rest of the code. Free of torch."""
+"""The descriptor by which a method tells the rest of the code about itself. Free of torch."""
 
 from __future__ import annotations
 
@@ -100,6 +100,8 @@ class Method:
         stage: What a stage of a recipe may switch.
         refuses: Gives the reason why a base cannot take the method, or None where it can.
         promises: Gives what holds for a graft of these settings.
+        unused: Gives the names of settings that do nothing beside the others; reports leave them
+            out.
         part_of: Gives the name under which ``inspect`` and the model card count a tensor, from its
             name in the graft; by default the name's first word.
         as_decoder: Gives a graft of these settings as a plain decoder, for exports; its second
@@ -119,6 +121,7 @@ class Method:
     stage: type[StageSwitches] = StageSwitches
     refuses: Callable[[Anatomy], str | None] = lambda anatomy: None
     promises: Callable[[Any], Promises] = lambda config: Promises()
+    unused: Callable[[Any], Sequence[str]] = lambda config: ()
     part_of: Callable[[str], str] = lambda tensor: tensor.split(".")[0]
     as_decoder: Callable[[Any, bool], PlainDecoder] | None = None
     origin: str = "mmgraft"

@@ -1,11 +1,12 @@
 """Find the methods: those built in, and any that an installed package brings.
 
-A package brings a method with an entry point of the group `mmgraft.methods` that names a `Method`:
+A package brings a method with an entry point of the group ``mmgraft.methods`` that names a
+``Method``:
 
     [project.entry-points."mmgraft.methods"]
     mymethod = "mypackage.method:METHOD"
 
-Looking methods up imports no torch; only `Method.load_graft` does.
+Looking methods up imports no torch; only ``Method.load_graft`` does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import Method
-from mmgraft.strict import StrictModel
 
 ENTRY_POINT_GROUP = "mmgraft.methods"
 _BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "published.wings")
@@ -111,18 +111,6 @@ def _load(point: EntryPoint, found: dict[str, Method]) -> Method | Broken:
     if default is None or default.default != method.name:
         return refuse(f"{method.config_class.__name__} needs the field method = {method.name!r}")
     return replace(method, origin=origin)
-
-
-def parse_method_config(data: dict[str, Any], what: str = "graft config") -> StrictModel:
-    """Build the config of whichever method ``data["method"]`` names.
-
-    Raises:
-        UsageError: An unknown method, an unknown key or a wrong value.
-    """
-    name = data.get("method")
-    if not isinstance(name, str):
-        raise UsageError(f"{what}: 'method' is missing; set one of {', '.join(methods())}")
-    return get_method(name).config_class.parse(data, what)
 
 
 def moved(method: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,7 +15,9 @@ from mmgraft.evaluation.report.markdown import render
 from mmgraft.evaluation.report.words import in_words, interval, score_name
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.summary import limits
+from mmgraft.runs.contents import README, RECIPE, graft_parameters
 from mmgraft.runs.results import FOLDER, Results, Section, SetResult
+from mmgraft.runs.results import measured as results_of
 
 MARKER = "<!-- mmgraft: `push` rewrites this card; delete this line to keep what you write -->"
 
@@ -34,6 +37,21 @@ _TASKS = {"caption": "image-to-text", "box": "image-text-to-text"}
 def is_ours(text: str) -> bool:
     """Return whether a README is a card of :func:`render_card` that its owner left to us."""
     return _MARKED.search(text) is not None
+
+
+def has_own_readme(run: Path) -> bool:
+    """Tell whether a run's README is written by its owner, and so kept as it is."""
+    readme = run / README
+    return readme.is_file() and not is_ours(readme.read_text(encoding="utf-8", errors="replace"))
+
+
+def card_of(
+    run: Path, record: GraftFile, name: str, files: Collection[str], license: str | None = None
+) -> str:
+    """Return the card of a run: its recipe, parameters and results; see ``render_card``."""
+    recipe = run / RECIPE
+    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+    return render_card(record, name, graft_parameters(run), text, license, results_of(run), files)
 
 
 def render_card(

@@ -12,20 +12,11 @@ from mmgraft import __version__
 from mmgraft.atomic import atomic_text
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.evaluation.report.about_run import settings_without_folders, without_folders
-from mmgraft.hub.card import is_ours, render_card
+from mmgraft.hub.card import card_of, has_own_readme
 from mmgraft.hub.client_errors import LOGIN, hub_errors
-from mmgraft.hub.references import confirm_references, make_portable
+from mmgraft.hub.references import confirm_references, is_repo_id, make_portable
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
-from mmgraft.runs.contents import (
-    README,
-    RECIPE,
-    UploadFile,
-    belonging,
-    folder_named,
-    graft_parameters,
-    managed,
-)
-from mmgraft.runs.results import measured
+from mmgraft.runs.contents import README, RECIPE, UploadFile, belonging, folder_named, managed
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -65,16 +56,8 @@ class PushPlan:
 
     def card(self, repo_id: str) -> str:
         """Return the model card for ``repo_id``."""
-        recipe = self.run / RECIPE
-        return render_card(
-            self.record,
-            repo_id,
-            graft_parameters(self.run),
-            recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
-            self.license,
-            measured(self.run),
-            [file.name for file in self.files],
-        )
+        names = [file.name for file in self.files]
+        return card_of(self.run, self.record, repo_id, names, self.license)
 
 
 @dataclass(frozen=True)
@@ -100,10 +83,7 @@ class Target:
 
 
 def plan_push(
-    run: Path,
-    base_id: str | None = None,
-    vision_id: str | None = None,
-    license: str | None = None,
+    run: Path, base_id: str | None = None, vision_id: str | None = None, license: str | None = None
 ) -> PushPlan:
     """Check a run folder and list what a push would send. Touches no network.
 
@@ -114,9 +94,8 @@ def plan_push(
     record = portable.record
     record = record.model_copy(update={"recipe": settings_without_folders(record.recipe)})
     files = [_without_folders(file) for file in belonging(run, portable.folders)]
-    readme = run / README
-    own = readme.is_file() and not is_ours(readme.read_text(encoding="utf-8", errors="replace"))
-    warnings = [*_doubts_of_readme(own), *_doubts_of_results(files)]
+    own = has_own_readme(run)
+    warnings = list(_doubts(own, files))
     named = tuple(name for name in (base_id, vision_id) if name is not None)
     return PushPlan(run, record, files, own, warnings, license, named)
 
@@ -138,7 +117,11 @@ def find_target(plan: PushPlan, repo_id: str | None = None, private: bool = Fals
     with hub_errors("asking the Hub"):
         if repo_id is None or "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id or default_name(plan.run)}"
-        _check_name(repo_id)
+        if not is_repo_id(repo_id):
+            raise UsageError(
+                f"{repo_id!r} cannot be the name of a repository; give one with --repo-id, of "
+                "letters, digits, '-', '_' and '.'"
+            )
         try:
             info: Any = api.model_info(repo_id)
         except RepositoryNotFoundError:
@@ -203,12 +186,10 @@ def _without_folders(file: UploadFile) -> UploadFile:
     return file if shown == text else UploadFile(RECIPE, shown.encode())
 
 
-def _doubts_of_readme(own: bool) -> Iterator[str]:
+def _doubts(own: bool, files: list[UploadFile]) -> Iterator[str]:
+    """Yield what the user should know of a README of their own, and of folders named in files."""
     if own:
         yield f"{README} is your own, without mmgraft's marker line: it is pushed as it is"
-
-
-def _doubts_of_results(files: list[UploadFile]) -> Iterator[str]:
     found = {file.name: path for file in files if (path := folder_named(file)) is not None}
     if found:
         name, path = next(iter(found.items()))
@@ -217,19 +198,6 @@ def _doubts_of_results(files: list[UploadFile]) -> Iterator[str]:
             f"{name} names a folder of this machine, {path}{more}; it will be seen by whoever "
             "sees the repository"
         )
-
-
-def _check_name(repo_id: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(
-            f"{repo_id!r} cannot be the name of a repository; give one with --repo-id, of letters, "
-            "digits, '-', '_' and '.'"
-        ) from error
 
 
 def _check_holds_graft(repo_id: str, there: list[str]) -> None:

@@ -157,13 +157,18 @@ def _inside(folder: Path, run: Path, what: str, option: str) -> str:
     return inside
 
 
-def _check_id(name: str, option: str) -> None:
+def is_repo_id(name: str) -> bool:
+    """Tell whether a repository of the Hub can be called so."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
-        raise UsageError(f"{option} {name} is no Hub id: write OWNER/NAME") from error
-    if name.count("/") != 1:
+    except HFValidationError:
+        return False
+    return True
+
+
+def _check_id(name: str, option: str) -> None:
+    if name.count("/") != 1 or not is_repo_id(name):
         raise UsageError(f"{option} {name} is no Hub id: write OWNER/NAME")

@@ -24,7 +24,9 @@ from transformers.cache_utils import (
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION
-from mmgraft.model.preallocated import PreallocatedLayer
+
+_SLACK = 64
+"""Positions of room at least; an eighth of what is there where that is more."""
 
 
 def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
@@ -69,7 +71,7 @@ def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
 
 
 def _like(layer: Any) -> CacheLayerMixin:
-    """An empty cache layer of the same type and size."""
+    """Return an empty cache layer of the same type and size."""
     if type(layer) is DynamicLayer:
         return DynamicLayer()
     if type(layer) is DynamicSlidingWindowLayer:
@@ -120,7 +122,7 @@ class RowSlot:
 
     @property
     def filled(self) -> bool:
-        """Whether a workflow has written to the cache."""
+        """Return whether a workflow has written to the cache."""
         if self.cache is None or len(self.cache.layers) <= self.index:
             return False
         layer = self._layer
@@ -140,11 +142,6 @@ class RowSlot:
         if len(set(numbers)) == 1:  # rows were put in another order, repeated or left out
             return [numbers[0]] * layer.keys.shape[0]
         return layer.keys[:, 0, 0, 0].tolist()
-
-    def kinds_positions(self) -> tuple[Tensor, Tensor]:
-        """Kinds and positions written so far, each ``(b, S)``."""
-        values = self._layer.values
-        return values[:, 0, :, 0], values[:, 0, :, 1]
 
     def write(
         self, kinds: Tensor, positions: Tensor, workflows: Sequence[int], image: bool
@@ -172,3 +169,56 @@ class RowSlot:
         layer = self._layer
         layer.written, layer.any_image = (layer.keys, list(workflows)), layer.any_image or image
         return both[:, 0, :, 0], both[:, 0, :, 1], layer.any_image
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A :class:`DynamicLayer` whose tensors are views of larger ones.
+
+    A dynamic layer copies all keys and values for every token. Here they are copied when the room
+    is used up, or when something else replaced them (a reorder, a crop, a repeat): then the tensors
+    shown are not the ones last handed out. Under autograd nothing is written in place.
+    """
+
+    _room: tuple[Tensor, Tensor] | None = None
+    _shown: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        past = self.get_seq_length()
+        if past == 0 or torch.is_grad_enabled():
+            self._room = self._shown = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        total = past + key_states.shape[-2]
+        if not self._fits(total):
+            room = total + max(_SLACK, total // 8)
+            self._room = _copied(self.keys, room), _copied(self.values, room)
+        assert self._room is not None
+        keys, values = self._room
+        keys[..., past:total, :] = key_states
+        values[..., past:total, :] = value_states
+        self.keys, self.values = keys[..., :total, :], values[..., :total, :]
+        self._shown = self.keys, self.values
+        return self._shown
+
+    def _fits(self, total: int) -> bool:
+        if self._room is None or self._shown is None or self._room[0].shape[-2] < total:
+            return False
+        ours = self.keys is self._shown[0] and self.values is self._shown[1]
+        return ours and self._room[0].is_inference() <= torch.is_inference_mode_enabled()
+
+    def offload(self) -> None:
+        self._room = self._shown = None
+        super().offload()
+
+    def reset(self) -> None:
+        self._room = self._shown = None
+        super().reset()
+
+
+def _copied(tensor: Tensor | None, room: int) -> Tensor:
+    """Copy a tensor to the front of one of so many positions, ``(b, n, room, d)``."""
+    assert tensor is not None
+    wide = tensor.new_empty(*tensor.shape[:-2], room, tensor.shape[-1])
+    wide[..., : tensor.shape[-2], :] = tensor
+    return wide

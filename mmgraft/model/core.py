@@ -1,24 +1,28 @@
-"""What the parts of :class:`GraftedModel` share: base, tower, workflows."""
+"""State that the parts of :class:`GraftedModel` share: base, tower, workflows, trained groups."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from typing_extensions import Self
 
 from mmgraft.anatomy import Anatomy, examine
 from mmgraft.errors import UsageError
+from mmgraft.model.cache import extend
 from mmgraft.model.images import GivenImages, Images, place, plan_features, plan_images
 from mmgraft.model.workflow import TEXT_WORKFLOW, Workflow
 from mmgraft.vision.plan import Plan
 from mmgraft.vision.towers.base import VisionTower
+
+BASE_GROUP = "base"
 
 
 class GraftedConfig(PreTrainedConfig):
@@ -30,9 +34,8 @@ class GraftedConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.base_config = base_config
         if base_config is not None:
-            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id"):
-                setattr(self, name, getattr(base_config, name, None))
-            for name in ("bos_token_id", "eos_token_id", "tie_word_embeddings"):
+            sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
+            for name in (*sizes, "pad_token_id", "bos_token_id", "eos_token_id"):
                 setattr(self, name, getattr(base_config, name, None))
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
@@ -77,7 +80,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         self._takes_positions = "position_ids" in signature.parameters
         self._packs: dict[tuple[str, int], str | None] = {}  # why rows cannot be packed
         self.gradient_checkpointing = False
-        self.lockstep = False  # see mmgraft.model.sharded.lockstep
+        self.in_step = False  # see mmgraft.model.sharded.in_step
         self._only_text = False
         if base.can_generate():
             self.generation_config = base.generation_config
@@ -98,13 +101,18 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
     def _workflow_list(self) -> list[Workflow]:
         return list(self.workflows.values())  # type: ignore[arg-type]
 
+    def _extend(self, cache: Cache) -> None:
+        """Give a cache the slots of all workflows."""
+        slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
+        extend(cache, self.anatomy.num_layers, slots)
+
     @property
     def names(self) -> list[str]:
-        """Names of the workflows beside ``text``, in order."""
+        """Return the names of the workflows beside ``text``, in order."""
         return list(self.workflows)
 
     def workflow(self, name: str | None = None) -> Workflow:
-        """A workflow by name (default: the first)."""
+        """Return a workflow by name (default: the first)."""
         name = name or self.default_workflow
         if name not in self.workflows:
             raise UsageError(
@@ -122,15 +130,15 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
             self._only_text = before
 
     def get_input_embeddings(self) -> nn.Module:
-        """The base's."""
+        """Return the base's."""
         return self.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The base's."""
+        """Return the base's."""
         return cast(nn.Module, self.base.get_output_embeddings())
 
     def image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
-        """The tower's features, without a gradient.
+        """Return the tower's features, without a gradient.
 
         Args:
             pixel_values: From the tower's ``preprocess``.
@@ -152,7 +160,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
     def images_in(
         self, given: GivenImages, names: Sequence[str], positions: Sequence[int]
     ) -> Images | None:
-        """The images of a batch, held against the image positions of its rows.
+        """Return the images of a batch, checked against the image positions of its rows.
 
         Args:
             given: What the caller gave.
@@ -175,18 +183,108 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
                 raise UsageError(f"row {row} runs the text workflow, which takes no images.")
             return self.workflow(names[row]).projector.counts(plan)
 
-        images = given.features
+        images = given.image_features
         if not isinstance(images, Images):
             features = images
             if features is None:
-                assert given.pixels is not None
-                features = self.image_features(given.pixels, given.sizes)
-            plans = plan_features(self.vision_tower, features, given.sizes)
-            if given.rows is None or given.lengths is None:
+                assert given.pixel_values is not None
+                features = self.image_features(given.pixel_values, given.image_sizes)
+            plans = plan_features(self.vision_tower, features, given.image_sizes)
+            if given.image_rows is None or given.image_lengths is None:
                 rows = place(plans, positions, counts)
                 lengths = [counts(row, plan) for row, plan in zip(rows, plans, strict=True)]
             else:
-                rows, lengths = given.rows.tolist(), given.lengths.tolist()
+                rows, lengths = given.image_rows.tolist(), given.image_lengths.tolist()
             images = Images(features, plans, rows, lengths)
         images.check(positions, counts)
         return images
+
+    # -- what is trained ------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode for the parts that are trained; frozen ones stay in eval mode."""
+        nn.Module.train(self, False)
+        if mode:
+            self.training = True
+            for part in self._parts():
+                if any(parameter.requires_grad for parameter in part.parameters()):
+                    part.train(True)
+        return self
+
+    def _parts(self) -> Iterable[nn.Module]:
+        yield self.base
+        for workflow in self._workflow_list():
+            yield workflow.projector
+            yield from workflow.graft.children()
+
+    @property
+    def base_is_trained(self) -> bool:
+        """Return whether any weight of the base is trained; text then is no longer the base's."""
+        return any(parameter.requires_grad for parameter in self.base.parameters())
+
+    def groups(self, workflow: str | None = None) -> dict[str, list[nn.Parameter]]:
+        """Parameters by group name: ``projector``, ``graft``, the graft's own groups, ``base``."""
+        found = self.workflow(workflow).groups()
+        return {**found, BASE_GROUP: list(self.base.parameters())}
+
+    def set_trainable(self, groups: Sequence[str], workflow: str | None = None) -> list[str]:
+        """Train exactly these groups, with fp32 parameters, and freeze the rest.
+
+        Args:
+            groups: Names from :meth:`groups`. A group that this graft does not have (an embedding
+                that it shares with the base) is refused.
+            workflow: Whose groups; default: the first.
+
+        Returns:
+            Names of the trained parameters.
+
+        Raises:
+            UsageError: An unknown group, a method that may not be trained, or ``base`` in 4-bit.
+        """
+        known = self.groups(workflow)
+        for name in groups:
+            if name not in known:
+                raise UsageError(
+                    f"this graft has no parameters called {name!r}; it has: "
+                    f"{', '.join(sorted(n for n, p in known.items() if p))}."
+                )
+        chosen = self.workflow(workflow).graft
+        if chosen.promises.training:
+            raise UsageError(f"{chosen.method} is not trained: {chosen.promises.training}.")
+        if BASE_GROUP in groups and self.quantized:
+            raise UsageError(
+                "a base in 4-bit cannot be trained: its weights are rounded. Load it without "
+                "quantization, or keep it frozen and train the graft."
+            )
+        self.requires_grad_(False)
+        for name in groups:
+            for parameter in known[name]:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        for workflow_ in self._workflow_list():
+            workflow_.graft.tie()
+        self.train(self.training)
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    @property
+    def quantized(self) -> bool:
+        """Return whether the base is held in 4-bit."""
+        return bool(getattr(self.base, "is_quantized", False))
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute each decoder layer, with the graft's part of it, in the backward pass."""
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self.gradient_checkpointing = False
+
+    def touch(self) -> Tensor:
+        """Return a zero that depends on every trained parameter, so that every rank has all
+        gradients.
+        """
+        total = torch.zeros((), device=self.device)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                total = total + parameter.flatten()[0].float().to(total.device) * 0
+        return total

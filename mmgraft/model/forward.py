@@ -1,4 +1,4 @@
-"""What the forward takes, and how a base runs with the grafts of the active workflows."""
+"""The inputs of the forward, and a base that runs with the grafts of the active workflows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from mmgraft.anatomy import Anatomy, decoder_layers, get_path
-from mmgraft.data.batches.segments import learned_within, number
+from mmgraft.data.batches.sequences import learned_within, number
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import Graft, Pass, select
 from mmgraft.model.files.parts import execution_device
@@ -25,7 +25,7 @@ from mmgraft.model.kernels.activations import activations_again
 from mmgraft.model.kernels.compiling import is_compiled
 from mmgraft.model.kernels.quantization import gradients_through_packed
 from mmgraft.model.packing import refuse_beside
-from mmgraft.model.sharded.lockstep import join
+from mmgraft.model.sharded.in_step import join
 from mmgraft.patching import patched_forward
 
 
@@ -120,7 +120,7 @@ class _Run:
     state: Pass | None
     checkpointing: bool
     through_4bit: bool = False
-    lockstep: bool = False
+    in_step: bool = False
     carries: list[Tensor | None] = field(default_factory=list)
 
 
@@ -131,17 +131,17 @@ def running(
     active: Sequence[Active],
     state: Pass | None,
     checkpointing: bool = False,
-    lockstep: bool = False,
+    in_step: bool = False,
 ) -> Iterator[None]:
     """While the block lasts, ``base(...)`` runs the active grafts; afterwards it is untouched.
 
     With ``checkpointing`` each decoder layer, with what a graft adds to it, is computed again in
     the backward pass instead of keeping its activations. ``state`` is None for the base alone.
-    ``lockstep``: see :mod:`mmgraft.model.sharded.lockstep`.
+    ``in_step``: see :mod:`mmgraft.model.sharded.in_step`.
     """
     active = [item for item in active if item.graft.active]
     through_4bit = torch.is_grad_enabled() and bool(getattr(base, "is_quantized", False))
-    run = _Run(active, state, checkpointing, through_4bit, lockstep, [None] * len(active))
+    run = _Run(active, state, checkpointing, through_4bit, in_step, [None] * len(active))
     if state is not None:
         for item in active:
             item.graft.begin(state)
@@ -188,7 +188,7 @@ def _layer(
         hidden, args = hidden.to(device), cast(Any, send_to_device(args, device))
         kwargs = cast(Any, send_to_device(kwargs, device, skip_keys="past_key_values"))
         run.carries = [None if carry is None else carry.to(device) for carry in run.carries]
-    if run.lockstep:  # outside the part that is computed again: its gradients come after all others
+    if run.in_step:  # outside the part that is computed again: its gradients come after all others
         hidden = join(hidden, _parameters_at(run, index))
 
     def forward(hidden: Tensor, *carries: Tensor | None) -> tuple[Any, list[Tensor | None]]:
@@ -211,7 +211,9 @@ def _with_grafts(
     args: Any,
     kwargs: Any,
 ) -> tuple[Any, list[Tensor | None]]:
-    """A layer's output with what the grafts add to it, and what they carry to the next layer."""
+    """Return a layer's output with what the grafts add to it, and what they carry to the next
+    layer.
+    """
     assert run.state is not None
     here = run.state.on(hidden.device)
     acting = [n for n, item in enumerate(run.active) if item.graft.acts_on(index)]
@@ -236,7 +238,7 @@ def _with_grafts(
 
 
 def _parameters_at(run: _Run, index: int) -> list[nn.Parameter]:
-    """Of what the active grafts run at a layer."""
+    """Return the parameters of what the active grafts run at a layer."""
     return [
         parameter
         for item in run.active
@@ -247,7 +249,7 @@ def _parameters_at(run: _Run, index: int) -> list[nn.Parameter]:
 
 
 def _own(owners: Sequence[Active], name: str, original: Any, x: Tensor) -> Tensor:
-    """A workflow's own norm or head for its rows, the base's for the others."""
+    """Return a workflow's own norm or head for its rows, the base's for the others."""
 
     def own(item: Active) -> Tensor:
         module = getattr(item.graft, name)

@@ -1,8 +1,9 @@
-"""What ``generate`` needs to know of images, workflows and extra cache slots."""
+"""Preparation of ``generate``: images, workflows and extra cache slots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -10,23 +11,17 @@ from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
 from mmgraft.errors import UsageError
-from mmgraft.model.cache import RowSlot, extend
+from mmgraft.model.cache import RowSlot
+from mmgraft.model.core import GraftedCore
 from mmgraft.model.images import GivenImages
 from mmgraft.model.rows import sort_rows
-from mmgraft.model.training_state import TrainingState
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
-_IMAGE_INPUTS = {
-    "pixels": "pixel_values",
-    "features": "image_features",
-    "sizes": "image_sizes",
-    "lengths": "image_lengths",
-    "rows": "image_rows",
-}
-_OWN_INPUTS = (*_IMAGE_INPUTS.values(), "mm_token_type_ids", "workflow")
+_IMAGE_INPUTS = tuple(one.name for one in fields(GivenImages))
+_OWN_INPUTS = (*_IMAGE_INPUTS, "mm_token_type_ids", "workflow")
 
 
-class WorkflowGeneration(TrainingState):
+class WorkflowGeneration(GraftedCore):
     """``generate`` for rows of any workflow, in every decoding mode of transformers."""
 
     def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -60,7 +55,7 @@ class WorkflowGeneration(TrainingState):
             self.default_workflow,
             RowSlot(kwargs.get("past_key_values"), self.anatomy.num_layers),
         )
-        images = GivenImages(**{k: kwargs.pop(v, None) for k, v in _IMAGE_INPUTS.items()})
+        images = GivenImages(**{name: kwargs.pop(name, None) for name in _IMAGE_INPUTS})
         if rows.text_only:
             images.refuse()
             kwargs = {k: v for k, v in kwargs.items() if k not in _OWN_INPUTS}
@@ -71,14 +66,13 @@ class WorkflowGeneration(TrainingState):
                 kwargs["use_cache"] = False
         if images.any:  # seen by the tower once, for all beams and steps
             kwargs["image_features"] = self.images_in(images, rows.names, rows.images)
-        numbers = [self.names.index(n) if n != TEXT_WORKFLOW else -1 for n in rows.names]
-        kwargs["workflow"] = torch.tensor(numbers)  # the host reads them for every token
+        kwargs["workflow"] = torch.tensor(rows.numbers(self.names))  # read for every token
         if ids is not None:
             kwargs["input_ids"] = ids
         return cast(Any, super()).generate(**kwargs)
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
-        """What `generate` will use: an argument, else what a config says."""
+        """Return what ``generate`` will use: an argument, else what a config says."""
         sources = (kwargs.get("generation_config"), self.generation_config)
         given = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
         return next((value for value in given if value is not None), None)
@@ -145,7 +139,9 @@ class WorkflowGeneration(TrainingState):
         mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The forward's inputs for one decoding step; images go in with the step they stand in."""
+        """Return the forward's inputs for one decoding step; images go in with the step they
+        stand in.
+        """
         given = cast(Any, super()).prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -191,17 +187,16 @@ class WorkflowGeneration(TrainingState):
         )
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
-            extend(cache, self.anatomy.num_layers, slots)
+            self._extend(cache)
         return done
 
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
-        """The base's masks, made from the base's config."""
+        """Return the base's masks, made from the base's config."""
         make = getattr(self.base, "create_masks_for_generate", create_masks_for_generate)
         return make(config=self.base.config, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """A text model that drafts gets text alone: it cannot take images or a workflow."""
+        """Give a text model that drafts text alone: it cannot take images or a workflow."""
         assistant = kwargs.get("assistant_model")
         if assistant is not None and not isinstance(assistant, WorkflowGeneration):
             inputs = kwargs["model_kwargs"]

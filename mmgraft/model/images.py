@@ -27,7 +27,7 @@ class Images:
         plans: Of each image.
         rows: The row of each image.
         lengths: Positions of each image in its row; 0 for an image that only the graft sees.
-        counts: Vectors that its row's projector makes of each image; filled by `check`.
+        counts: Vectors that its row's projector makes of each image; filled by ``check``.
     """
 
     features: Tensor
@@ -67,7 +67,7 @@ class Images:
         return self.choose([n for n, _ in copies], [row for _, row in copies])
 
     def within(self, whole: Tensor, step: Tensor) -> Images | None:
-        """Those that stand in the last positions of their rows.
+        """Return those that stand in the last positions of their rows.
 
         Args:
             whole: Image positions ``(b, S)`` of the rows.
@@ -121,28 +121,27 @@ class GivenImages:
     """What a caller of the forward or of ``generate`` gave of images.
 
     Attributes:
-        pixels: ``pixel_values`` of the images of all rows, in order of appearance:
-            ``(images, 3, H, W)`` where the tower has one plan for all images.
-        features: ``image_features (sum of entries, tower width)`` instead: the tower's output, also
-            as ``(images, entries, tower width)``.
-        sizes: ``image_sizes (images, 2)``, width and height, where the tower's plan depends on
-            them.
-        lengths: ``image_lengths (images,)``, positions of each image in its row; 0 for an image
-            that only the graft sees.
-        rows: ``image_rows (images,)``, the row of each image. Without the two the images fill the
-            image positions in order.
+        pixel_values: Of the images of all rows, in order of appearance: ``(images, 3, H, W)`` where
+            the tower has one plan for all images.
+        image_features: ``(sum of entries, tower width)`` instead: the tower's output, also as
+            ``(images, entries, tower width)``.
+        image_sizes: ``(images, 2)``, width and height, where the tower's plan depends on them.
+        image_lengths: ``(images,)``, positions of each image in its row; 0 for an image that only
+            the graft sees.
+        image_rows: ``(images,)``, the row of each image. Without the two the images fill the image
+            positions in order.
     """
 
-    pixels: Tensor | None = None
-    features: Tensor | Images | None = None
-    sizes: Tensor | None = None
-    lengths: Tensor | None = None
-    rows: Tensor | None = None
+    pixel_values: Tensor | None = None
+    image_features: Tensor | Images | None = None
+    image_sizes: Tensor | None = None
+    image_lengths: Tensor | None = None
+    image_rows: Tensor | None = None
 
     @property
     def any(self) -> bool:
-        """Whether an image was given."""
-        images = self.features if self.pixels is None else self.pixels
+        """Return whether an image was given."""
+        images = self.image_features if self.pixel_values is None else self.pixel_values
         return bool(
             images.plans if isinstance(images, Images) else images is not None and len(images)
         )

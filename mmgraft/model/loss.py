@@ -89,7 +89,7 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 
 def supervised(labels: Tensor) -> Tensor:
-    """Find where a position predicts a supervised token.
+    """Return where a position predicts a supervised token.
 
     Args:
         labels: ``(b, s)``, -100 where a token is not supervised.

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mmgraft.anatomy import examine, get_path
+from mmgraft.anatomy import decoder_layers, examine, get_path
 from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Graft, Pass, select
-from mmgraft.model.cache import RowSlot, extend
+from mmgraft.model.cache import RowSlot
 from mmgraft.model.files.create import make_from_files, make_on_loaded
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
 from mmgraft.model.files.load import (
@@ -26,6 +27,7 @@ from mmgraft.model.files.load import (
     finish,
     graft_folder,
     load_base,
+    load_processor,
     load_workflow,
     local_tower,
     same_base,
@@ -33,12 +35,15 @@ from mmgraft.model.files.load import (
 )
 from mmgraft.model.files.save import MAX_SHARD_SIZE, save_graft
 from mmgraft.model.forward import Active, Inputs, running
+from mmgraft.model.generation import WorkflowGeneration
 from mmgraft.model.images import GivenImages, Images
+from mmgraft.model.kernels.compiling import is_compiled
 from mmgraft.model.kernels.quantization import assert_unquantized
-from mmgraft.model.learning import WorkflowLoss
+from mmgraft.model.last_layer import fed_at, last_layer
+from mmgraft.model.loss import chunked_loss, supervised
 from mmgraft.model.packing import packing_blocked
 from mmgraft.model.rows import Rows, kinds_of, sort_rows
-from mmgraft.model.sharded.lockstep import join, outside_layers
+from mmgraft.model.sharded.in_step import join, outside_layers
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.strict import StrictModel, known_keywords
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
@@ -56,7 +61,7 @@ _OF_THE_BASE = (
 )  # fmt: skip
 
 
-class GraftedModel(WorkflowLoss):
+class GraftedModel(WorkflowGeneration):
     """A base that reads text exactly as before and, in its other workflows, sees images.
 
     Rows run a workflow each: ``text`` is the base alone, every graft adds one by its name. A batch
@@ -246,8 +251,6 @@ class GraftedModel(WorkflowLoss):
             tokenizer_folder: Where the base's tokenizer lies, when not with the base.
             workflow: Its name; default: the first.
         """
-        from mmgraft.model.files.processor import load_processor
-
         chosen = self.workflow(workflow)
         if tokenizer_folder is None:
             tokenizer_folder = base_files(chosen.record, chosen.origin or Path()).path
@@ -308,7 +311,7 @@ class GraftedModel(WorkflowLoss):
         if given.segments is not None:
             self.check_packing(given.batch[0])
             given.number_rows()
-        if rows.text_only and not (self.lockstep and given.labels is not None):
+        if rows.text_only and not (self.in_step and given.labels is not None):
             return self._run_text(given, slot)
         slot = self._open_cache(given, rows, slot)
         active = self._active(rows, given.new.device)
@@ -328,7 +331,7 @@ class GraftedModel(WorkflowLoss):
     def _run_layers(
         self, given: Inputs, rows: Rows, active: list[Active], state: Pass
     ) -> CausalLMOutputWithPast:
-        """The base with the grafts in its path, up to logits or loss."""
+        """Run the base with the grafts in its path, up to logits or loss."""
         cache, labels = given.past_key_values, given.labels
         inputs = {
             "inputs_embeds": state.features,
@@ -338,14 +341,14 @@ class GraftedModel(WorkflowLoss):
         if self._takes_positions:
             inputs["position_ids"] = state.positions
         checkpointing = self.gradient_checkpointing and self.training
-        with running(self.base, self.anatomy, active, state, checkpointing, self.lockstep):
+        with running(self.base, self.anatomy, active, state, checkpointing, self.in_step):
             if labels is None:
                 return self.base(**inputs, logits_to_keep=given.logits_to_keep)
             with self._last_layer(active, labels, rows, checkpointing):
                 hidden = self.base.base_model(**inputs).last_hidden_state  # (b, s, h)
         hidden = self._joined(hidden, first=False)
         loss = self._loss(hidden, labels, rows, active, given.num_items_in_batch)
-        if self.lockstep:
+        if self.in_step:
             loss = join(loss, [hidden]).clone()  # no view: torch hangs a hook on what is returned
         return CausalLMOutputWithPast(loss=loss)
 
@@ -376,8 +379,8 @@ class GraftedModel(WorkflowLoss):
         return slot
 
     def _joined(self, x: Tensor, first: bool) -> Tensor:
-        """In lockstep, ``x`` with what stands before the layers, or with the heads, behind it."""
-        if not self.lockstep:
+        """Return ``x``, joined across ranks with what is before the layers or with the heads."""
+        if not self.in_step:
             return x
         before, heads = outside_layers(self._workflow_list())
         if not first and self.anatomy.head_path is not None:
@@ -387,7 +390,9 @@ class GraftedModel(WorkflowLoss):
     def _static_mask(
         self, embeds: Tensor, mask: Tensor | None, cache: Cache | None
     ) -> Tensor | None:
-        """The mask that a base wants with a static cache, where it has a way of its own (Bloom)."""
+        """Return the mask that a base wants with a static cache, where it has a way of its own
+        (Bloom).
+        """
         make = type(self.base).__dict__.get("create_masks_for_generate")
         if make is None or cache is None or mask is None or not cache.layers:
             return mask
@@ -410,11 +415,11 @@ class GraftedModel(WorkflowLoss):
             UsageError: It does not, with the reason.
         """
         kernel = str(self.base.config._attn_implementation)
-        asked = kernel, min(sequences, 2)
-        if asked not in self._packs:
+        case = kernel, min(sequences, 2)
+        if case not in self._packs:
             takes = self._takes_positions
-            self._packs[asked] = packing_blocked(self.base, self.anatomy, takes, asked[1])
-        why = self._packs[asked]
+            self._packs[case] = packing_blocked(self.base, self.anatomy, takes, case[1])
+        why = self._packs[case]
         if why is not None:
             raise UsageError(
                 f"{self.anatomy.class_name} cannot hold several rows in one sequence: {why}. Leave "
@@ -424,22 +429,20 @@ class GraftedModel(WorkflowLoss):
     # -- steps of the forward -------------------------------------------------------------------
 
     def _active(self, rows: Rows, device: torch.device) -> list[Active]:
-        used = [w for w in self._workflow_list() if self.lockstep or w.name in rows.names]
+        used = [w for w in self._workflow_list() if self.in_step or w.name in rows.names]
         return [Active(w.graft, rows.gate(w.name, device)) for w in used]
 
     def _embed(self, ids: Tensor | None, embeds: Tensor | None, active: list[Active]) -> Tensor:
         """Token embeddings ``(b, s, h)``, each row by its workflow's own table."""
         if ids is None:
             return embeds  # type: ignore[return-value]
-        out = None
-        if not (len(active) == 1 and active[0].gate is None and active[0].graft.embedding):
-            out = self.base.get_input_embeddings()(ids)
-        for item in active:
-            table = item.graft.embedding
-            if table is not None and item.graft.active:
-                own = table(ids)
-                out = own if out is None else select(item.gate, own, out)
-        return out if out is not None else self.base.get_input_embeddings()(ids)
+        own = [a for a in active if a.graft.embedding is not None and a.graft.active]
+        if len(active) == 1 and own and own[0].gate is None:
+            return cast(Any, own[0].graft.embedding)(ids)
+        out = self.base.get_input_embeddings()(ids)
+        for item in own:
+            out = select(item.gate, cast(Any, item.graft.embedding)(ids), out)
+        return out
 
     def _merge(
         self, embeds: Tensor, rows: Rows, shown: Tensor, images: Images | None
@@ -457,7 +460,7 @@ class GraftedModel(WorkflowLoss):
         return embeds.masked_scatter(shown[..., None].to(embeds.device), placed), projected
 
     def _project(self, images: Images, rows: Rows) -> Tensor:
-        """Each image through the projector of its row's workflow, ``(sum of counts, h)``."""
+        """Take each image through the projector of its row's workflow, ``(sum of counts, h)``."""
         names = [rows.names[row] for row in images.rows]
         if len(set(names)) == 1:
             return images.project(self.workflow(names[0]).projector)
@@ -477,11 +480,9 @@ class GraftedModel(WorkflowLoss):
             position_ids = _positions(given.attention_mask, past, embeds.shape[1], embeds.device)
         positions = position_ids.to(embeds.device).expand(embeds.shape[0], -1)
         if cache is not None:
-            slots = [i for w in self._workflow_list() for i in w.graft.slot_layers()]
-            extend(cache, self.anatomy.num_layers, slots)
-        numbers = [self.names.index(n) if n != TEXT_WORKFLOW else -1 for n in rows.names]
+            self._extend(cache)
         self._check_lengths(rows, positions)  # before anything is written to the cache
-        new_image = any(rows.images)
+        new_image, numbers = any(rows.images), rows.numbers(self.names)
         key_kinds, key_positions, any_image = slot.write(kinds, positions, numbers, new_image)
         state = Pass(
             self.anatomy, embeds, kinds, positions, key_kinds, key_positions, past, cache,
@@ -500,7 +501,9 @@ class GraftedModel(WorkflowLoss):
                 graft.check_length(longest)
 
     def _text_training(self, inputs: Inputs, labels: Tensor) -> CausalLMOutputWithPast:
-        """A training step whose rows are all text: a zero loss unless the base is trained."""
+        """Take a training step whose rows are all text: a zero loss unless the base is
+        trained.
+        """
         if not self.base_is_trained:
             return CausalLMOutputWithPast(loss=self.touch())
         given: dict[str, Any] = {
@@ -514,9 +517,87 @@ class GraftedModel(WorkflowLoss):
         loss = self._loss(hidden, labels, rows, [], inputs.num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss + self.touch())
 
+    # -- the loss -------------------------------------------------------------------------------
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        rows: Rows,
+        active: list[Active],
+        num_items: Tensor | int | None,
+    ) -> Tensor:
+        """Return the mean cross-entropy (nats) of supervised tokens in rows that train."""
+        if self.anatomy.logits_blocked is not None:
+            raise UsageError(
+                f"this base cannot be trained or scored with labels: {self.anatomy.logits_blocked}."
+            )
+        mask = self._supervised(labels, rows).to(hidden.device)
+        targets = labels.roll(-1, dims=1).to(hidden.device)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for head, gate in self._heads(active):
+            part = mask if gate is None else mask & gate.to(mask.device)[:, None]
+            at = part.flatten().nonzero().squeeze(1)  # a card is waited for once; by a mask, twice
+            total = total + chunked_loss(
+                hidden.flatten(0, 1).index_select(0, at),
+                targets.flatten().index_select(0, at),
+                head,
+                self.anatomy.vocab_size,
+            )
+        count = mask.sum() if num_items is None else num_items
+        count = count.to(total.device) if isinstance(count, Tensor) else count
+        return (
+            total / max(count, 1) if not isinstance(count, Tensor) else total / count.clamp(min=1)
+        )
+
+    def _supervised(self, labels: Tensor, rows: Rows) -> Tensor:
+        """Return the positions whose logits the loss reads, ``(b, s)``."""
+        mask = supervised(labels)
+        if self.training and not self.base_is_trained and TEXT_WORKFLOW in rows.names:
+            learns = torch.tensor([name != TEXT_WORKFLOW for name in rows.names])
+            mask = mask & learns.to(mask.device)[:, None]
+        return mask
+
+    def _last_layer(
+        self, active: Sequence[Active], labels: Tensor, rows: Rows, checkpointing: bool
+    ) -> AbstractContextManager[Any]:
+        """Return a context in which the last layer does at supervised positions alone what it
+        can.
+        """
+        if checkpointing or is_compiled(self.base, self.anatomy):
+            return nullcontext()
+        layers = decoder_layers(self.base, self.anatomy)
+        last = last_layer(list(layers), [(item.graft, item.gate) for item in active])
+        return nullcontext() if last is None else fed_at(last, self._supervised(labels, rows))
+
+    def _heads(self, active: list[Active]) -> Iterator[tuple[Any, Tensor | None]]:
+        """Yield heads (hidden to logits) and the rows that use them."""
+        base_head = get_path(self.base, self.anatomy.head_path)
+        own = [a for a in active if a.graft.head is not None and a.graft.active]
+        if len(own) == 1 and own[0].gate is None:
+            yield self._logits_of(own[0].graft.head), None
+            return
+        rest: Tensor | None = None
+        for item in own:
+            yield self._logits_of(item.graft.head), item.gate
+            rest = ~item.gate if rest is None else rest & ~item.gate  # type: ignore[operator]
+        yield self._logits_of(base_head), rest
+
+    def _logits_of(self, head: nn.Module | None) -> Any:
+        """Return a head followed by what the base does to its logits (scale, soft-cap)."""
+        anatomy = self.anatomy
+
+        def logits(hidden: Tensor) -> Tensor:
+            out = head(hidden) * anatomy.logit_scale  # type: ignore[misc]
+            if anatomy.logit_softcap is not None:
+                out = torch.tanh(out / anatomy.logit_softcap) * anatomy.logit_softcap
+            return out
+
+        return logits
+
 
 def _positions(mask: Tensor | None, past: int, length: int, device: torch.device) -> Tensor:
-    """Each new token's own position in its row ``(b or 1, s)``, padding not counted."""
+    """Return each new token's own position in its row ``(b or 1, s)``, padding not counted."""
     if mask is not None and mask.dim() == 2:
         return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     return torch.arange(past, past + length, device=device)[None]

@@ -1,8 +1,8 @@
 """Several rows in one sequence: where each begins, and whether a base keeps them apart.
 
-A packed batch says with `segments (b, s)` which row of its sequence every position belongs to. Its
-positions begin anew with each row, and transformers makes a mask from them in which no token
-attends to another row's (`masking_utils`, where no attention mask is given).
+A packed batch says with ``segments (b, s)`` which row of its sequence every position belongs to.
+Its positions begin anew with each row, and transformers makes a mask from them in which no token
+attends to another row's (``masking_utils``, where no attention mask is given).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, get_path
-from mmgraft.data.batches.segments import number
+from mmgraft.data.batches.sequences import number
 from mmgraft.errors import UsageError
 from mmgraft.grafts.computing import is_flash
 

@@ -28,7 +28,7 @@ class Rows:
 
     @property
     def text_only(self) -> bool:
-        """Whether the base alone runs."""
+        """Return whether the base alone runs."""
         return all(name == TEXT_WORKFLOW for name in self.names)
 
     def gate(self, name: str, device: torch.device) -> Tensor | None:
@@ -36,6 +36,10 @@ class Rows:
         if all(other == name for other in self.names):
             return None
         return torch.tensor([other == name for other in self.names], device=device)
+
+    def numbers(self, known: Sequence[str]) -> list[int]:
+        """Return the number of each row's workflow among those known; -1 for ``text``."""
+        return [known.index(name) if name != TEXT_WORKFLOW else -1 for name in self.names]
 
 
 def sort_rows(
@@ -52,10 +56,10 @@ def sort_rows(
     Args:
         batch: Rows and new positions ``(b, s)``.
         image_mask: ``mm_token_type_ids (b, s)``, 1 at image positions; None means no image.
-        wanted: What the caller asked for: one workflow, one a row, or (inside ``generate``)
+        wanted: What the caller wants: one workflow, one a row, or (inside ``generate``)
             numbers into ``known`` with -1 for ``text``.
         known: Workflows of the model.
-        default: The workflow of a row with an image when nothing was asked.
+        default: The workflow of a row with an image when the caller names none.
         slot: Rows that a cache remembers.
         real: ``(b, s)`` or longer, 0 at padding; None means no padding.
 
@@ -70,16 +74,16 @@ def sort_rows(
         if real is not None and real.dim() == 2:
             shown = shown & (real[:, -length:] != 0)
         images = shown.sum(dim=1).tolist()
-    asked = _asked(wanted, known, size)
+    chosen = _by_row(wanted, known, size)
     if slot.filled:
         names = [TEXT_WORKFLOW if n < 0 else known[n] for n in slot.workflows()]
-        if asked is not None and asked != names:
+        if chosen is not None and chosen != names:
             raise UsageError(
-                "the cache was filled by another workflow than the one asked for; "
+                "the cache was filled by another workflow than the one wanted now; "
                 "begin with a fresh cache."
             )
     else:
-        names = asked or [default if count else TEXT_WORKFLOW for count in images]
+        names = chosen or [default if count else TEXT_WORKFLOW for count in images]
         if slot.past and any(name != TEXT_WORKFLOW for name in names):
             raise UsageError(
                 "this cache was filled by the text workflow, and a row now needs "
@@ -99,7 +103,7 @@ def _refuse_blind(names: list[str], images: list[int], known: Sequence[str]) -> 
             )
 
 
-def _asked(
+def _by_row(
     wanted: str | Sequence[str] | Tensor | None, known: Sequence[str], size: int
 ) -> list[str] | None:
     if wanted is None:

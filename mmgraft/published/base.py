@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ _DECIDING = (
 
 
 def base_config(source: Source, published: Published) -> PreTrainedConfig:
-    """The config of the checkpoint's base, as of a plain model.
+    """Return the config of the checkpoint's base, as of a plain model.
 
     Raises:
-        UsageError: when the base's tensors are not those of its config.
+        UsageError: When the base's tensors are not those of its config.
     """
     dtype = source.tensors[_EMBEDDING].dtype if _EMBEDDING in source.tensors else torch.float32
     config = _CONFIGS[published.base_class](
@@ -53,7 +53,7 @@ def base_config(source: Source, published: Published) -> PreTrainedConfig:
 
 
 def differs_from(source: Source, published: Published, files: ModelFiles) -> str | None:
-    """The first difference between the checkpoint's base and another model, in words.
+    """Return the first difference between the checkpoint's base and another model, in words.
 
     Tensors stored in another dtype are equal when casting the other model's to the checkpoint's
     dtype gives the checkpoint's, bit for bit.
@@ -112,13 +112,3 @@ def write_base(source: Source, published: Published, folder: Path) -> None:
 def base_bytes(source: Source, published: Published) -> int:
     """Size of the base's tensors."""
     return sum(source.tensors[name].nbytes for name in published.base_tensors)
-
-
-def load_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer of a model folder, or None where it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
-        return None

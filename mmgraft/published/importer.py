@@ -1,6 +1,6 @@
 """Turns a checkpoint that the published IAA or Wings code wrote into grafts, a base and a tower.
 
-    OUT/graft_config.json  OUT/graft.safetensors     the graft `mm`
+    OUT/graft_config.json  OUT/graft.safetensors     the graft ``mm``
     OUT/grounding/...                                IAA's second graft, on the same base
     OUT/base/                                        the checkpoint's own base, unless it is --base
     OUT/tower/                                       its vision tower, where it has one inside
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmgraft.basefiles import ModelFiles, fingerprint, resolve
+from mmgraft.basefiles import ModelFiles, find_tokenizer, fingerprint, resolve
 from mmgraft.basefiles.tensor_files import LazyTensor, write_shards
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.errors import MMGraftError, UsageError
@@ -28,7 +28,7 @@ from mmgraft.model.files.graft_file import (
     ImageToken,
     TemplateChoice,
 )
-from mmgraft.published.base import base_bytes, differs_from, load_tokenizer, write_base
+from mmgraft.published.base import base_bytes, differs_from, write_base
 from mmgraft.published.names import Published, PublishedGraft, read_published
 from mmgraft.published.source import Source, open_source
 from mmgraft.published.tower import TowerPlan, plan_tower, write_tower
@@ -53,16 +53,16 @@ class ImportReport:
     """What an import wrote, or would write.
 
     Attributes:
-        source: the checkpoint.
-        folder: where its grafts are.
-        method: `iaa` or `wings-official`.
-        grafts: the grafts, the default one first.
+        source: The checkpoint.
+        folder: Where its grafts are.
+        method: ``iaa`` or ``wings-official``.
+        grafts: The grafts, the default one first.
         base: Hub id or folder of the base.
-        own_base: whether the base is the checkpoint's own.
-        difference: why it is not the base that was named; None where it is, or none was.
+        own_base: Whether the base is the checkpoint's own.
+        difference: Why it is not the base that was named; None where it is, or none was.
         tower: Hub id or folder of the vision tower.
-        bytes: size of the new tensor files.
-        notes: what the user should know.
+        bytes: Size of the new tensor files.
+        notes: What the user should know.
     """
 
     source: str
@@ -104,21 +104,21 @@ def import_checkpoint(
     """Import a published checkpoint.
 
     Args:
-        source: its folder, or its Hub id.
-        out_dir: where the grafts go; nothing appears there before everything is written.
-        base: the model that the checkpoint's base may be. If every tensor is equal, the grafts
+        source: Its folder, or its Hub id.
+        out_dir: Where the grafts go; nothing appears there before everything is written.
+        base: The model that the checkpoint's base may be. If every tensor is equal, the grafts
             refer to it; if not, or without it, the checkpoint's own base is written beside them.
-        layers: base layers that IAA's inserted layers follow, where the checkpoint does not say.
-        tower: the vision tower that it was trained with, instead of the one it names: its config
+        layers: Base layers that IAA's inserted layers follow, where the checkpoint does not say.
+        tower: The vision tower that it was trained with, instead of the one it names: its config
             and image processor are used, and its weights where the checkpoint has none.
-        revision: of the checkpoint on the Hub.
-        force: write into a folder that is not empty.
-        dry_run: write nothing; of a Hub id fetch names and shapes only.
-        say: told what is being done.
+        revision: Of the checkpoint on the Hub.
+        force: Write into a folder that is not empty.
+        dry_run: Write nothing; of a Hub id fetch names and shapes only.
+        say: Called with what is being done.
 
     Raises:
-        UsageError: for a checkpoint of another kind, missing files, and an `out_dir` in use.
-        MMGraftError: when the disk is full; `out_dir` is as it was.
+        UsageError: For a checkpoint of another kind, missing files, and an ``out_dir`` in use.
+        MMGraftError: When the disk is full; ``out_dir`` is as it was.
     """
     say = say or (lambda text: None)
     out = Path(out_dir).expanduser()
@@ -203,7 +203,7 @@ def _folder_of(graft: PublishedGraft, published: Published, out: Path) -> Path:
 
 
 def _write(todo: _Import, out: Path, say: Callable[[str], None]) -> None:
-    """Write everything beside `out`, then move it there."""
+    """Write everything beside ``out``, then move it there."""
     out = out.resolve()
     building = out.with_name(f".{out.name}.importing")
     shutil.rmtree(building, ignore_errors=True)
@@ -231,13 +231,10 @@ def _write(todo: _Import, out: Path, say: Callable[[str], None]) -> None:
 
 
 def _shared_record(todo: _Import, building: Path) -> GraftFile:
-    """The record that all grafts of an import share but for method and workflow."""
+    """Return the record that all grafts of an import share but for method and workflow."""
     files = todo.base or resolve(building / OWN_BASE)
-    tokenizer = load_tokenizer(files.path)
-    vocab_size = int(todo.published.base_config["vocab_size"])
-    token, why = vocab_size - 1, "the last id, for want of a tokenizer to choose by"
-    if tokenizer is not None:
-        token, why = choose_placeholder(tokenizer, vocab_size)
+    tokenizer = find_tokenizer(files.path)
+    token, why = choose_placeholder(tokenizer, int(todo.published.base_config["vocab_size"]))
     own = todo.base is None
     vision, seen = todo.tower.spec, None
     if todo.published.tower_tensors:
@@ -270,7 +267,7 @@ def _write_graft(
     folder: Path,
     up: bool,
 ) -> None:
-    """Write one graft; with `up` the base and the tower beside it are one folder higher."""
+    """Write one graft; with ``up`` the base and the tower beside it are one folder higher."""
 
     def place(name: str | None) -> str | None:
         return f"./../{name.removeprefix('./')}" if up and name and name.startswith("./") else name

@@ -1,4 +1,4 @@
-"""Reads the names in checkpoints that the published IAA and Wings code wrote.
+"""Read the names in checkpoints that the published IAA and Wings code wrote.
 
 Only names, shapes and the config are looked at here; no tensor is read. Sources: the checkpoints of
 arXiv 2408.12902 (IAA) and arXiv 2406.03496 (Wings).
@@ -45,36 +45,8 @@ _BASE_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
-class IAANames:
-    """Published names of what one IAA workflow owns."""
-
-    workflow: str
-    projector: str
-    layers: str
-    embedding: str
-    norm: str
-    head: str
-
-
-IAA_WORKFLOWS = (
-    IAANames(
-        workflow="mm",
-        projector="model.mm_projector.",
-        layers="model.condition_layers.",
-        embedding="model.embed_tokens_condition.",
-        norm="model.norm_condition.",
-        head="lm_head_condtion.",
-    ),
-    IAANames(
-        workflow="grounding",
-        projector="model.mm_projector_G.",
-        layers="model.condition_layers_grounding.",
-        embedding="model.embed_tokens_condition_grounding.",
-        norm="model.norm_condition_grounding.",
-        head="lm_head_condtion_grounding.",
-    ),
-)
+_IAA_WORKFLOWS = {"mm": ("", ""), "grounding": ("_G", "_grounding")}
+"""The endings of the published names of a workflow's projector, and of its other modules."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +54,9 @@ class PublishedGraft:
     """One graft within a checkpoint.
 
     Attributes:
-        workflow: its name, `mm` or `grounding`.
-        config: its settings.
-        tensors: graft tensor name -> published name.
+        workflow: Its name, ``mm`` or ``grounding``.
+        config: Its settings.
+        tensors: Graft tensor name -> published name.
     """
 
     workflow: str
@@ -97,15 +69,15 @@ class Published:
     """What a checkpoint holds.
 
     Attributes:
-        method: `iaa` or `wings-official`.
-        grafts: the grafts, the default workflow first.
-        base_class: transformers class of the base.
-        base_config: its config's fields.
-        base_tensors: names of the base's tensors, which are the published ones too.
-        tower_tensors: the tower's tensor name -> published name; empty when it is not inside.
-        tower_id: what the config calls the tower, or None.
-        feature_layer: which of the tower's hidden states gives the features.
-        left_out: published tensors that nothing uses.
+        method: ``iaa`` or ``wings-official``.
+        grafts: The grafts, the default workflow first.
+        base_class: Transformers class of the base.
+        base_config: Its config's fields.
+        base_tensors: Names of the base's tensors, which are the published ones too.
+        tower_tensors: The tower's tensor name -> published name; empty when it is not inside.
+        tower_id: What the config calls the tower, or None.
+        feature_layer: Which of the tower's hidden states gives the features.
+        left_out: Published tensors that nothing uses.
     """
 
     method: str
@@ -125,12 +97,12 @@ def read_published(
     """Sort a checkpoint's tensors into grafts, base and tower.
 
     Args:
-        shapes: published tensor name -> shape.
-        config: the checkpoint's config.json.
-        layers: base layers that IAA's inserted layers follow, where the config does not say.
+        shapes: Published tensor name -> shape.
+        config: The checkpoint's config.json.
+        layers: Base layers that IAA's inserted layers follow, where the config does not say.
 
     Raises:
-        UsageError: for a checkpoint of another kind, and for one that misses tensors or settings.
+        UsageError: For a checkpoint of another kind, and for one that misses tensors or settings.
     """
     names = [name for name in shapes if not _BUFFERS.search(name)]
     projector = config.get("mm_projector_type", "mlp2x_gelu")
@@ -140,7 +112,7 @@ def read_published(
             "published IAA and Wings checkpoints have"
         )
     tower = {name.removeprefix(_TOWER): name for name in names if name.startswith(_TOWER)}
-    if any(name.startswith(IAA_WORKFLOWS[0].layers) for name in names):
+    if any(name.startswith("model.condition_layers.") for name in names):
         method, grafts = "iaa", _iaa_grafts(names, config, layers)
     elif any(_WINGS.match(name) for name in names):
         if layers is not None:
@@ -169,7 +141,7 @@ def read_published(
 
 
 def _is_grafted(name: str) -> bool:
-    """Whether a tensor is no plain base's."""
+    """Return whether a tensor is no plain base's."""
     marks = ("condition", "condtion", "mm_projector", "vision_tower", "image_newline")
     return any(mark in name for mark in marks) or _WINGS.match(name) is not None
 
@@ -193,27 +165,29 @@ def _iaa_grafts(
     names: list[str], config: Mapping[str, Any], layers: str | None
 ) -> list[PublishedGraft]:
     grafts = []
-    for own in IAA_WORKFLOWS:
-        inserted = [name for name in names if name.startswith(own.layers)]
+    for workflow, (short, ending) in _IAA_WORKFLOWS.items():
+        prefix = f"model.condition_layers{ending}."
+        inserted = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
         if not inserted:
             continue
-        tensors = _projector(names, own.projector)
-        for name in inserted:
-            tensors[f"graft.layers.{name.removeprefix(own.layers)}"] = name
-        for part, prefix in (("embedding", own.embedding), ("norm", own.norm), ("head", own.head)):
-            if f"{prefix}weight" not in names:
+        tensors = _projector(names, f"model.mm_projector{short}.")
+        tensors.update({f"graft.layers.{rest}": name for rest, name in inserted.items()})
+        owns = {"embedding": "model.embed_tokens_condition", "norm": "model.norm_condition"}
+        for part, module in {**owns, "head": "lm_head_condtion"}.items():
+            name = f"{module}{ending}.weight"
+            if name not in names:
                 raise UsageError(
-                    f"the checkpoint has {own.layers}* but no {prefix}weight; "
+                    f"the checkpoint has {prefix}* but no {name}; "
                     "the download may be incomplete: fetch it again"
                 )
-            tensors[f"graft.{part}.weight"] = f"{prefix}weight"
-        count = len({name.removeprefix(own.layers).split(".")[0] for name in inserted})
+            tensors[f"graft.{part}.weight"] = name
+        count = len({rest.split(".")[0] for rest in inserted})
         settings = {
             "layers": _iaa_layers(count, config, layers),
             "untie": bool(config.get("tie_word_embeddings")),
         }
         settings = IAAConfig.parse(settings, "the checkpoint's settings")
-        grafts.append(PublishedGraft(own.workflow, settings, tensors))
+        grafts.append(PublishedGraft(workflow, settings, tensors))
     return grafts
 
 
@@ -295,7 +269,7 @@ def _router_part(rest: str, name: str) -> str:
 
 
 def _base(names: list[str], config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The base's transformers class and config fields."""
+    """Return the base's transformers class and config fields."""
     qwen = any(name.endswith(".self_attn.q_proj.bias") for name in names)
     fields = {key: config[key] for key in _BASE_FIELDS if key in config}
     if qwen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,32 @@ class Source:
     """A published checkpoint.
 
     Attributes:
-        name: what the user called it.
-        config: its config.json.
-        tensors: its tensors by their published names.
-        files: small files beside them, by name.
+        name: What the user called it.
+        tensors: Its tensors by their published names.
+        files: Small files beside them, by name.
         readable: False where only the tensors' names and shapes are known.
     """
 
     name: str
-    config: dict[str, Any]
     tensors: Mapping[str, LazyTensor]
     files: dict[str, Path]
     readable: bool = True
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Return its config.json."""
+        config = self.read_json("config.json")
+        if config is None:
+            raise UsageError(
+                f"{self.name} has no config.json; give the folder of a whole checkpoint"
+            )
+        return config
+
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A small file's content, or None where the checkpoint lacks it.
+        """Return a small file's content, or None where the checkpoint lacks it.
 
         Raises:
-            UsageError: when it is no JSON object.
+            UsageError: When it is no JSON object.
         """
         if name not in self.files:
             return None
@@ -67,13 +76,13 @@ def open_source(name: str, revision: str | None = None, headers_only: bool = Fal
     """Open a checkpoint by folder or Hub id.
 
     Args:
-        name: the folder or the id.
-        revision: commit, branch or tag on the Hub.
-        headers_only: of a Hub id fetch names and shapes only, a few MB at most.
+        name: The folder or the id.
+        revision: Commit, branch or tag on the Hub.
+        headers_only: Of a Hub id fetch names and shapes only, a few MB at most.
 
     Raises:
-        UsageError: when there is no such checkpoint, or it misses its config or tensors.
-        MMGraftError: when the Hub cannot be reached.
+        UsageError: When there is no such checkpoint, or it misses its config or tensors.
+        MMGraftError: When the Hub cannot be reached.
     """
     from mmgraft.basefiles import resolve
 
@@ -84,20 +93,11 @@ def open_source(name: str, revision: str | None = None, headers_only: bool = Fal
     files = {file: found.path / file for file in _SMALL_FILES if (found.path / file).is_file()}
     if on_hub:  # no base has such files, so they were not fetched with it
         files |= _fetch_small(name, found.revision, _TOWER_FILES)
-    return _with_config(name, open_tensors(found.path), files)
-
-
-def _with_config(
-    name: str, tensors: Mapping[str, LazyTensor], files: dict[str, Path], readable: bool = True
-) -> Source:
-    config = Source(name, {}, tensors, files).read_json("config.json")
-    if config is None:
-        raise UsageError(f"{name} has no config.json; give the folder of a whole checkpoint")
-    return Source(name, config, tensors, files, readable)
+    return Source(name, open_tensors(found.path), files)
 
 
 def _fetch_small(name: str, revision: str | None, wanted: Iterable[str]) -> dict[str, Path]:
-    """Those of the wanted files that a Hub repository has."""
+    """Return those of the wanted files that a Hub repository has."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -131,4 +131,4 @@ def _from_headers(name: str, revision: str | None) -> Source:
         for tensor, info in file.tensors.items()
     }
     files = _fetch_small(name, revision, _SMALL_FILES)
-    return _with_config(name, tensors, files, readable=False)
+    return Source(name, tensors, files, readable=False)

@@ -24,10 +24,10 @@ class TowerPlan:
     """How the tower will be found.
 
     Attributes:
-        spec: what loads it; its id is a placeholder where it is written beside the graft.
-        config: config of a tower that is written.
-        processor: image processor of a tower that is written.
-        notes: what the user should know.
+        spec: What loads it; its id is a placeholder where it is written beside the graft.
+        config: Config of a tower that is written.
+        processor: Image processor of a tower that is written.
+        notes: What the user should know.
     """
 
     spec: VisionSpec
@@ -40,12 +40,12 @@ def plan_tower(source: Source, published: Published, named: str | None) -> Tower
     """Decide where the tower comes from.
 
     Args:
-        source: the checkpoint.
-        published: what is in it.
+        source: The checkpoint.
+        published: What is in it.
         named: Hub id or folder to use instead of the one that the checkpoint names.
 
     Raises:
-        UsageError: when config or weights of the tower cannot be found.
+        UsageError: When config or weights of the tower cannot be found.
     """
     spec = VisionSpec(id=named or published.tower_id, feature_layer=published.feature_layer)
     if not published.tower_tensors:
@@ -78,8 +78,8 @@ def plan_tower(source: Source, published: Published, named: str | None) -> Tower
         )
     if source.config.get("image_aspect_ratio") == "pad":
         notes.append(
-            "the published code pads a picture to a square before the image processor resizes it, "
-            "which mmgraft does not do: pad pictures beforehand to see them as it did"
+            "the published code pads an image to a square before the image processor resizes it, "
+            "which mmgraft does not do: pad images beforehand to see them as it did"
         )
     return TowerPlan(spec, _plain_config(config), processor, notes)
 
@@ -98,7 +98,7 @@ def _findable(name: str) -> bool:
 
 
 def _config_of(name: str | None) -> dict[str, Any] | None:
-    """The vision config of a model on the Hub or in a folder, or None."""
+    """Return the vision config of a model on the Hub or in a folder, or None."""
     if name is None or not _findable(name):
         return None
     try:
@@ -109,22 +109,15 @@ def _config_of(name: str | None) -> dict[str, Any] | None:
 
 
 def _processor_of(name: str | None) -> dict[str, Any] | None:
-    """The image processor's settings of a model on the Hub or in a folder, or None."""
-    from huggingface_hub import hf_hub_download
+    """Return the image processor's settings of a model on the Hub or in a folder, or None."""
+    from mmgraft.vision.preprocessing import stored_processor
 
-    if name is None or not _findable(name):
-        return None
-    path = Path(name).expanduser() / _PROCESSOR
-    try:
-        if not path.is_file():
-            path = Path(hf_hub_download(name, _PROCESSOR))
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    found = name is not None and _findable(name)
+    return stored_processor(Path(name).expanduser()) if found and name else None
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with the fields alone that its class has today."""
+    """Return a config with the fields alone that its class has today."""
     known = CONFIG_MAPPING[config["model_type"]]().to_dict()
     dropped = ("_name_or_path", "transformers_version", "id2label", "label2id", "dtype")
     kept = {key: config[key] for key in known if key in config and key not in dropped}
@@ -132,31 +125,21 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _default_processor(config: dict[str, Any]) -> dict[str, Any]:
-    """What CLIP and SigLIP were trained with; sources: their papers' released processors."""
+    """Return what CLIP and SigLIP were trained with; sources: their papers' released processors."""
     size = config["image_size"]
     square = {"height": size, "width": size}
-    shared = {
+    siglip = config["model_type"] == "siglip_vision_model"
+    crop = {} if siglip else {"do_center_crop": True, "crop_size": square}
+    return {
+        "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
+        "size": square if siglip else {"shortest_edge": size},
+        **crop,
+        "image_mean": [0.5] * 3 if siglip else [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.5] * 3 if siglip else [0.26862954, 0.26130258, 0.27577711],
         "do_convert_rgb": True,
         "do_resize": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "resample": 3,
-    }
-    if config["model_type"] == "siglip_vision_model":
-        return {
-            "image_processor_type": "SiglipImageProcessor",
-            "size": square,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            **shared,
-        }
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": size},
-        "do_center_crop": True,
-        "crop_size": square,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        **shared,
     }

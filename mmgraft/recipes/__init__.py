@@ -1,1 +1,1 @@
-"""What a user writes: recipes and sets to evaluate on. Free of torch."""
+"""Files that a user writes: recipes and sets to evaluate on. Free of torch."""

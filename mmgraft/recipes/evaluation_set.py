@@ -1,4 +1,4 @@
-"""What a recipe says of a set to evaluate on. Free of torch."""
+"""A recipe's description of a set to evaluate on. Free of torch."""
 
 from __future__ import annotations
 
@@ -19,42 +19,40 @@ Blind = Literal["prior", "no_image"]
 COLUMNS = (
     "id", "question", "answer", "answers", "options", "image", "box", "kind", "group", "text",
 )  # fmt: skip
-"""What an item may hold; `columns` of a set says under which key of its rows."""
+"""What an item may hold; ``columns`` of a set says under which key of its rows."""
 
 
 class SetSpec(StrictModel):
     """One set of items and how its answers are scored.
 
-    Sets whose metric is `perplexity`, and `choice` sets marked `modality: text`, are asked of the
-    text workflow and of the untouched base; the others are asked with their images. With `chat` a
-    set of text has questions and answers: perplexity is then of the answers.
+    Sets of ``perplexity``, and of ``choice`` with ``modality: text``, are evaluated on the text
+    workflow and the untouched base, the others with their images. With ``chat`` a set of text has
+    questions and answers: perplexity is then of the answers.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    path: str | None = Field(default=None, description="file of items, or a packaged set's name")
+    path: str | None = Field(None, description="file of items, or a packaged set's name")
     metric: Metric
     modality: Literal["text", "image"] = "image"
     chat: bool = Field(
-        default=False, description="ask a set of text through the chat template, not as plain text"
+        False, description="ask a set of text through the chat template, not as plain text"
     )
-    images: str | None = Field(default=None, description="folder that image paths start from")
+    images: str | None = Field(None, description="folder that image paths start from")
     train: str | None = Field(
-        default=None, description="file of training rows, whose answers give the prior score"
+        None, description="file of training rows, whose answers give the prior score"
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="keys of the rows, where they have other names"
     )
-    prompt: str | None = Field(
-        default=None, description="what is asked, with {question} and {options}"
-    )
+    prompt: str | None = Field(None, description="what is asked, with {question} and {options}")
     boxes: BoxFormat | None = Field(
-        default=None, description="how the model writes [x1,y1,x2,y2]; needed by `box`"
+        None, description="how the model writes [x1,y1,x2,y2]; needed by `box`"
     )
     blind: list[Blind] = Field(default_factory=lambda: ["prior", "no_image"])
-    workflow: str | None = Field(default=None, description="of rows with images; None: the graft's")
-    max_new_tokens: int | None = Field(default=None, ge=1, description="None: by the metric")
-    limit: int | None = Field(default=None, ge=1, description="draw so many items")
-    seed: int = Field(default=0, description="of that draw")
+    workflow: str | None = Field(None, description="of rows with images; None: the graft's")
+    max_new_tokens: int | None = Field(None, ge=1, description="None: by the metric")
+    limit: int | None = Field(None, ge=1, description="draw so many items")
+    seed: int = Field(0, description="of that draw")
 
     @model_validator(mode="before")
     @classmethod

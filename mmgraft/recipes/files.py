@@ -1,4 +1,4 @@
-"""Where the shipped recipes are, in an installed package and in a checkout alike."""
+"""The folder of shipped recipes, in an installed package and in a checkout alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def recipe_dir() -> Path:
     The wheel carries them inside the package; in a checkout they stand beside it.
 
     Raises:
-        UsageError: when neither is there, which means a damaged installation.
+        UsageError: When neither is there, which means a damaged installation.
     """
     for folder in (_PACKAGE / "shipped", _PACKAGE.parents[1] / "recipes"):
         if folder.is_dir():

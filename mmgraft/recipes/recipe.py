@@ -62,22 +62,19 @@ class DataEntry(StrictModel):
     """Rows that belong together: one file, or the shards of one set."""
 
     path: str | None = Field(
-        default=None,
+        None,
         description="json, jsonl, parquet, tar, a folder or pattern of them, or hub:OWNER/NAME; "
         "empty until set",
     )
-    images: str | None = Field(default=None, description="folder that image paths start from")
+    images: str | None = Field(None, description="folder that image paths start from")
     format: Literal["auto", "llava", "messages"] = "auto"
     weight: float = Field(
-        default=1.0,
-        gt=0,
-        le=100_000,
-        description="2 shows every row twice an epoch, 0.5 every other",
+        1.0, gt=0, le=100_000, description="2 shows every row twice an epoch, 0.5 every other"
     )
-    limit: int | None = Field(default=None, ge=1, description="use the first rows only")
-    split: str = Field(default="train", description="of a set of the Hub, or that datasets saved")
-    subset: str | None = Field(default=None, description="configuration of a set of the Hub")
-    revision: str | None = Field(default=None, description="branch, tag or commit of that set")
+    limit: int | None = Field(None, ge=1, description="use the first rows only")
+    split: str = Field("train", description="of a set of the Hub, or that datasets saved")
+    subset: str | None = Field(None, description="configuration of a set of the Hub")
+    revision: str | None = Field(None, description="branch, tag or commit of that set")
 
     @model_validator(mode="after")
     def _of_the_hub(self) -> Self:
@@ -93,16 +90,14 @@ class DataEntry(StrictModel):
 
 
 class GraftDefaults(StrictModel):
-    """What `mmgraft graft` uses where its options are not given."""
+    """What ``mmgraft graft`` uses where its options are not given."""
 
-    base: str | None = Field(default=None, description="alias, Hub id or folder")
-    vision: str | None = Field(default=None, description="Hub id, folder or registered tower")
+    base: str | None = Field(None, description="alias, Hub id or folder")
+    vision: str | None = Field(None, description="Hub id, folder or registered tower")
     vision_options: dict[str, Any] = Field(
         default_factory=dict, description="settings of a registered tower, such as image_size"
     )
-    feature_layer: int | None = Field(
-        default=None, description="hidden state of the tower; -2 is usual"
-    )
+    feature_layer: int | None = Field(None, description="hidden state of the tower; -2 is usual")
     config: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
     projector: AnyProjector = MlpConfig()
 
@@ -117,41 +112,35 @@ class Stage(StageSwitches):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     train: list[str] = Field(min_length=1, description="groups of parameters")
     lr: float | dict[str, float] = Field(description="one number, or one for each group")
-    data: list[DataEntry] | None = Field(default=None, description="instead of the recipe's data")
+    data: list[DataEntry] | None = Field(None, description="instead of the recipe's data")
     workflow: WorkflowName | None = None
-    graft_active: bool = Field(
-        default=True, description="false leaves inserted layers out of the path"
-    )
-    epochs: float | None = Field(default=None, gt=0, le=100_000)
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=1, ge=1, description="rows in one forward pass on one device")
-    accumulate: int = Field(
-        default=1, ge=1, description="forward passes in one step of the optimizer"
-    )
+    graft_active: bool = Field(True, description="false leaves inserted layers out of the path")
+    epochs: float | None = Field(None, gt=0, le=100_000)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(1, ge=1, description="rows in one forward pass on one device")
+    accumulate: int = Field(1, ge=1, description="forward passes in one step of the optimizer")
     optimizer: Optimizer = "adamw"
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
-    warmup_steps: int | None = Field(default=None, ge=0)
-    clip_norm: float = Field(default=1.0, ge=0, description="0 clips nothing")
-    max_length: int | None = Field(
-        default=None, ge=8, description="positions in a row, images counted"
-    )
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    warmup_steps: int | None = Field(None, ge=0)
+    clip_norm: float = Field(1.0, ge=0, description="0 clips nothing")
+    max_length: int | None = Field(None, ge=8, description="positions in a row, images counted")
     gradient_checkpointing: bool = False
     packing: bool = Field(
-        default=False, description="several rows in a sequence of up to max_length positions"
+        False, description="several rows in a sequence of up to max_length positions"
     )
     group_by: Literal["length", "modality"] | None = Field(
-        default=None, description="rows of a batch alike in length, or all with or without an image"
+        None, description="rows of a batch alike in length, or all with or without an image"
     )
     template: str | None = Field(
-        default=None, description="chat, plain or a jinja file; None: the graft's own"
+        None, description="chat, plain or a jinja file; None: the graft's own"
     )
     text_rows: TextRows | None = None
     image_share: float | None = Field(
-        default=None, gt=0, lt=1, description="how much of the rows shown have an image"
+        None, gt=0, lt=1, description="how much of the rows shown have an image"
     )
     precision: Precision | None = None
     seed: Seed | None = None
@@ -169,39 +158,37 @@ class Stage(StageSwitches):
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
         if not self.graft_active and any(g not in ("projector", "base") for g in self.train):
-            raise ValueError(
-                f"stage {self.name!r}: graft_active: false leaves the graft out of the path, so it "
+            raise self.refusal(
+                "graft_active: false leaves the graft out of the path, so it "
                 "can train projector (and base) only"
             )
         try:
             self.check_switches(self.train)
         except ValueError as error:
-            raise ValueError(f"stage {self.name!r}: {error}") from None
+            raise self.refusal(str(error)) from None
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError(f"stage {self.name!r}: give epochs or max_steps, not both")
+            raise self.refusal("give epochs or max_steps, not both")
         if self.warmup_ratio is not None and self.warmup_steps is not None:
-            raise ValueError(f"stage {self.name!r}: give warmup_ratio or warmup_steps, not both")
+            raise self.refusal("give warmup_ratio or warmup_steps, not both")
         if self.packing and self.max_length is None:
-            raise ValueError(
-                f"stage {self.name!r}: packing fills sequences of max_length positions; give "
-                "max_length"
-            )
+            raise self.refusal("packing fills sequences of max_length positions; give max_length")
         if self.packing and self.group_by is not None:
-            raise ValueError(
-                f"stage {self.name!r}: packing leaves nothing to group; give packing or group_by"
-            )
+            raise self.refusal("packing leaves nothing to group; give packing or group_by")
         if isinstance(self.lr, dict) and "default" not in self.lr:
             missing = [group for group in self.train if group not in self.lr]
             if missing:
-                raise ValueError(
-                    f"stage {self.name!r}: lr names no rate for {', '.join(missing)}; "
-                    "add one, or `default`"
+                raise self.refusal(
+                    f"lr names no rate for {', '.join(missing)}; add one, or `default`"
                 )
         return self
 
+    def refusal(self, text: str) -> ValueError:
+        """Return the error of a setting that this stage cannot have."""
+        return ValueError(f"stage {self.name!r}: {text}")
+
     @property
     def trains_base(self) -> bool:
-        """Whether base weights move in this stage."""
+        """Return whether base weights move in this stage."""
         return "base" in self.train
 
 
@@ -234,58 +221,50 @@ def _stage(value: Any, info: ValidationInfo) -> Stage:
 
 
 class Recipe(StrictModel):
-    """A whole training run. Shipped ones: `mmgraft recipes ls`."""
+    """A whole training run. Shipped ones: ``mmgraft recipes ls``."""
 
     name: str
     method: str
     description: str = ""
     graft: GraftDefaults = Field(default_factory=lambda: GraftDefaults())
-    workflow: WorkflowName | None = Field(
-        default=None, description="what is trained; None: the graft's"
-    )
+    workflow: WorkflowName | None = Field(None, description="what is trained; None: the graft's")
     base: Literal["frozen", "full"] = "frozen"
-    quantization: Literal["nf4"] | None = Field(
-        default=None, description="4-bit weights of a frozen base"
-    )
+    quantization: Literal["nf4"] | None = Field(None, description="4-bit weights of a frozen base")
     data: list[DataEntry] = Field(default_factory=list)
     eval_data: list[DataEntry] = Field(default_factory=list)
     stages: list[Annotated[SerializeAsAny[Stage], PlainValidator(_stage)]] = Field(min_length=1)
     text_rows: TextRows | None = None
     image_share: float | None = Field(
-        default=None, gt=0, lt=1, description="how much of the rows shown have an image"
+        None, gt=0, lt=1, description="how much of the rows shown have an image"
     )
     precision: Precision = "bf16"
     seed: Seed = 0
     tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    log_every: int = Field(default=10, ge=1, description="steps")
-    save_every: int | None = Field(
-        default=500, ge=1, description="steps; a stage's end always saves"
-    )
-    keep_checkpoints: int = Field(default=2, ge=1)
-    eval_every: int | None = Field(default=None, ge=1, description="steps; needs eval_data")
+    log_every: int = Field(10, ge=1, description="steps")
+    save_every: int | None = Field(500, ge=1, description="steps; a stage's end always saves")
+    keep_checkpoints: int = Field(2, ge=1)
+    eval_every: int | None = Field(None, ge=1, description="steps; needs eval_data")
     evaluation: list[SetSpec] = Field(
         default_factory=list, description="sets that `mmgraft eval` asks"
     )
     feature_cache: bool | str = Field(
-        default=False,
-        description="compute the tower once an image: true keeps it in the run, or a folder",
+        False, description="compute the tower once an image: true keeps it in the run, or a folder"
     )
     attention: Attention | None = Field(
-        default=None, description="kernel of the base's attention; None: the one transformers takes"
+        None, description="kernel of the base's attention; None: the one transformers takes"
     )
-    compile: bool = Field(default=False, description="decoder layers through torch.compile")
+    compile: bool = Field(False, description="decoder layers through torch.compile")
     parallel: Parallel = Field(
-        default="ddp", description="how several processes share a training: --processes N"
+        "ddp", description="how several processes share a training: --processes N"
     )
     workers: int | None = Field(
-        default=None,
+        None,
         ge=0,
         description="processes that load rows and images; None: 4 on CUDA (no more than there are "
         "cores), else 0",
     )
     on_bad_row: OnBadRow = Field(
-        default="error",
-        description="error names a row that cannot be used; skip leaves it out and logs it",
+        "error", description="error names a row that cannot be used; skip leaves it out and logs it"
     )
 
     @field_validator("feature_cache")
@@ -358,8 +337,8 @@ class Recipe(StrictModel):
             )
         for stage in self.stages:
             if stage.optimizer != "adamw":
-                raise ValueError(
-                    f"stage {stage.name!r}: optimizer: {stage.optimizer} keeps whole states, and "
+                raise stage.refusal(
+                    f"optimizer: {stage.optimizer} keeps whole states, and "
                     f"parallel: {self.parallel} spreads them over the processes; write adamw, or "
                     "parallel: ddp"
                 )
@@ -386,8 +365,8 @@ class Recipe(StrictModel):
     def _check_text_rows(self, stage: Stage) -> None:
         wanted = stage.text_rows or self.text_rows
         if stage.text_rows == "base" and not stage.trains_base:
-            raise ValueError(
-                f"stage {stage.name!r}: text_rows: base sends rows without an image through the "
+            raise stage.refusal(
+                "text_rows: base sends rows without an image through the "
                 "base alone, which this stage does not train; write skip or graft"
             )
         if wanted == "base" and self.base != "full":
@@ -396,30 +375,28 @@ class Recipe(StrictModel):
     def _check_batches(self, stage: Stage) -> None:
         share = stage.image_share or self.image_share
         if share is not None and self._text_rows_of(stage) == "skip":
-            raise ValueError(
-                f"stage {stage.name!r}: image_share: {share:g} mixes rows without an image in, and "
+            raise stage.refusal(
+                f"image_share: {share:g} mixes rows without an image in, and "
                 "text_rows: skip leaves them out; write text_rows: graft, or leave image_share out"
             )
         if stage.group_by == "modality" and self._text_rows_of(stage) == "skip":
-            raise ValueError(
-                f"stage {stage.name!r}: group_by: modality tells rows with an image from those "
-                "without, and text_rows: skip leaves the latter out; write group_by: length, or "
-                "text_rows: graft"
+            raise stage.refusal(
+                "group_by: modality tells rows with an image from those without, and text_rows: "
+                "skip leaves the latter out; write group_by: length, or text_rows: graft"
             )
         flash = self.attention is not None and self.attention.startswith("flash")
         if flash and (stage.precision or self.precision) == "fp32":
-            raise ValueError(
-                f"stage {stage.name!r}: {self.attention} computes in bf16; write precision: bf16, "
-                "or attention: sdpa"
+            raise stage.refusal(
+                f"{self.attention} computes in bf16; write precision: bf16, or attention: sdpa"
             )
         if stage.packing and flash and stage.batch_size > 1:
-            raise ValueError(
-                f"stage {stage.name!r}: {self.attention} keeps packed rows apart in one sequence "
+            raise stage.refusal(
+                f"{self.attention} keeps packed rows apart in one sequence "
                 "only; write batch_size: 1 and a larger max_length or accumulate"
             )
 
     def resolved(self, workflow: str = "mm") -> Recipe:
-        """The recipe with every setting that a stage left to the recipe written into the stage.
+        """Return the recipe with its settings written into the stages that name none of their own.
 
         Args:
             workflow: The graft's own, for stages that name none.

@@ -14,7 +14,7 @@ from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.registry import Method, methods
 from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import DataEntry, Recipe, Stage
-from mmgraft.strict import describe
+from mmgraft.strict import describe_item, dotted
 
 OTHER_NAMES = {
     "learning_rate": "lr",
@@ -78,10 +78,11 @@ def find_recipe(name: str | Path, kind: str = "recipe", folder: str = ".") -> Pa
 
 
 def method_recipe(method: Method) -> Path | None:
-    """The recipe that a method brings: a shipped one by its file name, or a file of its package.
+    """Return the recipe that a method brings: a shipped one by its file name, or a file of its
+    package.
 
     Raises:
-        UsageError: it names a file that is not there.
+        UsageError: It names a file that is not there.
     """
     if method.recipe is None:
         return None
@@ -95,12 +96,12 @@ def load_recipe(
     """Read and check a recipe.
 
     Args:
-        source: a path, or the name of a shipped recipe.
-        method: refuse a recipe for another method.
+        source: A path, or the name of a shipped recipe.
+        method: Refuse a recipe for another method.
         overrides: ``key=value`` texts, such as ``stages.align.lr=1e-4`` or ``seed=3``.
 
     Raises:
-        UsageError: for YAML that cannot be read, an unknown key (with the nearest right one and its
+        UsageError: For YAML that cannot be read, an unknown key (with the nearest right one and its
             line), a wrong value, or a recipe for another method.
     """
     path = find_recipe(source)
@@ -119,10 +120,10 @@ def load_recipe(
 
 
 def read_yaml(text: str, what: str) -> tuple[dict[str, Any], dict[Location, int]]:
-    """A YAML mapping and the line (from 1) of every key in it.
+    """Return a YAML mapping and the line (from 1) of every key in it.
 
     Raises:
-        UsageError: for text that is no YAML, no mapping, or has a key twice.
+        UsageError: For text that is no YAML, no mapping, or has a key twice.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -137,22 +138,22 @@ def read_yaml(text: str, what: str) -> tuple[dict[str, Any], dict[Location, int]
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that :func:`load_recipe` reads back to an equal one."""
+    """Return the recipe as YAML that :func:`load_recipe` reads back to an equal one."""
     return yaml.safe_dump(
         recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
     )
 
 
 def with_data(recipe: Recipe, data: Sequence[str], images: str | None) -> Recipe:
-    """The recipe with its data replaced by files from the command line.
+    """Return the recipe with its data replaced by files from the command line.
 
     Args:
-        recipe: what was loaded.
+        recipe: What was loaded.
         data: ``FILE`` for every stage, or ``STAGE=FILE`` for one. Several add up.
-        images: folder of the images of all these files; alone, of the recipe's own entries.
+        images: Folder of the images of all these files; alone, of the recipe's own entries.
 
     Raises:
-        UsageError: for an unknown stage.
+        UsageError: For an unknown stage.
     """
     names = [stage.name for stage in recipe.stages]
     chosen: dict[str | None, list[DataEntry]] = {}
@@ -179,7 +180,7 @@ def with_data(recipe: Recipe, data: Sequence[str], images: str | None) -> Recipe
 
 
 def with_max_steps(recipe: Recipe, max_steps: int) -> Recipe:
-    """The recipe with every stage ending after `max_steps` steps."""
+    """Return the recipe with every stage ending after ``max_steps`` steps."""
     stages = [s.model_copy(update={"max_steps": max_steps, "epochs": None}) for s in recipe.stages]
     return recipe.model_copy(update={"stages": stages})
 
@@ -191,10 +192,9 @@ def _check(data: dict[str, Any], what: str, lines: dict[Location, int]) -> Recip
         problems: list[str] = []
         for item in error.errors(include_url=False):
             loc = tuple(item["loc"])
-            single = ValidationError.from_exception_data(error.title, [_line_error(item)])
-            text = describe(single, Recipe, "").removeprefix(": ")
+            text = describe_item(item, Recipe)
             if item["type"] == "extra_forbidden" and loc[-1] in OTHER_NAMES:
-                text = f"unknown key {_dotted(loc)!r}; here it is called {OTHER_NAMES[loc[-1]]!r}"
+                text = f"unknown key {dotted(loc)!r}; here it is called {OTHER_NAMES[loc[-1]]!r}"
             elif item["type"] == "extra_forbidden" and loc[0] == "stages" and len(loc) == 3:
                 text = _unknown_in_stage(loc, methods().get(data.get("method", "")))
             line = _line_of(loc, lines)
@@ -211,18 +211,11 @@ def _check(data: dict[str, Any], what: str, lines: dict[Location, int]) -> Recip
 def _unknown_in_stage(loc: Location, method: Method | None) -> str:
     switches = list(method.stage.model_fields) if method else []
     hint = did_you_mean(str(loc[-1]), [*switches, *Stage.model_fields])
-    text = f"unknown key {_dotted(loc)!r}; {hint}"
+    text = f"unknown key {dotted(loc)!r}; {hint}"
     if method is None:
         return text
     own = f"may also switch {', '.join(switches)}" if switches else "has no keys of its own"
     return f"{text} A stage of method {method.name} {own}."
-
-
-def _line_error(item: Any) -> Any:
-    line_error = {"type": item["type"], "loc": item["loc"], "input": item["input"]}
-    if "ctx" in item:
-        line_error["ctx"] = item["ctx"]
-    return line_error
 
 
 def _line_of(loc: Location, lines: dict[Location, int]) -> int | None:
@@ -296,10 +289,6 @@ def _indices(node: list[Any], part: str, override: str) -> list[int]:
     if part not in names:
         raise UsageError(f"--set {override}: no entry {part!r}; {did_you_mean(part, names)}")
     return [names.index(part)]
-
-
-def _dotted(loc: Location) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
 
 
 def _shipped_for(method: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Finds the graft that a command is about when no folder was named."""
+"""Find the graft that a command is about when no folder was named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def find_run(
         announce: Is called with a sentence that says which graft was taken, when none was named.
 
     Raises:
-        UsageError: When `path` is no graft; when there is no graft, or more than one, to take.
+        UsageError: When ``path`` is no graft; when there is no graft, or more than one, to take.
     """
     if path is not None:
         return _named(Path(path).expanduser())

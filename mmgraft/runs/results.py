@@ -1,4 +1,4 @@
-"""What evaluation leaves in a run: one JSON file a section, and their schema. Free of torch."""
+"""Results of evaluation in a run: one JSON file a section, with a schema. Free of torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECTIONS: tuple[Section, ...] = ("training", "text", "vision", "iit", "laws")
 
 
 class Score(MeasuredModel):
-    """A number and its 95 % bootstrap interval; see `evaluation.metrics.intervals`."""
+    """A number and its 95 % bootstrap interval; see ``evaluation.metrics.intervals``."""
 
     value: float
     low: float
@@ -30,7 +30,7 @@ class Score(MeasuredModel):
     )
 
     def __str__(self) -> str:
-        """`0.823 (0.800 to 0.846)`."""
+        """``0.823 (0.800 to 0.846)``."""
         ends = f"{self.low:.3f} to {self.high:.3f}" if self.groups != 1 else "one group"
         return f"{self.value:.3f} ({ends})"
 
@@ -43,9 +43,9 @@ class Score(MeasuredModel):
 class SetResult(MeasuredModel):
     """The scores of one set.
 
-    A score's name is the metric's, in the field's terms: `accuracy`, `accuracy_per_token`,
-    `perplexity`, `kl_to_base`, `cider`, `precision_at_0.5`, `mean_iou`, `precision`, `recall`,
-    `f1`, `yes_ratio`.
+    A score's name is the metric's, in the field's terms: ``accuracy``, ``accuracy_per_token``,
+    ``perplexity``, ``kl_to_base``, ``cider``, ``precision_at_0.5``, ``mean_iou``, ``precision``,
+    ``recall``, ``f1``, ``yes_ratio``.
     """
 
     name: str

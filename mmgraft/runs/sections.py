@@ -26,7 +26,7 @@ def put_aside(run: Path, results: Results) -> list[Path]:
         results: What was measured just now.
 
     Returns:
-        Their new names, `text.stale-1.old`, under which they are not pushed.
+        Their new names, ``text.stale-1.old``, under which they are not pushed.
 
     Raises:
         UsageError: A section is damaged.

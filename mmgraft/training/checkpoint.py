@@ -27,7 +27,7 @@ FOLDER = "checkpoints"
 TENSORS = "trained.safetensors"
 PROGRESS = "progress.json"
 ROWS = "rows.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
 _OF_DISK = ("PytorchStreamWriter", "inline_container", "iostream error")
 """What torch's writer of files says where a disk is full, in a RuntimeError."""
 
@@ -39,13 +39,8 @@ def stage_folder(run: Path, index: int, name: str) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a stage, oldest first."""
-    found = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match and path.is_dir():
-                found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((p for p in found if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -113,11 +108,6 @@ def rotate(folder: Path, keep: int) -> None:
         gone = path.with_name(f".{path.name}.gone")  # a kill leaves no half of it by its name
         path.replace(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def remove(folder: Path) -> None:
-    """Remove the checkpoints of a stage that is done."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -205,16 +195,7 @@ def read_rows(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_rows(run: Path, rows: Mapping[str, Any]) -> None:
-    """Record by what the rows of each stage are known."""
-    _write(run, ROWS, rows)
-
-
-def write_progress(run: Path, progress: Mapping[str, Any]) -> None:
-    """Record what a run has done so far."""
-    _write(run, PROGRESS, progress)
-
-
-def _write(run: Path, name: str, data: Mapping[str, Any]) -> None:
+def write_progress(run: Path, progress: Mapping[str, Any], name: str = PROGRESS) -> None:
+    """Record what a run has done so far, or under ``ROWS`` by what the rows of stages are known."""
     (run / FOLDER).mkdir(parents=True, exist_ok=True)
-    atomic_json(run / FOLDER / name, dict(data))
+    atomic_json(run / FOLDER / name, dict(progress))

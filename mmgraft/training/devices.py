@@ -1,4 +1,4 @@
-"""Where a run computes, and what it needs that may not be there."""
+"""Devices of a run, and the packages that it needs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pick_device(wanted: str | None = None) -> str:
     """Choose the device that is wanted, else the first that is there: CUDA, MPS, CPU.
 
     Raises:
-        UsageError: for a device that is not there, or that no one knows.
+        UsageError: For a device that is not there, or that no one knows.
     """
     there = {
         "cuda": torch.cuda.is_available(),
@@ -94,11 +94,8 @@ def check_packages(recipe: Recipe, device: str) -> None:
             not run on; flash attention without its package or a card; torch.compile without a
             compiler; a tracker whose package is missing.
     """
-    if recipe.attention in _FLASH_PACKAGES:
-        what, (module, package) = (
-            f"attention: {recipe.attention}",
-            _FLASH_PACKAGES[recipe.attention],
-        )
+    if (flash := _FLASH_PACKAGES.get(recipe.attention or "")) is not None:
+        what, (module, package) = f"attention: {recipe.attention}", flash
         if device != "cuda":
             raise UsageError(
                 f"{what} needs a CUDA card, and this is {device}; write attention: sdpa"

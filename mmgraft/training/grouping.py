@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from mmgraft.atomic import atomic_bytes
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.batches.dataset import RowDataset
-from mmgraft.data.batches.even_batches import EvenSampler
 from mmgraft.data.batches.packing import Packs, fill
-from mmgraft.data.batches.sampler import EpochSampler
+from mmgraft.data.batches.sampler import EpochSampler, EvenSampler
 from mmgraft.data.formats.indexed import facts_of
 from mmgraft.errors import UsageError
 from mmgraft.recipes.recipe import Stage
@@ -62,7 +61,7 @@ def arrange(
     workers: int = 0,
     kept: bool = False,
 ) -> Arranged:
-    """Order the rows of a stage as its `packing` and `group_by` say.
+    """Order the rows of a stage as its ``packing`` and ``group_by`` say.
 
     Args:
         rows: All of them.
@@ -241,4 +240,4 @@ def _measure(rows: RowDataset, indices: Sequence[int]) -> list[int | BadRow]:
 
 
 Order = EpochSampler | EvenSampler
-"""Of the rows of an epoch, whose number is set with `set_epoch`."""
+"""Of the rows of an epoch, whose number is set with ``set_epoch``."""

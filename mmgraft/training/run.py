@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from mmgraft.training.session import Session
 
 RECIPE = "recipe.yaml"
-"""What `mmgraft graft` writes into a run, for its owner to change."""
+"""What ``mmgraft graft`` writes into a run, for its owner to change."""
 USED_RECIPE = "recipe.used.yaml"
-"""The recipe that the run is trained by, every setting resolved; `--resume` goes on with it."""
+"""The recipe that the run is trained by, every setting resolved; ``--resume`` goes on with it."""
 VERSIONS = "versions.json"
 
 Announce = Callable[[str], None]
@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether several processes hold the model in pieces that mmgraft makes."""
+        """Return whether several processes hold the model in pieces that mmgraft makes."""
         return self.recipe.parallel == "fsdp2" and processes() > 1
 
     @property
@@ -195,7 +195,7 @@ def train(
     watches_text = main and any(stage.trains_base for stage in plan.stages)
     if plan.resume and main:  # a kill may have come before these were removed
         for index, stage in enumerate(plan.stages[: plan.first]):
-            checkpoint.remove(checkpoint.stage_folder(run, index, stage.name))
+            shutil.rmtree(checkpoint.stage_folder(run, index, stage.name), ignore_errors=True)
     if plan.first >= len(plan.stages):
         if watches_text and text_change.is_due(run):
             session.measure_text()
@@ -206,10 +206,10 @@ def train(
         _begin(plan)
         session.bad_rows.put(plan.bad)
     if watches_text:
-        session.remember_text()
+        text_change.remember(run, session.model, session.processor)
     results: list[StageResult] = []
     for index in range(plan.first, len(plan.stages)):
-        if session.stop_requested:
+        if session.stopper.requested:
             raise session.stopped(f"after stage {plan.stages[index - 1].name!r}")
         results.append(_run_stage(session, index, display))
     if watches_text:
@@ -261,7 +261,8 @@ def _begin(plan: Plan) -> None:
     atomic_text(run / USED_RECIPE, dump_recipe(absolute(recipe)))
     atomic_json(run / VERSIONS, versions())
     names = [stage.name for stage in recipe.stages]
-    checkpoint.write_rows(run, dict(zip(names, map(fingerprint, plan.rows), strict=True)))
+    known = dict(zip(names, map(fingerprint, plan.rows), strict=True))
+    checkpoint.write_progress(run, known, checkpoint.ROWS)
     begun = {"recipe": recipe.name, "processes": processes(), "stages": names, "finished": []}
     checkpoint.write_progress(run, begun)
 

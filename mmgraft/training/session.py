@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,8 +18,8 @@ from transformers import TrainerCallback
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset
-from mmgraft.data.batches.even_batches import EvenDataset, EvenSampler
 from mmgraft.data.batches.packing import PackCollator, examples_of
+from mmgraft.data.batches.sampler import EvenDataset, EvenSampler
 from mmgraft.data.features import fill_cache, open_cache
 from mmgraft.data.formats.indexed import Joined, key_at, select
 from mmgraft.data.rows import Row
@@ -68,11 +69,6 @@ class Session:
         self.processor: Any = None  # its GraftProcessor
         self._features: FeatureCache | None = None
         self.bad_rows = BadRows(plan.run, self.announce, plan.resume)
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether a person has pressed Ctrl-C."""
-        return self.stopper.requested
 
     def stopped(self, where: str) -> TrainingStopped:
         """Make the error that says how to go on."""
@@ -135,10 +131,6 @@ class Session:
             self.model = None  # the next stage trains other parts, and has other pieces
         return taken, log.last.get("loss"), size
 
-    def remember_text(self) -> None:
-        """Keep what the base says to a few prompts before it is trained."""
-        text_change.remember(self.plan.run, self.model, self.processor)
-
     def measure_text(self) -> None:
         """Say, and record, how far text has moved."""
         self._model_for(self.plan.stages[-1])
@@ -149,8 +141,12 @@ class Session:
     def _train(self, trainer: GraftTrainer, stage: Stage, last: Path | None) -> tuple[int, int]:
         """Train from a checkpoint on; return the steps taken now and those taken in all."""
         before = 0 if last is None else checkpoint.step_of(last)
+        compiled: AbstractContextManager[None] = nullcontext()
+        if self.plan.recipe.compile:
+            model = self.model
+            compiled = compiled_layers(model.base, model.anatomy, [model.workflow().graft])
         try:
-            with self.stopper, self._compiled():
+            with self.stopper, compiled:
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except KeyboardInterrupt:
             raise TrainingStopped(
@@ -165,12 +161,6 @@ class Session:
         if done < wanted:
             raise self.stopped(f"in stage {stage.name!r} after step {done} of {wanted}")
         return done - before, done
-
-    def _compiled(self) -> AbstractContextManager[None]:
-        if not self.plan.recipe.compile:
-            return nullcontext()
-        model = self.model
-        return compiled_layers(model.base, model.anatomy, [model.workflow().graft])
 
     def _kept(self, trainer: GraftTrainer, stage: Stage, before: int) -> str:
         """Save the steps that were taken before a row failed, and say how to go on."""
@@ -390,7 +380,7 @@ class Session:
                 "steps": {**earlier.get("steps", {}), stage.name: steps},
             },
         )
-        checkpoint.remove(checkpoint.stage_folder(plan.run, index, stage.name))
+        shutil.rmtree(checkpoint.stage_folder(plan.run, index, stage.name), ignore_errors=True)
         self.announce(f"stage {stage.name!r} is done and saved")
 
 

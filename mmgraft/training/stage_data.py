@@ -55,8 +55,10 @@ def absolute(recipe: Recipe) -> Recipe:
     def moved(entries: Sequence[DataEntry] | None) -> list[DataEntry] | None:
         if entries is None:
             return None
-        paths = [{"path": _absolute(one.path), "images": _absolute(one.images)} for one in entries]
-        return [one.model_copy(update=each) for one, each in zip(entries, paths, strict=True)]
+        return [
+            one.model_copy(update={"path": _absolute(one.path), "images": _absolute(one.images)})
+            for one in entries
+        ]
 
     stages = []
     for stage in recipe.stages:
@@ -119,7 +121,7 @@ def fingerprint(rows: Sequence[Row]) -> dict[str, Any]:
     pieces = np.array_split(np.arange(len(rows)), min(_PIECES, len(rows)) or 1)
     hashes = [
         hashlib.blake2b(
-            facts.letters[piece].tobytes() + facts.pictures[piece].tobytes(), digest_size=4
+            facts.characters[piece].tobytes() + facts.images[piece].tobytes(), digest_size=4
         ).hexdigest()
         for piece in pieces
     ]
@@ -133,7 +135,7 @@ def refuse_other_rows(rows: Sequence[Row], begun_with: Any, stage: str, run: Pat
 
     Args:
         rows: Of the stage, as they are now.
-        begun_with: Their `fingerprint` when the run was begun; None where it was not kept.
+        begun_with: Their ``fingerprint`` when the run was begun; None where it was not kept.
         stage: Its name.
         run: Named in the error.
 
@@ -170,7 +172,7 @@ class StageData:
             rows stand in the same order as before.
 
     Attributes:
-        bad: Rows that were left out, those of `left_out` not counted.
+        bad: Rows that were left out, those of ``left_out`` not counted.
     """
 
     def __init__(
@@ -236,7 +238,7 @@ def check_images(rows: Sequence[Row], most: int = _LOOKED_AT) -> int:
     """
     facts = facts_of(rows)
     shown = np.flatnonzero(facts.with_image)
-    shown = shown[:: -(-int(facts.pictures.sum(dtype=np.int64)) // (_READ_FOR_EACH * most)) or 1]
+    shown = shown[:: -(-int(facts.images.sum(dtype=np.int64)) // (_READ_FOR_EACH * most)) or 1]
     found: dict[str, int] = {}  # the first row that shows an image
     for at, row in zip(shown.tolist(), select(rows, shown), strict=True):
         for image in images_of_all(row.messages):

@@ -38,19 +38,14 @@ def open_stage(model: GraftedModel, stage: Stage) -> list[RateGroup]:
     Raises:
         UsageError: A group that this graft does not have, or a switch that it cannot follow.
     """
-    set_path(model, stage)
-    model.set_trainable(stage.train, stage.workflow)
-    return rate_groups(model, stage)
-
-
-def set_path(model: GraftedModel, stage: Stage) -> None:
-    """Put the graft into the path of its workflow, or those of its parts that the stage names."""
     graft = model.workflow(stage.workflow).graft
     graft.set_state({"active": stage.graft_active})
     try:
         graft.switch(stage)
     except UsageError as error:
         raise UsageError(f"stage {stage.name!r} {error}") from None
+    model.set_trainable(stage.train, stage.workflow)
+    return rate_groups(model, stage)
 
 
 def rate_groups(model: GraftedModel, stage: Stage) -> list[RateGroup]:

@@ -139,7 +139,7 @@ class GraftTrainer(Trainer):
         self.sampler = sampler
         self._tokens = 0
         self._since = time.perf_counter()
-        self._rates: dict[str, float] = {}
+        self.rates: dict[str, float] = {}
         self._watch = FiniteWatch(stage.name, args.device)
         self._losses = LossSum()
         self._evaluated = EvalSum()
@@ -300,11 +300,6 @@ class GraftTrainer(Trainer):
 
     # -- logs -----------------------------------------------------------------------------------
 
-    def note_rates(self) -> None:
-        """Keep the rates of the step to come, before the schedule moves on."""
-        assert self.optimizer is not None
-        self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add rates by group, speed and memory to what every tracker gets.
 
@@ -324,7 +319,7 @@ class GraftTrainer(Trainer):
             if memory is not None:
                 logs["memory_gb"] = memory / 1e9
             logs.pop("learning_rate", None)
-            logs.update({f"lr/{name}": rate for name, rate in self._rates.items()})
+            logs.update({f"lr/{name}": rate for name, rate in self.rates.items()})
         super().log(logs, start_time)
 
     def _mean_loss(self) -> float:
@@ -416,7 +411,8 @@ class _Epochs(TrainerCallback):
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.note_rates()
+        groups = cast(Any, self.trainer.optimizer).param_groups
+        self.trainer.rates = {group["name"]: group["lr"] for group in groups}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:

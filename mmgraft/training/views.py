@@ -1,4 +1,4 @@
-"""What reads a file of rows, or the rows of a run: tokenizer, template, image positions, length."""
+"""Views of rows, from a file or a run: tokenizer, template, image positions, length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.anatomy import skeleton
-from mmgraft.anatomy.positions import position_table
+from mmgraft.anatomy.inspection import position_table
 from mmgraft.basefiles import ModelFiles, load_config, resolve
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.data.chat.processor import GraftProcessor
@@ -17,14 +17,12 @@ from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.formats.sources import is_there
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.model.files.graft_file import GraftFile
-from mmgraft.model.files.load import base_files, local_tower
-from mmgraft.model.files.processor import load_processor
-from mmgraft.recipes.recipe import DataEntry, Recipe
+from mmgraft.model.files.load import base_files, load_processor, local_tower
+from mmgraft.recipes.recipe import DataEntry, GraftDefaults, Recipe
 from mmgraft.recipes.source import find_recipe, load_recipe
 from mmgraft.runs.find import is_graft
 from mmgraft.training.run import recipe_file
 from mmgraft.training.stage_data import check_data_is_set, with_template
-from mmgraft.vision.projectors.configs import MlpConfig
 from mmgraft.vision.towers.registry import describe_tower
 
 
@@ -83,26 +81,17 @@ def views(chosen: Selection) -> list[View]:
         UsageError: Something that is not there, or options that do not go together.
     """
     run, file = _run_and_file(chosen)
-    record = GraftFile.read(run) if run is not None else None
-    recipe, recipe_path = _recipe(chosen, run, record)
-    base = _base(chosen, run, record, recipe)
-    processor = None if base is None else _processor(chosen, run, record, recipe, base)
-    positions = None if base is None else _positions(base)
-    given = None
-    if file is not None:
-        images = None if chosen.images is None else str(chosen.images)
-        given = (DataEntry(path=str(file), images=images),)
+    recipe, processor, positions = _of_names(chosen) if run is None else _of_run(chosen, run)
+    given = [] if file is None else [DataEntry(path=str(file))]
     if recipe is None:
-        assert given is not None
         reads = processor and with_template(processor, chosen.template)
-        return [View(given, (), reads, chosen.max_length, positions=positions)]
-    if given is None and run is not None:
-        check_data_is_set(recipe, run, recipe_path)
+        entries = _placed(given, chosen)
+        return [View(entries, (), reads, chosen.max_length, positions=positions)]
     found: dict[tuple[object, ...], View] = {}
     for stage in recipe.stages:
         if chosen.stage not in (None, stage.name):
             continue
-        entries = given or tuple(_placed(entry, chosen) for entry in stage.data or [])
+        entries = _placed(given or stage.data or [], chosen)
         template = chosen.template or stage.template
         length = chosen.max_length or stage.max_length
         skips = stage.text_rows == "skip"
@@ -141,35 +130,44 @@ def _run_and_file(chosen: Selection) -> tuple[Path | None, Path | None]:
     return run, file
 
 
-def _recipe(
-    chosen: Selection, run: Path | None, record: GraftFile | None
-) -> tuple[Recipe | None, Path]:
-    """Read the recipe of a run or the one that is named, and say where it lies."""
-    if run is not None and record is not None:
-        path = recipe_file(run, record, chosen.recipe)
-        return load_recipe(path, method=record.method).resolved(record.workflow), path
-    if chosen.recipe is None:
-        return None, Path()
-    path = find_recipe(chosen.recipe)
-    return load_recipe(path).resolved(), path
+_Readers = tuple[Recipe | None, GraftProcessor | None, int | None]
+"""A recipe, the processor and the size of the base's position table, where they are known."""
 
 
-def _base(
-    chosen: Selection, run: Path | None, record: GraftFile | None, recipe: Recipe | None
-) -> ModelFiles | None:
-    """Find the base of a run, or the one that is named; None where none is."""
-    if run is not None and record is not None:
-        return base_files(record, run)
-    named = chosen.base or (recipe.graft.base if recipe is not None else None)
-    if named is None:
-        return None
-    if _vision(chosen, recipe) is None:
+def _of_run(chosen: Selection, run: Path) -> _Readers:
+    """Load what reads the rows of a run; no weights are read."""
+    record = GraftFile.read(run)
+    path = recipe_file(run, record, chosen.recipe)
+    recipe = load_recipe(path, method=record.method).resolved(record.workflow)
+    base = base_files(record, run)
+    processor = load_processor(record, base.path, describe_tower(local_tower(record, run)))
+    if run == chosen.target:
+        check_data_is_set(recipe, run, path)
+    return recipe, processor, _positions(base)
+
+
+def _of_names(chosen: Selection) -> _Readers:
+    """Load what a recipe, a base and a tower make that are named, or that the recipe names."""
+    recipe = None
+    if chosen.recipe is not None:
+        recipe = load_recipe(find_recipe(chosen.recipe)).resolved()
+    graft = GraftDefaults() if recipe is None else recipe.graft
+    name, vision = chosen.base or graft.base, chosen.vision or graft.vision
+    if name is None:
+        return recipe, None, None
+    if vision is None:
         raise UsageError("--base without --vision; name the tower too, for an image's positions")
-    return resolve(resolve_alias(named))
-
-
-def _vision(chosen: Selection, recipe: Recipe | None) -> str | None:
-    return chosen.vision or (recipe.graft.vision if recipe is not None else None)
+    base = resolve(resolve_alias(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the base {base.id} has no tokenizer that transformers can load ({error})"
+        ) from None
+    template = resolve_template(chosen.template, tokenizer)
+    filler, _ = choose_placeholder(tokenizer, len(tokenizer))
+    positions = describe_tower(vision).positions(graft.projector)
+    return recipe, GraftProcessor(tokenizer, positions, filler, template), _positions(base)
 
 
 def _positions(base: ModelFiles) -> int | None:
@@ -181,32 +179,7 @@ def _positions(base: ModelFiles) -> int | None:
         return None  # no text model: its rows are read all the same, and no graft is made on it
 
 
-def _processor(
-    chosen: Selection,
-    run: Path | None,
-    record: GraftFile | None,
-    recipe: Recipe | None,
-    base: ModelFiles,
-) -> GraftProcessor:
-    """Load a run's, or that of a base and a tower; no weights are read."""
-    if run is not None and record is not None:
-        return load_processor(record, base.path, describe_tower(local_tower(record, run)))
-    vision = _vision(chosen, recipe)
-    assert vision is not None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the base {base.id} has no tokenizer that transformers can load ({error})"
-        ) from None
-    template = resolve_template(chosen.template, tokenizer)
-    filler, _ = choose_placeholder(tokenizer, len(tokenizer))
-    projector = MlpConfig() if recipe is None else recipe.graft.projector
-    positions = describe_tower(vision).positions(projector)
-    return GraftProcessor(tokenizer, positions, filler, template)
-
-
-def _placed(entry: DataEntry, chosen: Selection) -> DataEntry:
-    if chosen.images is None:
-        return entry
-    return entry.model_copy(update={"images": str(chosen.images)})
+def _placed(entries: list[DataEntry], chosen: Selection) -> tuple[DataEntry, ...]:
+    """Return files of rows with the folder of images that a user named."""
+    update = {} if chosen.images is None else {"images": str(chosen.images)}
+    return tuple(entry.model_copy(update=update) for entry in entries)

@@ -1,6 +1,6 @@
 """Vision towers: any transformers vision model, or a module registered under a kind of its own.
 
-Importing this package loads neither torch nor transformers; its names are loaded when first used.
+Importing this package loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -8,32 +8,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mmgraft.vision.spec import ProjectorSpec, VisionSpec
+from mmgraft.vision.towers.registry import (
+    TowerKind,
+    TowerShape,
+    describe_tower,
+    load_tower,
+    register_tower,
+    tower_kinds,
+)
+
 if TYPE_CHECKING:
     from mmgraft.vision.images import load_image, to_rgb
-    from mmgraft.vision.spec import ProjectorSpec, VisionSpec
     from mmgraft.vision.towers.base import VisionTower
-    from mmgraft.vision.towers.registry import (
-        TowerKind,
-        TowerShape,
-        describe_tower,
-        load_tower,
-        register_tower,
-        tower_kinds,
-    )
 
-_HOMES = {
-    "ProjectorSpec": "spec",
-    "TowerKind": "towers.registry",
-    "TowerShape": "towers.registry",
-    "VisionSpec": "spec",
-    "VisionTower": "towers.base",
-    "describe_tower": "towers.registry",
-    "load_image": "images",
-    "load_tower": "towers.registry",
-    "register_tower": "towers.registry",
-    "to_rgb": "images",
-    "tower_kinds": "towers.registry",
-}
+_HOMES = {"VisionTower": "towers.base", "load_image": "images", "to_rgb": "images"}
 
 __all__ = [
     "ProjectorSpec",

@@ -47,7 +47,7 @@ class FeatureCache:
 
     Args:
         folder: The cache folder, shared by any number of towers.
-        tower_fingerprint: `VisionTower.fingerprint` of the tower.
+        tower_fingerprint: ``VisionTower.fingerprint`` of the tower.
         max_bytes: Bound on the whole cache folder: the shards least recently used go first.
         dtype: Dtype on disk and of what is returned: float32 or bfloat16.
         shard_bytes: Size at which a shard is written.
@@ -85,8 +85,8 @@ class FeatureCache:
 
         Args:
             paths: Image files, or images inside others; equal images are computed once.
-            compute: Features of some files, one tensor a file. See `TowerFeatures`.
-            batch_size: Files that `compute` gets at a time.
+            compute: Features of some files, one tensor a file. See ``TowerFeatures``.
+            batch_size: Files that ``compute`` gets at a time.
             progress: Called with (computed, to compute) after every batch.
 
         Returns:
@@ -94,7 +94,7 @@ class FeatureCache:
             to be written to.
 
         Raises:
-            UsageError: From `load_image`, for a missing or broken file.
+            UsageError: From ``load_image``, for a missing or broken file.
         """
         images = [Path(path) if isinstance(path, str) else path for path in paths]
         keys = [self._digest(image) for image in images]
@@ -206,7 +206,7 @@ class FeatureCache:
         return features
 
     def _evict(self) -> None:
-        """Remove the shards used longest ago until the folder is within `max_bytes`."""
+        """Remove the shards used longest ago until the folder is within ``max_bytes``."""
         shards: list[tuple[float, int, Path]] = []
         for path in self.root.glob("*/*"):
             try:

@@ -32,7 +32,7 @@ class BadImage(UsageError):
     """An image that cannot be used.
 
     Attributes:
-        fault: in one word.
+        fault: In one word.
     """
 
     def __init__(self, message: str, fault: Fault = "broken") -> None:
@@ -55,10 +55,10 @@ def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
 
     The head says that it is an image, and how large; the end, whether it was cut short. Only a
     file whose end is odd, or that ends in no known way, is decoded. Bytes that are wrong in between
-    are not seen: only `load_image` finds them.
+    are not seen: only ``load_image`` finds them.
 
     Raises:
-        BadImage: As `load_image`.
+        BadImage: As ``load_image``.
     """
 
     def look(file: IO[bytes]) -> tuple[int, int]:
@@ -74,10 +74,10 @@ def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
 
 
 def shown_size(path: str | Path | StoredImage) -> tuple[int, int]:
-    """Width and height of what `load_image` gives for an image file, from its head alone.
+    """Width and height of what ``load_image`` gives for an image file, from its head alone.
 
     Raises:
-        BadImage: As `load_image`, where the head is wrong; what follows it is not looked at.
+        BadImage: As ``load_image``, where the head is wrong; what follows it is not looked at.
     """
     return _with_file(path, size_in)
 
@@ -95,7 +95,7 @@ def size_in(file: IO[bytes]) -> tuple[int, int]:
 
 
 def _says_more(file: IO[bytes]) -> bool:
-    """Whether a PNG has chunks behind its pixels, which may say how it is turned."""
+    """Return whether a PNG has chunks behind its pixels, which may say how it is turned."""
     before = file.tell()
     file.seek(8)
     kind, pixels = b"", False
@@ -110,7 +110,9 @@ def _says_more(file: IO[bytes]) -> bool:
 
 
 def decode(file: IO[bytes]) -> Image.Image:
-    """An image's bytes as upright RGB; raises whatever the decoder does, for a bomb Pillow's."""
+    """Return an image's bytes as upright RGB; raises whatever the decoder does, for a bomb
+    Pillow's.
+    """
     with _opened(file) as image:
         image.load()
         return to_rgb(image)
@@ -118,7 +120,8 @@ def decode(file: IO[bytes]) -> Image.Image:
 
 @contextmanager
 def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
-    """An image whose pixels are not read yet; one of too many of them, or a program, is refused.
+    """Yield an image whose pixels are not read yet; one of too many of them, or a program, is
+    refused.
 
     Pillow hands PostScript to another program, which would do what a stranger's file says.
     """

@@ -1,9 +1,11 @@
-"""What a tower makes of an image of one size: its views, and the grid of vectors of each."""
+"""The plan of a tower for an image of one size: its views, and the grid of vectors of each."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 from typing_extensions import Self
@@ -47,7 +49,7 @@ class Plan:
 
     @classmethod
     def single(cls, grid: Grid) -> Self:
-        """The plan of one view of the whole image."""
+        """Return the plan of one view of the whole image."""
         return cls((View("base", grid),))
 
     @classmethod
@@ -60,3 +62,30 @@ class Plan:
     def entries(self) -> int:
         """Feature vectors of all views."""
         return sum(view.grid[0] * view.grid[1] for view in self.views)
+
+
+class ImagePositions:
+    """Positions that an image takes: what a projector makes of what a tower plans for its size.
+
+    Args:
+        counts: A projector's, or its config's: a plan to a number of positions.
+        plan: A tower's: the plan of every image, or a function of an image's size.
+
+    Attributes:
+        fixed: The number where it is the same for every image; else None.
+    """
+
+    def __init__(self, counts: Callable[[Plan], int], plan: Plan | Callable[[Size], Plan]) -> None:
+        self.counts, self.plan = counts, plan
+        self.fixed = counts(plan) if isinstance(plan, Plan) else None
+
+    @classmethod
+    def same(cls, number: int) -> ImagePositions:
+        """Return positions of which every image takes the same number."""
+        return cls(attrgetter("entries"), Plan.single((1, number)))
+
+    def __call__(self, size: Size) -> int:
+        """Positions of an image of one size (width, height)."""
+        if isinstance(self.plan, Plan):
+            return self.counts(self.plan)
+        return self.counts(self.plan(size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,20 +32,6 @@ _DECIDING_FIELDS = (
     "do_pad",
     "pad_size",
 )
-
-
-class Preprocessing(Protocol):
-    """Turns images into pixels of one fixed size."""
-
-    image_size: tuple[int, int]
-
-    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Images of any size and mode -> (n, 3, H, W) float32."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the pixels, as JSON."""
-        ...
 
 
 class SquareResize:
@@ -83,7 +69,7 @@ class SquareResize:
         return ((pixels - mean) / std).contiguous()
 
     def identity(self) -> dict[str, Any]:
-        """What decides the pixels, as JSON."""
+        """Return what decides the pixels, as JSON."""
         return {
             "square": self.image_size[0],
             "mean": list(self.mean),
@@ -126,7 +112,9 @@ class StockPreprocessing:
         return self.processor(images=images, return_tensors="pt")["pixel_values"].float()
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the pixels: not all fields, as newer versions may add some."""
+        """Return the settings that decide the pixels: not all fields, as newer versions may add
+        some.
+        """
         values = {key: getattr(self.processor, key, None) for key in _DECIDING_FIELDS}
         name = type(self.processor).__name__.removesuffix("Pil").removesuffix("Fast")
         return {"class": name} | {
@@ -134,8 +122,12 @@ class StockPreprocessing:
         }
 
 
+Preprocessing = SquareResize | StockPreprocessing
+"""Turns images into pixels of one fixed size."""
+
+
 def _plain(value: Any) -> Any:
-    """Sizes, tuples and enums as JSON has them."""
+    """Return sizes, tuples and enums as JSON has them."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, list | tuple):
@@ -147,7 +139,8 @@ def _plain(value: Any) -> Any:
 
 
 def load_processor(folder: Path) -> Any | None:
-    """The image processor that comes in a model's folder, or None where there is none to use.
+    """Return the image processor that comes in a model's folder, or None where there is none to
+    use.
 
     Always the PIL backend: the same pixels on every machine, with or without torchvision.
     """
@@ -162,7 +155,9 @@ def load_processor(folder: Path) -> Any | None:
 
 
 def stored_processor(folder: Path) -> dict[str, Any] | None:
-    """The settings of the image processor in a model's folder, whether it can be loaded or not."""
+    """Return the settings of the image processor in a model's folder, whether it can be loaded
+    or not.
+    """
     from transformers import BaseImageProcessor
 
     try:
@@ -172,7 +167,9 @@ def stored_processor(folder: Path) -> dict[str, Any] | None:
 
 
 def plain_resize(stored: dict[str, Any]) -> SquareResize | None:
-    """What the settings of a processor without a PIL form (DINOv3) say, if a plain resize."""
+    """Return what the settings of a processor without a PIL form (DINOv3) say, if a plain
+    resize.
+    """
     size = stored.get("size")
     mean, std = stored.get("image_mean"), stored.get("image_std")
     if not isinstance(size, dict) or stored.get("do_center_crop") or not (mean and std):

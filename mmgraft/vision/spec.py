@@ -1,4 +1,4 @@
-"""What names a vision tower: pydantic, importable without torch."""
+"""The specification of a vision tower: pydantic, importable without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class VisionSpec(StrictModel):
     """Which vision tower to load, and which of its hidden states are the features.
 
     Attributes:
-        kind: ``"transformers"``, or a name registered with `register_tower` (or through the entry
+        kind: ``"transformers"``, or a name registered with ``register_tower`` (or through the entry
             point group ``mmgraft.towers``), such as ``"efficientnet-lite2"``.
         id: Hub id or local folder of the tower; kinds that know their own weights leave it empty.
         revision: Hub commit, branch or tag.
@@ -36,7 +36,9 @@ class VisionSpec(StrictModel):
 
     @classmethod
     def from_name(cls, name: str) -> VisionSpec:
-        """The spec a user means by one word: a registered kind, or else a Hub id or a folder."""
+        """Return the spec a user means by one word: a registered kind, or else a Hub id or a
+        folder.
+        """
         from mmgraft.vision.towers.registry import tower_kinds
 
         if name != TRANSFORMERS_KIND and name in tower_kinds():
@@ -45,7 +47,7 @@ class VisionSpec(StrictModel):
 
     @property
     def name(self) -> str:
-        """How messages and cards call the tower."""
+        """Return how messages and cards call the tower."""
         return self.id or self.kind
 
 

@@ -16,11 +16,12 @@ class StoredImage:
     Two are the same where their names are.
 
     Attributes:
-        name: as an error says it: "shard.tar/0001.jpg".
-        data: the bytes, or a buffer of a file that is mapped into memory; None: they are in `file`.
-        file: that holds them.
-        offset: of the first byte in `file`.
-        size: in bytes.
+        name: As an error says it: "shard.tar/0001.jpg".
+        data: The bytes, or a buffer of a file that is mapped into memory; None: they are in
+            ``file``.
+        file: That holds them.
+        offset: Of the first byte in ``file``.
+        size: In bytes.
     """
 
     name: str
@@ -30,10 +31,10 @@ class StoredImage:
     size: int = field(default=0, compare=False)
 
     def read(self) -> bytes:
-        """The bytes of the image.
+        """Return the bytes of the image.
 
         Raises:
-            OSError: the file cannot be read; EOFError, if it has become shorter.
+            OSError: The file cannot be read; EOFError, if it has become shorter.
         """
         if self.data is not None:
             return bytes(self.data)
@@ -45,7 +46,7 @@ class StoredImage:
         return found
 
     def open(self) -> io.BytesIO:
-        """The bytes as a file."""
+        """Return the bytes as a file."""
         return io.BytesIO(self.read())
 
     def digest(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.utils import logging
 
-from mmgraft.anatomy import decoder_layers, examine, get_path
-from mmgraft.basefiles import BaseParts, TensorReader, load_config, read_layers, resolve
+from mmgraft.anatomy import decoder_layers, examine, examine_config, get_path
+from mmgraft.basefiles import TensorReader, load_config, read_layers, read_modules, resolve
 from mmgraft.errors import UsageError
 from tiny import ARCHITECTURES, VARIANTS, save_base
 
@@ -53,9 +54,21 @@ def same(ours: nn.Module, theirs: nn.Module) -> None:
         assert torch.equal(tensor, other[key]), key
 
 
-def read(folder: Path, layers: list[int], **wanted: Any) -> BaseParts:
+def parts_of(reader: TensorReader, config: Any, layers: list[int], *owns: str) -> Any:
+    """Read chosen parts; by name, None for those that are not wanted."""
+    anatomy = examine_config(config)
+    model = read_layers(reader, config, layers, owns, anatomy)
+    found = decoder_layers(model, anatomy)._modules
+    paths = {name: getattr(anatomy, f"{name}_path") for name in ("embedding", "norm", "head")}
+    return SimpleNamespace(
+        layers=[found[str(index)] for index in layers],
+        **{n: get_path(model, p) if p and n in owns else None for n, p in paths.items()},
+    )
+
+
+def read(folder: Path, layers: list[int], *owns: str) -> Any:
     with TensorReader(resolve(folder)) as reader:
-        return read_layers(reader, load_config(reader.files), layers, **wanted)
+        return parts_of(reader, load_config(reader.files), layers, *owns)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -64,7 +77,7 @@ def test_parts_equal_the_loaded_bases_to_the_bit(name: str, tmp_path: Path) -> N
     base = AutoModelForCausalLM.from_pretrained(tmp_path)
     anatomy = examine(base)
     reader = WatchedReader(tmp_path)
-    parts = read_layers(reader, base.config, [3, 1], embedding=True, norm=True, head=True)
+    parts = parts_of(reader, base.config, [3, 1], "embedding", "norm", "head")
     layers = decoder_layers(base, anatomy)
     for ours, index in zip(parts.layers, [3, 1], strict=True):
         same(ours, layers[index])
@@ -101,26 +114,25 @@ def test_only_what_is_asked_for_is_read(name: str, tmp_path: Path) -> None:
     save_base(tmp_path, name, tokenizer=False)
     tied = name == "gemma2"
 
-    def reads(**wanted: bool) -> set[str]:
+    def reads(*owns: str) -> set[str]:
         reader = WatchedReader(tmp_path)
-        parts = read_layers(reader, load_config(reader.files), [2], **wanted)
-        for part in ("embedding", "norm", "head"):
-            assert (getattr(parts, part) is not None) == wanted.get(part, False)
+        parts_of(reader, load_config(reader.files), [2], *owns)
         return {key for key in reader.read if ".layers.2." not in key}
 
     embedding = "model.embed_tokens.weight"
     assert reads() == set()
-    assert reads(norm=True) == {"model.norm.weight"}
-    assert reads(embedding=True) == {embedding}
-    assert reads(head=True) == {embedding if tied else "lm_head.weight"}
+    assert reads("norm") == {"model.norm.weight"}
+    assert reads("embedding") == {embedding}
+    assert reads("head") == {embedding if tied else "lm_head.weight"}
 
 
-def test_the_dtype_is_the_bases_own_unless_told(tmp_path: Path) -> None:
+def test_the_dtype_is_the_bases_own_unless_given(tmp_path: Path) -> None:
     save_base(tmp_path, "llama", dtype=torch.bfloat16, tokenizer=False)
-    for asked, expected in [(None, torch.bfloat16), (torch.float32, torch.float32)]:
-        parts = read(tmp_path, [0], head=True, dtype=asked)
-        found = {p.dtype for module in (*parts.layers, parts.head) for p in module.parameters()}
-        assert found == {expected}
+    for wanted, expected in [(None, torch.bfloat16), (torch.float32, torch.float32)]:
+        with TensorReader(resolve(tmp_path)) as reader:
+            paths = ["model.layers.0", "lm_head"]
+            model = read_modules(reader, load_config(reader.files), paths, wanted)
+        assert {p.dtype for p in model.parameters()} == {expected}
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"dtype": "bfloat16",', ""))
     assert read(tmp_path, [0]).layers[0].input_layernorm.weight.dtype == torch.bfloat16
@@ -129,12 +141,12 @@ def test_the_dtype_is_the_bases_own_unless_told(tmp_path: Path) -> None:
 def test_a_checkpoint_of_the_bare_model_is_read_too(tmp_path: Path) -> None:
     """GPT-2 on the Hub was saved without the head: its names lack the prefix."""
     save_base(tmp_path, "gpt2", tokenizer=False)
-    expected = read(tmp_path, [1], embedding=True, head=True)
+    expected = read(tmp_path, [1], "embedding", "head")
     file = tmp_path / "model.safetensors"
     tensors = {k.removeprefix("transformer."): v.clone() for k, v in load_file(file).items()}
     assert "h.1.attn.c_attn.weight" in tensors
     save_file(tensors, file, metadata={"format": "pt"})
-    parts = read(tmp_path, [1], embedding=True, head=True)
+    parts = read(tmp_path, [1], "embedding", "head")
     same(parts.layers[0], expected.layers[0])
     same(parts.head, expected.head)
 
@@ -160,7 +172,7 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
         config = load_config(reader.files)
         config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         with pytest.raises(UsageError, match="quantised \\(bitsandbytes\\)"):
-            read_layers(reader, config, [0])
+            read_modules(reader, config, ["model.layers.0"])
 
 
 def pack_mxfp4(folder: Path) -> None:
@@ -187,7 +199,7 @@ def test_the_mxfp4_experts_of_gpt_oss_are_unpacked(tmp_path: Path) -> None:
         tmp_path, quantization_config=Mxfp4Config(dequantize=True)
     )
     reader = WatchedReader(tmp_path)
-    parts = read_layers(reader, load_config(reader.files), [2], head=True)
+    parts = parts_of(reader, load_config(reader.files), [2], "head")
     same(parts.layers[0], base.model.layers[2])
     assert parts.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
     assert not [key for key in reader.read if "layers" in key and ".layers.2." not in key]

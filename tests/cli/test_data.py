@@ -188,12 +188,12 @@ def test_a_row_beyond_the_bases_table_is_named(cli, here, tmp_path) -> None:
 def test_preview_colours_on_a_terminal(parts, run, capsys) -> None:
     from rich.console import Console
 
-    from mmgraft.cli import console, data
+    from mmgraft.cli import data
 
     terminal = Console(force_terminal=True, color_system="standard", width=200, no_color=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "stdout", lambda: terminal)
-        data.preview(parts / "rows.jsonl", 1, parts / "images", run)
+        patch.setattr(data, "stdout", lambda: terminal)
+        data.preview(parts / "rows.jsonl", 1, images=parts / "images", run=run)
     out = capsys.readouterr().out
     assert "\x1b[1;32m" in out
     assert "\u27e6" not in out

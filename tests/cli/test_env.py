@@ -28,9 +28,11 @@ def test_a_token_is_never_shown(cli, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_missing_comes_with_the_line_that_installs_it(
     cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = env._version
+    real = env.installed_version
     missing = {"bitsandbytes", "easy-vqa"}
-    monkeypatch.setattr(env, "_version", lambda name: None if name in missing else real(name))
+    monkeypatch.setattr(
+        env, "installed_version", lambda name: None if name in missing else real(name)
+    )
     out = cli("env").out
     assert "pip install 'mmgraft[4bit]'" in out
     assert "pip install --no-deps easy-vqa" in out

@@ -203,7 +203,7 @@ def test_a_feature_cache_is_asked_instead_of_making_pixels(
     assert batch["image_features"][::PATCHES, 0].tolist() == [5, 6, 5]
     assert "pixel_values" not in batch
     opened = RowDataset(dataset.rows, processor)
-    with pytest.raises(UsageError, match=r"row 1 \(id 1\): a feature cache finds images by"):
+    with pytest.raises(UsageError, match=r"row 1 \(id 1\): the row holds its image in itself"):
         Collator(processor, features=cache)([opened[0]])
 
 

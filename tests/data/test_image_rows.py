@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AddedToken, CLIPImageProcessorPil, LlavaProcessor
 
-from mmgraft.data.batches.padding import pad
+from mmgraft.data.batches.sequences import pad
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template
 from mmgraft.errors import UsageError

@@ -130,12 +130,12 @@ def test_facts_keys_and_places_are_those_of_the_rows(shards: Path) -> None:
         assert list(view[1:-1:2]) == found[1:-1:2]
         assert [key_at(view, at) for at in range(len(view))] == [key_of(row) for row in found]
         facts, slow = facts_of(view), facts_of(found)
-        assert facts.pictures.tolist() == [len(list(images_of_all(row.messages))) for row in found]
-        for name in ("letters", "pictures", "answers"):
+        assert facts.images.tolist() == [len(list(images_of_all(row.messages))) for row in found]
+        for name in ("characters", "images", "answers"):
             assert getattr(facts, name).tolist() == getattr(slow, name).tolist()
         with pytest.raises(IndexError):
             view[len(view)]
-    assert facts_of(held).letters.tolist() == [n + 3 * bool(n % 5) for n in range(1, 13)]
+    assert facts_of(held).characters.tolist() == [n + 3 * bool(n % 5) for n in range(1, 13)]
     assert facts_of(held).answers.tolist() == [bool(n % 5) for n in range(1, 13)]
     assert select(rows, np.ones(12, dtype=bool)) is rows
     assert ids(select(rows, facts_of(rows).with_image)) == [i for i in ALL if int(i[1:]) % 3]

@@ -113,15 +113,15 @@ def test_rows_of_a_table_are_those_of_a_jsonl(tmp_path: Path, source: Source) ->
     assert len(set(shown)) == 3
     assert all(isinstance(image, StoredImage) for image in shown)
     names = [str(image).rpartition(", row ")[2] for image in shown]
-    assert names == ["1, picture 1", "3, picture 1", "3, picture 2"]
+    assert names == ["1, image 1", "3, image 1", "3, image 2"]
     assert widths(rows) == widths(wanted) == [[4], [], [5, 6]]
     plain = [json.dumps(one).replace('"image": ""', "") for one in texts(rows)]
     mine = [json.dumps(one) for one in texts(wanted)]
     for number in (4, 5, 6):
         mine = [one.replace(f'"image": "{tmp_path}/{number}.png"', "") for one in mine]
     assert plain == mine
-    assert rows.facts.pictures.tolist() == wanted.facts.pictures.tolist()
-    assert rows.facts.letters.tolist() == wanted.facts.letters.tolist()
+    assert rows.facts.images.tolist() == wanted.facts.images.tolist()
+    assert rows.facts.characters.tolist() == wanted.facts.characters.tolist()
     assert [rows.key(at)[1] for at in range(3)] == ["row 1", "row 2", "row 3"]
     assert rows[2].where.endswith("row 3 (id c)")
     assert open_image(pickle.loads(pickle.dumps(shown[2])), "w").width == 6
@@ -160,7 +160,7 @@ def test_bad_rows_and_paths_are_named(tmp_path: Path) -> None:
         ("row 1", "row"), ("row 2", "outside"), ("row 3", "missing"),
     ]  # fmt: skip
     assert "'messages' is a text that is not JSON" in bad[0].reason
-    with pytest.raises(UsageError, match=r"row 4: .*rows\.parquet, row 4, picture 1"):
+    with pytest.raises(UsageError, match=r"row 4: .*rows\.parquet, row 4, image 1"):
         open_image(kept.messages[0]["content"][0]["image"], "row 4")
 
 

@@ -97,7 +97,7 @@ def test_samples_are_rows_in_every_spelling(tmp_path: Path, kind: int) -> None:
     assert shown(rows[3]) == ["d.right.png", "d.left.png"]
     assert rows[4].messages[0]["content"] == "Only text?"
     assert rows[3].where == f"{path}, sample 4 (id 7)"
-    assert rows.facts.pictures.tolist() == [1, 2, 1, 2, 0]
+    assert rows.facts.images.tolist() == [1, 2, 1, 2, 0]
     widths = [
         [open_image(part["image"], "w").width for part in row.messages[0]["content"]
          if part["type"] == "image"]

@@ -15,7 +15,7 @@ from mmgraft.export import full
 from mmgraft.export.folder import sizes_in
 from mmgraft.export.full import export_full
 from mmgraft.model.files.graft_file import GraftFile
-from mmgraft.model.files.processor import load_processor
+from mmgraft.model.files.load import load_processor
 from mmgraft.model.files.save import save_graft
 from mmgraft.vision.spec import VisionSpec
 from tiny import save_base

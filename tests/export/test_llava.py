@@ -328,16 +328,16 @@ def test_a_list_that_was_not_stretched_is_found_by_its_logits(
 
 def test_other_ids_and_pixels_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = make_graft(tmp_path), tmp_path / "out"
-    save = llava.save_processor
+    save = llava._write_small_files
 
     def spoil(name: str, old: str, new: str) -> None:
-        def written(processor: Any, folder: Path) -> None:
-            save(processor, folder)
+        def written(plan: Any, folder: Path) -> None:
+            save(plan, folder)
             text = (folder / name).read_text()
             assert old in text
             (folder / name).write_text(text.replace(old, new))
 
-        monkeypatch.setattr(llava, "save_processor", written)
+        monkeypatch.setattr(llava, "_write_small_files", written)
 
     spoil("chat_template.jinja", "+ '<|im_end|>'", "+ ' <|im_end|>'")
     with pytest.raises(MMGraftError, match="do not give the graft's ids"):

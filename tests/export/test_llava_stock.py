@@ -14,7 +14,7 @@ import torch
 from mmgraft import GraftedModel
 from mmgraft.export.llava.export import export_llava
 from mmgraft.model.files.graft_file import GraftFile
-from mmgraft.model.files.processor import load_processor
+from mmgraft.model.files.load import load_processor
 from tiny_exports import conversations, make_graft, save_pictures
 
 ARCHS = ["llama", "qwen2", "qwen3", "mistral", "gemma3"]

@@ -11,8 +11,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template
-from mmgraft.export.llava.processor import image_tokenizer
-from mmgraft.export.llava.template import image_template
+from mmgraft.export.llava.processor import image_template, image_tokenizer
 from text_tokenizers import KINDS, template, text_tokenizer
 from tiny_tokenizer import CHATML, tiny_tokenizer
 

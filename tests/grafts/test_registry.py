@@ -12,7 +12,6 @@ from mmgraft.grafts.registry import (
     built_in,
     get_method,
     methods,
-    parse_method_config,
 )
 
 PLUGIN = """\
@@ -80,7 +79,7 @@ def test_an_installed_package_brings_a_method(install) -> None:
     method = get_method("bridge")
     assert method.origin == "mmgraft-bridges"
     assert method.load_graft().__name__ == "BridgeGraft"
-    assert parse_method_config({"method": "bridge", "width": 2}).model_dump()["width"] == 2
+    assert method.config_class.parse({"width": 2}, "config").model_dump()["width"] == 2
     assert broken_methods() == []
 
 
@@ -120,11 +119,3 @@ def test_an_unknown_method_names_the_nearest() -> None:
         get_method("wing")
     with pytest.raises(UsageError, match="known: iaa, wings, llava, wings-official"):
         get_method("zebra")
-
-
-def test_a_config_is_parsed_by_its_method() -> None:
-    assert parse_method_config({"method": "iaa", "layers": [1]}) == IAAConfig(layers=[1])
-    with pytest.raises(UsageError, match="'method' is missing"):
-        parse_method_config({"layers": [1]})
-    with pytest.raises(UsageError, match=r"recipe: unknown key 'rank'"):
-        parse_method_config({"method": "iaa", "layers": [1], "rank": 3}, "recipe")

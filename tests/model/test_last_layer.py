@@ -92,7 +92,7 @@ def test_a_graft_inside_the_last_feed_forward_sees_whole_rows(
 def learned(model: GraftedModel) -> Tensor:
     from mmgraft.model.rows import Rows
 
-    return model._learned(text_labels(batch(rows(*WORDS))), Rows(["mm"] * len(WORDS)))
+    return model._supervised(text_labels(batch(rows(*WORDS))), Rows(["mm"] * len(WORDS)))
 
 
 def test_without_one_it_is_the_bases_for_rows_of_any_workflow() -> None:

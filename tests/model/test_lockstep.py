@@ -1,4 +1,4 @@
-"""In lockstep every part runs for every batch, and computes what it computed before."""
+"""In step across ranks, every part runs for every batch and computes what it computed before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grafting import (
     trained_groups,
 )
 from mmgraft.model.sharded.gathering import gathered, is_piece, like
-from mmgraft.model.sharded.lockstep import join
+from mmgraft.model.sharded.in_step import join
 
 
 def test_join_adds_zeros_only_where_no_gradient_is():
@@ -66,7 +66,7 @@ def test_every_trained_part_gets_a_gradient_and_the_loss_is_the_same(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.grad for name, p in trained.items()}
     model.zero_grad()
-    model.lockstep = True
+    model.in_step = True
     mine = model(**given).loss
     mine.backward()
     assert mine.item() == loss.item()

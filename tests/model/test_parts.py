@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from mmgraft.anatomy import examine_config
 from mmgraft.basefiles import TensorReader, load_config, resolve
 from mmgraft.grafts import registry
 from mmgraft.grafts.base import BaseParts, Graft
@@ -42,7 +43,8 @@ def test_a_third_party_gets_the_layers_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = registry.Method("copies", "copies", "", CopyConfig, lambda: CopyGraft)
-    monkeypatch.setattr(registry, "BUILT_IN", (*registry.BUILT_IN, method))
+    known = {**registry.methods(), "copies": method}
+    monkeypatch.setattr(registry, "_discover", lambda: (known, []))
     save_base(tmp_path / "base", "llama")
     tower = VisionSpec(id=str(tiny_clip_dir(tmp_path / "tower")))
     create_graft(str(tmp_path / "base"), tower, CopyConfig(norm=True), tmp_path / "run")
@@ -60,13 +62,14 @@ def test_nothing_is_read_before_it_is_asked_for(
     reads: list[list[int]] = []
     real = parts_module.read_layers
 
-    def counted(reader, config, places, *wanted, **known):
-        reads.append(list(places))
-        return real(reader, config, places, *wanted, **known)
+    def counted(reader, config, indices, owns, anatomy):
+        reads.append(list(indices))
+        return real(reader, config, indices, owns, anatomy)
 
     monkeypatch.setattr(parts_module, "read_layers", counted)
     with TensorReader(files) as reader:
-        parts = ReadParts(reader, load_config(files), [1, 3], ["norm"])
+        config = load_config(files)
+        parts = ReadParts(reader, config, [1, 3], ["norm"], examine_config(config))
         assert reads == []
         assert parts.layer(3) is not parts.layer(1)
         parts.norm()

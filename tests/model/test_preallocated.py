@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from mmgraft.model.preallocated import PreallocatedLayer
+from mmgraft.model.cache import PreallocatedLayer
 
 
 def states(length: int, seed: int, rows: int = 2) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from grafting import (
     text_labels,
     trained_groups,
 )
-from mmgraft.data.batches.segments import begins, learned_within, number
+from mmgraft.data.batches.sequences import begins, learned_within, number
 from mmgraft.errors import UsageError
 
 WORDS = ("ttiiiittttttttttttt", "tttiiiit", "iiiitttiiiitt", "ttttttttttt")

@@ -26,7 +26,7 @@ from transformers import (
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.demo import assets
 from mmgraft.inference import Answerer
-from mmgraft.model.files.processor import load_processor
+from mmgraft.model.files.load import load_processor
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.vision.spec import VisionSpec
 

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmgraft.data.batches.dataset import Example
-from mmgraft.data.batches.even_batches import EvenDataset, EvenSampler, Filler
 from mmgraft.data.batches.packing import Pack
-from mmgraft.data.batches.sampler import EpochSampler
+from mmgraft.data.batches.sampler import EpochSampler, EvenDataset, EvenSampler, Filler
 from mmgraft.data.chat.processor import Encoded
 
 SEEN = Example(Encoded([5, 6, 7], [0, 1, 0], ["a.png"], ((2, 3),)), ["a.png"], "1", "row 1")

@@ -91,7 +91,7 @@ def test_rows_are_checked_and_estimated_by_their_own_lengths(parts: Path, tmp_pa
     assert not report.bad
     assert report.image_positions == wanted
     request = read_request(run, device="cpu")
-    (estimate,) = request.estimator().stages(request.recipe)
+    (estimate,) = request.stages()
     assert estimate.rows.sizes == (SIZES[3], SIZES[0])
     assert estimate.activations > 0
 

@@ -20,8 +20,7 @@ from mmgraft.data.images import open_image, size_of
 from mmgraft.errors import UsageError
 from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 from mmgraft.vision.images import BadImage
-from mmgraft.vision.plan import Plan, View
-from mmgraft.vision.positions import ImagePositions
+from mmgraft.vision.plan import ImagePositions, Plan, View
 from mmgraft.vision.projectors.configs import (
     AnyProjector,
     LinearConfig,

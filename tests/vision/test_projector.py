@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mmgraft.vision.plan import Plan
+from mmgraft.vision.projectors.built_in import MlpProjector
 from mmgraft.vision.projectors.configs import MlpConfig
-from mmgraft.vision.projectors.mlp import MlpProjector
 
 PLANS = [Plan.of_count(4)] * 2
 

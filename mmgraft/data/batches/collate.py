@@ -9,22 +9,21 @@ import torch
 from torch import Tensor
 
 from mmgraft.data.batches.dataset import Example, TextRows
-from mmgraft.data.batches.padding import pad
+from mmgraft.data.batches.sequences import pad
 from mmgraft.data.chat.processor import GraftProcessor
-from mmgraft.data.images import is_data_uri
+from mmgraft.data.features import image_file
 from mmgraft.errors import UsageError
 from mmgraft.vision.feature_cache import Compute, FeatureCache, ImageFile
-from mmgraft.vision.stored import StoredImage
 
 
 class Collator:
     """Puts examples together, padded on the right.
 
-    A batch has input_ids, attention_mask, mm_token_type_ids and labels, each (b, s); for its images
-    in order of appearance what `GraftProcessor.images_of` says of them and pixel_values, or
-    image_features (sum of their vectors, vision hidden) from a cache; and row_ids, a list of b
-    texts. With `text_rows` "graft" it also names the workflow of
-    every row, so that rows without an image run the graft too.
+    A batch has ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` and ``labels``, each
+    (b, s); for its images in order of appearance what ``GraftProcessor.images_of`` says of them and
+    ``pixel_values``, or ``image_features`` (sum of their vectors, vision hidden) from a cache; and
+    ``row_ids``, a list of b texts. With ``text_rows`` "graft" it also names the workflow of every
+    row, so that rows without an image run the graft too.
     """
 
     def __init__(
@@ -39,14 +38,14 @@ class Collator:
         """Choose how batches are made.
 
         Args:
-            processor: pads and makes pixels.
-            text_rows: see `RowDataset`.
-            features: asked for image features instead of making pixels; the dataset then leaves
-                its images unopened (`load_images=False`).
-            compute: features of files that the cache does not hold yet, such as `TowerFeatures`
+            processor: Pads and makes pixels.
+            text_rows: See ``RowDataset``.
+            features: Asked for image features instead of making pixels; the dataset then leaves
+                its images unopened (``load_images=False``).
+            compute: Features of files that the cache does not hold yet, such as ``TowerFeatures``
                 gives; without it they are an error.
-            workflow: the one that rows run with `text_rows` "graft".
-            multiple: round the length of a batch of uneven rows up to a multiple of this.
+            workflow: The one that rows run with ``text_rows`` "graft".
+            multiple: Round the length of a batch of uneven rows up to a multiple of this.
         """
         self.processor = processor
         self.text_rows = text_rows
@@ -59,7 +58,7 @@ class Collator:
         """One batch; see the class.
 
         Raises:
-            UsageError: where pixels are wanted and the processor has no preprocessing; where a
+            UsageError: Where pixels are wanted and the processor has no preprocessing; where a
                 feature cache is asked for an image that is no file, or that it does not hold.
         """
         rows = [example.encoded for example in examples]
@@ -69,7 +68,7 @@ class Collator:
         batch["labels"] = pad([row.labels for row in rows], -100, "right", multiple)
         images = [image for example in examples for image in example.images]
         if images and self.features is not None:
-            paths = [path for example in examples for path in _paths(example)]
+            paths = [image_file(image, one.where) for one in examples for image in one.images]
             found = self.features.get_many(paths, self.compute or _not_cached)
             batch["image_features"] = torch.cat(found)
         elif images:
@@ -78,18 +77,6 @@ class Collator:
             batch["workflow"] = [self.workflow] * len(rows)
         batch["row_ids"] = [example.row_id for example in examples]
         return batch
-
-
-def _paths(example: Example) -> list[str | StoredImage]:
-    for image in example.images:
-        if isinstance(image, StoredImage):
-            continue
-        if not isinstance(image, str) or is_data_uri(image):
-            raise UsageError(
-                f"{example.where}: a feature cache finds images by their files, and this one is "
-                "none; write it to a file, or train without the cache"
-            )
-    return list(example.images)
 
 
 def _not_cached(paths: list[ImageFile]) -> list[Tensor]:

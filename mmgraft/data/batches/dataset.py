@@ -1,4 +1,4 @@
-"""Rows as a torch dataset: tokenised, and their images opened, when they are asked for."""
+"""Rows as a torch dataset: tokenised, and their images opened, at access."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Example:
     """A row ready for a batch.
 
     Attributes:
-        encoded: ids, kinds, spans.
-        images: opened images, or what the row says of them where a feature cache will be asked.
-        row_id: the row's.
-        where: names the row in errors.
-        skipped: rows that could not be used and in whose place this one stands, as far as they
+        encoded: Ids, kinds, spans.
+        images: Opened images, or what the row says of them where a feature cache has them.
+        row_id: The row's.
+        where: Names the row in errors.
+        skipped: Rows that could not be used and in whose place this one stands, as far as they
             were not known before.
     """
 
@@ -55,11 +55,11 @@ class RowDataset(Dataset[Example]):
     """Rows to train on.
 
     Rows too long are cut on the right, never inside an image: the cut moves to before it. What was
-    cut and skipped is counted (`counts`), once a row, over all worker processes.
+    cut and skipped is counted (``counts``), once a row, over all worker processes.
 
     Attributes:
-        rows: the rows in use.
-        dropped_text_rows: how many rows without an image were left out.
+        rows: The rows in use.
+        dropped_text_rows: How many rows without an image were left out.
     """
 
     def __init__(
@@ -76,37 +76,26 @@ class RowDataset(Dataset[Example]):
         """Take rows; nothing is tokenised yet.
 
         Args:
-            rows: in the order of their index.
-            processor: for ids.
-            max_length: positions of a row, an image's counted; None cuts nothing.
+            rows: In the order of their index.
+            processor: For ids.
+            max_length: Positions of a row, an image's counted; None cuts nothing.
             text_rows: "skip" leaves rows without an image out, as nothing of theirs can be trained
                 beside a frozen base; "graft" and "base" keep them.
-            on_bad_row: what a row does that cannot be used: "error" raises, "skip" puts the next
+            on_bad_row: What a row does that cannot be used: "error" raises, "skip" puts the next
                 good row in its place, so that batches keep their size, and which row stands where
                 does not depend on what was met before.
-            load_images: open images at access; false where a feature cache will be asked.
-            known_bad: keys (see `BadRow.key`) of rows that count as bad without being looked at;
+            load_images: Open images at access; false where a feature cache has them.
+            known_bad: Keys (see ``BadRow.key``) of rows that count as bad without being looked at;
                 for "skip".
-            positions: that the base has a table of; None where it has none.
+            positions: That the base has a table of; None where it has none.
 
         Raises:
-            UsageError: where no row is left.
+            UsageError: No row is left.
         """
-        kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
-        self.dropped_text_rows = len(rows) - len(kept)
+        kept = _with_images(rows) if text_rows == "skip" else rows
         if not kept:
-            raise UsageError(
-                "no row has an image, and text_rows: skip leaves the others out; check the data, "
-                "or set text_rows: graft"
-                if rows
-                else "no rows to train on; set data in the recipe or give --data"
-            )
-        if self.dropped_text_rows:
-            _log.info(
-                "%d of %d rows have no image and are left out (text_rows: skip)",
-                self.dropped_text_rows,
-                len(rows),
-            )
+            raise UsageError("no rows to train on; set data in the recipe or give --data")
+        self.dropped_text_rows = len(rows) - len(kept)
         self.rows = kept
         self.processor = processor
         self.max_length = max_length
@@ -125,7 +114,7 @@ class RowDataset(Dataset[Example]):
         """Tokenise a row and open its images.
 
         Raises:
-            UsageError: for a row that cannot be used; with `on_bad_row` "skip", where all cannot.
+            UsageError: For a row that cannot be used; with ``on_bad_row`` "skip", where all cannot.
         """
         skipped: list[BadRow] = []
         for step in range(len(self.rows)):
@@ -139,12 +128,12 @@ class RowDataset(Dataset[Example]):
         )
 
     def together(self, indices: Sequence[int]) -> list[Example]:
-        """Rows that were chosen to go together, without those that cannot be used.
+        """Return rows that were chosen to go together, without those that cannot be used.
 
         Where none is left, the next good row stands for all.
 
         Raises:
-            UsageError: as for one row.
+            UsageError: As for one row.
         """
         skipped: list[BadRow] = []
         found = [self._usable(index, skipped) for index in indices]
@@ -155,7 +144,7 @@ class RowDataset(Dataset[Example]):
         """Positions of a row as it is trained on, or why it cannot be used; no image is opened.
 
         Raises:
-            UsageError: for a row that cannot be used, where such rows are not skipped.
+            UsageError: For a row that cannot be used, where such rows are not skipped.
         """
         try:
             return len(self._encoded(self.rows[index])[0])
@@ -168,23 +157,23 @@ class RowDataset(Dataset[Example]):
     def check(self, most: int = 1000) -> None:
         """Tokenise rows before any of them is needed; no image is opened.
 
-        Of a set larger than `most`, half of these are its longest rows, which a `max_length` would
-        leave nothing to learn of, and half stand evenly in the rest.
+        Of a set larger than ``most``, half of these are its longest rows, which a ``max_length``
+        would leave nothing to learn of, and half stand evenly in the rest.
 
         Raises:
-            UsageError: for the first row that cannot be used.
+            UsageError: For the first row that cannot be used.
         """
         for at in self._sample(most):
             self._encoded(self.rows[at])
 
     def _sample(self, most: int) -> Iterator[int]:
-        places = range(len(self.rows))
+        every = range(len(self.rows))
         if len(self.rows) <= most:
-            yield from places
+            yield from every
             return
-        letters = facts_of(self.rows).letters.astype(np.int64)
-        longest = np.argsort(-letters, kind="stable")[: most // 2].tolist()
-        yield from sorted({*longest, *places[:: -(-len(places) // (most // 2))]})
+        characters = facts_of(self.rows).characters.astype(np.int64)
+        longest = np.argsort(-characters, kind="stable")[: most // 2].tolist()
+        yield from sorted({*longest, *every[:: -(-len(every) // (most // 2))]})
 
     @property
     def counts(self) -> dict[str, int]:
@@ -195,7 +184,7 @@ class RowDataset(Dataset[Example]):
         }
 
     def _usable(self, index: int, skipped: list[BadRow]) -> Example | None:
-        """A row, or None, noted in `skipped`, where it cannot be used and such rows are skipped."""
+        """Return a row; None for one to be skipped, which is noted in ``skipped``."""
         if self._flags[index] & _SKIPPED:
             return None
         try:
@@ -216,24 +205,39 @@ class RowDataset(Dataset[Example]):
         return Example(encoded, images, row.id, row.where)
 
     def _encoded(self, row: Row) -> tuple[Encoded, bool]:
-        """A row as it is trained on, and whether it had to be cut."""
+        """Return a row as it is trained on, and whether it had to be cut."""
         encoded = supervise_row(self.processor, row)
         return fitted(encoded, self.max_length, self.positions, row.where)
+
+
+def _with_images(rows: Sequence[Row]) -> Sequence[Row]:
+    """Leave out rows without an image."""
+    kept = select(rows, facts_of(rows).with_image)
+    if rows and not kept:
+        raise UsageError(
+            "no row has an image, and text_rows: skip leaves the others out; check the data, or "
+            "set text_rows: graft"
+        )
+    if dropped := len(rows) - len(kept):
+        _log.info(
+            "%d of %d rows have no image and are left out (text_rows: skip)", dropped, len(rows)
+        )
+    return kept
 
 
 def fitted(
     encoded: Encoded, max_length: int | None, positions: int | None, where: str
 ) -> tuple[Encoded, bool]:
-    """A row as it is trained on, and whether it had to be cut.
+    """Return a row as it is trained on, and whether it had to be cut.
 
     Args:
-        encoded: all of it.
-        max_length: where rows are cut; None cuts nothing.
-        positions: that the base has a table of; None where it has none.
-        where: names the row in errors.
+        encoded: All of it.
+        max_length: Where rows are cut; None cuts nothing.
+        positions: That the base has a table of; None where it has none.
+        where: Names the row in errors.
 
     Raises:
-        UsageError: where nothing to learn is left, or the base has no positions for the row.
+        UsageError: Where nothing to learn is left, or the base has no positions for the row.
     """
     shorter = max_length is not None and len(encoded) > max_length
     if max_length is not None and shorter:
@@ -247,10 +251,10 @@ def fitted(
 
 
 def cut(encoded: Encoded, max_length: int, where: str) -> Encoded:
-    """The first positions of a row, `max_length` or fewer: an image is kept whole or left out.
+    """Return the first positions of a row, at most ``max_length``; an image is whole or left out.
 
     Raises:
-        UsageError: naming the row, where nothing to learn is left.
+        UsageError: Naming the row, where nothing to learn is left.
     """
     end = min(max_length, len(encoded))
     shown = sum(encoded.kinds[:end])

@@ -25,10 +25,7 @@ class Part:
 
 
 def mix(
-    parts: Sequence[Part],
-    seed: int = 0,
-    limit: int | None = None,
-    image_share: float | None = None,
+    parts: Sequence[Part], seed: int = 0, limit: int | None = None, image_share: float | None = None
 ) -> RowIndex:
     """Put sources together and shuffle them; no row is read.
 

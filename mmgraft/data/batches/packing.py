@@ -1,4 +1,4 @@
-"""Sequence packing: several rows in one sequence, filled as far as `max_length` allows."""
+"""Sequence packing: several rows in one sequence, filled as far as ``max_length`` allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import Example, RowDataset
-from mmgraft.data.batches.segments import IGNORED, learned_within
+from mmgraft.data.batches.sequences import IGNORED, learned_within
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Packs(Dataset[Pack]):
     """Rows taken several at a time: an index is the tuple of the rows that go together."""
 
     def __init__(self, rows: RowDataset, count: int) -> None:
-        """Take rows; `count` is how many packs an epoch has."""
+        """Take rows; ``count`` is how many packs an epoch has."""
         self.rows = rows
         self.count = count
 
@@ -35,14 +35,14 @@ class Packs(Dataset[Pack]):
         return self.count
 
     def __getitem__(self, index: Sequence[int]) -> Pack:
-        """Rows of one sequence; see `RowDataset.together`."""
+        """Return rows of one sequence; see ``RowDataset.together``."""
         return Pack(self.rows.together(index))
 
 
 class PackCollator:
     """A collator's batch with the rows of a pack one behind another.
 
-    Beside what the collator gives there is `segments` (b, s): the number of the row in its
+    Beside what the collator gives there is ``segments`` (b, s): the number of the row in its
     sequence, from 1, and 0 at padding. No label asks a row to predict the next one's beginning.
     Examples that are no packs (those of an evaluation) are collated as ever.
     """
@@ -81,7 +81,7 @@ class PackCollator:
 
 
 def examples_of(items: Sequence[Pack | Example]) -> list[Example]:
-    """The rows of a batch, packed or not, in order."""
+    """Return the rows of a batch, packed or not, in order."""
     found: list[Example] = []
     for item in items:
         found.extend(item.examples if isinstance(item, Pack) else [item])
@@ -89,7 +89,7 @@ def examples_of(items: Sequence[Pack | Example]) -> list[Example]:
 
 
 def _joined(rows: Tensor, lengths: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Padded rows `(rows, s)` as sequences `(b, s')`, of which each holds those of one pack."""
+    """Padded rows ``(rows, s)`` as sequences ``(b, s')``, of which each holds those of one pack."""
     each = iter(rows)
     sequences = [torch.cat([next(each)[:length] for length in pack]) for pack in lengths]
     return pad_sequence(sequences, batch_first=True, padding_value=fill)
@@ -99,8 +99,8 @@ def fill(sizes: Sequence[int], capacity: int) -> list[int]:
     """Put sizes into as few bins as best fit finds.
 
     Args:
-        sizes: each at least 1 and at most `capacity`, best given from the largest down.
-        capacity: of a bin.
+        sizes: Each at least 1 and at most ``capacity``, best given from the largest down.
+        capacity: Of a bin.
 
     Returns:
         The number of the bin of each size. How many bins there are depends on the sizes alone.

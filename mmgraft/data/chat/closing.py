@@ -1,4 +1,4 @@
-"""Where answers end in a text, and how a template closes them; learned by writing answers."""
+"""The ends of answers in a text, and how a template closes them; learned by writing answers."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ assistant writes with ``{% generation %}``, its marks are used. Where it does no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mmgraft.data.chat.closing import closing_of, content_ends, split_at_answer
 from mmgraft.data.chat.content import Message, answering
@@ -62,7 +63,7 @@ def supervise(
             if "strftime_now" not in transcript.source:
                 raise
             # The template writes the time of day or the date; it may have changed in between.
-            ids, spans = _found(transcript.again(), turns)
+            ids, spans = _found(replace(transcript), turns)
     encoded = processor.expand(transcript, ids, spans)
     if all(label == -100 for label in encoded.labels):
         raise UsageError(f"{where}: nothing to learn is left after its template; leave the row out")

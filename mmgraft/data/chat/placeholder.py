@@ -13,7 +13,9 @@ _UNUSED = re.compile(
 )
 
 
-def choose_placeholder(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, str]:
+def choose_placeholder(
+    tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> tuple[int, str]:
     """Choose a valid id for the slots that images stand in.
 
     ``mm_token_type_ids`` alone says which positions are an image's; the id only fills the slot. It
@@ -21,13 +23,15 @@ def choose_placeholder(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> t
     repetition penalty) meets one past the end. The base's vocabulary is never resized.
 
     Args:
-        tokenizer: The base's.
+        tokenizer: The base's; None takes the last id.
         vocab_size: Rows of the base's embedding.
 
     Returns:
         The id, and in words why this one: the first there is of an embedding row without a token, a
         reserved token, a padding token of its own, the unknown token, the last id.
     """
+    if tokenizer is None:
+        return vocab_size - 1, "the last id, for want of a tokenizer to choose by"
     vocab = tokenizer.get_vocab()
     used = set(vocab.values())
     for index in range(len(tokenizer), vocab_size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal
 
@@ -20,8 +20,8 @@ class Piece:
 
     Attributes:
         kind: "learned" is trained, "prompt" only read, "image" one image's.
-        text: as the tokenizer writes it; an image's path for an image.
-        positions: how many.
+        text: As the tokenizer writes it; an image's path for an image.
+        positions: How many.
     """
 
     kind: Kind
@@ -34,9 +34,9 @@ class Preview:
     """A row as it is trained on.
 
     Attributes:
-        row: its name.
-        pieces: in order, up to where it is cut.
-        whole: positions before the cut.
+        row: Its name.
+        pieces: In order, up to where it is cut.
+        whole: Positions before the cut.
     """
 
     row: str
@@ -55,23 +55,17 @@ class Preview:
             "before_cut": self.whole,
             "learned": self.count("learned"),
             "of_images": self.count("image"),
-            "pieces": [
-                {"kind": one.kind, "text": one.text, "positions": one.positions}
-                for one in self.pieces
-            ],
+            "pieces": [asdict(one) for one in self.pieces],
         }
 
 
 def preview_row(
-    processor: GraftProcessor,
-    row: Row,
-    max_length: int | None = None,
-    positions: int | None = None,
+    processor: GraftProcessor, row: Row, max_length: int | None = None, positions: int | None = None
 ) -> Preview:
     """Tokenise a row as a training does, and put its positions together by what becomes of them.
 
     Raises:
-        UsageError: for a row that cannot be trained on.
+        UsageError: For a row that cannot be trained on.
     """
     encoded = supervise_row(processor, row)
     whole = len(encoded)

@@ -13,16 +13,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from mmgraft.data.batches.padding import Side, pad
+from mmgraft.data.batches.sequences import Side, pad
 from mmgraft.data.chat.content import Message, flatten, has_image, has_parts
 from mmgraft.data.chat.template import Template, apply, reads_parts, render
-from mmgraft.data.chat.transcript import SentinelTokenizers, Transcript, write_transcript
+from mmgraft.data.chat.transcript import (
+    STOCK_SENTINEL,
+    SentinelTokenizers,
+    Transcript,
+    with_sentinel,
+)
 from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError
-from mmgraft.vision.positions import ImagePositions
+from mmgraft.vision.plan import ImagePositions
 
 Preprocess = Callable[[Sequence[Image.Image]], Tensor]
-"""A vision tower's `preprocess`."""
+"""A vision tower's ``preprocess``."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,12 @@ class Encoded:
     """One conversation as ids.
 
     Attributes:
-        input_ids: s ids; where an image stands, the placeholder at each of its positions.
-        kinds: s numbers, 1 at an image's positions and 0 at text: the row's `mm_token_type_ids`.
-        images: what the image parts held (paths, data URIs, PIL images), in order of appearance.
-        spans: first and past-the-last position of everything to learn; only `supervise` fills it.
-        lengths: positions of each image.
-        sizes: width and height of each image, where its positions depend on them.
+        input_ids: The ids; where an image stands, the placeholder at each of its positions.
+        kinds: The row's ``mm_token_type_ids``: 1 at an image's positions, 0 at text.
+        images: What the image parts held (paths, data URIs, PIL images), in order of appearance.
+        spans: First and past-the-last position of everything to learn; only ``supervise`` fills it.
+        lengths: Positions of each image.
+        sizes: Width and height of each image, where its positions depend on them.
     """
 
     input_ids: list[int]
@@ -46,7 +51,7 @@ class Encoded:
     sizes: tuple[tuple[int, int], ...] = ()
 
     def part(self, start: int, end: int | None = None) -> Encoded:
-        """The positions from `start` up to `end`, with the images that lie whole in them."""
+        """Return the positions from ``start`` up to ``end``, with the images whole in them."""
         end = len(self) if end is None else end
         at = list(accumulate(self.lengths, initial=0))
         first, last = sum(self.kinds[:start]), sum(self.kinds[:end])
@@ -81,10 +86,10 @@ class GraftProcessor:
 
     A conversation without an image part gives the ids of the base's untouched tokenizer and
     template, whatever its text says: "<image>", the placeholder's own text or anything else. Only
-    image parts make image positions, and `mm_token_type_ids` alone tells them apart.
+    image parts make image positions, and ``mm_token_type_ids`` alone tells them apart.
 
     Text around images is tokenised by a copy of the tokenizer in which a sentinel that the text
-    does not contain stands for an image, which is how transformers' `LlavaProcessor` splits it.
+    does not contain stands for an image, which is how transformers' ``LlavaProcessor`` splits it.
     """
 
     def __init__(
@@ -99,13 +104,13 @@ class GraftProcessor:
         """Bind the base's tokenizer to what an image takes.
 
         Args:
-            tokenizer: the base's; it is never changed.
-            image_positions: how many positions an image takes, from its size; a number is that of
+            tokenizer: The base's; it is never changed.
+            image_positions: How many positions an image takes, from its size; a number is that of
                 every image.
-            placeholder_id: fills them; see `choose_placeholder`.
-            template: a `Template`, or one of the kinds that need no text.
-            preprocess: the vision tower's; without it `__call__` takes no images.
-            options: variables of the chat template, such as `enable_thinking`.
+            placeholder_id: Fills them; see ``choose_placeholder``.
+            template: A ``Template``, or one of the kinds that need no text.
+            preprocess: The vision tower's; without it ``__call__`` takes no images.
+            options: Variables of the chat template, such as ``enable_thinking``.
         """
         if isinstance(template, str):
             if template not in ("chat", "plain"):
@@ -123,7 +128,7 @@ class GraftProcessor:
         self._reads_parts: bool | None = None
 
     def with_template(self, template: Template | str) -> Self:
-        """The same processor with another template."""
+        """Return the same processor with another template."""
         return type(self)(
             self.tokenizer,
             self.image_positions,
@@ -140,16 +145,13 @@ class GraftProcessor:
         where: str = "the conversation",
         prompting: bool = False,
     ) -> Transcript:
-        """The conversation as its template and tokenizer see it; see `Transcript`."""
-        return write_transcript(
-            self._copies,
-            self.template,
-            messages,
-            tools=tools,
-            options=self.options,
-            where=where,
-            prompting=prompting,
-        )
+        """Return the conversation as its template and tokenizer see it; see ``Transcript``."""
+        flat, images = flatten(messages, STOCK_SENTINEL, where)
+        plain = Transcript(
+            flat, images, self.template, self._copies, self.tokenizer, tools, self.options,
+            where=where, prompting=prompting,
+        )  # fmt: skip
+        return with_sentinel(plain, messages) if images else plain
 
     def prompt(
         self,
@@ -158,7 +160,7 @@ class GraftProcessor:
         tools: Sequence[Any] | None = None,
         where: str = "the conversation",
     ) -> str:
-        """The text that is tokenised: the base's own, or one with a sentinel for every image."""
+        """Return the text that is tokenised: the base's own, or with a sentinel for each image."""
         if has_image(messages):
             return self.transcript(messages, tools, where, add_generation_prompt).tokens.text
         return render(
@@ -181,13 +183,13 @@ class GraftProcessor:
         """Tokenise one conversation; images are not opened.
 
         Args:
-            messages: `{"role", "content"}`, content a text or a list of text and image parts.
-            add_generation_prompt: end with the header of an answer.
-            tools: for the chat template.
-            where: names the row in errors.
+            messages: ``{"role", "content"}``, content a text or a list of text and image parts.
+            add_generation_prompt: End with the header of an answer.
+            tools: For the chat template.
+            where: Names the row in errors.
 
         Raises:
-            UsageError: where the template refuses the conversation.
+            UsageError: The template refuses the conversation.
         """
         if not has_image(messages):
             ids = self._text_ids(messages, add_generation_prompt, tools, where)
@@ -196,10 +198,7 @@ class GraftProcessor:
         return self.expand(transcript, transcript.tokens.ids)
 
     def expand(
-        self,
-        transcript: Transcript,
-        ids: Sequence[int],
-        spans: Sequence[tuple[int, int]] = (),
+        self, transcript: Transcript, ids: Sequence[int], spans: Sequence[tuple[int, int]] = ()
     ) -> Encoded:
         """Give every sentinel the positions of an image, and move the spans along."""
         lengths, sizes = self._measure(transcript)
@@ -239,16 +238,16 @@ class GraftProcessor:
         """Tokenise a batch and open its images.
 
         Args:
-            conversations: a list of conversations, or one conversation.
+            conversations: A list of conversations, or one conversation.
             padding_side: "left" for generation, "right" for training.
-            add_generation_prompt: end with the header of an answer.
-            tools: for the chat template, the same for all.
+            add_generation_prompt: End with the header of an answer.
+            tools: For the chat template, the same for all.
 
         Returns:
-            What `collate` gives; with images also their pixel_values, in order of appearance.
+            What ``collate`` gives; with images also their pixel_values, in order of appearance.
 
         Raises:
-            UsageError: where a template refuses a conversation or an image cannot be read.
+            UsageError: A template refuses a conversation, or an image cannot be read.
         """
         batch: Any = conversations
         if batch and isinstance(batch[0], Mapping):
@@ -274,7 +273,7 @@ class GraftProcessor:
     def collate(
         self, rows: Sequence[Encoded], padding_side: Side, multiple: int = 1
     ) -> dict[str, Tensor]:
-        """Pad rows to one length: what `pad` gives, and with images what `images_of` gives."""
+        """Pad rows to one length: what ``pad`` gives, and with images what ``images_of`` gives."""
         return {**self.pad(rows, padding_side, multiple), **self.images_of(rows)}
 
     def pad(
@@ -292,12 +291,12 @@ class GraftProcessor:
         }
 
     def images_of(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """What a batch says of its images.
+        """Return what a batch says of its images.
 
         Returns:
-            image_lengths and image_rows (images,), the positions and the row of each image; where
-            the tower's plan depends on an image's size also image_sizes (images, 2), width and
-            height. Nothing for rows without images.
+            ``image_lengths`` and ``image_rows`` (images,), the positions and the row of each image;
+            where the tower's plan depends on an image's size also ``image_sizes`` (images, 2),
+            width and height. Nothing for rows without images.
         """
         lengths = [length for row in rows for length in row.lengths]
         if not lengths:
@@ -308,10 +307,10 @@ class GraftProcessor:
         return {**found, "image_sizes": torch.tensor(sizes)} if sizes else found
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """The vision tower's input, (n, 3, H, W) of a tower with one plan for all images.
+        """Return the vision tower's input, (n, 3, H, W) of a tower with one plan for all images.
 
         Raises:
-            UsageError: where the processor was made without a tower's `preprocess`.
+            UsageError: The processor was made without a tower's ``preprocess``.
         """
         if self.preprocess is None:
             raise UsageError(
@@ -328,7 +327,7 @@ class GraftProcessor:
         return 0
 
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
-        """The text of generated ids, by the base's tokenizer."""
+        """Return the text of generated ids, by the base's tokenizer."""
         if isinstance(ids, Tensor):
             ids = ids.tolist()
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -358,7 +357,7 @@ class GraftProcessor:
         return list(encoding["input_ids"])
 
     def _text_only(self, messages: Sequence[Message], where: str) -> Sequence[Message]:
-        """The messages as they are where the template reads lists of parts, else flattened."""
+        """Return the messages, flattened unless the template reads lists of parts."""
         if not has_parts(messages):
             return messages
         if self._reads_parts is None:

@@ -1,4 +1,4 @@
-"""How messages become one text: the tokenizer's chat template, plain text, or a template file."""
+"""Messages as one text: by the tokenizer's chat template, as plain text, or by a template file."""
 
 from __future__ import annotations
 

@@ -104,10 +104,6 @@ class Transcript:
     where: str = "the conversation"
     prompting: bool = False
 
-    def again(self) -> Transcript:
-        """Return the same conversation, to be written anew."""
-        return replace(self)
-
     @cached_property
     def tokens(self) -> Tokens:
         """The conversation, written and tokenised once."""
@@ -211,35 +207,24 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> lis
     return list(encoding["input_ids"])
 
 
-def write_transcript(
-    copies: SentinelTokenizers,
-    template: Template,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Any] | None = None,
-    options: Mapping[str, Any] | None = None,
-    where: str = "the conversation",
-    prompting: bool = False,
-) -> Transcript:
+def with_sentinel(plain: Transcript, messages: Sequence[Message]) -> Transcript:
     """Flatten a conversation around a sentinel that occurs nowhere in it.
 
+    Args:
+        plain: The conversation, flattened around any text.
+        messages: The conversation itself, with images.
+
     Raises:
-        UsageError: Where the template drops or repeats an image, refuses the conversation, or a
-            content part is neither text nor image.
+        UsageError: The template drops or repeats an image, refuses the conversation, or a content
+            part is neither text nor image.
     """
-    flat, images = flatten(messages, STOCK_SENTINEL, where)
-    plain = Transcript(
-        flat, images, template, copies, copies.tokenizer, tools, dict(options or {}),
-        where=where, prompting=prompting,
-    )  # fmt: skip
-    if not images:
-        return plain
+    count = len(plain.images)
     for sentinel in _sentinels():
-        flat, images = flatten(messages, sentinel, where)
-        texts = strings_in([flat, list(tools or ()), plain.options])
-        if sum(text.count(sentinel) for text in texts) != len(images):
+        flat, _ = flatten(messages, sentinel, plain.where)
+        texts = strings_in([flat, list(plain.tools or ()), plain.options])
+        if sum(text.count(sentinel) for text in texts) != count:
             continue  # it stands where no image stands
-        copied = copies.get(sentinel)
+        copied = plain.copies.get(sentinel)
         if copied is None:
             continue
         transcript = replace(
@@ -247,9 +232,9 @@ def write_transcript(
         )
         if sentinel in transcript.source:
             continue
-        if transcript.tokens.ids.count(copied[1]) == len(images):
+        if transcript.tokens.ids.count(copied[1]) == count:
             return transcript
     raise UsageError(
-        f"{where}: the template does not write every image exactly once ({len(images)} image parts)"
-        "; move the images to a user turn, or give another template"
+        f"{plain.where}: the template does not write every image exactly once ({count} image "
+        "parts); move the images to a user turn, or give another template"
     )

@@ -10,8 +10,7 @@ from abc import abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,52 +22,51 @@ from mmgraft.data.formats.record_files import RecordFile
 from mmgraft.data.rows import Row
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What is known of rows without reading them.
 
     Attributes:
-        letters: Of all texts, (n,) uint32.
-        pictures: Image parts, (n,) uint16.
-        answers: Whether the assistant says anything, (n,) bool.
+        characters: Number of characters of all texts, (n,) uint32.
+        images: Number of image parts, (n,) uint16.
+        answers: True where the assistant says anything, (n,) bool.
     """
 
-    letters: NDArray[np.uint32]
-    pictures: NDArray[np.uint16]
+    characters: NDArray[np.uint32]
+    images: NDArray[np.uint16]
     answers: NDArray[np.bool_]
 
     @property
     def with_image(self) -> NDArray[np.bool_]:
-        """Whether a row has an image, (n,)."""
-        return self.pictures > 0
+        """Return whether a row has an image, (n,)."""
+        return self.images > 0
 
     def at(self, indices: NDArray[Any]) -> Facts:
         """Return those of some rows."""
-        return Facts(self.letters[indices], self.pictures[indices], self.answers[indices])
+        return Facts._make(array[indices] for array in self)
 
 
 class FactsBuilder:
     """Facts of rows, one row after another."""
 
     def __init__(self) -> None:
-        self.letters, self.pictures, self.answers = array("I"), array("H"), array("B")
+        self.characters, self.images, self.answers = array("I"), array("H"), array("B")
 
     def add(self, row: Row) -> None:
         """Note a row."""
-        self.letters.append(min(_letters(row.messages), 2**32 - 1))
-        self.pictures.append(min(sum(1 for _ in images_of_all(row.messages)), 2**16 - 1))
+        self.characters.append(min(_characters(row.messages), 2**32 - 1))
+        self.images.append(min(sum(1 for _ in images_of_all(row.messages)), 2**16 - 1))
         self.answers.append(bool(answering(row.messages)))
 
     def facts(self) -> Facts:
         """Return all that was noted."""
         return Facts(
-            np.array(self.letters, dtype=np.uint32),
-            np.array(self.pictures, dtype=np.uint16),
+            np.array(self.characters, dtype=np.uint32),
+            np.array(self.images, dtype=np.uint16),
             np.array(self.answers, dtype=np.bool_),
         )
 
 
-def _letters(messages: Sequence[Message]) -> int:
+def _characters(messages: Sequence[Message]) -> int:
     count = 0
     for message in messages:
         content = message.get("content")
@@ -85,7 +83,7 @@ class RowIndex(Sequence[Row]):
     @property
     @abstractmethod
     def facts(self) -> Facts:
-        """Of all rows."""
+        """Numbers of all rows."""
 
     @abstractmethod
     def key(self, at: int) -> tuple[str, str]:
@@ -176,11 +174,7 @@ class Joined(RowIndex):
     def facts(self) -> Facts:
         """See ``RowIndex``."""
         found = [facts_of(part) for part in self.parts] or [FactsBuilder().facts()]
-        return Facts(
-            np.concatenate([one.letters for one in found]),
-            np.concatenate([one.pictures for one in found]),
-            np.concatenate([one.answers for one in found]),
-        )
+        return Facts._make(map(np.concatenate, zip(*found, strict=True)))
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0

@@ -97,13 +97,8 @@ def changed(file: str) -> UsageError:
     )
 
 
-def gone(file: str, error: OSError) -> UsageError:
-    """Make the error for a file that is not there any more."""
-    return UsageError(f"{file} cannot be read any more ({error}); put it back")
-
-
-class JsonFile:
-    """What lines and lists have in common: one file, whose change is noticed."""
+class StampedFile:
+    """What lines, lists and tars have in common: one file, whose change is noticed."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -120,10 +115,11 @@ class JsonFile:
                 raise changed(self.file)
             return Path(self.file).open("rb")
         except OSError as error:
-            raise gone(self.file, error) from None
+            reason = f"{self.file} cannot be read any more ({error}); put it back"
+            raise UsageError(reason) from None
 
 
-class LineFile(JsonFile):
+class LineFile(StampedFile):
     """One JSON object a line; a record's position is its first byte's."""
 
     unit = "line"
@@ -165,7 +161,7 @@ class LineFile(JsonFile):
             return UsageError(f"{where}: {_NESTED}")
 
 
-class ListFile(JsonFile):
+class ListFile(StampedFile):
     """One JSON list of objects, read a piece at a time."""
 
     unit = "row"

@@ -17,15 +17,15 @@ from typing import Any
 
 from mmgraft.data.bad_rows import HUB
 from mmgraft.data.formats.record_files import Found, Record
-from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.errors import MMGraftError, UsageError, first_line
 from mmgraft.vision.stored import StoredImage
 
 _SLICE = 256
 """Rows that are looked at together."""
 _MAPPED_ANEW = 64
 """Reads after which files are mapped anew."""
-_UNPACKED = 256
-"""Rows of a parquet file that are unpacked at a time."""
+_FEWEST, _MOST, _UNPACKED = 256, 4096, 64 << 20
+"""Rows of a parquet file that are unpacked at a time, and about how many bytes of larger rows."""
 _BOMB, _BOMB_RATIO = 1 << 30, 1000
 """Bytes of a column of a group, and for each byte of it in the file: above both it is no data."""
 _TURNS = ("messages", "conversations", "tools")
@@ -88,7 +88,7 @@ class TableFile:
             count = itertools.count(1)
 
             def named(number: int = number, count: Iterator[int] = count) -> str:
-                return f"{self.file}, row {number}, picture {next(count)}"
+                return f"{self.file}, row {number}, image {next(count)}"
 
             try:
                 data = {
@@ -181,14 +181,21 @@ def open_table(file: str, split: str, subset: str | None, revision: str | None) 
     if os.path.isdir(file):
         found = _loaded(file, partial(datasets.load_from_disk, file))
         return TableFile(file, _of_split(found, file, split))
-    _refuse_bomb(file)
+    rows = _rows_at_once(file)
     name = glob.escape(os.path.abspath(file))
     read: Any = datasets.Dataset.from_parquet
-    return TableFile(file, _loaded(file, partial(read, name, batch_size=_UNPACKED)))
+    return TableFile(file, _loaded(file, partial(read, name, batch_size=rows)))
 
 
-def _refuse_bomb(file: str) -> None:
-    """Refuse a parquet file with a column that could fill the memory."""
+def _rows_at_once(file: str) -> int:
+    """Return how many rows of a parquet file are unpacked together, and written as one batch.
+
+    Each batch of the mapped file costs resident memory, so that they are large. A value of a
+    column's dictionary may stand in every row, and is written out in each.
+
+    Raises:
+        UsageError: One of its columns could fill the memory.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -196,6 +203,7 @@ def _refuse_bomb(file: str) -> None:
         head = pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
         raise no_table(file, error) from None
+    total = largest = 0
     for at, number in itertools.product(range(head.num_row_groups), range(head.num_columns)):
         column = head.row_group(at).column(number)
         size, packed = column.total_uncompressed_size, column.total_compressed_size
@@ -204,6 +212,12 @@ def _refuse_bomb(file: str) -> None:
                 f"{file}: {packed:,} bytes of its column {column.path_in_schema} unpack to "
                 f"{size:,}, which is no data but could fill the memory; leave the file out"
             )
+        total += size
+        if column.has_dictionary_page and column.dictionary_page_offset is not None:
+            held = column.data_page_offset - column.dictionary_page_offset
+            largest = max(largest, held * size // max(1, packed))
+    mean = max(1, total // max(1, head.num_rows))
+    return max(_FEWEST, min(_MOST, _UNPACKED // mean, _BOMB // max(1, largest)))
 
 
 def is_saved(folder: Path) -> bool:
@@ -231,14 +245,11 @@ def _loaded(where: str, load: Callable[[], Any]) -> Any:
     disable_progress_bars()
     try:
         return load()
-    except (ConnectionError, TimeoutError) as error:
-        raise MMGraftError(
-            f"{where} cannot be downloaded ({first_line(error)}); try again"
-        ) from error
     # What is no table, no split, or no name raises nearly any exception.
     except Exception as error:
         cause = error.__cause__ or error
-        if type(error).__module__.split(".")[0] in ("httpx", "requests", "urllib3"):
+        network = type(error).__module__.split(".")[0] in ("httpx", "requests", "urllib3")
+        if network or isinstance(error, ConnectionError | TimeoutError):
             raise MMGraftError(
                 f"{where} cannot be downloaded ({first_line(error)}); try again"
             ) from error
@@ -253,8 +264,3 @@ def _loaded(where: str, load: Callable[[], Any]) -> Any:
 def no_table(where: str, error: BaseException) -> UsageError:
     """Give the error for what cannot be read as a table."""
     return UsageError(f"{where} cannot be read as a table ({first_line(error)}); correct it")
-
-
-def first_line(error: BaseException) -> str:
-    """Give what an error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

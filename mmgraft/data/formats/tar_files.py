@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from mmgraft.data.chat.content import image_of, is_image
-from mmgraft.data.formats.record_files import Found, Record, Stamp, changed, gone
+from mmgraft.data.formats.record_files import Found, Record, StampedFile
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.stored import StoredImage
 
@@ -17,7 +17,7 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm
 """Endings of members that are images."""
 
 
-class TarFile:
+class TarFile(StampedFile):
     """A tar of samples; a record's position is that of its first member's head.
 
     Members with the same path up to the first dot of the last name are one sample. Its record is
@@ -27,10 +27,6 @@ class TarFile:
 
     unit = "sample"
 
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.stamp = Stamp.of(file)
-
     def scan(self) -> Iterator[Found]:
         """Yield all samples; one that has no record is an error of its own."""
         for number, members in enumerate(self._samples(0), start=1):
@@ -38,12 +34,7 @@ class TarFile:
 
     def read(self, position: int, number: int) -> Record:
         """Read the sample that begins there."""
-        try:
-            same = Stamp.of(self.file) == self.stamp
-        except OSError as error:
-            raise gone(self.file, error) from None
-        if not same:
-            raise changed(self.file)
+        self.open().close()  # refuses a tar that has changed
         found = self._sample(next(self._samples(position)), number)
         if isinstance(found, UsageError):
             raise found

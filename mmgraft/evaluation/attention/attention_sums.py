@@ -5,7 +5,7 @@ the set and 0 elsewhere. So an attention is called a second time with such colum
 values, and what it returns is summed over the queries. The first call, whose result the base goes
 on with, is left as it was.
 
-An attention that has no fused kernel (soft-capping, sinks, `eager`) is computed in blocks of
+An attention that has no fused kernel (soft-capping, sinks, ``eager``) is computed in blocks of
 queries, so that it never holds more than a block's weights. Attentions outside of transformers'
 registry either call torch's fused kernel, which is met there, or hand back the weights that they
 have computed for themselves; those are summed and dropped layer by layer.

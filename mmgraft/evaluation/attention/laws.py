@@ -12,7 +12,6 @@ loss of text ability.
 
 from __future__ import annotations
 
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +24,12 @@ from torch import Tensor
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.chat.processor import Encoded
 from mmgraft.data.formats.sources import read_rows
-from mmgraft.data.images import open_images
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.attention.layer_sums import PROJECTOR_ONLY, SIDES, LayerSums, layer_sums
-from mmgraft.evaluation.generate.answers import Features, refuse_longer
-from mmgraft.evaluation.items.files import file_sha256
+from mmgraft.evaluation.generate.answers import refuse_longer
+from mmgraft.evaluation.generate.run_features import Features, image_inputs
+from mmgraft.evaluation.items.files import file_sha256, sampled
 from mmgraft.evaluation.metrics.intervals import Measured, paired
 from mmgraft.evaluation.origin import described_graft, section_of
 from mmgraft.inference import Answerer
@@ -82,16 +81,13 @@ def _varies(curve: np.ndarray) -> np.ndarray:
 
 def read_samples(
     path: str | Path, images: str | Path | None = None, limit: int | None = None, seed: int = 0
-) -> list[Row]:
+) -> Sequence[Row]:
     """Read rows of a file, or a sample of them by a seed, in the file's order.
 
     Raises:
         UsageError: See :func:`mmgraft.data.formats.sources.read_rows`.
     """
-    rows = read_rows(path, images)
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[at] for at in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+    return sampled(read_rows(path, images), limit, seed)
 
 
 def evaluate_laws(
@@ -193,17 +189,9 @@ class _Batches:
         inputs = self.processor.collate(rows, "right")
         if inputs["attention_mask"].all():
             del inputs["attention_mask"]  # no padding: the base then needs no mask of s x s
-        if self.features is not None:
-            images = [image for row in rows for image in row.images]
-            inputs["image_features"] = self.features([Path(image) for image in images])
-        else:
-            opened = [
-                image
-                for at, row in zip(chosen, rows, strict=True)
-                for image in open_images(row.images, self.samples[at].where)
-            ]
-            inputs["pixel_values"] = self.processor.pixels(opened)
-        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        device, names = self.model.device, [self.samples[at].where for at in chosen]
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return inputs | image_inputs(device, self.processor, rows, self.features, names)
 
 
 class _Shifts:

@@ -113,7 +113,7 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
 
 @contextmanager
 def _inactive(graft: Graft) -> Iterator[None]:
-    """Leave the graft out of the path, as `graft_active: false` of a stage does."""
+    """Leave the graft out of the path, as ``graft_active: false`` of a stage does."""
     before, graft.active = graft.active, False
     try:
         yield

@@ -50,7 +50,7 @@ def question_vectors(answerer: Answerer, questions: Sequence[str]) -> np.ndarray
     """
     import torch
 
-    from mmgraft.data.batches.padding import pad
+    from mmgraft.data.batches.sequences import pad
 
     model, processor = answerer.model, answerer.processor
     ids = [
@@ -89,7 +89,7 @@ def build_iit(
 
     Args:
         answerer: The graft, whose base says which questions are alike.
-        specs: Sets; those of `choice` are used, by their modality.
+        specs: Sets; those of ``choice`` are used, by their modality.
         folder: Of the data set; see :mod:`mmgraft.evaluation.dialogues.files`.
         count: Dialogues a shape.
         shapes: See :data:`SHAPES`. Default: all that the sets give.

@@ -43,7 +43,7 @@ class Dialogue:
     """Questions in their order, all but the last of them answered.
 
     Attributes:
-        id: Shape and number, such as `TTV-3`; one number has the same last question in every
+        id: Shape and number, such as ``TTV-3``; one number has the same last question in every
             shape that ends with the same letter.
         shape: One of :data:`SHAPES`.
         parts: The questions.
@@ -73,7 +73,7 @@ def answer_turn(item: Item) -> dict[str, str]:
 
 
 def title(shape: str) -> str:
-    """Return a shape as the paper writes it: `(T,T,V)`."""
+    """Return a shape as the paper writes it: ``(T,T,V)``."""
     return f"({','.join(shape)})"
 
 
@@ -100,7 +100,7 @@ def build_dialogues(
     question is used twice, and none has the words of the last.
 
     Args:
-        pools: Candidates by letter: `T` and `V`.
+        pools: Candidates by letter: ``T`` and ``V``.
         count: Dialogues a shape; fewer where the sets have too few questions for all shapes.
         shapes: Which ones; see :data:`SHAPES`. Others of T and V work alike.
         seed: Of the sample.

@@ -52,13 +52,13 @@ def evaluate_iit(
     """Score the last question of every dialogue, by log-probability and by a generated answer.
 
     Dialogues with an image are scored without it too, by log-probability: their blind score. A
-    killed run is continued: what it scored and answered is kept in `results/predictions/`.
+    killed run is continued: what it scored and answered is kept in ``results/predictions/``.
 
     Args:
         answerer: The graft.
         run: Its folder.
         specs: Sets to build from; see :func:`build_iit`.
-        dialogues: Folder of saved ones; default: `results/iit` of the run, built where missing.
+        dialogues: Folder of saved ones; default: ``results/iit`` of the run, built where missing.
         count: See :func:`build_iit`.
         workflow: Of dialogues with an image; by default the graft's. Others run ``text``.
         batch_size: Dialogues a batch.
@@ -66,7 +66,7 @@ def evaluate_iit(
         progress: Called with how many dialogues are scored or answered, and of how many.
 
     Returns:
-        Section `iit`, a set a shape; not yet written.
+        Section ``iit``, a set a shape; not yet written.
 
     Raises:
         UsageError: See :func:`build_iit`; a graft without the workflow; no such data set.
@@ -124,7 +124,7 @@ def measure_generated(items: Sequence[Item], answers: Sequence[str]) -> Measured
 
     Args:
         items: Dialogues.
-        answers: `accuracy_generated` takes the option that an answer names, and `unread` is the
+        answers: ``accuracy_generated`` takes the option that an answer names, and ``unread`` is the
             share of answers that name none, which are wrong.
     """
     named = [read_choice(answer, item.options) for item, answer in zip(items, answers, strict=True)]

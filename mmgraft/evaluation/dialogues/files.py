@@ -1,8 +1,9 @@
-"""Dialogues as a data set: a folder with `dialogues.jsonl`, its images, and their sources.
+"""Dialogues as a data set: a folder with ``dialogues.jsonl``, its images, and their sources.
 
 Every line is a row that can be trained on, whose last turn is the right answer, and an item that
-can be evaluated: `options`, `answer` (its number from 0), `kind` (the shape), `group` (what the
-last question is about) and `from` (set and id of every question). Free of torch.
+can be evaluated: ``options``, ``answer`` (its number from 0), ``kind`` (the shape), ``group`` (what
+    the
+last question is about) and ``from`` (set and id of every question). Free of torch.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from mmgraft.atomic import atomic_folder, atomic_json, atomic_text
-from mmgraft.data.chat.content import image_of, is_image
+from mmgraft.data.chat.content import image_of
 from mmgraft.data.images import is_data_uri
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.dialogues.dialogues import Dialogue, answer_turn
 from mmgraft.evaluation.items.files import file_sha256, read_items
-from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.items.item import Item, with_images
 from mmgraft.recipes.evaluation_set import SetSpec
 
 VERSION = 1
@@ -129,18 +130,14 @@ def _row(dialogue: Dialogue, images: Path, names: dict[str, str]) -> dict[str, A
 
 def _with_copies(turn: Mapping[str, Any], folder: Path, names: dict[str, str]) -> dict[str, Any]:
     """Return a turn whose images lie in a folder, each once, named by what they hold."""
-    content = turn.get("content")
-    if not isinstance(content, list | tuple):
-        return dict(turn)
-    parts = []
-    for part in content:
-        if is_image(part):
-            path = os.fspath(image_of(part))
-            if path not in names:
-                names[path] = path if is_data_uri(path) else _copied(Path(path), folder)
-            part = {"type": "image", "image": names[path]}
-        parts.append(part)
-    return {**turn, "content": parts}
+
+    def copied(part: Any) -> dict[str, Any]:
+        path = os.fspath(image_of(part))
+        if path not in names:
+            names[path] = path if is_data_uri(path) else _copied(Path(path), folder)
+        return {"type": "image", "image": names[path]}
+
+    return with_images(turn, copied)
 
 
 def _copied(path: Path, folder: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmgraft.data.images import open_images
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.generate.run_features import Features, image_inputs
 from mmgraft.evaluation.generate.shared_prefix import image_key, read_prefix
 from mmgraft.model.kernels.flat_head import flat_heads
 from mmgraft.model.workflow import TEXT_WORKFLOW
@@ -18,9 +19,6 @@ from mmgraft.model.workflow import TEXT_WORKFLOW
 if TYPE_CHECKING:
     from mmgraft.data.chat.processor import Encoded, GraftProcessor
     from mmgraft.model.modeling import GraftedModel
-
-Features = Callable[[list[Path]], Tensor]
-"""The tower's features of image files, ``(n, P, tower width)``."""
 
 
 def answer(
@@ -99,19 +97,15 @@ def refuse_longer(
             )
 
 
+@dataclass
 class _Batch:
     """Rows of one workflow, answered together."""
 
-    def __init__(
-        self,
-        model: GraftedModel,
-        processor: GraftProcessor,
-        rows: Sequence[Encoded],
-        features: Features | None,
-        workflow: str,
-    ) -> None:
-        self.model, self.processor, self.rows = model, processor, rows
-        self.features, self.workflow = features, workflow
+    model: GraftedModel
+    processor: GraftProcessor
+    rows: Sequence[Encoded]
+    features: Features | None
+    workflow: str
 
     def answers(self, max_new_tokens: int, names: Sequence[str]) -> list[str]:
         processor, rows = self.processor, self.rows
@@ -134,13 +128,8 @@ class _Batch:
     def _inputs(self, max_new_tokens: int) -> dict[str, Any]:
         """Return inputs of ``generate``: the shared prefix, padding, and the rest of each row."""
         processor, rows = self.processor, self.rows
-        prefix = read_prefix(
-            self.model,
-            rows,
-            self.workflow,
-            self._image_inputs,
-            max_new_tokens,
-        )
+        to_inputs = self._image_inputs
+        prefix = read_prefix(self.model, rows, self.workflow, to_inputs, max_new_tokens)
         start, seen = (prefix.length, prefix.images) if prefix else (0, 0)
         inputs: dict[str, Any] = processor.pad([row.part(start) for row in rows], "left")
         if prefix is not None:
@@ -154,16 +143,8 @@ class _Batch:
         return inputs
 
     def _image_inputs(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        images = [image for row in rows for image in row.images]
-        if not images:
-            return {}
-        given = self.processor.images_of(rows)
-        device = self.model.device
-        if self.features is not None:
-            features = self.features([Path(image) for image in images])
-            return {**given, "image_features": features.to(device)}
-        pixels = self.processor.pixels(open_images(images, "a batch of questions"))
-        return {**given, "pixel_values": pixels.to(device)}
+        names = ["a batch of questions"] * len(rows)
+        return image_inputs(self.model.device, self.processor, rows, self.features, names)
 
 
 def _by_workflow(

@@ -11,15 +11,50 @@ from torch import Tensor
 
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.features import Shown, fill_cache, open_cache
-from mmgraft.data.images import is_data_uri, size_of
+from mmgraft.data.images import is_data_uri, open_images, size_of
 from mmgraft.training.devices import default_workers
 from mmgraft.vision.feature_cache import TowerFeatures
 
 if TYPE_CHECKING:
+    from mmgraft.data.chat.processor import Encoded, GraftProcessor
     from mmgraft.model.modeling import GraftedModel
     from mmgraft.vision.towers.base import VisionTower
 
 FOLDER = "features"
+Features = Callable[[list[Path]], Tensor]
+"""The tower's features of image files, ``(sum of entries, tower width)``."""
+
+
+def image_inputs(
+    device: torch.device,
+    processor: GraftProcessor,
+    rows: Sequence[Encoded],
+    features: Features | None,
+    names: Sequence[str],
+) -> dict[str, Tensor]:
+    """Return the images of a batch as inputs of the forward: features where given, else pixels.
+
+    Args:
+        device: Where the inputs go.
+        processor: It makes images into tensors.
+        rows: The batch.
+        features: The tower's features of image files.
+        names: What errors call each row.
+
+    Raises:
+        UsageError: An image cannot be read.
+    """
+    images = [image for row in rows for image in row.images]
+    if not images:
+        return {}
+    given = processor.images_of(rows)
+    if features is not None:
+        given["image_features"] = features([Path(image) for image in images])
+    else:
+        named = zip(rows, names, strict=True)
+        opened = [image for row, name in named for image in open_images(row.images, name)]
+        given["pixel_values"] = processor.pixels(opened)
+    return {name: tensor.to(device) for name, tensor in given.items()}
 
 
 def run_features(
@@ -27,7 +62,7 @@ def run_features(
     run: Path,
     items: Sequence[Shown],
     announce: Callable[[str], None] = lambda text: None,
-) -> Callable[[list[Path]], Tensor] | None:
+) -> Features | None:
     """Return features of image files ``(sum of entries, tower width)``, each computed once.
 
     Args:

@@ -118,8 +118,7 @@ def _plan(rows: Sequence[Encoded]) -> _Plan | None:
 def _exact(model: GraftedModel, workflow: str, length: int) -> bool:
     if workflow != TEXT_WORKFLOW and model.workflow(workflow).graft.promises.cache:
         return False
-    anatomy = model.anatomy
-    if not _PLAIN_LAYERS.issuperset(anatomy.layer_types):
-        return False
     # A window counts columns, those of padding between prefix and rest too.
-    return anatomy.sliding_window is None or length < anatomy.sliding_window
+    window = model.anatomy.sliding_window
+    plain = _PLAIN_LAYERS.issuperset(model.anatomy.layer_types)
+    return plain and (window is None or length < window)

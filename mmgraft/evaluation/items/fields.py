@@ -21,7 +21,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "group": ("group",),
     "text": ("text",),
 }
-"""Keys that are looked for where `columns` names none."""
+"""Keys that are looked for where ``columns`` names none."""
 
 _PASSAGES = ("passage", "context")
 _LETTERED = re.compile(r"(?:^|\n)\s*([A-Z])[.)]\s+")
@@ -33,7 +33,7 @@ class Fields:
     """Finds the fields of records by the names that a set gives them.
 
     Args:
-        columns: `SetSpec.columns`, a field to the key it has in the records. `options` may be
+        columns: ``SetSpec.columns``, a field to the key it has in the records. ``options`` may be
             several keys with commas between them.
     """
 
@@ -78,7 +78,7 @@ class Fields:
         return f"{passage}\n{value.strip()}" if passage else value.strip()
 
     def passage(self, record: Mapping[str, Any]) -> str | None:
-        """Return the text under `passage` or `context` that comes before the question."""
+        """Return the text under ``passage`` or ``context`` that comes before the question."""
         for key in _PASSAGES:
             value = record.get(key)
             if isinstance(value, str) and value.strip() and key not in self.columns.values():
@@ -86,9 +86,9 @@ class Fields:
         return None
 
     def answers(self, record: Mapping[str, Any], where: str) -> list[Any]:
-        """Return the right answers: of `answers`, else of `answer`; numbers stay numbers.
+        """Return the right answers: of ``answers``, else of ``answer``; numbers stay numbers.
 
-        VQAv2's `[{"answer": ...}]` is read as a list of texts.
+        VQAv2's ``[{"answer": ...}]`` is read as a list of texts.
         """
         value = self.get(record, "answers")
         value = self.get(record, "answer") if value is None else value
@@ -201,17 +201,19 @@ def lettered_lines(options: Sequence[str]) -> str:
 
 
 def fill_prompt(prompt: str, question: str, options: Sequence[str]) -> str:
-    """Return a prompt with `{question}` and `{options}` replaced; other braces stay as they are."""
+    """Return a prompt with ``{question}`` and ``{options}`` replaced; other braces stay as they
+    are.
+    """
     pieces = {"{question}": question, "{options}": lettered_lines(options)}
     return re.sub(r"\{question\}|\{options\}", lambda match: pieces[match[0]], prompt)
 
 
 def box_of(value: Any, size: tuple[int, int], where: str) -> Box:
-    """Return a box `(x1, y1, x2, y2)` in pixels, checked against its image.
+    """Return a box ``(x1, y1, x2, y2)`` in pixels, checked against its image.
 
     Args:
         value: Four numbers.
-        size: `(width, height)` of the image; a box may pass its edge by a rounding pixel.
+        size: ``(width, height)`` of the image; a box may pass its edge by a rounding pixel.
         where: Names the row in errors.
 
     Raises:

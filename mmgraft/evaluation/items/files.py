@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -23,17 +23,18 @@ from mmgraft.evaluation.items.records import item_records
 from mmgraft.recipes.evaluation_set import SetSpec
 
 TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
-"""The prompt of multiple choice of text where a set has no `prompt`: that of lm-eval's PIQA."""
+"""The prompt of multiple choice of text where a set has no ``prompt``: that of lm-eval's PIQA."""
 
 VQA_V2_ANSWERS = 10
 Message = Mapping[str, Any]
+T = TypeVar("T")
 
 
 def data_file(spec: SetSpec) -> Path:
-    """Return the file of a set's items: its `path`, else the packaged set of that name.
+    """Return the file of a set's items: its ``path``, else the packaged set of that name.
 
     Args:
-        spec: The set. Without a `path` its name is that of a packaged set.
+        spec: The set. Without a ``path`` its name is that of a packaged set.
 
     Raises:
         UsageError: There is neither, or the package is not installed.
@@ -69,27 +70,27 @@ def read_items(spec: SetSpec) -> list[Item]:
 
     Records are objects of a JSON list or of lines of JSON, or lines of a CSV file. One is either a
     LLaVA row or messages, whose last assistant turn is the answer, or has keys of its own: see
-    :data:`mmgraft.recipes.evaluation_set.COLUMNS`, and `columns` for other names. A `passage` or
-    `context` goes before the question. For `perplexity` of plain text any other file is one text.
+    :data:`mmgraft.recipes.evaluation_set.COLUMNS`, and ``columns`` for other names. A ``passage``
+    or ``context`` goes before the question. For ``perplexity`` of plain text any other file is one
+    text.
 
-    `options` are a list, an object, lettered lines ("A. one") or columns A, B, C; the answer is an
-    option, its letter or its number from 0. A `box` is in pixels of its image.
+    ``options`` are a list, an object, lettered lines ("A. one") or columns A, B, C; the answer is
+    an option, its letter or its number from 0. A ``box`` is in pixels of its image.
 
     Args:
-        spec: The set; `limit` samples so many items by `seed`, in the order of the file.
+        spec: The set; ``limit`` samples so many items by ``seed``, in the order of the file.
 
     Returns:
-        Items with what the metric needs. For `perplexity` of plain text the text is the item's
-        `question`, and it has no messages; of chats it is the first of its `answers`.
+        Items with what the metric needs. For ``perplexity`` of plain text the text is the item's
+        ``question``, and it has no messages; of chats it is the first of its ``answers``.
 
     Raises:
         UsageError: It names file and row: a missing image, an empty set, an unknown column, an
             answer not among the options, an id that occurs twice, or what the metric lacks.
     """
     path = data_file(spec)
-    packaged = PACKAGED.get(spec.path or spec.name)
-    if _path(spec.path or spec.name).is_file():
-        packaged = None
+    named = spec.path or spec.name
+    packaged = None if path == _path(named) else PACKAGED.get(named)
     columns = {**(packaged.columns if packaged else {}), **spec.columns}
     reader = _ItemReader(spec, path, Fields(columns), _image_folder(spec, path))
     found = item_records(path, list(columns.values()))
@@ -101,9 +102,7 @@ def read_items(spec: SetSpec) -> list[Item]:
     if spec.metric == "perplexity" and not spec.chat:
         found = reader.texts(found)
     chosen = reader.named(found)
-    if spec.limit is not None and spec.limit < len(chosen):
-        sample = random.Random(spec.seed).sample(range(len(chosen)), spec.limit)
-        chosen = [chosen[at] for at in sorted(sample)]
+    chosen = sampled(chosen, spec.limit, spec.seed)
     items = [reader.item(index, place, record) for index, place, record in chosen]
     if spec.modality == "image" and not any(item.has_image for item in items):
         raise UsageError(
@@ -113,14 +112,21 @@ def read_items(spec: SetSpec) -> list[Item]:
     return items
 
 
+def sampled(rows: Sequence[T], limit: int | None, seed: int) -> Sequence[T]:
+    """Return at most ``limit`` of the rows, sampled by a seed, in their order."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[at] for at in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+
+
 def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:
-    """Read every question and answer of a set's `train` file, which the prior score counts.
+    """Read every question and answer of a set's ``train`` file, which the prior score counts.
 
     Of messages and LLaVA rows all turns count; of other records the first answer. Images are not
     looked for.
 
     Raises:
-        UsageError: The set has no `train`, a row has no answer, or there is no row.
+        UsageError: The set has no ``train``, a row has no answer, or there is no row.
     """
     if spec.train is None:
         raise UsageError(
@@ -249,13 +255,11 @@ class _ItemReader:
         text = question if self.prompt is None else fill_prompt(self.prompt, question, options)
         given = self.fields.get(record, "image")
         listed = given if isinstance(given, list) else [] if given in (None, "") else [given]
-        if not listed:
-            return [{"role": "user", "content": text}], question
-        parts: list[dict[str, Any]] = [
+        parts: list[Any] = [
             {"type": "image", "image": self.rows.resolve(one, where)} for one in listed
         ]
-        parts += [{"type": "text", "text": text}] if text else []
-        return [{"role": "user", "content": parts}], question
+        said = [{"type": "text", "text": text}] if text else []
+        return [{"role": "user", "content": [*parts, *said] if parts else text}], question
 
     def _of_turns(
         self, turns: list[dict[str, Any]], options: Sequence[str], where: str

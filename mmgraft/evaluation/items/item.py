@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmgraft.data.chat.content import has_image
+from mmgraft.data.chat.content import has_image, is_image
 
 Box = tuple[float, float, float, float]
+
+
+def with_images(message: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a message in which ``change`` made another part of each image part."""
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return dict(message)
+    return {**message, "content": [change(one) if is_image(one) else one for one in content]}
 
 
 @dataclass(frozen=True)
@@ -17,15 +25,15 @@ class Item:
 
     Attributes:
         id: The source's own, else its position; unique in its set.
-        messages: The conversation up to the question, `{"role", "content"}` with image parts whose
-            paths are resolved; never an answer.
-        question: The question alone, without images or options: what `prior` counts by.
+        messages: The conversation up to the question, ``{"role", "content"}`` with image parts
+            whose paths are resolved; never an answer.
+        question: The question alone, without images or options: what ``prior`` counts by.
         answers: What is right: one answer, the ten of VQAv2, or the references of a caption.
         options: Texts to choose from, for multiple choice.
         gold: Index of the right option.
-        box: `(x1, y1, x2, y2)` in pixels of the image, for grounding.
-        size: `(width, height)` of the image in pixels, for grounding.
-        kind: A breakdown's class, such as `color`.
+        box: ``(x1, y1, x2, y2)`` in pixels of the image, for grounding.
+        size: ``(width, height)`` of the image in pixels, for grounding.
+        kind: A breakdown's class, such as ``color``.
         group: The bootstrap resamples items of one group together; by default an image's path.
         file: Where the item was read.
         place: Where in the file: "line 12" or "row 12", counted from 1.

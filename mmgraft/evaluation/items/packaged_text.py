@@ -19,14 +19,12 @@ class PackagedSet:
     """One set of the package.
 
     Attributes:
-        name: As a recipe says it.
         metric: What it is evaluated by.
-        file: Below the package's `data`.
-        columns: As in `SetSpec.columns`.
+        file: Below the package's ``data``.
+        columns: As in ``SetSpec.columns``.
         without: Lines that are damaged there, left out.
     """
 
-    name: str
     metric: Metric
     file: str
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -35,21 +33,16 @@ class PackagedSet:
 
 PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
     {
-        packaged.name: packaged
-        for packaged in (
-            PackagedSet("mmlu", "choice", "MMLU/test.jsonl"),
-            PackagedSet("siqa", "choice", "SIQA/test.jsonl"),
-            PackagedSet("piqa", "choice", "PIQA/validation.jsonl"),
-            PackagedSet("openbookqa", "choice", "OpenBookQA/test.jsonl"),
-            PackagedSet(
-                "commonsenseqa", "choice", "CommonsenseQA/validation.jsonl", without=(103,)
-            ),
-            PackagedSet("boolq-passages", "perplexity", "BoolQ/dev.jsonl", {"text": "passage"}),
-            PackagedSet("xsum", "perplexity", "XSum/test.jsonl", {"text": "document"}),
-        )
+        "mmlu": PackagedSet("choice", "MMLU/test.jsonl"),
+        "siqa": PackagedSet("choice", "SIQA/test.jsonl"),
+        "piqa": PackagedSet("choice", "PIQA/validation.jsonl"),
+        "openbookqa": PackagedSet("choice", "OpenBookQA/test.jsonl"),
+        "commonsenseqa": PackagedSet("choice", "CommonsenseQA/validation.jsonl", without=(103,)),
+        "boolq-passages": PackagedSet("perplexity", "BoolQ/dev.jsonl", {"text": "passage"}),
+        "xsum": PackagedSet("perplexity", "XSum/test.jsonl", {"text": "document"}),
     }
 )
-"""All of them, by name; the splits whose answers are published."""
+"""All of them, by the name that a recipe says; the splits whose answers are published."""
 
 
 def packaged_file(name: str) -> Path:

@@ -20,8 +20,8 @@ _HEADINGS = frozenset({"question", "answer"})
 def item_records(path: Path, known: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
     """Read every record of a file, and its place: "line 12" or "row 12", counted from 1.
 
-    A CSV file has a heading when its first line names a `question`, an `answer` or one of `known`;
-    one without is read as MMLU's: question, options, and the right one's letter.
+    A CSV file has a heading when its first line names a ``question``, an ``answer`` or one of
+    ``known``; one without is read as MMLU's: question, options, and the right one's letter.
 
     Args:
         path: The file.

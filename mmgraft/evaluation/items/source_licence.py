@@ -1,4 +1,4 @@
-"""The licence of a set's images, as `mmgraft data prepare` has noted it beside them."""
+"""The licence of a set's images, as ``mmgraft data prepare`` has noted it beside them."""
 
 from __future__ import annotations
 

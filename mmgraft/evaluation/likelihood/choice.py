@@ -7,15 +7,11 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
 from mmgraft.data.chat.closing import MARKER
+from mmgraft.data.chat.processor import Encoded
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.generate.run_features import Features
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.likelihood.likelihood import (
-    Features,
-    Likelihoods,
-    Request,
-    plain_ids,
-    prefix_id,
-)
+from mmgraft.evaluation.likelihood.likelihood import Likelihoods, Request, plain_ids, prefix_id
 from mmgraft.evaluation.metrics.choice import ChoiceScore
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
@@ -37,9 +33,7 @@ def score_choices(
     letters: bool = False,
     batch_size: int = 16,
     features: Features | None = None,
-    on_result: Callable[[Sequence[int], Sequence[ChoiceScore]], None] = lambda indices, scores: (
-        None
-    ),
+    on_result: Callable[[Sequence[int], Sequence[ChoiceScore]], None] = lambda at, scores: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ChoiceScore]:
     """Compute log-probabilities of every option of every item, in order.
@@ -101,7 +95,7 @@ def _options(item: Item, letters: bool) -> list[str]:
 
 def _refuse_long(item: Item, request: Request, length: int) -> None:
     longest = request.longest
-    if request.images and longest > length:
+    if request.context.images and longest > length:
         raise UsageError(
             f"{item.where}: the question has {longest} positions with its images and an option, "
             f"and the base reads {length}; shorten it, or leave it out"
@@ -138,10 +132,11 @@ def _plain(processor: GraftProcessor, item: Item, texts: Sequence[str]) -> Reque
     gap = question[len(stripped) :]
     if not stripped:
         wholes = [tokenizer.encode(f"{gap} {text}", add_special_tokens=False) for text in texts]
-        return Request([prefix_id(tokenizer)], wholes)
+        return Request(Encoded([prefix_id(tokenizer)], [0], []), wholes)
     context = plain_ids(tokenizer, stripped)
     wholes = [plain_ids(tokenizer, f"{stripped}{gap} {text}") for text in texts]
-    return Request(context, [whole[len(context) :] for whole in wholes])
+    encoded = Encoded(context, [0] * len(context), [])
+    return Request(encoded, [whole[len(context) :] for whole in wholes])
 
 
 def _chat(processor: GraftProcessor, item: Item, texts: Sequence[str]) -> Request:
@@ -152,8 +147,7 @@ def _chat(processor: GraftProcessor, item: Item, texts: Sequence[str]) -> Reques
     context = transcript.ids(prompt)
     gap = _gap(transcript, prompt)
     wholes = [transcript.ids(f"{prompt}{gap}{text}")[len(context) :] for text in texts]
-    encoded = processor.expand(transcript, context)
-    return Request(encoded.input_ids, wholes, encoded.kinds, encoded.images, encoded.sizes)
+    return Request(processor.expand(transcript, context), wholes)
 
 
 def _gap(transcript: Transcript, prompt: str) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from mmgraft.data.batches.padding import Side, pad
-from mmgraft.data.images import open_images
-from mmgraft.evaluation.generate.answers import Features
+from mmgraft.data.batches.sequences import Side, pad
+from mmgraft.data.chat.processor import Encoded
+from mmgraft.evaluation.generate.run_features import Features, image_inputs
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
@@ -36,18 +35,12 @@ class Request:
     """A context and what may follow it.
 
     Attributes:
-        context: Ids, at least one; where an image stands, its placeholder at each position.
+        context: At least one id, with the images among them.
         continuations: Ids of each, at least one.
-        kinds: 1 at an image's positions and 0 at text; empty where there is no image.
-        images: Paths, data URIs or PIL images, in order.
-        sizes: Width and height of each, where its positions depend on them.
     """
 
-    context: Sequence[int]
+    context: Encoded
     continuations: Sequence[Sequence[int]]
-    kinds: Sequence[int] = ()
-    images: Sequence[Any] = field(default_factory=list)
-    sizes: Sequence[tuple[int, int]] = ()
 
     @property
     def longest(self) -> int:
@@ -111,18 +104,14 @@ class Likelihoods:
     # -- the two ways ---------------------------------------------------------------------------
 
     def _shared(self, requests: Sequence[Request]) -> list[list[float]]:
-        contexts = [list(request.context) for request in requests]
-        kinds = [list(request.kinds) or [0] * len(request.context) for request in requests]
-        ids, mask = self._padded(contexts, "left")
+        contexts = [request.context for request in requests]
+        ids, mask = self._padded([context.input_ids for context in contexts], "left")
+        kinds = pad([context.kinds for context in contexts], 0, "left").to(mask.device)
         cache = DynamicCache(config=self.config)
+        cached: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        images = self._images(contexts)
         logits = self._forward(
-            ids,
-            mask,
-            pad(kinds, 0, "left").to(mask.device),
-            self._images(requests),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+            ids, mask, kinds, images, logits_to_keep=1, **cached
         )  # (b, 1, vocab)
         first = logits[:, -1].float().log_softmax(-1)  # (b, vocab)
         counts = [len(request.continuations) for request in requests]
@@ -145,9 +134,7 @@ class Likelihoods:
         cache.batch_select_indices(owners)
         given, real = self._padded([row[:-1] for row in rows], "right")
         both = torch.cat([mask[owners], real], dim=1)
-        logits = self._forward(
-            given, both, torch.zeros_like(given), {}, past_key_values=cache, use_cache=True
-        )
+        logits = self._forward(given, both, torch.zeros_like(given), {}, **cached)
         parts = [each[: len(ids) - 1] for ids, each in zip(rows, logits, strict=True)]
         more = _sums(parts, [ids[1:] for ids in rows])
         for (row, at), found in zip(longer, more, strict=True):
@@ -158,14 +145,14 @@ class Likelihoods:
         """Score every continuation with its context."""
         rows, kinds, starts, wanted, owners = [], [], [], [], []
         for request in requests:
-            before = list(request.kinds) or [0] * len(request.context)
+            context = request.context
             for each in request.continuations:
-                cut = max(0, len(request.context) + len(each) - 1 - self.length)
-                rows.append([*request.context, *each][cut:-1])
-                kinds.append([*before, *([0] * (len(each) - 1))][cut:])
+                cut = max(0, len(context) + len(each) - 1 - self.length)
+                rows.append([*context.input_ids, *each][cut:-1])
+                kinds.append([*context.kinds, *([0] * (len(each) - 1))][cut:])
                 starts.append(len(rows[-1]) - len(each))
                 wanted.append(each)
-                owners.append(request)
+                owners.append(context)
         ids, mask = self._padded(rows, "right")
         kinds_of_all = pad(kinds, 0, "right").to(mask.device)
         logits = self._forward(ids, mask, kinds_of_all, self._images(owners), use_cache=False)
@@ -191,17 +178,9 @@ class Likelihoods:
         run: Callable[..., Any] = self.model
         return run(**given).logits  # (b, s, vocab)
 
-    def _images(self, requests: Sequence[Request]) -> dict[str, Tensor]:
-        images = [image for request in requests for image in request.images]
-        if not images:
-            return {}
-        sizes = [size for request in requests for size in request.sizes]
-        given = {"image_sizes": torch.tensor(sizes)} if sizes else {}
-        if self.features is not None:
-            features = self.features([Path(image) for image in images])
-            return {**given, "image_features": features.to(self.model.device)}
-        pixels = self.processor.pixels(open_images(images, "a question"))
-        return {**given, "pixel_values": pixels.to(self.model.device)}
+    def _images(self, contexts: Sequence[Encoded]) -> dict[str, Tensor]:
+        names = ["a question"] * len(contexts)
+        return image_inputs(self.model.device, self.processor, contexts, self.features, names)
 
     def _padded(self, rows: Sequence[Sequence[int]], side: Side) -> tuple[Tensor, Tensor]:
         """Return ids and mask of rows."""

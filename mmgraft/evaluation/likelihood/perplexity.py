@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mmgraft.data.batches.padding import pad
+from mmgraft.data.batches.sequences import pad
 from mmgraft.data.chat.labels import supervise
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
@@ -89,7 +89,7 @@ def rolling_windows(ids: Sequence[int], prefix: int, length: int) -> list[Window
 
     The first window begins with ``prefix``. The others are predicted whole, but the last, which
     reads back so far that it is as long as the others. As lm-evaluation-harness rolls (its
-    `get_rolling_token_windows` with a context of one token).
+    ``get_rolling_token_windows`` with a context of one token).
 
     Args:
         ids: The text.
@@ -156,7 +156,7 @@ def score_texts(
     Args:
         model: A graft, whose text workflow runs, or a base by itself; in eval mode.
         processor: The graft's; for plain texts its tokenizer alone.
-        items: Texts, as their `question`; or chats.
+        items: Texts, as their ``question``; or chats.
         base: The model to compare with.
         batch_size: Windows a batch; fewer where their logits would be many.
         chat: Items are questions whose answers are predicted.
@@ -208,15 +208,13 @@ def _text_score(item: Item, chat: bool, windows: tuple[WindowScore, ...]) -> Tex
 
 
 def measure_texts(
-    scores: Sequence[TextScore],
-    of_base: bool = False,
-    together: Sequence[str] | None = None,
+    scores: Sequence[TextScore], of_base: bool = False, together: Sequence[str] | None = None
 ) -> tuple[Measured, list[str | int]]:
     """Measure perplexities, and KL to the base where it was computed.
 
-    `perplexity` is a token's, `word_perplexity` and `byte_perplexity` are those of
+    ``perplexity`` is a token's, ``word_perplexity`` and ``byte_perplexity`` are those of
     lm-evaluation-harness: the exponential of the negative log-likelihood of all texts by their
-    words or bytes. `kl_to_base` is the mean of KL(base || model) over all tokens predicted.
+    words or bytes. ``kl_to_base`` is the mean of KL(base || model) over all tokens predicted.
 
     Args:
         scores: Of the texts.
@@ -286,10 +284,9 @@ def _score(
             sums[row] += _compare(
                 logits[row, part], None if others is None else others[row, part], ids
             )
-    found = zip(windows, sums.tolist(), strict=True)
-    if base is None:
-        return [WindowScore(len(window.wanted), one) for window, (one, _, _) in found]
-    return [WindowScore(len(window.wanted), *three) for window, three in found]
+    kept = 1 if base is None else 3
+    found = zip(windows, sums[:, :kept].tolist(), strict=True)
+    return [WindowScore(len(window.wanted), *several) for window, several in found]
 
 
 def _compare(logits: Tensor, others: Tensor | None, wanted: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness on a grafted model, through the harness's own code.
 
-Source: EleutherAI's lm-evaluation-harness (package `lm-eval`): prompts, scoring and metrics are its
+Source: EleutherAI's lm-evaluation-harness (package ``lm-eval``): prompts, scoring and metrics are
+    its
 own; here its models get the graft's forward and its numbers get intervals.
 """
 
@@ -55,7 +56,7 @@ def evaluate_harness(
     """Run tasks by name.
 
     A set is a task, or a group whose own file says how its tasks are put together (their scores are
-    its `kinds`); a tag, or a group that says nothing, gives a set for each of its tasks. Scores
+    its ``kinds``); a tag, or a group that says nothing, gives a set for each of its tasks. Scores
     have the harness's names. Prompts with images are chats; text is bare, as the harness has it.
 
     Args:
@@ -85,7 +86,7 @@ def evaluate_harness(
         after = _run(_model(answerer, task, batch_size), task, given)
         before = None
         if untouched is not None and not task.images:
-            before = _run(_base(untouched, answerer, batch_size), task, given)
+            before = _run(_model(answerer, task, batch_size, untouched), task, given)
         seconds = time.monotonic() - started
         settings = {"batch_size": batch_size, "limit": limit}
         sets = _sets(task, after, before, settings, announce)
@@ -150,9 +151,8 @@ def _unknown(name: str, known: Sequence[str], mine: Any, include_path: str | Non
     message = f"lm-eval has no task, group or tag {name!r}; {hint}"
     if include_path is not None:
         read = {entry.yaml_path for entry in mine.task_index.values()}
-        left = [
-            str(path) for path in sorted(Path(include_path).rglob("*.yaml")) if path not in read
-        ]
+        files = sorted(Path(include_path).rglob("*.yaml"))
+        left = [str(path) for path in files if path not in read]
         if left:
             message += f"; it could not read a task in {', '.join(left[:_NEAR])}: see to that YAML"
     return message
@@ -225,19 +225,18 @@ def _refuse_images(name: str, leaves: Sequence[Any], workflow: str | None) -> No
             )
 
 
-def _model(answerer: Answerer, task: _Task, batch_size: int) -> Any:
-    from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM
+def _model(
+    answerer: Answerer, task: _Task, batch_size: int, untouched: PreTrainedModel | None = None
+) -> Any:
+    """Return the harness's model of the graft, or of the untouched base."""
+    from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM, plain_lm
 
+    if untouched is not None:
+        return plain_lm(untouched, answerer.processor, batch_size)
     if not task.images:
         return TextLM(answerer, task.workflow, batch_size)
     pads = not answerer.model.workflow(task.workflow).graft.promises.padding
     return ImageLM(answerer, task.workflow, batch_size if pads else 1)
-
-
-def _base(untouched: PreTrainedModel, answerer: Answerer, batch_size: int) -> Any:
-    from mmgraft.evaluation.lm_eval.models import plain_lm
-
-    return plain_lm(untouched, answerer.processor, batch_size)
 
 
 def _run(lm: Any, task: _Task, given: dict[str, Any]) -> dict[str, Any]:

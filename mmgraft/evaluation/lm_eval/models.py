@@ -1,4 +1,4 @@
-"""A grafted model as lm-evaluation-harness sees one. Needs the extra `mmgraft[eval]`."""
+"""A grafted model as lm-evaluation-harness sees one. Needs the extra ``mmgraft[eval]``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mmgraft.data.chat.processor import GraftProcessor
-from mmgraft.data.images import open_images
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.generate.run_features import image_inputs
 from mmgraft.inference import Answerer
 
 HFLM: Any = huggingface.HFLM  # their decorators hide what these classes are
@@ -31,12 +31,12 @@ PLACEHOLDER = "<image>"
 
 
 def plain_lm(base: PreTrainedModel, processor: GraftProcessor, batch_size: int) -> Any:
-    """Return the harness's own `hf` model of a base, prompted as the graft's text workflow is."""
+    """Return the harness's own ``hf`` model of a base, prompted as the graft's text workflow is."""
     return HFLM(**_settings(base, processor, batch_size))
 
 
 class TextLM(HFLM):
-    """A grafted model's text rows: `hf` on the base, except that the graft's forward runs them.
+    """A grafted model's text rows: ``hf`` on the base, except that the graft's forward runs them.
 
     What the harness reads from a model (its context length, its prefix token) it reads from the
     base.
@@ -67,7 +67,7 @@ class TextLM(HFLM):
 
 
 class ImageLM(HFMultimodalLM):
-    """A grafted model's rows with images: `hf-multimodal`, tokenised by the graft's processor.
+    """A grafted model's rows with images: ``hf-multimodal``, tokenised by the graft's processor.
 
     The harness knows prompts as texts: here they are chats, written as JSON until the images are
     there and the processor's own template is applied.
@@ -118,12 +118,12 @@ class ImageLM(HFMultimodalLM):
                 f"a prompt has {longest} tokens, and {left_truncate_len} fit beside the answer; "
                 "lower max_gen_toks in the task's generation_kwargs, or its num_fewshot"
             )
-        inputs: dict[str, Any] = processor.collate(rows, "left")
-        opened = [image for row in rows for image in open_images(row.images, "an image of a task")]
-        if opened:
-            inputs["pixel_values"] = processor.pixels(opened)
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        return inputs | {"workflow": self._workflow}
+        inputs = {
+            name: one.to(self.device) for name, one in processor.collate(rows, "left").items()
+        }
+        names = ["an image of a task"] * len(rows)
+        images_of_all = image_inputs(torch.device(self.device), processor, rows, None, names)
+        return {**inputs, **images_of_all, "workflow": self._workflow}
 
 
 def _settings(base: PreTrainedModel, processor: GraftProcessor, batch_size: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Leaf:
 
     @classmethod
     def of(cls, task: Any, found: dict[str, Any]) -> Leaf:
-        """Return what `simple_evaluate` found of a task."""
+        """Return what ``simple_evaluate`` found of a task."""
         from lm_eval.api.metrics import mean
         from lm_eval.api.model import hash_args
 

@@ -18,17 +18,17 @@ _BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
 
 
 def format_box(box: Box, boxes: BoxFormat, size: tuple[int, int]) -> str:
-    """Write a box as text, `[x1,y1,x2,y2]`.
+    """Write a box as text, ``[x1,y1,x2,y2]``.
 
-    `unit` writes shares of width and height with two decimals, as LLaVA's instruction data do;
-    `thousand` whole numbers from 0 to 999, 999 being the far edge; `ten` the same from 0 to 9, one
-    digit each, for models that learn no finer ones; `pixel` whole pixels. A box
-    that rounding would leave without an area is widened to the nearest step on both sides.
+    ``unit`` writes shares of width and height with two decimals, as LLaVA's instruction data do;
+    ``thousand`` whole numbers from 0 to 999, 999 being the far edge; ``ten`` the same from 0 to 9,
+    one digit each, for models that learn no finer ones; ``pixel`` whole pixels. A box that rounding
+    would leave without an area is widened to the nearest step on both sides.
 
     Args:
-        box: `(x1, y1, x2, y2)` in pixels.
+        box: ``(x1, y1, x2, y2)`` in pixels.
         boxes: The format.
-        size: `(width, height)` of the image in pixels.
+        size: ``(width, height)`` of the image in pixels.
 
     Raises:
         UsageError: No part of the box that has an area lies in the image.
@@ -59,10 +59,10 @@ def parse_box(text: str, boxes: BoxFormat, size: tuple[int, int]) -> Box | None:
     Args:
         text: An answer.
         boxes: The format it is to be in; see :func:`format_box`.
-        size: `(width, height)` of the image in pixels.
+        size: ``(width, height)`` of the image in pixels.
 
     Returns:
-        `(x1, y1, x2, y2)`; None for a malformed answer: no four numbers in brackets, or corners
+        ``(x1, y1, x2, y2)``; None for a malformed answer: no four numbers in brackets, or corners
         that leave no area in the image (swapped ones, or numbers of another format).
     """
     found = _BOX.search(text)
@@ -89,10 +89,7 @@ def iou(one: Box, other: Box) -> float:
 
 
 def measure_boxes(
-    given: Sequence[str],
-    truth: Sequence[Box],
-    sizes: Sequence[tuple[int, int]],
-    boxes: BoxFormat,
+    given: Sequence[str], truth: Sequence[Box], sizes: Sequence[tuple[int, int]], boxes: BoxFormat
 ) -> Measured:
     """Measure precision at IoU 0.5, mean IoU, and the share of malformed answers (IoU 0).
 
@@ -102,7 +99,7 @@ def measure_boxes(
     Args:
         given: Answers of a model.
         truth: Right boxes in pixels.
-        sizes: `(width, height)` of each image in pixels.
+        sizes: ``(width, height)`` of each image in pixels.
         boxes: The format of the answers.
     """
     overlaps, malformed = [], []

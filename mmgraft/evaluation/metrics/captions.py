@@ -36,9 +36,9 @@ class CiderD:
     """CIDEr-D, ready to score captions of a set.
 
     Source: Vedantam, Zitnick, Parikh 2015, CIDEr: Consensus-based Image Description Evaluation
-    (arXiv 1411.5726). An n-gram `w` of a caption weighs its count times ``log(N / df(w))`` (eq. 1),
-    of ``N`` items of which ``df`` (at least 1) have it in a reference. For n = 1 to 4 the weights
-    of a caption ``c`` and a reference ``r`` are compared by
+    (arXiv 1411.5726). An n-gram ``w`` of a caption weighs its count times ``log(N / df(w))`` (eq.
+    1), of ``N`` items of which ``df`` (at least 1) have it in a reference. For n = 1 to 4 the
+    weights of a caption ``c`` and a reference ``r`` are compared by
 
         ``exp(-(len c - len r)^2 / (2 sigma^2)) * sum min(c, r) r / (|c| |r|)``, sigma = 6 (eq. 4),
 

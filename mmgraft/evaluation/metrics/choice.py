@@ -38,7 +38,7 @@ class ChoiceScore:
     def scores(self, by: By = "sum") -> list[float]:
         """Return log-probabilities as they are, a token, or a character.
 
-        lm-evaluation-harness's `acc` goes by the first, its `acc_norm` by the last.
+        lm-evaluation-harness's ``acc`` goes by the first, its ``acc_norm`` by the last.
         """
         if by == "sum":
             return list(self.sums)

@@ -1,4 +1,4 @@
-"""What a metric found on each item, and the numbers made of it, with bootstrap intervals."""
+"""Values of a metric on each item, and the numbers made of them, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -95,8 +95,6 @@ def paired(
         raise UsageError(
             f"{len(one)} items were measured after and {len(two)} before; measure the same items"
         )
-    if not len(one):
-        raise UsageError("no items to score; give at least one")
     width = one.shape[1]
     return estimate(
         np.concatenate([one, two], axis=1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mmgraft.errors import UsageError
@@ -28,7 +28,7 @@ BY: Mapping[str, By] = {
 
 
 def measure_answers(spec: SetSpec, items: Sequence[Item], answers: Sequence[str]) -> Measured:
-    """Score texts by any metric but `choice`.
+    """Score texts by any metric but ``choice``.
 
     Args:
         spec: The set.
@@ -80,8 +80,8 @@ def measure_prior(
     """Score the most frequent training answer to each question.
 
     In multiple choice the option is taken that was right most often after the same question, of
-    those equal the one right most often after any, of those equal the first; `accuracy` is the only
-    score.
+    those equal the one right most often after any, of those equal the first; ``accuracy`` is the
+    only score.
 
     Args:
         spec: The set.
@@ -91,21 +91,10 @@ def measure_prior(
     Raises:
         UsageError: There are none.
     """
-    pairs = list(seen)
+    prior = Prior(seen)
     if spec.metric != "choice":
-        prior = Prior(pairs)
         return measure_answers(spec, items, [prior(item.question) for item in items])
-    if not pairs:
-        raise UsageError("no training answers to count; give at least one")
-    overall = Counter(answer for _, answer in pairs)
-    by_question: dict[str, Counter[str]] = defaultdict(Counter)
-    for question, answer in pairs:
-        by_question[question][answer] += 1
-    right = []
-    for item in items:
-        own = by_question.get(item.question, Counter())
-        counts = [(own[option], overall[option]) for option in item.options]
-        right.append(counts.index(max(counts)) == item.gold)
+    right = [prior.option(item.question, item.options) == item.gold for item in items]
     return Measured.means(accuracy=right)
 
 

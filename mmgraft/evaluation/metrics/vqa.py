@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from mmgraft.errors import UsageError
 
@@ -95,20 +95,21 @@ class Prior:
     """
 
     def __init__(self, seen: Iterable[tuple[str, str]]) -> None:
-        counts: dict[str, Counter[str]] = defaultdict(Counter)
-        overall: Counter[str] = Counter()
+        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self.overall: Counter[str] = Counter()
         for question, answer in seen:
-            counts[question][answer] += 1
-            overall[answer] += 1
-        if not overall:
+            self.counts[question][answer] += 1
+            self.overall[answer] += 1
+        if not self.overall:
             raise UsageError("no training answers to count; give at least one")
-        self.fallback = _most_frequent(overall)
-        self.answers: Mapping[str, str] = {q: _most_frequent(c) for q, c in counts.items()}
 
     def __call__(self, question: str) -> str:
         """Return the answer to a question."""
-        return self.answers.get(question, self.fallback)
+        counts = self.counts.get(question, self.overall)
+        return min(counts, key=lambda answer: (-counts[answer], answer))
 
-
-def _most_frequent(counts: Counter[str]) -> str:
-    return min(counts, key=lambda answer: (-counts[answer], answer))
+    def option(self, question: str, options: Sequence[str]) -> int:
+        """Return the option most often right after the question, then after any, then the first."""
+        own = self.counts.get(question, Counter[str]())
+        counts = [(own[option], self.overall[option]) for option in options]
+        return counts.index(max(counts))

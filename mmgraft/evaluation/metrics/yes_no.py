@@ -49,7 +49,7 @@ def measure_yes_no(given: Sequence[str], truth: Sequence[bool]) -> Measured:
     """Measure accuracy, precision, recall, F1 and yes ratio, yes being the positive class.
 
     Source: Li et al. 2023, Evaluating Object Hallucination in Large Vision-Language Models (POPE,
-    arXiv 2305.10355). As in its evaluation an answer that says neither counts as a yes; `unread`
+    arXiv 2305.10355). As in its evaluation an answer that says neither counts as a yes; ``unread``
     is the share of such answers, 0 for a model that keeps to the question. Precision and F1 are 0
     where nothing is found.
 

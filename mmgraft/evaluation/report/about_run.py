@@ -1,10 +1,11 @@
-"""What a run is: the method, what it was trained on, and how to make it again. Free of torch."""
+"""Description of a run: the method, its training data, and how to make it again. Free of torch."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
@@ -56,11 +57,12 @@ def method_title(name: str) -> str:
 
 
 def method_settings(record: GraftFile) -> str:
-    """Return the method's settings, without those that are not set or that its structure lacks."""
+    """Return the method's settings, without those that are not set or do nothing."""
     settings = {name: value for name, value in record.config.items() if value is not None}
     settings.pop("method", None)
-    if settings.get("structure") == "c":
-        settings.pop("gate", None)
+    with suppress(UsageError):  # a method that is not installed
+        for name in get_method(record.method).unused(record.settings):
+            settings.pop(name, None)
     return plain(in_words(settings)) or "-"
 
 
@@ -76,15 +78,6 @@ def data_rows(recipe: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             if entry.get("weight", 1.0) != 1.0:
                 notes.append(f"weight {entry['weight']:g}")
             yield stage.get("name", "-"), PurePath(entry["path"]).name, ", ".join(notes)
-
-
-def length(stage: dict[str, Any]) -> str:
-    """Return how long a recipe's stage trains: ``80 steps``, ``1 epoch``."""
-    epochs = stage.get("epochs") or 1
-    plural = "s" * (epochs != 1)
-    return (
-        f"{stage['max_steps']:,} steps" if stage.get("max_steps") else f"{epochs:g} epoch{plural}"
-    )
 
 
 def versions(sections: Iterable[Results]) -> dict[str, str]:

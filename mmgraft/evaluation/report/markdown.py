@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from mmgraft.evaluation.report import words
+
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markdown_it.token import Token
@@ -43,6 +45,11 @@ def fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
+def score_title(name: str) -> str:
+    """Return the name of a score as Markdown."""
+    return plain(words.score_name(name))
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of a report; as a string it is Markdown, and empty where it has no rows.
@@ -74,6 +81,12 @@ class Table:
         return "\n".join([f"{self.caption}:", "", *lines])
 
 
+def _table(lines: str, caption: str, note: str, folded: bool) -> str:
+    """Return the table that a template writes line by line, the names of the columns first."""
+    columns, *rows = (line.strip()[2:-2].split(" | ") for line in lines.strip().splitlines())
+    return str(Table(caption, columns, rows, note, folded))
+
+
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -90,7 +103,7 @@ def render(template: str, **values: Any) -> str:
     Args:
         template: Its path in the package, such as ``evaluation/report/run.md.jinja``.
         **values: What the template names. Text from data goes through the filters ``plain`` and
-            ``code``.
+            ``code``; ``words`` is :mod:`mmgraft.evaluation.report.words`.
     """
     return _environment().get_template(template).render(**values)
 
@@ -163,5 +176,8 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    environment.filters.update(plain=plain, code=as_code, fenced=fenced)
+    environment.globals.update(words=words, plain=plain)
+    environment.filters.update(
+        plain=plain, code=as_code, fenced=fenced, score_title=score_title, table=_table
+    )
     return environment

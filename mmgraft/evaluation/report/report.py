@@ -11,9 +11,9 @@ from pydantic import Field
 from mmgraft import __version__
 from mmgraft.atomic import atomic_bytes, atomic_json, atomic_text
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.report import about_run, score_tables, words
+from mmgraft.evaluation.report import about_run, score_tables
 from mmgraft.evaluation.report.about_run import METRICS, shown_name, without_folders
-from mmgraft.evaluation.report.markdown import as_code, plain, render, render_html
+from mmgraft.evaluation.report.markdown import render, render_html
 from mmgraft.evaluation.report.sheets import is_private
 from mmgraft.model.files.graft_file import OWN_BASE, GraftFile
 from mmgraft.runs.contents import RECIPE, graft_parameters
@@ -73,7 +73,9 @@ def write_report(run: Path) -> dict[str, Path]:
         sections={**sections},
         repeat=about_run.commands(run, record, list(sections.values())),
     )
-    images = _plots(run, report)
+    laws = {report.run: sections["laws"]} if "laws" in sections else {}
+    curves = {report.run: run / METRICS} if about_run.last_losses(run / METRICS) else {}
+    images = plots_of(laws, curves)
     sheets: dict[str, bool] = {}  # whether their images have to stay in the run
     for one in sections["vision"].sets if "vision" in sections else ():
         if one.sheet and (run / one.sheet).is_file():
@@ -85,43 +87,27 @@ def write_report(run: Path) -> dict[str, Path]:
     return write_page(run / FOLDER, markdown, report.model_dump(mode="json"), images, linked)
 
 
-def _plots(run: Path, report: RunReport) -> dict[str, bytes]:
+def plots_of(laws: Mapping[str, Results], metrics: Mapping[str, Path]) -> dict[str, bytes]:
+    """Return the PNGs of what there is: attention by layer and training curves, each by run."""
     from mmgraft.evaluation.report.plots import laws_plot, training_curves
 
-    plots = {}
-    if "laws" in report.sections:
-        plots["laws"] = laws_plot({report.run: report.sections["laws"]})
-    if about_run.last_losses(run / METRICS):
-        plots["curves"] = training_curves({report.run: run / METRICS})
-    return plots
+    plots = {"laws": laws_plot(laws)} if laws else {}
+    return plots | ({"curves": training_curves(metrics)} if metrics else {})
 
 
 def _markdown(run: Path, record: GraftFile, report: RunReport, sheets: Mapping[str, bool]) -> str:
-    losses = about_run.last_losses(run / METRICS)
-    files: dict[str, str] = {}
-    for stage, file, note in about_run.data_rows(record.recipe or {}):
-        before = f"{files[stage]}, " if stage in files else ""
-        files[stage] = f"{before}{file} ({note})" if note else f"{before}{file}"
     recipe = run / RECIPE
-    parts = ", ".join(f"{plain(name)} {size:,}" for name, size in report.parameters.items())
-    given = about_run.sets_given(record, list(report.sections.values()))
     return render(
         "evaluation/report/run.md.jinja",
         about=about_run,
         tables=score_tables,
         report=report,
         record=record,
-        words=words,
-        stages=(record.recipe or {}).get("stages") or [],
-        files=files,
         own_base=record.base.id == f"./{OWN_BASE}",
-        parameters=f"{sum(report.parameters.values()):,} ({parts})",
         sheets=sheets,
         beside=BESIDE,
-        curve=", ".join(
-            f"stage {plain(stage)} ended at {words.number(loss)}" for stage, loss in losses.items()
-        ),
-        given=words.listed(list(map(as_code, given))),
+        losses=about_run.last_losses(run / METRICS),
+        given=about_run.sets_given(record, list(report.sections.values())),
         recipe=without_folders(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None,
     )
 

@@ -1,13 +1,13 @@
-"""Tables of a run's results, for its report, its model card and a comparison. Free of torch."""
+"""Words of the tables of results, in a report, a model card and a comparison. Free of torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from mmgraft.evaluation.report import words
-from mmgraft.evaluation.report.markdown import Table, as_code, plain
-from mmgraft.runs.results import Results, Score, SetResult
+from mmgraft.evaluation.report.markdown import as_code, plain
+from mmgraft.runs.results import Score, SetResult
 
 DIFFERENCE = f"graft\N{NO-BREAK SPACE}{words.MINUS}\N{NO-BREAK SPACE}base"
 KL = "kl_to_base"
@@ -51,11 +51,6 @@ def identity_sentence(identity: dict[str, Any]) -> str:
     return f"The text workflow {found} ({prints})."
 
 
-def score_title(name: str) -> str:
-    """Return the name of a score as Markdown."""
-    return plain(words.score_name(name))
-
-
 def set_verdict(one: SetResult, name: str) -> str:
     """Return what the change of a set's score comes to; an lm-eval task says what is better."""
     stated = one.settings.get("higher_is_better")
@@ -69,138 +64,8 @@ def blind_score(one: SetResult | None, blind: str, name: str | None = None) -> S
     return None if one is None else one.blind.get(blind, {}).get(name or one.main)
 
 
-def blind_of(sets: Iterable[SetResult]) -> list[str]:
-    """Return which blind scores sets have, those of :data:`BLIND_NAMES` first."""
+def blind_of(sets: Iterable[SetResult]) -> dict[str, str]:
+    """Return the blind scores that sets have with their titles, known ones first."""
     found = {name for one in sets for name in one.blind}
-    return [name for name in BLIND_NAMES if name in found] + sorted(found - set(BLIND_NAMES))
-
-
-def text_table(sets: Sequence[SetResult]) -> Table:
-    """Return the main score of every text set, of the graft and of the untouched base."""
-    with_kl = any(KL in one.scores for one in sets)
-    columns = ["set", "score", "items", "graft", "base", DIFFERENCE, "verdict"]
-    columns += ["KL to the base"] * with_kl
-    rows = [
-        [
-            *_set_cells(one),
-            words.with_interval(one.base.get(one.main)),
-            words.change_with_interval(one.change.get(one.main)),
-            set_verdict(one, one.main),
-            *[words.with_interval(one.scores.get(KL))] * with_kl,
-        ]
-        for one in sets
-    ]
-    note = f"Differences are paired: both models answer the same items. {INTERVALS}"
-    if any(one.settings.get("base") == EQUAL for one in sets):
-        note += " Where the logits were proved to be the base's, one measurement serves both."
-    return Table("Text, with the graft and of the untouched base", columns, rows, note)
-
-
-def vision_table(sets: Sequence[SetResult]) -> Table:
-    """Return the main score of every set with images, with the blind scores beside it."""
-    blind = blind_of(sets)
-    columns = ["set", "score", "items", "graft", *(BLIND_NAMES.get(name, name) for name in blind)]
-    rows = [
-        [*_set_cells(one), *(words.with_interval(blind_score(one, name)) for name in blind)]
-        for one in sets
-    ]
-    explained = {
-        "prior": "`prior` answers each question with its most frequent training answer",
-        "no_image": "`no image` is the same model with the image taken out",
-    }
-    known = "; ".join(explained[name] for name in blind if name in explained)
-    note = f"Blind scores: {known}. {INTERVALS}" if known else INTERVALS
-    return Table("Vision, with the scores of answering blind", columns, rows, note)
-
-
-def kinds_tables(sets: Iterable[SetResult]) -> list[Table]:
-    """Return a table for every set whose items are of several kinds."""
-    tables = []
-    for one in sets:
-        found = {
-            kind: scores.get(one.main) or next(iter(scores.values()))
-            for kind, scores in sorted(one.kinds.items())
-        }
-        rows = [
-            [plain(kind), f"{of.count:,}", words.with_interval(of)] for kind, of in found.items()
-        ]
-        if len(rows) > 1:
-            columns = ["kind", "items", score_title(one.main)]
-            tables.append(Table(f"{plain(one.name)}, by kind of question", columns, rows))
-    return tables
-
-
-def dialogues_table(sets: Sequence[SetResult]) -> Table:
-    """Return all scores of every shape of dialogue, and the main one of answering blind."""
-    names = list(dict.fromkeys(name for one in sets for name in one.scores))
-    blind = blind_of(sets)
-    rows = [
-        [
-            plain(one.name),
-            f"{one.items:,}",
-            *(words.with_interval(one.scores.get(name), strong=name == one.main) for name in names),
-            *(words.with_interval(blind_score(one, name)) for name in blind),
-        ]
-        for one in sets
-    ]
-    shown = [f"{score_title(sets[0].main)}, {BLIND_NAMES.get(name, name)}" for name in blind]
-    columns = ["shape", "items", *map(score_title, names), *shown]
-    return Table("The last question of each shape", columns, rows, INTERVALS)
-
-
-def against_alone_table(details: dict[str, Any]) -> Table:
-    """Return how the earlier turns of a dialogue change the scores of its last question."""
-    rows = []
-    for shape, changes in (details.get("against_the_question_alone") or {}).items():
-        for name, found in changes.items():
-            change = Score.parse(found, shape)
-            cells = [words.change_with_interval(change), words.verdict(change, name)]
-            rows.append([plain(shape), score_title(name), *cells])
-    columns = ["shape", "score", "change", "verdict"]
-    note = "Paired: the same last question, with the turns before it and without."
-    return Table("Against the question alone", columns, rows, note)
-
-
-def shift_table(sections: dict[str, Results]) -> Table:
-    """Return the attention shift of each run, by the layers and branches that were summed."""
-    rows = [
-        [
-            plain(run),
-            score_title(name.removeprefix("shift_")),
-            f"{score.count:,}",
-            words.with_interval(score, strong=name == one.main),
-            words.change_with_interval(one.change.get(name)),
-            words.verdict(one.change.get(name), name, 0),
-        ]
-        for run, results in sections.items()
-        for one in results.sets
-        for name, score in one.scores.items()
-    ]
-    columns = ["run", "summed over", "samples", "shift", "change by the graft", "verdict"]
-    note = "The change is paired, sample by sample, against the base with the projector alone."
-    return Table("Attention shift", columns, rows, note)
-
-
-def every_score(sections: Sequence[Results]) -> Table:
-    """Return one row for each score of each set of text or vision."""
-    rows = [
-        [
-            plain(one.name),
-            score_title(name),
-            words.with_interval(score),
-            words.with_interval(one.base.get(name)),
-            words.change_with_interval(None if name == KL else one.change.get(name)),
-            *(words.with_interval(blind_score(one, blind, name)) for blind in BLIND_NAMES),
-        ]
-        for section in sections
-        if section.section in ("text", "vision")
-        for one in section.sets
-        for name, score in one.scores.items()
-    ]
-    columns = ["set", "score", "graft", "base", DIFFERENCE, *BLIND_NAMES.values()]
-    return Table("Every score of every set", columns, rows, INTERVALS, folded=True)
-
-
-def _set_cells(one: SetResult) -> list[str]:
-    score = words.with_interval(one.scores[one.main], strong=True)
-    return [plain(one.name), score_title(one.main), f"{one.items:,}", score]
+    names = [name for name in BLIND_NAMES if name in found] + sorted(found - set(BLIND_NAMES))
+    return {name: BLIND_NAMES.get(name, name) for name in names}

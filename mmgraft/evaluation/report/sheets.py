@@ -7,7 +7,6 @@ A sheet of boxes stays in its run unless the licences of its images are known to
 from __future__ import annotations
 
 import io
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mmgraft.atomic import atomic_bytes
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.images import open_image
+from mmgraft.evaluation.items.files import sampled
 from mmgraft.evaluation.items.item import Box, Item
 from mmgraft.evaluation.items.source_licence import all_free, stated_licences
 from mmgraft.evaluation.metrics.boxes import THRESHOLD, format_box, iou, parse_box
@@ -68,7 +68,7 @@ class Answer:
 
     @property
     def line(self) -> str:
-        """What the sheet writes."""
+        """Return what the sheet writes."""
         text = "" if self.note and self.box else self.text or "(nothing)"
         return ": ".join(filter(None, [self.model, self.note, text]))
 
@@ -129,10 +129,9 @@ def sheet_png(sheet: Image.Image) -> bytes:
     return data.getvalue()
 
 
-def sampled_indices(items: Sequence[Item], shown: int = SHOWN) -> list[int]:
+def sampled_indices(items: Sequence[Item], shown: int = SHOWN) -> Sequence[int]:
     """Return indices of items with images, sampled by a fixed seed, whatever was answered."""
-    indices = [index for index, item in enumerate(items) if item.has_image]
-    return sorted(random.Random(SEED).sample(indices, min(shown, len(indices))))
+    return sampled([at for at, item in enumerate(items) if item.has_image], shown, SEED)
 
 
 def first_image(item: Item) -> Any:

@@ -8,7 +8,7 @@ import yaml
 
 from mmgraft import __version__
 from mmgraft.evaluation.report.markdown import render
-from mmgraft.export.llava.fit import Ingredients, text_note
+from mmgraft.export.llava.fit import Ingredients
 
 _HUB = "https://huggingface.co/"
 
@@ -28,7 +28,7 @@ def llava_card(made_of: Ingredients, title: str, image_token: str, difference: f
     if not local:
         front["base_model"] = record.base.id
     tags = ["mmgraft", "llava", record.method, "vision-language", "multimodal"]
-    note = text_note(record, bool(made_of.inserted or made_of.owns))
+    note = made_of.text_note
     facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(made_of, difference))
     return render(
         "export/llava/card.md.jinja",

@@ -29,16 +29,12 @@ class Sample:
 
     Attributes:
         messages: The conversation; its images are in memory.
-        ids: ``(s,)`` ids, the placeholder where an image stands.
-        kinds: ``(s,)`` 1 at image positions.
-        pixels: ``(images, 3, H, W)`` or None.
+        inputs: What the graft's processor makes of it.
         logits: ``(16, vocab)`` of the last positions, in fp32.
     """
 
     messages: list[dict[str, Any]]
-    ids: Tensor
-    kinds: Tensor
-    pixels: Tensor | None
+    inputs: dict[str, Tensor]
     logits: Tensor
 
 
@@ -61,8 +57,7 @@ def take_samples(made_of: Ingredients, processor: GraftProcessor, base: str | No
         logits = model(
             **inputs, workflow=made_of.record.workflow, logits_to_keep=_POSITIONS, use_cache=False
         ).logits
-        ids, kinds = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
-        samples.append(Sample(messages, ids, kinds, inputs.get("pixel_values"), logits[0].float()))
+        samples.append(Sample(messages, inputs, logits[0].float()))
     return samples
 
 
@@ -94,10 +89,11 @@ def compare(folder: Path, samples: list[Sample], dtype: torch.dtype) -> float:
             return_tensors="pt",
         )
         _compare_inputs(sample, inputs, int(model.config.image_token_id))
+        pixels = sample.inputs.get("pixel_values")
         logits = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            pixel_values=None if sample.pixels is None else sample.pixels.to(dtype),
+            pixel_values=None if pixels is None else pixels.to(dtype),
             logits_to_keep=_POSITIONS,
             use_cache=False,
         ).logits[0]
@@ -140,14 +136,15 @@ def _image(which: int) -> Image.Image:
 
 
 def _compare_inputs(sample: Sample, inputs: Any, image_token: int) -> None:
-    ids, image = inputs["input_ids"][0], sample.kinds == 1
-    expected = torch.where(image, image_token, sample.ids)
-    if not torch.equal(ids, expected):
+    image = sample.inputs["mm_token_type_ids"] == 1
+    expected = torch.where(image, image_token, sample.inputs["input_ids"])
+    if not torch.equal(inputs["input_ids"], expected):
         raise _failed("its tokenizer and chat template do not give the graft's ids")
-    if sample.pixels is None:
+    own = sample.inputs.get("pixel_values")
+    if own is None:
         return
     pixels = inputs["pixel_values"]
-    if pixels.shape != sample.pixels.shape or (pixels - sample.pixels).abs().max() > _PIXELS:
+    if pixels.shape != own.shape or (pixels - own).abs().max() > _PIXELS:
         raise _failed("its image processor does not give the graft's pixels")
 
 

@@ -14,7 +14,7 @@ from mmgraft import __version__
 from mmgraft.anatomy import decoder_layers, get_path, skeleton
 from mmgraft.errors import UsageError
 from mmgraft.export.folder import NOTE_KEY
-from mmgraft.export.llava.fit import Ingredients, text_note
+from mmgraft.export.llava.fit import Ingredients
 
 _COUNT = "num_hidden_layers"
 _NOT_STRUCTURE = {"layer_idx", "layer_index", "training"}
@@ -134,7 +134,7 @@ def _note(made_of: Ingredients) -> dict[str, Any]:
         "base": record.base.id if not record.base.id.startswith((".", "/")) else None,
         "base_revision": record.base.revision,
         "inserted_after": made_of.inserted,
-        "note": text_note(record, bool(made_of.inserted or made_of.owns)),
+        "note": made_of.text_note,
     }
 
 

@@ -15,8 +15,8 @@ from mmgraft.export.folder import Exported, copy_file, sizes_in
 from mmgraft.export.llava.card import llava_card
 from mmgraft.export.llava.check import compare, take_samples
 from mmgraft.export.llava.config import empty_llava, llava_config
-from mmgraft.export.llava.fit import Ingredients, gather, text_note
-from mmgraft.export.llava.processor import StockProcessor, save_processor, stock_processor
+from mmgraft.export.llava.fit import Ingredients, gather
+from mmgraft.export.llava.processor import StockProcessor, stock_processor
 from mmgraft.export.llava.tensors import llava_tensors
 from mmgraft.runs.contents import README
 
@@ -41,7 +41,7 @@ def export_llava(
 ) -> Exported:
     """Write a graft as a ``LlavaForConditionalGeneration`` folder, and prove that it is the same.
 
-    An inserted layer of IAA ``c`` becomes an ordinary decoder layer after the one it follows. The
+    A layer that the graft inserts becomes an ordinary decoder layer after the one it follows. The
     graft is run first; the folder is written tensor by tensor, loaded by stock transformers, and
     kept only if ids, pixels and logits are the graft's.
 
@@ -85,7 +85,9 @@ def export_llava(
 def _write_small_files(plan: _Plan, folder: Path) -> None:
     plan.config.save_pretrained(folder)
     _generation_config(plan).save_pretrained(folder)
-    save_processor(plan.processor, folder)
+    processor = plan.processor.processor
+    processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)  # older transformers look for it alone
     for pattern in ("LICENSE*", "NOTICE*"):
         for path in plan.made_of.files.path.glob(pattern):
             copy_file(path, folder / path.name)
@@ -108,7 +110,7 @@ def _plan(made_of: Ingredients) -> _Plan:
 
 def _notes(plan: _Plan) -> list[str]:
     made_of, processor = plan.made_of, plan.processor
-    notes = [text_note(made_of.record, bool(made_of.inserted or made_of.owns))]
+    notes = [made_of.text_note]
     token = processor.processor.image_token
     if processor.new_rows:
         more = len(processor.new_rows)

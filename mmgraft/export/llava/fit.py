@@ -78,6 +78,18 @@ class Ingredients:
             return False  # the scale goes into the head
         return self.tied_own if {"embedding", "head"} & self.owns else self.anatomy.tied
 
+    @property
+    def text_note(self) -> str:
+        """Sentence about text in the exported model."""
+        name = self.record.workflow
+        if self.record.base_trained:
+            was = "those of the base that was trained with it, not the original model's"
+        elif self.inserted or self.owns:
+            was = f"no longer the base's: rows without an image run {name} too"
+        else:
+            was = "still computed by the base's own layers, as they were before"
+        return f"it carries one workflow, {name}, and its text answers are {was}"
+
 
 def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingredients:
     """Read what an export needs, and refuse what LLaVA cannot express.
@@ -99,7 +111,8 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
     anatomy = examine(blank)
     _refuse_base(anatomy, getattr(get_path(blank, anatomy.head_path), "bias", None) is not None)
     _refuse_projector(record, anatomy)
-    tower = load_tower(local_tower(record, run)) if _stock(record) else None
+    stock = record.vision.kind == TRANSFORMERS_KIND
+    tower = load_tower(local_tower(record, run)) if stock else None
     if not isinstance(tower, TransformersTower):
         raise _refusal(
             f"its vision tower {record.vision.name} is no vision model of transformers, and LLaVA "
@@ -121,29 +134,13 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
     )
 
 
-def text_note(record: GraftFile, inserted: bool) -> str:
-    """Return what becomes of text in the exported model, in a sentence."""
-    name = record.workflow
-    if record.base_trained:
-        was = "those of the base that was trained with it, not the original model's"
-    elif inserted:
-        was = f"no longer the base's: rows without an image run {name} too"
-    else:
-        was = "still computed by the base's own layers, as they were before"
-    return f"it carries one workflow, {name}, and its text answers are {was}"
-
-
-def _order(num_layers: int, places: list[int]) -> list[Source]:
+def _order(num_layers: int, after: list[int]) -> list[Source]:
     layers: list[Source] = []
     for index in range(num_layers):
         layers.append(Source(index))
-        if index in places:
-            layers.append(Source(index, places.index(index)))
+        if index in after:
+            layers.append(Source(index, after.index(index)))
     return layers
-
-
-def _stock(record: GraftFile) -> bool:
-    return record.vision.kind == TRANSFORMERS_KIND
 
 
 def _refusal(reason: str) -> UsageError:
@@ -154,7 +151,7 @@ def _refusal(reason: str) -> UsageError:
 
 
 def _as_decoder(record: GraftFile) -> PlainDecoder:
-    """The graft as a plain decoder, or a refusal with its method's reason."""
+    """Return the graft as a plain decoder, or a refusal with its method's reason."""
     made = get_method(record.method).as_decoder
     if made is None:
         raise _refusal(

@@ -1,4 +1,8 @@
-"""The stock processor of an exported model: pixels, tokens and template as the graft has them."""
+"""The stock processor of an exported model: pixels, tokens and template as the graft has them.
+
+Its chat template is the graft's own, behind lines that place the images: ``parts.jinja`` and
+``plain.jinja``, in which words in capitals are filled in here.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import copy
 import json
 import tempfile
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +18,19 @@ from jinja2.exceptions import TemplateError
 from transformers import AddedToken, AutoImageProcessor, LlavaProcessor, PreTrainedTokenizerBase
 
 from mmgraft.data.chat.processor import GraftProcessor
-from mmgraft.data.chat.template import Template
+from mmgraft.data.chat.template import Template, reads_parts
 from mmgraft.data.chat.transcript import STOCK_SENTINEL
 from mmgraft.errors import UsageError
 from mmgraft.export.llava.config import select_strategy
 from mmgraft.export.llava.fit import Ingredients
-from mmgraft.export.llava.template import image_template
-from mmgraft.model.files.processor import load_processor
+from mmgraft.model.files.load import load_processor
 from mmgraft.vision.preprocessing import SquareResize
 
 _OTHER_TOKENS = ("[image]", "<|mmgraft_image|>")
+_PLAIN_WITHOUT_END = (
+    "{{- raise_exception('plain text ends an answer with the end-of-sequence token, and this "
+    "tokenizer has none') -}}"
+)
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,6 @@ def stock_processor(made_of: Ingredients) -> StockProcessor:
     )
     rows = made_of.anatomy.vocab_size
     return StockProcessor(processor, index, range(rows, max(rows, index + 1)), graft)
-
-
-def save_processor(stock: StockProcessor, folder: Path) -> None:
-    """Write it as transformers does, and for older versions the image processor by itself too."""
-    stock.processor.save_pretrained(folder)
-    stock.processor.image_processor.save_pretrained(folder)
 
 
 def image_tokenizer(
@@ -149,3 +151,45 @@ def _image_processor(made_of: Ingredients) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(values))
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+
+def image_template(
+    template: Template, tokenizer: PreTrainedTokenizerBase, image_token: str
+) -> str | dict[str, str]:
+    """Return a template that stock transformers renders as mmgraft's processor renders the graft's.
+
+    Args:
+        template: The graft's.
+        tokenizer: The base's, untouched.
+        image_token: Text of the token that stands for an image.
+
+    Returns:
+        The jinja text, or several by name where the tokenizer has several.
+    """
+    if template.kind == "plain":
+        return _flatten(image_token, every=True) + _plain(tokenizer, image_token)
+    every = not reads_parts(template, tokenizer)
+    own = template.text if template.kind == "file" else tokenizer.chat_template
+    if isinstance(own, dict):
+        return {name: _flatten(image_token, every) + text for name, text in own.items()}
+    return _flatten(image_token, every) + str(own)
+
+
+def _read(name: str) -> str:
+    return files("mmgraft.export.llava").joinpath(name).read_text(encoding="utf-8")
+
+
+def _flatten(image_token: str, every: bool) -> str:
+    """Return lines that flatten conversations with images, or every one with a list of parts."""
+    text = _read("parts.jinja")
+    return text.replace("IMAGE", json.dumps(image_token)).replace("EVERY", json.dumps(every))
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+    """Plain text. What the tokenizer puts before a text of its own accord, it puts there itself."""
+    end = tokenizer.eos_token
+    walls = [image_token, *([str(end)] if end else [])]
+    text = _read("plain.jinja").replace("WALLS", json.dumps(walls))
+    if end:
+        return text.replace("END", json.dumps(str(end)))
+    return text.replace("{%- set all.text = all.text + END -%}", _PLAIN_WITHOUT_END)

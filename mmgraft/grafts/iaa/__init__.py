@@ -13,6 +13,7 @@ METHOD = Method(
     groups=config.GROUPS,
     stage=config.IAAStage,
     promises=config.promises,
+    unused=config.unused,
     part_of=config.part_of,
     as_decoder=config.as_decoder,
 )

@@ -23,8 +23,8 @@ GROUPS = {
 class IAAConfig(StrictModel):
     """Which base layers are followed by an inserted layer, and what else the workflow owns.
 
-    Source: Inner-Adaptor Architecture, arXiv 2408.12902. Structure `c` is the paper's final one;
-    `a` and `b` are our reconstruction of what the paper says about them in prose.
+    Source: Inner-Adaptor Architecture, arXiv 2408.12902. Structure ``c`` is the paper's final one;
+    ``a`` and ``b`` are our reconstruction of what the paper says about them in prose.
     """
 
     method: Literal["iaa"] = "iaa"
@@ -78,6 +78,11 @@ def promises(config: IAAConfig) -> Promises:
     if config.structure == "c":
         return Promises(fresh="structure c has no gate: it is a deeper decoder from the start")
     return Promises()
+
+
+def unused(config: IAAConfig) -> tuple[str, ...]:
+    """Return the settings without a meaning: structure c has no gate."""
+    return ("gate",) if config.structure == "c" else ()
 
 
 def as_decoder(config: IAAConfig, active: bool) -> PlainDecoder:

@@ -65,7 +65,7 @@ class WingsConfig(StrictModel):
 
     @property
     def routed(self) -> bool:
-        """Whether a router stands in every chosen layer: it takes two learners to weigh."""
+        """Return whether a router stands in every chosen layer: it takes two learners to weigh."""
         return self.router and len(self.learners) == 2
 
     @field_validator("learners")

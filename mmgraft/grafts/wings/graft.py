@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,6 @@ class WingsLayer(nn.Module):
             self.add_module(name, Learner(anatomy.hidden_size, config.rank, heads))
         if config.routed:
             self.router = Router(length)
-
-    def learner(self, name: str) -> Learner:
-        """The learner called ``visual`` or ``textual``."""
-        return self.get_submodule(name)  # type: ignore[return-value]
 
 
 class WingsGraft(Graft):
@@ -141,14 +137,15 @@ class WingsGraft(Graft):
         self, index: int, layer: nn.Module, hidden: Tensor, state: Pass, gate: Tensor | None
     ) -> Iterator[None]:
         wing: WingsLayer = self.layers[str(index)]  # type: ignore[assignment]
-        attention = layer.get_submodule(self.anatomy.attention_name)
-        first_key = _first_key(state, index, attention)
+        attention: Any = layer.get_submodule(self.anatomy.attention_name)
+        first_key = _first_key(state, index)
         added: list[Tensor] = []
 
         def attend(original: Any, *args: Any, **kwargs: Any) -> Any:
             if hasattr(wing, "router") and len(self.running) == 2:
                 columns = partial(_columns, wing.router, state, first_key)
-                fused = self.anatomy.explicit_weights is None and _fusible(attention)
+                kernel = attention.config._attn_implementation  # eager gives weights already
+                fused = self.anatomy.explicit_weights is None and kernel != "eager"
                 spans = partial(_spans, state)
                 out, logits = route(original, attention, columns, fused, args, kwargs, spans)
                 shares = logits.softmax(-1)  # (b, s, 2): visual, textual
@@ -178,19 +175,25 @@ class WingsGraft(Graft):
     def _learned(
         self, wing: WingsLayer, index: int, hidden: Tensor, state: Pass, shares: Tensor | None
     ) -> Tensor:
-        """The routed sum of the learners at one layer, ``(b, s, h)``."""
+        """Return the routed sum of the learners at one layer, ``(b, s, h)``."""
         inputs, remember = hidden.to(state.features.dtype), None
         if state.cache is not None:
             slot = self._first_slot + self.layer_indices.index(index)
             remember = partial(state.cache.update, layer_idx=slot)
             if (stacked := self._stacked(wing, hidden, state)) is not None:
                 return read_token(stacked, inputs, state, remember, shares)
-        learners, queries = {name: wing.learner(name) for name in self.running}, {}
+        learners, queries = self._learners(wing, self.running), {}
         for name, learner in learners.items():
             kind = KIND_OF[name]
             if kind in state.packed or (not state.packed and (kind != IMAGE or state.any_image)):
                 queries[name] = learner.queries(inputs)
-        watch = None if self.watch is None else partial(self._show, index, shares)
+        watch = show = self.watch
+        if show is not None:
+
+            def shown(name: str, q: Tensor, k: Tensor, mask: Tensor, seen: Tensor) -> None:
+                show(index, q, k, mask, seen, _share(shares, name))
+
+            watch = shown
         if state.packed:
             lowered = read_packed(learners, queries, state, remember)
         else:
@@ -202,6 +205,9 @@ class WingsGraft(Graft):
             total = out if total is None else total + out
         return torch.zeros_like(hidden) if total is None else total
 
+    def _learners(self, wing: WingsLayer, names: Iterable[str]) -> dict[str, Learner]:
+        return {name: cast(Learner, wing.get_submodule(name)) for name in names}
+
     def _stacked(self, wing: WingsLayer, hidden: Tensor, state: Pass) -> Stacked | None:
         """Return the matrices for a single text token that is decoded; None for other passes."""
         of_text = state.start > 0 and hidden.shape[1] == 1 and not state.new_image
@@ -210,9 +216,9 @@ class WingsGraft(Graft):
         names = [n for n in self.running if KIND_OF[n] != IMAGE or state.any_image]
         if self.training or torch.is_grad_enabled() or not names:
             return None
-        seen = wing.learner(self.running[-1])
+        (seen,) = self._learners(wing, self.running[-1:]).values()
         if wing.stacked is None or not wing.stacked.serves(names, seen.output.up.weight):
-            wing.stacked = Stacked.of({name: wing.learner(name) for name in names}, seen)
+            wing.stacked = Stacked.of(self._learners(wing, names), seen)
         return wing.stacked
 
     def _forget_stacked(self) -> None:
@@ -222,19 +228,6 @@ class WingsGraft(Graft):
     def train(self, mode: bool = True) -> WingsGraft:
         self._forget_stacked()
         return super().train(mode)
-
-    def _show(
-        self,
-        index: int,
-        shares: Tensor | None,
-        name: str,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor,
-        seen: Tensor,
-    ) -> None:
-        assert self.watch is not None
-        self.watch(index, query, key, mask, seen, _share(shares, name))
 
     def groups(self) -> dict[str, Iterable[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {}
@@ -251,12 +244,7 @@ class WingsGraft(Graft):
         return [(int(index), wing) for index, wing in self.layers.items()]
 
 
-def _fusible(attention: nn.Module) -> bool:
-    """Whether the attention runs a registered kernel now (eager already returns its weights)."""
-    return attention.config._attn_implementation != "eager"  # type: ignore[union-attr]
-
-
-def _first_key(state: Pass, index: int, attention: nn.Module) -> int:
+def _first_key(state: Pass, index: int) -> int:
     """Column of the first key that the base's attention sees at a layer (sliding windows move)."""
     if state.cache is None:
         return 0
@@ -264,7 +252,7 @@ def _first_key(state: Pass, index: int, attention: nn.Module) -> int:
 
 
 def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
-    """The router's columns for ``count`` keys from column ``first`` on, ``(b, count, 2)``."""
+    """Return the router's columns for ``count`` keys from a column on, ``(b, count, 2)``."""
     key = ("router's positions", first, count)
     positions = state.shared.get(key)
     if positions is None:
@@ -277,7 +265,7 @@ def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
 
 
 def _spans(state: Pass, mask: Tensor) -> Spans | None:
-    """The causal pieces of a mask that the base made, found once for all its layers.
+    """Return the causal pieces of a mask that the base made, found once for all its layers.
 
     On a CPU alone: elsewhere one call for a whole batch is worth more than what they leave out.
     """

@@ -43,11 +43,13 @@ class Learner(nn.Module):
         return (k if rotation is None else rotation(k)), v
 
     def lower(self, mixed: Tensor) -> Tensor:
-        """The first half of ``W_O`` on mixed values, ``(b, heads, s, d) -> (b, s, r)``."""
+        """Return the first half of ``W_O`` on mixed values, ``(b, heads, s, d) -> (b, s, r)``."""
         return self.output.down(mixed.transpose(1, 2).flatten(2))
 
     def lift(self, low: Tensor) -> Tensor:
-        """The second half, ``(b, s, r) -> (b, s, h)``: masks and shares are cheaper before it."""
+        """Return the second half, ``(b, s, r) -> (b, s, h)``: masks and shares are cheaper
+        before it.
+        """
         return self.output.up(low)
 
 
@@ -69,7 +71,9 @@ class Rotation:
 
 
 def rotation_of(state: Pass, head_size: int, kind: int | None = None) -> Rotation | None:
-    """The pass's rotation (of one kind's packed positions), or None for a base without rotary."""
+    """Return the pass's rotation (of one kind's packed positions), or None for a base without
+    rotary.
+    """
     theta = state.anatomy.rope_theta
     if theta is None:
         return None

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmgraft.grafts.base import PADDING, Pass
+from mmgraft.grafts.wings.spans import joined
 
 _SHORTEST = 16
 """Positions of a piece, on average; with shorter ones a mask is faster."""
@@ -44,7 +45,7 @@ Plan = list[list[Segment]]
 
 
 def plan_pieces(state: Pass, kind: int) -> Plan | None:
-    """The pieces of a pass that begins its rows, or None where they are too many."""
+    """Return the pieces of a pass that begins its rows, or None where they are too many."""
     batch, length = state.kinds.shape
     segments = [[0] * length] * batch if state.segments is None else state.segments.tolist()
     plan = [_row(*row, kind) for row in zip(state.kinds.tolist(), segments, strict=True)]
@@ -114,18 +115,6 @@ def attend_pieces(
                     q[:, :, start:end], k[:, :, keys], v[:, :, keys]
                 )
                 parts[start] = lower(mixed)
-        rows.append(_joined(parts, query.shape[2], width, query))
+        blank = next(iter(parts.values()), query.new_empty(1, 0, width))
+        rows.append(joined(parts, query.shape[2], blank))
     return torch.cat(rows)
-
-
-def _joined(parts: dict[int, Tensor], length: int, width: int, like: Tensor) -> Tensor:
-    """Parts ``(1, c, width)`` at their first columns and 0 between, ``(1, length, width)``."""
-    dtype = next(iter(parts.values())).dtype if parts else like.dtype
-    row, at = [], 0
-    for start in [*sorted(parts), length]:
-        if start > at:
-            row.append(like.new_zeros(1, start - at, width, dtype=dtype))
-        if start < length:
-            row.append(parts[start])
-            at = start + parts[start].shape[1]
-    return torch.cat(row, dim=1)

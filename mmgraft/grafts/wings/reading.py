@@ -1,4 +1,4 @@
-"""How the learners of a layer read their keys: their own kind's alone, or those of a cache.
+"""The keys that the learners of a layer read: their own kind's alone, or those of a cache.
 
 Both give for each learner's queries ``(b, heads, s, d)``, not yet rotated, the values mixed for
 them in the learner's rank, ``(b, s, r)``: exactly 0, with a zero gradient, for a query that sees no
@@ -24,7 +24,7 @@ Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Puts new keys and values into the layer's slot; gives those of all positions so far."""
 
 Watch = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
-"""Told of each learner's queries, keys, mask, and the queries that see something."""
+"""Called with each learner's queries, keys, mask, and the queries that see something."""
 
 
 def prepare(state: Pass, kinds: Iterable[int]) -> None:
@@ -121,7 +121,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 def additive(state: Pass, name: object, mask: Tensor, query: Tensor) -> Tensor:
-    """A mask as kernels add it, made once for all layers: of each layer's own it would be kept."""
+    """Return a mask as kernels add it, made once for all layers: of each layer's own it would be
+    kept.
+    """
     kind, dtype = query.device.type, query.dtype
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)  # what the kernel gets

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class _Job:
 
 def route(
     original: Callable[..., Any],
-    attention: nn.Module,
+    attention: Any,
     columns: Callable[[int], Tensor],
     fused: bool,
     args: tuple[Any, ...],
@@ -74,25 +75,15 @@ def route(
     Returns:
         What the attention returned, and the logits ``(b, s, 2)`` in fp32.
     """
-    if fused:
-        return _fused(original, attention, columns, args, kwargs, spans)
-    return _explicit(original, attention, columns, args, kwargs)
-
-
-def _fused(
-    original: Callable[..., Any],
-    attention: Any,
-    columns: Callable[[int], Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    spans: Callable[[Tensor], Spans | None] | None,
-) -> tuple[Any, Tensor]:
+    run = partial(original, *args, **kwargs)
+    if not fused:
+        return _explicit(run, attention, columns)
     config = attention.config
     job = _Job(config._attn_implementation, columns, spans, attention.__dict__.get(_JOB))
     attention.__dict__[_JOB] = job
     config._attn_implementation_internal = IMPLEMENTATION
     try:
-        out = original(*args, **kwargs)
+        out = run()
     finally:
         config._attn_implementation_internal = job.implementation
         attention.__dict__[_JOB] = job.outer
@@ -107,7 +98,7 @@ def _router_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The base's attention function over values widened by the router's columns."""
+    """Run the base's attention function over values widened by the router's columns."""
     job: _Job = module.__dict__[_JOB]
     module.__dict__[_JOB] = job.outer
     inner = ALL_ATTENTION_FUNCTIONS[job.implementation]
@@ -185,14 +176,10 @@ AttentionInterface.register(IMPLEMENTATION, _router_attention)
 
 
 def _explicit(
-    original: Callable[..., Any],
-    attention: Any,
-    columns: Callable[[int], Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    run: Callable[[], Any], attention: nn.Module, columns: Callable[[int], Tensor]
 ) -> tuple[Any, Tensor]:
     with _CatchWeights() as caught:
-        out = original(*args, **kwargs)
+        out = run()
     weights = out[1] if isinstance(out, tuple) and isinstance(out[1], Tensor) else caught.weights
     if weights is None:
         raise UsageError(

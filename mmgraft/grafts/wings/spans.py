@@ -1,12 +1,12 @@
-"""Where a mask is nothing but causal, piece by piece: kernels skip what lies in the future there.
+"""Pieces of a mask that are causal alone: kernels skip the future there.
 
-A fused kernel with an explicit mask computes all ``s x s`` scores; told that it is causal, half of
-them. A padded batch, or several rows in one sequence, is causal inside each row.
+A fused kernel with an explicit mask computes all ``s x s`` scores; as a causal one, half of them.
+A padded batch, or several rows in one sequence, is causal inside each row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ Spans = Sequence[Sequence[tuple[int, int]]]
 
 
 def causal_spans(mask: Tensor, padding: Tensor) -> Spans | None:
-    """The pieces that make up a mask, or None where it is not made of such.
+    """Return the pieces that make up a mask, or None where it is not made of such.
 
     Args:
         mask: ``(b, 1, s, s)``, true where a query may look.
@@ -71,16 +71,30 @@ def over_spans(
     Returns:
         ``(b, s, n, d)``.
     """
-    heads, length, size = query.shape[1], query.shape[2], value.shape[3]
+    blank = value.new_empty(1, 0, query.shape[1], value.shape[3])
     rows = []
     for row, pieces in enumerate(spans):
-        parts, at = [], 0
-        for start, end in [*pieces, (length, length)]:
-            if start > at:
-                parts.append(value.new_zeros(1, start - at, heads, size))
-            if end > start:
-                cut = (x[row : row + 1, :, start:end] for x in (query, key, value))
-                parts.append(attend(*cut))
-            at = end
-        rows.append(torch.cat(parts, dim=1))
+        parts = {
+            start: attend(*(x[row : row + 1, :, start:end] for x in (query, key, value)))
+            for start, end in pieces
+        }
+        rows.append(joined(parts, query.shape[2], blank))
     return torch.cat(rows)
+
+
+def joined(parts: Mapping[int, Tensor], length: int, blank: Tensor) -> Tensor:
+    """Put parts ``(1, c, ...)`` at their first columns and 0 between, ``(1, length, ...)``.
+
+    Args:
+        parts: By the column that each begins at.
+        length: Of the row.
+        blank: A tensor of the parts' dtype, device and last dimensions, for the zeros.
+    """
+    row, at = [], 0
+    for start in [*sorted(parts), length]:
+        if start > at:
+            row.append(blank.new_zeros(1, start - at, *blank.shape[2:]))
+        if start < length:
+            row.append(parts[start])
+            at = start + parts[start].shape[1]
+    return torch.cat(row, dim=1)

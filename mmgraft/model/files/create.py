@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mmgraft.anatomy import Anatomy, examine_config
 from mmgraft.data.chat.placeholder import choose_placeholder
@@ -23,7 +23,7 @@ from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
 from mmgraft.vision.projectors.registry import build_projector
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.base import VisionTower
-from mmgraft.vision.towers.registry import describe_tower
+from mmgraft.vision.towers.registry import TowerShape, describe_tower
 
 if TYPE_CHECKING:
     from mmgraft.basefiles import ModelFiles
@@ -48,20 +48,10 @@ def make_on_loaded(
             "this base is held in 4-bit, so its exact tensors are gone: name the base by id "
             "or folder and give quantization='nf4'."
         )
+    _copied_layers(config, anatomy)
     reference = BaseReference(id=base.config._name_or_path or "unknown")
-    token = _image_token(tokenizer, anatomy)
-    width = None if tower is None else tower.hidden_size
-    parts = LoadedParts(base, anatomy)
-    chosen = template or TemplateChoice()
-    made = _make(config, anatomy, parts, workflow, projector, width, reference, token, chosen)
-    return _seen_with(made, tower)
-
-
-def _seen_with(made: Workflow, tower: VisionTower | None) -> Workflow:
-    if tower is not None:
-        made.record.vision = tower.spec
-        made.record.vision_fingerprint = tower.fingerprint()
-    return made
+    parts, chosen = LoadedParts(base, anatomy), template or TemplateChoice()
+    return _make(config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen)
 
 
 def create_graft(
@@ -103,8 +93,7 @@ def create_graft(
     spec = _pinned(spec)
     shape = describe_tower(spec)
     files = resolve(base, revision)
-    spec_of = projector or MlpConfig()
-    made = make_from_files(files, config, workflow, spec_of, template, width=shape.hidden_size)
+    made = make_from_files(files, config, workflow, projector or MlpConfig(), template, shape)
     if full_fingerprint:
         made.record.base.fingerprint = fingerprint(files, full=True)
     made.record.vision = spec
@@ -114,7 +103,7 @@ def create_graft(
 
 
 def _pinned(spec: VisionSpec) -> VisionSpec:
-    """The spec with the whole path of a local tower, and the commit of one on the Hub."""
+    """Return the spec with the whole path of a local tower, and the commit of one on the Hub."""
     if spec.id is None:
         return spec
     if Path(spec.id).expanduser().is_dir():
@@ -132,8 +121,7 @@ def make_from_files(
     workflow: str,
     projector: ProjectorConfig,
     template: TemplateChoice | None,
-    tower: VisionTower | None = None,
-    width: int | None = None,
+    tower: VisionTower | TowerShape | None,
 ) -> Workflow:
     """Make a fresh workflow from a base's files, of which it reads what it copies.
 
@@ -143,28 +131,26 @@ def make_from_files(
         workflow: Its name.
         projector: Its shape and start.
         template: How conversations become text.
-        tower: The tower, where it is loaded.
-        width: Width of its features, where it is not.
+        tower: The tower, or its shape, which leaves the record to name it.
     """
-    from mmgraft.basefiles import TensorReader, fingerprint, load_config
+    from mmgraft.basefiles import TensorReader, find_tokenizer, fingerprint, load_config
 
     base_config = load_config(files)
     anatomy = examine_config(base_config)
     indices = _copied_layers(config, anatomy)
-    tokenizer = _tokenizer(files)
+    tokenizer = find_tokenizer(files.path)
     chosen = choose_template(tokenizer, template, files.id)
-    token = _image_token(tokenizer, anatomy)
     reference = BaseReference(id=files.id, revision=files.revision, fingerprint=fingerprint(files))
     owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
     with TensorReader(files) as reader:
         parts = ReadParts(reader, base_config, indices, owns, anatomy)
-        width = width if tower is None else tower.hidden_size
-        made = _make(config, anatomy, parts, workflow, projector, width, reference, token, chosen)
-    return _seen_with(made, tower)
+        return _make(
+            config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen
+        )
 
 
 def _copied_layers(config: Any, anatomy: Anatomy) -> list[int]:
-    """The layers that a method names, checked against the base."""
+    """Return the layers that a method names, checked against the base."""
     if getattr(config, "layers", None) is None:
         return []
     indices = parse_layers(config.layers, anatomy.num_layers)
@@ -178,12 +164,11 @@ def _make(
     parts: BaseParts,
     workflow: str,
     spec: ProjectorConfig,
-    width: int | None,
+    tower: VisionTower | TowerShape | None,
     reference: BaseReference,
-    token: tuple[int, str],
+    tokenizer: PreTrainedTokenizerBase | None,
     template: TemplateChoice,
 ) -> Workflow:
-    _copied_layers(config, anatomy)
     method = get_method(config.method)
     reason = method.refuses(anatomy)
     if reason is not None:
@@ -193,11 +178,13 @@ def _make(
             f"{', '.join(others)}."
         )
     size = anatomy.embedding_size
+    width = size if tower is None else tower.hidden_size
     with torch.random.fork_rng(devices=[]):  # the same graft twice, whatever was drawn before
         torch.manual_seed(SEED)
         # The projector first: the same one whatever the method, so that methods compare.
-        projector = build_projector(spec, width or size, size)
+        projector = build_projector(spec, width, size)
         graft: Graft = method.load_graft()(config, anatomy, parts)
+    token, why = choose_placeholder(tokenizer, anatomy.vocab_size)
     record = GraftFile(
         method=config.method,
         config=config.model_dump(mode="json"),
@@ -205,31 +192,20 @@ def _make(
         base=reference,
         vision=VisionSpec(),
         projector=spec,
-        image_token=ImageToken(id=token[0], why=token[1]),
+        image_token=ImageToken(id=token, why=why),
         template=template,
     )
+    if tower is not None and not isinstance(tower, TowerShape):
+        record.vision, record.vision_fingerprint = tower.spec, tower.fingerprint()
     made = Workflow(workflow, projector, graft, record)
     dtype = next((p.dtype for p in graft.parameters()), None)
     return made if dtype is None else cast(Workflow, made.to(dtype))
 
 
-def _image_token(tokenizer: PreTrainedTokenizerBase | None, anatomy: Anatomy) -> tuple[int, str]:
-    if tokenizer is None:
-        return anatomy.vocab_size - 1, "the last id, for want of a tokenizer to choose by"
-    return choose_placeholder(tokenizer, anatomy.vocab_size)
-
-
-def _tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase | None:
-    try:
-        return AutoTokenizer.from_pretrained(files.path)
-    except (OSError, ValueError):
-        return None  # a base without a tokenizer still has an id to spare
-
-
 def choose_template(
     tokenizer: PreTrainedTokenizerBase | None, wanted: TemplateChoice | None, name: str
 ) -> TemplateChoice:
-    """The template of a graft: what the user asked for, else the base's own; never a guess.
+    """Return the template of a graft: what the user asked for, else the base's own; never a guess.
 
     Raises:
         UsageError: The base has no chat template and none was named.

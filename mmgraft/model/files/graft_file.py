@@ -49,7 +49,7 @@ class BaseReference(_Strict):
 
 
 class ImageToken(_Strict):
-    """The id that fills image positions in ``input_ids``; positions are told by their kind."""
+    """The id that fills image positions in ``input_ids``; positions are known by their kind."""
 
     id: int
     why: str = ""
@@ -97,7 +97,7 @@ class GraftFile(_Strict):
 
     @property
     def promises(self) -> Promises:
-        """What the method promises of this graft; all, where the method is not installed."""
+        """Return what the method promises of this graft; all, where the method is not installed."""
         method = methods().get(self.method)
         return Promises() if method is None else method.promises(self.settings)
 

@@ -1,8 +1,9 @@
-"""Load a saved graft with its base and its tower."""
+"""Load a saved graft with its base, its tower and its processor."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, decoder_layers, examine, get_path
-from mmgraft.basefiles import ModelFiles, compare_fingerprints, fetch, fingerprint, resolve
+from mmgraft.basefiles import (
+    ModelFiles,
+    compare_fingerprints,
+    fetch,
+    find_tokenizer,
+    fingerprint,
+    resolve,
+)
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.template import Template
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, GraftFile
@@ -22,6 +32,8 @@ from mmgraft.model.kernels.quantization import assert_unquantized, leave_file, q
 from mmgraft.model.workflow import Workflow
 from mmgraft.vision.projectors.registry import build_projector
 from mmgraft.vision.spec import VisionSpec
+from mmgraft.vision.towers.base import VisionTower
+from mmgraft.vision.towers.registry import TowerShape
 
 Verify = Literal["fast", "full", "off"]
 _GRAFT_FILES = [
@@ -45,7 +57,7 @@ def same_base(first: GraftFile, second: GraftFile, source: str | Path) -> None:
 
 
 def graft_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a graft, downloaded from the Hub where ``source`` is an id."""
+    """Return the local folder of a graft, downloaded from the Hub where ``source`` is an id."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -56,7 +68,7 @@ def graft_folder(source: str | Path, revision: str | None = None) -> Path:
 
 
 def base_files(record: GraftFile, folder: Path, override: str | None = None) -> ModelFiles:
-    """Where a graft's base lies."""
+    """Return where a graft's base lies."""
     if override is not None:
         return resolve(override)
     if record.base.id.startswith("./"):
@@ -65,7 +77,9 @@ def base_files(record: GraftFile, folder: Path, override: str | None = None) -> 
 
 
 def local_tower(record: GraftFile, folder: Path) -> VisionSpec:
-    """What loads a graft's tower; one that lies beside the graft is named by its path here."""
+    """Return what loads a graft's tower; one that lies beside the graft is named by its path
+    here.
+    """
     name = record.vision.id
     if name is None or not name.startswith("./"):
         return record.vision
@@ -110,19 +124,18 @@ def load_base(
     attn_implementation: str | None = None,
     quantization_storage: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The base alone, as transformers loads it: frozen, in eval mode."""
+    """Return the base alone, as transformers loads it: frozen, in eval mode."""
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     options: dict[str, Any] = {"dtype": wanted or "auto"}
     compute = wanted if isinstance(wanted, torch.dtype) else torch.bfloat16
     quantized = quantization_config(quantization, compute, quantization_storage)
-    if quantized is not None:
-        options["quantization_config"] = quantized
-    if device_map is not None:
-        options["device_map"] = device_map
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if files.gguf is not None:
-        options["gguf_file"] = files.gguf
+    given = {
+        "quantization_config": quantized,
+        "device_map": device_map,
+        "attn_implementation": attn_implementation,
+        "gguf_file": files.gguf,
+    }
+    options |= {name: value for name, value in given.items() if value is not None}
     base = AutoModelForCausalLM.from_pretrained(files.path, **options)
     if quantized is not None:
         leave_file(base)
@@ -130,7 +143,7 @@ def load_base(
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a graft.
+    """Return all tensors of a graft.
 
     Raises:
         UsageError: The file is missing or corrupt.
@@ -156,16 +169,47 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         ) from None
 
 
+def load_processor(
+    record: GraftFile,
+    tokenizer_folder: str | Path,
+    tower: VisionTower | TowerShape | None,
+    options: Mapping[str, Any] | None = None,
+) -> GraftProcessor:
+    """Make the processor that a graft's record describes.
+
+    Args:
+        record: The graft's ``graft_config.json``.
+        tokenizer_folder: Where the base's tokenizer lies.
+        tower: The tower that images go through; its shape is enough to count their positions.
+        options: Variables of the chat template, such as ``enable_thinking``.
+
+    Raises:
+        UsageError: The base has no tokenizer.
+    """
+    tokenizer = find_tokenizer(Path(tokenizer_folder))
+    if tokenizer is None:
+        raise UsageError(
+            f"the base {record.base.id} has no tokenizer that transformers can load; "
+            "put its tokenizer files beside its weights."
+        )
+    template = Template(record.template.kind, record.template.text)
+    shape = tower if isinstance(tower, TowerShape) else tower and TowerShape.of(tower)
+    positions = 1 if shape is None else shape.positions(record.projector)
+    preprocess = getattr(tower, "preprocess", None)
+    return GraftProcessor(
+        tokenizer, positions, record.image_token.id, template, preprocess, options
+    )
+
+
 def load_workflow(
     record: GraftFile,
     folder: Path,
     base: PreTrainedModel,
     dtype: torch.dtype,
     width: int,
-    anatomy: Anatomy | None = None,
+    anatomy: Anatomy,
 ) -> Workflow:
     """Build a workflow's modules on the meta device and put the saved tensors in."""
-    anatomy = examine(base) if anatomy is None else anatomy
     tensors = read_tensors(folder)
     workflow = build_workflow(record, base, width, anatomy)
     shared = {f"graft.{name}" for name in workflow.graft.shares()}
@@ -194,7 +238,7 @@ def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None
 def build_workflow(
     record: GraftFile, base: PreTrainedModel, width: int, anatomy: Anatomy | None = None
 ) -> Workflow:
-    """A workflow's modules, without values, for the base at hand."""
+    """Return a workflow's modules, without values, for the base at hand."""
     anatomy = examine(base) if anatomy is None else anatomy
     parts = shape_parts(base.config, anatomy)
     with torch.device("meta"):
@@ -205,13 +249,12 @@ def build_workflow(
     return Workflow(record.workflow, projector, graft, record)
 
 
-def finish(workflow: Workflow, base: PreTrainedModel, anatomy: Anatomy | None = None) -> None:
+def finish(workflow: Workflow, base: PreTrainedModel, anatomy: Anatomy) -> None:
     """Give a workflow the base's config and devices, fill buffers, and check that it is whole.
 
     Raises:
         MMGraftError: A tensor has no value (a method did not save it).
     """
-    anatomy = examine(base) if anatomy is None else anatomy
     share_config(workflow.graft, base.config)
     layers = decoder_layers(base, anatomy)
     for index, module in workflow.graft.layer_modules():

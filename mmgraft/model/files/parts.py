@@ -1,17 +1,17 @@
-"""Where a graft's copies of base modules come from."""
+"""Sources of a graft's copies of base modules: a loaded base, its files, or its shape."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mmgraft.anatomy import Anatomy, decoder_layers, get_path, skeleton
-from mmgraft.basefiles import BaseParts, TensorReader, read_layers
+from mmgraft.anatomy import Anatomy, get_path, skeleton
+from mmgraft.basefiles import TensorReader, read_layers
 from mmgraft.errors import UsageError
 
 
@@ -26,22 +26,25 @@ class LoadedParts:
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         self.model, self.anatomy = model, anatomy
 
+    def _at(self, path: str) -> nn.Module:
+        return copy.deepcopy(get_path(self.model, path))
+
     def layer(self, index: int) -> nn.Module:
-        return copy.deepcopy(decoder_layers(self.model, self.anatomy)[index])
+        return self._at(f"{self.anatomy.layers_path}.{index}")
 
     def embedding(self) -> nn.Module:
-        return copy.deepcopy(get_path(self.model, self.anatomy.embedding_path))
+        return self._at(self.anatomy.embedding_path)
 
     def norm(self) -> nn.Module:
         if self.anatomy.norm_path is None:
             raise UsageError("this base has no final norm to copy: add --no-norm.")
-        return copy.deepcopy(get_path(self.model, self.anatomy.norm_path))
+        return self._at(self.anatomy.norm_path)
 
     def head(self) -> nn.Module:
-        return copy.deepcopy(get_path(self.model, self.anatomy.head_path))
+        return self._at(self.anatomy.head_path)
 
 
-class ReadParts:
+class ReadParts(LoadedParts):
     """Modules of a base's files, read all at once when a method asks for the first of them.
 
     A method that copies nothing reads nothing. Each module is handed out once and not copied again.
@@ -51,7 +54,7 @@ class ReadParts:
         config: The base's config.
         indices: The layers that may be asked for.
         owns: Which of ``embedding``, ``norm`` and ``head`` may be.
-        anatomy: Of the config, where it was examined before.
+        anatomy: Of the config.
     """
 
     def __init__(
@@ -60,31 +63,18 @@ class ReadParts:
         config: PreTrainedConfig,
         indices: Sequence[int],
         owns: Sequence[str],
-        anatomy: Anatomy | None = None,
+        anatomy: Anatomy,
     ) -> None:
-        self.reader, self.config, self.anatomy = reader, config, anatomy
-        self.indices, self.owns = list(indices), set(owns)
+        self.anatomy = anatomy
+        self._read = partial(read_layers, reader, config, indices, owns, anatomy)
 
     @cached_property
-    def _parts(self) -> BaseParts:
-        wanted = ("embedding" in self.owns, "norm" in self.owns, "head" in self.owns)
-        return read_layers(self.reader, self.config, self.indices, *wanted, anatomy=self.anatomy)
+    def model(self) -> PreTrainedModel:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The base with these parts alone."""
+        return self._read()
 
-    def layer(self, index: int) -> nn.Module:
-        return self._parts.layers[self.indices.index(index)]
-
-    def embedding(self) -> nn.Module:
-        assert self._parts.embedding is not None
-        return self._parts.embedding
-
-    def norm(self) -> nn.Module:
-        if self._parts.norm is None:
-            raise UsageError("this base has no final norm to copy: add --no-norm.")
-        return self._parts.norm
-
-    def head(self) -> nn.Module:
-        assert self._parts.head is not None
-        return self._parts.head
+    def _at(self, path: str) -> nn.Module:
+        return get_path(self.model, path)
 
 
 def shape_parts(config: PreTrainedConfig, anatomy: Anatomy) -> LoadedParts:
@@ -102,7 +92,9 @@ def share_config(module: nn.Module, config: PreTrainedConfig) -> None:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate runs a part of a base that is spread or offloaded; None where it is not."""
+    """Return where accelerate runs a part of a base that is spread or offloaded; None where it
+    is not.
+    """
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
         device = getattr(one, "execution_device", None)

@@ -70,7 +70,7 @@ def save_graft(
     beside = chosen.record.base.id == own.id
     original = record.trained_from or (None if beside else record.base)
     record = record.model_copy(update={"base": own, "base_trained": True, "trained_from": original})
-    whole = gathered(model.base.state_dict(keep_vars=True), write) if model.lockstep else None
+    whole = gathered(model.base.state_dict(keep_vars=True), write) if model.in_step else None
     if write:
         first = {OWN_BASE: lambda path: _write_base(model, path, own, whole)}
         write_graft(folder, record, tensors, max_shard_size, first)
@@ -79,7 +79,7 @@ def save_graft(
 
 
 def graft_tensors(workflow: Workflow, keep: bool = True) -> dict[str, Tensor]:
-    """The new tensors of a workflow by their saved names, whole; tied ones once."""
+    """Return the new tensors of a workflow by their saved names, whole; tied ones once."""
     shared = {f"graft.{name}" for name in workflow.graft.shares()}
     given = workflow.state_dict(keep_vars=True)
     own = {name: tensor for name, tensor in given.items() if name not in shared}
@@ -87,12 +87,12 @@ def graft_tensors(workflow: Workflow, keep: bool = True) -> dict[str, Tensor]:
 
 
 def current_record(workflow: Workflow) -> GraftFile:
-    """The record of a workflow as it is now."""
+    """Return the record of a workflow as it is now."""
     return workflow.record.model_copy(update={"state": workflow.graft.state()})
 
 
 def _reachable(record: GraftFile, workflow: Workflow, folder: Path) -> GraftFile:
-    """The record with whole paths for what lay beside the graft where it was loaded."""
+    """Return the record with whole paths for what lay beside the graft where it was loaded."""
 
     def whole(name: str | None) -> str | None:
         if name is None or not name.startswith("./") or workflow.origin is None:

@@ -1,8 +1,7 @@
-"""What `mmgraft inspect` tells of a model or a graft, found without loading any weights."""
+"""Summary of a model or a graft for ``mmgraft inspect``, without loading any weights."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -17,12 +16,21 @@ if TYPE_CHECKING:
 
     from mmgraft.basefiles import ModelFiles
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_SIZES = {
+    "hidden size": "hidden_size",
+    "heads": "num_heads",
+    "key-value heads": "num_kv_heads",
+    "head size": "head_dim",
+    "vocabulary": "vocab_size",
+    "positions": "max_positions",
+    "sliding window": "sliding_window",
+    "tied head": "tied",
+}
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One decoder layer; `refused` is the reason why it cannot carry a graft."""
+    """One decoder layer; ``refused`` is the reason why it cannot carry a graft."""
 
     index: int
     kind: str
@@ -79,10 +87,11 @@ class GraftSummary:
 
 
 def locate(name: str, revision: str | None = None) -> Path | ModelFiles:
-    """The folder of a graft, or the files of a model; of what is on the Hub, no model's weights.
+    """Return the folder of a graft, or the files of a model; of what is on the Hub, no model's
+    weights.
 
     Raises:
-        UsageError: when there is nothing of that name.
+        UsageError: When there is nothing of that name.
     """
     from mmgraft.aliases import resolve_alias
     from mmgraft.basefiles import ModelFiles, resolve
@@ -106,7 +115,7 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
     """Examine a base from its config alone.
 
     Raises:
-        UsageError: when it is no causal language model that transformers knows.
+        UsageError: When it is no causal language model that transformers knows.
     """
     import torch
 
@@ -129,11 +138,8 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
         )
         for index, layer in enumerate(decoder_layers(model, anatomy))
     ]
-    paths = {
-        "embedding": anatomy.embedding_path,
-        "final norm": anatomy.norm_path,
-        "head": anatomy.head_path,
-    }
+    paths = {"embedding": anatomy.embedding_path, "final norm": anatomy.norm_path}
+    paths["head"] = anatomy.head_path
     parts = {name: _count(get_path(model, path)) for name, path in paths.items() if path}
     if anatomy.tied:
         parts["head"] = 0
@@ -148,16 +154,7 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
         dtype=str(dtype).removeprefix("torch."),
         parameters=total,
         bytes=total * dtype.itemsize,
-        sizes={
-            "hidden size": anatomy.hidden_size,
-            "heads": anatomy.num_heads,
-            "key-value heads": anatomy.num_kv_heads,
-            "head size": anatomy.head_dim,
-            "vocabulary": anatomy.vocab_size,
-            "positions": anatomy.max_positions,
-            "sliding window": anatomy.sliding_window,
-            "tied head": anatomy.tied,
-        },
+        sizes={name: getattr(anatomy, field) for name, field in _SIZES.items()},
         layers=layers,
         parts=parts,
         refusals={name: reason for name, reason in reasons.items() if reason},
@@ -168,14 +165,20 @@ def summarise_graft(folder: Path) -> GraftSummary:
     """Examine a graft from its config and the headers of its weight files.
 
     Raises:
-        UsageError: when the config or a weight file is missing, corrupt or newer than this mmgraft.
+        UsageError: When the config or a weight file is missing, corrupt or newer than this mmgraft.
     """
+    from mmgraft.basefiles.tensor_files import read_headers
+
     record = GraftFile.read(folder)
+    entries = read_headers(folder, "graft")
+    if not entries:
+        raise UsageError(f"{folder} lacks {WEIGHTS_NAME}: copy it there, or graft again")
     rows: dict[str, PartRow] = {}
-    for name, (parameters, size) in _tensors(folder).items():
+    for name, entry in entries.items():
         part = _part(name, record.method)
         old = rows.get(part, PartRow(part, 0, 0, 0))
-        rows[part] = PartRow(part, old.tensors + 1, old.parameters + parameters, old.bytes + size)
+        count, size = prod(entry.shape), entry.end - entry.start
+        rows[part] = PartRow(part, old.tensors + 1, old.parameters + count, old.bytes + size)
     return GraftSummary(
         folder=str(folder),
         method=record.method,
@@ -211,39 +214,8 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _tensors(folder: Path) -> dict[str, tuple[int, int]]:
-    """Parameters and bytes of every tensor, read from the headers."""
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, tuple[int, int]] = {}
-    path = folder / WEIGHTS_NAME
-    try:
-        for path in _weight_files(folder):
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    part = file.get_slice(name)
-                    count = prod(part.get_shape())
-                    found[name] = (count, count * _BYTES.get(part.get_dtype(), 1))
-    except FileNotFoundError as error:
-        raise UsageError(f"{folder} lacks {path.name}: copy it there, or graft again") from error
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"the weights in {folder} ({path.name}) are corrupt ({error}): copy them there once "
-            "more, or graft again"
-        ) from error
-    return found
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS_NAME}.index.json"
-    if not index.is_file():
-        return [folder / WEIGHTS_NAME]
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [folder / name for name in sorted(names)]
-
-
 def _part(tensor: str, method: str) -> str:
-    """The part that a tensor is counted with, as its method names it."""
+    """Return the part that a tensor is counted with, as its method names it."""
     inside = tensor.removeprefix("graft.")
     if inside == tensor or method not in methods():
         return inside.split(".")[0]

@@ -31,7 +31,7 @@ def compiled_layers(
         base: Whose layers.
         anatomy: The base's.
         grafts: Those that may run.
-        **options: For `torch.compile`.
+        **options: For ``torch.compile``.
 
     Raises:
         UsageError: No layer is left to compile.

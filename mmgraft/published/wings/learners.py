@@ -1,16 +1,16 @@
-"""Wings as the published code computes it (method `wings-official`), defects included.
+"""Wings as the published code computes it (method ``wings-official``), defects included.
 
 It exists to load published checkpoints with equal logits, and promises none of the invariants that
 the paper's form keeps: later tokens change earlier outputs, rows of one batch change each other,
 nothing can be cached. Source: the published implementation of arXiv 2406.03496, as described by
-what it computes; how it departs from the paper is told in docs/methods.md.
+what it computes; docs/methods.md says how it departs from the paper.
 
-What all layers share is computed once for each forward as an `OfficialPlan`:
+What all layers share is computed once for each forward as an ``OfficialPlan``:
 
     plan = plan_official(features, kinds, image_features, system_length=14)
     hidden = hidden + learners(hidden, plan, attention=weights)      # in every layer
 
-where `hidden` is the residual plus the attention's output, before the layer's second norm.
+where ``hidden`` is the residual plus the attention's output, before the layer's second norm.
 """
 
 from __future__ import annotations
@@ -64,27 +64,17 @@ def plan_official(
         features: (b, s, h) input embeddings with the projected image features in place.
         kinds: (b, s) PADDING, TEXT or IMAGE; at most one image a row.
         image_features: (b, p, h) projected features, one image for each row, a dummy one for a row
-            without an image. None takes them from `features` when every row has an image, and
+            without an image. None takes them from ``features`` when every row has an image, and
             leaves the visual learner out when no row has one.
-        system_length: tokens of the system prompt, which are no keys of the textual learner.
-        max_length: columns of the router; None where there is no router.
+        system_length: Tokens of the system prompt, which are no keys of the textual learner.
+        max_length: Columns of the router; None where there is no router.
 
     Raises:
-        UsageError: for left padding, for several images in a row, for a batch in which only some
-            rows have an image and `image_features` is None, and for a row longer than the router.
+        UsageError: For left padding, for several images in a row, for a batch in which only some
+            rows have an image and ``image_features`` is None, and for a row longer than the router.
     """
     length = features.shape[1]
-    if max_length is not None and length > max_length:
-        raise UsageError(
-            f"the row has {length} positions and the published Wings router {max_length} columns; "
-            f"shorten the prompt to {max_length} positions, image tokens counted"
-        )
-    real = kinds != PADDING  # (b, s)
-    if (real[:, 1:] & ~real[:, :-1]).any():
-        raise UsageError(
-            "wings-official takes right-padded batches only; "
-            'set padding_side="right", or run the rows one by one'
-        )
+    real = _real(kinds, max_length)
     features = features * real[..., None].to(features.dtype)
     starts, image_length = _image_starts(kinds)
     if image_features is None and image_length:
@@ -92,16 +82,12 @@ def plan_official(
     image_positions = None
     if image_features is not None:
         image_length = image_features.shape[1]
-        shown = min(image_length, length)
-        image_features = image_features[:, :shown]
-        offsets = torch.arange(shown, device=features.device)
+        image_features = image_features[:, :length]
+        offsets = torch.arange(image_features.shape[1], device=features.device)
         image_positions = torch.tensor(starts, device=features.device)[:, None] + offsets  # (b, p)
     positions, fillers = _text_keys(starts, length, image_length, system_length)
     text_positions = torch.tensor(positions, dtype=torch.long, device=features.device)  # (b, k)
-    if image_features is not None and length < image_length:
-        gate = [0.0] * len(starts)
-    else:
-        gate = [1.0 if not any(fillers) or count else 0.0 for count in fillers]
+    gate = [float(length >= image_length and (not any(fillers) or n > 0)) for n in fillers]
     index = text_positions[..., None].expand(-1, -1, features.shape[2])  # (b, k, h)
     return OfficialPlan(
         image_features=image_features,
@@ -113,6 +99,23 @@ def plan_official(
     )
 
 
+def _real(kinds: Tensor, max_length: int | None) -> Tensor:
+    """Return True at positions that are no padding ``(b, s)``; refuse rows that cannot run."""
+    length = kinds.shape[1]
+    if max_length is not None and length > max_length:
+        raise UsageError(
+            f"the row has {length} positions and the published Wings router {max_length} columns; "
+            f"shorten the prompt to {max_length} positions, image tokens counted"
+        )
+    real = kinds != PADDING
+    if (real[:, 1:] & ~real[:, :-1]).any():
+        raise UsageError(
+            "wings-official takes right-padded batches only; "
+            'set padding_side="right", or run the rows one by one'
+        )
+    return real
+
+
 class OfficialLearners(nn.Module):
     """The learners and the router of one layer.
 
@@ -120,16 +123,16 @@ class OfficialLearners(nn.Module):
     without its scaling.
 
     Args:
-        hidden_size: h of the base.
-        rank: r of the low-rank matrices.
-        heads: the base's attention heads; d = h / heads.
-        theta: the base's rotary frequency.
-        learners: which of `visual` and `textual` run.
-        router: whether there is a router (stage 2); it is needed with both learners.
-        router_width: columns of the router.
+        hidden_size: H of the base.
+        rank: R of the low-rank matrices.
+        heads: The base's attention heads; d = h / heads.
+        theta: The base's rotary frequency.
+        learners: Which of ``visual`` and ``textual`` run.
+        router: Whether there is a router (stage 2); it is needed with both learners.
+        router_width: Columns of the router.
 
     Raises:
-        UsageError: when `heads` does not divide `hidden_size`, or two learners have no router.
+        UsageError: When ``heads`` does not divide ``hidden_size``, or two learners have no router.
     """
 
     def __init__(
@@ -163,7 +166,7 @@ class OfficialLearners(nn.Module):
             nn.init.zeros_(self.router.bias)
 
     def router_scores(self, attention: Tensor) -> Tensor:
-        """`sum over heads of A W^T`, without the bias: (b, n, s, s) -> (b, s, 2)."""
+        """``sum over heads of A W^T``, without the bias: (b, n, s, s) -> (b, s, 2)."""
         if self.router is None:
             raise UsageError("this layer has no router; only a stage-2 checkpoint has one")
         return attention.sum(1) @ self.router.weight[:, : attention.shape[-1]].T.to(attention.dtype)
@@ -175,21 +178,22 @@ class OfficialLearners(nn.Module):
         attention: Tensor | None = None,
         router_scores: Tensor | None = None,
     ) -> Tensor:
-        """What is added to `hidden` before the layer's second norm.
+        """Return what is added to ``hidden`` before the layer's second norm.
 
         Args:
             hidden: (b, s, h) residual plus attention output, not normalised.
-            plan: from `plan_official`.
+            plan: From ``plan_official``.
             attention: (b, n, s, s) the base attention's probabilities.
-            router_scores: (b, s, 2) instead of `attention`: what `router_scores` gives, for a
-                caller that has the sum over heads of `A W^T` without the weights themselves.
+            router_scores: (b, s, 2) instead of ``attention``: what ``router_scores`` gives, for a
+                caller that has the sum over heads of ``A W^T`` without the weights themselves.
 
         Returns:
-            (b, s, h). Both learners are weighted by `softmax(SiLU(scores + bias))` and added twice;
-            a learner that runs alone is added once with weight 1; no learner adds 0.
+            (b, s, h). Both learners are weighted by ``softmax(SiLU(scores + bias))`` and added
+            twice; a learner that runs alone is added once with weight 1; no learner adds 0.
 
         Raises:
-            UsageError: when both learners run and neither `attention` nor `router_scores` is given.
+            UsageError: When both learners run and neither ``attention`` nor ``router_scores`` is
+                given.
         """
         visual = textual = None
         if self.visual is not None and plan.image_features is not None:
@@ -268,7 +272,8 @@ def _cut_images(features: Tensor, kinds: Tensor, image_length: int) -> Tensor:
 def _text_keys(
     starts: list[int], length: int, image_length: int, system_length: int
 ) -> tuple[list[list[int]], list[int]]:
-    """The textual keys' positions, filled up to one length, and how many of each row are fillers.
+    """Return the textual keys' positions, filled up to one length, and how many of each row are
+    fillers.
 
     A row whose image starts at 0, like one that has none, uses every position.
     """

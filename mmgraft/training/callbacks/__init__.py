@@ -1,1 +1,1 @@
-"""What watches a stage while it trains: progress, metrics, losses, stopping."""
+"""Callbacks that watch a stage while it trains: progress, metrics, losses, stopping."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmgraft.data.bad_rows import FILE, BadRow, BadRowLog
+from mmgraft.data.bad_rows import BadRow, BadRowLog
 
 _SAID = 5
 """Rows that are said one by one; the others are in the log alone."""
 
 
-class BadRows:
+class BadRows(BadRowLog):
     """The log of a run, and what a person sees of it.
 
     Args:
@@ -21,25 +21,21 @@ class BadRows:
     """
 
     def __init__(self, run: Path, announce: Callable[[str], None], resume: bool) -> None:
+        super().__init__(run, new=not resume)
         self.run = run
         self.announce = announce
-        self.log = BadRowLog(run, new=not resume)
         self._said = 0
 
     def put(
         self, rows: Sequence[BadRow], stage: str | None = None, step: int | None = None
     ) -> None:
         """Log rows that are new, and say so; see :class:`BadRowLog`."""
-        new = self.log.add(rows, stage, step) if rows else []
+        new = self.add(rows, stage, step)
         for row in new[: max(0, _SAID - self._said)]:
             self.announce(f"left out: {row.reason}")
         if self._said < _SAID <= self._said + len(new):
-            self.announce(f"further bad rows are only in {self.run / FILE}")
+            self.announce(f"further bad rows are only in {self.path}")
         self._said += len(new)
-
-    def left_out(self, stage: str) -> set[tuple[str, str]]:
-        """Return the keys of the rows that a stage has met and does without."""
-        return self.log.left_out(stage)
 
     def count(self, stage: str) -> int:
         """Count the rows that a stage did without, those left out before it began included."""

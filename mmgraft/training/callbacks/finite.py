@@ -62,16 +62,15 @@ class FiniteWatch:
         """
         seen, self._losses = self._losses, []
         *losses, norm = _read([loss for _, loss in seen], 0.0 if norm is None else norm)
-        odd = [loss for loss in losses if not math.isfinite(loss)]
-        if not any_rank(bool(odd) or not math.isfinite(norm), self.device, ranks):
-            return
-        rows = [
-            row
+        bad = [
+            (names, loss)
             for (names, _), loss in zip(seen, losses, strict=True)
-            for row in names
             if not math.isfinite(loss)
         ]
-        odd, rows = _gathered(odd, ranks), _gathered(rows, ranks)
+        if not any_rank(bool(bad) or not math.isfinite(norm), self.device, ranks):
+            return
+        odd = _gathered([loss for _, loss in bad], ranks)
+        rows = _gathered([row for names, _ in bad for row in names], ranks)
         if odd:
             raise NotFinite(
                 f"the loss of stage {self.stage!r} became {odd[0]} in step {step}, on {named(rows)}"

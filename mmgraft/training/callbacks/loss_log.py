@@ -46,13 +46,13 @@ class LossSum:
         self._kept = step, self.step, self.total
 
     def restore(self, step: int) -> None:
-        """Forget the passes of a step that was not taken; `step` is the last that was."""
+        """Forget the passes of a step that was not taken; ``step`` is the last that was."""
         after, since, total = self._kept
         if after == step:
             self.step, self.total = since, total
 
     def write(self, folder: Path, totals: Tensor) -> None:
-        """Put it into a checkpoint; `totals` are the sums of all processes, ``(ranks,)``."""
+        """Put it into a checkpoint; ``totals`` are the sums of all processes, ``(ranks,)``."""
         data = {"step": self.step, "sums": totals.tolist()}
         (folder / FILE).write_text(json.dumps(data), encoding="utf-8")
 

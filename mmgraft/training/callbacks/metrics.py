@@ -88,11 +88,10 @@ def put_aside(run: Path) -> None:
 def tracking_folder(folder: Path) -> Iterator[None]:
     """Put TensorBoard's files into the run unless the user has chosen another folder."""
     name = "TENSORBOARD_LOGGING_DIR"
-    before = os.environ.get(name)
-    if before is None:
-        os.environ[name] = str(folder)
+    chosen = name in os.environ
+    os.environ.setdefault(name, str(folder))
     try:
         yield
     finally:
-        if before is None:
+        if not chosen:
             os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""What a person sees while a stage trains: a live line on a terminal, plain lines elsewhere."""
+"""Progress of a stage: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def numbers(logs: dict[str, float]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """`3725` as `1:02:05`, `65` as `1:05`."""
+    """``3725`` as ``1:02:05``, ``65`` as ``1:05``."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)

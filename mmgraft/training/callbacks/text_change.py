@@ -1,4 +1,4 @@
-"""How far the text of a trained base has moved from that of the base it was."""
+"""Distance of a trained base's text from that of the base before training."""
 
 from __future__ import annotations
 

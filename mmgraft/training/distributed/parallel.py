@@ -17,30 +17,28 @@ _FSDP2_TORCH = "2.8"
 """Since then one group of parameters may hold a frozen base in bf16 and a graft in fp32."""
 
 
-_OF_ACCELERATE = (
-    (
-        ("ACCELERATE_USE_FSDP",),
+_SPLIT = (
+    "to split layers over processes (Megatron or a parallelism configuration), which is not "
+    "built here",
+    "parallel=ddp or fsdp2",
+)
+_OF_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": (
         "with FSDP, whose plan does not know grafts, and which on a CPU trains with DDP without "
         "saying so",
-        " and write --set parallel=fsdp2: mmgraft shards the model itself",
+        "parallel=fsdp2: mmgraft shards the model itself",
     ),
-    (
-        ("ACCELERATE_USE_DEEPSPEED",),
+    "ACCELERATE_USE_DEEPSPEED": (
         "with DeepSpeed, which is not built here",
-        " and write --set parallel=fsdp2: mmgraft shards the model itself",
+        "parallel=fsdp2: mmgraft shards the model itself",
     ),
-    (
-        ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"),
-        "to split layers over processes (Megatron or a parallelism configuration), which is not "
-        "built here",
-        " and write --set parallel=ddp or fsdp2",
-    ),
-    (
-        ("ACCELERATE_DYNAMO_BACKEND",),
+    "ACCELERATE_USE_MEGATRON_LM": _SPLIT,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": _SPLIT,
+    "ACCELERATE_DYNAMO_BACKEND": (
         "with a dynamo backend, which would compile the whole model",
-        " and write --set compile=true: mmgraft compiles layers",
+        "compile=true: mmgraft compiles layers",
     ),
-)
+}
 """Variables of its environment, what they say, and what to write instead."""
 
 
@@ -102,15 +100,15 @@ def processes_here() -> int:
 def check_parallel(recipe: Recipe, device: str, count: int) -> None:
     """Refuse what several processes cannot do together, before anything is loaded.
 
-    One process trains by itself, whatever `parallel` says.
+    One process trains by itself, whatever ``parallel`` says.
 
     Args:
-        recipe: Its `parallel` says how.
+        recipe: Its ``parallel`` says how.
         device: ``cuda``, ``mps`` or ``cpu``.
         count: Processes.
 
     Raises:
-        UsageError: accelerate was configured to share the training in another way; a way that
+        UsageError: Accelerate was configured to share the training in another way; a way that
             this device, this torch or 4-bit cannot go.
     """
     _check_accelerate(recipe)
@@ -130,9 +128,12 @@ def check_parallel(recipe: Recipe, device: str, count: int) -> None:
 
 def _check_accelerate(recipe: Recipe) -> None:
     """Refuse what ``accelerate config`` has set and the recipe should say."""
-    for names, set_to, instead in _OF_ACCELERATE:
-        if any(_is_set(name) for name in names):
-            raise UsageError(f"accelerate was configured {set_to}; take it out of there{instead}")
+    for name, (set_to, instead) in _OF_ACCELERATE.items():
+        if os.environ.get(name, "no").lower() not in ("no", "false", "0", ""):
+            raise UsageError(
+                f"accelerate was configured {set_to}; take it out of there and write "
+                f"--set {instead}"
+            )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     for wanted in sorted({stage.precision or recipe.precision for stage in recipe.stages}):
         if precision not in ("no", wanted):
@@ -155,7 +156,3 @@ def _check_fsdp2(recipe: Recipe, device: str) -> None:
             "bitsandbytes packs the weights anew while it runs; write --set parallel=ddp, or "
             "leave quantization out"
         )
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "no").lower() not in ("no", "false", "0", "")

@@ -58,13 +58,13 @@ def shard(model: GraftedModel, device: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not is_piece(parameter):
             raise MMGraftError(f"{name} is trained, but it is in one piece; train without fsdp2")
-    model.lockstep = True
+    model.in_step = True
     vars(model)["_is_accelerate_prepared"] = True  # or accelerate would put DDP around it
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether :func:`shard` has spread the model."""
-    return bool(getattr(model, "lockstep", False))
+    return bool(getattr(model, "in_step", False))
 
 
 def whole_norm(norm: Any) -> Any:

@@ -1,1 +1,1 @@
-"""What a training will need of memory, found on the meta device: no weights are read."""
+"""Memory that a training will need, found on the meta device: no weights are read."""

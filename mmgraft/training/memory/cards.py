@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import yaml
-
-_FILE = Path(__file__).with_name("cards.yaml")
 
 
 @dataclass(frozen=True)
@@ -26,22 +23,22 @@ class Card:
     usable: int
 
 
-@cache
-def cards() -> tuple[Card, ...]:
+_DATA = yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text(encoding="utf-8"))
+
+
+def cards() -> list[Card]:
     """Return all sizes, the smallest first."""
-    data = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
-    fixed, share = data["reserve"]["fixed_gb"], data["reserve"]["share"]
+    fixed, share = _DATA["reserve"]["fixed_gb"], _DATA["reserve"]["share"]
     made = [
         Card(one["gb"], one["such_as"], round((one["gb"] * (1 - share) - fixed) * 1e9))
-        for one in data["cards"]
+        for one in _DATA["cards"]
     ]
-    return tuple(sorted(made, key=lambda card: card.gb))
+    return sorted(made, key=lambda card: card.gb)
 
 
 def reserve() -> str:
     """Say what is left free on every card."""
-    data = yaml.safe_load(_FILE.read_text(encoding="utf-8"))["reserve"]
-    return f"{data['fixed_gb']:g} GB and {data['share']:.0%} of a card"
+    return f"{_DATA['reserve']['fixed_gb']:g} GB and {_DATA['reserve']['share']:.0%} of a card"
 
 
 def smallest(needed: int) -> Card | None:

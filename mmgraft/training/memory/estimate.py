@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Recipe
 from mmgraft.training.memory.rows import RowSizes
-from mmgraft.training.memory.sharing import groups_of, scratch_bytes, share, state_bytes
+from mmgraft.training.memory.sharing import Share, groups_of, share, whole_share
 from mmgraft.training.memory.simulation import Load, Step, simulate, simulate_tower
-from mmgraft.training.memory.stand_in import Outline, count_of, meta_model, weights_of
+from mmgraft.training.memory.stand_in import count_of, meta_model
 from mmgraft.training.memory.subject import Subject, loaded_dtype
 from mmgraft.training.stages import open_stage
-from mmgraft.vision.plan import Plan
 
 PROCESS = {"cuda": 0, "cpu": 100_000_000}
 """Bytes that a process takes beside its tensors once it trains: code that is read as it is used."""
@@ -29,8 +29,8 @@ CACHED_AT_ONCE = 32
 """Images that the tower sees at a time while the feature cache is filled."""
 
 
-@dataclass(frozen=True)
-class StageEstimate:
+@dataclass(frozen=True, kw_only=True)
+class StageEstimate(Share):
     """Bytes that a stage takes, of one process where several share a training.
 
     Attributes:
@@ -38,10 +38,6 @@ class StageEstimate:
         rows: The largest row, and how many are in a batch.
         parameters: Numbers in base, graft and projector.
         trained: Of these, how many the stage trains.
-        weights: Of base, graft and projector, by dtype; ``nf4`` with its constants.
-        gathered: Weights of other processes that are whole here while they are computed with.
-        gradients: Of what is trained, in fp32.
-        optimizer: Its state.
         activations: Kept by the forward pass for the backward one.
         layers: Of these, what each decoder layer keeps, with what the graft adds to it.
         working: What the busiest moment of forward and backward holds beside weights, optimizer
@@ -57,10 +53,6 @@ class StageEstimate:
     batch_size: int
     parameters: int
     trained: int
-    weights: dict[str, int]
-    gathered: int
-    gradients: int
-    optimizer: int
     activations: int
     layers: list[int]
     working: int
@@ -70,49 +62,42 @@ class StageEstimate:
     moment: str
 
 
+@dataclass
 class Estimator:
     """Estimates a recipe and its variations; equal parts of them are simulated once.
 
-    Args:
+    Attributes:
+        recipe: Resolved.
         subject: What is trained.
         rows: The largest row of each stage.
         device: ``cuda`` or ``cpu``: optimizers hold different things there.
-        processes: How many train together, in the way of the recipe's `parallel`.
+        processes: How many train together, in the way of the recipe's ``parallel``.
     """
 
-    def __init__(
-        self, subject: Subject, rows: Sequence[RowSizes], device: str = "cuda", processes: int = 1
-    ) -> None:
-        self.subject, self.rows, self.device = subject, list(rows), device
-        self.processes = processes
-        self._opened: dict[Any, tuple[GraftedModel, Step]] = {}
-        self._towers: dict[Any, tuple[int, int]] = {}
-        self._outline: Outline | None = None
+    recipe: Recipe
+    subject: Subject
+    rows: list[RowSizes]
+    device: str = "cuda"
+    processes: int = 1
+    _opened: dict[Any, tuple[GraftedModel, Step]] = field(default_factory=dict, init=False)
+    _towers: dict[Any, tuple[int, int]] = field(default_factory=dict, init=False)
 
-    def stages(self, recipe: Recipe, first: int = 0) -> list[StageEstimate]:
-        """Estimate every stage of a resolved recipe from ``first`` on.
+    def stages(self, changed: Recipe | None = None, first: int = 0) -> list[StageEstimate]:
+        """Estimate every stage from ``first`` on, of the recipe or of a variation of it.
 
         Raises:
             MMGraftError: A base that does not run without values.
         """
+        recipe = changed or self.recipe
         return [self._stage(recipe, index) for index in range(first, len(recipe.stages))]
 
     def _stage(self, recipe: Recipe, index: int) -> StageEstimate:
         stage, rows, in_pieces = recipe.stages[index], self.rows[index], self._in_pieces(recipe)
         model, step = self._open(recipe, index)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        weights = weights_of(model)
-        held = share(
-            recipe.parallel,
-            self.processes,
-            weights=weights,
-            trained=sum(p.numel() for p in trained),
-            optimizer=state_bytes(model, trained, stage.optimizer, self.device),
-            scratch=scratch_bytes(trained, stage.optimizer, self.device),
-            groups=groups_of(model),
-        )
+        whole = whole_share(model, stage.optimizer, self.device)
+        held = share(whole, groups_of(model), recipe.parallel, self.processes)
         images = CACHED_AT_ONCE if recipe.feature_cache else stage.batch_size * rows.images
-        tower, seeing = self._tower(recipe, rows, images)
+        tower, seeing = self._tower(loaded_dtype(recipe), rows, images)
         process = tower + PROCESS[self.device]
         still = sum(held.weights.values()) + process
         # Several processes keep gradients elsewhere than the pass; those of DDP always lie there.
@@ -127,18 +112,15 @@ class Estimator:
             "the vision tower": still + seeing + (0 if recipe.feature_cache else state + sums),
         }
         if recipe.quantization and in_pieces:
-            moments["loading"] = sum(weights.values()) + process
+            moments["loading"] = sum(whole.weights.values()) + process
         moment = max(moments, key=lambda name: moments[name])
         return StageEstimate(
+            **vars(held),
             stage=stage.name,
             rows=rows,
             batch_size=stage.batch_size,
             parameters=count_of(model),
-            trained=sum(p.numel() for p in trained),
-            weights=held.weights,
-            gathered=held.gathered,
-            gradients=held.gradients,
-            optimizer=state,
+            trained=whole.gradients // 4,
             activations=step.kept - (0 if many else sums),
             layers=step.layers,
             working=working,
@@ -154,63 +136,41 @@ class Estimator:
 
     def _open(self, recipe: Recipe, index: int) -> tuple[GraftedModel, Step]:
         """Open a stage's model and simulate its step; what the optimizer is does not matter."""
-        stage, subject, many = recipe.stages[index], self.subject, self.processes > 1
-        dtype = loaded_dtype(recipe)
-        key = (
-            index, tuple(stage.train), stage.batch_size, stage.accumulate > 1,
-            stage.gradient_checkpointing, recipe.quantization, stage.precision, dtype,
-            recipe.attention,
-        )  # fmt: skip
-        if key in self._opened:
-            return self._opened[key]
-        record = subject.record.model_copy(update={"workflow": stage.workflow})
-        model = meta_model(
-            record, subject.config, subject.width, dtype, recipe.quantization, recipe.attention
-        )
-        open_stage(model, stage)
-        model.train()
-        rows = self.rows[index]
+        stage, rows, subject = recipe.stages[index], self.rows[index], self.subject
+        dtype, many = loaded_dtype(recipe), self.processes > 1
         load = Load(
             rows=stage.batch_size,
             length=rows.length,
-            plans=self._plans(rows),
+            plans=tuple(map(subject.plan, rows.sizes or [None] * rows.images)),
             supervised=rows.supervised,
             padded=stage.packing or (rows.uneven and stage.batch_size > 1),
-            width=subject.width,
+            width=subject.shape.hidden_size,
             dtype=dtype,
-        )
-        step = simulate(
-            model,
-            load,
             precision=stage.precision or "bf16",
             device=self.device,
             checkpointing=stage.gradient_checkpointing,
             accumulates=stage.accumulate > 1 and not many,
             gradients_leave=many,
         )
-        self._opened[key] = model, step
-        return model, step
+        key = index, load, tuple(stage.train), recipe.quantization, recipe.attention
+        if key not in self._opened:
+            record = subject.record.model_copy(update={"workflow": stage.workflow})
+            loaded = load.width, dtype, recipe.quantization, recipe.attention
+            model = meta_model(record, subject.config, *loaded)
+            open_stage(model, stage)
+            model.train()
+            self._opened[key] = model, simulate(model, load)
+        return self._opened[key]
 
-    def _plans(self, rows: RowSizes) -> list[Plan]:
-        """Return the plans of the images of the row that has the most."""
-        if rows.sizes:
-            return [self.subject.plan(size) for size in rows.sizes]
-        return [self.subject.plan(None)] * rows.images if rows.images else []
-
-    def _tower(self, recipe: Recipe, rows: RowSizes, images: int) -> tuple[int, int]:
+    def _tower(self, dtype: torch.dtype, rows: RowSizes, images: int) -> tuple[int, int]:
         """Return the bytes of the tower's weights, and what it holds beside them while it runs."""
-        dtype = loaded_dtype(recipe)
         largest = max(rows.sizes, key=lambda size: self.subject.plan(size).entries, default=None)
-        key = (images, largest, dtype)
+        key = images, largest, dtype
         if key not in self._towers:
-            if self._outline is None:
-                self._outline = self.subject.outline()
-            weights = count_of(self._outline.module) * dtype.itemsize
-            seeing = 0
-            if images:
-                plans = [self.subject.plan(largest)] * images
-                seeing = simulate_tower(self._outline, largest, plans, dtype)
-            self._towers[key] = weights, seeing
+            tower = self.subject.tower
+            plans = [self.subject.plan(largest) for _ in range(images)]
+            seeing = simulate_tower(tower, largest, plans, dtype) if images else 0
+            self._towers[key] = count_of(tower) * dtype.itemsize, seeing
         return self._towers[key]
 
 

@@ -1,19 +1,18 @@
-"""What an estimate is made for: a run or a recipe, with changes, and rows or their length."""
+"""Subject of an estimate: a run or a recipe, with changes, and rows or their length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from mmgraft.basefiles import ModelFiles
 from mmgraft.basefiles.files import fetch_tokenizer
 from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
-from mmgraft.model.files.processor import load_processor
-from mmgraft.recipes.recipe import Recipe, Stage
+from mmgraft.model.files.load import load_processor
+from mmgraft.recipes.recipe import Stage
 from mmgraft.recipes.source import find_recipe, load_recipe, with_data
 from mmgraft.training.distributed import parallel
 from mmgraft.training.memory.estimate import Estimator
@@ -21,21 +20,6 @@ from mmgraft.training.memory.rows import RowSizes, assumed, measured
 from mmgraft.training.memory.subject import Subject, subject_of_recipe, subject_of_run
 from mmgraft.training.run import RECIPE, USED_RECIPE, Plan, recipe_file
 from mmgraft.training.stage_data import StageData, check_rows, with_template
-
-
-@dataclass(frozen=True)
-class Request:
-    """A recipe that is to be estimated, resolved, with all that the estimate needs."""
-
-    recipe: Recipe
-    subject: Subject
-    rows: list[RowSizes]
-    device: str
-    processes: int = 1
-
-    def estimator(self) -> Estimator:
-        """Ready to estimate the recipe and its variations."""
-        return Estimator(self.subject, self.rows, self.device, self.processes)
 
 
 def read_request(
@@ -50,7 +34,7 @@ def read_request(
     length: int | None = None,
     device: str = "cuda",
     processes: int = 1,
-) -> Request:
+) -> Estimator:
     """Read what an estimate needs; of base and tower that is configs and tokenizer only.
 
     Args:
@@ -63,7 +47,7 @@ def read_request(
         overrides: ``key=value`` texts for the recipe.
         length: Positions of a row, images counted; then no data are read.
         device: ``cuda`` or ``cpu``.
-        processes: How many train together, in the way of the recipe's `parallel`.
+        processes: How many train together, in the way of the recipe's ``parallel``.
 
     Raises:
         UsageError: Anything that is not there or does not fit, with what to do instead.
@@ -83,7 +67,7 @@ def read_request(
     resolved = with_data(loaded, data, images).resolved(subject.record.workflow)
     reader = _Reader(subject, resolved.on_bad_row)
     rows = [reader.sizes(stage, length, resolved.seed) for stage in resolved.stages]
-    return Request(resolved, subject, rows, device, processes)
+    return Estimator(resolved, subject, rows, device, processes)
 
 
 def estimator_of_plan(plan: Plan) -> Estimator:
@@ -93,7 +77,7 @@ def estimator_of_plan(plan: Plan) -> Estimator:
     sizes = [
         reader.of_rows(rows, stage) for stage, rows in zip(plan.stages, plan.rows, strict=True)
     ]
-    return Estimator(subject, sizes, plan.device, parallel.processes())
+    return Estimator(plan.recipe, subject, sizes, plan.device, parallel.processes())
 
 
 class _Reader:
@@ -103,38 +87,32 @@ class _Reader:
         self.subject = subject
         self.on_bad_row = on_bad_row
         self.data = StageData(on_bad_row)
-        self._plain: GraftProcessor | None = None
 
     def sizes(self, stage: Stage, length: int | None, seed: int) -> RowSizes:
-        if length is not None:
-            return assumed(length, self.subject.positions.fixed, "--length", stage.packing)
         entries = stage.data or []
-        if entries and all(entry.path for entry in entries):
+        if length is None and entries and all(entry.path for entry in entries):
             rows = self.data.rows(entries, seed, stage.image_share)
             check_rows(rows, stage.name, stage.text_rows)
             return self.of_rows(rows, stage)
-        if stage.max_length is not None:
-            source = "max_length; no data are named"
-            return assumed(stage.max_length, self.subject.positions.fixed, source, stage.packing)
-        raise UsageError(
-            f"stage {stage.name!r} names neither data nor max_length: give --length, the positions "
-            "of a row with its image, or --data FILE"
-        )
+        source = "max_length; no data are named" if length is None else "--length"
+        length = stage.max_length if length is None else length
+        if length is None:
+            raise UsageError(
+                f"stage {stage.name!r} names neither data nor max_length: give --length, the "
+                "positions of a row with its image, or --data FILE"
+            )
+        return assumed(length, self.subject.positions.fixed, source, stage.packing)
 
     def of_rows(self, rows: Sequence[Row], stage: Stage) -> RowSizes:
         """Measure rows that are read already."""
+        processor = with_template(self.processor, stage.template)
         skip_bad = self.on_bad_row == "skip"
         sizes = stage.max_length, stage.text_rows, stage.packing
-        return measured(rows, self.processor(stage), *sizes, skip_bad)
+        return measured(rows, processor, *sizes, skip_bad)
 
-    def processor(self, stage: Stage) -> GraftProcessor:
-        if self._plain is None:
-            folder = _tokenizer_folder(self.subject.files)
-            self._plain = load_processor(self.subject.record, folder, self.subject.shape)
-        return with_template(self._plain, stage.template)
-
-
-def _tokenizer_folder(files: ModelFiles) -> Path:
-    if Path(files.id).is_absolute() or files.id.startswith("./"):
-        return files.path
-    return fetch_tokenizer(files.id, files.revision)
+    @cached_property
+    def processor(self) -> GraftProcessor:
+        files = self.subject.files
+        local = Path(files.id).is_absolute() or files.id.startswith("./")
+        folder = files.path if local else fetch_tokenizer(files.id, files.revision)
+        return load_processor(self.subject.record, folder, self.subject.shape)

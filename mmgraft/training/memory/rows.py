@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -56,54 +56,53 @@ def measured(
         rows: Of the stage.
         processor: For ids.
         max_length: Where rows are cut.
-        text_rows: "skip" leaves rows without an image out.
+        text_rows: ``skip`` leaves rows without an image out.
         packing: Several rows stand in one sequence.
         skip_bad: Leave out rows that cannot be used.
 
     Raises:
-        UsageError: A row that cannot be used; with `skip_bad`, where none of the longest can.
+        UsageError: A row that cannot be used; with ``skip_bad``, where none of the longest can.
     """
     kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
     facts = facts_of(kept)
-    weights = facts.letters.astype(np.int64)
+    weights = facts.characters.astype(np.int64)
     each = processor.image_positions.fixed or _POSITIONS
-    weights += _CHARACTERS * each * facts.pictures.astype(np.int64)
+    weights += _CHARACTERS * each * facts.images.astype(np.int64)
     longest = [kept[int(at)] for at in np.argsort(-weights, kind="stable")[:TOKENISED]]
-    lengths, images, supervised = [], [], []
-    most: Encoded | None = None  # the row with the most image positions
-    for at, row in enumerate(longest):
+    encoded = _usable(longest, processor, max_length, skip_bad)
+    lengths = [len(one) for one in encoded]
+    images = [len(one.images) for one in encoded]
+    supervised = [sum(label != -100 for label in one.labels) for one in encoded]
+    most = max(encoded, key=lambda one: sum(one.kinds))  # the row with the most image positions
+    if packing and max_length is not None:
+        # A sequence full of the rows that hold the most images and answers for their length.
+        shown, learnt = (
+            max(max_length * n // length for n, length in zip(counts, lengths, strict=True))
+            for counts in (images, supervised)
+        )
+        sizes, source = most.sizes * (max_length // len(most)), f"packed, from {len(kept)} rows"
+        return RowSizes(max_length, shown, learnt, True, source, sizes)
+    uneven = len(kept) > len(longest) or len(set(lengths)) > 1
+    source = f"longest of {len(kept)} rows"
+    shown = len(most.sizes) or max(images)
+    return RowSizes(max(lengths), shown, max(supervised), uneven, source, most.sizes)
+
+
+def _usable(
+    rows: Sequence[Row], processor: GraftProcessor, max_length: int | None, skip_bad: bool
+) -> list[Encoded]:
+    """Encode rows as training does, without those that cannot be used where it skips them."""
+    found: list[Encoded] = []
+    for at, row in enumerate(rows):
         try:
             encoded = supervise_row(processor, row)
             if max_length is not None and len(encoded) > max_length:
                 encoded = cut(encoded, max_length, row.where)
+            found.append(encoded)
         except UsageError:
-            if skip_bad and (lengths or at + 1 < len(longest)):
-                continue
-            raise
-        lengths.append(len(encoded))
-        images.append(len(encoded.images))
-        supervised.append(sum(label != -100 for label in encoded.labels))
-        if most is None or sum(encoded.kinds) > sum(most.kinds):
-            most = encoded
-    sizes = () if most is None else most.sizes
-    if packing and max_length is not None:
-        found = _of_sequences(max_length, lengths, images, supervised, len(kept))
-        return replace(found, sizes=sizes * (max_length // len(most))) if most and sizes else found
-    uneven = len(kept) > len(longest) or len(set(lengths)) > 1
-    source = f"longest of {len(kept)} rows"
-    shown = len(sizes) or max(images)
-    return RowSizes(max(lengths), shown, max(supervised), uneven, source, sizes)
-
-
-def _of_sequences(
-    room: int, lengths: list[int], images: list[int], supervised: list[int], rows: int
-) -> RowSizes:
-    """Fill a sequence with the rows that hold the most images and answers for their length."""
-
-    def most(counts: list[int]) -> int:
-        return max(room * count // length for count, length in zip(counts, lengths, strict=True))
-
-    return RowSizes(room, most(images), most(supervised), True, f"packed, from {rows} rows")
+            if not skip_bad or (not found and at + 1 == len(rows)):
+                raise
+    return found
 
 
 def assumed(length: int, patches: int | None, source: str, packing: bool = False) -> RowSizes:

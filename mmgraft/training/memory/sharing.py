@@ -1,4 +1,4 @@
-"""What one process holds: its optimizer, and its share where several train together.
+"""Memory of one process: its optimizer, and its share where several train together.
 
 These are counts by what each way does, worked out by hand in its tests; none was compared with a
 measured peak.
@@ -6,7 +6,7 @@ measured peak.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,25 +40,26 @@ class Groups:
     trained: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Share:
     """Bytes of one process.
 
     Attributes:
-        weights: That it keeps all the time, by dtype.
-        gathered: Weights that are whole for as long as they are computed with, beside these.
-        gradients: That it keeps.
+        weights: Of base, graft and projector that it keeps all the time, by dtype; ``nf4`` with its
+            constants.
+        gradients: That it keeps of what is trained, in fp32.
         optimizer: Its state.
         scratch: Of the optimizer's step.
+        gathered: Weights of other processes that are whole here while they are computed with.
         passing: Gradients that are whole on their way to the others.
     """
 
     weights: dict[str, int]
-    gathered: int
     gradients: int
     optimizer: int
     scratch: int
-    passing: int
+    gathered: int = 0
+    passing: int = 0
 
 
 def groups_of(model: GraftedModel) -> Groups:
@@ -76,43 +77,41 @@ def groups_of(model: GraftedModel) -> Groups:
     return Groups(max(sizes), whole - sum(sizes), max(*trained, every - sum(trained)))
 
 
-def share(
-    way: Parallel,
-    processes: int,
-    *,
-    weights: Mapping[str, int],
-    trained: int,
-    optimizer: int,
-    scratch: int,
-    groups: Groups,
-) -> Share:
+def whole_share(model: GraftedModel, optimizer: Optimizer, device: str) -> Share:
+    """Count what a process holds of a model that it trains alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Share(
+        weights=weights_of(model),
+        gradients=sum(4 * p.numel() for p in trained),
+        optimizer=state_bytes(model, trained, optimizer, device),
+        scratch=scratch_bytes(trained, optimizer, device),
+    )
+
+
+def share(whole: Share, groups: Groups, way: Parallel, processes: int) -> Share:
     """Count what one process holds of a model.
 
     Args:
-        way: The recipe's `parallel`.
-        processes: How many share it; one holds everything.
-        weights: Bytes of base, graft and projector, by dtype.
-        trained: How many numbers are trained.
-        optimizer: Bytes of its whole state.
-        scratch: Of a step of the whole.
+        whole: What it would hold alone.
         groups: What is gathered together.
+        way: The recipe's ``parallel``.
+        processes: How many share it; one holds everything.
     """
+    if processes == 1 or way == "ddp":
+        return whole
 
     def part(size: int) -> int:
         return -(-size // processes)
 
-    gradients = 4 * trained
-    if processes == 1 or way == "ddp":
-        return Share(dict(weights), 0, gradients, optimizer, scratch, 0)
     # The rest stays whole from its forward to its backward; one layer runs, one is on its way.
     # Gradients of two groups: one is computed, one is being summed over all processes.
     return Share(
-        weights={name: part(size) for name, size in weights.items()},
-        gathered=min(groups.rest + 2 * groups.layer, sum(weights.values())),
-        gradients=part(gradients),
-        optimizer=part(optimizer),
-        scratch=part(scratch),
-        passing=min(2 * 4 * groups.trained, gradients),
+        weights={name: part(size) for name, size in whole.weights.items()},
+        gradients=part(whole.gradients),
+        optimizer=part(whole.optimizer),
+        scratch=part(whole.scratch),
+        gathered=min(groups.rest + 2 * groups.layer, sum(whole.weights.values())),
+        passing=min(2 * 4 * groups.trained, whole.gradients),
     )
 
 

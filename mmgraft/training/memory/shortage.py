@@ -68,7 +68,7 @@ def warning(plan: Plan) -> str | None:
     if free is None or plan.first >= len(plan.stages):
         return None
     try:
-        stages = estimator_of_plan(plan).stages(plan.recipe, plan.first)
+        stages = estimator_of_plan(plan).stages(first=plan.first)
     except MMGraftError:
         return None
     here = 1 if plan.device == "cuda" else processes_here()

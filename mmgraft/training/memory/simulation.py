@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -17,13 +18,14 @@ from mmgraft.grafts.computing import as_if_on
 from mmgraft.model.images import Images
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.training.memory.ledger import Ledger
-from mmgraft.training.memory.stand_in import Outline, without_values
+from mmgraft.training.memory.stand_in import without_values
 from mmgraft.vision.plan import Plan, Size
+from mmgraft.vision.towers.base import VisionTower
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one forward pass is given.
+    """One step: what its forward pass is given, and how it is computed.
 
     Attributes:
         rows: In the batch.
@@ -33,15 +35,25 @@ class Load:
         padded: Rows differ in length, so that attention gets a mask.
         width: Of the tower's features.
         dtype: Of the tower's features.
+        precision: ``bf16`` computes under autocast.
+        device: ``cuda`` or ``cpu``: whose path the code takes, and whose casts are made.
+        checkpointing: Recompute layers in the backward pass.
+        accumulates: Gradients of an earlier pass are held already.
+        gradients_leave: Each gradient goes elsewhere as soon as it is made.
     """
 
     rows: int
     length: int
-    plans: list[Plan]
+    plans: tuple[Plan, ...]
     supervised: int
     padded: bool
     width: int
     dtype: torch.dtype
+    precision: str = "bf16"
+    device: str = "cuda"
+    checkpointing: bool = False
+    accumulates: bool = False
+    gradients_leave: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,46 +105,32 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if _is_half(tensor) else tensor
 
 
-def simulate(
-    model: GraftedModel,
-    load: Load,
-    *,
-    precision: str,
-    device: str,
-    checkpointing: bool,
-    accumulates: bool,
-    gradients_leave: bool = False,
-) -> Step:
+def simulate(model: GraftedModel, load: Load) -> Step:
     """Run one step of a stage's model, opened for the stage; its parameters become fake ones.
 
     Args:
         model: On the meta device, with one workflow.
-        load: The batch.
-        precision: ``bf16`` computes under autocast.
-        device: ``cuda`` or ``cpu``: whose path the code takes, and whose casts are made.
-        checkpointing: Recompute layers in the backward pass.
-        accumulates: Gradients of an earlier pass are held already.
-        gradients_leave: Each gradient goes elsewhere as soon as it is made.
+        load: The step.
 
     Raises:
         MMGraftError: This base computes sizes from values, so that it cannot run without them.
     """
-    model.gradient_checkpointing = checkpointing
-    bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    model.gradient_checkpointing = load.checkpointing
+    bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=load.precision == "bf16")
     layers: list[int] = []
     try:
-        with without_values(model), as_if_on(device), contextlib.ExitStack() as hooks:
+        with without_values(model), as_if_on(load.device), contextlib.ExitStack() as hooks:
             trained = [p for p in model.parameters() if p.requires_grad]
             ledger = hooks.enter_context(Ledger([*model.parameters(), *model.buffers()]))
             for parameter in trained:
-                if accumulates:
+                if load.accumulates:
                     parameter.grad = torch.empty_like(parameter)
-                if gradients_leave:
+                if load.gradients_leave:
                     leaves = parameter.register_post_accumulate_grad_hook(_drop_gradient)
                     hooks.callback(leaves.remove)
             for layer in decoder_layers(model.base, model.anatomy):
                 _watch(layer, ledger, layers, hooks)
-            hooks.enter_context(_CudaCasts() if device == "cuda" else contextlib.nullcontext())
+            hooks.enter_context(_CudaCasts() if load.device == "cuda" else contextlib.nullcontext())
             with bf16:
                 loss = _loss(model, load)
             kept = ledger.now
@@ -146,15 +144,14 @@ def simulate(
 
 
 def simulate_tower(
-    outline: Outline, size: Size | None, plans: list[Plan], dtype: torch.dtype
+    tower: VisionTower, size: Size | None, plans: list[Plan], dtype: torch.dtype
 ) -> int:
     """Count the bytes that the tower needs at once to see images of one size."""
-    module = outline.module
-    pixels = torch.empty_like(outline.pixels(size, len(plans)), device="meta")
-    with without_values(module, dtype):
-        with Ledger([*module.parameters(), *module.buffers()]) as ledger, torch.no_grad():
-            pixels = torch.empty(pixels.shape)
-            outline.features(module, pixels.to(dtype), plans)  # both live: pixels come in fp32
+    one, *shape = tower.preprocess([Image.new("RGB", size or (64, 64))]).shape
+    with without_values(tower, dtype):
+        with Ledger([*tower.parameters(), *tower.buffers()]) as ledger, torch.no_grad():
+            pixels = torch.empty(one * len(plans), *shape)
+            tower.encode(pixels.to(dtype), plans)  # both live: pixels come in fp32
         return ledger.peak
 
 

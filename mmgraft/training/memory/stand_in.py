@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,25 +18,9 @@ from mmgraft.anatomy import get_path, skeleton
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import build_workflow
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.vision.plan import Plan, Size
 
 _BLOCK, _NESTED = 64, 256  # numbers that share a constant; constants that share one
 _TABLES = 16 * 4 + 256 * 4 + 4  # the two code tables of a layer, and the constants' offset
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A tower without weights.
-
-    Attributes:
-        module: On the meta device.
-        pixels: Called with an image's size (None: any) and how many there are.
-        features: Called with the module, pixels and a plan for each image.
-    """
-
-    module: nn.Module
-    pixels: Callable[[Size | None, int], Tensor]
-    features: Callable[[Any, Tensor, list[Plan]], Tensor]
 
 
 def meta_model(
@@ -72,27 +55,19 @@ def meta_model(
 
 def weights_of(module: nn.Module) -> dict[str, int]:
     """Count the bytes of parameters by dtype, each tensor once; of 4-bit layers under ``nf4``."""
-    packed, others = _split(module)
-    found = {"nf4": sum(part.nbytes for part in packed)} if packed else {}
-    for parameter in others:
-        name = str(parameter.dtype).removeprefix("torch.")
-        found[name] = found.get(name, 0) + parameter.numel() * parameter.element_size()
+    found: dict[str, int] = {}
+    for parameter in module.parameters():
+        packed = parameter.dtype == torch.uint8
+        name = "nf4" if packed else str(parameter.dtype).removeprefix("torch.")
+        found[name] = found.get(name, 0) + parameter.nbytes
     return found
 
 
 def count_of(module: nn.Module) -> int:
     """Count the numbers in all parameters, those of 4-bit layers as what they stand for."""
-    packed, others = _split(module)
-    return sum(one.in_features * one.out_features for one in packed) + sum(
-        one.numel() for one in others
-    )
-
-
-def _split(module: nn.Module) -> tuple[list[FourBitLinear], list[nn.Parameter]]:
-    """Find the 4-bit layers of a module, and all parameters that are not packed in them."""
     packed = [part for part in module.modules() if isinstance(part, FourBitLinear)]
-    inside = {id(one) for part in packed for one in part.packed}
-    return packed, [one for one in module.parameters() if id(one) not in inside]
+    whole = sum(one.numel() for one in module.parameters() if one.dtype != torch.uint8)
+    return whole + sum(one.in_features * one.out_features for one in packed)
 
 
 class FourBitLinear(nn.Module):
@@ -105,21 +80,12 @@ class FourBitLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
-        blocks = -(-in_features * out_features // _BLOCK)
-        self.weight = _frozen(-(-in_features * out_features // 2), torch.uint8)
-        self.constants = _frozen(blocks, torch.uint8)
-        self.scales = _frozen(-(-blocks // _NESTED), torch.float32)
+        size = in_features * out_features
+        blocks = -(-size // _BLOCK)
+        self.nbytes = -(-size // 2) + blocks + 4 * -(-blocks // _NESTED) + _TABLES
+        packed = torch.empty(self.nbytes, dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = bias
-
-    @property
-    def packed(self) -> tuple[nn.Parameter, ...]:
-        """The weights and their constants."""
-        return self.weight, self.constants, self.scales
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights with their constants."""
-        return sum(one.numel() * one.element_size() for one in self.packed) + _TABLES
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``."""
@@ -129,10 +95,6 @@ class FourBitLinear(nn.Module):
     def unpacked(self) -> Tensor:
         """Return the weights ``(out, in)``."""
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype)
-
-
-def _frozen(size: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
 
 
 class _FourBit(torch.autograd.Function):
@@ -166,24 +128,18 @@ def without_values(module: nn.Module, dtype: torch.dtype | None = None) -> Itera
     ``dtype`` is what its floating point tensors get; None leaves theirs.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made: dict[int, nn.Parameter] = {}
+        made: dict[Tensor, Tensor] = {}  # so that tied tensors stay tied
         for part in module.modules():
-            _empty(part, made, dtype)
+            for held in (part._parameters, part._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        if tensor not in made:
+                            made[tensor] = _empty_like(tensor, dtype)
+                        held[name] = made[tensor]  # pyright: ignore[reportArgumentType]
         yield
 
 
-def _empty(part: nn.Module, made: dict[int, nn.Parameter], dtype: torch.dtype | None) -> None:
-    def like(tensor: Tensor) -> Tensor:
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return torch.empty(tensor.shape, dtype=wanted)
-
-    for name, parameter in part._parameters.items():
-        if parameter is None:
-            continue
-        if id(parameter) not in made:
-            made[id(parameter)] = nn.Parameter(like(parameter), parameter.requires_grad)
-            made[id(made[id(parameter)])] = made[id(parameter)]  # met again where it is tied
-        part._parameters[name] = made[id(parameter)]
-    for name, buffer in part._buffers.items():
-        if buffer is not None:
-            part._buffers[name] = like(buffer)
+def _empty_like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    empty = torch.empty(tensor.shape, dtype=wanted)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

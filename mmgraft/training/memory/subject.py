@@ -1,14 +1,13 @@
-"""What is to be trained, as far as configs tell: a run's graft, or a recipe's that is not made."""
+"""The graft that is to be trained, as configs describe it: a run's, or one of a recipe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mmgraft.aliases import default_tower, resolve_alias
@@ -19,10 +18,9 @@ from mmgraft.model.files.graft_file import OWN_BASE, BaseReference, GraftFile, I
 from mmgraft.model.files.load import local_tower
 from mmgraft.model.files.summary import locate
 from mmgraft.recipes.recipe import Recipe
-from mmgraft.training.memory.stand_in import Outline
-from mmgraft.vision.plan import Plan, Size
-from mmgraft.vision.positions import ImagePositions
+from mmgraft.vision.plan import ImagePositions, Plan, Size
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
+from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import TowerShape, describe_tower, load_tower
 
 
@@ -45,11 +43,6 @@ class Subject:
     shape: TowerShape
 
     @property
-    def width(self) -> int:
-        """Width of the tower's features."""
-        return self.shape.hidden_size
-
-    @property
     def positions(self) -> ImagePositions:
         """Positions of an image."""
         return self.shape.positions(self.record.projector)
@@ -62,23 +55,14 @@ class Subject:
         assert size is not None
         return plan(size)
 
-    def outline(self) -> Outline:
+    @cached_property
+    def tower(self) -> VisionTower:
         """Build the tower without weights; one of a registered kind has no config and is loaded."""
         if self.vision.kind != TRANSFORMERS_KIND:
-            tower = load_tower(self.vision)
-
-            def pixels(size: Size | None, images: int) -> Tensor:
-                return tower.preprocess([Image.new("RGB", size or (64, 64))] * images)
-
-            return Outline(tower, pixels, lambda module, x, plans: module.encode(x, plans))
+            return load_tower(self.vision)
         from mmgraft.vision.towers.transformers import outline
 
-        module, features, size = outline(self.vision)
-        return Outline(
-            module,
-            lambda _, images: torch.empty(images, 3, *size),
-            lambda module, x, _: features.features(module, x),
-        )
+        return outline(self.vision)
 
 
 def subject_of_run(run: Path, base: str | None = None, vision: str | None = None) -> Subject:

@@ -19,16 +19,19 @@ class Switch:
     """One setting.
 
     Attributes:
-        name: The key of the recipe.
         text: What to write.
         costs: What is lost by it, in words.
         change: The recipe with it set; the same recipe where it is set already or cannot be.
     """
 
-    name: str
     text: str
     costs: str
     change: Callable[[Recipe], Recipe]
+
+    @property
+    def name(self) -> str:
+        """The key of the recipe."""
+        return self.text.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,9 @@ def _one_row(stage: Stage) -> dict[str, object]:
 def _in_8bit(recipe: Recipe) -> Recipe:
     if recipe.parallel != "ddp":
         return recipe  # refused together
-
-    def change(stage: Stage) -> dict[str, object]:
-        return {"optimizer": "adamw_8bit"} if stage.optimizer == "adamw" else {}
-
-    return _every_stage(change)(recipe)
+    return _every_stage(
+        lambda stage: {"optimizer": "adamw_8bit"} if stage.optimizer == "adamw" else {}
+    )(recipe)
 
 
 def _cached(recipe: Recipe) -> Recipe:
@@ -82,34 +83,24 @@ def _in_pieces(recipe: Recipe) -> Recipe:
 
 
 SWITCHES: tuple[Switch, ...] = (
-    Switch("feature_cache", "feature_cache: true", "disk space for the features", _cached),
+    Switch("feature_cache: true", "disk space for the features", _cached),
     Switch(
-        "gradient_checkpointing",
         "gradient_checkpointing: true",
         "a second forward pass of every layer",
         _every_stage(lambda stage: {"gradient_checkpointing": True}),
     ),
     Switch(
-        "batch_size",
         "batch_size: 1, with accumulate times the batch_size of now",
         "speed; the steps stay the same",
         _every_stage(_one_row),
     ),
-    Switch("optimizer", "optimizer: adamw_8bit", "rounded moments; needs bitsandbytes", _in_8bit),
-    Switch(
-        "quantization",
-        "quantization: nf4",
-        "a base with rounded weights; needs bitsandbytes",
-        _in_4bit,
-    ),
+    Switch("optimizer: adamw_8bit", "rounded moments; needs bitsandbytes", _in_8bit),
+    Switch("quantization: nf4", "a base with rounded weights; needs bitsandbytes", _in_4bit),
 )
 """In the order in which they are tried: what changes least first."""
 
 SEVERAL = Switch(
-    "parallel",
-    "parallel: fsdp2",
-    "weights that travel between the processes in every step",
-    _in_pieces,
+    "parallel: fsdp2", "weights that travel between the processes in every step", _in_pieces
 )
 """What several processes have beside these; it is tried first."""
 
@@ -124,15 +115,15 @@ def peak_of(stages: Sequence[StageEstimate]) -> int:
     return max(stage.peak for stage in stages)
 
 
-def savings(estimator: Estimator, recipe: Recipe, first: int = 0) -> list[Saving]:
+def savings(estimator: Estimator) -> list[Saving]:
     """Find what each switch saves by itself, the largest saving first, without those of nothing."""
-    before = peak_of(estimator.stages(recipe, first))
+    recipe, before = estimator.recipe, peak_of(estimator.stages())
     found: list[Saving] = []
     for switch in switches_for(estimator.processes):
         changed = switch.change(recipe)
         if changed == recipe:
             continue
-        peak = peak_of(estimator.stages(changed, first))
+        peak = peak_of(estimator.stages(changed))
         if before - peak > _WORTH * before:
             found.append(Saving(switch.name, switch.text, switch.costs, before - peak, peak))
     return sorted(found, key=lambda saving: -saving.saves)

@@ -1,4 +1,4 @@
-"""What every projector implements, and the two linear layers that most of them end with."""
+"""The class that every projector implements, and what most of them need."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mmgraft.vision.plan import Plan
 class Projector(nn.Module):
     """From a tower's features to vectors of the base's embedding width.
 
-    A subclass makes its modules from its settings, implements `forward`, and has settings whose
-    `counts` tells the number of its vectors from a plan alone.
+    A subclass makes its modules from its settings, implements ``forward``, and has settings whose
+    ``counts`` tells the number of its vectors from a plan alone.
 
     Attributes:
         config: Its settings.

@@ -39,24 +39,19 @@ class ProjectorKind:
 
 def _built_in(name: str, title: str, config: type[ProjectorConfig], module: str) -> ProjectorKind:
     def load() -> type[Projector]:
-        return getattr(import_module(f"mmgraft.vision.projectors.{name}"), module)
+        return getattr(import_module("mmgraft.vision.projectors.built_in"), module)
 
     return ProjectorKind(name, title, config, load)
 
 
+_SHUFFLE = "k x k neighbours side by side, then two linear layers"
+_POOL = "the mean of k x k neighbours, then two linear layers"
 _KINDS: Kinds[ProjectorKind] = Kinds("projector", "mmgraft.projectors", lambda _, kind: kind)
 for _kind in (
     _built_in("mlp", "two linear layers", MlpConfig, "MlpProjector"),
     _built_in("linear", "one linear layer", LinearConfig, "LinearProjector"),
-    _built_in(
-        "pixel_shuffle",
-        "k x k neighbours side by side, then two linear layers",
-        PixelShuffleConfig,
-        "PixelShuffleProjector",
-    ),
-    _built_in(
-        "pool", "the mean of k x k neighbours, then two linear layers", PoolConfig, "PoolProjector"
-    ),
+    _built_in("pixel_shuffle", _SHUFFLE, PixelShuffleConfig, "PixelShuffleProjector"),
+    _built_in("pool", _POOL, PoolConfig, "PoolProjector"),
 ):
     _KINDS.register(_kind.name, _kind)
 projectors, find_projector, unregister_projector = _KINDS.names, _KINDS.find, _KINDS.unregister
@@ -66,7 +61,7 @@ def register_projector(kind: ProjectorKind) -> None:
     """Make a projector known in this process.
 
     A package offers one to every process by an entry point in the group ``mmgraft.projectors``:
-    its name is the kind's, its value the `ProjectorKind`.
+    its name is the kind's, its value the ``ProjectorKind``.
 
     Raises:
         UsageError: The name is taken.

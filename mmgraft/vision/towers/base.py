@@ -24,15 +24,15 @@ _EDGE_BYTES = 16 * 1024
 class VisionTower(nn.Module):
     """A frozen image encoder.
 
-    A subclass sets the attributes below and implements `preprocess` and `identity`; one whose
-    images all take the same plan also sets `fixed_plan` and implements `forward`, any other one
-    implements `plan` and `encode`.
+    A subclass sets the attributes below and implements ``preprocess`` and ``identity``; one whose
+    images all take the same plan also sets ``fixed_plan`` and implements ``forward``, any other one
+    implements ``plan`` and ``encode``.
 
     Attributes:
         spec: The spec that loads this tower again, with nothing left to a default.
         hidden_size: Width of a feature vector.
         fixed_plan: The plan of every image; None where it depends on an image's size.
-        image_size: (height, width) of the pixels that `preprocess` returns, where it is fixed.
+        image_size: (height, width) of the pixels that ``preprocess`` returns, where it is fixed.
     """
 
     spec: VisionSpec
@@ -73,7 +73,7 @@ class VisionTower(nn.Module):
         """Return the features of preprocessed images, image after image.
 
         Args:
-            pixels: From `preprocess`.
+            pixels: From ``preprocess``.
             plans: One an image.
 
         Returns:
@@ -84,7 +84,7 @@ class VisionTower(nn.Module):
 
     @abstractmethod
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pixels for `encode`: images of any size and mode -> float32 on the CPU.
+        """Pixels for ``encode``: images of any size and mode -> float32 on the CPU.
 
         (n, 3, H, W) of a tower with a fixed plan; of another one in a shape of its own, all images
         in one tensor.
@@ -93,14 +93,14 @@ class VisionTower(nn.Module):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """All but the weights that decides the features (JSON).
+        """Return all but the weights that decides the features (JSON).
 
         Config, layer, preprocessing and, where plans are not fixed, the rule that makes them.
         """
         raise NotImplementedError
 
     def save(self, folder: str | Path) -> VisionSpec:
-        """Write into `folder` what is needed to load the tower without its source.
+        """Write into ``folder`` what is needed to load the tower without its source.
 
         Returns:
             The spec that loads it from there. A kind whose weights come with an installed package
@@ -130,8 +130,9 @@ class VisionTower(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of what decides the features; computed once, at the first call.
 
-        It covers `identity` and, of every tensor, name, dtype, shape and the first and last 16 KiB.
-        `load_tower` calls it before any cast, so that the dtype of the computation is not in it.
+        It covers ``identity`` and, of every tensor, name, dtype, shape and the first and last 16
+        KiB. ``load_tower`` calls it before any cast, so that the dtype of the computation is not in
+        it.
         """
         if self._fingerprint is None:
             self._fingerprint = fingerprint_tensors(self.identity(), self.state_dict())

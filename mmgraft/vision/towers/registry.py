@@ -8,8 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.vision.kinds import Kinds
-from mmgraft.vision.plan import Plan, Size
-from mmgraft.vision.positions import ImagePositions
+from mmgraft.vision.plan import ImagePositions, Plan, Size
 from mmgraft.vision.projectors.configs import ProjectorConfig
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 
@@ -39,11 +38,11 @@ class TowerShape:
 
     @classmethod
     def of(cls, tower: VisionTower) -> TowerShape:
-        """The shape of a loaded tower."""
+        """Return the shape of a loaded tower."""
         return cls(tower.hidden_size, tower.fixed_plan or tower.plan)
 
     def positions(self, projector: ProjectorConfig) -> ImagePositions:
-        """How many positions an image takes with a projector."""
+        """Return how many positions an image takes with a projector."""
         return ImagePositions(projector.counts, self.plan)
 
 
@@ -61,15 +60,12 @@ class TowerKind:
 
 
 def _built_in(name: str, module: str) -> TowerKind:
-    """A kind whose module, with ``load`` and ``describe``, is imported when it is asked."""
+    """Return a kind whose module, with ``load`` and ``describe``, is imported when it is needed."""
 
-    def call(function: str) -> Callable[[VisionSpec], Any]:
-        def run(spec: VisionSpec) -> Any:
-            return getattr(import_module(f"mmgraft.vision.towers.{module}"), function)(spec)
+    def home() -> Any:
+        return import_module(f"mmgraft.vision.towers.{module}")
 
-        return run
-
-    return TowerKind(name, call("load"), call("describe"))
+    return TowerKind(name, lambda spec: home().load(spec), lambda spec: home().describe(spec))
 
 
 def _of_entry_point(name: str, value: Any) -> TowerKind:
@@ -87,13 +83,13 @@ def register_tower(kind: str, loader: Loader, describe: Describer | None = None)
     """Make a tower kind known in this process.
 
     A package offers one to every process by an entry point in the group ``mmgraft.towers``: its
-    name is the kind, its value a loader or a `TowerKind`.
+    name is the kind, its value a loader or a ``TowerKind``.
 
     Args:
-        kind: The name that `VisionSpec.kind` gives it.
-        loader: Called with the spec; returns a `VisionTower` on the CPU, in the dtype its weights
-            are stored in. `load_tower` freezes, fingerprints, casts and moves it.
-        describe: Called with the spec; returns the `TowerShape` without loading weights. Without
+        kind: The name that ``VisionSpec.kind`` gives it.
+        loader: Called with the spec; returns a ``VisionTower`` on the CPU, in the dtype its weights
+            are stored in. ``load_tower`` freezes, fingerprints, casts and moves it.
+        describe: Called with the spec; returns the ``TowerShape`` without loading weights. Without
             it the tower is loaded to learn its shape.
 
     Raises:
@@ -110,7 +106,7 @@ def load_tower(
     """Load a tower: frozen, in eval mode, fingerprinted, then cast and moved.
 
     Args:
-        spec: A spec, or a name for `VisionSpec.from_name`.
+        spec: A spec, or a name for ``VisionSpec.from_name``.
         dtype: Dtype to compute in; None keeps the one of the stored weights.
         device: Where to put it; None leaves it on the CPU.
 
@@ -129,12 +125,11 @@ def describe_tower(spec: VisionSpec | str) -> TowerShape:
     """Return feature width and plan, without loading weights where the kind can.
 
     Raises:
-        UsageError: As `load_tower`.
+        UsageError: As ``load_tower``.
     """
     if isinstance(spec, str):
         spec = VisionSpec.from_name(spec)
     kind = find_kind(spec.kind)
     if kind.describe is not None:
         return kind.describe(spec)
-    tower = load_tower(spec)
-    return TowerShape.of(tower)
+    return TowerShape.of(load_tower(spec))

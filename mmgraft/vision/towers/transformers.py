@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from mmgraft.basefiles import fetch
+from mmgraft.basefiles.parts import quiet
 from mmgraft.errors import UsageError
 from mmgraft.strict import StrictModel
 from mmgraft.vision.plan import Plan
@@ -120,7 +119,7 @@ class TransformersTower(VisionTower):
 
     def save(self, folder: str | Path) -> VisionSpec:
         """Write model and image processor as an ordinary transformers folder."""
-        with _quietly():
+        with quiet():
             self.model.save_pretrained(folder)
         if isinstance(self._processor, dict):
             text = json.dumps(self._processor, indent=2) + "\n"
@@ -145,7 +144,7 @@ def load(spec: VisionSpec) -> TransformersTower:
             fetch(spec.id, revision, _PICKLES)
     spec = spec.model_copy(update={"revision": revision, "feature_layer": feature_map.layer})
     try:
-        with _quietly():
+        with quiet():
             loaded: Any = type(empty).from_pretrained(
                 folder, config=config, dtype="auto", output_loading_info=True
             )
@@ -173,26 +172,27 @@ def describe(spec: VisionSpec) -> TowerShape:
     """Return feature width and plan, from the config and the image processor alone.
 
     Raises:
-        UsageError: As `load`.
-        MMGraftError: As `load`.
+        UsageError: As ``load``.
+        MMGraftError: As ``load``.
     """
-    _, _, _, feature_map = _examine(spec, locate(spec)[0])
+    feature_map = outline(spec)[1]
     return TowerShape(feature_map.hidden_size, Plan.single(feature_map.grid))
 
 
-def outline(spec: VisionSpec) -> tuple[PreTrainedModel, FeatureMap, tuple[int, int]]:
-    """The vision model on the meta device, where its features are, and its (height, width).
+def outline(spec: VisionSpec) -> TransformersTower:
+    """Build the tower without weights: its model is on the meta device.
 
     Raises:
-        UsageError: As `load`.
-        MMGraftError: As `load`.
+        UsageError: As ``load``.
+        MMGraftError: As ``load``.
     """
     _, preprocessing, empty, feature_map = _examine(spec, locate(spec)[0])
-    return empty, feature_map, preprocessing.image_size
+    return TransformersTower(empty, feature_map, preprocessing, spec)
 
 
 def locate(spec: VisionSpec) -> tuple[Path, str | None]:
-    """The tower's folder, and the commit that its revision stands for where it is on the Hub.
+    """Return the tower's folder, and the commit that its revision stands for where it is on the
+    Hub.
 
     Of a Hub model only config and image processor are fetched.
 
@@ -263,7 +263,7 @@ def _without_effect(
     image_size: tuple[int, int],
     names: frozenset[str],
 ) -> frozenset[str]:
-    """Of these weights, those that no feature depends on: they get no gradient, on meta."""
+    """Find the weights that no feature depends on: they get no gradient, on meta."""
     if not names:
         return names
     parameters = dict(empty.named_parameters())
@@ -271,20 +271,3 @@ def _without_effect(
     with torch.enable_grad():
         feature_map.features(empty.requires_grad_(True), pixels).sum().backward()
     return frozenset(name for name in names & parameters.keys() if parameters[name].grad is None)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep transformers' bars and its table of unused weights (the text half) off the console."""
-    from transformers.utils import logging as transformers_logging
-
-    bars = transformers_logging.is_progress_bar_enabled()
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -26,7 +26,7 @@ from grafting import (
     text_labels,
 )
 from mmgraft import GraftedModel, WingsConfig
-from mmgraft.anatomy import attention_of, decoder_layers
+from mmgraft.anatomy import decoder_layers
 from mmgraft.errors import UsageError
 from reference.wings_paper import LearnerWeights, wings_layer_reference
 from tiny import LAYERS
@@ -62,7 +62,7 @@ def what_wings_adds(
     """State that enters a layer, what joins its attention branch, the base's own weights."""
     anatomy, seen = model.anatomy, {}
     layer = decoder_layers(model.base, anatomy)[index]
-    attention = attention_of(layer, anatomy)
+    attention = layer.get_submodule(anatomy.attention_name)
     joint = layer.get_submodule(anatomy.branch_norm) if anatomy.branch_norm else attention
 
     def at_layer(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:

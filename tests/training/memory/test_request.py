@@ -29,7 +29,7 @@ def run(shared: Path) -> Path:
 
 def test_a_run_is_estimated_stage_by_stage_and_adds_up(run):
     request = read_request(run, device="cpu")
-    align, tune = request.estimator().stages(request.recipe)
+    align, tune = request.stages()
     assert (align.stage, tune.stage) == ("align", "tune")
     assert align.trained < tune.trained <= tune.parameters
     for stage in (align, tune):
@@ -44,7 +44,7 @@ def test_a_run_is_estimated_stage_by_stage_and_adds_up(run):
 def test_the_plan_of_a_training_gives_the_same(run):
     request = read_request(run, device="cpu")
     plan = plan_training(run, device="cpu")
-    assert estimator_of_plan(plan).stages(plan.recipe) == request.estimator().stages(request.recipe)
+    assert estimator_of_plan(plan).stages() == request.stages()
 
 
 def test_no_weights_are_read(run, shared, tmp_path):
@@ -54,7 +54,7 @@ def test_no_weights_are_read(run, shared, tmp_path):
     try:
         assert read_request(run, length=30, base=str(shared / "base"))
         request = read_request(run, length=30)
-        assert request.estimator().stages(request.recipe)
+        assert request.stages()
     finally:
         for path in weights:
             path.with_suffix(".away").rename(path)
@@ -73,14 +73,12 @@ def test_a_recipe_without_a_graft_is_that_of_the_graft_it_would_make(run, shared
     }
     of_recipe = read_request(run / "recipe.yaml", **options)
     of_run = read_request(run, length=30, device="cpu")
-    assert of_recipe.estimator().stages(of_recipe.recipe) == of_run.estimator().stages(
-        of_run.recipe
-    )
+    assert of_recipe.stages() == of_run.stages()
 
 
 def test_length_is_taken_instead_of_data_and_longer_rows_take_more(run):
     short, long = (
-        request.estimator().stages(request.recipe)[1]
+        request.stages()[1]
         for request in (read_request(run, length=n, device="cpu") for n in (30, 60))
     )
     assert short.rows.source == "--length"
@@ -90,8 +88,8 @@ def test_length_is_taken_instead_of_data_and_longer_rows_take_more(run):
 def test_a_feature_cache_takes_the_tower_out_of_the_step(run):
     seen = read_request(run, device="cpu")
     cached = read_request(run, device="cpu", overrides=["feature_cache=true"])
-    one = seen.estimator().stages(seen.recipe)[0]
-    other = cached.estimator().stages(cached.recipe)[0]
+    one = seen.stages()[0]
+    other = cached.stages()[0]
     assert other.tower == one.tower  # its weights stay, for images that the cache lacks
     assert other.seeing > one.seeing  # 32 images at a time while the cache is filled
 

@@ -11,8 +11,8 @@ import torch
 
 from mmgraft import IAAConfig
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.training.memory.estimate import not_counted
-from mmgraft.training.memory.request import Request, read_request
+from mmgraft.training.memory.estimate import Estimator, not_counted
+from mmgraft.training.memory.request import read_request
 from mmgraft.training.memory.sharing import Groups, Share, groups_of, share
 from mmgraft.training.memory.stand_in import meta_model
 from mmgraft.training.stages import open_stage
@@ -27,28 +27,30 @@ WEIGHTS = {"bfloat16": 8000, "float32": 400}
 GROUPS = Groups(layer=700, rest=2100, trained=60)
 
 
-def shared(way: Any, processes: int, **changes: Any) -> Share:
-    given = {
-        "weights": WEIGHTS, "trained": 100, "optimizer": 800,
-        "scratch": 400, "groups": GROUPS,
-    }  # fmt: skip
-    return share(way, processes, **{**given, **changes})
+WHOLE = Share(weights=WEIGHTS, gradients=400, optimizer=800, scratch=400)
+
+
+def shared(way: Any, processes: int, groups: Groups = GROUPS) -> Share:
+    return share(WHOLE, groups, way, processes)
 
 
 def test_one_process_holds_everything_whatever_the_recipe_says() -> None:
     for way in ("ddp", "fsdp2"):
-        assert shared(way, 1) == Share(WEIGHTS, 0, 400, 800, 400, 0)
+        assert shared(way, 1) == WHOLE
 
 
-def test_ddp_holds_everything_and_the_gradients_a_second_time() -> None:
-    assert shared("ddp", 4) == Share(WEIGHTS, 0, 400, 800, 400, passing=0)
+def test_ddp_holds_everything_and_gradients_once() -> None:
+    assert shared("ddp", 4) == WHOLE
 
 
 def test_fsdp2_keeps_a_part_of_everything_and_gathers_two_layers_and_the_rest() -> None:
     """Four processes: 8000/4 and 400/4; 2100 + 2 * 700 whole; gradients 400/4, and of two groups
     2 * 4 * 60 = 480 on their way, of which there are 400 in all.
     """
-    assert shared("fsdp2", 4) == Share({"bfloat16": 2000, "float32": 100}, 3500, 100, 200, 100, 400)
+    assert shared("fsdp2", 4) == Share(
+        weights={"bfloat16": 2000, "float32": 100}, gradients=100, optimizer=200, scratch=100,
+        gathered=3500, passing=400,
+    )  # fmt: skip
     small = shared("fsdp2", 3, groups=Groups(5000, 2000, 10))
     assert small.weights == {"bfloat16": 2667, "float32": 134}  # rounded up
     assert small.gathered == 8400  # never more than there is
@@ -85,21 +87,21 @@ def test_groups_are_those_of_fsdp2() -> None:
 
 
 @pytest.fixture(scope="module")
-def request_of_one(tmp_path_factory: pytest.TempPathFactory) -> Request:
+def request_of_one(tmp_path_factory: pytest.TempPathFactory) -> Estimator:
     parts = make_parts(tmp_path_factory.mktemp("parts"))
     run: Path = make_run(parts, parts / "run", "iaa")
     write_recipe(run, parts, "iaa", [TUNE])
     return read_request(run, length=30)
 
 
-def estimated(request: Request, processes: int, **changes: Any) -> Any:
+def estimated(request: Estimator, processes: int, **changes: Any) -> Any:
     stage = request.recipe.stages[0].model_copy(update=changes.pop("stage", {}))
     recipe = request.recipe.model_copy(update={**changes, "stages": [stage]})
-    (found,) = replace(request, processes=processes).estimator().stages(recipe)
+    (found,) = replace(request, processes=processes).stages(recipe)
     return found
 
 
-def test_an_estimate_adds_up_what_one_process_holds(request_of_one: Request) -> None:
+def test_an_estimate_adds_up_what_one_process_holds(request_of_one: Estimator) -> None:
     one = estimated(request_of_one, 1)
     ddp = estimated(request_of_one, 2)
     kept = estimated(request_of_one, 1, stage={"accumulate": 2})
@@ -121,7 +123,7 @@ def test_an_estimate_adds_up_what_one_process_holds(request_of_one: Request) -> 
     assert many.tower == one.tower  # whole everywhere
 
 
-def test_eager_attention_holds_the_weights_of_all_pairs(request_of_one: Request) -> None:
+def test_eager_attention_holds_the_weights_of_all_pairs(request_of_one: Estimator) -> None:
     """Two rows of 30 in 4 heads: 2 * 4 * 30 * 30 numbers in bf16 for each of 6 layers."""
     plain = estimated(request_of_one, 1, attention="sdpa")
     eager = estimated(request_of_one, 1, attention="eager")

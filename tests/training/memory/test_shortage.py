@@ -93,7 +93,7 @@ def test_free_memory_is_some_of_this_machine():
 
 def test_on_a_cpu_all_processes_of_the_machine_count(run, monkeypatch):
     plan = plan_training(run, device="cpu")
-    (stage,) = estimator_of_plan(plan).stages(plan.recipe)
+    (stage,) = estimator_of_plan(plan).stages()
     monkeypatch.setattr(shortage, "free_memory", lambda device: int(1.5 * stage.peak))
     assert shortage.warning(plan) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

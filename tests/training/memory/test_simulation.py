@@ -41,17 +41,11 @@ def step(method: str, arch: str = "llama", **changes) -> Step:
         changes.pop("quantization", None),
     )
     open_stage(model, stage(method))
-    plans = [Plan.of_count(PATCHES)]
-    load = Load(2, LENGTH, plans, LEARNED, changes.pop("padded", False), HIDDEN, torch.float32)
-    options = {
-        "precision": "fp32",
-        "device": "cpu",
-        "checkpointing": False,
-        "accumulates": False,
-        **changes,
-    }
+    plans, padded = (Plan.of_count(PATCHES),), changes.pop("padded", False)
+    options = {"precision": "fp32", "device": "cpu", **changes}
     model.train()
-    return simulate(model, load, **options)
+    load = Load(2, LENGTH, plans, LEARNED, padded, HIDDEN, torch.float32, **options)
+    return simulate(model, load)
 
 
 def gradients(method: str) -> int:

@@ -16,9 +16,11 @@ class Plain:
 
     base: float
     off: dict[str, float]
+    recipe: Recipe
     processes: int = 1
 
-    def stages(self, recipe: Recipe, first: int = 0) -> list[Any]:
+    def stages(self, changed: Recipe | None = None) -> list[Any]:
+        recipe = changed or self.recipe
         stage = recipe.stages[0]
         on = {
             "gradient_checkpointing": stage.gradient_checkpointing,
@@ -40,13 +42,11 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def estimator(base: float, **off: float) -> Any:
-    return cast(Any, Plain(base, off))
+    return cast(Any, Plain(base, off, recipe()))
 
 
 def test_each_saving_is_that_of_its_switch_alone_and_the_largest_comes_first():
-    found = savings(
-        estimator(20, gradient_checkpointing=8, quantization=9, optimizer=0.1), recipe()
-    )
+    found = savings(estimator(20, gradient_checkpointing=8, quantization=9, optimizer=0.1))
     assert [(one.switch, one.saves, one.peak) for one in found] == [
         ("quantization", int(9e9), int(11e9)),
         ("gradient_checkpointing", int(8e9), int(12e9)),
@@ -75,12 +75,12 @@ def test_the_peak_is_that_of_the_largest_stage():
 
 
 def test_several_processes_may_share_the_model_and_what_is_refused_then_is_not_named():
-    several = Plain(20, {"parallel": 12, "optimizer": 9}, processes=4)
-    assert [one.write for one in savings(cast(Any, several), recipe())] == [
+    several = Plain(20, {"parallel": 12, "optimizer": 9}, recipe(), processes=4)
+    assert [one.write for one in savings(cast(Any, several))] == [
         "parallel: fsdp2",
         "optimizer: adamw_8bit",
     ]
-    assert [one.write for one in savings(estimator(20, parallel=12), recipe())] == []
+    assert [one.write for one in savings(estimator(20, parallel=12))] == []
     pieces = recipe(parallel="fsdp2")
     eight = next(one for one in SWITCHES if one.name == "optimizer")
     assert eight.change(pieces) == pieces
