@@ -69,7 +69,7 @@ def fill_cache(
         UsageError: A row whose image is no file, or a file that cannot be read.
     """
     found = _files(rows, bad)
-    files = sorted(found, key=str)[share[0] :: share[1]]
+    files = cache.part(sorted(found, key=str), *share)
 
     def explain(paths: list[ImageFile]) -> None:
         for path in paths:

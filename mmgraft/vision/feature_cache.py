@@ -119,6 +119,19 @@ class FeatureCache:
             self._evict()
         return [found[key] for key in keys]
 
+    def part(self, images: Sequence[ImageFile], rank: int, ranks: int) -> list[ImageFile]:
+        """Return the images that one of several processes computes; equal ones have the same."""
+        if ranks == 1:
+            return list(images)
+        keys: list[str] = []
+        for image in images:
+            try:
+                keys.append(self._digest(image))
+            except (UsageError, OSError, EOFError):  # which is said when its features are wanted
+                keys.append(str(image))
+        own = set(sorted(set(keys))[rank::ranks])
+        return [image for image, key in zip(images, keys, strict=True) if key in own]
+
     def _compute(
         self,
         missing: dict[str, ImageFile],

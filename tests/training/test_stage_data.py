@@ -142,7 +142,8 @@ def test_ranks_compute_a_part_of_the_features_each(parts, tmp_path, monkeypatch)
     tower = tiny_tower()
     rows = StageData().rows([entry(parts)], seed=0)
     counts = [fill_cache(open_cache(tower, tmp_path), tower, rows, share=(r, 2)) for r in (0, 1)]
-    assert counts == [5, 4]
+    assert sum(counts) == 9
+    assert min(counts) > 0
     monkeypatch.setattr(type(tower), "forward", lambda *_: pytest.fail("computed again"))
     assert fill_cache(open_cache(tower, tmp_path), tower, rows) == 9
 
