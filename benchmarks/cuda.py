@@ -138,6 +138,8 @@ def _one(given: argparse.Namespace) -> int:
     import torch
     from cuda_cases import CASES, Sizes, build, measure
 
+    from mmgraft.errors import is_out_of_memory
+
     weights, name, base = given.only
     case = next(case for case in CASES if case.name == name)
     sizes = Sizes(
@@ -155,7 +157,9 @@ def _one(given: argparse.Namespace) -> int:
     try:
         built = build(case, Path(base), "nf4" if weights == "nf4" else None, sizes, rank)
         report = measure(built, _peak_flops(given), not given.no_largest)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         report = {"error": "the weights do not fit"}
     sys.stdout.write(f"{_RESULT}{json.dumps(report)}\n")
     return 0

@@ -20,6 +20,7 @@ from models import Given, for_llava, image_token
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from mmgraft.errors import is_out_of_memory
 from mmgraft.model.modeling import GraftedModel
 
 PUBLISHED = [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
@@ -296,7 +297,9 @@ def _holds(built: Built, count: int) -> bool:
         step = train_step(built, count)
         for _ in range(2):
             step()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     else:
         return True
@@ -316,7 +319,7 @@ def decoding(built: Built) -> dict[str, Any]:
     for count in built.sizes.decode_batches:
         batch = rows(built, count, prompt=True)
         few, many = 2, built.sizes.new_tokens
-        _generate(built, batch, few)
+        _generate(built, batch, many)  # every length of keys once: cuDNN builds a graph for each
         _reset_peak(built.sizes.device)
         took = {}
         for length in (few, many):
@@ -353,7 +356,9 @@ def measure(built: Built, peak_flops: float | None, largest: bool) -> dict[str, 
     for name, work in parts.items():
         try:
             report[name] = work()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             report[name] = None
         _forget(built.sizes.device)
     return report

@@ -103,7 +103,7 @@ def _learned(
     total = torch.zeros_like(hidden)
     for number, name in enumerate(("visual", "textual")):
         keys = image if name == "visual" else ~image
-        added = _one_learner(wing.learner(name), hidden, features, keys, positions, theta)
+        added = _one_learner(wing.get_submodule(name), hidden, features, keys, positions, theta)
         total = total + shares[..., number, None] * added
     return total
 

@@ -56,3 +56,17 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that says something, else its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out: on a card, or in main memory."""
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mmgraft.training.memory.estimate import Estimator
 
 _PLAN, _ROWS = "What is trained", "Length of rows"
-_OF_SEVERAL = ("of others, for a moment", "to exchange")
+_OF_SEVERAL = ("of others, for a moment",)
 
 
 _Target = Annotated[str, argument("Shipped name, YAML file, or a graft.", metavar="RECIPE|RUN")]
@@ -143,7 +143,6 @@ def _lines(stage: dict[str, Any]) -> dict[str, Any]:
         "optimizer": _gb(stage["optimizer"]),
         "gradients": _gb(stage["gradients"]),
         "of others, for a moment": _gb(stage["gathered"]),
-        "to exchange": _gb(stage["buffers"]),
         "activations": _gb(stage["activations"]),
         "  of a layer": _gb(round(sum(layers) / len(layers))) if layers else "",
         "peak": _gb(stage["peak"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
-from mmgraft.errors import MMGraftError, UsageError, first_line
+from mmgraft.errors import MMGraftError, UsageError, first_line, is_out_of_memory
 
 _NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 _PEER = re.compile("Connection (closed|reset) by peer|[Tt]imed out waiting .*ms for recv")
@@ -39,8 +39,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             "before is whole: the same command with --resume goes on.",
             MMGraftError.exit_code,
         )
-    no_room = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds or no_room:
+    if is_out_of_memory(error):
         return (
             f"out of memory: {first_line(error)}\n"
             "Use a smaller batch, --quantization nf4, or gradient checkpointing in the recipe.",

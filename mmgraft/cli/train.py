@@ -96,7 +96,7 @@ def _train(plan: Plan, json: bool) -> None:
     from transformers.utils import logging
 
     from mmgraft.training.callbacks.progress import ProgressDisplay
-    from mmgraft.training.devices import is_main_rank
+    from mmgraft.training.devices import is_main_rank, slow_precision
     from mmgraft.training.memory.shortage import warning
     from mmgraft.training.run import train as train_run
 
@@ -105,8 +105,9 @@ def _train(plan: Plan, json: bool) -> None:
 
     if not stderr().is_terminal:
         logging.disable_progress_bar()
-    if is_main_rank() and (too_much := warning(plan)) is not None:
-        note(f"warning: {too_much}")
+    if is_main_rank():
+        for warned in filter(None, (warning(plan), slow_precision(plan.recipe, plan.device))):
+            note(f"warning: {warned}")
     results = train_run(plan, announce=note, display=display)
     if json and is_main_rank():
         stages = list(map(asdict, results))

@@ -26,6 +26,7 @@ from mmgraft.inference import Answerer
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import local_tower
 from mmgraft.runs.results import write_results
+from mmgraft.training.devices import default_workers
 from mmgraft.training.stage_data import StageData
 from mmgraft.vision.towers.registry import load_tower
 
@@ -56,7 +57,7 @@ def fill_features(arm: ArmPlan, device: str, announce: Announce) -> None:
         [reader.rows(one.data or [], recipe.seed, one.image_share) for one in recipe.stages]
     )
     bad = [] if recipe.on_bad_row == "skip" else None
-    count = fill_cache(cache, tower, rows, bad=bad)
+    count = fill_cache(cache, tower, rows, bad=bad, workers=default_workers(device))
     announce(f"{arm.name}: features of {count} images are in {cache.folder}")
     if left_out := len({row.key for row in [*reader.bad, *(bad or [])]}):
         announce(f"{arm.name}: {left_out} rows cannot be used; its training leaves them out")

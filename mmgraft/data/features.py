@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
 
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.images import is_data_uri, open_image
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
-from mmgraft.vision.feature_cache import FeatureCache, ImageFile, tower_features
+from mmgraft.vision.feature_cache import FeatureCache, ImageFile, TowerFeatures
 from mmgraft.vision.images import BadImage, load_image
 from mmgraft.vision.stored import StoredImage
 from mmgraft.vision.towers.base import VisionTower
@@ -52,6 +51,8 @@ def fill_cache(
     rows: Sequence[Shown],
     progress: Callable[[int, int], None] | None = None,
     bad: list[BadRow] | None = None,
+    workers: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> int:
     """Compute what is missing, in one go; gives the number of different image files.
 
@@ -61,35 +62,34 @@ def fill_cache(
         rows: Whose images are wanted.
         progress: See :meth:`FeatureCache.get_many`.
         bad: Takes rows whose images cannot be used; None raises instead.
+        workers: Processes that read images ahead of the tower.
+        share: A rank and how many there are: of the files only this rank's part is looked at.
 
     Raises:
         UsageError: A row whose image is no file, or a file that cannot be read.
     """
     found = _files(rows, bad)
-    plain = tower_features(tower)
+    files = cache.part(sorted(found, key=str), *share)
 
-    def compute(paths: list[ImageFile]) -> Sequence[Tensor]:
-        try:
-            return plain(paths)
-        except UsageError:
-            for path in paths:
-                open_image(path, rows[found[path]].where)  # the same error, with its row
-            raise
+    def explain(paths: list[ImageFile]) -> None:
+        for path in paths:
+            open_image(path, rows[found[path]].where)  # the same error, with its row
 
+    compute = TowerFeatures(tower, workers, explain)
     try:
-        cache.get_many(sorted(found, key=str), compute, progress=progress)
-        return len(found)
+        cache.get_many(files, compute, progress=progress)
+        return len(files)
     except UsageError:
         if bad is None:
             raise
-    unusable = _unusable(found)
+    unusable = _unusable(files)
     bad += [
         BadRow.of(cast(Row, row), _named(unusable[path], row))
         for row in rows
         for path in dict.fromkeys(map(_path, images_of_all(row.messages)))
         if path in unusable
     ]
-    left = sorted((path for path in found if path not in unusable), key=str)
+    left = [path for path in files if path not in unusable]
     cache.get_many(left, compute, progress=progress)
     return len(left)
 

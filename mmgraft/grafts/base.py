@@ -20,11 +20,15 @@ from torch import Tensor, nn
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
+from mmgraft.grafts.computing import computes_on
 from mmgraft.grafts.method import Promises, StageSwitches
 from mmgraft.grafts.registry import get_method
 
 PADDING, TEXT, IMAGE = 0, 1, 2
 """Kinds of a position. Padding is 0, as a cache slot is that nothing was written to."""
+
+MASK_WIDTH = 8
+"""CUDA's efficient attention copies a mask whose width is no multiple of this, in every call."""
 
 FULL_ATTENTION = -1
 """In :meth:`Graft.slot_layers`: a slot that keeps every position, whatever the base's layers do."""
@@ -117,8 +121,10 @@ class Pass:
             the queries that see something.
         """
         if kind not in self.shared:
-            keys = torch.arange(self.key_kinds.shape[1], device=self.key_kinds.device)
-            mask = (self.key_kinds == kind)[:, None, :] & (keys <= self.columns[:, None])[None]
+            mask = (self.key_kinds == kind)[:, None, :]
+            if self.kinds.shape[1] > 1:  # after a single new position comes no key of any kind
+                keys = torch.arange(self.key_kinds.shape[1], device=self.key_kinds.device)
+                mask = mask & (keys <= self.columns[:, None])[None]
             if self.segments is not None:
                 mask = mask & (self.segments[:, :, None] == self.segments[:, None, :])
             seen = mask.any(-1, keepdim=True)
@@ -136,6 +142,8 @@ class Pass:
         width = int(counts.max())
         if width == 0 or kind in self.packed:
             return
+        if computes_on(self.features) == "cuda":
+            width = min(-(-width // MASK_WIDTH) * MASK_WIDTH, chosen.shape[1])
         columns = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
         there = torch.arange(width, device=columns.device) < counts[:, None]
         mask = there[:, None, :] & (columns[:, None, :] <= self.columns[:, None])  # (b, s, K)
@@ -238,6 +246,13 @@ class Graft(nn.Module):
 
     def check_length(self, length: int) -> None:
         """Refuse a row of ``length`` positions that the graft cannot represent."""
+
+    def check_attention(self, implementation: str) -> None:
+        """Refuse an attention of the base that the graft cannot run beside, when it is loaded.
+
+        Args:
+            implementation: Its name in transformers, such as ``sdpa`` or ``flash_attention_2``.
+        """
 
     def begin(self, state: Pass) -> None:
         """Compute what all layers of a pass share, before the first of them.

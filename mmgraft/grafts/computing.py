@@ -29,3 +29,8 @@ def as_if_on(kind: str) -> Iterator[None]:
         yield
     finally:
         _asked.pop()
+
+
+def is_flash(attention: str) -> bool:
+    """Tell whether an attention is a flash package's, which takes half precision alone."""
+    return "flash_attention" in attention or "flash-attn" in attention

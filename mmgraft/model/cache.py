@@ -45,11 +45,17 @@ def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
             "a quantized cache rounds the states that a graft decodes from; "
             "use cache_implementation='dynamic', 'static' or 'offloaded' for rows with images."
         )
-    if cache.layer_class_to_replicate is not None:
-        if cache.layer_class_to_replicate is not DynamicLayer:
-            name = cache.layer_class_to_replicate.__name__
-            raise UsageError(f"a cache of {name} cannot hold a graft's slots; use DynamicCache().")
-        return  # grows by itself when a slot is first written to
+    grows = cache.layer_class_to_replicate
+    if grows is not None:
+        if grows is not DynamicLayer:
+            raise UsageError(
+                f"a cache of {grows.__name__} cannot hold a graft's slots; use DynamicCache()."
+            )
+        while len(cache.layers) < num_layers:
+            cache.layers.append(grows())
+        if len(cache.layers) == num_layers:
+            cache.layers.append(RowLayer())
+        return  # the slots behind it are made when they are first written to
     wanted = num_layers + 1 + len(slot_layers)
     if len(cache.layers) > num_layers:
         if len(cache.layers) < wanted:
@@ -57,7 +63,7 @@ def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
                 "this cache was made before a workflow was added; begin with a fresh cache."
             )
         return
-    cache.layers.append(DynamicLayer())
+    cache.layers.append(RowLayer())
     for index in slot_layers:
         cache.layers.append(
             PreallocatedLayer() if index == FULL_ATTENTION else _like(cache.layers[index])
@@ -82,6 +88,25 @@ def _like(layer: Any) -> CacheLayerMixin:
         f"a cache layer of type {type(layer).__name__} cannot be given to an inserted layer; "
         "use a dynamic, static or offloaded cache."
     )
+
+
+class RowLayer(DynamicLayer):
+    """The cache layer of a row slot. It is small, and stays where it is when a cache is offloaded.
+
+    Attributes:
+        written: The keys as they were written last, and the workflow numbers in them: what the host
+            knows need not be read from a card.
+        any_image: Whether an image position was written; cutting positions off leaves it.
+    """
+
+    written: tuple[Tensor | None, list[int]] = (None, [])
+    any_image: bool = False
+
+    def offload(self) -> None:
+        pass
+
+    def prefetch(self) -> None:
+        pass
 
 
 class RowSlot:
@@ -110,16 +135,40 @@ class RowSlot:
 
     def workflows(self) -> list[int]:
         """Workflow number of every row, as written."""
-        return self._layer.keys[:, 0, 0, 0].tolist()
+        layer = self._layer
+        keys, numbers = layer.written
+        if keys is layer.keys:
+            return list(numbers)
+        if len(set(numbers)) == 1:  # rows were put in another order, repeated or left out
+            return [numbers[0]] * layer.keys.shape[0]
+        return layer.keys[:, 0, 0, 0].tolist()
 
-    def write(self, kinds: Tensor, positions: Tensor, workflows: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``kinds`` and ``positions (b, s)``; returns all of them, ``(b, S)`` each."""
+    def write(
+        self, kinds: Tensor, positions: Tensor, workflows: Sequence[int], image: bool
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Append new positions.
+
+        Args:
+            kinds: Token types ``(b, s)``.
+            positions: ``(b, s)``.
+            workflows: Number of each row's.
+            image: Whether one of the new positions is an image's.
+
+        Returns:
+            Kinds and positions of all so far, ``(b, S)`` each, and whether one is an image's.
+        """
         if self.cache is None:
-            return kinds, positions
-        keys = workflows[:, None, None, None].expand(-1, 1, kinds.shape[1], 1)
+            return kinds, positions, image
+        if self.filled:
+            keys = self._layer.keys[:, :, -1:].to(kinds.device)
+        else:
+            keys = torch.tensor(workflows, device=kinds.device)[:, None, None, None]
+        keys = keys.expand(-1, 1, kinds.shape[1], 1)
         values = torch.stack([kinds, positions], dim=-1)[:, None]  # (b, 1, s, 2)
         _, both = self.cache.update(keys, values, self.index)
-        return both[:, 0, :, 0], both[:, 0, :, 1]
+        layer = self._layer
+        layer.written, layer.any_image = (layer.keys, list(workflows)), layer.any_image or image
+        return both[:, 0, :, 0], both[:, 0, :, 1], layer.any_image
 
 
 class PreallocatedLayer(DynamicLayer):

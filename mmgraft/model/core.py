@@ -91,6 +91,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
     # -- workflows ------------------------------------------------------------------------------
 
     def _attach(self, workflow: Workflow) -> None:
+        workflow.graft.check_attention(str(self.base.config._attn_implementation))
         self.workflows[workflow.name] = workflow
         slot = self.anatomy.num_layers + 1
         for other in self._workflow_list():
@@ -156,18 +157,19 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
                 return tower(pixels)
             return tower.encode(pixels, plan_images(tower, len(pixels), image_sizes))
 
-    def images_in(self, given: GivenImages, names: Sequence[str], shown: Tensor) -> Images | None:
+    def images_in(
+        self, given: GivenImages, names: Sequence[str], positions: Sequence[int]
+    ) -> Images | None:
         """Return the images of a batch, checked against the image positions of its rows.
 
         Args:
             given: What the caller gave.
             names: Workflow of each row.
-            shown: True at image positions ``(b, s)``.
+            positions: Image positions of each row.
 
         Raises:
             UsageError: Images and positions do not match.
         """
-        positions = shown.sum(dim=1).tolist()
         if not given.any:
             if any(positions):
                 raise UsageError(

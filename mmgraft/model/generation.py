@@ -65,10 +65,8 @@ class WorkflowGeneration(GraftedCore):
             if self.workflow(name).graft.promises.cache:
                 kwargs["use_cache"] = False
         if images.any:  # seen by the tower once, for all beams and steps
-            mask = kwargs.get("mm_token_type_ids")
-            shown = new.new_zeros(new.shape[0], 1) if mask is None else mask
-            kwargs["image_features"] = self.images_in(images, rows.names, shown != 0)
-        kwargs["workflow"] = rows.numbers(self.names, new.device)
+            kwargs["image_features"] = self.images_in(images, rows.names, rows.images)
+        kwargs["workflow"] = torch.tensor(rows.numbers(self.names))  # read for every token
         if ids is not None:
             kwargs["input_ids"] = ids
         return cast(Any, super()).generate(**kwargs)

@@ -59,16 +59,21 @@ def fed_at(layer: nn.Module, wanted: Tensor) -> Iterator[None]:
         wanted: Positions that are read, ``(b, s)``.
     """
     feed = getattr(layer, "mlp", None)
-    if not isinstance(feed, nn.Module) or not _one_at_a_time(feed) or not bool(wanted.any()):
+    if not isinstance(feed, nn.Module) or not _one_at_a_time(feed):
+        yield
+        return
+    at = wanted.flatten().nonzero().squeeze(1)
+    if not len(at):
         yield
         return
 
     def run(original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or x.shape[:-1] != wanted.shape:
             return original(x, *args, **kwargs)
-        there = wanted.to(x.device)
-        out = original(x[there][None])  # (1, m, h)
-        return out.new_zeros(x.shape).masked_scatter(there[..., None], out)
+        there = at.to(x.device)
+        out = original(x.flatten(0, 1).index_select(0, there)[None])  # (1, m, h)
+        whole = out.new_zeros(x.shape).flatten(0, 1)
+        return whole.index_copy(0, there, out[0]).view(x.shape)
 
     with patched_forward(feed, run):
         yield

@@ -88,16 +88,13 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + length)
 
 
-def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
+def supervised(labels: Tensor) -> Tensor:
     """Return where a position predicts a supervised token.
 
     Args:
-        labels: ``(b, s)``, -100 where a token is not learned.
+        labels: ``(b, s)``, -100 where a token is not supervised.
 
     Returns:
-        A mask ``(b, s)`` of the positions before such tokens, and their targets ``(m,)`` in the
-        order of the mask.
+        A mask ``(b, s)`` of the positions before such tokens.
     """
-    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-    mask = shifted != -100
-    return mask, shifted[mask]
+    return F.pad(labels[:, 1:], (0, 1), value=-100) != -100

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmgraft.anatomy import decoder_layers, examine, get_path
 from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
-from mmgraft.grafts.base import IMAGE, Pass, select
+from mmgraft.grafts.base import IMAGE, Graft, Pass, select
 from mmgraft.model.cache import RowSlot
 from mmgraft.model.files.create import make_from_files, make_on_loaded
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
@@ -305,8 +305,9 @@ class GraftedModel(WorkflowGeneration):
         slot = RowSlot(given.past_key_values, self.anatomy.num_layers)
         wanted = TEXT_WORKFLOW if self._only_text else given.workflow
         rows = sort_rows(
-            given.batch, given.mm_token_type_ids, wanted, self.names, self.default_workflow, slot
-        )
+            given.batch, given.mm_token_type_ids, wanted, self.names, self.default_workflow, slot,
+            given.real,
+        )  # fmt: skip
         if given.segments is not None:
             self.check_packing(given.batch[0])
             given.number_rows()
@@ -316,7 +317,7 @@ class GraftedModel(WorkflowGeneration):
         active = self._active(rows, given.new.device)
         embeds = self._embed(given.input_ids, given.inputs_embeds, active)
         kinds = kinds_of(given.batch, given.mm_token_type_ids, given.real, embeds.device)
-        images = self.images_in(given.images, rows.names, kinds == IMAGE)
+        images = self.images_in(given.images, rows.names, rows.images)
         embeds, projected = self._merge(embeds, rows, kinds == IMAGE, images)
         embeds = self._joined(embeds, first=True)
         state = self._state(rows, embeds, kinds, given, slot)
@@ -480,16 +481,24 @@ class GraftedModel(WorkflowGeneration):
         positions = position_ids.to(embeds.device).expand(embeds.shape[0], -1)
         if cache is not None:
             self._extend(cache)
-        workflows = rows.numbers(self.names, embeds.device)
-        longest = int(positions.max()) + 1
-        for workflow in self._workflow_list():
-            if workflow.name in rows.names:
-                workflow.graft.check_length(longest)  # before anything is written to the cache
-        key_kinds, key_positions = slot.write(kinds, positions, workflows)
-        return Pass(
+        self._check_lengths(rows, positions)  # before anything is written to the cache
+        new_image, numbers = any(rows.images), rows.numbers(self.names)
+        key_kinds, key_positions, any_image = slot.write(kinds, positions, numbers, new_image)
+        state = Pass(
             self.anatomy, embeds, kinds, positions, key_kinds, key_positions, past, cache,
             segments=given.segments,
         )  # fmt: skip
+        vars(state).update(new_image=new_image, any_image=any_image)  # known on the host
+        return state
+
+    def _check_lengths(self, rows: Rows, positions: Tensor) -> None:
+        """Refuse rows that are longer than a graft of theirs can represent."""
+        grafts = [w.graft for w in self._workflow_list() if w.name in rows.names]
+        bound = [graft for graft in grafts if type(graft).check_length is not Graft.check_length]
+        if bound:  # or nobody waits for it
+            longest = int(positions.max()) + 1
+            for graft in bound:
+                graft.check_length(longest)
 
     def _text_training(self, inputs: Inputs, labels: Tensor) -> CausalLMOutputWithPast:
         """Take a training step whose rows are all text: a zero loss unless the base is
@@ -528,7 +537,13 @@ class GraftedModel(WorkflowGeneration):
         total = hidden.new_zeros((), dtype=torch.float32)
         for head, gate in self._heads(active):
             part = mask if gate is None else mask & gate.to(mask.device)[:, None]
-            total = total + chunked_loss(hidden[part], targets[part], head, self.anatomy.vocab_size)
+            at = part.flatten().nonzero().squeeze(1)  # a card is waited for once; by a mask, twice
+            total = total + chunked_loss(
+                hidden.flatten(0, 1).index_select(0, at),
+                targets.flatten().index_select(0, at),
+                head,
+                self.anatomy.vocab_size,
+            )
         count = mask.sum() if num_items is None else num_items
         count = count.to(total.device) if isinstance(count, Tensor) else count
         return (
@@ -537,8 +552,8 @@ class GraftedModel(WorkflowGeneration):
 
     def _supervised(self, labels: Tensor, rows: Rows) -> Tensor:
         """Return the positions whose logits the loss reads, ``(b, s)``."""
-        mask, _ = supervised(labels)
-        if self.training and not self.base_is_trained:
+        mask = supervised(labels)
+        if self.training and not self.base_is_trained and TEXT_WORKFLOW in rows.names:
             learns = torch.tensor([name != TEXT_WORKFLOW for name in rows.names])
             mask = mask & learns.to(mask.device)[:, None]
         return mask

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from mmgraft.anatomy import Anatomy, get_path
 from mmgraft.data.batches.sequences import number
 from mmgraft.errors import UsageError
+from mmgraft.grafts.computing import is_flash
 
 _PROBE = (5, 6)  # positions of the two rows that a base is tried with
-_NEAR = {torch.float32: 1e-3}  # of the states' own size: rounding is below, another row above
+_NEAR = 1e-3  # of the states' own size: rounding is below, another row above
 _NEAR_IN_HALF = 0.1
 
 
@@ -49,7 +50,8 @@ def packing_blocked(
     if not takes_positions:
         return "it takes no positions, which tell rows apart"
     kernel = str(base.config._attn_implementation)
-    near = _NEAR.get(base.dtype, _NEAR_IN_HALF)
+    half = takes_half(base)
+    near = _NEAR_IN_HALF if half or base.dtype != torch.float32 else _NEAR
     before, length = _PROBE
     embedding = get_path(base, anatomy.embedding_path)
     device = next(embedding.parameters()).device
@@ -61,7 +63,7 @@ def packing_blocked(
     trains = base.training
     base.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
             whole = _states(base, ids, number(segments)[1])[-1:, alone]
             one = _states(base, ids[:1, alone], torch.arange(length, device=device)[None])
     finally:
@@ -72,6 +74,11 @@ def packing_blocked(
     running = next((why for why in anatomy.blocked.values() if "running state" in why), None)
     many = "" if sequences == 1 else " where a batch has several sequences"
     return running or f"with {kernel} attention its code lets one row see another{many}"
+
+
+def takes_half(base: PreTrainedModel) -> bool:
+    """Tell whether a base in fp32 runs only under autocast: a flash package refuses fp32."""
+    return base.dtype == torch.float32 and is_flash(str(base.config._attn_implementation))
 
 
 def _states(base: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:

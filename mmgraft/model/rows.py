@@ -16,9 +16,15 @@ from mmgraft.model.workflow import TEXT_WORKFLOW
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch's rows. ``names[r]`` is row ``r``'s workflow."""
+    """A batch's rows.
+
+    Attributes:
+        names: Workflow of each.
+        images: Image positions of each, of the new ones.
+    """
 
     names: list[str]
+    images: Sequence[int] = ()
 
     @property
     def text_only(self) -> bool:
@@ -31,10 +37,9 @@ class Rows:
             return None
         return torch.tensor([other == name for other in self.names], device=device)
 
-    def numbers(self, known: Sequence[str], device: torch.device) -> Tensor:
-        """Return the number of each row's workflow among those known ``(b,)``; -1 for ``text``."""
-        found = [known.index(name) if name != TEXT_WORKFLOW else -1 for name in self.names]
-        return torch.tensor(found, device=device)
+    def numbers(self, known: Sequence[str]) -> list[int]:
+        """Return the number of each row's workflow among those known; -1 for ``text``."""
+        return [known.index(name) if name != TEXT_WORKFLOW else -1 for name in self.names]
 
 
 def sort_rows(
@@ -44,6 +49,7 @@ def sort_rows(
     known: Sequence[str],
     default: str,
     slot: RowSlot,
+    real: Tensor | None = None,
 ) -> Rows:
     """Decide every row's workflow.
 
@@ -55,15 +61,19 @@ def sort_rows(
         known: Workflows of the model.
         default: The workflow of a row with an image when the caller names none.
         slot: Rows that a cache remembers.
+        real: ``(b, s)`` or longer, 0 at padding; None means no padding.
 
     Raises:
         UsageError: An unknown workflow, images in a row that runs ``text``, or a cache that was
             filled by another workflow.
     """
     size, length = batch
-    has_image = [False] * size
-    if image_mask is not None:
-        has_image = (image_mask[:, -length:] != 0).any(dim=1).tolist()
+    images = [0] * size
+    if image_mask is not None:  # the one look that the host takes at where images stand
+        shown = image_mask[:, -length:] != 0
+        if real is not None and real.dim() == 2:
+            shown = shown & (real[:, -length:] != 0)
+        images = shown.sum(dim=1).tolist()
     chosen = _by_row(wanted, known, size)
     if slot.filled:
         names = [TEXT_WORKFLOW if n < 0 else known[n] for n in slot.workflows()]
@@ -73,20 +83,20 @@ def sort_rows(
                 "begin with a fresh cache."
             )
     else:
-        names = chosen or [default if image else TEXT_WORKFLOW for image in has_image]
+        names = chosen or [default if count else TEXT_WORKFLOW for count in images]
         if slot.past and any(name != TEXT_WORKFLOW for name in names):
             raise UsageError(
                 "this cache was filled by the text workflow, and a row now needs "
                 f"{next(n for n in names if n != TEXT_WORKFLOW)!r} (an image changes how the "
                 "earlier text is read): run the whole dialogue again with a fresh cache."
             )
-    _refuse_blind(names, has_image, known)
-    return Rows(names)
+    _refuse_blind(names, images, known)
+    return Rows(names, images)
 
 
-def _refuse_blind(names: list[str], has_image: list[bool], known: Sequence[str]) -> None:
-    for row, (name, image) in enumerate(zip(names, has_image, strict=True)):
-        if image and name == TEXT_WORKFLOW:
+def _refuse_blind(names: list[str], images: list[int], known: Sequence[str]) -> None:
+    for row, (name, count) in enumerate(zip(names, images, strict=True)):
+        if count and name == TEXT_WORKFLOW:
             raise UsageError(
                 f"row {row} has an image but runs the text workflow (the base alone, which cannot "
                 f"see): choose one of {', '.join(known)}, or take the image out."

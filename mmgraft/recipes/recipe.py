@@ -275,7 +275,12 @@ class Recipe(StrictModel):
     parallel: Parallel = Field(
         default="ddp", description="how several processes share a training: --processes N"
     )
-    workers: int = Field(default=0, ge=0, description="processes that load rows")
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="processes that load rows and images; None: 4 on CUDA (no more than there are "
+        "cores), else 0",
+    )
     on_bad_row: OnBadRow = Field(
         default="error",
         description="error names a row that cannot be used; skip leaves it out and logs it",

@@ -28,6 +28,8 @@ TENSORS = "trained.safetensors"
 PROGRESS = "progress.json"
 ROWS = "rows.json"
 _NAME = re.compile(r"checkpoint-\d+")
+_OF_DISK = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""What torch's writer of files says where a disk is full, in a RuntimeError."""
 
 
 def stage_folder(run: Path, index: int, name: str) -> Path:
@@ -72,8 +74,10 @@ def write_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
     """
     try:
         atomic_folder(target, write)
-    except (MMGraftError, RuntimeError) as error:  # torch raises the latter where a disk is full
+    except (MMGraftError, RuntimeError) as error:
         cause = error.__cause__ or error
+        if isinstance(cause, RuntimeError) and not any(sign in str(cause) for sign in _OF_DISK):
+            raise
         raise MMGraftError(_unwritten(target, cause)) from cause
 
 

@@ -25,6 +25,9 @@ _TRACKER_PACKAGES = {
     "trackio": ("trackio",),
 }
 
+_WORKERS = 4  # processes that load rows for a card
+_BF16 = (8, 0)  # the first CUDA capability with arithmetic in bf16
+
 _FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
@@ -56,6 +59,33 @@ def pick_device(wanted: str | None = None) -> str:
     return wanted
 
 
+def default_workers(device: str) -> int:
+    """Return how many processes load rows where a recipe does not say: a card must not wait."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(_WORKERS, cores or 1) if device == "cuda" else 0
+
+
+def with_workers(recipe: Recipe, device: str) -> tuple[Recipe, str]:
+    """Return a recipe that says how many processes load rows on a device, and the device."""
+    if recipe.workers is None:
+        recipe = recipe.model_copy(update={"workers": default_workers(device)})
+    return recipe, device
+
+
+def slow_precision(recipe: Recipe, device: str) -> str | None:
+    """Return what to say of a card that computes in bf16 only by way of fp32; None of another."""
+    if device != "cuda" or all(stage.precision == "fp32" for stage in recipe.stages):
+        return None
+    capability = torch.cuda.get_device_capability()
+    if capability >= _BF16:
+        return None
+    return (
+        f"{torch.cuda.get_device_name()} has no arithmetic in bf16 (CUDA capability "
+        f"{capability[0]}.{capability[1]}; 8.0 has it): products are emulated, and attention takes "
+        "its slow path. Write precision: fp32, or take a newer card."
+    )
+
+
 def check_packages(recipe: Recipe, device: str) -> None:
     """Refuse, before anything is loaded, what needs a package or a device that is not there.
 
@@ -71,6 +101,11 @@ def check_packages(recipe: Recipe, device: str) -> None:
                 f"{what} needs a CUDA card, and this is {device}; write attention: sdpa"
             )
         _check_installed(what, (module,), package, "attention=sdpa")
+        if any(stage.precision == "fp32" for stage in recipe.stages):
+            raise UsageError(
+                f"{what} takes half precision alone, and a stage has precision: fp32; write "
+                "precision: bf16, or attention: sdpa"
+            )
     if recipe.compile:
         _check_compiler(device)
     if recipe.quantization is not None:

@@ -18,7 +18,7 @@ from mmgraft.data import bad_rows
 from mmgraft.data.bad_rows import BadRow, BadRowLog
 from mmgraft.data.formats.indexed import Joined
 from mmgraft.data.rows import Row
-from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.errors import MMGraftError, UsageError, is_out_of_memory
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.recipes.recipe import Recipe, Stage
@@ -34,9 +34,9 @@ from mmgraft.runs.sections import put_all_aside
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
 from mmgraft.training.callbacks.stopping import with_way_on
-from mmgraft.training.devices import check_packages, is_main_rank, pick_device
+from mmgraft.training.devices import check_packages, is_main_rank, pick_device, with_workers
 from mmgraft.training.distributed.parallel import check_count, check_parallel, processes, way_on
-from mmgraft.training.memory.shortage import is_out_of_memory, out_of_memory
+from mmgraft.training.memory.shortage import out_of_memory
 from mmgraft.training.stage_data import (
     StageData,
     absolute,
@@ -138,12 +138,12 @@ def plan_training(
         _check_resume(run, restart, changes=bool(recipe or overrides or max_steps))
     progress = None if restart else checkpoint.read_progress(run)
     file = _check_progress(run, progress, resume) or recipe_file(run, record, recipe)
-    loaded = load_recipe(file, method=record.method, overrides=overrides)
-    loaded = with_data(loaded, data, images)
+    loaded = with_data(load_recipe(file, method=record.method, overrides=overrides), data, images)
     if max_steps is not None:
         loaded = with_max_steps(loaded, max_steps)
     check_data_is_set(loaded, run, file)
-    plan = Plan(run, record, loaded.resolved(record.workflow), pick_device(device), resume=resume)
+    loaded, device = with_workers(loaded, pick_device(device))
+    plan = Plan(run, record, loaded.resolved(record.workflow), device, resume=resume)
     check_packages(loaded, plan.device)
     check_parallel(loaded, plan.device, count or processes())
     if resume and progress is not None:

@@ -24,6 +24,7 @@ from mmgraft.data.features import fill_cache, open_cache
 from mmgraft.data.formats.indexed import Joined, key_at, select
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.grafts.base import MASK_WIDTH
 from mmgraft.model.files.graft_file import CONFIG_NAME
 from mmgraft.model.files.load import base_files
 from mmgraft.model.files.save import save_graft
@@ -36,14 +37,14 @@ from mmgraft.training.callbacks.bad_rows import BadRows
 from mmgraft.training.callbacks.finite import NotFinite, is_finite
 from mmgraft.training.callbacks.stopping import Stopper, TrainingStopped
 from mmgraft.training.devices import is_main_rank
-from mmgraft.training.distributed.parallel import processes, way_on
+from mmgraft.training.distributed.parallel import of_all_ranks, processes, way_on
 from mmgraft.training.distributed.sharding import shard
 from mmgraft.training.grouping import arrange, check_packed_length
 from mmgraft.training.memory.subject import loaded_dtype
 from mmgraft.training.stage_data import with_template
 from mmgraft.training.stages import open_stage, rate_groups
-from mmgraft.training.trainer import GraftTrainer, training_arguments
-from mmgraft.vision.feature_cache import FeatureCache, tower_features
+from mmgraft.training.trainer import GraftTrainer, describe, training_arguments
+from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 
 if TYPE_CHECKING:
     from mmgraft.training.run import Plan
@@ -194,10 +195,10 @@ class Session:
         self, index: int, folder: Path, groups: Any, callbacks: Sequence[TrainerCallback]
     ) -> GraftTrainer:
         plan, stage = self.plan, self.plan.stages[index]
-        rows, evaluated, collator = self._inputs(index)
         name = f"{plan.run.resolve().name}-{stage.name}"
         arguments = training_arguments(plan.recipe, stage, folder, plan.device, name)
-        ranks = arguments.world_size
+        ranks = arguments.world_size  # from here on the processes know each other
+        rows, evaluated, collator = self._inputs(index)
         kept = plan.resume and index == plan.first
         arranged = arrange(rows, stage, folder, ranks, plan.recipe.workers, kept)
         self.bad_rows.put(arranged.bad, stage.name, 0)
@@ -238,9 +239,12 @@ class Session:
                 f"stage {stage.name!r}: {plan.skipped[index]} of {len(plan.rows[index])} rows have "
                 "no image and are left out (text_rows: skip)"
             )
-        compute = None if features is None else tower_features(self.model.vision_tower)
+        compute = None if features is None else TowerFeatures(self.model.vision_tower)
         processor = with_template(self.processor, stage.template)
-        collator = Collator(processor, cast(Any, stage.text_rows), features, compute=compute)
+        multiple = MASK_WIDTH if plan.device == "cuda" else 1
+        collator = Collator(
+            processor, cast(Any, stage.text_rows), features, compute=compute, multiple=multiple
+        )
         if stage.packing:
             self.model.check_packing(stage.batch_size)
             collator = PackCollator(collator)
@@ -263,22 +267,46 @@ class Session:
         return self.bad_rows.left_out(stage.name) if skips else set()
 
     def _cached_features(self, rows: Sequence[Row], stage: Stage) -> FeatureCache | None:
-        wanted = self.plan.recipe.feature_cache
+        plan, wanted = self.plan, self.plan.recipe.feature_cache
         if wanted is False:
             return None
         tower = self.model.vision_tower
         if self._features is None:
-            folder = self.plan.run / "features" if wanted is True else Path(str(wanted))
+            folder = plan.run / "features" if wanted is True else Path(str(wanted))
             self._features = open_cache(tower, folder.expanduser())
-        bad: list[BadRow] | None = [] if self.plan.recipe.on_bad_row == "skip" else None
+        bad: list[BadRow] | None = [] if plan.recipe.on_bad_row == "skip" else None
         known = self._known_bad(stage)
         if known:
             good = [key_at(rows, at) not in known for at in range(len(rows))]
             rows = select(rows, np.array(good))
-        count = fill_cache(self._features, tower, rows, bad=bad)
+        if plan.in_pieces:  # which has not moved anything to a card yet
+            tower.to(_device(plan.device))
+        workers, ranks = plan.recipe.workers or 0, processes()
+        if ranks > 1:
+            self._fill_together(rows, None if bad is None else [], workers, ranks)
+        count = fill_cache(self._features, tower, rows, bad=bad, workers=workers)
         self.bad_rows.put(bad or [], stage.name, 0)
         self.announce(f"features of {count} images are in {self._features.folder}")
         return self._features
+
+    def _fill_together(
+        self, rows: Sequence[Row], bad: list[BadRow] | None, workers: int, ranks: int
+    ) -> None:
+        """Compute a part of the features in each process; all have them when all are done.
+
+        Raises:
+            UsageError: On every process, what went wrong on the first that met something.
+        """
+        assert self._features is not None
+        tower, share = self.model.vision_tower, (int(os.environ.get("RANK", "0")), ranks)
+        wrong = None
+        try:
+            fill_cache(self._features, tower, rows, bad=bad, workers=workers, share=share)
+        except UsageError as error:
+            wrong = str(error)
+        first = next(filter(None, of_all_ranks(wrong, ranks)), None)
+        if first is not None:
+            raise UsageError(first)
 
     # -- the model ------------------------------------------------------------------------------
 
@@ -293,9 +321,7 @@ class Session:
         if not (folder / CONFIG_NAME).is_file():
             folder = self.plan.run
         plan = self.plan
-        device = plan.device
-        if device == "cuda" and "LOCAL_RANK" in os.environ:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"  # else every rank fills the first card
+        device = _device(plan.device)
         device_map = {"": device} if device != "cpu" or plan.recipe.quantization else None
         if plan.in_pieces and not plan.recipe.quantization:
             device_map = None  # main memory; a card never holds more than its pieces and a layer
@@ -370,7 +396,14 @@ class _Batches:
         batch["rows"] = [example.where for example in examples]  # names more than an id does
         batch["bad_rows"] = [row for example in examples for row in example.skipped]
         batch.pop("workflow", None)  # the trainer names every row's
-        return batch
+        about = describe(batch)
+        return batch | about
+
+
+def _device(device: str) -> str:
+    """The card of this process, of several; else every rank would fill the first."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
 
 
 def _rename(model: GraftedModel, name: str) -> None:

@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     from mmgraft.training.grouping import Order
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit"}
+_ON_CUDA = {**_OPTIMIZERS, "adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
+ABOUT = ("rows", "bad_rows", "supervised", "with_image", "positions", "on_host")
+"""What a batch says of itself on the host, see :func:`describe`: a card is not waited for it."""
+_ON_HOST = ("image_sizes", "image_lengths", "image_rows")
+_PREFETCHED = 4  # batches that each worker has ready for a card
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -51,7 +56,7 @@ def training_arguments(
     Precision is left to :class:`GraftTrainer`, which computes under autocast itself, so that no
     model is wrapped or cast and frozen modules keep their own dtype.
     """
-    paged = stage.optimizer == "paged_adamw_8bit" and device == "cuda"  # a CPU has no pages to move
+    on_card, workers = device == "cuda", recipe.workers or 0
     arguments = TrainingArguments(
         output_dir=str(folder),
         run_name=run_name,
@@ -61,7 +66,7 @@ def training_arguments(
         per_device_train_batch_size=stage.batch_size,
         per_device_eval_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.accumulate,
-        optim=stage.optimizer if paged else _OPTIMIZERS[stage.optimizer],
+        optim=(_ON_CUDA if on_card else _OPTIMIZERS)[stage.optimizer],
         weight_decay=stage.weight_decay,
         adam_beta1=stage.betas[0],
         adam_beta2=stage.betas[1],
@@ -79,8 +84,11 @@ def training_arguments(
         eval_steps=recipe.eval_every,
         prediction_loss_only=True,
         remove_unused_columns=False,
-        dataloader_num_workers=recipe.workers,
-        dataloader_pin_memory=device == "cuda",
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=on_card and workers > 0,
+        dataloader_prefetch_factor=_PREFETCHED if on_card and workers else None,
+        dataloader_pin_memory=on_card,
+        accelerator_config={"non_blocking": on_card},  # a copy of pinned memory is not waited for
         ddp_find_unused_parameters=False,
         report_to=[] if recipe.tracking == "none" else [recipe.tracking],
         disable_tqdm=True,
@@ -132,11 +140,11 @@ class GraftTrainer(Trainer):
         self._tokens = 0
         self._since = time.perf_counter()
         self.rates: dict[str, float] = {}
-        self._watch = FiniteWatch(stage.name)
+        self._watch = FiniteWatch(stage.name, args.device)
         self._losses = LossSum()
         self._evaluated = EvalSum()
         self._random: RandomState | None = None
-        self._rows: Sequence[str] = ()
+        self._about: dict[str, Any] = {}  # of the batch at hand, known on the host
         super().__init__(
             model=self.grafted,
             args=args,
@@ -148,6 +156,15 @@ class GraftTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self._spare_ranks()
+
+    def _spare_ranks(self) -> None:
+        """Hold gradients once where ranks exchange them, and send nothing that is frozen."""
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        frozen = [name for name, p in self.grafted.named_parameters() if not p.requires_grad]
+        constant = [name for name, _ in self.grafted.named_buffers()]
+        self.grafted._ddp_params_and_buffers_to_ignore = [*frozen, *constant]
 
     # -- parameters -----------------------------------------------------------------------------
 
@@ -189,32 +206,33 @@ class GraftTrainer(Trainer):
 
     def _get_num_items_in_batch(
         self, batch_samples: list[Any], device: torch.device
-    ) -> Tensor | None:
+    ) -> Tensor | int | None:
         """Supervised tokens of a whole step, over all ranks, of rows that train something."""
-        total = torch.zeros((), dtype=torch.long)
-        for batch in batch_samples:
-            supervised = (batch["labels"][:, 1:] != -100).sum(dim=1)  # (b,)
-            if self.stage.text_rows == "skip":
-                supervised = supervised * _has_image(batch).to(supervised.device)
-            total = total + supervised.sum().cpu()
-        total = total.to(device)
-        if self.args.world_size > 1:
-            total = cast(Tensor, self.accelerator.gather(total)).sum()
-        return total
+        if "supervised" not in batch_samples[0]:
+            return None  # a batch to evaluate on, which is divided by its own
+        every = self.stage.text_rows != "skip"
+        total = sum(
+            tokens
+            for batch in batch_samples
+            for tokens, image in zip(batch["supervised"], batch["with_image"], strict=True)
+            if image or every
+        )
+        if self.args.world_size == 1:
+            return total
+        return cast(Tensor, self.accelerator.gather(torch.tensor(total, device=device))).sum()
 
-    def _workflows(self, inputs: Mapping[str, Any]) -> list[str]:
+    def _workflows(self) -> list[str]:
         """Choose the workflow of each row: rows without an image train what ``text_rows`` says."""
-        own = cast(str, self.stage.workflow)
-        if self.stage.text_rows == "graft":
-            return [own] * len(inputs["input_ids"])
-        return [own if image else "text" for image in _has_image(inputs).tolist()]
+        own, every = cast(str, self.stage.workflow), self.stage.text_rows == "graft"
+        return [own if image or every else "text" for image in self._about["with_image"]]
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         inputs = dict(inputs)
-        self._rows = inputs.pop("rows", ())
-        if bad := inputs.pop("bad_rows", ()):
+        self._about = {name: inputs.pop(name) for name in ABOUT}
+        if bad := self._about["bad_rows"]:
             self.on_bad(bad, self.state.global_step + self.grafted.training)
-        return super()._prepare_inputs(inputs)
+        on_host = {name: torch.tensor(values) for name, values in self._about["on_host"].items()}
+        return {**super()._prepare_inputs(inputs), **on_host}
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -240,16 +258,14 @@ class GraftTrainer(Trainer):
         Of a batch to evaluate on: divided by its own.
         """
         if not torch.is_grad_enabled():
-            outputs = model(**inputs, workflow=self._workflows(inputs))
+            outputs = model(**inputs, workflow=self._workflows())
             loss, count = counted(outputs.loss, inputs["labels"])
-            self._watch.note_evaluated(self._rows, loss)
+            self._watch.note_evaluated(self._about["rows"], loss)
             self._evaluated.add(loss, count)
             return (loss, outputs) if return_outputs else loss
-        outputs = model(
-            **inputs, workflow=self._workflows(inputs), num_items_in_batch=num_items_in_batch
-        )
+        outputs = model(**inputs, workflow=self._workflows(), num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
-        self._watch.note(self._rows, loss)
+        self._watch.note(self._about["rows"], loss)
         averaged = num_items_in_batch is not None and self.args.world_size > 1
         if averaged:
             loss = loss * self.args.world_size  # because ranks average their gradients
@@ -263,7 +279,7 @@ class GraftTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Run one forward and backward pass, and count positions for the display."""
-        self._tokens += int(inputs["attention_mask"].sum())
+        self._tokens += inputs["positions"]
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.add(loss)
         return loss
@@ -403,9 +419,19 @@ class _Epochs(TrainerCallback):
             control.should_log = True
 
 
-def _has_image(batch: Mapping[str, Any]) -> Tensor:
-    """Find the rows with an image position, ``(b,)``."""
-    kinds = batch.get("mm_token_type_ids")
-    if kinds is None:
-        return torch.zeros(len(batch["labels"]), dtype=torch.bool)
-    return (kinds != 0).any(dim=1)
+def describe(batch: dict[str, Any]) -> dict[str, Any]:
+    """Count what the trainer wants to know of a batch, before it goes to a card.
+
+    Returns:
+        ``supervised`` tokens and whether there is an image ``with_image``, a list by row; all
+        ``positions`` that are no padding; and what the model reads ``on_host``, taken out of the
+        batch.
+    """
+    kinds, labels = batch.get("mm_token_type_ids"), batch["labels"]
+    none = torch.zeros(len(labels), dtype=torch.bool)
+    return {
+        "supervised": (labels[:, 1:] != -100).sum(dim=1).tolist(),
+        "with_image": (none if kinds is None else (kinds != 0).any(dim=1)).tolist(),
+        "positions": int(batch["attention_mask"].sum()),
+        "on_host": {name: batch.pop(name).tolist() for name in _ON_HOST if name in batch},
+    }

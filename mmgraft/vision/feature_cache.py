@@ -12,13 +12,15 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from mmgraft.errors import MMGraftError
+from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.vision.images import load_image
 from mmgraft.vision.stored import StoredImage
 from mmgraft.vision.towers.base import VisionTower
@@ -83,7 +85,7 @@ class FeatureCache:
 
         Args:
             paths: Image files, or images inside others; equal images are computed once.
-            compute: Features of some files, one tensor a file. See ``tower_features``.
+            compute: Features of some files, one tensor a file. See ``TowerFeatures``.
             batch_size: Files that ``compute`` gets at a time.
             progress: Called with (computed, to compute) after every batch.
 
@@ -117,6 +119,19 @@ class FeatureCache:
             self._evict()
         return [found[key] for key in keys]
 
+    def part(self, images: Sequence[ImageFile], rank: int, ranks: int) -> list[ImageFile]:
+        """Return the images that one of several processes computes; equal ones have the same."""
+        if ranks == 1:
+            return list(images)
+        keys: list[str] = []
+        for image in images:
+            try:
+                keys.append(self._digest(image))
+            except (UsageError, OSError, EOFError):  # which is said when its features are wanted
+                keys.append(str(image))
+        own = set(sorted(set(keys))[rank::ranks])
+        return [image for image, key in zip(images, keys, strict=True) if key in own]
+
     def _compute(
         self,
         missing: dict[str, ImageFile],
@@ -127,16 +142,18 @@ class FeatureCache:
         """Keys and features of a shard's worth of images at a time."""
         keys: list[str] = []
         found: list[Tensor] = []
-        size = 0
+        size = done = 0
         todo = list(missing)
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            features = compute([missing[key] for key in batch])
+        batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+        files = [[missing[key] for key in batch] for batch in batches]
+        made = compute.each(files) if isinstance(compute, TowerFeatures) else map(compute, files)
+        for batch, features in zip(batches, made, strict=True):
             keys += batch
             found += [one.detach().to(device="cpu", dtype=self.dtype) for one in features]
             size += sum(one.nbytes for one in found[-len(batch) :])
+            done += len(batch)
             if progress is not None:
-                progress(start + len(batch), len(todo))
+                progress(done, len(todo))
             if size >= self.shard_bytes:
                 yield keys, found
                 keys, found, size = [], [], 0
@@ -223,18 +240,51 @@ class FeatureCache:
             total -= size
 
 
-def tower_features(tower: VisionTower) -> Compute:
-    """Return a ``compute`` for ``FeatureCache.get_many``: read, preprocess, run the tower.
+class TowerFeatures:
+    """A ``compute`` for ``FeatureCache.get_many``: read, preprocess, run the tower.
+
+    Args:
+        tower: Runs here, in the process that asks.
+        workers: Processes that read and preprocess; 0 does that here too.
+        explain: Is called with the files of which one cannot be read, before the error passes.
 
     Raises:
-        UsageError: From the returned function, for a missing or broken image file.
-        MMGraftError: From the returned function, where the features are not finite.
+        UsageError: When called, for a missing or broken image file.
+        MMGraftError: When called, where the features are not finite.
     """
 
-    def compute(paths: list[ImageFile]) -> Sequence[Tensor]:
-        images = [load_image(path) for path in paths]
-        plans = [tower.plan(image.size) for image in images]
-        features = tower.encode(tower.preprocess(images), plans)
+    def __init__(
+        self,
+        tower: VisionTower,
+        workers: int = 0,
+        explain: Callable[[list[ImageFile]], None] = lambda paths: None,
+    ) -> None:
+        self.tower, self.workers, self.explain = tower, workers, explain
+
+    def __call__(self, paths: list[ImageFile]) -> Sequence[Tensor]:
+        """Compute the features of a few files."""
+        try:
+            return self._see(*_read(paths, self.tower.preprocess))
+        except UsageError:
+            self.explain(paths)
+            raise
+
+    def each(self, batches: Sequence[list[ImageFile]]) -> Iterator[Sequence[Tensor]]:
+        """Compute the features of many batches, read ahead of the tower by the workers."""
+        workers = min(self.workers, len(batches) - 1)
+        if workers < 1:
+            yield from map(self, batches)
+            return
+        reading = _Reading(batches, self.tower.preprocess)
+        own = torch.Generator()  # or it would draw from the numbers of a training
+        loader = DataLoader(reading, batch_size=None, num_workers=workers, generator=own)
+        for batch, read in zip(batches, loader, strict=True):
+            yield self(batch) if read is None else self._see(*read)
+
+    def _see(self, pixels: Tensor, sizes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+        tower = self.tower
+        plans = [tower.plan(size) for size in sizes]
+        features = tower.encode(pixels, plans)
         if not torch.isfinite(features).all():
             raise MMGraftError(
                 f"{tower.spec.name} gives features that are not finite in {tower.dtype}: load the "
@@ -242,7 +292,27 @@ def tower_features(tower: VisionTower) -> Compute:
             )
         return features.split([tower.entries(plan) for plan in plans])
 
-    return compute
+
+class _Reading(Dataset[Any]):
+    """Batches as workers read them; None for one that the process that asks must see fail."""
+
+    def __init__(self, batches: Sequence[list[ImageFile]], preprocess: Any) -> None:
+        self.batches, self.preprocess = batches, preprocess
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, at: int) -> tuple[Tensor, list[tuple[int, int]]] | None:
+        try:
+            return _read(self.batches[at], self.preprocess)
+        except UsageError:
+            return None
+
+
+def _read(paths: list[ImageFile], preprocess: Any) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Read some images: their pixels, and their sizes."""
+    images = [load_image(path) for path in paths]
+    return preprocess(images), [image.size for image in images]
 
 
 def _checksum(features: Tensor) -> int:

@@ -69,7 +69,13 @@ def test_a_config_that_pydantic_refuses_is_wrong_use() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")]
+    "error",
+    [
+        MemoryError(),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
+        type("AcceleratorError", (RuntimeError,), {})("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
 def test_too_little_memory_says_how_to_need_less(error: BaseException) -> None:
     message, code = explain(error) or ("", 0)

@@ -20,7 +20,7 @@ from mmgraft.evaluation.generate.shared_prefix import read_prefix
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import Kept, read_predictions
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.vision.feature_cache import tower_features
+from mmgraft.vision.feature_cache import TowerFeatures
 from tiny import tiny_model, tiny_tower
 from tiny_tokenizer import tiny_tokenizer
 from tiny_towers import picture
@@ -149,7 +149,7 @@ def test_features_given_are_used_for_the_right_pictures(tmp_path: Path) -> None:
     chats = [chat("what is it", str(name)) for name in (*names, names[0])]
     tower = model.vision_tower
     assert tower is not None
-    compute = tower_features(tower)
+    compute = TowerFeatures(tower)
     seen: list[str] = []
 
     def features(paths: list[Path]) -> torch.Tensor:

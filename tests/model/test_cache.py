@@ -32,7 +32,7 @@ from grafting import (
 from mmgraft import GraftedModel, WingsConfig
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION
-from mmgraft.model.cache import PreallocatedLayer, RowSlot, extend
+from mmgraft.model.cache import PreallocatedLayer, RowLayer, RowSlot, extend
 from tiny import LAYERS, WINDOW, tiny_config
 
 both = pytest.mark.parametrize("method", ["iaa-c", "wings"])
@@ -63,12 +63,12 @@ def test_slots_take_the_type_of_their_layer() -> None:
     dynamic = DynamicCache(config=config)
     extend(dynamic, LAYERS, slots)
     kinds = [type(layer) for layer in dynamic.layers[LAYERS:]]
-    assert kinds == [DynamicLayer, PreallocatedLayer, DynamicSlidingWindowLayer, DynamicLayer]
+    assert kinds == [RowLayer, PreallocatedLayer, DynamicSlidingWindowLayer, DynamicLayer]
     assert dynamic.layers[LAYERS + 2].sliding_window == WINDOW
     static = StaticCache(config=config, max_cache_len=20)
     extend(static, LAYERS, [0, 1])
     kinds = [type(layer) for layer in static.layers[LAYERS:]]
-    assert kinds == [DynamicLayer, StaticSlidingWindowLayer, StaticLayer]
+    assert kinds == [RowLayer, StaticSlidingWindowLayer, StaticLayer]
     assert static.layers[LAYERS + 1].max_cache_len == WINDOW
     assert static.layers[LAYERS + 2].max_cache_len == 20
     for cache, slots_ in ((dynamic, slots), (static, [0, 1])):
@@ -77,7 +77,7 @@ def test_slots_take_the_type_of_their_layer() -> None:
         assert cache.layers == before
     growing = DynamicCache()
     extend(growing, LAYERS, slots)
-    assert growing.layers == []
+    assert [type(layer) for layer in growing.layers] == [*[DynamicLayer] * LAYERS, RowLayer]
 
 
 def test_a_slot_records_the_past_where_its_layer_does() -> None:
@@ -113,12 +113,14 @@ def test_a_cache_from_before_a_workflow_was_added_is_refused() -> None:
 
 def test_the_row_slot_remembers_kinds_positions_and_workflows() -> None:
     cache = DynamicCache()
+    extend(cache, 0, [])
     slot = RowSlot(cache, 0)
     assert not slot.filled
     kinds, positions = torch.tensor([[1, 2], [0, 1]]), torch.tensor([[0, 1], [0, 0]])
-    slot.write(kinds, positions, torch.tensor([0, -1]))
-    found = slot.write(kinds[:, :1], positions[:, 1:] + 1, torch.tensor([0, -1]))
+    slot.write(kinds, positions, [0, -1], image=True)
+    *found, any_image = slot.write(kinds[:, :1], positions[:, 1:] + 1, [0, -1], image=False)
     assert [t.tolist() for t in found] == [[[1, 2, 1], [0, 1, 0]], [[0, 1, 2], [0, 0, 1]]]
+    assert any_image
     assert slot.filled
     assert slot.workflows() == [0, -1]
     cache.reorder_cache(torch.tensor([1, 1]))

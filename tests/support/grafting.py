@@ -88,7 +88,7 @@ def perturb(model: GraftedModel, size: float = 0.1, seed: int = 1) -> GraftedMod
     for name, parameter in model.workflows.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         scale = 1.0 if "router" in name else size * (3 if ".up." in name else 1)
-        parameter.add_((noise * scale).to(parameter.dtype))
+        parameter.add_((noise * scale).to(parameter))
     return model
 
 
@@ -183,8 +183,8 @@ def text_labels(inputs: Mapping[str, Tensor]) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy from logits of all positions, the plain way."""
-    mask, targets = supervised(labels)
-    return torch.nn.functional.cross_entropy(logits[mask].float(), targets)
+    mask = supervised(labels)
+    return torch.nn.functional.cross_entropy(logits[mask].float(), labels.roll(-1, dims=1)[mask])
 
 
 def trained_groups(method: str) -> list[str]:

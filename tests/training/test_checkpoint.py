@@ -66,6 +66,25 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize(
+    ("says", "of_disk"),
+    [
+        ("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0", True),
+        ("PytorchStreamWriter failed writing file data/0: file write failed", True),
+        ("basic_ios::clear: iostream error", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA error: out of memory", False),
+    ],
+)
+def test_only_what_a_disk_says_is_a_full_disk(tmp_path, says, of_disk):
+    def failing(path: Path) -> None:
+        raise RuntimeError(says)
+
+    expected, match = (MMGraftError, "Make room") if of_disk else (RuntimeError, "^CUDA error")
+    with pytest.raises(expected, match=match):
+        checkpoint.write_checkpoint(tmp_path / "checkpoint-1", failing)
+
+
 def test_what_a_kill_left_is_swept(tmp_path):
     write(tmp_path, 1)
     (tmp_path / ".checkpoint-2.abc").mkdir()

@@ -45,7 +45,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> list[list
         def forward(**given):
             outputs = whole(**given)
             if self.state.global_step + 1 == step and not rows:
-                rows.append(list(self._rows))
+                rows.append(list(self._about["rows"]))
                 outputs.loss = outputs.loss * value
             return outputs
 
@@ -159,7 +159,7 @@ def test_an_evaluation_that_is_not_finite_stops_too(parts, tmp_path, monkeypatch
 
 
 def test_only_the_batches_that_are_odd_are_named() -> None:
-    watch = FiniteWatch("s")
+    watch = FiniteWatch("s", torch.device("cpu"))
     for rows, loss in [(["a", "b"], 1.0), (["c"], INF), (["d"], NAN), (["e"], 2.0)]:
         watch.note(rows, torch.tensor(loss))
     with pytest.raises(NotFinite, match=r"became inf in step 7, on 2 rows:\n  c\n  d$"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from mmgraft.data.batches.sampler import EpochSampler
 from mmgraft.training.run import plan_training, train
@@ -51,6 +52,15 @@ def evaluated(run: Path) -> list[float]:
     return [line["eval_loss"] for line in lines if "eval_loss" in line]
 
 
+def stored(run: Path) -> list[str]:
+    """Keys of all features in a run's cache."""
+    keys: list[str] = []
+    for shard in (run / "features").rglob("*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            keys += json.loads(file.metadata()["keys"])
+    return keys
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["iaa", "wings", "llava"])
 def test_two_ranks_are_one(
@@ -78,7 +88,7 @@ def test_two_ranks_are_one(
             for stage in STAGES[method]
         ]
         more = {"parallel": name} if name != "one" else {}
-        more = {**more, "base": "full"} if method == "llava" else more
+        more = {**more, "base": "full", "feature_cache": True} if method == "llava" else more
         data = [{"path": str(file), "images": str(parts / "images")}]
         more = {**more, "eval_data": data, "eval_every": 15}
         write_recipe(runs[name], parts, method, stages, data=data, save_every=None, **more)
@@ -89,6 +99,10 @@ def test_two_ranks_are_one(
     for of_ddp, of_fsdp2 in found:
         assert set(of_ddp.values()) == {False}
         assert set(of_fsdp2.values()) == {True}, "a trained parameter was whole"
+    if method == "llava":
+        assert len(stored(runs["one"])) == len(set(stored(runs["one"])))
+        for name in ("ddp", "fsdp2"):
+            assert sorted(stored(runs[name])) == sorted(stored(runs["one"])), "computed twice"
     wanted = losses(runs["one"])
     assert len(wanted) == sum(stage["max_steps"] for stage in STAGES[method])
     for name, count in (("ddp", len(wanted)), ("fsdp2", 30)):

@@ -138,6 +138,16 @@ def test_features_of_all_images_are_computed_once(parts, tmp_path, monkeypatch):
     assert told[-1][0] == told[-1][1] > 0
 
 
+def test_ranks_compute_a_part_of_the_features_each(parts, tmp_path, monkeypatch):
+    tower = tiny_tower()
+    rows = StageData().rows([entry(parts)], seed=0)
+    counts = [fill_cache(open_cache(tower, tmp_path), tower, rows, share=(r, 2)) for r in (0, 1)]
+    assert sum(counts) == 9
+    assert min(counts) > 0
+    monkeypatch.setattr(type(tower), "forward", lambda *_: pytest.fail("computed again"))
+    assert fill_cache(open_cache(tower, tmp_path), tower, rows) == 9
+
+
 def test_a_split_of_a_file_and_a_cache_in_one_are_refused(parts: Path):
     with pytest.raises(UsageError, match=r"split: test is of a set.*leave split out"):
         StageData().rows([entry(parts, split="test")], seed=0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.vision import feature_cache
-from mmgraft.vision.feature_cache import FeatureCache, tower_features
+from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 from tiny_towers import picture, tiny_tower
 
 
@@ -220,10 +220,45 @@ def test_tower_features_equal_the_tower(tmp_path: Path) -> None:
     for which, path in enumerate(paths):
         picture(which=which).save(path)
     rows = FeatureCache(tmp_path / "cache", tower.fingerprint()).get_many(
-        paths, tower_features(tower)
+        paths, TowerFeatures(tower)
     )
     expected = tower(tower.preprocess([picture(), picture(which=1)]))
     assert torch.equal(torch.stack(rows), expected)
+
+
+def test_workers_read_ahead_and_change_neither_features_nor_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = tiny_tower()
+    paths = [tmp_path / f"{number}.png" for number in range(6)]
+    for which, path in enumerate(paths):
+        picture(20 + which, which=which % 2).save(path)
+    plain = FeatureCache(tmp_path / "a", "t").get_many(paths, TowerFeatures(tower), batch_size=2)
+    state = torch.get_rng_state()
+    elsewhere = read_elsewhere(os.getpid())
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_cache, "_read", lambda *_: pytest.fail("read here"))
+        patched.setattr(feature_cache._Reading, "__getitem__", elsewhere)
+        cache = FeatureCache(tmp_path / "b", "t")
+        found = cache.get_many(paths, TowerFeatures(tower, workers=2), batch_size=2)
+    assert all(map(torch.equal, found, plain))
+    assert torch.equal(torch.get_rng_state(), state)
+    paths[4].write_text("broken")
+    named: list[list[Path]] = []
+    compute = TowerFeatures(tower, workers=2, explain=named.append)
+    with pytest.raises(UsageError, match=r"cannot be read: .*4\.png"):
+        FeatureCache(tmp_path / "c", "t").get_many(paths, compute, batch_size=2)
+    assert named == [paths[4:]]
+
+
+def read_elsewhere(here: int):
+    read = feature_cache._read
+
+    def item(self: Any, at: int) -> Any:
+        assert os.getpid() != here
+        return read(self.batches[at], self.preprocess)
+
+    return item
 
 
 def test_bad_pictures_and_bad_features_are_named(tmp_path: Path) -> None:
@@ -232,12 +267,12 @@ def test_bad_pictures_and_bad_features_are_named(tmp_path: Path) -> None:
         cache.get_many([tmp_path / "none.png"], Counted())
     (broken,) = files(tmp_path, 1)
     with pytest.raises(UsageError, match=r"cannot be read: .*0\.png"):
-        cache.get_many([broken], tower_features(tiny_tower()))
+        cache.get_many([broken], TowerFeatures(tiny_tower()))
     tower = tiny_tower()
     next(tower.parameters()).data.fill_(float("nan"))
     picture().save(tmp_path / "a.png")
     with pytest.raises(MMGraftError, match="not finite"):
-        cache.get_many([tmp_path / "a.png"], tower_features(tower))
+        cache.get_many([tmp_path / "a.png"], TowerFeatures(tower))
     assert shards(cache) == []
 
 

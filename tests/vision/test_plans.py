@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmgraft.data.images import open_image, size_of
 from mmgraft.errors import UsageError
-from mmgraft.vision.feature_cache import FeatureCache, tower_features
+from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 from mmgraft.vision.images import BadImage
 from mmgraft.vision.plan import ImagePositions, Plan, View
 from mmgraft.vision.projectors.configs import (
@@ -262,7 +262,7 @@ def test_cached_features_are_the_computed_ones(tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.png" for n in range(3)]
     for path, size in zip(paths, [(40, 24), (9, 60), (8, 8)], strict=True):
         picture(*size).save(path)
-    compute = tower_features(tower)
+    compute = TowerFeatures(tower)
     cache = FeatureCache(tmp_path / "cache", tower.fingerprint())
     cache.get_many(paths, compute)
     fresh = FeatureCache(tmp_path / "cache", tower.fingerprint())

@@ -42,10 +42,10 @@ class Collator:
             text_rows: See ``RowDataset``.
             features: Asked for image features instead of making pixels; the dataset then leaves
                 its images unopened (``load_images=False``).
-            compute: Features of files that the cache does not hold yet, such as ``tower_features``
+            compute: Features of files that the cache does not hold yet, such as ``TowerFeatures``
                 gives; without it they are an error.
             workflow: The one that rows run with ``text_rows`` "graft".
-            multiple: Round the length of a batch up to a multiple of this.
+            multiple: Round the length of a batch of uneven rows up to a multiple of this.
         """
         self.processor = processor
         self.text_rows = text_rows
@@ -62,8 +62,10 @@ class Collator:
                 feature cache is asked for an image that is no file, or that it does not hold.
         """
         rows = [example.encoded for example in examples]
-        batch: dict[str, Any] = self.processor.collate(rows, "right", self.multiple)
-        batch["labels"] = pad([row.labels for row in rows], -100, "right", self.multiple)
+        uneven = len({len(row.labels) for row in rows}) > 1  # even ones need no mask at all
+        multiple = self.multiple if uneven else 1
+        batch: dict[str, Any] = self.processor.collate(rows, "right", multiple)
+        batch["labels"] = pad([row.labels for row in rows], -100, "right", multiple)
         images = [image for example in examples for image in example.images]
         if images and self.features is not None:
             paths = [image_file(image, one.where) for one in examples for image in one.images]

@@ -156,11 +156,16 @@ def _summing_attention(
     job: _Job = module.__dict__[_JOB]
     if job.active == "eager":
         return _eager(job, module, query, key, value, attention_mask, kwargs)
-    out = ALL_ATTENTION_FUNCTIONS[job.active](module, query, key, value, attention_mask, **kwargs)
-    inner = ALL_ATTENTION_FUNCTIONS[job.plain]
+    config = cast(Any, module).config
+
+    def run(kernel: str, value: Tensor) -> Any:
+        config._attn_implementation_internal = kernel  # where flash attention looks for its package
+        return ALL_ATTENTION_FUNCTIONS[kernel](module, query, key, value, attention_mask, **kwargs)
+
+    out = run(job.active, value)
 
     def call(columns: Tensor) -> Tensor:
-        return inner(module, query, key, columns, attention_mask, **kwargs)[0]
+        return run(job.plain, columns)[0]
 
     job.into.add(job.name, job.into.weigh(call, value))
     return out

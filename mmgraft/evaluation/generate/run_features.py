@@ -12,7 +12,8 @@ from torch import Tensor
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.features import Shown, fill_cache, open_cache
 from mmgraft.data.images import is_data_uri, open_images, size_of
-from mmgraft.vision.feature_cache import tower_features
+from mmgraft.training.devices import default_workers
+from mmgraft.vision.feature_cache import TowerFeatures
 
 if TYPE_CHECKING:
     from mmgraft.data.chat.processor import Encoded, GraftProcessor
@@ -90,9 +91,9 @@ def run_features(
     vector_bytes = tower.hidden_size * cache.dtype.itemsize
     if _vectors(tower, items) * vector_bytes > cache.max_bytes:
         return None
-    count = fill_cache(cache, tower, items)
+    count = fill_cache(cache, tower, items, workers=default_workers(tower.device.type))
     announce(f"features of {count} images are in {cache.folder}")
-    compute = tower_features(tower)
+    compute = TowerFeatures(tower)
     return lambda paths: torch.cat(cache.get_many(paths, compute))
 
 

@@ -114,10 +114,13 @@ class Likelihoods:
             ids, mask, kinds, images, logits_to_keep=1, **cached
         )  # (b, 1, vocab)
         first = logits[:, -1].float().log_softmax(-1)  # (b, vocab)
-        sums = [
-            [float(first[row, each[0]]) for each in request.continuations]
-            for row, request in enumerate(requests)
-        ]
+        counts = [len(request.continuations) for request in requests]
+        chosen = torch.tensor(
+            [[row, each[0]] for row, one in enumerate(requests) for each in one.continuations],
+            device=first.device,
+        )
+        firsts = iter(first[chosen[:, 0], chosen[:, 1]].tolist())  # a card is waited for once
+        sums = [[next(firsts) for _ in range(count)] for count in counts]
         longer = [
             (row, at)
             for row, request in enumerate(requests)
@@ -132,8 +135,10 @@ class Likelihoods:
         given, real = self._padded([row[:-1] for row in rows], "right")
         both = torch.cat([mask[owners], real], dim=1)
         logits = self._forward(given, both, torch.zeros_like(given), {}, **cached)
-        for (row, at), ids, each in zip(longer, rows, logits, strict=True):
-            sums[row][at] += _sum(each[: len(ids) - 1], ids[1:])
+        parts = [each[: len(ids) - 1] for ids, each in zip(rows, logits, strict=True)]
+        more = _sums(parts, [ids[1:] for ids in rows])
+        for (row, at), found in zip(longer, more, strict=True):
+            sums[row][at] += found
         return sums
 
     def _whole(self, requests: Sequence[Request]) -> list[list[float]]:
@@ -151,8 +156,11 @@ class Likelihoods:
         ids, mask = self._padded(rows, "right")
         kinds_of_all = pad(kinds, 0, "right").to(mask.device)
         logits = self._forward(ids, mask, kinds_of_all, self._images(owners), use_cache=False)
-        parts = zip(logits, starts, wanted, strict=True)
-        sums = iter([_sum(each[start : start + len(ids)], ids) for each, start, ids in parts])
+        parts = [
+            each[start : start + len(ids)]
+            for each, start, ids in zip(logits, starts, wanted, strict=True)
+        ]
+        sums = iter(_sums(parts, wanted))
         return [[next(sums) for _ in request.continuations] for request in requests]
 
     # -- steps ----------------------------------------------------------------------------------
@@ -244,7 +252,14 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, **({"add_special_tokens": False} if says else {})))
 
 
-def _sum(logits: Tensor, ids: Sequence[int]) -> float:
-    """Return the log-probability of ids, from the logits before them ``(n, vocab)``."""
-    wanted = torch.tensor(ids, device=logits.device)
-    return float(logits.float().log_softmax(-1).gather(-1, wanted[:, None]).double().sum())
+def _sums(logits: Sequence[Tensor], ids: Sequence[Sequence[int]]) -> list[float]:
+    """Return the log-probability of each row's ids, from the logits before them ``(n, vocab)``.
+
+    Ids go to a card together, and the sums come back together: it is waited for once each.
+    """
+    wanted = torch.tensor([one for row in ids for one in row], device=logits[0].device)
+    parts = zip(logits, wanted.split([len(row) for row in ids]), strict=True)
+    sums = [
+        each.float().log_softmax(-1).gather(-1, own[:, None]).double().sum() for each, own in parts
+    ]
+    return torch.stack(sums).tolist()

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from mmgraft.data.chat.processor import GraftProcessor
 
-_POSITIONS = 64  # whose fp32 probabilities are held at once; more cost page faults
+_POSITIONS, _ON_CARD = 64, 256
+"""Positions whose fp32 probabilities are held at once; on a CPU more cost page faults."""
 
 
 @dataclass(frozen=True)
@@ -267,19 +268,21 @@ def _score(
     given = pad([window.given for window in windows], fill, "right")  # no row sees its padding
     begins = [len(window.given) - len(window.wanted) for window in windows]
     sums = torch.zeros(len(windows), 3, dtype=torch.float64)
+    every = torch.tensor([one for window in windows for one in window.wanted])
     mine = _stretches(model, given, step)
     theirs = None if base is None else _stretches(base, given, step)
     for start, logits in mine:  # (b, stretch, vocab)
         others = None if theirs is None else next(theirs)[1]
         end = start + logits.shape[1]
+        sums, every = sums.to(logits.device), every.to(logits.device)
+        wanted = every.split([len(window.wanted) for window in windows])
         for row, (window, begin) in enumerate(zip(windows, begins, strict=True)):
             low, high = max(start, begin), min(end, len(window.given))
             if low >= high:
                 continue
-            wanted = torch.tensor(window.wanted[low - begin : high - begin], device=logits.device)
-            part = slice(low - start, high - start)
+            part, ids = slice(low - start, high - start), wanted[row][low - begin : high - begin]
             sums[row] += _compare(
-                logits[row, part], None if others is None else others[row, part], wanted
+                logits[row, part], None if others is None else others[row, part], ids
             )
     kept = 1 if base is None else 3
     found = zip(windows, sums[:, :kept].tolist(), strict=True)
@@ -288,17 +291,18 @@ def _score(
 
 def _compare(logits: Tensor, others: Tensor | None, wanted: Tensor) -> Tensor:
     """Return sums of log-likelihood, the base's, and KL(base || model), of ``(n, vocab)``."""
-    sums = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, len(wanted), _POSITIONS):
-        part = slice(start, start + _POSITIONS)
+    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+    step = _POSITIONS if logits.device.type == "cpu" else _ON_CARD
+    for start in range(0, len(wanted), step):
+        part = slice(start, start + step)
         ids = wanted[part, None]
         found = logits[part].float().log_softmax(-1)
-        sums[0] += found.gather(-1, ids).double().sum().cpu()
+        sums[0] += found.gather(-1, ids).double().sum()
         if others is not None:
             expected = others[part].float().log_softmax(-1)
-            sums[1] += expected.gather(-1, ids).double().sum().cpu()
+            sums[1] += expected.gather(-1, ids).double().sum()
             apart = torch.where(expected.isneginf(), 0.0, expected - found)
-            sums[2] += (expected.exp() * apart).sum(-1).double().sum().cpu()
+            sums[2] += (expected.exp() * apart).sum(-1).double().sum()
     return sums
 
 

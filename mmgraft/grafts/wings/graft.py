@@ -9,13 +9,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, PADDING, BaseParts, Graft, Pass, select
-from mmgraft.grafts.computing import computes_on
+from mmgraft.grafts.computing import computes_on, is_flash
 from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.wings.config import WingsConfig, WingsStage
+from mmgraft.grafts.wings.decoding import Stacked, read_token
 from mmgraft.grafts.wings.learners import Learner, learner_heads
 from mmgraft.grafts.wings.reading import KIND_OF, prepare, read_all, read_packed
 from mmgraft.grafts.wings.router import Router, route
@@ -27,7 +29,13 @@ _FALLBACK_LENGTH = 4096  # for bases that name no maximum length (Bloom)
 
 
 class WingsLayer(nn.Module):
-    """The learners and the router of one layer."""
+    """The learners and the router of one layer.
+
+    Attributes:
+        stacked: Copies of their matrices, while tokens are decoded.
+    """
+
+    stacked: Stacked | None = None
 
     def __init__(self, config: WingsConfig, anatomy: Anatomy, heads: int, length: int) -> None:
         super().__init__()
@@ -104,6 +112,8 @@ class WingsGraft(Graft):
 
     def begin(self, state: Pass) -> None:
         """From the first position on, each learner reads the keys of its own kind alone."""
+        if state.start == 0:
+            self._forget_stacked()
         if state.start == 0 and self.watch is None:
             prepare(state, [KIND_OF[name] for name in self.running])
 
@@ -112,6 +122,14 @@ class WingsGraft(Graft):
             raise UsageError(
                 f"a row has {length} positions, but this graft's router knows {self.length}: "
                 "shorten the row, or graft again with a larger --max-length."
+            )
+
+    def check_attention(self, implementation: str) -> None:
+        if self.config.routed and self.anatomy.explicit_weights and is_flash(implementation):
+            raise UsageError(
+                f"the router of Wings needs the attention weights of {self.anatomy.model_type}, "
+                f"and {implementation} does not give them: write attention: eager "
+                "(attn_implementation='eager')."
             )
 
     @contextmanager
@@ -126,8 +144,8 @@ class WingsGraft(Graft):
         def attend(original: Any, *args: Any, **kwargs: Any) -> Any:
             if hasattr(wing, "router") and len(self.running) == 2:
                 columns = partial(_columns, wing.router, state, first_key)
-                kernel = attention.config._attn_implementation  # eager gives weights already
-                fused = self.anatomy.explicit_weights is None and kernel != "eager"
+                fused = self.anatomy.explicit_weights is None  # else it may have no config at all
+                fused = fused and attention.config._attn_implementation != "eager"
                 spans = partial(_spans, state)
                 out, logits = route(original, attention, columns, fused, args, kwargs, spans)
                 shares = logits.softmax(-1)  # (b, s, 2): visual, textual
@@ -158,17 +176,18 @@ class WingsGraft(Graft):
         self, wing: WingsLayer, index: int, hidden: Tensor, state: Pass, shares: Tensor | None
     ) -> Tensor:
         """Return the routed sum of the learners at one layer, ``(b, s, h)``."""
-        learners = {name: cast(Learner, wing.get_submodule(name)) for name in self.running}
-        inputs, queries = hidden.to(state.features.dtype), {}
+        inputs, remember = hidden.to(state.features.dtype), None
+        if state.cache is not None:
+            slot = self._first_slot + self.layer_indices.index(index)
+            remember = partial(state.cache.update, layer_idx=slot)
+            if (stacked := self._stacked(wing, hidden, state)) is not None:
+                return read_token(stacked, inputs, state, remember, shares)
+        learners, queries = self._learners(wing, self.running), {}
         for name, learner in learners.items():
             kind = KIND_OF[name]
             if kind in state.packed or (not state.packed and (kind != IMAGE or state.any_image)):
                 queries[name] = learner.queries(inputs)
-        remember = watch = None
-        show = self.watch
-        if state.cache is not None:
-            slot = self._first_slot + self.layer_indices.index(index)
-            remember = partial(state.cache.update, layer_idx=slot)
+        watch = show = self.watch
         if show is not None:
 
             def shown(name: str, q: Tensor, k: Tensor, mask: Tensor, seen: Tensor) -> None:
@@ -185,6 +204,30 @@ class WingsGraft(Graft):
             out = learners[name].lift(low if share is None else share[..., None].to(low) * low)
             total = out if total is None else total + out
         return torch.zeros_like(hidden) if total is None else total
+
+    def _learners(self, wing: WingsLayer, names: Iterable[str]) -> dict[str, Learner]:
+        return {name: cast(Learner, wing.get_submodule(name)) for name in names}
+
+    def _stacked(self, wing: WingsLayer, hidden: Tensor, state: Pass) -> Stacked | None:
+        """Return the matrices for a single text token that is decoded; None for other passes."""
+        of_text = state.start > 0 and hidden.shape[1] == 1 and not state.new_image
+        if not of_text or self.watch is not None:
+            return None
+        names = [n for n in self.running if KIND_OF[n] != IMAGE or state.any_image]
+        if self.training or torch.is_grad_enabled() or not names:
+            return None
+        (seen,) = self._learners(wing, self.running[-1:]).values()
+        if wing.stacked is None or not wing.stacked.serves(names, seen.output.up.weight):
+            wing.stacked = Stacked.of(self._learners(wing, names), seen)
+        return wing.stacked
+
+    def _forget_stacked(self) -> None:
+        for wing in self.layers.values():
+            wing.stacked = None  # type: ignore[assignment]
+
+    def train(self, mode: bool = True) -> WingsGraft:
+        self._forget_stacked()
+        return super().train(mode)
 
     def groups(self) -> dict[str, Iterable[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {}
@@ -209,13 +252,15 @@ def _first_key(state: Pass, index: int) -> int:
 
 
 def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
-    """Return the router's columns for ``count`` keys from column ``first`` on, ``(b, count,
-    2)``.
-    """
-    positions = state.key_positions[:, first : first + count]  # (b, <= count)
-    missing = count - positions.shape[1]  # a static cache has keys that nothing was written to
-    if missing:
-        positions = torch.nn.functional.pad(positions, (0, missing))
+    """Return the router's columns for ``count`` keys from a column on, ``(b, count, 2)``."""
+    key = ("router's positions", first, count)
+    positions = state.shared.get(key)
+    if positions is None:
+        positions = state.key_positions[:, first : first + count].clamp(min=0)  # (b, <= count)
+        missing = count - positions.shape[1]  # a static cache has keys that nothing was written to
+        positions = F.pad(positions, (0, missing)) if missing else positions
+        if state.start:  # a token is decoded: all layers share them
+            state.shared[key] = positions
     return router.columns(positions)
 
 

@@ -62,12 +62,12 @@ class Rotation:
     def __init__(self, positions: Tensor, size: int, theta: float) -> None:
         steps = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
         angles = positions[:, None, :, None].float() * theta ** (-steps / size)  # (b, 1, s, d/2)
-        angles = torch.cat([angles, angles], dim=-1)
-        self.cos, self.sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        self.cos, self.sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
     def __call__(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
-        return (x * self.cos + torch.cat([-second, first], dim=-1) * self.sin).to(x.dtype)
+        return (x * self.cos + torch.cat([second, first], dim=-1) * self.sin).to(x.dtype)
 
 
 def rotation_of(state: Pass, head_size: int, kind: int | None = None) -> Rotation | None:

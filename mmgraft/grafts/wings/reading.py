@@ -58,7 +58,7 @@ def read_packed(
             width = learners[name].output.down.out_features
             lowered.append(attend_pieces(plan, query, *found[name], lower, width))
         else:
-            mask = _additive(state, ("packed", kind), packed.mask, query)
+            mask = additive(state, ("packed", kind), packed.mask, query)
             lowered.append(torch.where(packed.seen, lower(attend(query, *found[name], mask)), 0.0))
     if remember is not None and found:
         spread = {name: _spread(KIND_OF[name], pair, state) for name, pair in found.items()}
@@ -90,17 +90,28 @@ def read_all(
         keys, values = remember(keys, values)
     if not queries:
         return []
-    masks = {name: state.visible(KIND_OF[name]) for name in queries}
     if watch is not None:
         for name, query in zip(queries, asking, strict=True):
-            watch(name, query, keys.to(query.dtype), *masks[name])
-    key = ("all", *queries)
-    if key not in state.shared:
-        state.shared[key] = torch.cat([mask for mask, _ in masks.values()], dim=2)
+            watch(name, query, keys.to(query.dtype), *state.visible(KIND_OF[name]))
+    key, mask, blind = masks_of(state, queries)
     query = torch.cat(asking, dim=2)  # (b, heads, learners * s, d)
-    mixed = attend(query, keys, values, _additive(state, key, state.shared[key], query))
-    parts = zip(queries, mixed.chunk(len(queries), dim=2), strict=True)
-    return [torch.where(masks[name][1], learners[name].lower(part), 0.0) for name, part in parts]
+    mixed = attend(query, keys, values, additive(state, key, mask, query))
+    parts = zip(queries, mixed.chunk(len(queries), dim=2), blind, strict=True)
+    return [learners[name].lower(part).masked_fill(none, 0.0) for name, part, none in parts]
+
+
+def masks_of(state: Pass, names: Iterable[str]) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Return what learners may look at among all keys so far, made once for all layers.
+
+    Returns:
+        A name of it in the pass; the mask ``(b, 1, learners * s, S)``, learner by learner; and
+        ``(learners, b, s, 1)``, true for queries that see no key.
+    """
+    key = ("all", *names)
+    if key not in state.shared:
+        masks, seen = zip(*(state.visible(KIND_OF[name]) for name in key[1:]), strict=True)
+        state.shared[key] = torch.cat(masks, dim=2), ~torch.stack(seen)
+    return key, *state.shared[key]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -109,7 +120,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def _additive(state: Pass, name: object, mask: Tensor, query: Tensor) -> Tensor:
+def additive(state: Pass, name: object, mask: Tensor, query: Tensor) -> Tensor:
     """Return a mask as kernels add it, made once for all layers: of each layer's own it would be
     kept.
     """

@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmgraft.errors import UsageError
+from mmgraft.grafts.computing import computes_on, is_flash
 from mmgraft.grafts.wings.spans import Spans, over_spans
 
 IMPLEMENTATION = "mmgraft_router"
@@ -36,8 +38,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2, length))
 
     def columns(self, positions: Tensor) -> Tensor:
-        """Columns of the keys' own positions: ``(b, S) -> (b, S, 2)``."""
-        chosen = self.weight.index_select(1, positions.clamp(min=0).flatten())
+        """Columns of the keys' own positions, none below 0: ``(b, S) -> (b, S, 2)``."""
+        chosen = self.weight.index_select(1, positions.flatten())
         return chosen.view(2, *positions.shape).movedim(0, -1)
 
 
@@ -100,16 +102,18 @@ def _router_attention(
     job: _Job = module.__dict__[_JOB]
     module.__dict__[_JOB] = job.outer
     inner = ALL_ATTENTION_FUNCTIONS[job.implementation]
+    # Flash attention looks in the config for which of its packages it is.
+    module.config._attn_implementation_internal = job.implementation  # type: ignore[union-attr]
     size, heads = value.shape[-1], key.shape[1]
     kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
     columns = job.columns(key.shape[2]).to(value.dtype)  # (b, S, 2)
-    if job.implementation == "sdpa" and query.shape[2] == 1 and not kwargs.get("dropout"):
+    if query.shape[2] == 1 and _has_plain_weights(job.implementation, key, attention_mask, kwargs):
         out, _ = inner(module, query, key, value, attention_mask, **kwargs)
         job.logits.append(_one_query(query, key, attention_mask, columns, kwargs["scaling"]))
         return out, None
     columns = columns[:, None].expand(-1, heads, -1, -1)  # (b, kv heads, S, 2)
     width = -(-(max(size, query.shape[-1]) + 2) // 8) * 8
-    if query.is_cuda and width > _WIDEST_FUSED:
+    if computes_on(query) == "cuda" and width > _WIDEST_FUSED:
         out, _ = inner(module, query, key, value, attention_mask, **kwargs)
         extra = F.pad(columns, (0, query.shape[-1] - 2))
         routed, _ = inner(module, query, key, extra, attention_mask, **kwargs)
@@ -134,19 +138,37 @@ def _router_attention(
     return out.contiguous(), None
 
 
+def _has_plain_weights(
+    implementation: str, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Tell whether a single query's weights follow from its scores and a mask of the keys alone."""
+    if kwargs.get("dropout"):
+        return False
+    if not is_flash(implementation):
+        return implementation == "sdpa"
+    keys, window = key.shape[2], kwargs.get("sliding_window")
+    return (mask is None or mask.shape[-1] == keys) and (window is None or keys <= window)
+
+
 def _one_query(
     query: Tensor, key: Tensor, mask: Tensor | None, columns: Tensor, scaling: float
 ) -> Tensor:
     """Logits ``(b, 1, 2)`` of a single new token: its weights are few, and no key is copied."""
-    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (b, kv heads, group, d)
-    scores = (grouped @ key.transpose(-1, -2)).float() * scaling  # (b, kv heads, group, S)
+    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3).flatten(0, 1)
+    none = query.new_empty(1, 1, 1)
+    products = torch.baddbmm(
+        none, grouped, key.flatten(0, 1).transpose(-1, -2), beta=0, alpha=scaling
+    )
+    scores = products.unflatten(0, key.shape[:2])  # (b, kv heads, group, S)
     if mask is not None:
+        if mask.dim() == 2:  # flash attention's: (b, S), true at keys that are no padding
+            mask = mask.bool()[:, None, None, :]
         mask = mask if mask.shape[1] == 1 else mask.unflatten(1, scores.shape[1:3]).squeeze(3)
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + mask
-    summed = scores.softmax(-1).sum((1, 2))[:, None]  # (b, 1, S)
+    summed = scores.softmax(-1, dtype=torch.float32).sum((1, 2))[:, None]  # (b, 1, S)
     return summed @ columns.float()
 
 
@@ -160,7 +182,10 @@ def _explicit(
         out = run()
     weights = out[1] if isinstance(out, tuple) and isinstance(out[1], Tensor) else caught.weights
     if weights is None:
-        raise RuntimeError(f"{type(attention).__name__} gave no attention weights for the router")
+        raise UsageError(
+            f"{type(attention).__name__} gave no attention weights for the router of Wings: load "
+            "the base with attn_implementation='eager'."
+        )
     summed = weights.float().sum(dim=1)  # (b, s, S)
     return out, summed @ columns(summed.shape[-1]).float()
 

@@ -32,9 +32,11 @@ class FiniteWatch:
 
     Attributes:
         stage: Named in errors.
+        device: Where processes agree on what they found.
     """
 
     stage: str
+    device: torch.device
     _losses: list[tuple[Sequence[str], Tensor]] = field(default_factory=list)
     _evaluated: list[str] = field(default_factory=list)
 
@@ -59,15 +61,13 @@ class FiniteWatch:
             NotFinite: Names the rows whose loss it is, else all rows of the step.
         """
         seen, self._losses = self._losses, []
-        losses = torch.stack([loss.float() for _, loss in seen]).tolist() if seen else []
+        *losses, norm = _read([loss for _, loss in seen], 0.0 if norm is None else norm)
         bad = [
             (names, loss)
             for (names, _), loss in zip(seen, losses, strict=True)
             if not math.isfinite(loss)
         ]
-        norm = 0.0 if norm is None else float(norm)
-        device = seen[0][1].device if seen else torch.device("cpu")
-        if not any_rank(bool(bad) or not math.isfinite(norm), device, ranks):
+        if not any_rank(bool(bad) or not math.isfinite(norm), self.device, ranks):
             return
         odd = _gathered([loss for _, loss in bad], ranks)
         rows = _gathered([row for names, _ in bad for row in names], ranks)
@@ -93,6 +93,13 @@ class FiniteWatch:
                 f"the loss on eval_data became {loss} after step {step} of stage {self.stage!r}, "
                 f"on {named(_gathered(rows, ranks))}"
             )
+
+
+def _read(losses: Sequence[Tensor], norm: Tensor | float) -> list[float]:
+    """Read losses and the norm, in one wait where they lie together."""
+    if not isinstance(norm, Tensor) or not losses or norm.device != losses[0].device:
+        return [*(float(loss) for loss in losses), float(norm)]
+    return torch.stack([one.detach().float() for one in (*losses, norm)]).tolist()
 
 
 def named(rows: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmgraft.atomic import atomic_text, atomic_write
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
+from mmgraft.model.packing import takes_half
 
 if TYPE_CHECKING:
     from mmgraft.data.chat.processor import GraftProcessor
@@ -100,7 +101,8 @@ def _log_probabilities(model: GraftedModel, processor: GraftProcessor) -> dict[s
     training = model.training
     model.eval()
     found: dict[str, Tensor] = {}
-    with torch.inference_mode(), model.text_only():
+    half = torch.autocast(model.device.type, torch.bfloat16, enabled=takes_half(model.base))
+    with torch.inference_mode(), model.text_only(), half:
         for number, prompt in enumerate(PROMPTS):
             encoded = processor.encode([{"role": "user", "content": prompt}])
             ids = torch.tensor([encoded.input_ids], device=model.device)

@@ -99,9 +99,12 @@ class Estimator:
         images = CACHED_AT_ONCE if recipe.feature_cache else stage.batch_size * rows.images
         tower, seeing = self._tower(loaded_dtype(recipe), rows, images)
         process = tower + PROCESS[self.device]
-        still = sum(held.weights.values()) + process + held.buffers
-        state, sums = held.optimizer, held.gradients if stage.accumulate > 1 else 0
-        working = step.peak - sums + (held.passing + held.gradients if in_pieces else 0)
+        still = sum(held.weights.values()) + process
+        # Several processes keep gradients elsewhere than the pass; those of DDP always lie there.
+        many = self.processes > 1
+        stay = stage.accumulate > 1 or (many and not in_pieces)
+        state, sums = held.optimizer, held.gradients if stay else 0
+        working = step.peak - sums + (held.passing + held.gradients if many else 0)
         moving = int(working * ALLOCATOR[self.device])
         moments = {
             "forward and backward": still + held.gathered + state + sums + moving,
@@ -118,7 +121,7 @@ class Estimator:
             batch_size=stage.batch_size,
             parameters=count_of(model),
             trained=whole.gradients // 4,
-            activations=step.kept - (0 if in_pieces else sums),
+            activations=step.kept - (0 if many else sums),
             layers=step.layers,
             working=working,
             tower=tower,
@@ -134,7 +137,7 @@ class Estimator:
     def _open(self, recipe: Recipe, index: int) -> tuple[GraftedModel, Step]:
         """Open a stage's model and simulate its step; what the optimizer is does not matter."""
         stage, rows, subject = recipe.stages[index], self.rows[index], self.subject
-        dtype, in_pieces = loaded_dtype(recipe), self._in_pieces(recipe)
+        dtype, many = loaded_dtype(recipe), self.processes > 1
         load = Load(
             rows=stage.batch_size,
             length=rows.length,
@@ -146,8 +149,8 @@ class Estimator:
             precision=stage.precision or "bf16",
             device=self.device,
             checkpointing=stage.gradient_checkpointing,
-            accumulates=stage.accumulate > 1 and not in_pieces,
-            gradients_leave=in_pieces,
+            accumulates=stage.accumulate > 1 and not many,
+            gradients_leave=many,
         )
         key = index, load, tuple(stage.train), recipe.quantization, recipe.attention
         if key not in self._opened:

@@ -7,7 +7,7 @@ measured peak.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -51,7 +51,6 @@ class Share:
         optimizer: Its state.
         scratch: Of the optimizer's step.
         gathered: Weights of other processes that are whole here while they are computed with.
-        buffers: Held all the time to exchange gradients.
         passing: Gradients that are whole on their way to the others.
     """
 
@@ -60,7 +59,6 @@ class Share:
     optimizer: int
     scratch: int
     gathered: int = 0
-    buffers: int = 0
     passing: int = 0
 
 
@@ -99,10 +97,8 @@ def share(whole: Share, groups: Groups, way: Parallel, processes: int) -> Share:
         way: The recipe's ``parallel``.
         processes: How many share it; one holds everything.
     """
-    if processes == 1:
+    if processes == 1 or way == "ddp":
         return whole
-    if way == "ddp":  # which copies all gradients
-        return replace(whole, buffers=whole.gradients)
 
     def part(size: int) -> int:
         return -(-size // processes)
@@ -142,11 +138,10 @@ def state_bytes(
 
 
 def scratch_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer, device: str) -> int:
-    """Count what a step holds beside the state: roots of the second moments.
+    """Count what a step holds beside the state: two copies of a parameter's second moments.
 
-    On CUDA torch takes all parameters together, elsewhere one by one with two copies.
+    On CUDA one kernel does all of the step, and holds nothing.
     """
-    if optimizer != "adamw":
+    if optimizer != "adamw" or device == "cuda":
         return 0
-    sizes = [4 * parameter.numel() for parameter in trained]
-    return sum(sizes) if device == "cuda" else 2 * max(sizes, default=0)
+    return 2 * max((4 * parameter.numel() for parameter in trained), default=0)

@@ -15,15 +15,6 @@ from mmgraft.training.memory.switches import peak_of, switches_for
 if TYPE_CHECKING:
     from mmgraft.training.run import Plan
 
-_SIGNS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out: on a card, or in main memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-
 
 def out_of_memory(recipe: Recipe, stage: Stage, error: BaseException) -> MMGraftError:
     """Make the error that ends a training for want of memory: it names what to set."""

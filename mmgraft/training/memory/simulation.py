@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from mmgraft.anatomy import decoder_layers
 from mmgraft.errors import MMGraftError
@@ -34,7 +36,7 @@ class Load:
         width: Of the tower's features.
         dtype: Of the tower's features.
         precision: ``bf16`` computes under autocast.
-        device: ``cuda`` or ``cpu``: whose path the code takes.
+        device: ``cuda`` or ``cpu``: whose path the code takes, and whose casts are made.
         checkpointing: Recompute layers in the backward pass.
         accumulates: Gradients of an earlier pass are held already.
         gradients_leave: Each gradient goes elsewhere as soon as it is made.
@@ -69,6 +71,40 @@ class Step:
     peak: int
 
 
+_WIDENED = {
+    "layer_norm", "group_norm", "pow", "__pow__", "__rpow__", "norm", "rsqrt", "reciprocal", "exp",
+    "expm1", "log", "log2", "log10", "log1p", "softplus", "cosine_similarity", "normalize", "tan",
+    "cosh", "sinh", "dist", "renorm",
+}  # fmt: skip
+"""What CUDA's autocast computes in fp32 and a CPU's does not."""
+_WIDE_RESULT = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod"}
+"""What it gives an fp32 result, and does not copy its input for."""
+
+
+class _CudaCasts(TorchFunctionMode):
+    """Cast under a CPU's autocast what CUDA's casts to fp32: it is kept for the backward pass."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        if name in _WIDENED:
+            args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+        elif name in _WIDE_RESULT and _is_half(args[0]) and kwargs.get("dtype") is None:
+            kwargs = {**kwargs, "dtype": torch.float32}
+        return func(*args, **kwargs)
+
+
+def _is_half(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if _is_half(tensor) else tensor
+
+
 def simulate(model: GraftedModel, load: Load) -> Step:
     """Run one step of a stage's model, opened for the stage; its parameters become fake ones.
 
@@ -94,6 +130,7 @@ def simulate(model: GraftedModel, load: Load) -> Step:
                     hooks.callback(leaves.remove)
             for layer in decoder_layers(model.base, model.anatomy):
                 _watch(layer, ledger, layers, hooks)
+            hooks.enter_context(_CudaCasts() if load.device == "cuda" else contextlib.nullcontext())
             with bf16:
                 loss = _loss(model, load)
             kept = ledger.now

@@ -37,7 +37,7 @@ def at_layer(model: GraftedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Te
 
 
 def weights_of(model: GraftedModel, name: str) -> LearnerWeights:
-    learner = model.workflow().graft.layers[str(LAYER)].learner(name)
+    learner = model.workflow().graft.layers[str(LAYER)].get_submodule(name)
     parts = ("query", "key", "value", "output")
     return LearnerWeights(
         *(getattr(getattr(learner, part), way).weight for part in parts for way in ("down", "up"))

@@ -10,13 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmgraft.errors import UsageError
+from mmgraft.grafts.computing import as_if_on
+from mmgraft.grafts.wings import router as router_module
 from mmgraft.grafts.wings.router import IMPLEMENTATION, Router, explicit_weights, route
 from mmgraft.grafts.wings.spans import causal_spans
 from tiny import tiny_model
 
 
 def columns_of(router: Router, positions: Tensor) -> Any:
-    return lambda count: router.columns(positions[:, :count])
+    return lambda count: router.columns(positions[:, :count].clamp(min=0))
 
 
 def attention_call(arch: str, implementation: str, length: int = 9) -> tuple[Any, dict[str, Any]]:
@@ -72,6 +75,26 @@ def test_fused_and_explicit_routing_agree(arch: str) -> None:
     for key, logits in found.items():
         torch.testing.assert_close(logits[real], written_out[real], atol=1e-5, rtol=1e-5, msg=key)
     assert written_out[real].abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_heads_too_wide_for_a_card_take_two_calls_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the path is asked about, as an estimate of memory does, too."""
+    monkeypatch.setattr(router_module, "_WIDEST_FUSED", 8)
+    positions, router = torch.arange(9).expand(2, -1), random_router()
+    attention, kwargs = attention_call("llama", "sdpa")
+    inner, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or inner(*a, **k)
+    )
+    given = (attention.forward, attention, columns_of(router, positions), True, (), kwargs)
+    once = route(*given)
+    assert len(calls) == 1
+    with as_if_on("cuda"):
+        twice = route(*given)
+    assert len(calls) == 3
+    torch.testing.assert_close(twice[1], once[1])
+    torch.testing.assert_close(twice[0][0], once[0][0])
 
 
 @torch.no_grad()
@@ -136,7 +159,7 @@ def test_an_exception_puts_the_attention_back() -> None:
 
 def test_an_attention_without_weights_is_told() -> None:
     attention, _ = attention_call("llama", "sdpa")
-    with pytest.raises(RuntimeError, match="no attention weights"):
+    with pytest.raises(UsageError, match="no attention weights"):
         route(
             lambda: (torch.zeros(1), None), attention, lambda n: torch.zeros(1, n, 2), False, (), {}
         )
@@ -162,7 +185,7 @@ def test_weights_of_a_fused_kernel_written_out(form: str) -> None:
 
 def test_columns_are_those_of_the_positions() -> None:
     router = random_router(7)
-    found = router.columns(torch.tensor([[0, 6, -1], [3, 3, 2]]))
+    found = router.columns(torch.tensor([[0, 6, 0], [3, 3, 2]]))
     assert torch.equal(found[0, 1], router.weight[:, 6])
     assert torch.equal(found[0, 2], router.weight[:, 0])  # padding: masked by the attention
     assert torch.equal(found[1, 0], found[1, 1])

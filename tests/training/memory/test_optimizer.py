@@ -49,7 +49,7 @@ def test_in_8_bits_small_tensors_and_embeddings_stay_whole():
 
 def test_a_step_holds_roots_of_all_on_cuda_and_of_one_elsewhere():
     trained = list(_model().parameters())
-    assert scratch_bytes(trained, "adamw", "cuda") == 4 * (6400 + 6500 + 120000)
+    assert scratch_bytes(trained, "adamw", "cuda") == 0  # one kernel does all of the step
     assert scratch_bytes(trained, "adamw", "cpu") == 2 * 4 * 120000
     assert scratch_bytes(trained, "adamw_8bit", "cuda") == 0
     assert scratch_bytes([], "adamw", "cpu") == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmgraft.errors import MMGraftError
+from mmgraft.errors import MMGraftError, is_out_of_memory
 from mmgraft.recipes.recipe import Recipe
 from mmgraft.training.memory import shortage
 from mmgraft.training.memory.request import estimator_of_plan
@@ -32,12 +32,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (type("AcceleratorError", (RuntimeError,), {})("CUDA error: out of memory"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],
 )
 def test_what_counts_as_no_memory(error, expected):
-    assert shortage.is_out_of_memory(error) is expected
+    assert is_out_of_memory(error) is expected
 
 
 def test_an_allocation_that_fails_ends_with_the_switch_to_set(run, monkeypatch):

@@ -210,3 +210,11 @@ def test_gradients_that_leave_are_not_held_to_the_end(monkeypatch):
     held, leaving = step("iaa"), step("iaa", gradients_leave=True)
     assert leaving.kept == held.kept
     assert leaving.peak < gradients("iaa") <= held.peak
+
+
+@pytest.mark.parametrize(("arch", "more"), [("llama", 1.0), ("gpt2", 1.3), ("phi", 1.2)])
+def test_on_cuda_autocast_keeps_what_its_own_lists_widen(arch: str, more: float) -> None:
+    """Norms and the power in gelu_new are computed in fp32 there; Llama's norm casts by itself."""
+    kept = {d: step("llava", arch, device=d, precision="bf16").kept for d in ("cpu", "cuda")}
+    ratio = kept["cuda"] / kept["cpu"]
+    assert ratio == 1.0 if more == 1.0 else more < ratio < 2
