@@ -175,7 +175,7 @@ def describe(spec: VisionSpec) -> TowerShape:
         UsageError: As ``load``.
         MMGraftError: As ``load``.
     """
-    feature_map = outline(spec)[1]
+    feature_map = outline(spec).feature_map
     return TowerShape(feature_map.hidden_size, Plan.single(feature_map.grid))
 
 
