@@ -186,6 +186,7 @@ def _inside(folder: Path, printed: io.StringIO, stdin: Path | None) -> Iterator[
 def _mmgraft(words: list[str]) -> int:
     from mmgraft.cli.app import run
 
+    sys.modules.pop("mmgraft.cli.graft", None)  # its options are those of the methods found here
     return run(words)
 
 

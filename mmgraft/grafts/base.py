@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
+from accelerate.utils.operations import send_to_device
 from torch import Tensor, nn
 
 from mmgraft.anatomy import Anatomy
@@ -75,9 +76,10 @@ class Pass:
         if key not in self.shared:
             names = ("features", "kinds", "positions", "key_kinds", "key_positions")
             given = {name: getattr(self, name) for name in (*names, "segments", "images")}
-            moved = {name: t.to(device) for name, t in given.items() if t is not None}
+            begun = {name: value for name, value in self.shared.items() if isinstance(name, str)}
             packed = {kind: chosen.on(device) for kind, chosen in self.packed.items()}
-            other = replace(self, **moved, shared={}, packed=packed)
+            moved: Any = send_to_device({**given, "shared": begun}, device)
+            other = replace(self, **moved, packed=packed)
             vars(other).update(any_image=self.any_image, new_image=self.new_image)
             self.shared[key] = other
         return self.shared[key]
@@ -238,7 +240,11 @@ class Graft(nn.Module):
         """Refuse a row of ``length`` positions that the graft cannot represent."""
 
     def begin(self, state: Pass) -> None:
-        """Compute what all layers of a pass share, before the first of them."""
+        """Compute what all layers of a pass share, before the first of them.
+
+        Tensors in ``state.shared`` under a string go with the pass to other devices; what stands
+        under any other key is computed there anew.
+        """
 
     def acts_on(self, index: int) -> bool:
         """Return whether the graft does anything at base layer ``index``."""

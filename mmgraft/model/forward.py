@@ -142,12 +142,12 @@ def running(
     active = [item for item in active if item.graft.active]
     through_4bit = torch.is_grad_enabled() and bool(getattr(base, "is_quantized", False))
     run = _Run(active, state, checkpointing, through_4bit, in_step, [None] * len(active))
-    if state is not None:
-        for item in active:
-            item.graft.begin(state)
     every_layer = checkpointing or (through_4bit and state is not None)
     with ExitStack() as stack:
         stack.enter_context(_one_precision(base, active))
+        if state is not None:
+            for item in active:
+                item.graft.begin(state)
         if torch.is_grad_enabled() and not checkpointing and not is_compiled(base, anatomy):
             grafts = [item.graft for item in active]
             stack.enter_context(activations_again([*decoder_layers(base, anatomy), *grafts]))

@@ -19,14 +19,14 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a tower and rows."""
     folder = make_parts(tmp_path_factory.mktemp("parts"))
     (folder / "read.csv").write_text("which?,one,two,three,four,B\nwhat?,one,two,three,four,A\n")
-    for method, config in CONFIGS.items():
+    for method, trains in TRAINS.items():
         recipe = {
             "name": f"tiny-{method}",
             "method": method,
             "precision": "fp32",
             "log_every": 1,
-            "graft": {"config": config},
-            "stages": [{**STAGE, "train": TRAINS[method]}],
+            "graft": {"config": CONFIGS[method]},
+            "stages": [{**STAGE, "train": trains}],
         }
         (folder / f"{method}.yaml").write_text(yaml.safe_dump(recipe))
     return folder

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mmgraft import GraftedModel, UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.recipes.source import load_recipe
-from mmgraft.training.stages import set_path
+from mmgraft.training.stages import open_stage
 from mmgraft.vision.spec import VisionSpec
 from tiny import ARCHITECTURES, save_base, tiny_clip_dir, tiny_model
 
@@ -135,7 +135,7 @@ def test_a_stage_switches_it_and_what_runs_is_saved(installed: Path, tmp_path: P
     file = installed / PACKAGE / "adapter.yaml"
     recipe = load_recipe(file, overrides=["stages.instruct.scale=0.5"]).resolved("mm")
     for stage, scale in zip(recipe.stages, (1.0, 0.5), strict=True):
-        set_path(model, stage)
+        open_stage(model, stage)
         assert model.workflow().graft.scale == scale
     model.save_pretrained(tmp_path / "run")
     loaded = GraftedModel.from_pretrained(tmp_path / "run")

@@ -13,7 +13,7 @@ from grafting import CONFIGS, batch, graft_on, perturb, rows, text_labels, train
 from inside_grafts import PositionGatedExpert, RowGatedLora
 from mmgraft import GraftedModel, IAAConfig
 from mmgraft.grafts import Graft
-from mmgraft.model import learning
+from mmgraft.model import modeling
 from mmgraft.model.last_layer import fed_at, last_layer
 
 WORDS = ("ttiiiitttttt", "iiiitttttt")
@@ -51,7 +51,7 @@ def test_losses_and_gradients_are_the_same(
 ) -> None:
     model = model_of(arch, CONFIGS[method])
     found = step(model)
-    monkeypatch.setattr(learning, "fed_at", lambda layer, wanted: nullcontext())
+    monkeypatch.setattr(modeling, "fed_at", lambda layer, wanted: nullcontext())
     wanted = step(model)
     assert found.keys() == wanted.keys()
     for name in wanted:
@@ -80,13 +80,13 @@ def test_a_graft_inside_the_last_feed_forward_sees_whole_rows(
     model.train()
     words = ("tttttttttt", "ttiiiitttttt")  # a row of text first
     found = step(model, words)
-    assert last_layer(list(model.base.model.layers), [(inside, None)]) is None  # type: ignore[union-attr]
-    monkeypatch.setattr(learning, "fed_at", lambda layer, wanted: nullcontext())
+    monkeypatch.setattr(modeling, "fed_at", lambda layer, wanted: nullcontext())
     wanted = step(model, words)
     assert found.keys() == wanted.keys()
     assert any(".parts.3." in name and wanted[name].abs().max() > 0 for name in wanted)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=1e-4, msg=name)
+    assert last_layer(list(model.base.model.layers), [(inside, None)]) is None  # type: ignore[union-attr]
 
 
 def learned(model: GraftedModel) -> Tensor:

@@ -86,11 +86,11 @@ def layer_sums(
         attention = _submodule(module, anatomy.attention_name)
         if attention is not None:
             everything[f"{index}{INSERTED}"] = attention
-    learned: dict[int, Tensor] = {}
+    learned: dict[str, Tensor] = {}
     sums = _run(model, inputs, flow.name, everything, graft, learned)
     main = _gather(sums, base)
     if learned:
-        both = {n: s + learned[int(n)] if int(n) in learned else s for n, s in sums.items()}
+        both = {n: s + learned[n] if n in learned else s for n, s in sums.items()}
         return {**found, "main": main, "main_and_learners": _gather(both, base)}
     if len(everything) == len(base):
         return {**found, "main": main}
@@ -127,7 +127,7 @@ def _run(
     workflow: str,
     attentions: Mapping[str, nn.Module],
     graft: Graft | None = None,
-    learned: dict[int, Tensor] | None = None,
+    learned: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Run one forward; return sums by name, and put those of learners into ``learned``."""
     ids = inputs["input_ids"]
@@ -155,7 +155,7 @@ def _run(
         model(**inputs, workflow=workflow, use_cache=False, logits_to_keep=1)
     for name in [name for name in sums.sums if name.startswith("learners ")]:
         assert learned is not None
-        learned[int(name.split()[1])] = sums.sums.pop(name)
+        learned[name.split()[1]] = sums.sums.pop(name)
     return sums.sums
 
 

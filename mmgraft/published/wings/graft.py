@@ -83,7 +83,7 @@ class OfficialWingsGraft(Graft):
             yield
 
     def _plan(self, state: Pass) -> OfficialPlan:
-        if "official" not in state.shared:
+        if ("official",) not in state.shared:
             if state.cache is not None:
                 raise UsageError(
                     "wings-official cannot use a cache (later tokens change earlier "
@@ -97,14 +97,14 @@ class OfficialWingsGraft(Graft):
                 images = images.unflatten(0, (rows, -1))  # (b, P, h), dummies too
             else:
                 images = None
-            state.shared["official"] = plan_official(
+            state.shared["official",] = plan_official(
                 state.features,
                 state.kinds,
                 images,
                 self.config.system_prompt_length,
                 width,
             )
-        return state.shared["official"]
+        return state.shared["official",]
 
     def layer_modules(self) -> list[tuple[int, nn.Module]]:
         return [(int(index), module) for index, module in self.layers.items()]
