@@ -126,8 +126,10 @@ class WingsGraft(Graft):
         def attend(original: Any, *args: Any, **kwargs: Any) -> Any:
             if hasattr(wing, "router") and len(self.running) == 2:
                 columns = partial(_columns, wing.router, state, first_key)
-                kernel = attention.config._attn_implementation  # eager gives weights already
-                fused = self.anatomy.explicit_weights is None and kernel != "eager"
+                fused = (
+                    self.anatomy.explicit_weights is None  # else there may be no config to read
+                    and attention.config._attn_implementation != "eager"  # which gives weights
+                )
                 spans = partial(_spans, state)
                 out, logits = route(original, attention, columns, fused, args, kwargs, spans)
                 shares = logits.softmax(-1)  # (b, s, 2): visual, textual
