@@ -138,7 +138,8 @@ def _specs(run: Path, given: Any) -> list[SetSpec]:
     from mmgraft.evaluation.sets import choose_sets, given_set, load_sets, run_sets
 
     keys = ("images", "train", "name", "prompt", "boxes", "metric")
-    one = {key: getattr(given, key) for key in keys} | {"columns": _columns(given.column)}
+    one: dict[str, Any] = {key: getattr(given, key) for key in keys}
+    one["columns"] = _columns(given.column)
     only = given.only or ()
     if given.data is None:
         if any(value is not None for value in one.values()):

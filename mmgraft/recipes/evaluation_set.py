@@ -31,28 +31,30 @@ class SetSpec(StrictModel):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    path: str | None = Field(None, description="file of items, or a packaged set's name")
+    path: str | None = Field(default=None, description="file of items, or a packaged set's name")
     metric: Metric
     modality: Literal["text", "image"] = "image"
     chat: bool = Field(
-        False, description="ask a set of text through the chat template, not as plain text"
+        default=False, description="ask a set of text through the chat template, not as plain text"
     )
-    images: str | None = Field(None, description="folder that image paths start from")
+    images: str | None = Field(default=None, description="folder that image paths start from")
     train: str | None = Field(
-        None, description="file of training rows, whose answers give the prior score"
+        default=None, description="file of training rows, whose answers give the prior score"
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="keys of the rows, where they have other names"
     )
-    prompt: str | None = Field(None, description="what is asked, with {question} and {options}")
+    prompt: str | None = Field(
+        default=None, description="what is asked, with {question} and {options}"
+    )
     boxes: BoxFormat | None = Field(
-        None, description="how the model writes [x1,y1,x2,y2]; needed by `box`"
+        default=None, description="how the model writes [x1,y1,x2,y2]; needed by `box`"
     )
     blind: list[Blind] = Field(default_factory=lambda: ["prior", "no_image"])
-    workflow: str | None = Field(None, description="of rows with images; None: the graft's")
-    max_new_tokens: int | None = Field(None, ge=1, description="None: by the metric")
-    limit: int | None = Field(None, ge=1, description="draw so many items")
-    seed: int = Field(0, description="of that draw")
+    workflow: str | None = Field(default=None, description="of rows with images; None: the graft's")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="None: by the metric")
+    limit: int | None = Field(default=None, ge=1, description="draw so many items")
+    seed: int = Field(default=0, description="of that draw")
 
     @model_validator(mode="before")
     @classmethod

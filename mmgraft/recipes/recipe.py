@@ -62,19 +62,22 @@ class DataEntry(StrictModel):
     """Rows that belong together: one file, or the shards of one set."""
 
     path: str | None = Field(
-        None,
+        default=None,
         description="json, jsonl, parquet, tar, a folder or pattern of them, or hub:OWNER/NAME; "
         "empty until set",
     )
-    images: str | None = Field(None, description="folder that image paths start from")
+    images: str | None = Field(default=None, description="folder that image paths start from")
     format: Literal["auto", "llava", "messages"] = "auto"
     weight: float = Field(
-        1.0, gt=0, le=100_000, description="2 shows every row twice an epoch, 0.5 every other"
+        default=1.0,
+        gt=0,
+        le=100_000,
+        description="2 shows every row twice an epoch, 0.5 every other",
     )
-    limit: int | None = Field(None, ge=1, description="use the first rows only")
-    split: str = Field("train", description="of a set of the Hub, or that datasets saved")
-    subset: str | None = Field(None, description="configuration of a set of the Hub")
-    revision: str | None = Field(None, description="branch, tag or commit of that set")
+    limit: int | None = Field(default=None, ge=1, description="use the first rows only")
+    split: str = Field(default="train", description="of a set of the Hub, or that datasets saved")
+    subset: str | None = Field(default=None, description="configuration of a set of the Hub")
+    revision: str | None = Field(default=None, description="branch, tag or commit of that set")
 
     @model_validator(mode="after")
     def _of_the_hub(self) -> Self:
@@ -92,12 +95,14 @@ class DataEntry(StrictModel):
 class GraftDefaults(StrictModel):
     """What ``mmgraft graft`` uses where its options are not given."""
 
-    base: str | None = Field(None, description="alias, Hub id or folder")
-    vision: str | None = Field(None, description="Hub id, folder or registered tower")
+    base: str | None = Field(default=None, description="alias, Hub id or folder")
+    vision: str | None = Field(default=None, description="Hub id, folder or registered tower")
     vision_options: dict[str, Any] = Field(
         default_factory=dict, description="settings of a registered tower, such as image_size"
     )
-    feature_layer: int | None = Field(None, description="hidden state of the tower; -2 is usual")
+    feature_layer: int | None = Field(
+        default=None, description="hidden state of the tower; -2 is usual"
+    )
     config: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
     projector: AnyProjector = MlpConfig()
 
@@ -112,35 +117,41 @@ class Stage(StageSwitches):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     train: list[str] = Field(min_length=1, description="groups of parameters")
     lr: float | dict[str, float] = Field(description="one number, or one for each group")
-    data: list[DataEntry] | None = Field(None, description="instead of the recipe's data")
+    data: list[DataEntry] | None = Field(default=None, description="instead of the recipe's data")
     workflow: WorkflowName | None = None
-    graft_active: bool = Field(True, description="false leaves inserted layers out of the path")
-    epochs: float | None = Field(None, gt=0, le=100_000)
-    max_steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(1, ge=1, description="rows in one forward pass on one device")
-    accumulate: int = Field(1, ge=1, description="forward passes in one step of the optimizer")
+    graft_active: bool = Field(
+        default=True, description="false leaves inserted layers out of the path"
+    )
+    epochs: float | None = Field(default=None, gt=0, le=100_000)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=1, ge=1, description="rows in one forward pass on one device")
+    accumulate: int = Field(
+        default=1, ge=1, description="forward passes in one step of the optimizer"
+    )
     optimizer: Optimizer = "adamw"
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float | None = Field(None, ge=0, lt=1)
-    warmup_steps: int | None = Field(None, ge=0)
-    clip_norm: float = Field(1.0, ge=0, description="0 clips nothing")
-    max_length: int | None = Field(None, ge=8, description="positions in a row, images counted")
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    clip_norm: float = Field(default=1.0, ge=0, description="0 clips nothing")
+    max_length: int | None = Field(
+        default=None, ge=8, description="positions in a row, images counted"
+    )
     gradient_checkpointing: bool = False
     packing: bool = Field(
-        False, description="several rows in a sequence of up to max_length positions"
+        default=False, description="several rows in a sequence of up to max_length positions"
     )
     group_by: Literal["length", "modality"] | None = Field(
-        None, description="rows of a batch alike in length, or all with or without an image"
+        default=None, description="rows of a batch alike in length, or all with or without an image"
     )
     template: str | None = Field(
-        None, description="chat, plain or a jinja file; None: the graft's own"
+        default=None, description="chat, plain or a jinja file; None: the graft's own"
     )
     text_rows: TextRows | None = None
     image_share: float | None = Field(
-        None, gt=0, lt=1, description="how much of the rows shown have an image"
+        default=None, gt=0, lt=1, description="how much of the rows shown have an image"
     )
     precision: Precision | None = None
     seed: Seed | None = None
@@ -227,39 +238,47 @@ class Recipe(StrictModel):
     method: str
     description: str = ""
     graft: GraftDefaults = Field(default_factory=lambda: GraftDefaults())
-    workflow: WorkflowName | None = Field(None, description="what is trained; None: the graft's")
+    workflow: WorkflowName | None = Field(
+        default=None, description="what is trained; None: the graft's"
+    )
     base: Literal["frozen", "full"] = "frozen"
-    quantization: Literal["nf4"] | None = Field(None, description="4-bit weights of a frozen base")
+    quantization: Literal["nf4"] | None = Field(
+        default=None, description="4-bit weights of a frozen base"
+    )
     data: list[DataEntry] = Field(default_factory=list)
     eval_data: list[DataEntry] = Field(default_factory=list)
     stages: list[Annotated[SerializeAsAny[Stage], PlainValidator(_stage)]] = Field(min_length=1)
     text_rows: TextRows | None = None
     image_share: float | None = Field(
-        None, gt=0, lt=1, description="how much of the rows shown have an image"
+        default=None, gt=0, lt=1, description="how much of the rows shown have an image"
     )
     precision: Precision = "bf16"
     seed: Seed = 0
     tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    log_every: int = Field(10, ge=1, description="steps")
-    save_every: int | None = Field(500, ge=1, description="steps; a stage's end always saves")
-    keep_checkpoints: int = Field(2, ge=1)
-    eval_every: int | None = Field(None, ge=1, description="steps; needs eval_data")
+    log_every: int = Field(default=10, ge=1, description="steps")
+    save_every: int | None = Field(
+        default=500, ge=1, description="steps; a stage's end always saves"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1)
+    eval_every: int | None = Field(default=None, ge=1, description="steps; needs eval_data")
     evaluation: list[SetSpec] = Field(
         default_factory=list, description="sets that `mmgraft eval` asks"
     )
     feature_cache: bool | str = Field(
-        False, description="compute the tower once an image: true keeps it in the run, or a folder"
+        default=False,
+        description="compute the tower once an image: true keeps it in the run, or a folder",
     )
     attention: Attention | None = Field(
-        None, description="kernel of the base's attention; None: the one transformers takes"
+        default=None, description="kernel of the base's attention; None: the one transformers takes"
     )
-    compile: bool = Field(False, description="decoder layers through torch.compile")
+    compile: bool = Field(default=False, description="decoder layers through torch.compile")
     parallel: Parallel = Field(
-        "ddp", description="how several processes share a training: --processes N"
+        default="ddp", description="how several processes share a training: --processes N"
     )
-    workers: int = Field(0, ge=0, description="processes that load rows")
+    workers: int = Field(default=0, ge=0, description="processes that load rows")
     on_bad_row: OnBadRow = Field(
-        "error", description="error names a row that cannot be used; skip leaves it out and logs it"
+        default="error",
+        description="error names a row that cannot be used; skip leaves it out and logs it",
     )
 
     @field_validator("feature_cache")

@@ -69,7 +69,7 @@ class ReadParts(LoadedParts):
         self._read = partial(read_layers, reader, config, indices, owns, anatomy)
 
     @cached_property
-    def model(self) -> PreTrainedModel:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def model(self) -> PreTrainedModel:
         """The base with these parts alone."""
         return self._read()
 

@@ -39,16 +39,18 @@ class OfficialWingsConfig(StrictModel):
     layers: LayerChoice = Field(
         "all", description="base layers, counted from 0, that have learners: 'all', [0, 4]"
     )
-    rank: int = Field(64, ge=1, description="rank of every learner matrix (64 in the scripts)")
+    rank: int = Field(
+        default=64, ge=1, description="rank of every learner matrix (64 in the scripts)"
+    )
     learners: list[LearnerName] = Field(
         default=["visual", "textual"], description="visual, textual, or visual alone (stage 1)"
     )
-    router: bool = Field(True, description="weigh two learners by the router")
+    router: bool = Field(default=True, description="weigh two learners by the router")
     system_prompt_length: int = Field(
         ge=0, description="tokens at the start of a row that no textual learner sees"
     )
     image_token_length: int = Field(ge=1, description="positions of the one image that a row has")
-    router_width: int = Field(4096, ge=1, description="columns of the published router")
+    router_width: int = Field(default=4096, ge=1, description="columns of the published router")
 
     @property
     def routed(self) -> bool:

@@ -151,7 +151,7 @@ def _loss(model: GraftedModel, load: Load) -> Tensor:
     labels[:, max(1, load.length - load.supervised) :] = 0
     features = None
     if shown:
-        plans = load.plans * load.rows
+        plans = list(load.plans * load.rows)
         entries = sum(plan.entries for plan in plans)
         features = Images(
             torch.empty(entries, load.width, dtype=load.dtype),
