@@ -149,7 +149,9 @@ def stock(model: GraftedModel) -> LlavaForConditionalGeneration:
     base: Any = model.base
     workflow = model.workflow()
     graft: Any = workflow.graft
-    after = dict(zip(getattr(graft, "places", []), getattr(graft, "layers", []), strict=True))
+    after = dict(
+        zip(getattr(graft, "layer_indices", []), getattr(graft, "layers", []), strict=True)
+    )
     stack: list[Any] = []
     for index, layer in enumerate(base.model.layers):
         stack += [layer, after[index]] if index in after else [layer]

@@ -55,7 +55,7 @@ def llava(model: GraftedModel, copy: bool = False) -> LlavaForConditionalGenerat
     """
     text, graft = model.base.config.to_dict(), model.workflow().graft
     inserted = list(getattr(graft, "layers", []))
-    places = list(getattr(graft, "places", []))
+    places = list(getattr(graft, "layer_indices", []))
     text["num_hidden_layers"] += len(inserted)
     text["layer_types"] = None
     tied = graft.embedding is graft.head is None or getattr(graft, "tied", False)

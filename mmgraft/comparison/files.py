@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from mmgraft.atomic import atomic_json
 from mmgraft.comparison.spec import Comparison, load_comparison
@@ -61,27 +61,31 @@ class PhaseRecord(StrictModel):
     phase: Phase
     done: bool = False
     settings: dict[str, Any] = Field(default_factory=dict)
-    sittings: list[Session] = Field(default_factory=list, description="sessions, in order")
+    sessions: list[Session] = Field(
+        default_factory=list,
+        validation_alias=AliasChoices("sessions", "sittings"),  # as earlier versions wrote it
+        description="in order",
+    )
 
     @property
     def seconds(self) -> float:
         """Time of all sessions."""
-        return sum(one.seconds for one in self.sittings)
+        return sum(one.seconds for one in self.sessions)
 
     @property
     def cpu_seconds(self) -> float:
         """Processor time of all sessions."""
-        return sum(one.cpu_seconds for one in self.sittings)
+        return sum(one.cpu_seconds for one in self.sessions)
 
     @property
     def peak_memory_mb(self) -> float | None:
         """The largest peak of all sessions."""
-        peaks = [one.peak_memory_mb for one in self.sittings if one.peak_memory_mb is not None]
+        peaks = [one.peak_memory_mb for one in self.sessions if one.peak_memory_mb is not None]
         return max(peaks, default=None)
 
     def after(self, session: Session, done: bool = False) -> PhaseRecord:
         """Return the record with one more session."""
-        return self.model_copy(update={"sittings": [*self.sittings, session], "done": done})
+        return self.model_copy(update={"sessions": [*self.sessions, session], "done": done})
 
 
 def phase_file(run: Path, phase: Phase) -> Path:

@@ -109,7 +109,7 @@ def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
             "base_trained": graft.base_trained,
             "seconds": record.seconds,
             "cpu_seconds": record.cpu_seconds,
-            "sittings": len(record.sittings),
+            "sessions": len(record.sessions),
             "feature_seconds": None if features is None else features.seconds,
             "peak_memory_mb": record.peak_memory_mb,
             "peak_card_memory_mb": max(on_card) * 1e9 / 2**20 if on_card else None,

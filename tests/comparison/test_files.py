@@ -24,7 +24,7 @@ def session(seconds: float, peak: float | None) -> Session:
 
 
 def test_times_add_up_and_memory_is_the_largest() -> None:
-    record = PhaseRecord(phase="train", sittings=[session(1, 5), session(2.5, None), session(3, 4)])
+    record = PhaseRecord(phase="train", sessions=[session(1, 5), session(2.5, None), session(3, 4)])
     assert (record.seconds, record.cpu_seconds, record.peak_memory_mb) == (6.5, 13, 5)
     empty = PhaseRecord(phase="train")
     assert (empty.seconds, empty.peak_memory_mb) == (0, None)
@@ -33,16 +33,22 @@ def test_times_add_up_and_memory_is_the_largest() -> None:
 def test_a_phase_is_done_when_its_last_session_says_so(tmp_path: Path) -> None:
     assert read_phase(tmp_path, "text") is None
     assert phases_done(tmp_path) == []
-    record = PhaseRecord(phase="text", settings={"a": [1]}, sittings=[session(1, 2)])
+    record = PhaseRecord(phase="text", settings={"a": [1]}, sessions=[session(1, 2)])
     write_phase(tmp_path, record)
     assert read_phase(tmp_path, "text") == record
     assert phases_done(tmp_path) == []
     write_phase(tmp_path, PhaseRecord(phase="graft", done=True))
     after = record.after(session(2, 1), done=True)
-    assert after.sittings == [session(1, 2), session(2, 1)]
+    assert after.sessions == [session(1, 2), session(2, 1)]
     write_phase(tmp_path, after)
     assert read_phase(tmp_path, "text") == after
     assert phases_done(tmp_path) == ["graft", "text"]
+
+
+def test_sessions_of_an_earlier_version_are_read() -> None:
+    earlier = PhaseRecord(phase="train", sessions=[session(1, 2)]).model_dump(mode="json")
+    earlier["sittings"] = earlier.pop("sessions")
+    assert PhaseRecord.model_validate(earlier).sessions == [session(1, 2)]
 
 
 def test_a_damaged_record_says_what_to_do(tmp_path: Path) -> None:

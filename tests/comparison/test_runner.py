@@ -120,7 +120,7 @@ def test_what_failed_is_done_again_and_nothing_else(plan, steps: Steps, phase: s
     if phase in ("text", "vision", "laws"):
         record = read_phase(arm_folder(plan(laws=laws).out, "iaa"), phase)
         assert record is not None
-        assert len(record.sittings) == 2, "the time of the session that failed counts"
+        assert len(record.sessions) == 2, "the time of the session that failed counts"
 
 
 def test_without_sets_there_is_nothing_to_measure_but_identity(plan, steps: Steps) -> None:

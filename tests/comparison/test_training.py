@@ -54,7 +54,7 @@ def test_the_command_goes_on_where_there_is_something_to_go_on_with(tmp_path: Pa
 
 def test_an_arm_is_trained_and_what_it_cost_is_recorded(arm: ArmPlan) -> None:
     told: list[str] = []
-    record = train_arm(arm, PhaseRecord(phase="train", sittings=[EARLIER]), "cpu", told.append)
+    record = train_arm(arm, PhaseRecord(phase="train", sessions=[EARLIER]), "cpu", told.append)
     assert record.done
     assert read_phase(arm.run, "train") == record
     assert len(losses(arm.run)) == 2
@@ -64,9 +64,9 @@ def test_an_arm_is_trained_and_what_it_cost_is_recorded(arm: ArmPlan) -> None:
     section = read_results(arm.run, "training")
     assert section is not None
     details = section.details
-    assert details["sittings"] == 2
-    assert details["seconds"] == 100.0 + record.sittings[1].seconds
-    assert details["cpu_seconds"] == 50.0 + record.sittings[1].cpu_seconds
+    assert details["sessions"] == 2
+    assert details["seconds"] == 100.0 + record.sessions[1].seconds
+    assert details["cpu_seconds"] == 50.0 + record.sessions[1].cpu_seconds
     assert details["peak_memory_mb"] == 9999.0
     assert details["peak_card_memory_mb"] is None
     assert details["steps"] == {"tune": 2}
@@ -101,12 +101,12 @@ def test_a_failed_training_says_so_and_its_time_counts(arm: ArmPlan, monkeypatch
     record = read_phase(arm.run, "train")
     assert record is not None
     assert not record.done
-    assert len(record.sittings) == 1
+    assert len(record.sessions) == 1
     with pytest.raises(MMGraftError, match="killed by signal 9"):
         train_arm(arm, record, "cpu", lambda text: None)
     after = read_phase(arm.run, "train")
     assert after is not None
-    assert len(after.sittings) == 2
+    assert len(after.sessions) == 2
     assert read_results(arm.run, "training") is None
 
 
@@ -142,9 +142,9 @@ def test_a_killed_training_goes_on_from_its_checkpoint(write, tmp_path: Path, mo
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    write_phase(arm.run, PhaseRecord(phase="train", sittings=[EARLIER]))
+    write_phase(arm.run, PhaseRecord(phase="train", sessions=[EARLIER]))
     told: list[str] = []
-    train_arm(arm, PhaseRecord(phase="train", sittings=[EARLIER]), "cpu", told.append)
+    train_arm(arm, PhaseRecord(phase="train", sessions=[EARLIER]), "cpu", told.append)
     assert told == ["llava: going on with a training that was stopped"]
     assert [step for _, step, _ in losses(arm.run)] == list(range(1, 61))
 

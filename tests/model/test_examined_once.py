@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import mmgraft.basefiles.parts
 import mmgraft.model.core
 import mmgraft.model.files.create
 import mmgraft.model.files.load
+import mmgraft.model.modeling
 from mmgraft.anatomy import inspection
 from mmgraft.model.modeling import GraftedModel
 from tiny_runs import make_parts, make_run
@@ -25,8 +25,8 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         return real(model)  # type: ignore[arg-type]
 
     homes = (
-        mmgraft.basefiles.parts,
         mmgraft.model.core,
+        mmgraft.model.modeling,
         mmgraft.model.files.create,
         mmgraft.model.files.load,
         inspection,
