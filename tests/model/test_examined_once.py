@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import mmgraft.model.core
-import mmgraft.model.files.create
 import mmgraft.model.files.load
 import mmgraft.model.modeling
 from mmgraft.anatomy import inspection
@@ -27,7 +26,6 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     homes = (
         mmgraft.model.core,
         mmgraft.model.modeling,
-        mmgraft.model.files.create,
         mmgraft.model.files.load,
         inspection,
     )

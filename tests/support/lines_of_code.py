@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTED = ("mmgraft", "plugins", "examples")
-LIMIT = 26_500
-"""Largest number of lines of code in mmgraft/."""
+LIMIT = 27_400
+"""Largest number of lines of code in mmgraft/: 26,500 when the house was built, and 900 more."""
 
 
 def lines_of_code(text: str) -> int:

@@ -187,7 +187,8 @@ class WingsGraft(Graft):
             kind = KIND_OF[name]
             if kind in state.packed or (not state.packed and (kind != IMAGE or state.any_image)):
                 queries[name] = learner.queries(inputs)
-        watch = show = self.watch
+        show: Any = self.watch
+        watch: Any = None
         if show is not None:
 
             def shown(name: str, q: Tensor, k: Tensor, mask: Tensor, seen: Tensor) -> None:
