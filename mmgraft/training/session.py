@@ -200,7 +200,7 @@ class Session:
         ranks = arguments.world_size  # from here on the processes know each other
         rows, evaluated, collator = self._inputs(index)
         kept = plan.resume and index == plan.first
-        arranged = arrange(rows, stage, folder, ranks, plan.recipe.workers, kept)
+        arranged = arrange(rows, stage, folder, ranks, plan.recipe.workers or 0, kept)
         self.bad_rows.put(arranged.bad, stage.name, 0)
         if arranged.says is not None:
             self.announce(arranged.says)

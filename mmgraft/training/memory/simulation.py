@@ -84,10 +84,8 @@ _WIDE_RESULT = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod"}
 class _CudaCasts(TorchFunctionMode):
     """Cast under a CPU's autocast what CUDA's casts to fp32: it is kept for the backward pass."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)
         if name in _WIDENED:
