@@ -42,7 +42,7 @@ def open_cache(tower: VisionTower, folder: Path) -> FeatureCache:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"feature_cache: {folder} is a file; write true, or a folder")
     stored = torch.bfloat16 if tower.dtype == torch.bfloat16 else torch.float32
-    return FeatureCache(folder, tower.fingerprint(), dtype=stored)
+    return FeatureCache(folder, tower.features_key(), dtype=stored)
 
 
 def fill_cache(

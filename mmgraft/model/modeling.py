@@ -24,6 +24,7 @@ from mmgraft.model.files.load import (
     Verify,
     base_files,
     check_base,
+    check_tower,
     finish,
     graft_folder,
     load_base,
@@ -173,6 +174,7 @@ class GraftedModel(WorkflowGeneration):
         )
         anatomy = examine(loaded)
         tower = load_tower(local_tower(record, folder), dtype=loaded.dtype, device=loaded.device)
+        check_tower(record, tower, verify)
         workflow = load_workflow(
             record, folder, loaded, graft_dtype or loaded.dtype, tower.hidden_size, anatomy
         )
@@ -232,6 +234,8 @@ class GraftedModel(WorkflowGeneration):
         first = self.workflow().record
         if verify != "off":
             same_base(first, record, source)
+        if self.vision_tower is not None:
+            check_tower(record, self.vision_tower, verify)
         if not same_tower(first, record):
             raise UsageError(
                 f"{source} sees with {record.vision.name}, this model with {first.vision.name}: "

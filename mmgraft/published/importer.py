@@ -26,6 +26,7 @@ from mmgraft.model.files.graft_file import (
     BaseReference,
     GraftFile,
     ImageToken,
+    SeenFeatures,
     TemplateChoice,
 )
 from mmgraft.published.base import base_bytes, differs_from, write_base
@@ -236,12 +237,13 @@ def _shared_record(todo: _Import, building: Path) -> GraftFile:
     tokenizer = find_tokenizer(files.path)
     token, why = choose_placeholder(tokenizer, int(todo.published.base_config["vocab_size"]))
     own = todo.base is None
-    vision, seen = todo.tower.spec, None
+    vision, seen, features = todo.tower.spec, None, None
     if todo.published.tower_tensors:
         from mmgraft.vision.towers.registry import load_tower
 
         # The processor is proved to work before anything is moved into place.
-        seen = load_tower(vision.model_copy(update={"id": str(building / OWN_TOWER)})).fingerprint()
+        tower = load_tower(vision.model_copy(update={"id": str(building / OWN_TOWER)}))
+        seen, features = tower.fingerprint(), SeenFeatures(sample=tower.sample())
         vision = vision.model_copy(update={"id": f"./{OWN_TOWER}"})
     chat = tokenizer is None or bool(getattr(tokenizer, "chat_template", None))
     return GraftFile(
@@ -254,6 +256,7 @@ def _shared_record(todo: _Import, building: Path) -> GraftFile:
         ),
         vision=vision,
         vision_fingerprint=seen,
+        vision_features=features,
         image_token=ImageToken(id=token, why=why),
         template=TemplateChoice(kind="chat" if chat else "plain"),
         base_trained=own,

@@ -16,6 +16,7 @@ from torch import Tensor
 from hub_server import HubServer
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.vision import VisionSpec, describe_tower, load_tower
+from mmgraft.vision.towers.inspection import examine
 from mmgraft.vision.towers.transformers import TransformersTower
 from tiny_towers import TOWERS, picture, save_processor, save_tower, shape_of, tiny_vision_model
 
@@ -185,6 +186,46 @@ def test_fingerprint_tells_towers_apart(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "tuned")
     save_processor(tmp_path / "tuned", 32)
     assert load(tmp_path / "tuned").fingerprint() != here
+
+
+@pytest.mark.parametrize("name", [name for name, tiny in TOWERS.items() if tiny.prefix is not None])
+def test_the_sample_tells_layers_apart(name: str, tmp_path: Path) -> None:
+    save_tower(tmp_path, name)
+    layers = (-1,) if name == "swin" else (-2, -1)
+    samples = [torch.tensor(load(tmp_path, feature_layer=layer).sample()) for layer in layers]
+    again = torch.tensor(load(tmp_path, feature_layer=layers[0]).sample())
+    assert torch.equal(samples[0], again)
+    for other in samples[1:]:
+        assert (samples[0] - other).norm() > 1e-3 * samples[0].norm()
+    keys = {load(tmp_path, feature_layer=layer).features_key() for layer in layers}
+    assert len(keys) == len(layers)
+
+
+class ListsOfLayers(torch.nn.Module):
+    """A model whose lists of indices hold numbers of layers, as from transformers 5.19 to 5.22."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def forward(self, pixel_values: Tensor, output_hidden_states: Any = False) -> Any:
+        outputs = self.model(pixel_values, output_hidden_states=bool(output_hidden_states))
+        if isinstance(output_hidden_states, list):
+            layers = outputs.hidden_states[1:]
+            kept = [one if at in output_hidden_states else None for at, one in enumerate(layers)]
+            outputs.hidden_states = tuple(kept)
+        return outputs
+
+
+@torch.no_grad()
+def test_a_list_that_numbers_layers_is_not_used(tmp_path: Path) -> None:
+    model = save_tower(tmp_path, "clip")
+    old: Any = ListsOfLayers(model)
+    feature_map = examine(old, (TOWERS["clip"].size,) * 2, -2, "clip")
+    x = pixels(TOWERS["clip"].size)
+    torch.testing.assert_close(feature_map.features(old, x), tokens_by_hand(model, x, -2, 1))
+    assert not feature_map.selects
 
 
 def test_absent_pooler_is_no_fault_but_an_absent_layer_is(tmp_path: Path) -> None:

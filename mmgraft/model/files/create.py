@@ -14,7 +14,13 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.base import BaseParts, Graft
 from mmgraft.grafts.registry import get_method, methods
 from mmgraft.layers import parse_layers
-from mmgraft.model.files.graft_file import BaseReference, GraftFile, ImageToken, TemplateChoice
+from mmgraft.model.files.graft_file import (
+    BaseReference,
+    GraftFile,
+    ImageToken,
+    SeenFeatures,
+    TemplateChoice,
+)
 from mmgraft.model.files.parts import LoadedParts, ReadParts, check_layers
 from mmgraft.model.files.save import graft_tensors, write_graft
 from mmgraft.model.workflow import Workflow
@@ -197,6 +203,7 @@ def _make(
     )
     if tower is not None and not isinstance(tower, TowerShape):
         record.vision, record.vision_fingerprint = tower.spec, tower.fingerprint()
+        record.vision_features = SeenFeatures(sample=tower.sample())
     made = Workflow(workflow, projector, graft, record)
     dtype = next((p.dtype for p in graft.parameters()), None)
     return made if dtype is None else cast(Workflow, made.to(dtype))

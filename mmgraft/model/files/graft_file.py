@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,10 +63,18 @@ class TemplateChoice(_Strict):
     text: str | None = None
 
 
+class SeenFeatures(_Strict):
+    """Some features of a fixed image as the tower gave them (``VisionTower.sample``)."""
+
+    sample: list[float]
+    transformers: str = Field(default_factory=lambda: version("transformers"))
+
+
 class GraftFile(_Strict):
     """The whole record.
 
     Attributes:
+        vision_features: None in grafts of mmgraft versions that recorded none.
         state: What of the graft runs now: a stage may run a part of it.
         base_trained: Text is then the trained base's, not the original's.
         trained_from: The original of a trained base, to compare with.
@@ -81,6 +90,7 @@ class GraftFile(_Strict):
     base: BaseReference
     vision: VisionSpec
     vision_fingerprint: str | None = None
+    vision_features: SeenFeatures | None = None
     projector: AnyProjector = MlpConfig()
     image_token: ImageToken
     template: TemplateChoice = TemplateChoice()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import TowerShape
 
 Verify = Literal["fast", "full", "off"]
+_FEATURES_APART = 1e-3
+"""Relative distance of a fixed image's features that other machines explain."""
 _GRAFT_FILES = [
     "*.json",
     "*.safetensors",
@@ -91,6 +94,25 @@ def same_tower(first: GraftFile, second: GraftFile) -> bool:
     if first.vision_fingerprint and second.vision_fingerprint:
         return first.vision_fingerprint == second.vision_fingerprint
     return first.vision == second.vision
+
+
+def check_tower(record: GraftFile, tower: VisionTower, verify: Verify) -> None:
+    """Stop unless the tower gives the features that the graft was made with.
+
+    Raises:
+        UsageError: They differ: the tower's weights, or how its library reads them.
+    """
+    if verify == "off" or record.vision_features is None:
+        return
+    was, now = record.vision_features, version("transformers")
+    theirs, ours = torch.tensor(was.sample), torch.tensor(tower.sample())
+    apart = float((ours - theirs).norm() / theirs.norm()) if ours.shape == theirs.shape else 1.0
+    if not apart <= _FEATURES_APART:
+        raise UsageError(
+            f"the vision tower {tower.spec.name} gives other features than this graft was made "
+            f"with ({apart:.0%} apart; transformers {was.transformers} then, {now} now): use the "
+            "versions it was made with, or graft and train again. --verify off loads it anyway."
+        )
 
 
 def check_base(record: GraftFile, files: ModelFiles, verify: Verify) -> None:

@@ -20,6 +20,7 @@ from mmgraft.model.files.graft_file import (
     WEIGHTS_NAME,
     BaseReference,
     GraftFile,
+    SeenFeatures,
 )
 from mmgraft.model.sharded.gathering import gathered
 from mmgraft.model.workflow import Workflow
@@ -59,6 +60,9 @@ def save_graft(
     chosen = model.workflow(workflow)
     folder = Path(folder)
     record = _reachable(current_record(chosen), chosen, folder)
+    if record.vision_features is None and model.vision_tower is not None:
+        seen = SeenFeatures(sample=model.vision_tower.sample())
+        record = record.model_copy(update={"vision_features": seen})
     tensors = graft_tensors(chosen, write)
     if not (record.base_trained or model.base_is_trained):
         if write:

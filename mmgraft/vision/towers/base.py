@@ -19,6 +19,7 @@ from mmgraft.vision.plan import Plan, Size
 from mmgraft.vision.spec import VisionSpec
 
 _EDGE_BYTES = 16 * 1024
+_SAMPLED = 32
 
 
 class VisionTower(nn.Module):
@@ -40,6 +41,7 @@ class VisionTower(nn.Module):
     fixed_plan: Plan | None = None
     image_size: tuple[int, int]
     _fingerprint: str | None = None
+    _sample: list[float] | None = None
 
     @property
     def num_patches(self) -> int:
@@ -137,6 +139,32 @@ class VisionTower(nn.Module):
         if self._fingerprint is None:
             self._fingerprint = fingerprint_tensors(self.identity(), self.state_dict())
         return self._fingerprint
+
+    @torch.no_grad()
+    def sample(self) -> list[float]:
+        """Return some features of one fixed image in fp32: they differ where the features do.
+
+        Another version of a library may read the same weights otherwise. Computed once, at the
+        first call; ``load_tower`` calls it before any cast.
+        """
+        if self._sample is None:
+            stored = {tensor.dtype for tensor in self.parameters()}
+            if len(stored) == 1:
+                self.float()
+            ramp, disc = Image.linear_gradient("L"), Image.radial_gradient("L")
+            image = Image.merge("RGB", (ramp, disc, ramp.rotate(90)))
+            pixels = self.preprocess([image]).to(self.device)
+            found = self.encode(pixels, [self.plan(image.size)]).flatten().float().cpu()
+            picked = found[torch.linspace(0, found.numel() - 1, _SAMPLED).long()]
+            self._sample = [float(f"{number:.6g}") for number in picked.tolist()]
+            if len(stored) == 1:
+                self.to(dtype=stored.pop())
+        return self._sample
+
+    def features_key(self) -> str:
+        """Return the name of this tower's features on disk: its fingerprint and coarse features."""
+        coarse = " ".join(f"{number:.1e}" for number in self.sample())
+        return hashlib.sha256(f"{self.fingerprint()} {coarse}".encode()).hexdigest()
 
 
 def fingerprint_tensors(identity: dict[str, Any], tensors: dict[str, Tensor]) -> str:

@@ -27,6 +27,7 @@ class FeatureMap:
         grid: Rows and columns of patches.
         hidden_size: Width of a feature vector.
         arguments: What the model's forward must be given beside the pixels.
+        selects: Whether the model, asked for one hidden state by its index, gives that one.
     """
 
     layer: int
@@ -36,11 +37,12 @@ class FeatureMap:
     grid: tuple[int, int]
     hidden_size: int
     arguments: dict[str, Any] = field(default_factory=dict)
+    selects: bool = False
 
     def features(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         """Run the model and read its patches, row by row: (n, 3, H, W) -> (n, P, hidden)."""
-        # A list of indices keeps one hidden state in memory; models that know no lists keep all.
-        wanted = False if self.index is None else [self.index]
+        # Keep one hidden state in memory where the model can, all of them elsewhere.
+        wanted = self.index is not None and ([self.index] if self.selects else True)
         outputs = model(pixel_values=pixel_values, output_hidden_states=wanted, **self.arguments)
         hidden = (
             outputs.last_hidden_state if self.index is None else outputs.hidden_states[self.index]
@@ -125,13 +127,28 @@ def examine(
             f"feature_layer {layer} is out of range: {name} has {len(states)} hidden states; "
             f"choose one of {-len(states)} .. {len(states) - 1}."
         )
+    selects = index is not None and _selects(model, pixels, index, len(states), arguments)
     if hidden.dim() == 4:
         _, width, *grid = hidden.shape  # (1, C, H, W)
-        return FeatureMap(layer, index, True, 0, (grid[0], grid[1]), width, arguments)
+        return FeatureMap(layer, index, True, 0, (grid[0], grid[1]), width, arguments, selects)
     if hidden.dim() != 3:
         raise _refusal(name, model.config, f"layer {layer} has the shape {tuple(hidden.shape)}")
     prefix, patches = _split_tokens(model, hidden.shape[1], image_size, staged, name)
-    return FeatureMap(layer, index, False, prefix, patches, hidden.shape[2], arguments)
+    return FeatureMap(layer, index, False, prefix, patches, hidden.shape[2], arguments, selects)
+
+
+def _selects(
+    model: PreTrainedModel, pixels: Tensor, index: int, count: int, arguments: dict[str, Any]
+) -> bool:
+    """Return whether a list of indices counts hidden states as the full output does.
+
+    From transformers 5.19 to 5.22 such a list holds the numbers of layers, one lower than those of
+    the hidden states: the output is then one shorter.
+    """
+    with torch.no_grad():
+        outputs = model(pixel_values=pixels, output_hidden_states=[index], **arguments)
+    states = outputs.hidden_states
+    return states is not None and len(states) == count and states[index] is not None
 
 
 def _size_arguments(model: PreTrainedModel, image_size: tuple[int, int]) -> dict[str, Any]:

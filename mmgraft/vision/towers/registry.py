@@ -116,9 +116,10 @@ def load_tower(
     if isinstance(spec, str):
         spec = VisionSpec.from_name(spec)
     tower = find_kind(spec.kind).loader(spec)
-    # Before the cast: the fingerprint names the stored weights, whatever dtype computes with them.
-    tower.fingerprint()
-    return tower.freeze().to(device=device, dtype=dtype)
+    # Before the cast: both are of the stored weights, whatever dtype computes with them.
+    tower.freeze().fingerprint()
+    tower.sample()
+    return tower.to(device=device, dtype=dtype)
 
 
 def describe_tower(spec: VisionSpec | str) -> TowerShape:
