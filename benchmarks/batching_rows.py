@@ -30,7 +30,7 @@ from mmgraft import IAAConfig
 from mmgraft.data.batches.sequences import learned_within
 from mmgraft.model.kernels.compiling import compiled_layers
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.training.grouping import GroupSampler, PackSampler
+from mmgraft.training.row_order import GroupSampler, PackSampler
 
 CASES = ("packing", "length", "modality", "attention", "compile")
 COUNTED = 20_000

@@ -39,8 +39,8 @@ from mmgraft.training.callbacks.stopping import Stopper, TrainingStopped
 from mmgraft.training.devices import is_main_rank
 from mmgraft.training.distributed.parallel import of_all_ranks, processes, way_on
 from mmgraft.training.distributed.sharding import shard
-from mmgraft.training.grouping import arrange, check_packed_length
 from mmgraft.training.memory.subject import loaded_dtype
+from mmgraft.training.row_order import arrange, check_packed_length
 from mmgraft.training.stage_data import with_template
 from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.trainer import GraftTrainer, describe, training_arguments

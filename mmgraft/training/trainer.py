@@ -37,7 +37,7 @@ from mmgraft.training.stages import RateGroup
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
-    from mmgraft.training.grouping import Order
+    from mmgraft.training.row_order import Order
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit"}
 _ON_CUDA = {**_OPTIMIZERS, "adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}

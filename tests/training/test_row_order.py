@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from mmgraft.errors import UsageError
 from mmgraft.training.callbacks.stopping import TrainingStopped
-from mmgraft.training.grouping import LENGTHS, GroupSampler, PackSampler
+from mmgraft.training.row_order import LENGTHS, GroupSampler, PackSampler
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.session import Session
 from tiny_runs import losses, make_run, write_recipe
