@@ -1,15 +1,13 @@
 # make demo    the whole job on a small real model, on a CPU
 # make test    the whole test suite
 # make lint    style, types, import contracts, lines of code
-# make oldest  towers, golden data, exports and trainings with the oldest transformers that is allowed
 # make docs    the pages and the Python reference as HTML, in build/docs
 #
-# Each creates .venv the first time (docs also .venv-docs, oldest also .venv-oldest). PYTHON chooses the interpreter, JOBS the number of test processes.
+# Each creates .venv the first time (docs also .venv-docs). PYTHON chooses the interpreter, JOBS the number of test processes.
 
 PYTHON ?= python3
 VENV ?= .venv
 DOCS_VENV ?= .venv-docs
-OLDEST_VENV ?= .venv-oldest
 JOBS ?= 2
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check
@@ -17,12 +15,7 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check
 # Two processes share the cores: one thread each, and no spinning while they wait.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-# Golden data, towers, exports, every invariant on four architectures, a tiny training.
-OLDEST_TESTS := tests/test_reference_golden.py tests/published/test_official_parity.py tests/vision \
-	tests/export/test_llava_stock.py tests/model/test_seen_features.py tests/training/test_resume.py
-OLDEST_BASES := "llama or qwen3 or gemma3 or phi3"
-
-.PHONY: demo test lint oldest docs env clean
+.PHONY: demo test lint docs env clean
 
 demo: env
 	$(RUN)/mmgraft demo
@@ -30,12 +23,6 @@ demo: env
 # MMGRAFT_GOLDEN, the folder of published results, is passed on; without it parity tests are skipped.
 test: env $(VENV)/.test-installed
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n $(JOBS) --dist loadgroup -q
-
-# A second environment sees the packages of $(VENV), with the oldest transformers that is allowed.
-oldest: env $(OLDEST_VENV)/.installed
-	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) -q $(OLDEST_TESTS)
-	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) -q \
-		tests/model/test_invariants_*.py -k $(OLDEST_BASES)
 
 lint: env
 	$(RUN)/ruff check .
@@ -65,13 +52,6 @@ $(VENV)/.test-installed: test-packages.txt $(VENV)/.installed
 	$(PIP) install -q --no-deps -r test-packages.txt
 	@touch $@
 
-$(OLDEST_VENV)/.installed: pyproject.toml $(VENV)/.installed
-	$(RUN)/python -m venv $(OLDEST_VENV)
-	@$(RUN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$($(OLDEST_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
-	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps transformers==5.19.0
-	@touch $@
-
 # Sphinx lives apart and sees the packages of $(VENV): torch is not installed a second time.
 $(DOCS_VENV)/.installed: docs-packages.txt $(VENV)/.installed
 	@$(RUN)/python -c 'import sys; sys.exit("make docs needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -82,4 +62,4 @@ $(DOCS_VENV)/.installed: docs-packages.txt $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) $(OLDEST_VENV) build/docs
+	rm -rf $(VENV) $(DOCS_VENV) build/docs
