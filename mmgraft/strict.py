@@ -9,7 +9,6 @@ from functools import wraps
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
 from typing_extensions import ParamSpec, Self
 
 from mmgraft.errors import UsageError, did_you_mean
@@ -101,7 +100,7 @@ def describe(error: ValidationError, model: type[BaseModel], what: str) -> str:
     return f"{what} has {len(lines)} problems:\n" + "\n".join(f"  - {line}" for line in lines)
 
 
-def describe_item(item: ErrorDetails, model: type[BaseModel]) -> str:
+def describe_item(item: Any, model: type[BaseModel]) -> str:
     """Return one of pydantic's problems in words; see ``describe``."""
     where = dotted(item["loc"])
     if item["type"] == "extra_forbidden":
