@@ -93,8 +93,7 @@ def examine(
         model: The model, usually a ``skeleton``.
         image_size: (height, width) of its pixels.
         layer: Index into the hidden states; -1 of a convolutional model is its last output. None
-            means -2 where every hidden state is the same number of tokens, else (stages of
-            different resolution) -1.
+            means -2, or -1 where hidden states differ in their number of tokens.
         name: The tower's name, for messages.
 
     Raises:
@@ -128,8 +127,8 @@ def examine(
             f"choose one of {-len(states)} .. {len(states) - 1}."
         )
     selects = index is not None and _selects(model, pixels, index, len(states), arguments)
-    if hidden.dim() == 4:
-        _, width, *grid = hidden.shape  # (1, C, H, W)
+    if hidden.dim() == 4:  # (1, C, H, W)
+        _, width, *grid = hidden.shape
         return FeatureMap(layer, index, True, 0, (grid[0], grid[1]), width, arguments, selects)
     if hidden.dim() != 3:
         raise _refusal(name, model.config, f"layer {layer} has the shape {tuple(hidden.shape)}")
