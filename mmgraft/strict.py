@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from typing_extensions import ParamSpec, Self
 
 from mmgraft.errors import UsageError, did_you_mean
@@ -70,6 +77,14 @@ class StrictModel(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = list(_leaves(cls.model_fields[info.field_name or ""].annotation))
+        if (int in kinds or float in kinds) and bool not in kinds and _holds_bool(value):
+            raise ValueError("yes, no, true and false are no numbers; write one")
+        return value
 
     @classmethod
     def parse(cls, data: Any, what: str) -> Self:
@@ -152,6 +167,22 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
         return [model for argument in arguments for model in _models_in(argument)]
     is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     return [annotation] if is_model else []
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation is made of."""
+    arguments = get_args(annotation)
+    for argument in arguments:
+        yield from _leaves(argument)
+    if not arguments:
+        yield annotation
+
+
+def _holds_bool(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list | tuple):
+        return any(map(_holds_bool, inner))
+    return isinstance(value, bool)
 
 
 class MeasuredModel(StrictModel):

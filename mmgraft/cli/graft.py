@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-import yaml
-
 from mmgraft.aliases import default_tower, resolve_alias
 from mmgraft.atomic import atomic_text
 from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
@@ -25,8 +23,9 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import built_in, get_method, methods, moved
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
 from mmgraft.recipes.recipe import GraftDefaults, Recipe
-from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe
+from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe, set_value
 from mmgraft.strict import Option
+from mmgraft.textfiles import read_text
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
 from mmgraft.vision.projectors.registry import find_projector
 from mmgraft.vision.spec import VisionSpec
@@ -213,7 +212,7 @@ def _config(
         key, equals, text = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting}: write KEY=VALUE")
-        values[key] = yaml.safe_load(text)
+        values[key] = set_value(text, setting)
     name, values, note_ = moved(method, values)
     if note_ is not None:
         note(note_)
@@ -242,7 +241,7 @@ def _template(spec: str | None) -> TemplateChoice | None:
     path = Path(spec).expanduser()
     if not path.is_file():
         raise UsageError(f"no template file {spec}; write chat, plain or the path of a jinja file")
-    return TemplateChoice(kind="file", text=path.read_text(encoding="utf-8"))
+    return TemplateChoice(kind="file", text=read_text(path))
 
 
 def _finish(folder: Path, recipe: Path | None, json: bool) -> None:
@@ -251,7 +250,7 @@ def _finish(folder: Path, recipe: Path | None, json: bool) -> None:
 
     _put_aside(folder)
     if recipe is not None:
-        atomic_text(folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
+        atomic_text(folder / "recipe.yaml", read_text(recipe))
     summary = summarise_graft(folder)
     if json:
         print_json({"folder": str(folder), "written": True, **asdict(summary)})

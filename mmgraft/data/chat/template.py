@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mmgraft.data.chat.content import Message
 from mmgraft.errors import UsageError
+from mmgraft.textfiles import read_text
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "mmgraft probe"
@@ -55,7 +56,7 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
     path = Path(spec)
     if not path.is_file():
         raise UsageError(f"no template file {spec}; write chat, plain or the path of a jinja file")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     template = Template("file", text)
     try:
         _apply(template, tokenizer, [{"role": "user", "content": _PROBE}], tokenize=False)

@@ -19,6 +19,7 @@ from mmgraft.model.files.graft_file import OWN_BASE, GraftFile
 from mmgraft.runs.contents import RECIPE, graft_parameters
 from mmgraft.runs.results import FOLDER, SCHEMA_VERSION, Results, measured
 from mmgraft.strict import MeasuredModel
+from mmgraft.textfiles import read_text
 
 REPORT = "report"
 BESIDE = "The image is a file beside this page and does not go along with it."
@@ -108,7 +109,7 @@ def _markdown(run: Path, record: GraftFile, report: RunReport, sheets: Mapping[s
         beside=BESIDE,
         losses=about_run.last_losses(run / METRICS),
         given=about_run.sets_given(record, list(report.sections.values())),
-        recipe=without_folders(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None,
+        recipe=without_folders(read_text(recipe)) if recipe.is_file() else None,
     )
 
 
