@@ -33,14 +33,14 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     refuse_non_causal(config)
     try:
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+            whole = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except Exception as error:  # whatever a foreign __init__ may raise over its configuration
         raise UsageError(
             f"{config.model_type!r} is not a causal language model that transformers can build "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); {_TEXT_ONLY}"
         ) from error
-    model.tie_weights()
-    return model
+    whole.tie_weights()
+    return whole.eval()
 
 
 def examine_config(config: PreTrainedConfig) -> Anatomy:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mmgraft.atomic import free_name
 from mmgraft.data.chat.content import image_of
 from mmgraft.data.chat.template import source_of
-from mmgraft.data.images import is_data_uri
+from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.errors import MMGraftError
 from mmgraft.evaluation.generate.answers import answer
 from mmgraft.evaluation.generate.run_features import Features
@@ -402,7 +402,7 @@ def _digest(image: Any, known: dict[str, str]) -> str:
         return hashlib.sha256(image.tobytes()).hexdigest()
     if image not in known:
         own = is_data_uri(image)
-        data = image.encode() if own else Path(image.removeprefix("file://")).read_bytes()
+        data = image.encode() if own else Path(path_of(image)).read_bytes()
         known[image] = hashlib.sha256(data).hexdigest()
     return known[image]
 

@@ -100,6 +100,7 @@ class GraftProcessor:
         template: Template | str = "chat",
         preprocess: Preprocess | None = None,
         options: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
     ):
         """Bind the base's tokenizer to what an image takes.
 
@@ -111,6 +112,8 @@ class GraftProcessor:
             template: A ``Template``, or one of the kinds that need no text.
             preprocess: The vision tower's; without it ``__call__`` takes no images.
             options: Variables of the chat template, such as ``enable_thinking``.
+            vocab_size: Rows of the base's embedding, where they are known; a text with a token
+                past them is refused.
         """
         if isinstance(template, str):
             if template not in ("chat", "plain"):
@@ -124,6 +127,7 @@ class GraftProcessor:
         self.template = template
         self.preprocess = preprocess
         self.options = dict(options or {})
+        self.vocab_size = vocab_size
         self._copies = SentinelTokenizers(tokenizer)
         self._reads_parts: bool | None = None
 
@@ -136,6 +140,7 @@ class GraftProcessor:
             template,
             self.preprocess,
             self.options,
+            self.vocab_size,
         )
 
     def transcript(
@@ -193,6 +198,7 @@ class GraftProcessor:
         """
         if not has_image(messages):
             ids = self._text_ids(messages, add_generation_prompt, tools, where)
+            self.check_ids(ids, where)
             return Encoded(ids, [0] * len(ids), [])
         transcript = self.transcript(messages, tools, where, add_generation_prompt)
         return self.expand(transcript, transcript.tokens.ids)
@@ -201,6 +207,9 @@ class GraftProcessor:
         self, transcript: Transcript, ids: Sequence[int], spans: Sequence[tuple[int, int]] = ()
     ) -> Encoded:
         """Give every sentinel the positions of an image, and move the spans along."""
+        self.check_ids(
+            [index for index in ids if index != transcript.sentinel_id], transcript.where
+        )
         lengths, sizes = self._measure(transcript)
         input_ids: list[int] = []
         kinds: list[int] = []
@@ -217,6 +226,16 @@ class GraftProcessor:
             at.append(len(input_ids))
         moved = tuple((at[start], at[end]) for start, end in spans)
         return Encoded(input_ids, kinds, transcript.images, moved, lengths, sizes)
+
+    def check_ids(self, ids: Sequence[int], where: str) -> None:
+        """Raise UsageError for a token that the base's embedding has no row for."""
+        last = max(ids, default=0)
+        if self.vocab_size is not None and last >= self.vocab_size:
+            raise UsageError(
+                f"{where}: token {last} ({self.tokenizer.convert_ids_to_tokens(last)}) is past the "
+                f"base's embedding of {self.vocab_size} rows: tokenizer and base do not belong "
+                "together, or a token was added; give the base's own tokenizer, or leave it out"
+            )
 
     def _measure(
         self, transcript: Transcript

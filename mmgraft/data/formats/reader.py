@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from mmgraft.data.chat.content import image_of, is_image
-from mmgraft.data.images import is_data_uri, refuse_web
+from mmgraft.data.images import is_data_uri, path_of, refuse_web
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import BadImage
@@ -199,7 +199,7 @@ class RowReader:
                 f"{where}: the image is a path ({brief(image)}); give the folder that paths start "
                 "from (images: in the recipe, --images)"
             )
-        path = os.path.normpath(os.path.join(self.folder, image.removeprefix("file://")))
+        path = os.path.normpath(os.path.join(self.folder, path_of(image)))
         if os.path.commonpath([self.folder, path]) != self.folder:
             raise BadImage(
                 f"{where}: the image {brief(image)} lies outside of the image folder "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgraft.data.chat.content import images_of_all
-from mmgraft.data.images import is_data_uri
+from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.evaluation.items.item import Item
 
 FREE = frozenset({"MIT", "CC0", "CC0-1.0"})
@@ -34,7 +34,7 @@ def stated_licences(file: Path, items: Iterable[Item]) -> set[str | None]:
     for item in items:
         for image in images_of_all(item.messages):
             if isinstance(image, str) and not is_data_uri(image):
-                folders.add(Path(image.removeprefix("file://")).resolve().parent)
+                folders.add(Path(path_of(image)).resolve().parent)
             else:
                 found.add(None)
     for folder in folders:

@@ -13,11 +13,13 @@ from PIL import Image
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from mmgraft.basefiles import fetch
-from mmgraft.basefiles.parts import quiet
+from mmgraft.basefiles.files import read_config
+from mmgraft.basefiles.whole import quiet
 from mmgraft.errors import UsageError
+from mmgraft.progress import working
 from mmgraft.strict import StrictModel
 from mmgraft.vision.plan import Plan
 from mmgraft.vision.preprocessing import (
@@ -144,7 +146,7 @@ def load(spec: VisionSpec) -> TransformersTower:
             fetch(spec.id, revision, _PICKLES)
     spec = spec.model_copy(update={"revision": revision, "feature_layer": feature_map.layer})
     try:
-        with quiet():
+        with working(f"loading {spec.name}") as work, quiet(work):
             loaded: Any = type(empty).from_pretrained(
                 folder, config=config, dtype="auto", output_loading_info=True
             )
@@ -221,14 +223,7 @@ def locate(spec: VisionSpec) -> tuple[Path, str | None]:
 def _examine(
     spec: VisionSpec, folder: Path
 ) -> tuple[PreTrainedConfig, Preprocessing, PreTrainedModel, FeatureMap]:
-    try:
-        whole = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"The config of vision tower {spec.name} cannot be read: {error}. A model type that "
-            "this transformers does not know may need a newer one: pip install -U transformers"
-        ) from error
-    config = vision_config(whole, spec.name)
+    config = vision_config(read_config(folder, f"vision tower {spec.name}"), spec.name)
     empty = skeleton(config, spec.name)
     preprocessing = _preprocessing(spec, folder, config)
     feature_map = examine(empty, preprocessing.image_size, spec.feature_layer, spec.name)
