@@ -46,3 +46,29 @@ def read_json(path: Path, todo: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged (corrupt JSON: {error}); {todo}") from None
     return data
+
+
+def weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
+    """Return the one file, else the shards that an index names, as transformers reads them.
+
+    Args:
+        folder: A model's or a graft's.
+        stem: How the files' names begin: ``model``, ``pytorch_model`` or ``graft``.
+        suffix: Such as ``.safetensors``.
+
+    Raises:
+        UsageError: The index is broken, or names a file that is not there or lies elsewhere.
+    """
+    single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    data = read_json(index, "fetch it again")
+    shards = data.get("weight_map")
+    if not (isinstance(shards, dict) and shards and isinstance(data.get("metadata"), dict)):
+        raise UsageError(f"{index} is damaged (no weight_map and metadata); fetch it again")
+    names = sorted(set(map(str, shards.values())))
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if outside or missing:
+        raise UsageError(f"{folder} lacks {', '.join(outside or missing)}; fetch it again")
+    return [folder / name for name in names]

@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmgraft.anatomy import refuse_non_causal
-from mmgraft.basefiles.tensor_files import open_pickled, weight_files
+from mmgraft.basefiles.tensor_files import open_pickled
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.progress import working
-from mmgraft.textfiles import read_json
+from mmgraft.textfiles import read_json, weight_files
 
 _SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]

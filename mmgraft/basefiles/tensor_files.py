@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmgraft.errors import UsageError, first_line
 from mmgraft.progress import counted
-from mmgraft.textfiles import read_json
+from mmgraft.textfiles import weight_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -133,25 +133,6 @@ def _any_files(folder: Path, stem: str, suffix: str, pattern: str) -> list[Path]
     """Return a checkpoint's files; all of the kind where none has transformers' name."""
     others = (path for path in folder.glob(pattern) if "adapter" not in path.name)
     return weight_files(folder, stem, suffix) or sorted(others)
-
-
-def weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
-    """Return the one file, else the shards that an index names, as transformers reads them.
-
-    Raises:
-        UsageError: The index is broken, or names a file that is not there.
-    """
-    single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else []
-    data = read_json(index, "fetch it again")
-    names = data.get("weight_map")
-    if not (isinstance(names, dict) and names and isinstance(data.get("metadata"), dict)):
-        raise UsageError(f"{index} is damaged (no weight_map and metadata); fetch it again")
-    missing = [str(name) for name in names.values() if not (folder / str(name)).is_file()]
-    if missing:
-        raise UsageError(f"{folder} lacks {', '.join(sorted(set(missing)))}; fetch it again")
-    return [folder / name for name in sorted(set(names.values()))]
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:

@@ -23,7 +23,6 @@ from mmgraft.basefiles import (
     resolve,
 )
 from mmgraft.basefiles.files import vocabulary
-from mmgraft.basefiles.tensor_files import weight_files
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template
 from mmgraft.errors import MMGraftError, UsageError
@@ -32,6 +31,7 @@ from mmgraft.model.files.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, 
 from mmgraft.model.files.parts import execution_device, shape_parts, share_config
 from mmgraft.model.kernels.quantization import assert_unquantized, leave_file, quantization_config
 from mmgraft.model.workflow import Workflow
+from mmgraft.textfiles import weight_files
 from mmgraft.vision.projectors.registry import build_projector
 from mmgraft.vision.spec import VisionSpec
 from mmgraft.vision.towers.base import VisionTower
