@@ -22,6 +22,7 @@ from mmgraft.data.chat.transcript import (
     Transcript,
     with_sentinel,
 )
+from mmgraft.data.chat.turns import clean
 from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError
 from mmgraft.vision.plan import ImagePositions
@@ -146,6 +147,7 @@ class GraftProcessor:
         prompting: bool = False,
     ) -> Transcript:
         """Return the conversation as its template and tokenizer see it; see ``Transcript``."""
+        messages = clean(messages, where)
         flat, images = flatten(messages, STOCK_SENTINEL, where)
         plain = Transcript(
             flat, images, self.template, self._copies, self.tokenizer, tools, self.options,
@@ -166,7 +168,7 @@ class GraftProcessor:
         return render(
             self.template,
             self.tokenizer,
-            self._text_only(messages, where),
+            self._text_only(clean(messages, where), where),
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             options=self.options,
@@ -339,7 +341,7 @@ class GraftProcessor:
         tools: Sequence[Any] | None,
         where: str,
     ) -> list[int]:
-        messages = self._text_only(messages, where)
+        messages = self._text_only(clean(messages, where), where)
         if self.template.kind == "plain":
             text = render(self.template, self.tokenizer, messages, tools=tools, where=where)
             return list(self.tokenizer(text, verbose=False)["input_ids"])
