@@ -24,8 +24,9 @@ ROLES = {
 
 ROW_KEYS = ("messages", "conversations", "image", "images", "system", "tools")
 TURN_KEYS = ("role", "from", "content", "value", "tool_calls")
-TEMPLATE_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "thought")
-"""Keys of a turn that are the chat template's to read; see ``Transcript.refuse_dropped``."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+TEMPLATE_KEYS = ("name", "tool_call_id", *THOUGHTS)
+"""Keys of a turn that are the chat template's to read; see ``written.refuse_dropped``."""
 PART_KEYS = ("type", "text", "image", "image_url", "path", "url")
 
 _MEANS = frozenset(
