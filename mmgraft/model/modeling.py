@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -247,18 +247,26 @@ class GraftedModel(WorkflowGeneration):
         self._attach(load_workflow(record, folder, self.base, dtype, width, self.anatomy))
 
     def processor(
-        self, tokenizer_folder: str | Path | None = None, workflow: str | None = None
+        self,
+        tokenizer_folder: str | Path | None = None,
+        workflow: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> GraftProcessor:
         """Make the processor of a workflow: conversations with images in, inputs of a batch out.
+
+        From then on ``generate`` ends where the template ends an answer, too.
 
         Args:
             tokenizer_folder: Where the base's tokenizer lies, when not with the base.
             workflow: Its name; default: the first.
+            options: Variables of the chat template, beside those that the graft records.
         """
         chosen = self.workflow(workflow)
         if tokenizer_folder is None:
             tokenizer_folder = base_files(chosen.record, chosen.origin or Path()).path
-        return load_processor(chosen.record, tokenizer_folder, self.vision_tower)
+        made = load_processor(chosen.record, tokenizer_folder, self.vision_tower, options)
+        self.answers = made.answers
+        return made
 
     # -- forward -------------------------------------------------------------------------------
 
