@@ -15,7 +15,6 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tiny import ARCHITECTURES
-from waiting import LAST
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,7 +65,8 @@ def recipe(target: str) -> str:
     made = (".venv/.installed", ".venv-oldest/.installed", ".venv/.test-installed")
     old = [word for file in made for word in ("-o", file)]
     command = ["make", "-n", "-C", str(ROOT), "--no-print-directory", *old, target]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=LAST, check=True)
+    given = {key: value for key, value in os.environ.items() if "MAKE" not in key}
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
     return ended.stdout.replace("\\\n", " ")
 
 

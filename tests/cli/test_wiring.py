@@ -447,6 +447,7 @@ def test_graft_by_a_recipe(run: Path, cli, called) -> None:
     recipe = run / "recipe.yaml"
     recipe.write_text(
         "name: x\nmethod: iaa\nworkflow: own\ngraft:\n  vision: some/tower\n  feature_layer: -3\n"
+        "  vision_options: {image_size: 32}\n"
         "  config: {layers: [2], gate: scalar, structure: b}\n"
         "  projector: {kind: mlp, norm: true, hidden: 7}\n"
         "stages: [{name: a, train: [projector], lr: 1.0}]\n"
@@ -470,7 +471,9 @@ def test_graft_by_a_recipe(run: Path, cli, called) -> None:
     assert first["workflow"] == "own"
     assert (first["vision"].id, first["vision"].feature_layer) == ("some/tower", -3)
     assert first["projector"] == MlpConfig(norm=True, hidden=7)
+    assert first["vision"].options == {"image_size": 32}
     assert second["workflow"] == "see"
+    assert second["vision"].options == {}
     assert (second["vision"].name, second["vision"].feature_layer) == ("w", 1)
     assert second["projector"] == MlpConfig(norm=False, hidden=7)
 
