@@ -20,8 +20,9 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"vocab", 320),
     (r"layers?$|num_blocks$", LAYERS),
     (r"kv_?heads|key_value_heads|kv_?groups", HEADS // 2),
-    (r"qk_head_dim", 2 * HEAD),
-    (r"rotary_dim", HEAD // 2),
+    (r"attention_head_dim", 2 * HEAD),
+    (r"attention_hidden_size", 2 * WIDTH),
+    (r"rotary_dim|nope|rope_head", HEAD // 2),
     (r"head_?(dim|size)|dim_head|d_?head$|kv_channels", HEAD),
     (r"heads?$|heads|n_?groups", HEADS),
     (r"rank|state|buckets", 16),
@@ -33,6 +34,9 @@ _RULES: tuple[tuple[str, int], ...] = (
     ),
 )
 
+_EQUAL = (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim"))
+"""Numbers that stay equal where they are."""
+
 
 def shrunken(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a configuration of the same class with few layers, heads and numbers."""
@@ -41,35 +45,40 @@ def shrunken(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _smaller(given: dict[str, Any]) -> dict[str, Any]:
     """Shrink the numbers of one configuration, and of those inside it by themselves."""
-    many = next((given[name] for name in _COUNTS if isinstance(given.get(name), int)), 0)
+    words = [len(v) for v in given.values() if isinstance(v, list) and v and isinstance(v[0], str)]
+    counts = (given[name] for name in _COUNTS if isinstance(given.get(name), int))
+    many = next(counts, max(words, default=0))
     by_layer = [v for v in given.values() if isinstance(v, list) and len(v) == many > LAYERS]
     kept = _kept(by_layer, many)
-
-    def smaller(name: str, value: Any) -> Any:
-        if name == "per_layer_config" and value:
-            return {kept.index(at): _smaller(one) for at, one in value.items() if at in kept}
-        if isinstance(value, dict):
-            return _smaller(value)
-        if isinstance(value, list) and len(value) == many > LAYERS:
-            return [smaller(name, value[index]) for index in kept]
-        if isinstance(value, list) and re.search(r"indices|idx|layers$", name):
-            return [kept.index(index) for index in value if index in kept]
-        if isinstance(value, list):
-            return [smaller(name, one) for one in value]
-        if isinstance(value, bool) or not isinstance(value, int):
-            return value
-        most = next((most for rule, most in _RULES if re.search(rule, name)), value)
-        return min(value, most)
-
-    made = {name: smaller(name, value) for name, value in given.items()}
-    heads, pairs = "num_attention_heads", "num_key_value_heads"
-    if given.get(pairs) is not None and given[pairs] == given.get(heads):
-        made[pairs] = made[heads]
+    made = {name: _value(name, value, many, kept) for name, value in given.items()}
+    for one, other in _EQUAL:
+        if given.get(one) is not None and given[one] == given.get(other):
+            made[one] = made[other]
     return made
 
 
+def _value(name: str, value: Any, many: int, kept: list[int]) -> Any:
+    """Shrink one value of a configuration of so many layers, of which these are kept."""
+    if name == "per_layer_config" and all(str(at).isdigit() for at in value or ["none"]):
+        inside = {int(at): one for at, one in value.items() if int(at) in kept}
+        return {kept.index(at): _smaller(one) for at, one in inside.items()}
+    if isinstance(value, dict):
+        return _smaller(value)
+    if isinstance(value, list):
+        if len(value) == many > LAYERS:
+            value = [value[index] for index in kept]
+        elif re.search(r"indices|idx|layers$|layer_ids$", name):
+            return [kept.index(index) for index in value if index in kept]
+        return [_value(name, one, many, kept) for one in value]
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    if value == many > LAYERS and "layers" in name:
+        return LAYERS
+    return min(value, next((most for rule, most in _RULES if re.search(rule, name)), value))
+
+
 def _kept(by_layer: list[list[Any]], many: int) -> list[int]:
-    """Return the layers that stay: one of each kind that the lists tell apart, then the first."""
+    """Return the layers that stay: the first of each kind that the lists tell apart, the second."""
     kinds = [repr([values[index] for values in by_layer]) for index in range(many)]
-    order = sorted(range(many), key=lambda index: (kinds.index(kinds[index]) != index, index))
+    order = sorted(range(many), key=lambda index: (kinds[:index].count(kinds[index]), index))
     return sorted(order[:LAYERS])

@@ -28,6 +28,13 @@ from tiny import randomise
 METHODS = ("iaa", "wings", "llava")
 TOWER_WIDTH = 16
 
+INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -39,7 +46,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
-    "reformer": {"is_decoder": True},
+    "falcon_h1": {"mamba_n_heads": 16},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
     "xmod": {"default_language": "en_XX"},
 }
 """What a default configuration lacks to be built, or would not show when it is small."""
@@ -83,7 +93,7 @@ def judge(kind: str, tower: Path, folder: Path, methods: tuple[str, ...] = METHO
 def summary(folder: Path, kind: str) -> ModelSummary:
     """Return what `inspect` says of a base; of one that was not saved, by its configuration."""
     if not (folder / "config.json").is_file():
-        CONFIG_MAPPING[kind]().save_pretrained(folder)
+        CONFIG_MAPPING[kind](**OVERRIDES.get(kind, {})).save_pretrained(folder)
     files: Any = locate(str(folder))
     return summarise_model(files)
 
@@ -130,7 +140,9 @@ def judge_method(
     name: str, seen: ModelSummary, free: list[int], base: PreTrainedModel, tower: Path, folder: Path
 ) -> dict[str, str]:
     layers = sorted({free[0], free[-1]}) if free else [0]
-    graft(name, layers if name == "iaa" else free or [0], folder.parent / "base", tower, folder)
+    norm = "final norm" in seen.parts
+    chosen = layers if name == "iaa" else free or [0]
+    graft(name, chosen, folder.parent / "base", tower, folder, norm)
     if name in seen.refusals:
         return {"fails": f"inspect refuses, graft does not: {seen.refusals[name]}"}
     model = perturb(GraftedModel.from_pretrained(folder / "graft"))
@@ -140,10 +152,12 @@ def judge_method(
     return {"works": f"layers {','.join(map(str, layers))}" if free else "works"}
 
 
-def graft(name: str, layers: list[int], base: Path, tower: Path, folder: Path) -> None:
+def graft(
+    name: str, layers: list[int], base: Path, tower: Path, folder: Path, norm: bool = True
+) -> None:
     """Write a graft as `mmgraft graft` does."""
     configs: dict[str, Any] = {
-        "iaa": IAAConfig(layers=layers),
+        "iaa": IAAConfig(layers=layers, norm=norm),
         "wings": WingsConfig(rank=4, layers=layers),
         "llava": LlavaConfig(),
     }
