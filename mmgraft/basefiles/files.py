@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mmgraft.anatomy import refuse_non_causal
+from mmgraft.anatomy import refuse_non_causal, text_config
 from mmgraft.basefiles.tensor_files import open_pickled
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.progress import working
@@ -107,13 +107,14 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
         UsageError: It is broken, unknown to this transformers, or not that of a causal LM.
     """
     config = read_config(files.path, files.id, files.gguf)
-    refuse_non_causal(config)
+    text = text_config(config)
+    refuse_non_causal(text)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(
             f"{files.id} is a {config.model_type!r}, not a causal language model; give a text "
             "model that predicts the next token, such as Llama or Qwen2"
         )
-    return config
+    return text
 
 
 def read_config(folder: Path, name: str, gguf: str | None = None) -> PreTrainedConfig:

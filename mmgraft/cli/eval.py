@@ -15,6 +15,7 @@ from mmgraft.cli.options import (
     DtypeOption,
     JsonFlag,
     QuantizationOption,
+    TemplateOption,
     VerifyOption,
     argument,
     option,
@@ -67,6 +68,7 @@ def evaluate(
     quantization: QuantizationOption = None,
     base: BaseOption = None,
     verify: VerifyOption = "fast",
+    template_option: TemplateOption = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -98,8 +100,9 @@ def _evaluate(given: Any) -> None:
     from mmgraft.cli.loading import load_answerer
 
     answerer = load_answerer(
-        str(folder), given.device, given.dtype, given.quantization, given.base, given.verify, None
-    )
+        str(folder), given.device, given.dtype, given.quantization, given.base, given.verify, None,
+        given.template_option,
+    )  # fmt: skip
     _run(answerer, evaluation, given.json)
 
 

@@ -122,6 +122,7 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
 
     from mmgraft.anatomy import decoder_layers, examine, get_path, skeleton
     from mmgraft.basefiles import load_config
+    from mmgraft.model.trial import refusal
 
     config = load_config(files)
     model = skeleton(config)
@@ -146,7 +147,7 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
         parts["head"] = 0
     total = _count(model)
     parts["other"] = total - sum(parts.values()) - sum(layer.parameters for layer in layers)
-    reasons = {name: method.refuses(anatomy) for name, method in methods().items()}
+    reasons = {name: refusal(one, anatomy, model.config) for name, one in methods().items()}
     return ModelSummary(
         id=files.id,
         revision=files.revision,
