@@ -130,7 +130,11 @@ def read_config(folder: Path, name: str, gguf: str | None = None) -> PreTrainedC
             "name the file model.safetensors, or its index model.safetensors.index.json"
         )
     try:
-        return AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        for key in ("num_hidden_layers", "hidden_size"):
+            if isinstance(size := getattr(config, key, None), int) and size < 1:
+                raise ValueError(f"{key} is {size}")
+        return config
     except Exception as error:  # whatever a foreign file may raise
         todo = (
             "it brings code of its own (auto_map), which mmgraft never runs; give a model of a "

@@ -174,7 +174,7 @@ def open_pickled(path: Path) -> dict[str, LazyTensor]:
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error):
+        if "GLOBAL" not in str(error):
             raise _damaged(path, "file of tensors", error) from error
         raise UsageError(
             f"{path} holds Python objects, not tensors alone, and code in it is never run; give "

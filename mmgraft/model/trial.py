@@ -64,7 +64,9 @@ def _tried(method: Method, kind: type[PreTrainedConfig], values: str, seed: int)
     torch.manual_seed(seed)
     try:
         config = kind.from_dict(json.loads(values))
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        ).eval()
     except Exception:  # as above
         return None
     _randomise(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import mmgraft
@@ -17,7 +18,8 @@ def calls() -> list[tuple[str, ast.Call]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 owner = node.func.value
-                named = isinstance(owner, ast.Name) and owner.id.startswith("Auto")
+                name = owner.id if isinstance(owner, ast.Name) else ""
+                named = re.fullmatch(r"Auto(?!HfQuantizer)\w+", name)
                 if named and node.func.attr in ("from_pretrained", "from_config"):
                     found.append((f"{path.relative_to(PACKAGE)}:{node.lineno}", node))
     return found

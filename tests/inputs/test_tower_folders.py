@@ -86,7 +86,7 @@ SPOILED: list[Spoil] = [
     text(CONFIG, b"{}", "configuration"),
     keys(CONFIG, "configuration", model_type="of_next_year"),
     keys(CONFIG, "", hidden_size="wide"),
-    keys(CONFIG, "", num_hidden_layers=-3),
+    keys(CONFIG, "num_hidden_layers is -3", num_hidden_layers=-3),
     keys(CONFIG, "", patch_size=0),
     keys(CONFIG, "", image_size=None),
     code_of_its_own,
