@@ -98,17 +98,14 @@ def key_values(texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
     Raises:
         UsageError: A text is none, or its value is not YAML.
     """
-    import yaml
+    from mmgraft.recipes.source import set_value
 
     found: dict[str, Any] = {}
     for text in texts or ():
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UsageError(f"{flag} {text}: write KEY=VALUE")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"{flag} {text}: the value is not YAML; put it into quotes") from None
+        found[key] = set_value(value, f"{flag} {text}")
     return found
 
 

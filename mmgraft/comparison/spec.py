@@ -309,7 +309,7 @@ def with_settings(comparison: Comparison, settings: Sequence[str]) -> Comparison
         arm, colon, key = where.rpartition(":")
         if colon and arm not in arms:
             raise UsageError(f"--set {text}: no arm {arm!r}; {did_you_mean(arm, arms)}")
-        later = {key: set_value(value, text)}
+        later = {key: set_value(value, f"--set {text}")}
         for name in [arm] if colon else list(arms):
             update = {"set": _merged(arms[name].set, later)}
             arms[name] = arms[name].model_copy(update=update)

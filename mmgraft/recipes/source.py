@@ -248,11 +248,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise UsageError(f"--set {override}: write key=value, such as --set stages.0.lr=1e-4")
     parts = [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
-    _set(data, parts, set_value(text, override), override)
+    _set(data, parts, set_value(text, f"--set {override}"), override)
 
 
-def set_value(text: str, override: str) -> Any:
-    """Return the value of a ``--set``.
+def set_value(text: str, what: str) -> Any:
+    """Return the value in the option that ``what`` shows.
 
     Raises:
         UsageError: It is not YAML.
@@ -260,7 +260,7 @@ def set_value(text: str, override: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"--set {override}: {text!r} is not a YAML value") from error
+        raise UsageError(f"{what}: {text!r} is not a YAML value; put it into quotes") from error
 
 
 def _set(node: dict[str, Any] | list[Any], parts: list[str], value: Any, override: str) -> None:

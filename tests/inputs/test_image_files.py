@@ -187,10 +187,6 @@ def spoiled(request: pytest.FixtureRequest, here: Path) -> Path:
 
 
 DOORS: dict[str, Callable[[Path, Path], list[object]]] = {
-    "check": lambda run, rows: ["data", "check", rows, "--images", rows.parent / "pictures"],
-    "quick": lambda run, rows: [
-        *["data", "check", rows, "--quick", "--images", rows.parent / "pictures"]
-    ],
     "chat": lambda run, rows: ["chat", run, "hi", "--image", rows.parent / "pictures/wrong.tiff"],
     "generate": lambda run, rows: [
         *["generate", run, rows, "--images", rows.parent / "pictures", "--out", "out.jsonl"]
@@ -208,6 +204,13 @@ DOORS: dict[str, Callable[[Path, Path], list[object]]] = {
 @pytest.mark.parametrize("door", DOORS)
 def test_it_is_refused_at_every_door(refused, run, spoiled: Path, door: str) -> None:
     assert "wrong.tiff" in refused(*DOORS[door](run, spoiled))
+
+
+@pytest.mark.parametrize("more", [[], ["--quick"]], ids=["whole", "quick"])
+def test_a_look_at_the_rows_lists_it(cli, spoiled: Path, more: list[str]) -> None:
+    looked = cli("data", "check", spoiled, "--images", spoiled.parent / "pictures", *more)
+    assert looked.code == 2
+    assert "wrong.tiff" in looked.out
 
 
 @pytest.mark.parametrize("form", ["'{}'", '"{}"', "{}", "file://{}"])

@@ -67,7 +67,6 @@ DOORS = {
     "train": ["train", "run", "--recipe", "FILE"],
     "compare": ["compare", "FILE", "--out", "c"],
     "estimate": ["estimate", "FILE", "--base", "BASE"],
-    "check": ["data", "check", "FILE"],
     "rows": ["train", "run", "--data", "ROWS"],
     "generate": ["generate", "run", "ROWS", "--out", "o.jsonl"],
     "eval": ["eval", "run", "--data", "ROWS", "--metric", "exact"],
@@ -80,7 +79,7 @@ DOORS = {
 def test_every_door_refuses_it(refused, run, parts, here, door, encoding) -> None:
     row = '{"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": "é"}]}'
     files = {
-        "FILE": here / ("f.jsonl" if door == "check" else "f.yaml"),
+        "FILE": here / "f.yaml",
         "ROWS": here / "rows.jsonl",
         "BASE": parts / "base",
         "TOWER": parts / "tower",
@@ -90,6 +89,13 @@ def test_every_door_refuses_it(refused, run, parts, here, door, encoding) -> Non
     said = refused(*(files.get(word, word) for word in DOORS[door]))
     assert "not UTF-8 text" in said, said
     assert "convert it" in said
+
+
+def test_a_look_at_rows_lists_those_that_are_no_text(cli, here) -> None:
+    (here / "rows.jsonl").write_bytes('{"messages": "é"}\n'.encode("latin-1"))
+    looked = cli("data", "check", "rows.jsonl")
+    assert looked.code == 2
+    assert "line 1: not UTF-8 text" in looked.out
 
 
 BAD_YAML = {
