@@ -86,7 +86,7 @@ def text_identity(
     batches = range(0, len(prompts), _BATCH)
     for start in counted("comparing with the untouched base, in batches", batches):
         chats = [[{"role": "user", "content": one}] for one in prompts[start : start + _BATCH]]
-        ours = [processor.encode(chat) for chat in chats]
+        ours = [processor.encode(one, where=f"the text {one[0]['content']!r}") for one in chats]
         for chat, own in zip(chats, ours, strict=True):
             if own.input_ids != _base_ids(tokenizer, chat, processor.options):
                 differences.append(f"the ids of {chat[0]['content']!r}")
