@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a line every ten seconds in a log.
+"""Show how far long work is: a bar on a terminal, a line every ten seconds in a log.
 
 A library says nothing; the command line calls ``show_on``.
 """

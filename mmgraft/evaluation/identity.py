@@ -83,8 +83,7 @@ def text_identity(
         )
     differences: list[str] = []
     largest, positions, digests = 0.0, 0, (hashlib.sha256(), hashlib.sha256())
-    batches = range(0, len(prompts), _BATCH)
-    for start in counted("comparing with the untouched base, in batches", batches):
+    for start in counted("comparing with the base, batches", range(0, len(prompts), _BATCH)):
         chats = [[{"role": "user", "content": one}] for one in prompts[start : start + _BATCH]]
         ours = [processor.encode(one, where=f"the text {one[0]['content']!r}") for one in chats]
         for chat, own in zip(chats, ours, strict=True):
