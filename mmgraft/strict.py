@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from typing_extensions import ParamSpec, Self
 
 from mmgraft.errors import UsageError, did_you_mean
@@ -78,13 +71,14 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")  # one of a field is not allowed where it tells kinds apart
     @classmethod
-    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = list(_leaves(cls.model_fields[info.field_name or ""].annotation))
-        if (int in kinds or float in kinds) and bool not in kinds and _holds_bool(value):
-            raise ValueError("yes, no, true and false are no numbers; write one")
-        return value
+    def _no_yes_for_a_number(cls, data: Any) -> Any:
+        for name, info in cls.model_fields.items() if isinstance(data, dict) else ():
+            kinds, value = list(_leaves(info.annotation)), data.get(name)
+            if (int in kinds or float in kinds) and bool not in kinds and _holds_bool(value):
+                raise ValueError(f"{name} is {value}, and yes, no, true and false are no numbers")
+        return data
 
     @classmethod
     def parse(cls, data: Any, what: str) -> Self:

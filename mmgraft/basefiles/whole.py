@@ -13,6 +13,7 @@ from transformers.utils import logging
 from mmgraft.basefiles.files import ModelFiles
 from mmgraft.errors import UsageError, first_line, is_out_of_memory
 from mmgraft.progress import Work, working
+from mmgraft.textfiles import read_json
 
 
 def load_whole(files: ModelFiles, **options: Any) -> PreTrainedModel:
@@ -25,6 +26,8 @@ def load_whole(files: ModelFiles, **options: Any) -> PreTrainedModel:
     Raises:
         UsageError: The files are damaged, lack tensors, or need a package that is not here.
     """
+    if (settings := files.path / "generation_config.json").is_file():
+        read_json(settings, "fetch it again")  # transformers would do without a damaged one
     try:
         what = "loading and quantising" if options.get("quantization_config") else "loading"
         with working(f"{what} {files.id}") as work, quiet(work):

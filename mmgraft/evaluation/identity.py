@@ -9,13 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmgraft.basefiles import (
-    ModelFiles,
-    compare_fingerprints,
-    fingerprint,
-    load_whole,
-    resolve,
-)
+from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, load_whole, resolve
 from mmgraft.errors import UsageError
 from mmgraft.model.files.load import base_files
 from mmgraft.progress import counted

@@ -308,6 +308,9 @@ CONFIGS = [
     keys("quant_method", quantization_config={}),
     keys("quant_method", quantization_config={"quant_method": "of_next_year"}),
     keys("configuration", quantization_config=["gptq"]),
+    text("generation_config.json", b"{", "generation_config.json"),
+    text("generation_config.json", b"[]", "generation_config.json"),
+    text("generation_config.json", '{"é": 1}'.encode("latin-1"), "generation_config.json"),
     config_a_folder,
     code_of_its_own,
     code_on_the_hub,
@@ -334,6 +337,9 @@ TOKENIZERS = [
     text("tokenizer_config.json", b"[", "tokenizer_config.json"),
     text("tokenizer_config.json", b"[]", "tokenizer_config.json"),
     text("tokenizer_config.json", '{"é": 1}'.encode("latin-1"), "tokenizer_config.json"),
+    text("chat_template.jinja", "{# é #}".encode("latin-1"), "chat_template.jinja"),
+    text("chat_template.jinja", "{# é #}".encode("utf-16"), "chat_template.jinja"),
+    text("chat_template.jinja", b"{% for %}", "template"),
     far_turn_end,
 ]
 

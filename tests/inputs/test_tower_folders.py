@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from refusals import GRAFT
@@ -130,7 +132,29 @@ def a_tensor_less(tower: Path) -> str:
     return "lacks 1 weights"
 
 
-@pytest.mark.parametrize("spoil", [cut, pointer, a_tensor_less, gone(WEIGHTS, "weights of")])
+class Runs:
+    """Its pickle makes a folder where it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("code-was-run",)
+
+
+def as_bin(state: Any, name: str) -> Spoil:
+    def spoil(tower: Path) -> str:
+        torch.save(state, tower / "pytorch_model.bin")
+        (tower / WEIGHTS).unlink()
+        if state is None:
+            (tower / "pytorch_model.bin").write_bytes(b"PK cut")
+        return "weights of vision tower"
+
+    spoil.__name__ = name
+    return spoil
+
+
+BINS = [as_bin(None, "bin cut"), as_bin({"a": Runs()}, "bin of code"), as_bin([1], "bin of a list")]
+
+
+@pytest.mark.parametrize("spoil", [cut, pointer, a_tensor_less, gone(WEIGHTS, "weights of"), *BINS])
 def test_damaged_weights_are_refused_where_they_are_loaded(
     cli, refused, parts, tower, here, spoil
 ) -> None:
@@ -140,3 +164,4 @@ def test_damaged_weights_are_refused_where_they_are_loaded(
     for command in (["chat", "g", "hello"], ["train", "g", "--data", rows, "--images", images]):
         said = refused(*command)
         assert says in said, said
+    assert not (here / "code-was-run").exists()

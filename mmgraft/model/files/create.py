@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mmgraft.anatomy import Anatomy
@@ -239,7 +240,9 @@ def _check_vocabulary(
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     try:
         ids = processor.encode(turns, add_generation_prompt=False).input_ids
-    except UsageError:
+    except UsageError as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            raise
         return  # it wants other turns than these
     processor.vocab_size = vocab_size
     processor.check_ids(ids, "the template of this base")

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from PIL import Image
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from mmgraft.basefiles import fetch
 from mmgraft.basefiles.files import read_config
 from mmgraft.basefiles.whole import quiet
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, first_line, is_out_of_memory
 from mmgraft.progress import working
 from mmgraft.strict import StrictModel
 from mmgraft.vision.plan import Plan
@@ -150,10 +149,12 @@ def load(spec: VisionSpec) -> TransformersTower:
             loaded: Any = type(empty).from_pretrained(
                 folder, config=config, dtype="auto", output_loading_info=True
             )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except Exception as error:  # whatever a foreign file may raise
+        if is_out_of_memory(error):
+            raise
         raise UsageError(
-            f"The weights of vision tower {spec.name} cannot be loaded: {error}. Download the "
-            "model again, or name another tower."
+            f"The weights of vision tower {spec.name} cannot be loaded: {first_line(error)}. "
+            "Download the model again, or name another tower."
         ) from error
     model, info = loaded
     missing = frozenset(info["missing_keys"])
