@@ -148,7 +148,10 @@ def test_kinds_of_rows_and_of_files_are_told_by_content(folder: Path) -> None:
         (_llava(["<image>"], image="https://x.org/a.png"), "download it first"),
         (_llava(["<image>"], image=[3]), "not paths"),
         ({"conversations": []}, "'conversations' is not a list of turns"),
-        ({"conversations": [{"from": "bard", "value": "x"}]}, "turn 1: the role 'bard' is not known"),
+        (
+            {"conversations": [{"from": "bard", "value": "x"}]},
+            "turn 1: the role 'bard' is not known",
+        ),
         ({"conversations": [{"from": "human"}]}, "turn 1: not"),
         ({"text": "x"}, "no 'conversations' or 'messages' in it but 'text'"),
         ([1], "a list, not an object"),

@@ -270,7 +270,7 @@ TWO_ROLES = (
         ([{"role": "developer", "content": "Fr."}, USER, ANSWER], "turn 1: .* of the developer"),
         ([USER, _call({}), ANSWER], "turn 2: .* 'tool_calls' of this turn of the assistant"),
         ([USER, ANSWER, {"role": "tool", "content": "2"}, ANSWER], "turn 3: .* of the tool"),
-        ([USER, {**ANSWER, "thinking": "hm"}], "turn 2: .* 'thinking'"),
+        ([USER, {**ANSWER, "thinking": "hm"}], "turn 2: .* 'reasoning_content'"),
     ],
 )
 def test_turns_that_the_template_does_not_write_are_refused(

@@ -16,8 +16,8 @@ from typing_extensions import Self
 
 from mmgraft.data.batches.sequences import Side, pad
 from mmgraft.data.chat.answers import Answers, learn
-from mmgraft.data.chat.content import Message, flatten, has_image, has_parts
-from mmgraft.data.chat.template import Template, apply, check_template, reads_parts, variables
+from mmgraft.data.chat.content import Message, flatten, has_parts
+from mmgraft.data.chat.template import Template, check_template, reads_parts, variables
 from mmgraft.data.chat.transcript import (
     STOCK_SENTINEL,
     SentinelTokenizers,
@@ -177,8 +177,7 @@ class GraftProcessor:
             where=where, prompting=prompting,
         )  # fmt: skip
         if takes_text(plain):
-            messages = with_text(messages)
-            plain = replace(plain, messages=with_text(flat))
+            messages, plain = with_text(messages), replace(plain, messages=with_text(flat))
         transcript = with_sentinel(plain, messages) if images else plain
         refuse_dropped(transcript)
         return messages, transcript
@@ -196,10 +195,12 @@ class GraftProcessor:
         where: str = "the conversation",
     ) -> str:
         """Return the text that is tokenised: the base's own, or with a sentinel for each image."""
-        messages, transcript = self._read(messages, tools, where, add_generation_prompt)
+        return self._text(*self._read(messages, tools, where, add_generation_prompt), where)
+
+    def _text(self, messages: Sequence[Message], transcript: Transcript, where: str) -> str:
         if transcript.images:
             return transcript.tokens.text
-        return transcript.render(self._text_only(messages, where), add_generation_prompt)
+        return transcript.render(self._text_only(messages, where), transcript.prompting)
 
     def encode(
         self,
@@ -219,11 +220,12 @@ class GraftProcessor:
         Raises:
             UsageError: The template refuses the conversation.
         """
-        if not has_image(messages):
-            ids = self._text_ids(messages, add_generation_prompt, tools, where)
-            return Encoded(ids, [0] * len(ids), [])
-        transcript = self.transcript(messages, tools, where, add_generation_prompt)
-        return self.expand(transcript, transcript.tokens.ids)
+        messages, transcript = self._read(messages, tools, where, add_generation_prompt)
+        if transcript.images:
+            return self.expand(transcript, transcript.tokens.ids)
+        text, plain = self._text(messages, transcript, where), self.template.kind == "plain"
+        ids = list(self.tokenizer(text, add_special_tokens=plain, verbose=False)["input_ids"])
+        return Encoded(ids, [0] * len(ids), [])
 
     def expand(
         self, transcript: Transcript, ids: Sequence[int], spans: Sequence[tuple[int, int]] = ()
@@ -374,31 +376,6 @@ class GraftProcessor:
         whole = self.decode(ids, skip_special_tokens=False)
         shown = self.answers.shown(whole)
         return (text if shown == whole.lstrip() else special.sub("", shown)).strip()
-
-    def _text_ids(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool,
-        tools: Sequence[Any] | None,
-        where: str,
-    ) -> list[int]:
-        messages, transcript = self._read(messages, tools, where)
-        messages = self._text_only(messages, where)
-        if self.template.kind == "plain":
-            text = transcript.render(messages)
-            return list(self.tokenizer(text, verbose=False)["input_ids"])
-        encoding = apply(
-            self.template,
-            self.tokenizer,
-            messages,
-            where,
-            tools=list(tools) if tools else None,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=True,
-            **self.options,
-        )
-        return list(encoding["input_ids"])
 
     def _text_only(self, messages: Sequence[Message], where: str) -> Sequence[Message]:
         """Return the messages, flattened unless the template reads lists of parts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -45,10 +46,11 @@ def _dropped(transcript: Transcript) -> Iterator[str]:
         marked = transcript.render([_marked(turn, f"{marker}{at}") for at, turn in turns])
     except UsageError:
         return  # the template reads what the turns say
+    reads = re.search(rf"[.'\"](?:{'|'.join(THOUGHTS)})\b", source)
+    lost = [] if reads else ["reasoning_content"]
     for at, turn in turns:
-        lost = [key for key in THOUGHTS if not re.search(rf"[.'\"]{key}\b", source)]
-        lost += [key for key in ("content", "tool_calls") if f"{marker}{at}{key};" not in marked]
-        for key in lost:
+        keys = [key for key in ("content", "tool_calls") if f"{marker}{at}{key};" not in marked]
+        for key in (*lost, *keys):
             if str(turn.get(key) or "").strip():
                 yield (
                     f", turn {at}: the chat template does not write the {key!r} of this turn of "
@@ -70,17 +72,16 @@ def takes_text(transcript: Transcript) -> bool:
     It does where it cannot write objects, or writes them as Python does.
     """
     calls = [call for turn in transcript.messages for call in turn.get("tool_calls") or ()]
-    given = [call.get("function", call)["arguments"] for call in calls]
     if not calls:
         return False
     try:
         text = transcript.render()
+        given = [call.get("function", call)["arguments"] for call in calls]
+        return any(one and repr(one) in text for one in given)
     except UsageError:
-        try:
+        with suppress(UsageError):
             return bool(transcript.render(with_text(transcript.messages)))
-        except UsageError:
-            return False
-    return any(one and repr(one) in text for one in given)
+        return False
 
 
 def with_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
