@@ -129,6 +129,10 @@ def test_reasoning_that_a_template_does_not_write_is_refused() -> None:
     with pytest.raises(UsageError, match=r"turn 2: .* does not write the 'reasoning_content'"):
         supervise(_processor(CHATML), [USER, thought])
     text = REASONING.replace("OPEN", "<think>").replace("CLOSE", "</think>")
+    brief = text.replace("if loop.last", "if not brief and loop.last")
+    with pytest.raises(UsageError, match="does not write the 'reasoning_content'"):
+        supervise(_processor(brief, brief=True), [USER, thought])
+    supervise(_processor(brief), [USER, thought, USER, ANSWER])  # it is left out on purpose
     learnt = supervise(_processor(text), [USER, thought])
     assert "It is warm." in _processor(text).decode(learnt.input_ids)
 

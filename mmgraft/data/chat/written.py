@@ -14,6 +14,9 @@ from mmgraft.data.chat.transcript import Transcript
 from mmgraft.data.chat.turns import THOUGHTS
 from mmgraft.errors import UsageError
 
+_THINKS = {"reasoning_content", "thinking"}
+_TEXTS = ("content", *_THINKS)
+
 
 def refuse_dropped(transcript: Transcript) -> None:
     """Refuse a conversation of which the template leaves something out.
@@ -37,7 +40,7 @@ def refuse_dropped(transcript: Transcript) -> None:
 
 
 def _dropped(transcript: Transcript) -> Iterator[str]:
-    text, source = transcript.render(), transcript.source
+    text = transcript.render()
     if transcript.tools and replace(transcript, tools=None).render() == text:
         yield ": the chat template does not write the row's 'tools'"
     marker = unused_marker(text)
@@ -46,12 +49,13 @@ def _dropped(transcript: Transcript) -> Iterator[str]:
         marked = transcript.render([_marked(turn, f"{marker}{at}") for at, turn in turns])
     except UsageError:
         return  # the template reads what the turns say
-    reads = re.search(rf"[.'\"](?:{'|'.join(THOUGHTS)})\b", source)
-    lost = [] if reads else ["reasoning_content"]
+    reads = re.search(rf"[.'\"](?:{'|'.join(THOUGHTS)})\b", transcript.source)
     for at, turn in turns:
-        keys = [key for key in ("content", "tool_calls") if f"{marker}{at}{key};" not in marked]
-        for key in (*lost, *keys):
-            if str(turn.get(key) or "").strip():
+        written = {key for key in (*_TEXTS, "tool_calls") if f"{marker}{at}{key};" in marked}
+        if written & _THINKS or (reads and at < len(turns)):  # of earlier turns it may go
+            written |= _THINKS
+        for key in ("content", "reasoning_content", "tool_calls"):
+            if key not in written and str(turn.get(key) or "").strip():
                 yield (
                     f", turn {at}: the chat template does not write the {key!r} of this turn of "
                     f"the {turn['role']}"
@@ -59,11 +63,10 @@ def _dropped(transcript: Transcript) -> Iterator[str]:
 
 
 def _marked(turn: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    """Return a turn with marks in its content and in the names of its calls."""
+    """Return a turn with marks in its texts and in the names of its calls."""
     made = _with_calls(turn, lambda call: {**call, "name": f"{call['name']}{mark}tool_calls;"})
-    if str(made.get("content") or "").strip():
-        made["content"] = f"{made['content']}{mark}content;"
-    return made
+    texts = [key for key in _TEXTS if str(made.get(key) or "").strip()]
+    return {**made, **{key: f"{made[key]}{mark}{key};" for key in texts}}
 
 
 def takes_text(transcript: Transcript) -> bool:
