@@ -182,7 +182,7 @@ class WorkflowGeneration(GraftedCore):
         """Return the forward's inputs for one decoding step; images go in with the step they
         stand in.
         """
-        given = cast(Any, super()).prepare_inputs_for_generation(
+        given = cast(Any, self.base).prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -191,6 +191,7 @@ class WorkflowGeneration(GraftedCore):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        given |= {name: kwargs[name] for name in _OWN_INPUTS if name in kwargs}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         length = ids.shape[1] if ids is not None else embeds.shape[1]
         continues = not is_first_iteration and kwargs.get("use_cache", True)

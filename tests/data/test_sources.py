@@ -244,6 +244,19 @@ def test_weights_repeat_and_draw() -> None:
     assert len(set(drawn)) == 3
 
 
+@pytest.mark.parametrize(
+    ("rows", "weight", "shown"),
+    [(10, 0.37, 4), (10, 0.34, 3), (10, 1.26, 13), (10, 2.96, 30), (3, 0.2, 1), (7, 1.0, 7)],
+)
+def test_a_weight_gives_the_nearest_whole_number_of_rows(
+    rows: int, weight: float, shown: int
+) -> None:
+    mixed = _ids(mix([Part(_rows("a", rows), weight)], seed=1))
+    assert len(mixed) == shown
+    counts = [mixed.count(name) for name in set(mixed)]
+    assert max(counts) - (min(counts) if weight >= 1 else 0) <= 1
+
+
 def test_a_mixture_depends_on_its_seed_alone() -> None:
     parts = [Part(_rows("a", 20)), Part(_rows("b", 20), 0.5)]
     once = _ids(mix(parts, seed=3))
