@@ -130,7 +130,6 @@ def graft(
     target = out or Path(f"{_short(base)}-{kind.name}")
     defaults = chosen.graft if chosen else None
     tower = _tower(defaults, vision, feature_layer)
-    written = find_recipe(recipe) if recipe is not None else method_recipe(kind)
     _check(target, force, verify)
     with uncollected():  # here torch is loaded
         from mmgraft.model.files.create import create_graft
@@ -149,7 +148,7 @@ def graft(
     if dry_run:
         _show_plan(record, target, f"{kind.name} on {resolve_alias(base)}", json)
     else:
-        _finish(target, written, json)
+        _finish(target, find_recipe(recipe) if recipe is not None else method_recipe(kind), json)
 
 
 def _tower(

@@ -1,4 +1,4 @@
-"""How a template's answers look: what ends one, and where the reasoning before it ends.
+"""Answers as a template writes them: the end of one, and the reasoning before it.
 
 All of it is learned from what the template writes around an answer.
 """

@@ -137,30 +137,24 @@ class GraftProcessor:
 
     def with_template(self, template: Template | str) -> Self:
         """Return the same processor with another template, and the options that it knows."""
-        made = template if isinstance(template, Template) else Template(template)  # type: ignore[arg-type]
-        known = variables(made, self.tokenizer) if self.options else frozenset[str]()
-        return type(self)(
-            self.tokenizer,
-            self.image_positions,
-            self.placeholder_id,
-            template,
-            self.preprocess,
-            {name: self.options[name] for name in self.options if name in known},
-        )
+        images = self.image_positions, self.placeholder_id
+        made = type(self)(self.tokenizer, *images, template, self.preprocess)
+        known = variables(made.template, self.tokenizer) if self.options else set[str]()
+        made.options = {name: self.options[name] for name in self.options if name in known}
+        return made
 
     def transcript(
         self,
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         where: str = "the conversation",
-        prompting: bool = False,
     ) -> Transcript:
         """Return the conversation as its template and tokenizer see it; see ``Transcript``.
 
         Raises:
             UsageError: The template refuses it, or leaves something of it out.
         """
-        return self._read(messages, tools, where, prompting)[1]
+        return self._read(messages, tools, where)[1]
 
     def _read(
         self,
@@ -184,7 +178,7 @@ class GraftProcessor:
 
     @cached_property
     def answers(self) -> Answers:
-        """How answers look: what ends one, and where the reasoning before it ends."""
+        """Answers as the template writes them: the end of one, and the reasoning before it."""
         return learn(self.transcript)
 
     def prompt(

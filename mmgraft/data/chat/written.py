@@ -1,4 +1,4 @@
-"""Whether a chat template writes all that a conversation holds; what it would drop is refused."""
+"""Conversations of which a chat template would leave something out; they are refused."""
 
 from __future__ import annotations
 
