@@ -32,7 +32,8 @@ HARMONY = (
 )
 LLAMA_CALLS = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
-    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{% if m.tool_calls %}"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{% if 'tool_calls' in m %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('single tool-calls alone') }}{% endif %}"
     '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": '
     "{{ m.tool_calls[0].function.arguments | tojson }}}{% else %}{{ m.content }}{% endif %}"
     "<|eot_id|>{% endfor %}"

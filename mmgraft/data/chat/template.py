@@ -63,7 +63,7 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
     if spec in named and not path.is_file():
         return Template("file", named[spec])
     if not path.is_file():
-        known = ", ".join(["chat", "plain", *named])
+        known = ", ".join(["chat", "plain", *sorted(named)])
         raise UsageError(f"no template file {spec}; write {known} or the path of a jinja file")
     text = path.read_text(encoding="utf-8")
     template = Template("file", text)
@@ -95,7 +95,7 @@ def check_template(
     named = _named(tokenizer)
     if template.kind == "chat" and named and "default" not in named:
         raise UsageError(
-            f"the base's chat templates are called {', '.join(named)}, and none is the default; "
+            f"the base's chat templates are called {', '.join(sorted(named))}, and none is the default; "
             "choose one: mmgraft graft --template NAME"
         )
     known = variables(template, tokenizer) if options else set[str]()
