@@ -95,8 +95,8 @@ def check_template(
     named = _named(tokenizer)
     if template.kind == "chat" and named and "default" not in named:
         raise UsageError(
-            f"the base's chat templates are called {', '.join(sorted(named))}, and none is the default; "
-            "choose one: mmgraft graft --template NAME"
+            f"the base's chat templates are called {', '.join(sorted(named))}, and none is the "
+            "default; choose one: mmgraft graft --template NAME"
         )
     known = variables(template, tokenizer) if options else set[str]()
     for name in options:
