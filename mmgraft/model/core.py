@@ -15,6 +15,7 @@ from transformers.generation.utils import GenerationMixin
 from typing_extensions import Self
 
 from mmgraft.anatomy import Anatomy, examine, get_path
+from mmgraft.data.chat.answers import Answers
 from mmgraft.errors import UsageError
 from mmgraft.model.cache import extend
 from mmgraft.model.images import GivenImages, Images, place, plan_features, plan_images
@@ -82,6 +83,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False
         self.in_step = False  # see mmgraft.model.sharded.in_step
         self._only_text = False
+        self.answers: Answers | None = None  # what ends them; known once there is a processor
         if base.can_generate():
             self.generation_config = base.generation_config
         for workflow in workflows:

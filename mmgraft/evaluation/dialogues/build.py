@@ -157,9 +157,7 @@ def _short(
     kept = []
     for item in items:
         answer = {"role": "assistant", "content": max(item.options, key=len)}
-        encoded = processor.encode(
-            [*item.messages, answer], add_generation_prompt=False, where=item.where
-        )
+        encoded = processor.encode([*item.messages, answer], False, item.tools, item.where)
         if len(encoded) <= most:
             kept.append(item)
     if len(kept) < len(items):

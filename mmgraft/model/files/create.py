@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mmgraft.anatomy import Anatomy, examine, skeleton
 from mmgraft.data.chat.placeholder import choose_placeholder
+from mmgraft.data.chat.template import Template, check_template, resolve_template
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import BaseParts, Graft
 from mmgraft.grafts.method import Method
@@ -225,13 +226,19 @@ def choose_template(
     """Return the template of a graft: what the user asked for, else the base's own; never a guess.
 
     Raises:
-        UsageError: The base has no chat template and none was named.
+        UsageError: The base has no chat template and none was named, none of several is chosen, or
+            an option is no variable of the template.
     """
-    if wanted is not None and wanted.kind != "chat":
+    wanted = wanted or TemplateChoice()
+    if tokenizer is None:
         return wanted
-    if tokenizer is not None and not getattr(tokenizer, "chat_template", None):
+    if wanted.kind == "chat" and wanted.text is not None:
+        named = resolve_template(wanted.text, tokenizer)
+        wanted = wanted.model_copy(update={"kind": named.kind, "text": named.text})
+    if wanted.kind == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UsageError(
             f"{name} has no chat template: add --template plain (image, then text) or "
             "--template FILE.jinja."
         )
-    return TemplateChoice()
+    check_template(Template(wanted.kind, wanted.text), tokenizer, wanted.options)
+    return wanted
