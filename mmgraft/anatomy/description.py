@@ -43,6 +43,7 @@ class Anatomy:
             None if columns beside the values give it what it reads.
         logit_scale: Factor on the head's output (Cohere, Granite, ...).
         logit_softcap: Bound c of ``c * tanh(logits / c)`` after that factor; None without one.
+        layer_numbers: Names of the attributes, inside a layer, that hold its number.
         blocked: Layer -> why it cannot carry a graft.
         branch_blocked: Why nothing can be added to the attention's branch; None if it can.
         logits_blocked: Why logits cannot be computed from ``norm_path``, ``head_path``,
@@ -76,9 +77,15 @@ class Anatomy:
     explicit_weights: str | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    layer_numbers: frozenset[str] = frozenset()
     blocked: dict[int, str] = field(default_factory=dict)
     branch_blocked: str | None = None
     logits_blocked: str | None = None
+
+    @property
+    def trunk_path(self) -> str:
+        """Return the module that owns the list of layers: ids or embeddings in, states out."""
+        return self.layers_path.rpartition(".")[0]
 
 
 def get_path(model: nn.Module, path: str) -> nn.Module:

@@ -9,12 +9,13 @@ from mmgraft.cli.options import JsonFlag
 
 
 def methods(json: JsonFlag = False) -> None:
-    """List the methods of grafting: the three built in, and those of installed packages."""
+    """List the methods and the projectors: those built in, and those of installed packages."""
     from mmgraft.grafts.registry import broken_methods
     from mmgraft.grafts.registry import methods as usable_methods
     from mmgraft.vision.projectors.registry import find_projector, projectors
 
     usable, broken = usable_methods().values(), broken_methods()
+    titles = {name: find_projector(name).title for name in projectors()}
     if json:
         rows = [
             {
@@ -26,7 +27,6 @@ def methods(json: JsonFlag = False) -> None:
             }
             for method in usable
         ]
-        titles = {name: find_projector(name).title for name in projectors()}
         broken_too = [asdict(one) for one in broken]
         print_json({"methods": rows, "broken": broken_too, "projectors": titles})
         return
@@ -36,5 +36,6 @@ def methods(json: JsonFlag = False) -> None:
             [[m.name, m.title, m.paper, m.origin] for m in usable],
         )
     )
+    stdout().print(table(["projector", "what it computes"], list(map(list, titles.items()))))
     for one in broken:
         note(f"method {one.name!r} of the package {one.origin!r} cannot be used: {one.reason}")

@@ -18,6 +18,7 @@ from mmgraft.data.bad_rows import BadRowLog
 from mmgraft.data.formats.indexed import Joined
 from mmgraft.errors import MMGraftError, UsageError, is_out_of_memory
 from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.model.files.load import base_files, load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import (
     dump_recipe,
@@ -116,7 +117,7 @@ def plan_training(
     if resume and progress is not None:
         check_count(run, progress, count or processes())
         plan.first = len(progress["finished"])
-    _check_graft(record, loaded)
+    _check_graft(run, record, loaded)
     _read_rows(plan)
     return plan
 
@@ -279,9 +280,11 @@ def _check_progress(run: Path, progress: dict[str, Any] | None, resume: bool) ->
     )
 
 
-def _check_graft(record: GraftFile, recipe: Recipe) -> None:
+def _check_graft(run: Path, record: GraftFile, recipe: Recipe) -> None:
     why = record.promises.training
     if why:
         raise UsageError(f"{record.method} is not trained: {why}")
+    if recipe.template_options:  # of which the template must know each
+        load_processor(record, base_files(record, run).path, None, recipe.template_options)
     if record.base_trained and recipe.quantization is not None:
         raise MMGraftError("a base of its own in 4-bit is not trained; leave quantization out")
