@@ -107,14 +107,13 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
         UsageError: It is broken, unknown to this transformers, or not that of a causal LM.
     """
     config = read_config(files.path, files.id, files.gguf)
-    text = text_config(config)
-    refuse_non_causal(text)
+    refuse_non_causal(text_config(config))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(
             f"{files.id} is a {config.model_type!r}, not a causal language model; give a text "
             "model that predicts the next token, such as Llama or Qwen2"
         )
-    return text
+    return config
 
 
 def read_config(folder: Path, name: str, gguf: str | None = None) -> PreTrainedConfig:

@@ -12,31 +12,38 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import Mxfp4Config
 
-from mmgraft.anatomy import Anatomy, examine_config, skeleton
+from mmgraft.anatomy import Anatomy, examine, skeleton
 from mmgraft.basefiles.tensors import TensorReader
 from mmgraft.basefiles.whole import check_quantised, lacking, load_whole, quiet
 from mmgraft.errors import UsageError
 from mmgraft.progress import working
 
 
-def examine_files(reader: TensorReader, config: PreTrainedConfig) -> Anatomy:
+def examine_files(
+    reader: TensorReader, config: PreTrainedConfig
+) -> tuple[PreTrainedModel, Anatomy]:
     """Examine a base as transformers fills it from its files; of its tensors only names are read.
 
     A head with values of its own is not tied, whatever the config says: transformers compares it
     with the embedding.
 
+    Returns:
+        Its skeleton, and what was found.
+
     Raises:
         UsageError: The files lack tensors, or are stored in a form that cannot be loaded here.
     """
     check_quantised(config, reader.files.id)
-    anatomy = examine_config(config)
+    blank = skeleton(config)
+    anatomy = examine(blank)
     if reader.files.gguf or _method(config):
-        return anatomy
+        return blank, anatomy
     outline = load_whole(reader.files, device_map="meta")
-    if not anatomy.tied or _is_tied(outline):
-        return anatomy
-    paths = (anatomy.embedding_path, anatomy.head_path)
-    return replace(anatomy, tied=_is_tied(read_modules(reader, config, paths, tied=True)))
+    if anatomy.tied and not _is_tied(outline):
+        paths = (anatomy.embedding_path, anatomy.head_path)
+        both = read_modules(reader, config, paths, tied=True)
+        anatomy = replace(anatomy, tied=_is_tied(both))
+    return blank, anatomy
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
@@ -101,8 +108,8 @@ def read_modules(
         UsageError: See :func:`read_layers`.
     """
     _refuse_quantised(config, reader.files.id)
-    reduced = _reduced(type(skeleton(config)), set(paths))
-    config = copy.deepcopy(config)
+    blank = skeleton(config)
+    reduced, config = _reduced(type(blank), set(paths)), copy.deepcopy(blank.config)
     config.tie_word_embeddings = tied
     return _load(reduced, config, reader, dtype)
 

@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mmgraft import __version__
 from mmgraft.cli.console import show_error, stderr
 from mmgraft.cli.failures import explain
 from mmgraft.cli.options import option
 from mmgraft.progress import show_on
+from mmgraft.version import __version__
 
 _MAKE, _USE, _SHARE, _LOOK = "Make", "Use", "Share", "Look"
 

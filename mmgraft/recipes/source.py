@@ -243,12 +243,16 @@ def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int], wh
             _collect_lines(value, (*at, index), lines, what)
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def key_value(given: str, flag: str, such_as: str) -> tuple[str, Any]:
+    """Read ``key=value`` of an option, the value as YAML.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    key, equals, text = given.partition("=")
     if not equals or not key.strip():
-        raise UsageError(f"--set {override}: write key=value, such as --set stages.0.lr=1e-4")
-    parts = [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
-    _set(data, parts, set_value(text, f"--set {override}"), override)
+        raise UsageError(f"{flag} {given}: write key=value, such as {flag} {such_as}")
+    return key.strip(), set_value(text, f"{flag} {given}")
 
 
 def set_value(text: str, what: str) -> Any:
@@ -260,7 +264,18 @@ def set_value(text: str, what: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{what}: {text!r} is not a YAML value; put it into quotes") from error
+        raise UsageError(f"{what}: {text!r} is not a YAML value") from error
+
+
+def template_options(given: Sequence[str] | None) -> dict[str, Any]:
+    """Read the values of ``--template-option``."""
+    return dict(key_value(one, "--template-option", "enable_thinking=false") for one in given or ())
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, value = key_value(override, "--set", "stages.0.lr=1e-4")
+    parts = [part for part in re.split(r"[.\[\]]+", key) if part]
+    _set(data, parts, value, override)
 
 
 def _set(node: dict[str, Any] | list[Any], parts: list[str], value: Any, override: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from mmgraft.anatomy import Anatomy, get_path, skeleton
+from mmgraft.anatomy import Anatomy, get_path
 from mmgraft.basefiles import ModelFiles, TensorReader, examine_files, load_config
 from mmgraft.basefiles.parts import own_dtype
 from mmgraft.errors import UsageError
@@ -108,8 +108,7 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
     check_base(record, files, "fast")
     config = load_config(files)
     with TensorReader(files) as reader:
-        anatomy = examine_files(reader, config)
-    blank = skeleton(config)
+        blank, anatomy = examine_files(reader, config)
     _refuse_base(anatomy, getattr(get_path(blank, anatomy.head_path), "bias", None) is not None)
     _refuse_projector(record, anatomy)
     stock = record.vision.kind == TRANSFORMERS_KIND
@@ -125,7 +124,7 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
         run=run,
         record=record,
         files=files,
-        base_config=config,
+        base_config=blank.config,
         anatomy=anatomy,
         tower=tower,
         dtype=_dtype(dtype, config, files),
