@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 
-from mmgraft import textfiles
 from mmgraft.errors import UsageError
 from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME
+from mmgraft.textfiles import weight_files as files_of_weights
 
 README = "README.md"
 RECIPE = "recipe.yaml"
@@ -86,7 +86,7 @@ def weight_files(run: Path) -> list[Path]:
     Raises:
         UsageError: When one is missing or cannot be read.
     """
-    files = textfiles.weight_files(run, "graft", ".safetensors") or [run / WEIGHTS_NAME]
+    files = files_of_weights(run, "graft", ".safetensors") or [run / WEIGHTS_NAME]
     for file in files:
         tensor_sizes(file)
     return files
