@@ -14,7 +14,16 @@ from urllib.request import url2pathname
 from PIL import Image
 
 from mmgraft.errors import UsageError, brief
-from mmgraft.vision.images import BadImage, decode, load_image, look_at, shown_size, size_in, to_rgb
+from mmgraft.vision.images import (
+    BadImage,
+    decode,
+    load_image,
+    look_at,
+    refuse_thin,
+    shown_size,
+    size_in,
+    to_rgb,
+)
 from mmgraft.vision.stored import StoredImage
 
 T = TypeVar("T")
@@ -64,6 +73,7 @@ def _read(
     """Return what a reader of the image's kind gives; an error names the row as well."""
     try:
         if isinstance(image, Image.Image):
+            refuse_thin(image.size)
             return opened(image)
         return _read_file(image, where, file, data)
     except BadImage as error:

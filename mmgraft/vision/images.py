@@ -138,11 +138,12 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
         with Image.open(file) as image:
             if image.format in _DRAWINGS:
                 raise ValueError(f"a drawing ({image.format}), not an image")
-            _refuse_thin(image.size)
+            refuse_thin(image.size)
             yield image
 
 
-def _refuse_thin(size: tuple[int, int]) -> None:
+def refuse_thin(size: tuple[int, int]) -> None:
+    """Raise BadImage for an image of a size that a resize would make enormous."""
     if max(size) > _LONGEST * min(size):
         raise BadImage(
             f"{size[0]} x {size[1]} pixels are more than {_LONGEST} times as long as wide, and a "
@@ -185,9 +186,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as upright RGB: transparency over white, other ranges scaled to 8 bits.
 
     Raises:
-        BadImage: It is thinner than any tower takes, or its values have no known range.
+        BadImage: Its values have no known range.
     """
-    _refuse_thin(image.size)
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_bytes_of(np.asarray(image), image.mode))
