@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -186,10 +185,9 @@ def read_progress(run: Path) -> dict[str, Any] | None:
 def read_rows(run: Path) -> dict[str, Any]:
     """Read the fingerprints of the rows that the run was begun with; empty where they are lost."""
     try:
-        found = json.loads((run / FOLDER / ROWS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(run / FOLDER / ROWS, "")
+    except UsageError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def write_progress(run: Path, progress: Mapping[str, Any], name: str = PROGRESS) -> None:
