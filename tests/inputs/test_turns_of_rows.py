@@ -96,9 +96,9 @@ def test_a_system_prompt_beside_the_turns_is_their_first(tmp_path: Path) -> None
     ):
         assert row.messages[0] == first
         assert [turn["role"] for turn in row.messages] == ["system", "user", "assistant"]
-    with pytest.raises(UsageError, match="'system' is not read"):
-        _read(tmp_path, [{**first, "content": "In German."}, USER, ANSWER], system="In French.")
-    with pytest.raises(UsageError, match="'system' is not read"):
+    with pytest.raises(UsageError, match="beside the turns is 'In French'"):
+        _read(tmp_path, [{**first, "content": "In German."}, USER, ANSWER], system="In French")
+    with pytest.raises(UsageError, match="'system' beside the turns is 3; write a text"):
         _read(tmp_path, system=3)
 
 
@@ -169,3 +169,14 @@ def test_tools_may_be_json_text(tmp_path: Path) -> None:
     for wrong in ("zoom", 3, {"name": "zoom"}, ["zoom"]):
         with pytest.raises(UsageError, match=r"'tools' is .*write a list of objects"):
             _read(tmp_path, tools=wrong)
+
+
+def test_a_part_is_a_text_or_an_image(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "red.png")
+    part = {"type": "image", "image": "red.png", "text": None}
+    assert _read(tmp_path, [{**USER, "content": [part]}, ANSWER]).has_image
+    with pytest.raises(UsageError, match="turn 1: an image part with text"):
+        _read(tmp_path, [{**USER, "content": [{**part, "text": "Which?"}]}, ANSWER])
+    both = {"type": "text", "text": "Which?", "image": "red.png"}
+    with pytest.raises(UsageError, match="turn 1: 'image' is not read"):
+        _read(tmp_path, [{**USER, "content": [both]}, ANSWER])
