@@ -22,7 +22,7 @@ from mmgraft.model.files.load import base_files, load_processor, local_tower
 from mmgraft.recipes.recipe import DataEntry, GraftDefaults, Recipe
 from mmgraft.recipes.source import find_recipe, load_recipe, template_options
 from mmgraft.runs.find import is_graft
-from mmgraft.training.run import recipe_file
+from mmgraft.training.plan import recipe_file
 from mmgraft.training.stage_data import check_data_is_set, with_template
 from mmgraft.vision.towers.registry import describe_tower
 
