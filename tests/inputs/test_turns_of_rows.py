@@ -12,6 +12,8 @@ from PIL import Image
 from mmgraft.data.formats.sources import read_rows
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.recipes.evaluation_set import SetSpec
 
 USER, ANSWER = {"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red fox"}
 CALL = {"name": "zoom", "arguments": {"factor": 2}}
@@ -169,6 +171,26 @@ def test_tools_may_be_json_text(tmp_path: Path) -> None:
     for wrong in ("zoom", 3, {"name": "zoom"}, ["zoom"]):
         with pytest.raises(UsageError, match=r"'tools' is .*write a list of objects"):
             _read(tmp_path, tools=wrong)
+
+
+@pytest.mark.parametrize("key", ["system", "videos", "audio_path", "tools", "history"])
+def test_a_question_of_an_evaluation_is_not_cut(tmp_path: Path, key: str) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    record = {
+        "question": "Which?",
+        "image": "a.png",
+        "answer": "red",
+        "label": "x",
+        "video_id": "z",
+    }
+    spec = SetSpec(name="a", path=str(tmp_path / "a.jsonl"), metric="exact", modality="image")
+    for beside, good in (({}, True), ({key: "x"}, False), ({key: None}, True)):
+        (tmp_path / "a.jsonl").write_text(json.dumps({**record, **beside}), encoding="utf-8")
+        if good:
+            assert read_items(spec)[0].answers == ("red",)
+        else:
+            with pytest.raises(UsageError, match=f"'{key}' is not read"):
+                read_items(spec)
 
 
 def test_a_part_is_a_text_or_an_image(tmp_path: Path) -> None:
