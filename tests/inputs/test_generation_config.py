@@ -164,6 +164,11 @@ def test_commands_show_the_answer_without_its_reasoning(cli, parts: Path, monkey
               "--vision", "--json")  # fmt: skip
     assert ran.code == 0, ran.err
     assert {one["eos_token_id"][-1] for one in asked} == {IM_END_ID}
+    _says(monkeypatch, "<think>\nIt is")
+    ran = cli("eval", run, "--data", rows, "--images", parts / "images", "--metric", "exact",
+              "--vision", "--name", "cut")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "12 of 12 answers are empty; where reasoning did not end, raise" in ran.err
     assert all(one["config"].repetition_penalty is None for one in asked)
 
 
