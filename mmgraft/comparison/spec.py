@@ -20,9 +20,9 @@ from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
 from mmgraft.recipes.recipe import DataEntry, Recipe
 from mmgraft.recipes.source import (
     find_recipe,
+    key_value,
     load_recipe,
     read_yaml,
-    set_value,
     shipped_recipes,
 )
 from mmgraft.strict import StrictModel
@@ -303,15 +303,12 @@ def with_settings(comparison: Comparison, settings: Sequence[str]) -> Comparison
         return comparison
     arms = comparison.all_arms()
     for text in settings:
-        where, equals, value = text.partition("=")
-        if not equals or not where:
-            raise UsageError(f"--set {text}: write KEY=VALUE, or ARM:KEY=VALUE for one arm")
+        where, value = key_value(text, "--set", "seed=1 (ARM:seed=1 for one arm)")
         arm, colon, key = where.rpartition(":")
         if colon and arm not in arms:
             raise UsageError(f"--set {text}: no arm {arm!r}; {did_you_mean(arm, arms)}")
-        later = {key: set_value(value, f"--set {text}")}
         for name in [arm] if colon else list(arms):
-            update = {"set": _merged(arms[name].set, later)}
+            update = {"set": _merged(arms[name].set, {key: value})}
             arms[name] = arms[name].model_copy(update=update)
     return comparison.model_copy(update={"arms": arms, "grid": {}})
 

@@ -94,7 +94,13 @@ class Kept:
             _answer, self.model, workflow=workflow, max_new_tokens=max_new_tokens, features=features
         )
         rows = self._rows(name, items, self._models(workflow), settings, run, _answer_row)
-        return [str(row["answer"]) for row in rows]
+        found = [str(row["answer"]) for row in rows]
+        if "" in found:
+            self.announce(
+                f"{name}: {found.count('')} of {len(found)} answers are empty; where reasoning did "
+                "not end, raise max_new_tokens or turn it off (--template-option)"
+            )
+        return found
 
     def choices(
         self,
