@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, examine, shrunken
 from mmgraft.basefiles.parts import quiet
-from mmgraft.errors import UsageError
 from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method
 from mmgraft.vision.projectors.configs import MlpConfig
@@ -73,8 +72,6 @@ def _tried(method: Method, base: PreTrainedModel) -> str | None:
     trial = _Trial(base)
     try:
         off = next((found for found in trial.findings(method) if found), None)
-    except UsageError as error:
-        return str(error)
     except Exception as error:  # whatever a foreign class may raise
         off = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if off is None:
@@ -105,7 +102,7 @@ def _grafted(method: Method, base: PreTrainedModel) -> Any:
     settings = {"layers": free, "norm": anatomy.norm_path is not None}
     given: dict[str, Any] = {name: value for name, value in settings.items() if name in fields}
     needed = {name for name, one in fields.items() if one.is_required()}
-    too_long = (anatomy.max_positions or _LENGTH * 2) < _LENGTH * 2
+    too_long = 0 < (anatomy.max_positions or 0) < 2 * _LENGTH
     if needed - given.keys() or too_long or not given.get("layers", True):
         return None
     config = method.config_class.model_validate(given)
@@ -154,7 +151,7 @@ class _Trial:
         text = self.base(input_ids=self.text, use_cache=False).logits
         embeds = self.base.get_input_embeddings()(self.text)
         yield _off(self.base(inputs_embeds=embeds, use_cache=False).logits, text)
-        self.what = "it reads no embeddings but those of tokens"
+        self.what = "a row with an image fails"
         whole = self.logits(self.image)
         self.what = "a later token changes earlier logits"
         ids = self.image["input_ids"]

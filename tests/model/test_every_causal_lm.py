@@ -24,7 +24,39 @@ from judging import small_base
 
 IN_MEMORY = [name for name in INVARIANTS if name != "save"]
 
-WORKS = []
+WORKS = [
+    "afmoe",
+    "arcee",
+    "aria_text",
+    "bitnet",
+    "cohere2_moe",
+    "deepseek_v3",
+    "deepseek_v32",
+    "diffllama",
+    "dots1",
+    "ernie4_5",
+    "flint",
+    "fuyu",
+    "glm4_moe_lite",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gptj",
+    "helium",
+    "hunyuan_v1_dense",
+    "jetmoe",
+    "kimi_linear",
+    "lfm2_moe",
+    "llama4_text",
+    "minicpm3",
+    "mimo_v2_flash",
+    "modernbert-decoder",
+    "mpt",
+    "nanochat",
+    "nemotron",
+    "olmo",
+    "olmo3",
+    "olmo_hybrid",
+]
 
 _ALL = ("iaa", "wings", "llava")
 
@@ -33,7 +65,27 @@ def _every(words: str) -> dict[str, str]:
     return dict.fromkeys(_ALL, words)
 
 
-REFUSED: dict[str, dict[str, str]] = {}
+_STATE = {"iaa": "keeps a running state", "wings": "keeps a running state"}
+_PADDING = "padding on the left changes a row's logits"
+
+REFUSED: dict[str, dict[str, str]] = {
+    "bart": _every(_PADDING),
+    "beam": {"wings": "scales the residual stream itself"},
+    "bert": _every("is an encoder"),
+    "ctrl": {"wings": "decoding with a cache differs"},
+    "falcon_h1": {"iaa": "a hybrid layer does not keep", "wings": "a hybrid layer does not keep"},
+    "hy_v4": {"wings": "could not be followed"},
+    "minimax": _every("uses cache of its own"),
+    "openai-gpt": {
+        "iaa": "it keeps no keys and values",
+        "wings": "it keeps no keys and values",
+        "llava": "returns no past_key_values",
+    },
+    "recurrent_gemma": {**_STATE, "llava": _PADDING},
+    "rwkv": {**_STATE, "llava": _PADDING},
+    "trocr": {"iaa": _PADDING, "llava": _PADDING, "wings": "gave no attention weights"},
+    "xlnet": _every("a later token changes earlier logits"),
+}
 """Words of the reason, by method."""
 
 
