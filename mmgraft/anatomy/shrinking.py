@@ -74,7 +74,7 @@ def _value(name: str, value: Any, many: int, kept: list[int]) -> Any:
     if isinstance(value, list):
         if len(value) == many > LAYERS:
             value = [value[index] for index in kept]
-        elif re.search(r"indices|idx|layers$|layer_ids$", name):
+        elif many > LAYERS and re.search(r"indices|idx|layers$|layer_ids$", name):
             return [kept.index(index) for index in value if index in kept]
         return [_value(name, one, many, kept) for one in value]
     if isinstance(value, bool) or not isinstance(value, int):
