@@ -1581,7 +1581,7 @@ PATCHES = [
     Patch(
         "a graft's template is ignored by a recipe",
         "cli/graft.py",
-        '        template=_template(template, key_values(template_option, "--template-option")),\n',
+        "        template=_template(template, template_options(template_option)),\n",
         "",
         "cli/test_wiring.py -k 'test_graft'",
     ),
