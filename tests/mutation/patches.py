@@ -277,13 +277,6 @@ PATCHES = [
         "training/test_trainer.py",
     ),
     Patch(
-        "tokens of rows that train nothing are counted",
-        "training/trainer.py",
-        "            if image or every\n",
-        "",
-        "training/test_trainer.py",
-    ),
-    Patch(
         "all rows run the graft in training",
         "training/trainer.py",
         'own if image or every else "text"',
