@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from mmgraft.cli.failures import explain
 from mmgraft.cli.options import option
+from mmgraft.published import PUBLISHED
 from mmgraft.version import __version__
 
 _MAKE, _USE, _SHARE, _LOOK = "Make", "Use", "Share", "Look"
@@ -87,7 +88,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "import": Command(
         _SHARE,
-        "Turn a published IAA or Wings checkpoint into grafts.",
+        f"Turn a published {PUBLISHED} checkpoint into grafts.",
         "import AIDC-AI/Wings-Qwen1_5-8B --dry-run",
         "import_checkpoint",
     ),

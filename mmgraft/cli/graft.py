@@ -21,13 +21,14 @@ from mmgraft.cli.options import (
     with_options,
 )
 from mmgraft.errors import UsageError
+from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import built_in, get_method, methods, moved
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
 from mmgraft.recipes.recipe import GraftDefaults, Recipe
 from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe
 from mmgraft.strict import Option
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
-from mmgraft.vision.projectors.registry import find_projector
+from mmgraft.vision.projectors.registry import PROJECTORS, find_projector
 from mmgraft.vision.spec import VisionSpec
 
 if TYPE_CHECKING:
@@ -41,55 +42,80 @@ _OF_A_RUN = (
     "versions.json",
     "workflows",
 )
+_FLAGS = {"set", "help"}
+"""Flags of the command whose parameters are called otherwise."""
 _SEE = "Tower, projector and text"
 _METHODS = ", ".join(method.name for method in built_in() if method.recipe)
 
 
+def _options_of(method: Method) -> dict[str, tuple[FieldInfo, str]]:
+    """Return the settings of a method that are options, with their help texts."""
+    return {
+        name: (info, one.help)
+        for name, info in method.config_class.model_fields.items()
+        for one in info.metadata
+        if isinstance(one, Option)
+    }
+
+
 def _settings() -> dict[str, tuple[Any, None]]:
     """Return an option for every setting of a method that says it is one."""
-    made: dict[str, tuple[Any, None]] = {}
+    named: dict[str, list[tuple[Method, FieldInfo, str]]] = {}
     for method in methods().values():
-        for name, info in method.config_class.model_fields.items():
-            found = next((one for one in info.metadata if isinstance(one, Option)), None)
-            if found is not None and name not in made:
-                made[name] = _setting(name, info, found.help, f"Method {method.name}"), None
-    return made
+        for name, (info, text) in _options_of(method).items():
+            named.setdefault(name, []).append((method, info, text))
+    free = {name: owners for name, owners in named.items() if name not in _FLAGS}
+    return {name: (_setting(name, owners), None) for name, owners in free.items()}
 
 
-def _setting(name: str, info: FieldInfo, text: str, panel: str) -> Any:
-    flag = f"--{name.replace('_', '-')}"
-    types = [one for one in (info.annotation, *get_args(info.annotation)) if isinstance(one, type)]
-    kind = next((one for one in types if one in (bool, int, float)), str)
-    if kind is bool and info.default:
+def _setting(name: str, owners: list[tuple[Method, FieldInfo, str]]) -> Any:
+    """Make the option of a setting, which the first method describes.
+
+    Where methods read its value otherwise it is text, and the method at hand says what fits.
+    """
+    flag, (method, info, text) = f"--{name.replace('_', '-')}", owners[0]
+    kind = _kind(info)
+    if kind is bool and any(info.default for _, info, _ in owners):
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    return Annotated[kind | None, option(flag, text, panel=panel)]
+    if kind is not bool and any(_kind(info) is not kind for _, info, _ in owners):
+        kind = str
+    return Annotated[kind | None, option(flag, text, panel=f"Method {method.name}")]
+
+
+def _kind(info: FieldInfo) -> type:
+    types = (info.annotation, *get_args(info.annotation))
+    return next((one for one in types if one in (bool, int, float)), str)
 
 
 _Base = Annotated[str, argument("Alias, Hub id or folder of the language model.")]
-_Method = Annotated[str | None, option("--method", f"{_METHODS} or an installed one.")]
-_LAYERS = "Where: 22,24 or 0-31:5, every:4, last:8, all."
+_Method = Annotated[str | None, option("--method", f"Method: {_METHODS} or an installed one.")]
+_LAYERS = "Base layers to graft: 22,24 or 0-31:5, every:4, last:8, all."
 _Layers = Annotated[str | None, option("--layers", _LAYERS)]
-_TOWER = "Hub id, folder or registered tower."
+_TOWER = "Tower: Hub id, folder or registered name."
 _Vision = Annotated[str | None, option("--vision", _TOWER, panel=_SEE)]
-_FEATURES = "Hidden state of the tower; -2."
+_FEATURES = "Hidden state of the tower that is read; -2 when not given."
 _FeatureLayer = Annotated[int | None, option("--feature-layer", _FEATURES, panel=_SEE)]
-_PROJECTOR = "mlp, linear, pixel_shuffle, pool or an installed one; mlp."
+_PROJECTOR = f"Projector: {', '.join(PROJECTORS.known)} or an installed one."
 _Projector = Annotated[str | None, option("--projector", _PROJECTOR, panel=_SEE)]
 _NORM = "--projector-norm/--no-projector-norm", "A norm before the projector."
 _ProjectorNorm = Annotated[bool | None, option(*_NORM, panel=_SEE)]
-_TEMPLATE = "chat, plain or a jinja file."
+_TEMPLATE = "Template: chat, plain or a jinja file."
 _Template = Annotated[str | None, option("--template", _TEMPLATE, panel=_SEE)]
 _TemplateOption = Annotated[
     list[str] | None,
     option("--template-option", "KEY=VALUE of the template; may be repeated.", panel=_SEE),
 ]
-_Workflow = Annotated[str | None, option("--workflow", "Name of the new workflow; mm.")]
-_RECIPE = "Shipped name or file: its settings, and how to train."
+_Workflow = Annotated[
+    str | None, option("--workflow", "Name of the new workflow; mm when not given.")
+]
+_RECIPE = "Recipe, shipped name or file: settings, and how to train."
 _Recipe = Annotated[str | None, option("--recipe", _RECIPE)]
 _SET = "KEY=VALUE of the method's config; may be repeated."
 _Set = Annotated[list[str] | None, option("--set", _SET)]
-_Out = Annotated[Path | None, option("--out", "Folder; ./<model>-<method> when not given.")]
-_VERIFY = "full hashes every byte of the base, not its edges."
+_Out = Annotated[
+    Path | None, option("--out", "Folder to write; ./<model>-<method> when not given.")
+]
+_VERIFY = "Fingerprint of the base: fast reads edges of its tensors, full all."
 _Verify = Annotated[str, option("--verify", _VERIFY)]
 
 
@@ -201,7 +227,12 @@ def _config(
     method = method or (recipe.method if recipe else None)
     if method is None:
         raise UsageError(f"name the method with --method: {', '.join(methods())}")
-    fields = get_method(method).config_class.model_fields
+    kind = get_method(method)
+    fields = kind.config_class.model_fields
+    own = {*_FLAGS, *graft.__code__.co_varnames[: graft.__code__.co_argcount]} - {"layers"}
+    for name in sorted(_options_of(kind).keys() & own):
+        flag = f"--{name.replace('_', '-')}"
+        note(f"{flag} is the command's own; set that of method {method} with --set {name}=VALUE")
     values: dict[str, Any] = dict(recipe.graft.config) if recipe else {}
     for name, value in given.items():
         if value is None:
@@ -211,7 +242,13 @@ def _config(
                 f"--{name.replace('_', '-')} is no setting of method {method}; "
                 f"leave it out, or see: mmgraft methods"
             )
-        is_list = get_origin(fields[name].annotation) is list
+        kinds = fields[name].annotation, *get_args(fields[name].annotation)
+        if isinstance(value, bool) and bool not in kinds:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is a switch, and no switch of method {method}; set it "
+                f"with --set {name}=VALUE"
+            )
+        is_list = any(get_origin(one) is list for one in kinds)
         values[name] = value.split(",") if is_list else value
     values |= key_values(settings, "--set")
     name, values, note_ = moved(method, values)

@@ -14,13 +14,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import Method
+from mmgraft.kinds import Broken, Unfit, load_point, origin_of
 
 ENTRY_POINT_GROUP = "mmgraft.methods"
 _BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "published.wings")
@@ -35,15 +36,6 @@ _GONE = {"wings": {"system_prompt_length": None, "image_token_length": None, "ro
 def built_in() -> tuple[Method, ...]:
     """Return mmgraft's own methods."""
     return tuple(importlib.import_module(f"mmgraft.{name}").METHOD for name in _BUILT_IN)
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A method that an installed package names but that cannot be used."""
-
-    name: str
-    origin: str
-    reason: str
 
 
 def methods() -> dict[str, Method]:
@@ -67,10 +59,7 @@ def get_method(name: str) -> Method:
         return usable[name]
     for one in broken:
         if one.name == name:
-            raise UsageError(
-                f"method {name!r} of the package {one.origin!r} is broken: {one.reason}; "
-                f"mend or uninstall {one.origin!r}"
-            )
+            raise one.error()
     raise UsageError(f"unknown method {name!r}; {did_you_mean(name, usable)}")
 
 
@@ -83,34 +72,26 @@ def _discover_in(path: tuple[str, ...]) -> tuple[dict[str, Method], list[Broken]
     found = {method.name: method for method in built_in()}
     broken: list[Broken] = []
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        result = _load(point, found)
+        result = load_point(point, "method", _of_package)
         if isinstance(result, Broken):
             broken.append(result)
+        elif point.name in found:
+            reason = f"the name is taken by {found[point.name].origin}"
+            broken.append(Broken(point.name, origin_of(point), reason))
         else:
-            found[result.name] = result
+            found[result.name] = replace(result, origin=origin_of(point))
     return found, broken
 
 
-def _load(point: EntryPoint, found: dict[str, Method]) -> Method | Broken:
-    origin = point.dist.name if point.dist is not None else point.value
-
-    def refuse(reason: str) -> Broken:
-        return Broken(point.name, origin, reason)
-
-    try:
-        method = point.load()
-    except Exception as error:  # a plugin may fail in any way; the rest must go on
-        return refuse(f"{type(error).__name__}: {error}")
+def _of_package(name: str, method: Any) -> Method:
     if not isinstance(method, Method):
-        return refuse(f"{point.value} is a {type(method).__name__}, not an mmgraft Method")
-    if method.name != point.name:
-        return refuse(f"its entry point is called {point.name!r}, but the method {method.name!r}")
-    if method.name in found:
-        return refuse(f"the name is taken by {found[method.name].origin}")
+        raise Unfit(f"it is a {type(method).__name__}, not an mmgraft Method")
+    if method.name != name:
+        raise Unfit(f"the method calls itself {method.name!r}")
     default = method.config_class.model_fields.get("method")
     if default is None or default.default != method.name:
-        return refuse(f"{method.config_class.__name__} needs the field method = {method.name!r}")
-    return replace(method, origin=origin)
+        raise Unfit(f"{method.config_class.__name__} needs the field method = {method.name!r}")
+    return method
 
 
 def moved(method: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str | None]:

@@ -19,7 +19,7 @@ from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Graft, Pass, select
 from mmgraft.model.cache import RowSlot
-from mmgraft.model.files.create import make_from_files, make_on_loaded
+from mmgraft.model.files.create import check_given, make_from_files, make_on_loaded
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
 from mmgraft.model.files.load import (
     Verify,
@@ -114,6 +114,7 @@ class GraftedModel(WorkflowGeneration):
             UsageError: Layers that cannot carry a graft, or settings that do not fit the base.
             TypeError: An unknown keyword, with the nearest known one.
         """
+        check_given(base=base, vision=vision, config=config, projector=projector, template=template)
         spec = MlpConfig() if projector is None else projector
         vision = str(vision) if isinstance(vision, Path) else vision
         tower = load_tower(vision) if isinstance(vision, str | VisionSpec) else vision

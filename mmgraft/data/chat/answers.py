@@ -1,6 +1,6 @@
 """How a template's answers look: what ends one, and where the reasoning before it ends.
 
-All of it is learned from what the template writes around an answer.
+All of it is read from what the template writes around an answer.
 """
 
 from __future__ import annotations
@@ -147,5 +147,5 @@ def _ends(plain: Transcript, written: str) -> tuple[tuple[int, ...], tuple[str, 
         elif text:
             stops.append(text)
     if not closing.last and isinstance(plain.tokenizer.eos_token_id, int):
-        ids.append(plain.tokenizer.eos_token_id)  # what is learned instead; see `supervise`
+        ids.append(plain.tokenizer.eos_token_id)  # what is supervised instead; see `supervise`
     return tuple(dict.fromkeys(ids)), tuple(stops)

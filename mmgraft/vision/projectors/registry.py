@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
 from mmgraft.errors import UsageError
+from mmgraft.kinds import Kinds, Unfit
 from mmgraft.strict import describe
-from mmgraft.vision.kinds import Kinds
 from mmgraft.vision.projectors.configs import (
     LinearConfig,
     MlpConfig,
@@ -48,17 +48,31 @@ def _built_in(name: str, title: str, config: type[ProjectorConfig], module: str)
     return ProjectorKind(name, title, config, load)
 
 
+def _of_package(name: str, kind: Any) -> ProjectorKind:
+    if not isinstance(kind, ProjectorKind):
+        raise Unfit(f"it is a {type(kind).__name__}, not an mmgraft ProjectorKind")
+    if kind.name != name:
+        raise Unfit(f"the kind calls itself {kind.name!r}")
+    settings: Any = kind.config_class
+    if not (isinstance(settings, type) and issubclass(settings, ProjectorConfig)):
+        raise Unfit(f"its config_class {settings!r} is no subclass of ProjectorConfig")
+    if settings.model_fields["kind"].default != name:
+        raise Unfit(f"{settings.__name__} needs the field kind = {name!r}")
+    return kind
+
+
 _SHUFFLE = "k x k neighbours side by side, then two linear layers"
 _POOL = "the mean of k x k neighbours, then two linear layers"
-_KINDS: Kinds[ProjectorKind] = Kinds("projector", "mmgraft.projectors", lambda _, kind: kind)
+PROJECTORS: Kinds[ProjectorKind] = Kinds("projector", "mmgraft.projectors", _of_package)
 for _kind in (
     _built_in("mlp", "two linear layers", MlpConfig, "MlpProjector"),
     _built_in("linear", "one linear layer", LinearConfig, "LinearProjector"),
     _built_in("pixel_shuffle", _SHUFFLE, PixelShuffleConfig, "PixelShuffleProjector"),
     _built_in("pool", _POOL, PoolConfig, "PoolProjector"),
 ):
-    _KINDS.register(_kind.name, _kind)
-projectors, find_projector, unregister_projector = _KINDS.names, _KINDS.find, _KINDS.unregister
+    PROJECTORS.register(_kind.name, _kind)
+projectors, find_projector = PROJECTORS.names, PROJECTORS.find
+unregister_projector = PROJECTORS.unregister
 
 
 def register_projector(kind: ProjectorKind) -> None:
@@ -68,9 +82,9 @@ def register_projector(kind: ProjectorKind) -> None:
     its name is the kind's, its value the ``ProjectorKind``.
 
     Raises:
-        UsageError: The name is taken.
+        UsageError: The name is taken, or the kind cannot be used.
     """
-    _KINDS.register(kind.name, kind)
+    PROJECTORS.register(kind.name, kind)
 
 
 def build_projector(config: ProjectorConfig, in_features: int, out_features: int) -> Projector:
@@ -80,12 +94,22 @@ def build_projector(config: ProjectorConfig, in_features: int, out_features: int
         config: Its settings.
         in_features: Width of the tower's features.
         out_features: Width of the base's embeddings.
+
+    Raises:
+        UsageError: Its class cannot be imported.
     """
-    return find_projector(config.kind).load()(config, in_features, out_features)
+    kind = find_projector(config.kind)
+    try:
+        made = kind.load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"projector {kind.name!r} cannot be loaded ({error}); mend the package that brings it"
+        ) from error
+    return made(config, in_features, out_features)
 
 
 def _of_kind(value: Any) -> Any:
-    """Settings of the projector that they name."""
+    """Read settings as those of the projector that they name."""
     if not isinstance(value, dict):
         return value
     try:
