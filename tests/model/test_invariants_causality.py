@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from torch import Tensor
 
 from decoding import changed_at
 from grafting import (
