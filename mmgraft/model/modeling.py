@@ -97,8 +97,7 @@ class GraftedModel(WorkflowGeneration):
         """Graft fresh modules onto a base, ready to train or to run.
 
         Args:
-            base: A Hub id or folder, or a loaded causal LM (not in 4-bit: an inserted layer is a
-                copy of exact tensors; name the base instead, and give ``quantization``).
+            base: A Hub id or folder; or a loaded causal LM, which must not be in 4-bit.
             vision: A tower, its spec, its name; None for a model that is only given features of
                 the base's own width.
             config: Settings of a method, such as ``IAAConfig(layers="22,24")``.

@@ -15,8 +15,8 @@ class Learner(nn.Module):
     """One learner of one layer (equation 3 of the paper, LoRRA).
 
     ``softmax(X (1 + W_Q) [x (1 + W_K)]^T / sqrt(d)) x (1 + W_V) W_O`` with ``X`` the hidden states
-    into the layer as queries and ``x`` the initial features as keys and values. ``W_O`` has no residual,
-    so a new learner adds exactly 0.
+    into the layer as queries and ``x`` the initial features as keys and values. ``W_O`` has no
+    residual, so a new learner adds exactly 0.
     """
 
     def __init__(self, size: int, rank: int, heads: int) -> None:
