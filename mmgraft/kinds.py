@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -33,26 +35,9 @@ class Broken:
         )
 
 
-def origin_of(point: EntryPoint) -> str:
-    """Return the name of the package that an entry point belongs to."""
-    return point.dist.name if point.dist is not None else point.value
-
-
-def load_point(point: EntryPoint, what: str, made_of: Callable[[str, Any], T]) -> T | Broken:
-    """Load what an entry point offers, or say why it cannot be used.
-
-    Args:
-        point: The entry point.
-        what: What it should offer, in words.
-        made_of: Called with its name and its value; raises ``Unfit``.
-    """
-    try:
-        return made_of(point.name, point.load())
-    except Unfit as error:
-        reason = str(error)
-    except (Exception, SystemExit) as error:  # a package may fail in any way
-        reason = f"{type(error).__name__}: {error}"
-    return Broken(point.name, origin_of(point), reason, what)
+@cache  # a look into every installed package
+def _points(group: str, path: tuple[str, ...]) -> list[EntryPoint]:
+    return list(entry_points(group=group))
 
 
 class Kinds(Generic[T]):
@@ -61,13 +46,24 @@ class Kinds(Generic[T]):
     Args:
         what: One kind, in words.
         group: Of entry points, whose names are kinds.
-        made_of: Called with the name and the value that is registered or that an entry point names;
-            raises ``Unfit``.
+        made_of: Called with the name, with the value that is registered or that an entry point
+            names, and with the package; raises ``Unfit``.
+        built_in: Gives the kinds that come with mmgraft, when one is first needed.
     """
 
-    def __init__(self, what: str, group: str, made_of: Callable[[str, Any], T]) -> None:
-        self.what, self.group, self.made_of = what, group, made_of
-        self.known: dict[str, T] = {}
+    def __init__(
+        self,
+        what: str,
+        group: str,
+        made_of: Callable[[str, Any, str], T],
+        built_in: Callable[[], Mapping[str, T]] = dict,
+    ) -> None:
+        self.what, self.group, self.made_of, self.built_in = what, group, made_of, built_in
+
+    @cached_property
+    def known(self) -> dict[str, T]:
+        """Kinds that are built in or registered."""
+        return dict(self.built_in())
 
     def register(self, name: str, kind: Any) -> None:
         """Make a kind known in this process.
@@ -78,7 +74,7 @@ class Kinds(Generic[T]):
         if name in self.known:
             raise UsageError(f"The {self.what} '{name}' is already registered: use another name.")
         try:
-            self.known[name] = self.made_of(name, kind)
+            self.known[name] = self.made_of(name, kind, "mmgraft")
         except Unfit as error:
             raise UsageError(f"The {self.what} '{name}' cannot be registered: {error}") from None
 
@@ -86,22 +82,27 @@ class Kinds(Generic[T]):
         """Forget a registered kind; unknown ones are ignored."""
         self.known.pop(name, None)
 
-    def names(self) -> list[str]:
-        """Return all names."""
-        return sorted({*self.known, *(point.name for point in entry_points(group=self.group))})
-
-    def usable(self) -> tuple[dict[str, T], list[Broken]]:
+    def all(self) -> tuple[dict[str, T], list[Broken]]:
         """Return all kinds by name, and what packages offer that cannot be used."""
         found, broken = dict(self.known), list[Broken]()
-        for point in entry_points(group=self.group):
-            kind = load_point(point, self.what, self.made_of)
-            if point.name in found:
-                kind = Broken(point.name, origin_of(point), "the name is taken", self.what)
-            if isinstance(kind, Broken):
-                broken.append(kind)
-            else:
-                found[point.name] = kind
-        return dict(sorted(found.items())), broken
+        for point in _points(self.group, tuple(sys.path)):
+            origin = point.dist.name if point.dist is not None else point.value
+            try:
+                if point.name in found:
+                    owner = getattr(found[point.name], "origin", "mmgraft")
+                    raise Unfit(f"the name is taken by {owner}")
+                found[point.name] = self.made_of(point.name, point.load(), origin)
+            except (Exception, SystemExit) as error:  # a package may fail in any way
+                reason = (
+                    str(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {error}"
+                )
+                broken.append(Broken(point.name, origin, reason, self.what))
+        return found, broken
+
+    def names(self) -> list[str]:
+        """Return all names, those of broken kinds last."""
+        found, broken = self.all()
+        return list({**found, **{one.name: None for one in broken}})
 
     def find(self, name: str) -> T:
         """Return a kind by name.
@@ -111,9 +112,10 @@ class Kinds(Generic[T]):
         """
         if name in self.known:
             return self.known[name]
-        for point in entry_points(group=self.group, name=name):
-            kind = load_point(point, self.what, self.made_of)
-            if isinstance(kind, Broken):
-                raise kind.error()
-            return kind
-        raise UsageError(f"Unknown {self.what} {name!r}; {did_you_mean(name, self.names())}")
+        found, broken = self.all()
+        if name in found:
+            return found[name]
+        for one in broken:
+            if one.name == name:
+                raise one.error()
+        raise UsageError(f"unknown {self.what} {name!r}; {did_you_mean(name, found)}")

@@ -105,7 +105,9 @@ def test_a_name_that_is_taken_is_named_and_the_first_one_kept(offer: Offer, cli)
 
 def test_a_projector_whose_class_is_not_there_is_named(offer: Offer) -> None:
     offer("projectors", "odd = oddities:GOOD")
-    with pytest.raises(UsageError, match=r"'odd' cannot be loaded .*not_installed"):
+    with pytest.raises(
+        UsageError, match=r"'odd' of the package 'oddities' is broken: .*not_installed"
+    ):
         build_projector(PROJECTORS.find("odd").config_class(), 4, 8)
 
 

@@ -22,10 +22,10 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 GIVEN_BY_OTHERS = {
     "_copy.processor": "in the place of score_choices",
-    "_discover_in.path": "the key of a cache",
     "_handle.frame": "of signal",
     "_handle.number": "of signal",
     "_text_set.announce": "in the place of _image_set",
+    "_points.path": "the key of a cache",
     "pass_on.frame": "of signal",
     "read.number": "in the place of other readers",
     "shown.number": "in the place of other readers",

@@ -27,9 +27,7 @@ _FIRST = built_in()[0].name
 
 def demo(
     method: _Method = _FIRST,
-    out: Annotated[
-        Path | None, option("--out", "Folder to write; ./demo-<method> when not given.")
-    ] = None,
+    out: Annotated[Path | None, option("--out", "Folder; ./demo-<method> when not given.")] = None,
     seed: _Seed = 0,
     hub: _Hub = False,
     quick: _Quick = False,

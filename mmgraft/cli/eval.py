@@ -40,9 +40,7 @@ _one = partial(option, panel="A set without a recipe")
 
 def evaluate(
     run: Annotated[str | None, argument("Folder of a graft; default: the one here.")] = None,
-    text: Annotated[
-        bool, option("--text", "Compare text with the base, and evaluate sets of text.")
-    ] = False,
+    text: Annotated[bool, option("--text", "Compare text with the base; sets of text.")] = False,
     vision: Annotated[bool, option("--vision", "Evaluate sets with images.")] = False,
     iit: Annotated[bool, option("--iit", "Dialogues of text and images in six shapes.")] = False,
     harness: Annotated[str | None, option("Tasks of lm-evaluation-harness: NAME[,NAME].")] = None,

@@ -28,9 +28,7 @@ _Dtype = Annotated[str | None, option("--dtype", _DTYPE)]
 def export(
     run: RunArgument = None,
     to: _To = "",
-    out: Annotated[
-        Path | None, option("--out", "-o", "Folder to write. Default: ./<graft>-<to>.")
-    ] = None,
+    out: Annotated[Path | None, option("--out", "-o", "Folder. Default: ./<graft>-<to>.")] = None,
     workflow: _Workflow = None,
     dtype: _Dtype = None,
     base: BaseOption = None,

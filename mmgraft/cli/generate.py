@@ -40,9 +40,7 @@ def generate(
     images: ImagesOption = None,
     batch_size: Annotated[int, option("--batch-size", "Rows answered together.", min=1)] = 8,
     max_new_tokens: MaxNewTokensOption = 256,
-    num_beams: Annotated[
-        int, option("--num-beams", "Number of beams of a beam search.", min=1)
-    ] = 1,
+    num_beams: Annotated[int, option("--num-beams", "Beams of a beam search.", min=1)] = 1,
     temperature: TemperatureOption = 0.0,
     show_reasoning: ReasoningFlag = False,
     seed: SamplingSeedOption = None,

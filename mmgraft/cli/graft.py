@@ -20,7 +20,6 @@ from mmgraft.cli.options import (
     with_options,
 )
 from mmgraft.errors import UsageError
-from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import built_in, get_method, methods, moved
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
 from mmgraft.recipes.recipe import GraftDefaults, Recipe
@@ -53,43 +52,30 @@ _SEE = "Tower, projector and text"
 _METHODS = ", ".join(method.name for method in built_in() if method.recipe)
 
 
-def _options_of(method: Method) -> dict[str, tuple[FieldInfo, str]]:
-    """Return the settings of a method that are options, with their help texts."""
-    return {
-        name: (info, one.help)
-        for name, info in method.config_class.model_fields.items()
-        for one in info.metadata
-        if isinstance(one, Option)
-    }
-
-
 def _settings() -> dict[str, tuple[Any, None]]:
-    """Return an option for every setting of a method that says it is one."""
-    named: dict[str, list[tuple[Method, FieldInfo, str]]] = {}
-    for method in methods().values():
-        for name, (info, text) in _options_of(method).items():
-            named.setdefault(name, []).append((method, info, text))
-    free = {name: owners for name, owners in named.items() if name not in _FLAGS}
-    return {name: (_setting(name, owners), None) for name, owners in free.items()}
+    """Return an option for every setting of a method that says it is one.
 
-
-def _setting(name: str, owners: list[tuple[Method, FieldInfo, str]]) -> Any:
-    """Make the option of a setting, which the first method describes.
-
-    Where methods read its value otherwise it is text, and the method at hand says what fits.
+    Methods may share a name: all but switches are text, which the method at hand reads its way.
     """
-    flag, (method, info, text) = f"--{name.replace('_', '-')}", owners[0]
-    kind = _kind(info)
-    if kind is bool and any(info.default for _, info, _ in owners):
-        flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    if kind is not bool and any(_kind(info) is not kind for _, info, _ in owners):
-        kind = str
-    return Annotated[kind | None, option(flag, text, panel=f"Method {method.name}")]
+    made: dict[str, tuple[Any, None]] = {}
+    for method in methods().values():
+        for name, info in method.config_class.model_fields.items():
+            text = _help(info)
+            if text is not None and name not in made and name not in _FLAGS:
+                flag = f"--{name.replace('_', '-')}"
+                flag += f"/--no-{flag[2:]}" if bool in _kinds(info) else ""
+                kind = bool if bool in _kinds(info) else str
+                more = option(flag, text, panel=f"Method {method.name}")
+                made[name] = Annotated[kind | None, more], None
+    return made
 
 
-def _kind(info: FieldInfo) -> type:
-    types = (info.annotation, *get_args(info.annotation))
-    return next((one for one in types if one in (bool, int, float)), str)
+def _help(info: FieldInfo) -> str | None:
+    return next((one.help for one in info.metadata if isinstance(one, Option)), None)
+
+
+def _kinds(info: FieldInfo) -> tuple[Any, ...]:
+    return info.annotation, *get_args(info.annotation)
 
 
 _Base = Annotated[str, argument("Alias, Hub id or folder of the language model.")]
@@ -110,16 +96,12 @@ _TemplateOption = Annotated[
     list[str] | None,
     option("--template-option", "KEY=VALUE of the template; may be repeated.", panel=_SEE),
 ]
-_Workflow = Annotated[
-    str | None, option("--workflow", "Name of the new workflow; mm when not given.")
-]
+_Workflow = Annotated[str | None, option("--workflow", "Name of the new workflow; else mm.")]
 _RECIPE = "Recipe, shipped name or file: settings, and how to train."
 _Recipe = Annotated[str | None, option("--recipe", _RECIPE)]
 _SET = "KEY=VALUE of the method's config; may be repeated."
 _Set = Annotated[list[str] | None, option("--set", _SET)]
-_Out = Annotated[
-    Path | None, option("--out", "Folder to write; ./<model>-<method> when not given.")
-]
+_Out = Annotated[Path | None, option("--out", "Folder; ./<model>-<method> when not given.")]
 _VERIFY = "Fingerprint of the base: fast reads edges of its tensors, full all."
 _Verify = Annotated[str, option("--verify", _VERIFY)]
 
@@ -231,12 +213,10 @@ def _config(
     method = method or (recipe.method if recipe else None)
     if method is None:
         raise UsageError(f"name the method with --method: {', '.join(methods())}")
-    kind = get_method(method)
-    fields = kind.config_class.model_fields
+    fields = get_method(method).config_class.model_fields
     own = {*_FLAGS, *graft.__code__.co_varnames[: graft.__code__.co_argcount]} - {"layers"}
-    for name in sorted(_options_of(kind).keys() & own):
-        flag = f"--{name.replace('_', '-')}"
-        note(f"{flag} is the command's own; set that of method {method} with --set {name}=VALUE")
+    for name in [name for name, info in fields.items() if name in own and _help(info)]:
+        note(f"--{name} is the command's own; set that of method {method} with --set {name}=VALUE")
     values: dict[str, Any] = dict(recipe.graft.config) if recipe else {}
     for name, value in given.items():
         if value is None:
@@ -246,13 +226,12 @@ def _config(
                 f"--{name.replace('_', '-')} is no setting of method {method}; "
                 f"leave it out, or see: mmgraft methods"
             )
-        kinds = fields[name].annotation, *get_args(fields[name].annotation)
-        if isinstance(value, bool) and bool not in kinds:
+        if isinstance(value, bool) and bool not in _kinds(fields[name]):
             raise UsageError(
                 f"--{name.replace('_', '-')} is a switch, and no switch of method {method}; set it "
                 f"with --set {name}=VALUE"
             )
-        is_list = any(get_origin(one) is list for one in kinds)
+        is_list = any(get_origin(one) is list for one in _kinds(fields[name]))
         values[name] = value.split(",") if is_list else value
     values |= dict(key_value(setting, "--set", "layers=last:8") for setting in settings)
     name, values, note_ = moved(method, values)

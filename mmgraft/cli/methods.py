@@ -15,10 +15,9 @@ def methods(json: JsonFlag = False) -> None:
     from mmgraft.vision.projectors.registry import PROJECTORS
     from mmgraft.vision.towers.registry import TOWERS
 
-    usable = usable_methods().values()
-    projectors, broken_projectors = PROJECTORS.usable()
-    broken = [*broken_methods(), *broken_projectors, *TOWERS.usable()[1]]
-    titles = {name: kind.title for name, kind in projectors.items()}
+    usable, projectors = usable_methods().values(), PROJECTORS.all()
+    broken = [*broken_methods(), *projectors[1], *TOWERS.all()[1]]
+    titles = {name: kind.title for name, kind in projectors[0].items()}
     if json:
         rows = [
             {

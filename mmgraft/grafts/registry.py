@@ -12,18 +12,14 @@ Looking methods up imports no torch; only ``Method.load_graft`` does.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
-from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import Method
-from mmgraft.kinds import Broken, Unfit, load_point, origin_of
+from mmgraft.kinds import Broken, Kinds, Unfit
 
-ENTRY_POINT_GROUP = "mmgraft.methods"
 _BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "published.wings")
 _MOVED = {("wings", "variant", "official"): "wings-official"}
 """What a method's setting with a value has become: a method of its own, with the other settings."""
@@ -38,52 +34,7 @@ def built_in() -> tuple[Method, ...]:
     return tuple(importlib.import_module(f"mmgraft.{name}").METHOD for name in _BUILT_IN)
 
 
-def methods() -> dict[str, Method]:
-    """Return every usable method by name, the built-in ones first."""
-    return _discover()[0]
-
-
-def broken_methods() -> list[Broken]:
-    """Return the entry points that could not be used, each with the reason."""
-    return _discover()[1]
-
-
-def get_method(name: str) -> Method:
-    """Return the method called ``name``.
-
-    Raises:
-        UsageError: An unknown name, with the nearest known one; a broken one, with the reason.
-    """
-    usable, broken = _discover()
-    if name in usable:
-        return usable[name]
-    for one in broken:
-        if one.name == name:
-            raise one.error()
-    raise UsageError(f"unknown method {name!r}; {did_you_mean(name, usable)}")
-
-
-def _discover() -> tuple[dict[str, Method], list[Broken]]:
-    return _discover_in(tuple(sys.path))
-
-
-@cache  # a look into every installed package
-def _discover_in(path: tuple[str, ...]) -> tuple[dict[str, Method], list[Broken]]:
-    found = {method.name: method for method in built_in()}
-    broken: list[Broken] = []
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        result = load_point(point, "method", _of_package)
-        if isinstance(result, Broken):
-            broken.append(result)
-        elif point.name in found:
-            reason = f"the name is taken by {found[point.name].origin}"
-            broken.append(Broken(point.name, origin_of(point), reason))
-        else:
-            found[result.name] = replace(result, origin=origin_of(point))
-    return found, broken
-
-
-def _of_package(name: str, method: Any) -> Method:
+def _of_package(name: str, method: Any, origin: str) -> Method:
     if not isinstance(method, Method):
         raise Unfit(f"it is a {type(method).__name__}, not an mmgraft Method")
     if method.name != name:
@@ -91,7 +42,23 @@ def _of_package(name: str, method: Any) -> Method:
     default = method.config_class.model_fields.get("method")
     if default is None or default.default != method.name:
         raise Unfit(f"{method.config_class.__name__} needs the field method = {method.name!r}")
-    return method
+    return replace(method, origin=origin)
+
+
+METHODS = Kinds(
+    "method", "mmgraft.methods", _of_package, lambda: {one.name: one for one in built_in()}
+)
+get_method = METHODS.find
+
+
+def methods() -> dict[str, Method]:
+    """Return every usable method by name, the built-in ones first."""
+    return METHODS.all()[0]
+
+
+def broken_methods() -> list[Broken]:
+    """Return what installed packages offer as methods and cannot be used, each with the reason."""
+    return METHODS.all()[1]
 
 
 def moved(method: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str | None]:

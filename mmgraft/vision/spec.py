@@ -65,7 +65,7 @@ class TowerKind:
     describe: Callable[[VisionSpec], TowerShape] | None = None
 
     @classmethod
-    def of_entry_point(cls, name: str, value: Any) -> TowerKind:
+    def of_entry_point(cls, name: str, value: Any, origin: str) -> TowerKind:
         """Return the kind that a package offers, as such or as its loader alone.
 
         Raises:

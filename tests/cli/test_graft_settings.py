@@ -38,7 +38,7 @@ def kind_of(name: str) -> Any:
 
 def test_an_option_is_text_where_methods_read_it_otherwise() -> None:
     assert kind_of("rank") is str
-    assert (kind_of("heads"), kind_of("head")) == (int, bool)
+    assert (kind_of("sizes"), kind_of("head")) == (str, bool)
     assert get_args(command._settings()["untie"][0])[1].default == "--untie/--no-untie"
 
 

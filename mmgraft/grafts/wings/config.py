@@ -43,9 +43,7 @@ class WingsConfig(StrictModel):
         ge=1,
         description="heads of a learner, dividing the hidden size; None: as many as the base has",
     )
-    learners: Annotated[
-        list[LearnerName], Option("Learners: visual, textual or visual,textual.")
-    ] = Field(
+    learners: Annotated[list[LearnerName], Option("Learners: visual,textual or one.")] = Field(
         default=["visual", "textual"], description="which learners stand beside the attention"
     )
     router: bool = Field(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
 from mmgraft.errors import UsageError
-from mmgraft.kinds import Kinds, Unfit
+from mmgraft.kinds import Broken, Kinds, Unfit
 from mmgraft.strict import describe
 from mmgraft.vision.projectors.configs import (
     LinearConfig,
@@ -33,12 +33,14 @@ class ProjectorKind:
         title: What it does, in a few words.
         config_class: Its settings.
         load: Returns its class, a subclass of :class:`Projector`.
+        origin: The package that brought it, filled in by the registry.
     """
 
     name: str
     title: str
     config_class: type[ProjectorConfig]
     load: Callable[[], Callable[..., Projector]]
+    origin: str = "mmgraft"
 
 
 def _built_in(name: str, title: str, config: type[ProjectorConfig], module: str) -> ProjectorKind:
@@ -48,7 +50,7 @@ def _built_in(name: str, title: str, config: type[ProjectorConfig], module: str)
     return ProjectorKind(name, title, config, load)
 
 
-def _of_package(name: str, kind: Any) -> ProjectorKind:
+def _of_package(name: str, kind: Any, origin: str) -> ProjectorKind:
     if not isinstance(kind, ProjectorKind):
         raise Unfit(f"it is a {type(kind).__name__}, not an mmgraft ProjectorKind")
     if kind.name != name:
@@ -58,7 +60,7 @@ def _of_package(name: str, kind: Any) -> ProjectorKind:
         raise Unfit(f"its config_class {settings!r} is no subclass of ProjectorConfig")
     if settings.model_fields["kind"].default != name:
         raise Unfit(f"{settings.__name__} needs the field kind = {name!r}")
-    return kind
+    return replace(kind, origin=origin)
 
 
 _SHUFFLE = "k x k neighbours side by side, then two linear layers"
@@ -102,9 +104,7 @@ def build_projector(config: ProjectorConfig, in_features: int, out_features: int
     try:
         made = kind.load()
     except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"projector {kind.name!r} cannot be loaded ({error}); mend the package that brings it"
-        ) from error
+        raise Broken(kind.name, kind.origin, str(error), "projector").error() from error
     return made(config, in_features, out_features)
 
 
