@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from mmgraft.errors import UsageError, did_you_mean
@@ -33,11 +33,6 @@ class Broken:
             f"{self.what} {self.name!r} of the package {self.origin!r} is broken: {self.reason}; "
             f"mend or uninstall {self.origin!r}"
         )
-
-
-@cache  # a look into every installed package
-def _points(group: str, path: tuple[str, ...]) -> list[EntryPoint]:
-    return list(entry_points(group=group))
 
 
 class Kinds(Generic[T]):
@@ -85,18 +80,14 @@ class Kinds(Generic[T]):
     def all(self) -> tuple[dict[str, T], list[Broken]]:
         """Return all kinds by name, and what packages offer that cannot be used."""
         found, broken = dict(self.known), list[Broken]()
-        for point in _points(self.group, tuple(sys.path)):
-            origin = point.dist.name if point.dist is not None else point.value
-            try:
-                if point.name in found:
-                    owner = getattr(found[point.name], "origin", "mmgraft")
-                    raise Unfit(f"the name is taken by {owner}")
-                found[point.name] = self.made_of(point.name, point.load(), origin)
-            except (Exception, SystemExit) as error:  # a package may fail in any way
-                reason = (
-                    str(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {error}"
-                )
-                broken.append(Broken(point.name, origin, reason, self.what))
+        for name, origin, kind in _offers(self, tuple(sys.path)):
+            if name in found:
+                owner = getattr(found[name], "origin", "mmgraft")
+                kind = Broken(name, origin, f"the name is taken by {owner}", self.what)
+            if isinstance(kind, Broken):
+                broken.append(kind)
+            else:
+                found[name] = kind
         return found, broken
 
     def names(self) -> list[str]:
@@ -119,3 +110,18 @@ class Kinds(Generic[T]):
             if one.name == name:
                 raise one.error()
         raise UsageError(f"unknown {self.what} {name!r}; {did_you_mean(name, found)}")
+
+
+@cache  # a look into every installed package
+def _offers(kinds: Kinds[T], path: tuple[str, ...]) -> list[tuple[str, str, T | Broken]]:
+    """Load what packages offer: name, package, and the kind or why it cannot be used."""
+    found: list[tuple[str, str, T | Broken]] = []
+    for point in entry_points(group=kinds.group):
+        origin = point.dist.name if point.dist is not None else point.value
+        try:
+            kind = kinds.made_of(point.name, point.load(), origin)
+        except (Exception, SystemExit) as error:  # a package may fail in any way
+            reason = str(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {error}"
+            kind = Broken(point.name, origin, reason, kinds.what)
+        found.append((point.name, origin, kind))
+    return found

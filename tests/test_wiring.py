@@ -25,7 +25,7 @@ GIVEN_BY_OTHERS = {
     "_handle.frame": "of signal",
     "_handle.number": "of signal",
     "_text_set.announce": "in the place of _image_set",
-    "_points.path": "the key of a cache",
+    "_offers.path": "the key of a cache",
     "pass_on.frame": "of signal",
     "read.number": "in the place of other readers",
     "shown.number": "in the place of other readers",
