@@ -111,7 +111,7 @@ def test_lengths_are_found_where_they_are_not_given(answerer: Answerer) -> None:
 BAD_TENSORS = [
     ({"image_rows": torch.tensor([0, 1, 1, 2, 2])}, "image_sizes is of 4, image_rows is of 5"),
     ({"image_rows": torch.tensor([0, 1])}, "image_rows is of 2, image_lengths is of 4"),
-    ({"image_rows": torch.tensor([0, 1, 1, 9])}, "names row 9, and the batch has rows 0 to"),
+    ({"image_rows": torch.tensor([0, 1, 1, 9])}, "names row 9: the batch has rows 0 to"),
     ({"image_rows": torch.tensor([-1, 1, 1, 2])}, "names row -1"),
     ({"image_rows": torch.ones(4)}, r"image_rows is \(4,\) of torch.float32: give integers"),
     ({"image_rows": torch.tensor([[0, 1, 1, 2]])}, r"image_rows is \(1, 4\)"),
