@@ -56,7 +56,8 @@ def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
         for name in kwargs:
             if name not in known:
                 names = [one for one in known if one not in ("self", "cls")]
-                hint = did_you_mean(name, names)
+                # torch_dtype means dtype, although graft_dtype is spelled more like it
+                hint = did_you_mean(name, [n for n in names if name.endswith(f"_{n}")] or names)
                 raise TypeError(f"{function.__qualname__}() takes no keyword {name!r}; {hint}")
         return function(*args, **kwargs)
 

@@ -21,6 +21,7 @@ from mmgraft.cli.console import show_error, stderr
 from mmgraft.cli.failures import explain
 from mmgraft.cli.options import option
 from mmgraft.progress import show_on
+from mmgraft.published import PUBLISHED
 from mmgraft.version import __version__
 
 _MAKE, _USE, _SHARE, _LOOK = "Make", "Use", "Share", "Look"
@@ -90,7 +91,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "import": Command(
         _SHARE,
-        "Turn a published IAA or Wings checkpoint into grafts.",
+        f"Turn a published {PUBLISHED} checkpoint into grafts.",
         "import AIDC-AI/Wings-Qwen1_5-8B --dry-run",
         "import_checkpoint",
     ),

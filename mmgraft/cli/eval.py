@@ -38,7 +38,7 @@ _one = partial(option, panel="A set without a recipe")
 
 def evaluate(
     run: Annotated[str | None, argument("Folder of a graft; default: the one here.")] = None,
-    text: Annotated[bool, option("--text", "Is text as it was? Also sets of text.")] = False,
+    text: Annotated[bool, option("--text", "Compare text with the base; sets of text.")] = False,
     vision: Annotated[bool, option("--vision", "Evaluate sets with images.")] = False,
     iit: Annotated[bool, option("--iit", "Dialogues of text and images in six shapes.")] = False,
     harness: Annotated[str | None, option("Tasks of lm-evaluation-harness: NAME[,NAME].")] = None,
@@ -47,13 +47,13 @@ def evaluate(
     limit: Annotated[int | None, _sets("Sample so many items of each set.", min=1)] = None,
     data: Annotated[str | None, _one("File of items, or a packaged set.")] = None,
     metric: Annotated[
-        str | None, _one("exact, vqa, vqa_v2, choice, yes_no, caption, box or perplexity.")
+        str | None, _one("Metric: exact, vqa, vqa_v2, choice, yes_no, caption, box or perplexity.")
     ] = None,
     images: Annotated[str | None, _one("Folder that image paths start from.")] = None,
     train: Annotated[str | None, _one("Training rows, for the prior.")] = None,
     name: Annotated[str | None, _one("Name of the set; default: the file's.")] = None,
     prompt: Annotated[str | None, _one("Prompt, with {question} and {options}.")] = None,
-    boxes: Annotated[str | None, _one("unit, thousand, ten or pixel.")] = None,
+    boxes: Annotated[str | None, _one("Boxes in answers: unit, thousand, ten or pixel.")] = None,
     column: Annotated[list[str] | None, _one("FIELD=KEY of the rows; may be repeated.")] = None,
     include_path: Annotated[Path | None, option("Folder of harness tasks of your own.")] = None,
     dialogues: Annotated[Path | None, option("Dialogues that were saved before.")] = None,
@@ -75,7 +75,7 @@ def evaluate(
     """Measure what a graft keeps of text and what it sees, each number with its interval.
 
     Results and a report go into the run's results/. After a kill the same command goes on:
-    no question is asked twice.
+    no question is answered twice.
     """
     _evaluate(SimpleNamespace(**locals()))
 

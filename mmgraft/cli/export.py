@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _KINDS = ("graft", "full", "llava")
 
 
-_TO = "graft: the adapter alone; full: with base and tower; llava: stock LLaVA."
+_TO = "What to write: graft, alone; full, with base and tower; llava, a stock model."
 _To = Annotated[str, option("--to", _TO)]
 _WORKFLOW = "Workflow to export, where an import wrote several."
 _Workflow = Annotated[str | None, option("--workflow", _WORKFLOW)]
-_DTYPE = "llava: bfloat16, float32 or float16. Default: the base's."
+_DTYPE = "Dtype of a llava export: bfloat16, float32, float16; default: the base's."
 _Dtype = Annotated[str | None, option("--dtype", _DTYPE)]
 
 
@@ -39,8 +39,8 @@ def export(
     """Write a graft for use elsewhere.
 
     To graft: the small adapter. To full: base, tower and graft in one folder that loads offline.
-    To llava: an IAA graft of structure c, or a LLaVA one, as an ordinary model of transformers; it
-    is compared with the graft before it is kept.
+    To llava: an ordinary model of transformers, for grafts that are a plain decoder with a
+    projector; it is compared with the graft before it is kept.
     """
     _check(to, dtype)
     kind = cast("Kind", to)

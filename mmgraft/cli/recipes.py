@@ -71,14 +71,8 @@ def list_recipes(
 
 
 def _recipe_data(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "name": recipe.name,
-        "method": recipe.method,
-        "base": recipe.base,
-        "quantization": recipe.quantization,
-        "stages": [stage.name for stage in recipe.stages],
-        "description": recipe.description,
-    }
+    kept = recipe.model_dump(include={"name", "method", "base", "quantization", "description"})
+    return {**kept, "stages": [stage.name for stage in recipe.stages]}
 
 
 def _stages(recipe: Recipe) -> str:

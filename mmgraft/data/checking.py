@@ -45,7 +45,7 @@ class Report:
         largest: Width, height and name of the image with most pixels.
         lengths: Positions of every row before a cut; empty without a tokenizer.
         image_positions: Of all rows.
-        learned: Positions that are learned, of all rows.
+        learned: Supervised tokens of all rows.
         longest: Positions and name of the longest rows.
         max_length: Where rows are cut.
         cut: Names of the rows that are longer.

@@ -13,7 +13,7 @@ from mmgraft.anatomy import Anatomy
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template, check_template, resolve_template
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, brief
 from mmgraft.grafts.base import BaseParts, Graft
 from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method, methods
@@ -41,6 +41,33 @@ if TYPE_CHECKING:
 
 SEED = 0
 """Of the new tensors that do not start as copies or zero, such as the projector's."""
+
+
+_GIVEN: dict[str, tuple[Any, str]] = {
+    "base": ((str, Path, torch.nn.Module), "a Hub id, a folder or a loaded causal LM"),
+    "vision": (
+        (str, Path, VisionSpec, VisionTower, type(None)),
+        "a Hub id, a folder, VisionSpec(id=...), a loaded tower or None",
+    ),
+    "config": (StrictModel, 'settings of a method, such as IAAConfig(layers="22,24")'),
+    "projector": (
+        (ProjectorConfig, type(None)),
+        "settings of a projector, such as MlpConfig() or PoolConfig(k=2)",
+    ),
+    "template": ((TemplateChoice, type(None)), 'TemplateChoice(kind="plain"), say, or None'),
+}
+
+
+def check_given(**given: Any) -> None:
+    """Refuse arguments of another type, by name, with what to write instead.
+
+    Raises:
+        UsageError: One of them is no base, tower, settings or template.
+    """
+    for name, value in given.items():
+        types, example = _GIVEN[name]
+        if not isinstance(value, types) or (name == "config" and not hasattr(value, "method")):
+            raise UsageError(f"{name}={brief(repr(value))} cannot be used: give {example}.")
 
 
 def make_on_loaded(
@@ -103,6 +130,7 @@ def create_graft(
     """
     from mmgraft.basefiles import fingerprint, resolve
 
+    check_given(base=base, vision=vision, config=config, projector=projector, template=template)
     spec = VisionSpec.from_name(vision) if isinstance(vision, str) else vision
     spec = _pinned(spec)
     shape = describe_tower(spec)

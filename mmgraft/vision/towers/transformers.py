@@ -165,7 +165,7 @@ def load(spec: VisionSpec) -> TransformersTower:
             f"{min(needed)}. Name the checkpoint of the vision model itself."
         )
     with torch.no_grad():
-        for name in missing:  # a pooler drawn at random, without effect: the same every time
+        for name in missing:  # a random pooler, without effect: the same every time
             model.get_parameter(name).zero_()
     processor = load_processor(folder) or stored_processor(folder)
     return TransformersTower(model, feature_map, preprocessing, spec, processor)
