@@ -19,6 +19,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from mmgraft.aliases import default_tower
 from mmgraft.data.bad_rows import HUB, OnBadRow
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import StageSwitches
@@ -27,6 +28,7 @@ from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.strict import StrictModel
 from mmgraft.vision.projectors.configs import MlpConfig
 from mmgraft.vision.projectors.registry import AnyProjector
+from mmgraft.vision.spec import VisionSpec
 
 TextRows = Literal["skip", "graft", "base"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -106,6 +108,14 @@ class GraftDefaults(StrictModel):
     )
     config: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
     projector: AnyProjector = MlpConfig()
+
+    def tower(self, named: str | None = None, layer: int | None = None) -> VisionSpec:
+        """Return the tower: this one unless another is named, with a layer where one is given."""
+        spec = VisionSpec.from_name(named or self.vision or default_tower())
+        update: dict[str, Any] = {"feature_layer": self.feature_layer if layer is None else layer}
+        if named is None and self.vision_options:
+            update["options"] = dict(self.vision_options)
+        return spec.model_copy(update={k: v for k, v in update.items() if v is not None})
 
 
 class Stage(StageSwitches):
@@ -302,16 +312,11 @@ class Recipe(StrictModel):
             raise ValueError("names no folder; write true, false or a folder")
         return value
 
-    @field_validator("parallel", mode="before")
+    @field_validator("parallel", "base", mode="before")
     @classmethod
-    def _refuse_deepspeed(cls, value: Any) -> Any:
+    def _refuse_unbuilt(cls, value: Any) -> Any:
         if value in ("zero2", "zero3"):
             raise ValueError(f"{value} (DeepSpeed) is not built; write fsdp2, which shards as well")
-        return value
-
-    @field_validator("base", mode="before")
-    @classmethod
-    def _refuse_lora(cls, value: Any) -> Any:
         if value == "lora":
             raise ValueError("an image-gated LoRA on the base is not built; write frozen or full")
         return value
