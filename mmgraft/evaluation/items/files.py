@@ -10,16 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
-
 from mmgraft.data.chat.content import images_of_all, is_image
 from mmgraft.data.formats.reader import RowReader
-from mmgraft.data.images import check_image, open_image
+from mmgraft.data.images import check_image, size_of
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.fields import Fields, box_of, fill_prompt, gold_of
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.items.packaged_text import PACKAGED, packaged_file
 from mmgraft.evaluation.items.records import item_records
+from mmgraft.evaluation.metrics.yes_no import truth_of
 from mmgraft.recipes.evaluation_set import SetSpec
 
 TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
@@ -300,11 +299,8 @@ class _ItemReader:
             )
         if metric == "perplexity" and not answers[0]:
             raise UsageError(f"{where}: an empty answer; write one, or leave the row out")
-        if metric == "yes_no" and answers[0].lower().strip(" .!") not in ("yes", "no"):
-            raise UsageError(
-                f"{where}: the answer is {answers[0]!r}, and yes_no needs yes or no; write "
-                "another metric, or leave the row out"
-            )
+        if metric == "yes_no":
+            truth_of(answers[0], where)
         if metric == "vqa_v2" and len(answers) != VQA_V2_ANSWERS:
             raise UsageError(
                 f"{where}: {len(answers)} answers, and vqa_v2 compares with {VQA_V2_ANSWERS} of "
@@ -314,20 +310,8 @@ class _ItemReader:
     def _size(self, images: Sequence[str], where: str) -> tuple[int, int]:
         if len(images) != 1:
             raise UsageError(f"{where}: {len(images)} images, and a box needs one; name its column")
-        return _size_of(images[0], where)
-
-
-def _size_of(image: str, where: str) -> tuple[int, int]:
-    """Return width and height of an image as it is shown, decoded only where that is needed."""
-    if not os.path.isfile(image):
-        return open_image(image, where).size
-    width, height = check_image(image, where)
-    try:
-        with Image.open(image) as opened:
-            turned = opened.getexif().get(0x0112, 1) >= 5  # EXIF: on its side
-    except Exception:  # EXIF data that cannot be read
-        return open_image(image, where).size
-    return (height, width) if turned else (width, height)
+        check_image(images[0], where)
+        return size_of(images[0], where)
 
 
 def _text_of(content: Any) -> str:
