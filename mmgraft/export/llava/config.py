@@ -11,7 +11,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedC
 from transformers.initialization import no_init_weights
 
 from mmgraft import __version__
-from mmgraft.anatomy import decoder_layers, get_path, skeleton
+from mmgraft.anatomy import decoder_layers, examine, get_path, skeleton
 from mmgraft.errors import UsageError
 from mmgraft.export.folder import NOTE_KEY
 from mmgraft.export.llava.fit import Ingredients
@@ -154,8 +154,6 @@ def _difference(
     before: PreTrainedConfig, after: PreTrainedConfig, sources: Sequence[int]
 ) -> str | None:
     """In words, the first thing in which a layer differs from the one it is to be a copy of."""
-    from mmgraft.anatomy import examine
-
     old, new = skeleton(before), skeleton(after)
     old_layers = decoder_layers(old, examine(old))
     new_layers = get_path(new, examine(new).layers_path)
