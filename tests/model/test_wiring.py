@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grafting import CONFIGS, graft_on
+from grafting import CONFIGS, batch, distance, graft_on, logits_of, perturb, rows
 from mmgraft import GraftedModel
 from mmgraft.model import modeling
 from mmgraft.model.files import create, load
@@ -137,3 +137,17 @@ def test_a_graft_is_made_of_the_revision_that_is_named(
     with pytest.raises(Stop):
         create.create_graft("x/y", "a/tower", CONFIGS["iaa-a"], "there", revision="v1")
     assert seen == [("x/y", "v1")]
+
+
+@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings"])
+def test_a_graft_out_of_the_path_changes_nothing(method: str) -> None:
+    """Whatever is in it; its projector alone is used, and in the path it is seen at once."""
+    model = perturb(graft_on("llama", CONFIGS[method]))
+    inputs, graft = batch(rows("ttiiiitt")), model.workflow().graft
+    graft.set_state({**graft.state(), "active": False})
+    before = logits_of(model, inputs)
+    for parameter in graft.parameters():
+        parameter.data.mul_(1.5)
+    assert torch.equal(logits_of(model, inputs), before)
+    graft.set_state({**graft.state(), "active": True})
+    assert distance(logits_of(model, inputs), before) > 1e-3

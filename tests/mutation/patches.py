@@ -505,7 +505,7 @@ PATCHES = [
         "model/forward.py",
         "    active = [item for item in active if item.graft.active]\n",
         "",
-        "model/test_grafting.py",
+        "model/test_wiring.py",
     ),
     Patch(
         "only the last graft's head acts",
