@@ -526,7 +526,7 @@ PATCHES = [
         "model/generation.py",
         '                kwargs["use_cache"] = False\n',
         "                pass\n",
-        "grafts/test_outside_method.py",
+        "model/test_generation.py -k official",
     ),
     Patch(
         "beams have the images of the first row",
