@@ -38,8 +38,12 @@ def skeleton(
     refuse_non_causal(text_config(config))
     try:
         with torch.device("meta"), no_init_weights():
-            make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
-            model: PreTrainedModel = make(copy.deepcopy(config)).eval()
+            made = copy.deepcopy(config)
+            model: PreTrainedModel = (
+                kind._from_config(made)
+                if kind is not None
+                else AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+            ).eval()
     except Exception as error:  # whatever a foreign __init__ may raise over its configuration
         raise UsageError(
             f"{config.model_type!r} is not a causal language model that transformers can build "
