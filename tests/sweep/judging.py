@@ -61,9 +61,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
-    "emu3": {
-        "vocabulary_map": {"<image>": 310, "<|extra_200|>": 311, "<|visual token 000000|>": 312}
-    },
     "falcon_h1": {"mamba_n_heads": 16},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "qwen4_exp": {"text_config": INDEXER},
