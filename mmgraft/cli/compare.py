@@ -64,10 +64,8 @@ def compare(
 
 
 def _plan(comparison: Comparison, out: Path | None, **options: Any) -> ComparisonPlan:
-    from mmgraft.cli.loading import quiet_bars
     from mmgraft.comparison.plan import make_plan
 
-    quiet_bars()
     return make_plan(comparison, out or Path(f"compare-{comparison.name}"), **options)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from mmgraft.recipes.evaluation_set import SetSpec
     from mmgraft.runs.results import Results
 
-_EVERY = 5.0  # seconds between two lines of progress
 _PASSED_ON = (
     "text", "vision", "iit", "workflow", "batch_size", "limit", "include_path", "dialogues",
     "dialogue_count", "untouched",
@@ -112,9 +110,11 @@ def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
     from mmgraft.cli.console import note, print_json
     from mmgraft.evaluation.evaluate import evaluate_run
     from mmgraft.evaluation.report.report import write_report
+    from mmgraft.progress import working
 
     folder = evaluation.run
-    measured = list(evaluate_run(answerer, evaluation, note, _progress(note)))
+    with working("evaluating") as work:
+        measured = list(evaluate_run(answerer, evaluation, note, work))
     report = write_report(folder)
     if json:
         print_json(
@@ -185,26 +185,6 @@ def _show_plan(folder: Path, plan: dict[str, list[str]], json: bool) -> None:
         return
     for part, what in plan.items():
         note(f"would measure {part}: {', '.join(map(str, what)) or 'no set'}")
-
-
-def _progress(say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Report how far a set is, every few seconds, and how fast it goes."""
-    start = last = time.monotonic()
-    first = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal start, last, first
-        now = time.monotonic()
-        if done <= first or first == 0:
-            start, first = now, done
-        if now - last >= _EVERY or done == total:
-            last = now
-            rate = (done - first) / (now - start) if now > start else 0
-            say(f"{done} of {total}" + (f", {rate:.1f} a second" if rate else ""))
-        if done == total:
-            first = 0
-
-    return report
 
 
 def _show(results: Results) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from mmgraft.cli.console import human_bytes, note, print_json, stdout, table
-from mmgraft.cli.loading import check_dtype, quiet_bars
+from mmgraft.cli.loading import check_dtype
 from mmgraft.cli.options import BaseOption, DryRunFlag, JsonFlag, RunArgument, option
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.runs.find import find_run
@@ -44,7 +44,6 @@ def export(
     """
     _check(to, dtype)
     kind = cast("Kind", to)
-    quiet_bars(json)
     from mmgraft.export.folder import check_folder, default_folder, find_workflow
 
     folder = _find(run)

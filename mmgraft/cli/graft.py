@@ -31,6 +31,7 @@ from mmgraft.recipes.source import (
     template_options,
 )
 from mmgraft.strict import Option
+from mmgraft.textfiles import read_text
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
 from mmgraft.vision.projectors.registry import PROJECTORS, find_projector
 from mmgraft.vision.spec import VisionSpec
@@ -260,7 +261,7 @@ def _template(spec: str | None, options: dict[str, Any]) -> TemplateChoice:
     path = Path(spec).expanduser()
     if not path.is_file():  # one of the base's templates, by its name
         return TemplateChoice(kind="chat", text=spec, options=options)
-    return TemplateChoice(kind="file", text=path.read_text(encoding="utf-8"), options=options)
+    return TemplateChoice(kind="file", text=read_text(path), options=options)
 
 
 def _finish(folder: Path, recipe: Path | None, json: bool) -> None:
@@ -269,7 +270,7 @@ def _finish(folder: Path, recipe: Path | None, json: bool) -> None:
 
     _put_aside(folder)
     if recipe is not None:
-        atomic_text(folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
+        atomic_text(folder / "recipe.yaml", read_text(recipe))
     summary = summarise_graft(folder)
     if json:
         print_json({"folder": str(folder), "written": True, **asdict(summary)})

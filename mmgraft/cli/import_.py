@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
-from mmgraft.cli.loading import quiet_bars
 from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption, argument, option
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ def import_checkpoint(
 
     from mmgraft.published.importer import import_checkpoint as run
 
-    quiet_bars(json)
     report = run(
         checkpoint,
         out or _default_folder(checkpoint),

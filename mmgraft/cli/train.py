@@ -93,8 +93,6 @@ def train(
 
 
 def _train(plan: Plan, json: bool) -> None:
-    from transformers.utils import logging
-
     from mmgraft.training.callbacks.progress import ProgressDisplay
     from mmgraft.training.devices import is_main_rank, slow_precision
     from mmgraft.training.memory.shortage import warning
@@ -103,8 +101,6 @@ def _train(plan: Plan, json: bool) -> None:
     def display(stage: Stage, number: int, stages: int) -> list[ProgressDisplay]:
         return [ProgressDisplay(stage.name, number, stages, stderr())]
 
-    if not stderr().is_terminal:
-        logging.disable_progress_bar()
     if is_main_rank():
         for warned in filter(None, (warning(plan), slow_precision(plan.recipe, plan.device))):
             note(f"warning: {warned}")

@@ -56,11 +56,15 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     def watched(self: TensorReader, key: str) -> Any:
         return Watched(lazy(self, key), key)
 
-    def forbidden(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was loaded")
+    load = AutoModelForCausalLM.from_pretrained
+
+    def outline(*args: Any, **options: Any) -> Any:
+        if options.get("device_map") != "meta":
+            raise AssertionError("a model was loaded")
+        return load(*args, **options)  # names and shapes alone
 
     monkeypatch.setattr(TensorReader, "lazy", watched)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", outline)
     return names
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mmgraft.anatomy import Anatomy, examine, skeleton
+from mmgraft.anatomy import Anatomy
 from mmgraft.data.chat.placeholder import choose_placeholder
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template, check_template, resolve_template
 from mmgraft.errors import UsageError, brief
 from mmgraft.grafts.base import BaseParts, Graft
@@ -167,18 +169,27 @@ def make_from_files(
         template: How conversations become text.
         tower: The tower, or its shape, which leaves the record to name it.
     """
-    from mmgraft.basefiles import TensorReader, find_tokenizer, fingerprint, load_config
+    from mmgraft.basefiles import (
+        TensorReader,
+        examine_files,
+        find_tokenizer,
+        fingerprint,
+        load_config,
+    )
 
     base_config = load_config(files)
-    blank = skeleton(base_config)
-    anatomy = examine(blank)
-    indices = _copied_layers(config, anatomy)
-    _refuse(get_method(cast(Any, config).method), anatomy, blank)
-    tokenizer = find_tokenizer(files.path)
-    chosen = choose_template(tokenizer, template, files.id)
-    reference = BaseReference(id=files.id, revision=files.revision, fingerprint=fingerprint(files))
-    owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
     with TensorReader(files) as reader:
+        blank, anatomy = examine_files(reader, base_config)
+        indices = _copied_layers(config, anatomy)
+        _refuse(get_method(cast(Any, config).method), anatomy, blank)
+        tokenizer = find_tokenizer(files.path)
+        chosen = choose_template(tokenizer, template, files.id)
+        if tokenizer is not None:
+            _check_vocabulary(tokenizer, chosen, anatomy.vocab_size)
+        reference = BaseReference(
+            id=files.id, revision=files.revision, fingerprint=fingerprint(files)
+        )
+        owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
         parts = ReadParts(reader, base_config, indices, owns, anatomy)
         return _make(
             config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen
@@ -240,6 +251,23 @@ def _make(
     made = Workflow(workflow, projector, graft, record)
     dtype = next((p.dtype for p in graft.parameters()), None)
     return made if dtype is None else cast(Workflow, made.to(dtype))
+
+
+def _check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, chosen: TemplateChoice, vocab_size: int
+) -> None:
+    """Refuse a base whose template writes tokens that its embedding has no rows for."""
+    template = Template(chosen.kind, chosen.text)
+    processor = GraftProcessor(tokenizer, 1, 0, template, options=chosen.options)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    try:
+        ids = processor.encode(turns, add_generation_prompt=False).input_ids
+    except UsageError as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            raise
+        return  # it wants other turns than these
+    processor.vocab_size = vocab_size
+    processor.check_ids(ids, "the template of this base")
 
 
 def choose_template(
