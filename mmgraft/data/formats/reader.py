@@ -16,7 +16,6 @@ from mmgraft.data.chat.turns import (
     clean_turn,
     refuse_unread,
     tools_of,
-    with_system,
 )
 from mmgraft.data.formats.fields import Fields
 from mmgraft.data.formats.layouts import Layout, Reading
@@ -88,14 +87,17 @@ class RowReader:
         where = f"{where} (id {index})"
         _check_text(data, where)
         layout = self.reading.layout(data, where)
-        refuse_unread(data, self.reading.read_keys(layout), where)
         turns = layout.turns(data, where)
         name = self._name(layout, data)
         images = self._listed(data, turns, where)
         words = "never" if self.reading.format == "messages" else _WORDS.get(name, "first")
         placed, by = place_images(turns, images, words, where)
         messages = [self._message(turn, f"{where}, turn {at}") for at, turn in enumerate(placed, 1)]
-        messages = with_system(messages, data, where)
+        beside = {"role": "system", "content": data.get("system")}
+        said = isinstance(beside["content"], str) and beside["content"]
+        if said and all(turn["role"] != "system" for turn in messages):
+            messages, data = [beside, *messages], {**data, "system": None}
+        refuse_unread(data, self.reading.read_keys(layout), where)
         tools = tools_of(data, where)
         if name == "messages" and by != "parts":
             name = "swift"
