@@ -59,7 +59,7 @@ class Layout:
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """All keys that it reads."""
-        return (*self.keys, *self.more, "image", "images", "tools")
+        return (*self.keys, *self.more, "image", "images", "system", "tools")
 
     @cached_property
     def known_by(self) -> str:

@@ -16,11 +16,12 @@ from mmgraft.data.chat.turns import (
     clean_turn,
     refuse_unread,
     tools_of,
+    with_system,
 )
 from mmgraft.data.formats.fields import Fields
 from mmgraft.data.formats.layouts import Layout, Reading
 from mmgraft.data.formats.placing import WORD, Words, place_images
-from mmgraft.data.images import is_data_uri, refuse_web
+from mmgraft.data.images import is_data_uri, path_of, refuse_web
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import BadImage
@@ -87,17 +88,14 @@ class RowReader:
         where = f"{where} (id {index})"
         _check_text(data, where)
         layout = self.reading.layout(data, where)
+        refuse_unread(data, self.reading.read_keys(layout), where)
         turns = layout.turns(data, where)
         name = self._name(layout, data)
         images = self._listed(data, turns, where)
         words = "never" if self.reading.format == "messages" else _WORDS.get(name, "first")
         placed, by = place_images(turns, images, words, where)
         messages = [self._message(turn, f"{where}, turn {at}") for at, turn in enumerate(placed, 1)]
-        beside = {"role": "system", "content": data.get("system")}
-        said = isinstance(beside["content"], str) and beside["content"]
-        if said and all(turn["role"] != "system" for turn in messages):
-            messages, data = [beside, *messages], {**data, "system": None}
-        refuse_unread(data, self.reading.read_keys(layout), where)
+        messages = with_system(messages, data, where)
         tools = tools_of(data, where)
         if name == "messages" and by != "parts":
             name = "swift"
@@ -143,8 +141,10 @@ class RowReader:
         return turn
 
     def _part(self, part: Any, at: str) -> dict[str, Any]:
-        if isinstance(part, dict) and part.get("type") in ("image", "image_url", "text"):
-            refuse_unread(part, PART_KEYS, at)
+        if isinstance(part, dict) and part.get("type") in PART_KEYS:
+            refuse_unread(part, PART_KEYS[part["type"]], at)
+            if part["type"] != "text" and part.get("text"):
+                raise UsageError(f"{at}: an image part with text; write a part for each")
         if is_image(part):
             image = image_of(part)
             if image is None:
@@ -194,7 +194,7 @@ class RowReader:
                 f"{where}: the image is a path ({brief(image)}); give the folder that paths start "
                 "from (images: in the recipe, --images)"
             )
-        path = os.path.normpath(os.path.join(self.folder, image.removeprefix("file://")))
+        path = os.path.normpath(os.path.join(self.folder, path_of(image)))
         if os.path.commonpath([self.folder, path]) != self.folder:
             raise BadImage(
                 f"{where}: the image {brief(image)} lies outside of the image folder "
@@ -262,7 +262,7 @@ def _held(image: Any, where: str) -> Any:
             )
         image = data if text else path
     if isinstance(image, str) and _BASE64.fullmatch(image):
-        return f"data:image;base64,{''.join(image.split())}"
+        return f"data:image;base64,{image}"
     return image
 
 

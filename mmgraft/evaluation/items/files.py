@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmgraft.data.chat.content import images_of_all, is_image
+from mmgraft.data.chat.turns import refuse_unread
 from mmgraft.data.formats.fields import Fields, fill_prompt, gold_of
 from mmgraft.data.formats.layouts import Reading, told
 from mmgraft.data.formats.reader import RowReader
@@ -27,6 +29,8 @@ TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
 """The prompt of multiple choice of text where a set has no ``prompt``: that of lm-eval's PIQA."""
 
 VQA_V2_ANSWERS = 10
+_ASKED = re.compile("system|video|audio|tool|history", re.IGNORECASE)
+"""Keys of a record that change what is asked, and that no field reads."""
 Message = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -248,6 +252,8 @@ class _ItemReader:
     def _of_fields(
         self, record: dict[str, Any], options: Sequence[str], where: str
     ) -> tuple[list[Message], str]:
+        others = self.fields.others(record)
+        refuse_unread({key: others[key] for key in others if _ASKED.search(key)}, (), where)
         question = self.fields.question(record, where)
         if question is None and self.spec.metric != "caption":
             there = ", ".join(map(repr, record)) or "nothing"
