@@ -9,7 +9,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
@@ -33,7 +33,7 @@ _TYPES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     rows = [
         f"| [`{name}`](#mmgraft-{name}) | {_cell(command.help)} |"
         for name, command in COMMANDS.items()
@@ -78,7 +78,7 @@ def _describe(name: str, function: Callable[..., Any], example: str, level: int)
 
 
 def _parts(hint: Any) -> tuple[Any, ArgumentInfo | OptionInfo]:
-    """The plain type and typer's description of a parameter."""
+    """Return the plain type and typer's description of a parameter."""
     assert get_origin(hint) is Annotated, hint
     kind, *infos = get_args(hint)
     info = next(one for one in infos if isinstance(one, ArgumentInfo | OptionInfo))
@@ -96,6 +96,8 @@ def _names(name: str, kind: Any, info: Any) -> str:
         return shown.replace("/", "` / `")
     if get_origin(kind) is list:
         return f"{shown} {_TYPES[get_args(kind)[0]]}, may be repeated"
+    if get_origin(kind) is Literal:
+        return f"{shown} {', '.join(get_args(kind))}"
     return f"{shown} {_TYPES[kind]}"
 
 

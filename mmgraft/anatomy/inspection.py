@@ -23,11 +23,14 @@ from mmgraft.errors import UsageError
 _TEXT_ONLY = "give a text model that predicts the next token, such as Llama or Qwen2"
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(
+    config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
     """Build the base's class on the meta device: every module, no memory, no weights.
 
     Args:
         config: The base's configuration; it is not changed.
+        kind: The base's class; by default the one that transformers makes of the configuration.
 
     Raises:
         UsageError: Transformers has no causal LM for this configuration.
@@ -35,7 +38,12 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     refuse_non_causal(text_config(config))
     try:
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+            made = copy.deepcopy(config)
+            model: PreTrainedModel = (
+                kind._from_config(made)
+                if kind is not None
+                else AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+            ).eval()
     except Exception as error:  # whatever a foreign __init__ may raise over its configuration
         raise UsageError(
             f"{config.model_type!r} is not a causal language model that transformers can build "
@@ -114,10 +122,14 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration that transformers makes a causal LM from: of a model with other
     inputs too, that of its text, where there is a class for it alone.
     """
-    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     of_text = getattr(config, "sub_configs", {}).get("text_config")
-    alone = of_text is not None and getattr(made, "config_class", None) is of_text
-    return config.get_text_config() if alone else config
+    if (
+        of_text not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        return config
+    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return config.get_text_config() if made.config_class is of_text else config
 
 
 def refuse_non_causal(config: PreTrainedConfig) -> None:
@@ -125,7 +137,9 @@ def refuse_non_causal(config: PreTrainedConfig) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(f"{kind!r} is an encoder with a decoder; {_TEXT_ONLY}")
-    if any(hasattr(config, f"{sense}_config") for sense in ("vision", "audio")):
+    parts = set(getattr(config, "sub_configs", {}))
+    beside_text = "text_config" in parts and parts - {"text_config"}
+    if beside_text or any(hasattr(config, f"{sense}_config") for sense in ("vision", "audio")):
         raise UsageError(f"{kind!r} has inputs other than text already; {_TEXT_ONLY}")
 
 
@@ -135,11 +149,15 @@ def _path_of(model: nn.Module, part: nn.Module | None) -> str | None:
 
 def _find_layers(model: nn.Module, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
     """Find the outermost list that has as many entries as the model has layers."""
-    count = getattr(config, "num_hidden_layers", None)
+    of_decoder = getattr(config, "decoder_layers", None)  # Blenderbot's other number is BART's
+    count = of_decoder or getattr(config, "num_hidden_layers", None)
     for path, module in _outer_first(model):
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            if "encoder" in path.split("."):
-                raise UsageError(f"{type(model).__name__} is an encoder; {_TEXT_ONLY}")
+            if getattr(config, "is_decoder", None) is False and "encoder" in path.split("."):
+                raise UsageError(
+                    f"{type(model).__name__} is an encoder (is_decoder is false in its "
+                    f"configuration); {_TEXT_ONLY}"
+                )
             return path, module
     raise UsageError(
         f"{type(model).__name__} has no list of its {count} decoder layers; {_TEXT_ONLY}"
@@ -225,14 +243,15 @@ def _cache_layers(config: PreTrainedConfig) -> Sequence[Any]:
 
 def _layer_numbers(layers: nn.ModuleList) -> frozenset[str]:
     """Return the attributes that hold, wherever they stand in a layer, the layer's number."""
-    found: dict[str, set[bool]] = {}
+    found: dict[str, list[tuple[int, int]]] = {}
     for number, layer in enumerate(layers):
         for module in layer.modules():
             for name, value in vars(module).items():
                 if isinstance(value, int) and not isinstance(value, bool):
-                    found.setdefault(name, set()).add(value == number)
-    several = len(layers) > 1  # the number of a single layer, 0, may be anything
-    return frozenset(n for n, same in found.items() if same == {True} and (several or "lay" in n))
+                    found.setdefault(name, []).append((number, value))
+    equal = {name: set(pairs) for name, pairs in found.items() if all(n == v for n, v in pairs)}
+    # In one layer alone, a number may be that of anything else.
+    return frozenset(name for name, at in equal.items() if len(at) > 1 or "layer" in name)
 
 
 def _window(config: PreTrainedConfig) -> int | None:

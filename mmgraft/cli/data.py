@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mmgraft.cli.console import note, print_json, stdout, table
+from mmgraft.cli.console import note, print_json, refuse_to_overwrite, stdout, table
 from mmgraft.cli.options import (
     DryRunFlag,
     ImagesOption,
     JsonFlag,
     OverwriteFlag,
+    ReadOption,
     TemplateOption,
     argument,
-    key_values,
     option,
     with_options,
 )
@@ -71,7 +73,7 @@ _Out = Annotated[Path | None, option("--out", "Folder to write into; ./NAME when
 def prepare(
     name: Annotated[str, argument("A name of `mmgraft data ls`.")],
     out: _Out = None,
-    seed: Annotated[int, option("--seed", "Seed of the samples that are drawn.")] = 0,
+    seed: Annotated[int, option("--seed", "Seed of the samples.")] = 0,
     force: OverwriteFlag = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
@@ -114,6 +116,7 @@ def _reads(kind: type, *words: str, **more: Any) -> tuple[Any, None]:
 
 _READING = {
     "images": (ImagesOption, None),
+    "read": (ReadOption, None),
     "run": _reads(Path, "--run", "Run whose settings read the file."),
     "base": _reads(
         str, "--base", "Base whose tokenizer and template read the rows, without a run."
@@ -143,7 +146,6 @@ def check(target: _Target, quick: _Quick = False, json: JsonFlag = False, **read
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Selection, views
 
-    reads["template_option"] = key_values(reads["template_option"], "--template-option")
     chosen = Selection(target, **reads)
     found: list[tuple[View, Report]] = []
     for view in views(chosen):
@@ -190,7 +192,6 @@ def preview(
     settled = is_graft(target) or any(reads.get(name) for name in ("run", "base", "recipe"))
     if not settled and is_there(str(target)):
         reads["run"] = find_run(None, announce=note)
-    reads["template_option"] = key_values(reads["template_option"], "--template-option")
     chosen = Selection(target, **reads)
     shown: list[tuple[View, Preview]] = []
     for view in views(chosen):
@@ -207,6 +208,51 @@ def preview(
         _show_preview(view, one, first=number == 0)
 
 
+_ImageData = Annotated[
+    Literal["paths", "embed", "beside"] | None,
+    option("--image-data", "Write images as their paths, embed their bytes, or beside the file."),
+]
+
+
+@app.command("convert", epilog="Example: mmgraft data convert alpaca.json --to messages rows.jsonl")
+def convert_rows(
+    source: Annotated[str, argument("A file or shards of rows, or hub:OWNER/NAME.", metavar="IN")],
+    out: Annotated[Path, argument("The .jsonl or .parquet file to write.")],
+    to: Annotated[Literal["messages"], option("--to", "Layout to write.")] = "messages",
+    images: ImagesOption = None,
+    read: ReadOption = None,
+    image_data: _ImageData = None,
+    force: OverwriteFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Write rows of any layout as messages.
+
+    The file appears when it is whole. An image is written as its path from the image folder, its
+    bytes in the file (embed), or a file in a folder beside it.
+    """
+    from mmgraft.data.convert import Conversion
+    from mmgraft.data.formats.sources import index_rows
+    from mmgraft.recipes.source import entry_of
+    from mmgraft.training.stage_data import source_of
+
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise UsageError(f"{out}: name a .jsonl or a .parquet file to write")
+    found = source_of(entry_of(source, images, read))
+    folder = os.path.abspath(images or os.path.dirname(found.files()[0]))
+    conversion = Conversion(out, image_data, folder)
+    for path in [out, conversion.beside] if image_data == "beside" else [out]:
+        refuse_to_overwrite(path, force)
+    rows = index_rows(found)
+    conversion.write(rows)
+    layouts = Counter(row.layout for row in rows)
+    if json:
+        print_json({"rows": len(rows), "layouts": layouts, "out": str(out)})
+        return
+    note(f"wrote {len(rows):,} rows to {out} ({', '.join(layouts)})")
+    if image_data == "paths":
+        note(f"image paths start from {folder}: --images {folder}")
+
+
 def _show_report(view: View, report: Report) -> None:
     from rich.markup import escape
 
@@ -214,6 +260,7 @@ def _show_report(view: View, report: Report) -> None:
     left_out = " (left out, by text_rows: skip)" if view.skip_text and report.text_rows else ""
     lines = [
         ("rows", f"{report.rows:,}"),
+        *(("layout", f"{layout} ({count:,} rows)") for layout, count in report.layouts.items()),
         ("bad", _faults(report)),
         ("no image", f"{report.text_rows:,}{left_out}"),
         ("twice", f"{len(report.twice):,} rows, {report.ids_twice:,} ids"),
@@ -260,7 +307,7 @@ def _positions(report: Report) -> str:
     return (
         f"{numbers['shortest']:,} to {numbers['longest']:,} a row, half of the rows up to "
         f"{numbers['median']:,g}, 95 % up to {numbers['p95']:,}; in all {numbers['all']:,}: "
-        f"{numbers['of_images']:,} of images, {numbers['learned']:,} learned"
+        f"{numbers['of_images']:,} of images, {numbers['learned']:,} supervised"
     )
 
 
@@ -275,7 +322,7 @@ def _show_preview(view: View, one: Preview, first: bool) -> None:
     out.print(Text(("" if first else "\n") + one.row + stages, style="bold"))
     out.print(
         f"{one.count():,} positions{cut}: {one.count('image'):,} of images, "
-        f"{one.count('learned'):,} learned"
+        f"{one.count('learned'):,} supervised"
         + ("; left out, because it has no image (text_rows: skip)" if left_out else "")
     )
     text = Text()

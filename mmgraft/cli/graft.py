@@ -16,7 +16,6 @@ from mmgraft.cli.options import (
     JsonFlag,
     RevisionOption,
     argument,
-    key_values,
     option,
     with_options,
 )
@@ -24,10 +23,17 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import built_in, get_method, methods, moved
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
 from mmgraft.recipes.recipe import GraftDefaults, Recipe
-from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe
+from mmgraft.recipes.source import (
+    find_recipe,
+    key_value,
+    load_recipe,
+    method_recipe,
+    template_options,
+)
 from mmgraft.strict import Option
+from mmgraft.textfiles import read_text
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
-from mmgraft.vision.projectors.registry import find_projector
+from mmgraft.vision.projectors.registry import PROJECTORS, find_projector
 from mmgraft.vision.spec import VisionSpec
 
 if TYPE_CHECKING:
@@ -41,55 +47,63 @@ _OF_A_RUN = (
     "versions.json",
     "workflows",
 )
+_FLAGS = {"set", "help"}
+"""Flags of the command whose parameters are called otherwise."""
 _SEE = "Tower, projector and text"
 _METHODS = ", ".join(method.name for method in built_in() if method.recipe)
 
 
 def _settings() -> dict[str, tuple[Any, None]]:
-    """Return an option for every setting of a method that says it is one."""
+    """Return an option for every setting of a method that says it is one.
+
+    Methods may share a name: all but switches are text, which the method at hand reads its way.
+    """
     made: dict[str, tuple[Any, None]] = {}
     for method in methods().values():
         for name, info in method.config_class.model_fields.items():
-            found = next((one for one in info.metadata if isinstance(one, Option)), None)
-            if found is not None and name not in made:
-                made[name] = _setting(name, info, found.help, f"Method {method.name}"), None
+            text = _help(info)
+            if text is not None and name not in made and name not in _FLAGS:
+                flag = f"--{name.replace('_', '-')}"
+                flag += f"/--no-{flag[2:]}" if bool in _kinds(info) else ""
+                kind = bool if bool in _kinds(info) else str
+                more = option(flag, text, panel=f"Method {method.name}")
+                made[name] = Annotated[kind | None, more], None
     return made
 
 
-def _setting(name: str, info: FieldInfo, text: str, panel: str) -> Any:
-    flag = f"--{name.replace('_', '-')}"
-    types = [one for one in (info.annotation, *get_args(info.annotation)) if isinstance(one, type)]
-    kind = next((one for one in types if one in (bool, int, float)), str)
-    if kind is bool and info.default:
-        flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    return Annotated[kind | None, option(flag, text, panel=panel)]
+def _help(info: FieldInfo) -> str | None:
+    return next((one.help for one in info.metadata if isinstance(one, Option)), None)
+
+
+def _kinds(info: FieldInfo) -> tuple[Any, ...]:
+    return info.annotation, *get_args(info.annotation)
 
 
 _Base = Annotated[str, argument("Alias, Hub id or folder of the language model.")]
-_Method = Annotated[str | None, option("--method", f"{_METHODS} or an installed one.")]
-_LAYERS = "Where: 22,24 or 0-31:5, every:4, last:8, all."
+_Method = Annotated[str | None, option("--method", f"Method: {_METHODS} or an installed one.")]
+_LAYERS = "Base layers to graft: 22,24 or 0-31:5, every:4, last:8, all."
 _Layers = Annotated[str | None, option("--layers", _LAYERS)]
-_TOWER = "Hub id, folder or registered tower."
+_TOWER = "Tower: Hub id, folder or registered name."
 _Vision = Annotated[str | None, option("--vision", _TOWER, panel=_SEE)]
-_FEATURES = "Hidden state of the tower; -2."
+_FEATURES = "Hidden state of the tower that is read; -2 when not given."
 _FeatureLayer = Annotated[int | None, option("--feature-layer", _FEATURES, panel=_SEE)]
-_PROJECTOR = "mlp, linear, pixel_shuffle, pool or an installed one; mlp."
+_PROJECTOR = f"Projector: {', '.join(PROJECTORS.known)} or an installed one."
 _Projector = Annotated[str | None, option("--projector", _PROJECTOR, panel=_SEE)]
 _NORM = "--projector-norm/--no-projector-norm", "A norm before the projector."
 _ProjectorNorm = Annotated[bool | None, option(*_NORM, panel=_SEE)]
-_TEMPLATE = "chat, plain or a jinja file."
+_TEMPLATE = "Template: chat, plain or a jinja file."
 _Template = Annotated[str | None, option("--template", _TEMPLATE, panel=_SEE)]
 _TemplateOption = Annotated[
     list[str] | None,
     option("--template-option", "KEY=VALUE of the template; may be repeated.", panel=_SEE),
 ]
-_Workflow = Annotated[str | None, option("--workflow", "Name of the new workflow; mm.")]
-_RECIPE = "Shipped name or file: its settings, and how to train."
+_Workflow = Annotated[str | None, option("--workflow", "Name of the new workflow; else mm.")]
+_RECIPE = "Recipe, shipped name or file: settings, and how to train."
 _Recipe = Annotated[str | None, option("--recipe", _RECIPE)]
 _SET = "KEY=VALUE of the method's config; may be repeated."
 _Set = Annotated[list[str] | None, option("--set", _SET)]
 _Out = Annotated[Path | None, option("--out", "Folder; ./<model>-<method> when not given.")]
-_VERIFY = "full hashes every byte of the base, not its edges."
+_VERIFY = "Fingerprint of the base: fast reads edges of its tensors, full all."
 _Verify = Annotated[str, option("--verify", _VERIFY)]
 
 
@@ -125,7 +139,6 @@ def graft(
     target = out or Path(f"{_short(base)}-{kind.name}")
     defaults = chosen.graft if chosen else None
     tower = _tower(defaults, vision, feature_layer)
-    written = find_recipe(recipe) if recipe is not None else method_recipe(kind)
     _check(target, force, verify)
     with uncollected():  # here torch is loaded
         from mmgraft.model.files.create import create_graft
@@ -136,7 +149,7 @@ def graft(
         target,
         workflow=workflow or (chosen and chosen.workflow) or "mm",
         projector=_projector(defaults, projector, projector_norm),
-        template=_template(template, key_values(template_option, "--template-option")),
+        template=_template(template, template_options(template_option)),
         revision=revision,
         full_fingerprint=verify == "full",
         dry_run=dry_run,
@@ -144,7 +157,7 @@ def graft(
     if dry_run:
         _show_plan(record, target, f"{kind.name} on {resolve_alias(base)}", json)
     else:
-        _finish(target, written, json)
+        _finish(target, find_recipe(recipe) if recipe is not None else method_recipe(kind), json)
 
 
 def _tower(
@@ -202,6 +215,9 @@ def _config(
     if method is None:
         raise UsageError(f"name the method with --method: {', '.join(methods())}")
     fields = get_method(method).config_class.model_fields
+    own = {*_FLAGS, *graft.__code__.co_varnames[: graft.__code__.co_argcount]} - {"layers"}
+    for name in [name for name, info in fields.items() if name in own and _help(info)]:
+        note(f"--{name} is the command's own; set that of method {method} with --set {name}=VALUE")
     values: dict[str, Any] = dict(recipe.graft.config) if recipe else {}
     for name, value in given.items():
         if value is None:
@@ -211,9 +227,15 @@ def _config(
                 f"--{name.replace('_', '-')} is no setting of method {method}; "
                 f"leave it out, or see: mmgraft methods"
             )
-        is_list = get_origin(fields[name].annotation) is list
+        if isinstance(value, bool) and bool not in _kinds(fields[name]):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is a switch, and no switch of method {method}; set it "
+                f"with --set {name}=VALUE"
+            )
+        kinds = _kinds(fields[name])
+        is_list = str not in kinds and any(get_origin(one) is list for one in kinds)
         values[name] = value.split(",") if is_list else value
-    values |= key_values(settings, "--set")
+    values |= dict(key_value(setting, "--set", "layers=last:8") for setting in settings)
     name, values, note_ = moved(method, values)
     if note_ is not None:
         note(note_)
@@ -240,7 +262,7 @@ def _template(spec: str | None, options: dict[str, Any]) -> TemplateChoice:
     path = Path(spec).expanduser()
     if not path.is_file():  # one of the base's templates, by its name
         return TemplateChoice(kind="chat", text=spec, options=options)
-    return TemplateChoice(kind="file", text=path.read_text(encoding="utf-8"), options=options)
+    return TemplateChoice(kind="file", text=read_text(path), options=options)
 
 
 def _finish(folder: Path, recipe: Path | None, json: bool) -> None:
@@ -249,7 +271,7 @@ def _finish(folder: Path, recipe: Path | None, json: bool) -> None:
 
     _put_aside(folder)
     if recipe is not None:
-        atomic_text(folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
+        atomic_text(folder / "recipe.yaml", read_text(recipe))
     summary = summarise_graft(folder)
     if json:
         print_json({"folder": str(folder), "written": True, **asdict(summary)})

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from mmgraft.errors import UsageError
 
 
 def option(*words: str, panel: str | None = None, **more: Any) -> Any:
@@ -65,6 +63,11 @@ YesFlag = Annotated[bool, option("--yes", "-y", "Agree to every question.")]
 RevisionOption = Annotated[str | None, option("--revision", "Commit, branch or tag on the Hub.")]
 ImagesOption = Annotated[Path | None, option("--images", "Folder that image paths start from.")]
 
+ReadOption = Annotated[
+    list[str] | None,
+    option("--read", "How rows are read, as in a recipe: format=swift, columns.question=q."),
+]
+
 RunArgument = Annotated[
     str | None,
     argument("Folder or Hub id of the graft. Default: the one here, or the only one below."),
@@ -75,7 +78,7 @@ MaxNewTokensOption = Annotated[
     int, option("--max-new-tokens", "Largest number of tokens in an answer.", min=1, panel=_ANSWERS)
 ]
 TemperatureOption = Annotated[
-    float, option("--temperature", "0 takes the likeliest token.", min=0.0, panel=_ANSWERS)
+    float, option("--temperature", "Temperature; 0 takes the likeliest.", min=0.0, panel=_ANSWERS)
 ]
 ReasoningFlag = Annotated[
     bool, option("--show-reasoning", "Show the reasoning before an answer, too.", panel=_ANSWERS)
@@ -92,35 +95,15 @@ TemplateOption = Annotated[
 ]
 
 
-def key_values(texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
-    """Return ``KEY=VALUE`` texts as a dict, the values read as YAML.
-
-    Raises:
-        UsageError: A text is none, or its value is not YAML.
-    """
-    import yaml
-
-    found: dict[str, Any] = {}
-    for text in texts or ():
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UsageError(f"{flag} {text}: write KEY=VALUE")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"{flag} {text}: the value is not YAML; put it into quotes") from None
-    return found
-
-
 _LOADING = "How the model is loaded"
 DeviceOption = Annotated[
-    str | None, option("--device", "cuda, mps or cpu; else the first there is.", panel=_LOADING)
+    str | None, option("--device", "Device: cuda, mps, cpu; else the first found.", panel=_LOADING)
 ]
 DtypeOption = Annotated[
-    str | None, option("--dtype", "bfloat16, float32; default: as saved.", panel=_LOADING)
+    str | None, option("--dtype", "Dtype: bfloat16, float32; default: as saved.", panel=_LOADING)
 ]
 QuantizationOption = Annotated[
-    str | None, option("--quantization", "nf4 holds the base in 4-bit.", panel=_LOADING)
+    str | None, option("--quantization", "Quantization: nf4, a base in 4-bit.", panel=_LOADING)
 ]
 BaseOption = Annotated[
     str | None, option("--base", "Where the base lies, if it was moved.", panel=_LOADING)

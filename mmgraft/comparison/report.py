@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pydantic import Field
 
-from mmgraft import __version__
 from mmgraft.comparison import tables
 from mmgraft.comparison.files import Phase, read_comparison
 from mmgraft.comparison.measured import MeasuredArm, SetAnswers, read_answers, read_arms, set_names
@@ -24,6 +23,7 @@ from mmgraft.evaluation.report.report import BESIDE, plots_of, write_page
 from mmgraft.evaluation.report.words import listed, number, verdict
 from mmgraft.runs.results import SCHEMA_VERSION, Results, Score, Section
 from mmgraft.strict import MeasuredModel
+from mmgraft.version import __version__
 
 
 class ArmReport(MeasuredModel):
@@ -202,17 +202,15 @@ class AnswerSheet:
     private: bool
 
 
-def answer_sheet(answers: SetAnswers, shown: int = sheets.SHOWN) -> AnswerSheet | None:
+def answer_sheet(answers: SetAnswers) -> AnswerSheet | None:
     """Draw the contact sheet of a set with images; None where no item has one.
 
-    Args:
-        answers: To the set.
-        shown: So many items are sampled by a fixed seed, whatever was answered.
+    Its items are sampled by a fixed seed, whatever was answered.
 
     Raises:
         UsageError: An image cannot be read.
     """
-    indices = sheets.sampled_indices(answers.items, shown)
+    indices = sheets.sampled_indices(answers.items)
     if not indices:
         return None
     items = [_sheet_item(answers, index) for index in indices]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -22,6 +23,7 @@ from mmgraft.data.formats.indexed import facts_of
 from mmgraft.data.images import check_image, is_data_uri, open_image
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.progress import counted
 from mmgraft.vision.images import BadImage, Fault
 from mmgraft.vision.stored import StoredImage
 
@@ -37,6 +39,7 @@ class Report:
 
     Attributes:
         rows: All, bad ones counted.
+        layouts: Rows by the layout that each was read in, and why.
         text_rows: Rows without an image.
         bad: Rows that cannot be used, one fault each.
         images: Image parts of all rows.
@@ -44,7 +47,7 @@ class Report:
         largest: Width, height and name of the image with most pixels.
         lengths: Positions of every row before a cut; empty without a tokenizer.
         image_positions: Of all rows.
-        learned: Positions that are learned, of all rows.
+        learned: Supervised tokens of all rows.
         longest: Positions and name of the longest rows.
         max_length: Where rows are cut.
         cut: Names of the rows that are longer.
@@ -53,6 +56,7 @@ class Report:
     """
 
     rows: int = 0
+    layouts: Counter[str] = field(default_factory=Counter)
     text_rows: int = 0
     bad: list[BadRow] = field(default_factory=list)
     images: int = 0
@@ -96,6 +100,7 @@ class Report:
             largest = {"width": width, "height": height, "file": name}
         return {
             "rows": self.rows,
+            "layouts": self.layouts,
             "text_rows": self.text_rows,
             "bad": [row.as_dict() for row in self.bad],
             "faults": self.faults(),
@@ -154,8 +159,9 @@ class Checker:
         shown: set[bytes] = set()
         measured = array("q")  # which rows have a length
         same = _Same(len(rows))
-        for at, row in enumerate(rows):
+        for at, row in enumerate(counted("looking at rows", rows)):
             same.note(at, row)
+            report.layouts[row.layout] += 1
             images = list(images_of_all(row.messages))
             shown.update(map(_key, images))
             report.images += len(images)

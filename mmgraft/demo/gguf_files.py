@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mmgraft.basefiles.parts import quiet
+from mmgraft.basefiles.whole import quiet
 from mmgraft.errors import UsageError
 
 
@@ -33,7 +33,7 @@ def write_folder(gguf: Path, folder: Path) -> None:
     if find_spec("gguf") is None:
         raise UsageError(f"{gguf.name} needs gguf to be read; run:\n  pip install 'mmgraft[gguf]'")
 
-    source: dict[str, Any] = {"gguf_file": gguf.name}
+    source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     try:
         with _quietly():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, resolve
+from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, load_whole, resolve
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.model.files.load import base_files
 from mmgraft.model.modeling import GraftedModel
+from mmgraft.progress import counted
 from mmgraft.training.callbacks.text_change import PROMPTS
 
 _BATCH = 4  # prompts, padded on the left alike on both sides
@@ -79,9 +79,9 @@ def text_identity(
         )
     differences: list[str] = []
     largest, positions, digests = 0.0, 0, (hashlib.sha256(), hashlib.sha256())
-    for start in range(0, len(prompts), _BATCH):
+    for start in counted("comparing with the base, batches", range(0, len(prompts), _BATCH)):
         chats = [[{"role": "user", "content": one}] for one in prompts[start : start + _BATCH]]
-        ours = [processor.encode(chat) for chat in chats]
+        ours = [processor.encode(one, where=f"the text {one[0]['content']!r}") for one in chats]
         for chat, own in zip(chats, ours, strict=True):
             if own.input_ids != _base_ids(tokenizer, chat, processor.options):
                 differences.append(f"the ids of {chat[0]['content']!r}")
@@ -179,10 +179,10 @@ def load_untouched(
     quantized = getattr(like.config, "quantization_config", None)
     if quantized is not None:
         options["quantization_config"] = quantized
-    loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+    loaded = load_whole(ModelFiles(str(folder), Path(folder)), **options)
     if quantized is None:
         torch.nn.Module.to(loaded, like.device)
-    return loaded.eval(), AutoTokenizer.from_pretrained(folder)
+    return loaded.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _files(model: GraftedModel, run: Path, given: str | Path | None) -> ModelFiles | None:

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmgraft import __version__
 from mmgraft.evaluation.items.files import file_sha256
 from mmgraft.evaluation.report.about_run import shown_name
 from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME, GraftFile
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.runs.packages import versions_of
 from mmgraft.runs.results import Results, Section, SetResult
+from mmgraft.version import __version__
 
 
 def described_graft(model: GraftedModel, run: Path, workflow: str | None = None) -> dict[str, str]:

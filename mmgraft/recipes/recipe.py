@@ -20,12 +20,14 @@ from pydantic import (
 from typing_extensions import Self
 
 from mmgraft.data.bad_rows import HUB, OnBadRow
-from mmgraft.errors import did_you_mean
+from mmgraft.data.formats.layouts import Column, Format, Vqa
+from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.registry import methods
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.strict import StrictModel
-from mmgraft.vision.projectors.configs import AnyProjector, MlpConfig
+from mmgraft.vision.projectors.configs import MlpConfig
+from mmgraft.vision.projectors.registry import AnyProjector
 
 TextRows = Literal["skip", "graft", "base"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -67,7 +69,11 @@ class DataEntry(StrictModel):
         "empty until set",
     )
     images: str | None = Field(default=None, description="folder that image paths start from")
-    format: Literal["auto", "llava", "messages"] = "auto"
+    format: Format = Field(default="auto", description="layout of the rows, where keys do not tell")
+    columns: dict[Column, str] = Field(
+        default_factory=dict, description="of a table with questions: {image: ..., question: ...}"
+    )
+    vqa: Vqa | None = Field(default=None, description="template and answers of such a table")
     weight: float = Field(
         default=1.0,
         gt=0,
@@ -80,7 +86,11 @@ class DataEntry(StrictModel):
     revision: str | None = Field(default=None, description="branch, tag or commit of that set")
 
     @model_validator(mode="after")
-    def _of_the_hub(self) -> Self:
+    def _fits(self) -> Self:
+        if self.columns and self.format not in ("auto", "vqa"):
+            raise ValueError(f"columns are of a table, and format is {self.format}; leave one out")
+        if self.vqa is not None and not self.columns and self.format != "vqa":
+            raise ValueError("vqa is of a table; write its columns as well, or format: vqa")
         if self.path is None or self.path.startswith(HUB):
             return self
         for name in ("subset", "revision"):
@@ -119,9 +129,7 @@ class Stage(StageSwitches):
     lr: float | dict[str, float] = Field(description="one number, or one for each group")
     data: list[DataEntry] | None = Field(default=None, description="instead of the recipe's data")
     workflow: WorkflowName | None = None
-    graft_active: bool = Field(
-        default=True, description="false leaves inserted layers out of the path"
-    )
+    graft_active: bool = Field(default=True, description="false leaves the graft out of the path")
     epochs: float | None = Field(default=None, gt=0, le=100_000)
     max_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=1, ge=1, description="rows in one forward pass on one device")
@@ -208,6 +216,12 @@ def stage_class(switches: type[StageSwitches]) -> type[Stage]:
     """Return the class of stages of a method that may switch this."""
     if switches is StageSwitches:
         return Stage
+    if taken := set(switches.model_fields) & set(Stage.model_fields):
+        raise UsageError(
+            f"{switches.__module__}.{switches.__qualname__} switches {', '.join(sorted(taken))}, "
+            "which every stage has a setting for; rename it in the package "
+            f"{switches.__module__.partition('.')[0]!r}"
+        )
     made: Any = create_model(f"Stage_{switches.__name__}", __base__=(switches, Stage))
     return made
 

@@ -47,7 +47,7 @@ from mmgraft.training.trainer import GraftTrainer, describe, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 
 if TYPE_CHECKING:
-    from mmgraft.training.run import Plan
+    from mmgraft.training.plan import Plan
 
 WORKFLOWS = "workflows"
 """Folder of a run for the workflows beside its own."""
@@ -403,7 +403,7 @@ class _Batches:
 
 
 def _device(device: str) -> str:
-    """The card of this process, of several; else every rank would fill the first."""
+    """Return the card of this process, of several; else every rank would fill the first."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if device == "cuda" and local is not None else device
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.anatomy import skeleton
 from mmgraft.anatomy.inspection import position_table
-from mmgraft.basefiles import ModelFiles, load_config, resolve
+from mmgraft.basefiles import ModelFiles, find_tokenizer, load_config, resolve
+from mmgraft.basefiles.files import vocabulary
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import resolve_template
@@ -21,9 +19,9 @@ from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor, local_tower
 from mmgraft.recipes.recipe import DataEntry, GraftDefaults, Recipe
-from mmgraft.recipes.source import find_recipe, load_recipe
+from mmgraft.recipes.source import entry_of, find_recipe, load_recipe, template_options
 from mmgraft.runs.find import is_graft
-from mmgraft.training.run import recipe_file
+from mmgraft.training.plan import recipe_file
 from mmgraft.training.stage_data import check_data_is_set, with_template
 from mmgraft.vision.towers.registry import describe_tower
 
@@ -41,8 +39,9 @@ class Selection:
         stage: Of the recipe; None takes all.
         images: Folder that image paths start from.
         template: Instead of the graft's and the stages'.
-        template_option: Its variables, beside the graft's and the recipe's.
+        template_option: ``KEY=VALUE`` of its variables, beside the graft's and the recipe's.
         max_length: Instead of the stages'.
+        read: How the file is read, as ``entry_of`` takes it.
     """
 
     target: Path
@@ -53,8 +52,9 @@ class Selection:
     stage: str | None = None
     images: Path | None = None
     template: str | None = None
-    template_option: Mapping[str, Any] = field(default_factory=dict)
+    template_option: Sequence[str] | None = None
     max_length: int | None = None
+    read: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def views(chosen: Selection) -> list[View]:
     """
     run, file = _run_and_file(chosen)
     recipe, processor, positions = _of_names(chosen) if run is None else _of_run(chosen, run)
-    given = [] if file is None else [DataEntry(path=str(file))]
+    given = [] if file is None else [entry_of(str(file), read=chosen.read)]
     if recipe is None:
         reads = processor and with_template(processor, chosen.template)
         entries = _placed(given, chosen)
@@ -144,7 +144,7 @@ def _of_run(chosen: Selection, run: Path) -> _Readers:
     path = recipe_file(run, record, chosen.recipe)
     recipe = load_recipe(path, method=record.method).resolved(record.workflow)
     base = base_files(record, run)
-    options = {**recipe.template_options, **chosen.template_option}
+    options = {**recipe.template_options, **template_options(chosen.template_option)}
     processor = load_processor(record, base.path, describe_tower(local_tower(record, run)), options)
     if run == chosen.target:
         check_data_is_set(recipe, run, path)
@@ -163,17 +163,18 @@ def _of_names(chosen: Selection) -> _Readers:
     if vision is None:
         raise UsageError("--base without --vision; name the tower too, for an image's positions")
     base = resolve(resolve_alias(name))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the base {base.id} has no tokenizer that transformers can load ({error})"
-        ) from None
+    tokenizer = find_tokenizer(base.path)
+    if tokenizer is None:
+        raise UsageError(f"the base {base.id} has no tokenizer; put its files beside its weights")
     template = resolve_template(chosen.template, tokenizer)
     filler, _ = choose_placeholder(tokenizer, len(tokenizer))
     positions = describe_tower(vision).positions(graft.projector)
-    options = {**(recipe.template_options if recipe else {}), **chosen.template_option}
-    processor = GraftProcessor(tokenizer, positions, filler, template, options=options)
+    options = template_options(chosen.template_option)
+    options = {**(recipe.template_options if recipe else {}), **options}
+    rows = vocabulary(base.path)
+    processor = GraftProcessor(
+        tokenizer, positions, filler, template, options=options, vocab_size=rows
+    )
     return recipe, processor, _positions(base)
 
 

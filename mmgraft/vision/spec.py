@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field
 
+from mmgraft.kinds import Kinds, Unfit
 from mmgraft.strict import StrictModel
 from mmgraft.vision.projectors.configs import MlpConfig
+
+if TYPE_CHECKING:
+    from mmgraft.vision.towers.base import VisionTower
+    from mmgraft.vision.towers.registry import TowerShape
 
 TRANSFORMERS_KIND = "transformers"
 
@@ -39,9 +46,7 @@ class VisionSpec(StrictModel):
         """Return the spec a user means by one word: a registered kind, or else a Hub id or a
         folder.
         """
-        from mmgraft.vision.towers.registry import tower_kinds
-
-        if name != TRANSFORMERS_KIND and name in tower_kinds():
+        if name != TRANSFORMERS_KIND and name in TOWERS.names():
             return cls(kind=name)
         return cls(id=name)
 
@@ -51,5 +56,31 @@ class VisionSpec(StrictModel):
         return self.id or self.kind
 
 
+@dataclass(frozen=True)
+class TowerKind:
+    """One kind of tower: how to load it and, optionally, how to learn its shape without weights."""
+
+    name: str
+    loader: Callable[[VisionSpec], VisionTower]
+    describe: Callable[[VisionSpec], TowerShape] | None = None
+
+    @classmethod
+    def of_entry_point(cls, name: str, value: Any, origin: str) -> TowerKind:
+        """Return the kind that a package offers, as such or as its loader alone.
+
+        Raises:
+            Unfit: It is neither, or a kind of another name.
+        """
+        if not isinstance(value, cls) and callable(value):
+            value = cls(name, value)
+        if not isinstance(value, cls) or not callable(value.loader):
+            raise Unfit(f"a {type(value).__name__} is neither a loader nor an mmgraft TowerKind")
+        if value.name != name:
+            raise Unfit(f"the kind calls itself {value.name!r}")
+        return value
+
+
+TOWERS: Kinds[TowerKind] = Kinds("vision tower kind", "mmgraft.towers", TowerKind.of_entry_point)
+"""What ``VisionSpec.kind`` may be; ``towers/registry.py`` fills it."""
 ProjectorSpec = MlpConfig
 """The public name of the usual projector's settings."""

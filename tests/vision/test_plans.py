@@ -22,7 +22,6 @@ from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 from mmgraft.vision.images import BadImage
 from mmgraft.vision.plan import ImagePositions, Plan, View
 from mmgraft.vision.projectors.configs import (
-    AnyProjector,
     LinearConfig,
     MlpConfig,
     PixelShuffleConfig,
@@ -30,6 +29,7 @@ from mmgraft.vision.projectors.configs import (
     ProjectorConfig,
 )
 from mmgraft.vision.projectors.registry import (
+    AnyProjector,
     ProjectorKind,
     build_projector,
     find_projector,
@@ -205,7 +205,7 @@ def test_a_projector_of_another_package() -> None:
             register_projector(kind)
     finally:
         unregister_projector("half")
-    with pytest.raises(UsageError, match="Unknown projector 'half'"):
+    with pytest.raises(UsageError, match="unknown projector 'half'"):
         find_projector("half")
 
 

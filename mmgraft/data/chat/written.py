@@ -1,4 +1,4 @@
-"""Whether a chat template writes all that a conversation holds; what it would drop is refused."""
+"""Conversations of which a chat template would leave something out; they are refused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from mmgraft.data.chat.closing import unused_marker
 from mmgraft.data.chat.transcript import Transcript
 from mmgraft.data.chat.turns import THOUGHTS
 from mmgraft.errors import UsageError
+
+_THINKS = {"reasoning_content", "thinking"}
+_TEXTS = ("content", *_THINKS)
 
 
 def refuse_dropped(transcript: Transcript) -> None:
@@ -36,7 +39,7 @@ def refuse_dropped(transcript: Transcript) -> None:
 
 
 def _dropped(transcript: Transcript) -> Iterator[str]:
-    text, source = transcript.render(), transcript.source
+    text = transcript.render()
     if transcript.tools and replace(transcript, tools=None).render() == text:
         yield ": the chat template does not write the row's 'tools'"
     marker = unused_marker(text)
@@ -45,11 +48,13 @@ def _dropped(transcript: Transcript) -> Iterator[str]:
         marked = transcript.render([_marked(turn, f"{marker}{at}") for at, turn in turns])
     except UsageError:
         return  # the template reads what the turns say
+    reads = re.search(rf"[.'\"](?:{'|'.join(THOUGHTS)})\b", transcript.source)
     for at, turn in turns:
-        lost = [key for key in THOUGHTS if not re.search(rf"[.'\"]{key}\b", source)]
-        lost += [key for key in ("content", "tool_calls") if f"{marker}{at}{key};" not in marked]
-        for key in lost:
-            if str(turn.get(key) or "").strip():
+        written = {key for key in (*_TEXTS, "tool_calls") if f"{marker}{at}{key};" in marked}
+        if written & _THINKS or (reads and at < len(turns)):  # of earlier turns it may go
+            written |= _THINKS
+        for key in ("content", "reasoning_content", "tool_calls"):
+            if key not in written and str(turn.get(key) or "").strip():
                 yield (
                     f", turn {at}: the chat template does not write the {key!r} of this turn of "
                     f"the {turn['role']}"
@@ -57,11 +62,10 @@ def _dropped(transcript: Transcript) -> Iterator[str]:
 
 
 def _marked(turn: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    """Return a turn with marks in its content and in the names of its calls."""
-    made = _with_calls(turn, lambda call: {**call, "name": f"{call['name']}{mark}tool_calls;"})
-    if str(made.get("content") or "").strip():
-        made["content"] = f"{made['content']}{mark}content;"
-    return made
+    """Return a turn with marks in its texts and in the names of its calls."""
+    made = _with_calls(turn, lambda call: {"name": f"{call['name']}{mark}tool_calls;"})
+    texts = [key for key in _TEXTS if str(made.get(key) or "").strip()]
+    return {**made, **{key: f"{made[key]}{mark}{key};" for key in texts}}
 
 
 def takes_text(transcript: Transcript) -> bool:
@@ -71,15 +75,10 @@ def takes_text(transcript: Transcript) -> bool:
     """
     calls = [call for turn in transcript.messages for call in turn.get("tool_calls") or ()]
     given = [call.get("function", call)["arguments"] for call in calls]
-    if not calls:
-        return False
     try:
-        text = transcript.render()
+        text = transcript.render() if given else ""
     except UsageError:
-        try:
-            return bool(transcript.render(with_text(transcript.messages)))
-        except UsageError:
-            return False
+        return True  # what else is wrong is said of the text
     return any(one and repr(one) in text for one in given)
 
 
@@ -87,7 +86,7 @@ def with_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return turns whose calls have JSON text for arguments."""
 
     def changed(call: dict[str, Any]) -> dict[str, Any]:
-        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+        return {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}
 
     return [_with_calls(turn, changed) for turn in messages]
 
@@ -95,11 +94,10 @@ def with_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _with_calls(
     turn: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return a turn with other calls of tools."""
-    if not turn.get("tool_calls"):
-        return dict(turn)
-    calls = [
-        {**call, "function": change(call["function"])} if "function" in call else change(call)
-        for call in turn["tool_calls"]
-    ]
-    return {**turn, "tool_calls": calls}
+    """Return a turn whose calls of tools have something changed."""
+    calls = []
+    for call in turn.get("tool_calls") or ():
+        inner = call.get("function", call)
+        inner = {**inner, **change(inner)}
+        calls.append({**call, "function": inner} if "function" in call else inner)
+    return {**turn, "tool_calls": calls} if calls else dict(turn)

@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import Field
 
-from mmgraft import __version__
 from mmgraft.atomic import atomic_bytes, atomic_json, atomic_text
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.report import about_run, score_tables
@@ -20,6 +19,8 @@ from mmgraft.model.files.summary import graft_parts
 from mmgraft.runs.contents import RECIPE
 from mmgraft.runs.results import FOLDER, SCHEMA_VERSION, Results, measured
 from mmgraft.strict import MeasuredModel
+from mmgraft.textfiles import read_text
+from mmgraft.version import __version__
 
 REPORT = "report"
 BESIDE = "The image is a file beside this page and does not go along with it."
@@ -109,7 +110,7 @@ def _markdown(run: Path, record: GraftFile, report: RunReport, sheets: Mapping[s
         beside=BESIDE,
         losses=about_run.last_losses(run / METRICS),
         given=about_run.sets_given(record, list(report.sections.values())),
-        recipe=without_folders(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None,
+        recipe=without_folders(read_text(recipe)) if recipe.is_file() else None,
     )
 
 

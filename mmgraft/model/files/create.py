@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from jinja2.exceptions import TemplateSyntaxError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mmgraft.anatomy import Anatomy, examine_config
+from mmgraft.anatomy import Anatomy
 from mmgraft.data.chat.placeholder import choose_placeholder
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template, check_template, resolve_template
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, brief
 from mmgraft.grafts.base import BaseParts, Graft
 from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method, methods
@@ -41,6 +43,27 @@ SEED = 0
 """Of the new tensors that do not start as copies or zero, such as the projector's."""
 
 
+_GIVEN: dict[str, tuple[Any, str]] = {
+    "base": (str | Path | torch.nn.Module, "a Hub id, a folder or a loaded causal LM"),
+    "vision": (str | Path | VisionSpec | VisionTower | None, "a name, a VisionSpec or a tower"),
+    "config": (StrictModel, 'settings of a method, such as IAAConfig(layers="22,24")'),
+    "projector": (ProjectorConfig | None, "settings of a projector, such as PoolConfig(k=2)"),
+    "template": (TemplateChoice | None, 'a template, such as TemplateChoice(kind="plain")'),
+}
+
+
+def check_given(**given: Any) -> None:
+    """Refuse arguments of another type, by name, with what to write instead.
+
+    Raises:
+        UsageError: One of them is no base, tower, settings or template.
+    """
+    for name, value in given.items():
+        types, example = _GIVEN[name]
+        if not isinstance(value, types) or (name == "config" and not hasattr(value, "method")):
+            raise UsageError(f"{name}={brief(repr(value))} cannot be used: give {example}.")
+
+
 def make_on_loaded(
     base: PreTrainedModel,
     anatomy: Anatomy,
@@ -60,7 +83,7 @@ def make_on_loaded(
         )
     _copied_layers(config, anatomy)
     if not tried:
-        _refuse(get_method(cast(Any, config).method), anatomy, base.config)
+        _refuse(get_method(cast(Any, config).method), anatomy, base)
     reference = BaseReference(id=base.config._name_or_path or "unknown")
     parts, chosen = LoadedParts(base, anatomy), template or TemplateChoice()
     return _make(config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen)
@@ -101,6 +124,7 @@ def create_graft(
     """
     from mmgraft.basefiles import fingerprint, resolve
 
+    check_given(base=base, vision=vision, config=config, projector=projector, template=template)
     spec = VisionSpec.from_name(vision) if isinstance(vision, str) else vision
     spec = _pinned(spec)
     shape = describe_tower(spec)
@@ -145,17 +169,27 @@ def make_from_files(
         template: How conversations become text.
         tower: The tower, or its shape, which leaves the record to name it.
     """
-    from mmgraft.basefiles import TensorReader, find_tokenizer, fingerprint, load_config
+    from mmgraft.basefiles import (
+        TensorReader,
+        examine_files,
+        find_tokenizer,
+        fingerprint,
+        load_config,
+    )
 
     base_config = load_config(files)
-    anatomy = examine_config(base_config)
-    indices = _copied_layers(config, anatomy)
-    _refuse(get_method(cast(Any, config).method), anatomy, base_config)
-    tokenizer = find_tokenizer(files.path)
-    chosen = choose_template(tokenizer, template, files.id)
-    reference = BaseReference(id=files.id, revision=files.revision, fingerprint=fingerprint(files))
-    owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
     with TensorReader(files) as reader:
+        blank, anatomy = examine_files(reader, base_config)
+        indices = _copied_layers(config, anatomy)
+        _refuse(get_method(cast(Any, config).method), anatomy, blank)
+        tokenizer = find_tokenizer(files.path)
+        chosen = choose_template(tokenizer, template, files.id)
+        if tokenizer is not None:
+            _check_vocabulary(tokenizer, chosen, anatomy.vocab_size)
+        reference = BaseReference(
+            id=files.id, revision=files.revision, fingerprint=fingerprint(files)
+        )
+        owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
         parts = ReadParts(reader, base_config, indices, owns, anatomy)
         return _make(
             config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen
@@ -171,11 +205,11 @@ def _copied_layers(config: Any, anatomy: Anatomy) -> list[int]:
     return indices
 
 
-def _refuse(method: Method, anatomy: Anatomy, config: PreTrainedConfig) -> None:
+def _refuse(method: Method, anatomy: Anatomy, base: PreTrainedModel) -> None:
     """Refuse a method that does not keep its promises on a base."""
-    reason = refusal(method, anatomy, config)
+    reason = refusal(method, anatomy, base)
     if reason is not None:
-        others = [name for name, one in methods().items() if not refusal(one, anatomy, config)]
+        others = [name for name, one in methods().items() if not refusal(one, anatomy, base)]
         raise UsageError(
             f"method {method.name} cannot be used on this base: {reason}. Methods that can: "
             f"{', '.join(others) or 'none'}."
@@ -217,6 +251,23 @@ def _make(
     made = Workflow(workflow, projector, graft, record)
     dtype = next((p.dtype for p in graft.parameters()), None)
     return made if dtype is None else cast(Workflow, made.to(dtype))
+
+
+def _check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, chosen: TemplateChoice, vocab_size: int
+) -> None:
+    """Refuse a base whose template writes tokens that its embedding has no rows for."""
+    template = Template(chosen.kind, chosen.text)
+    processor = GraftProcessor(tokenizer, 1, 0, template, options=chosen.options)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    try:
+        ids = processor.encode(turns, add_generation_prompt=False).input_ids
+    except UsageError as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            raise
+        return  # it wants other turns than these
+    processor.vocab_size = vocab_size
+    processor.check_ids(ids, "the template of this base")
 
 
 def choose_template(
