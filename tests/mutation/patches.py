@@ -1251,9 +1251,9 @@ PATCHES = [
     ),
     Patch(
         "differences between arms have the wrong order",
-        "comparison/tables.py",
-        "[plain(one), plain(other), words.change",
-        "[plain(other), plain(one), words.change",
+        "comparison/measured.py",
+        "return [(a, b, self._change(",
+        "return [(b, a, self._change(",
         "comparison/test_report.py",
     ),
     Patch(
