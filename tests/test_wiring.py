@@ -26,6 +26,7 @@ GIVEN_BY_OTHERS = {
     "_handle.number": "of signal",
     "_text_set.announce": "in the place of _image_set",
     "_offers.path": "the key of a cache",
+    "of_entry_point.origin": "called as those of other kinds",
     "pass_on.frame": "of signal",
     "read.number": "in the place of other readers",
     "shown.number": "in the place of other readers",
