@@ -54,6 +54,7 @@ FOR_USERS = {
     "prompt.where",
     "question_rows.turns",
     "quick.hub",
+    "read_rows.limit",
     "quick.seed",
     "read_rows.check_images",
     "read_rows.format",

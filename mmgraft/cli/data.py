@@ -246,9 +246,9 @@ def convert_rows(
     conversion.write(rows)
     layouts = Counter(row.layout for row in rows)
     if json:
-        print_json({"rows": len(rows), "layouts": layouts, "out": str(out)})
+        print_json({"rows": len(rows), "layouts": layouts, "to": to, "out": str(out)})
         return
-    note(f"wrote {len(rows):,} rows to {out} ({', '.join(layouts)})")
+    note(f"wrote {len(rows):,} rows to {out} ({', '.join(layouts)} to {to})")
     if image_data == "paths":
         note(f"image paths start from {folder}: --images {folder}")
 

@@ -150,6 +150,6 @@ def test_every_command_reads_layouts_and_tables(
     assert "Which colour?" in shown.out, shown.err
     checked = json.loads(cli("data", "check", run, "--json").out)
     assert list(checked["checks"][0]["layouts"].values()) == [2, 2]
-    asked = ("eval", run, "--device", "cpu", "--metric", "exact", "--max-new-tokens", 2, "--data")
+    asked = ("eval", run, "--device", "cpu", "--metric", "exact", "--data")
     ran = cli(*asked, rows, "--json")
     assert ran.code == 0, ran.err

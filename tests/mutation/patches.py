@@ -335,8 +335,8 @@ PATCHES = [
     Patch(
         "a data entry's limit is ignored",
         "training/stage_data.py",
-        "entry.format, entry.limit,",
-        "entry.format, None,",
+        "reading, entry.limit, entry.split",
+        "reading, None, entry.split",
         "training/test_wiring.py -k 'rows_follow or own_rows or all_that_its or settings_arrive'",
     ),
     Patch(

@@ -6,6 +6,7 @@ from the files, loading, and the invariants on the loaded graft.
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from pathlib import Path
@@ -108,6 +109,9 @@ def judge(kind: str, tower: Path, folder: Path) -> dict[str, Any]:
     for seed in (0, 1):
         wanted = [name for name in METHODS if "fails" in verdicts.get(name, {"fails": ""})]
         verdicts |= judge_once(kind, tower, folder / str(seed), wanted, seed) if wanted else {}
+    for found in verdicts.values():
+        for word, reason in found.items():
+            found[word] = re.sub(rf"{re.escape(str(folder))}/\d/base", "the base", reason)
     return {"type": kind, "seconds": round(time.monotonic() - started, 1), **verdicts}
 
 

@@ -77,8 +77,9 @@ def test_templates(case: str) -> None:
 @pytest.mark.parametrize("case", written.CASES)
 def test_files(case: str, parts: Path, tmp_path: Path) -> None:
     now = written.record(parts, tmp_path, case)
-    for files in (*RECORDINGS["files"][case].values(), *now.values()):
-        files.update({name: compared(name, content) for name, content in files.items()})
+    for step, recorded in RECORDINGS["files"][case].items():
+        for files in (now.get(step, {}), recorded):
+            files.update({n: compared(n, one, recorded.get(n)) for n, one in files.items()})
     check("files", case, now)
 
 

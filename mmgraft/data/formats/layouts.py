@@ -35,7 +35,7 @@ class Vqa(StrictModel):
         default="{question}\n{options}", description="what is asked where there are options"
     )
     answer: Literal["first", "most_frequent", "sampled"] = Field(
-        default="first", description="which of several answers is learned"
+        default="first", description="which of several answers is supervised"
     )
     seed: int = Field(default=0, description="of answers that are sampled")
 
