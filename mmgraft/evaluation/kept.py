@@ -37,6 +37,7 @@ from mmgraft.evaluation.metrics.choice import ChoiceScore
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.runs.results import FOLDER as RESULTS
+from mmgraft.vision.stored import StoredImage
 
 VERSION = 1
 FOLDER = "predictions"
@@ -403,7 +404,9 @@ def fingerprint_items(items: Sequence[Item]) -> str:
 
 
 def _digest(image: Any, known: dict[str, str]) -> str:
-    """Return the SHA-256 of an image's file, of the text that holds it, or of its pixels."""
+    """Return the SHA-256 of an image's bytes, of the text that holds it, or of its pixels."""
+    if isinstance(image, StoredImage):
+        return image.digest()
     if not isinstance(image, str):
         return hashlib.sha256(image.tobytes()).hexdigest()
     if image not in known:
