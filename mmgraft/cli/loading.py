@@ -24,6 +24,8 @@ def load_answerer(
     verify: str,
     dtype: str | None = None,
     template_option: Sequence[str] | None = None,
+    show_reasoning: bool = False,
+    seed: int | None = None,
     **more: Any,
 ) -> Answerer:
     """Check the options that need no model, then load it on a device; they are ``LOADING``.
@@ -39,7 +41,7 @@ def load_answerer(
         from mmgraft.inference import Answerer
         from mmgraft.training.devices import pick_device
 
-        return Answerer.load(
+        answerer = Answerer.load(
             run,
             device=pick_device(device),
             dtype=dtype,
@@ -47,6 +49,9 @@ def load_answerer(
             options=options,
             **more,
         )
+    answerer.reasoning = show_reasoning
+    seed_sampling(seed)
+    return answerer
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -188,10 +188,7 @@ def with_data(recipe: Recipe, data: Sequence[str] | None, images: str | None) ->
         entries = chosen.get(stage.name) or chosen.get(None)
         if entries is None and not data and images and stage.data is not None:
             entries = [entry.model_copy(update={"images": images}) for entry in stage.data]
-        if entries is None:
-            stages.append(stage)
-            continue
-        stages.append(stage.model_copy(update={"data": entries}))
+        stages.append(stage if entries is None else stage.model_copy(update={"data": entries}))
     update: dict[str, Any] = {"stages": stages}
     if images and not data:
         update["data"] = [e.model_copy(update={"images": images}) for e in recipe.data]

@@ -19,12 +19,7 @@ from mmgraft.errors import MMGraftError, UsageError, is_out_of_memory
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.recipes.source import (
-    dump_recipe,
-    load_recipe,
-    with_data,
-    with_max_steps,
-)
+from mmgraft.recipes.source import dump_recipe, load_recipe, with_data, with_max_steps
 from mmgraft.runs.packages import versions_of
 from mmgraft.runs.sections import put_all_aside
 from mmgraft.training import checkpoint
