@@ -38,6 +38,8 @@ def load_answerer(
     check_dtype(dtype)
     options = template_options(template_option)
     with uncollected():
+        import torch
+
         from mmgraft.inference import Answerer
         from mmgraft.training.devices import pick_device
 
@@ -50,7 +52,8 @@ def load_answerer(
             **more,
         )
     answerer.reasoning = show_reasoning
-    seed_sampling(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     return answerer
 
 
@@ -74,11 +77,3 @@ def uncollected() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
-
-
-def seed_sampling(seed: int | None) -> None:
-    """Seed torch where a seed was given."""
-    if seed is not None:
-        import torch
-
-        torch.manual_seed(seed)
