@@ -202,7 +202,7 @@ def _config(
             )
         kinds = _kinds(fields[name])
         is_list = str not in kinds and any(get_origin(one) is list for one in kinds)
-        values[name] = value.split(",") if is_list else value
+        values[name] = value.split(",") if is_list and isinstance(value, str) else value
     values |= dict(key_value(setting, "--set", "layers=last:8") for setting in settings)
     name, values, note_ = moved(method, values)
     if note_ is not None:
