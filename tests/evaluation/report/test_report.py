@@ -124,7 +124,7 @@ def test_what_was_trained_on_what(tmp_path: Path) -> None:
         "| base | acme/tiny-llama at `aaaaaaaaaaaa` |",
         "| base trained | no, it was frozen |",
         "| settings | layers: 1, 3; structure: c; head: no |",
-        "| parameters of the graft | 12,416 (layers 8,192, norm 64, projector 4,160) |",
+        "| parameters of the graft | 12,416 (inserted layers 8,192, norm 64, projector 4,160) |",
         "| trained parameters | 12,352 |",
         "| time of training | 1 h 7 min |",
         "| peak memory | 3.1 GB |",
@@ -176,7 +176,7 @@ def test_the_json_holds_every_section_whole(tmp_path: Path) -> None:
     assert list(report.sections) == ["training", "text", "vision", "iit", "laws"]
     assert report.sections["vision"] == vision_section()
     assert report.identity is not None
-    assert report.parameters == {"projector": 4160, "layers": 8192, "norm": 64}
+    assert report.parameters == {"projector": 4160, "inserted layers": 8192, "norm": 64}
     assert report.repeat[-2:] == ["mmgraft eval run --text --vision --iit", "mmgraft laws run"]
 
 
