@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 from mmgraft.anatomy.blocked import blocked_layer, explicit_weights_reason, in_registry
 from mmgraft.anatomy.branch import BranchUnknown, examine_branch, is_norm
 from mmgraft.anatomy.description import Anatomy
+from mmgraft.anatomy.linears import leaf_linears
 from mmgraft.anatomy.logits import LogitsUnknown, examine_logits
 from mmgraft.errors import UsageError
 
@@ -92,6 +93,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
         tied=getattr(head, "weight", None) is embedding.weight,
         attention_in_registry=in_registry(attention),
         explicit_weights=explicit_weights_reason(model, attention),
+        linears={i: leaf_linears(layer) for i, layer in enumerate(layers)},
         blocked=blocked,
         **_branch([layers[i] for i in carriers], attention_name),
         **_logits(model, head_path, layers_path),

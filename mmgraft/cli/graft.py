@@ -47,14 +47,22 @@ _METHODS = ", ".join(method.name for method in built_in() if method.recipe)
 
 
 def _settings() -> dict[str, tuple[Any, None]]:
-    """Return an option for every setting of a method that says it is one."""
-    made: dict[str, tuple[Any, None]] = {}
+    """Return an option for every setting that says it is one; methods may share it."""
+    found: dict[str, tuple[Any, dict[str, str]]] = {}
     for method in methods().values():
         for name, info in method.config_class.model_fields.items():
-            found = next((one for one in info.metadata if isinstance(one, Option)), None)
-            if found is not None and name not in made:
-                made[name] = _setting(name, info, found.help, f"Method {method.name}"), None
-    return made
+            for one in (one for one in info.metadata if isinstance(one, Option)):
+                found.setdefault(name, (info, {}))[1][method.name] = one.help
+    return {
+        name: (_setting(name, info, _help(helps), f"Method {', '.join(helps)}"), None)
+        for name, (info, helps) in found.items()
+    }
+
+
+def _help(of_methods: dict[str, str]) -> str:
+    if len(of_methods) == 1:
+        return next(iter(of_methods.values()))
+    return " ".join(f"{method}: {text}" for method, text in of_methods.items())
 
 
 def _setting(name: str, info: FieldInfo, text: str, panel: str) -> Any:

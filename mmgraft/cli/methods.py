@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from mmgraft.cli.console import note, print_json, stdout, table
 from mmgraft.cli.options import JsonFlag
 
+if TYPE_CHECKING:
+    from mmgraft.grafts.method import Method
+
+
+_LEGEND = (
+    "text kept, bit for bit: E0 in a batch of text, E1 beside rows with an image, E2 before an "
+    "image in its row, E3 by a graft that is not trained yet"
+)
+
 
 def methods(json: JsonFlag = False) -> None:
-    """List the methods of grafting: the three built in, and those of installed packages."""
+    """List the methods of grafting: those built in, and those of installed packages."""
     from mmgraft.grafts.registry import broken_methods
     from mmgraft.grafts.registry import methods as usable_methods
     from mmgraft.vision.projectors.registry import find_projector, projectors
@@ -22,6 +32,7 @@ def methods(json: JsonFlag = False) -> None:
                 "title": method.title,
                 "paper": method.paper,
                 "from": method.origin,
+                "levels": method.levels(),
                 "settings": method.config_class.model_json_schema()["properties"],
             }
             for method in usable
@@ -32,9 +43,20 @@ def methods(json: JsonFlag = False) -> None:
         return
     stdout().print(
         table(
-            ["method", "what it adds", "paper", "from"],
-            [[m.name, m.title, m.paper, m.origin] for m in usable],
+            ["method", "what it adds", "text kept", "paper", "from"],
+            [[m.name, m.title, _kept(m), m.paper, m.origin] for m in usable],
         )
     )
+    note(_LEGEND)
     for one in broken:
         note(f"method {one.name!r} of the package {one.origin!r} cannot be used: {one.reason}")
+
+
+def _kept(method: Method) -> str:
+    """Return ``E0 E1 E3 (structure a, b)``: levels, with the settings that some need."""
+    shown = []
+    for level, settings in method.levels().items():
+        pairs = [one.split(": ") for one in settings]
+        needs = [f"{name} {', '.join(v for n, v in pairs if n == name)}" for name in dict(pairs)]
+        shown.append(f"{level} ({'; '.join(needs)})" if needs else level)
+    return " ".join(shown)

@@ -23,7 +23,7 @@ from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import Method
 
 ENTRY_POINT_GROUP = "mmgraft.methods"
-_BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "published.wings")
+_BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "grafts.lora", "published.wings")
 _MOVED = {("wings", "variant", "official"): "wings-official"}
 """What a method's setting with a value has become: a method of its own, with the other settings."""
 

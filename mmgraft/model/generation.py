@@ -54,6 +54,7 @@ class WorkflowGeneration(GraftedCore):
             self.names,
             self.default_workflow,
             RowSlot(kwargs.get("past_key_values"), self.anatomy.num_layers),
+            continuing=self._continuing,
         )
         images = GivenImages(**{name: kwargs.pop(name, None) for name in _IMAGE_INPUTS})
         if rows.text_only:

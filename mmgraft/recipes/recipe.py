@@ -302,9 +302,12 @@ class Recipe(StrictModel):
 
     @field_validator("base", mode="before")
     @classmethod
-    def _refuse_lora(cls, value: Any) -> Any:
-        if value == "lora":
-            raise ValueError("an image-gated LoRA on the base is not built; write frozen or full")
+    def _refuse_method(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in methods():
+            raise ValueError(
+                f"{value} is a method of its own (mmgraft graft BASE --method {value}), not a way "
+                "to train the base; write frozen or full"
+            )
         return value
 
     @model_validator(mode="after")

@@ -58,7 +58,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         __import__("sys").modules.pop(name, None)
 
 
-BUILT_IN = ["iaa", "wings", "llava", "wings-official"]
+BUILT_IN = ["iaa", "wings", "llava", "lora", "wings-official"]
 
 
 def test_four_are_built_in() -> None:

@@ -113,7 +113,8 @@ def _router_attention(
         return out, None
     columns = columns[:, None].expand(-1, heads, -1, -1)  # (b, kv heads, S, 2)
     width = -(-(max(size, query.shape[-1]) + 2) // 8) * 8
-    if computes_on(query) == "cuda" and width > _WIDEST_FUSED:
+    wide = computes_on(query) == "cuda" and width > _WIDEST_FUSED
+    if wide or not torch.is_grad_enabled():  # wider keys would round the base's own result anew
         out, _ = inner(module, query, key, value, attention_mask, **kwargs)
         extra = F.pad(columns, (0, query.shape[-1] - 2))
         routed, _ = inner(module, query, key, extra, attention_mask, **kwargs)
