@@ -1,13 +1,15 @@
 # make demo    the whole job on a small real model, on a CPU
 # make test    the whole test suite
 # make lint    style, types, import contracts, lines of code
+# make oldest  a part of the tests with the oldest transformers that pyproject.toml allows
 # make docs    the pages and the Python reference as HTML, in build/docs
 #
-# Each creates .venv the first time (docs also .venv-docs). PYTHON chooses the interpreter, JOBS the number of test processes.
+# Each creates .venv the first time (docs also .venv-docs, oldest also .venv-oldest). PYTHON chooses the interpreter, JOBS the number of test processes.
 
 PYTHON ?= python3
 VENV ?= .venv
 DOCS_VENV ?= .venv-docs
+OLDEST_VENV ?= .venv-oldest
 JOBS ?= 2
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check
@@ -15,7 +17,15 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check
 # Two processes share the cores: one thread each, and no spinning while they wait.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test lint docs env clean
+# What transformers can change under mmgraft: golden data, towers, exports, caches, generation, a
+# training, and every invariant of some architectures.
+OLDEST_TESTS := tests/test_oldest.py tests/test_reference_golden.py tests/published/test_official_parity.py \
+	tests/vision tests/export/test_llava_stock.py tests/model/test_seen_features.py \
+	tests/model/test_cache.py tests/training/test_resume.py
+OLDEST_BASES := llama or qwen3 or gemma3 or phi3 or bloom
+OLDEST_INVARIANTS := $(wildcard tests/model/test_invariants_*.py)
+
+.PHONY: demo test lint oldest docs env clean
 
 demo: env
 	$(RUN)/mmgraft demo
@@ -23,6 +33,13 @@ demo: env
 # MMGRAFT_GOLDEN, the folder of published results, is passed on; without it parity tests are skipped.
 test: env $(VENV)/.test-installed
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n $(JOBS) --dist loadgroup -q
+
+# MMGRAFT_OLDEST=1: tests/test_oldest.py fails where another transformers is imported.
+oldest: env $(OLDEST_VENV)/.installed
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 MMGRAFT_OLDEST=1 $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) \
+		--dist loadgroup -q $(OLDEST_TESTS)
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 MMGRAFT_OLDEST=1 $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) \
+		--dist loadgroup -q $(OLDEST_INVARIANTS) tests/model/test_generation.py -k "$(OLDEST_BASES)"
 
 lint: env
 	$(RUN)/ruff check .
@@ -61,5 +78,13 @@ $(DOCS_VENV)/.installed: docs-packages.txt $(VENV)/.installed
 	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r docs-packages.txt
 	@touch $@
 
+# The packages of $(OLDEST_VENV) come first; those of $(VENV) are seen behind them.
+$(OLDEST_VENV)/.installed: oldest-packages.txt $(VENV)/.installed
+	$(RUN)/python -m venv $(OLDEST_VENV)
+	@$(RUN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(OLDEST_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r oldest-packages.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) build/docs
+	rm -rf $(VENV) $(DOCS_VENV) $(OLDEST_VENV) build/docs

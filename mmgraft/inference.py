@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,10 +25,19 @@ Message = Mapping[str, Any]
 
 @dataclass
 class Answerer:
-    """A grafted model and the processor that belongs to it."""
+    """A grafted model and the processor that belongs to it.
+
+    Attributes:
+        reasoning: Give answers with the reasoning before them, as they were generated.
+    """
 
     model: GraftedModel
     processor: GraftProcessor
+    reasoning: bool = False
+
+    def __post_init__(self) -> None:
+        """Let the model end where the processor's template ends an answer."""
+        self.model.answers = self.processor.answers
 
     @classmethod
     def load(
@@ -40,8 +50,12 @@ class Answerer:
         base: str | None = None,
         verify: Verify = "fast",
         revision: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Load a graft by folder or Hub id; see :meth:`GraftedModel.from_pretrained`."""
+        """Load a graft by folder or Hub id; see :meth:`GraftedModel.from_pretrained`.
+
+        ``options`` are variables of the chat template.
+        """
         folder = graft_folder(run, revision)
         model = GraftedModel.from_pretrained(
             folder,
@@ -52,7 +66,7 @@ class Answerer:
             verify=verify,
         )
         files = base_files(model.workflow().record, folder, base)
-        return cls(model, model.processor(files.path))
+        return cls(model, model.processor(files.path, options=options))
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Settings of ``generate`` with a padding id, without those that are None."""
@@ -60,10 +74,21 @@ class Answerer:
         settings.setdefault("pad_token_id", self.processor.pad_id)
         return settings
 
+    def generating(self, settings: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Return what to generate in: where nothing is sampled the likeliest token is taken."""
+        return self.model.greedy() if settings.get("do_sample") is False else nullcontext()
+
+    def text(self, ids: Sequence[int] | torch.Tensor) -> str:
+        """Return the text of generated ids: the answer, with its reasoning if that is wanted."""
+        if self.reasoning:
+            return self.processor.decode(ids).strip()
+        return self.processor.answer(ids)
+
     def answers(
         self,
         conversations: Sequence[Sequence[Message]],
         workflow: str | None = None,
+        tools: Sequence[Any] | None = None,
         **settings: Any,
     ) -> list[str]:
         """Answer a batch of conversations, each ending with a user's turn.
@@ -71,17 +96,18 @@ class Answerer:
         Args:
             conversations: As for :meth:`GraftProcessor.encode`.
             workflow: For all rows; by default rows with an image run the graft's.
+            tools: For the chat template: the same for all, or a list (or None) for each.
             **settings: Of transformers' ``generate``, such as ``max_new_tokens``.
 
         Returns:
             The answers' texts, in order.
         """
-        inputs = self.processor(list(conversations), padding_side="left")
+        inputs = self.processor(list(conversations), padding_side="left", tools=tools)
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         length = inputs["input_ids"].shape[1]
-        with torch.inference_mode():
+        with torch.inference_mode(), self.generating(settings):
             out = self.model.generate(**inputs, workflow=workflow, **self.settings(**settings))
-        return [self.processor.decode(row[length:]).strip() for row in out]
+        return [self.text(row[length:]) for row in out]
 
 
 @dataclass
@@ -135,7 +161,8 @@ class Dialogue:
         start = [{"role": "system", "content": self.system}] if self.system else []
         encoded = self.answerer.processor.encode([*start, *self.messages, turn])
         answer = self._generate(encoded, on_text, settings)
-        self.messages += [turn, {"role": "assistant", "content": answer}]
+        said = self.answerer.processor.answers.shown(answer).strip()
+        self.messages += [turn, {"role": "assistant", "content": said}]
         self.waiting = []
         return answer
 
@@ -155,8 +182,8 @@ class Dialogue:
         elif self._caches(workflow):
             inputs["past_key_values"] = cache = DynamicCache(config=model.base.config)
         if on_text is not None:
-            inputs["streamer"] = _Streamer(processor, on_text)
-        with torch.inference_mode():
+            inputs["streamer"] = _Streamer(self.answerer, on_text)
+        with torch.inference_mode(), self.answerer.generating(settings):
             out = model.generate(**inputs, workflow=workflow, **self.answerer.settings(**settings))
         ids = out[0].tolist()
         rows = 0 if cache is None else cast(Any, cache).layers[0].keys.shape[0]
@@ -165,7 +192,7 @@ class Dialogue:
             kinds = encoded.kinds + [0] * (len(ids) - len(encoded.kinds))
             self._cache = cache
             self._seen = (ids[:held], kinds[:held], list(encoded.images))
-        return processor.decode(ids[len(encoded.input_ids) :]).strip()
+        return self.answerer.text(ids[len(encoded.input_ids) :])
 
     def _caches(self, workflow: str | None) -> bool:
         if workflow == TEXT_WORKFLOW:
@@ -186,15 +213,24 @@ class Dialogue:
 
 
 class _Streamer(TextStreamer):
-    """Hands pieces of the answer on, without the prompt."""
+    """Hands pieces of the answer on, without the prompt and without reasoning."""
 
-    def __init__(self, processor: GraftProcessor, on_text: Callable[[str], None]) -> None:
-        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, answerer: Answerer, on_text: Callable[[str], None]) -> None:
+        self._answers, self._raw = answerer.processor.answers, answerer.reasoning
+        self._special = None if self._raw else self._answers.special
+        tokenizer = answerer.processor.tokenizer
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=self._special is None)
         self._on_text = on_text
+        self._text = self._sent = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._on_text(text)
+        self._text += text
+        shown = self._text if self._raw else self._answers.shown(self._text)
+        if self._special is not None:
+            shown = self._special.sub("", shown)
+        if len(shown) > len(self._sent):
+            self._on_text(shown[len(self._sent) :])
+            self._sent = shown
 
 
 def prompt_of(messages: Sequence[dict[str, Any]], where: str) -> Sequence[dict[str, Any]]:

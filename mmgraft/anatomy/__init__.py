@@ -7,8 +7,16 @@ place of their parts. Nothing here is a table of models.
 
 from __future__ import annotations
 
+from mmgraft.anatomy.blocked import keeps_keys
 from mmgraft.anatomy.description import Anatomy, decoder_layers, get_path
-from mmgraft.anatomy.inspection import examine, examine_config, refuse_non_causal, skeleton
+from mmgraft.anatomy.inspection import (
+    examine,
+    examine_config,
+    refuse_non_causal,
+    skeleton,
+    text_config,
+)
+from mmgraft.anatomy.shrinking import shrunken
 
 __all__ = [
     "Anatomy",
@@ -16,6 +24,9 @@ __all__ = [
     "examine",
     "examine_config",
     "get_path",
+    "keeps_keys",
     "refuse_non_causal",
+    "shrunken",
     "skeleton",
+    "text_config",
 ]

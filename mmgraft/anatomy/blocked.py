@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
-
-_CACHED_AS_KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention"}
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 # Words in the class name of a layer's part that mixes positions by a running state.
 _RECURRENT = re.compile(r"Mamba|Rwkv|Recurrent|RGLRU|SSM|LSTM|Delta|Lightning|ShortConv|Hyena")
@@ -44,8 +43,24 @@ _ORDINARY_KEYWORDS = {
 }
 
 
+def keeps_keys(cached: Any) -> bool:
+    """Return whether a cache layer keeps exact keys and values, position by position.
+
+    Args:
+        cached: Of a cache that transformers made.
+    """
+    kinds = " ".join(one.__name__ for one in type(cached).__mro__)
+    of_positions = isinstance(cached, DynamicLayer | StaticLayer)
+    return of_positions and not re.search("Linear|Quantized", kinds)
+
+
 def blocked_layer(
-    layer: nn.Module, index: int, layer_type: str, attention: str | None, config: PreTrainedConfig
+    layer: nn.Module,
+    index: int,
+    layer_type: str,
+    cached: Any,
+    attention: str | None,
+    config: PreTrainedConfig,
 ) -> str | None:
     """Return the reason why one decoder layer cannot carry a graft, or None if it can.
 
@@ -53,6 +68,7 @@ def blocked_layer(
         layer: The decoder layer.
         index: Its number, counted from 0.
         layer_type: Its type as the cache sees it.
+        cached: What transformers' cache has for it.
         attention: Dotted name of its attention; None if it has none.
         config: The base's text configuration.
     """
@@ -64,7 +80,7 @@ def blocked_layer(
             f"its {recurrent} keeps a running state instead of keys and values, so rows of one "
             "batch cannot be told apart by position"
         )
-    if layer_type not in _CACHED_AS_KEYS_AND_VALUES:
+    if not keeps_keys(cached):
         return f"a {layer_type} layer does not keep keys and values position by position"
     if attention is None:
         return "it has no attention"
@@ -78,8 +94,8 @@ def blocked_layer(
             "cannot be given"
         )
     sharing = getattr(config, "kv_sharing_modes", None)
-    if (sharing and sharing[index]) or getattr(config, "num_kv_shared_layers", 0):
-        return "keys and values are shared between layers"
+    if sharing[index] if sharing else getattr(config, "num_kv_shared_layers", 0):
+        return "it shares keys and values with other layers"
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         return "its attention is scaled by the layer's number (scale_attn_by_inverse_layer_idx)"
     return None

@@ -45,6 +45,7 @@ class Anatomy:
         logit_softcap: Bound c of ``c * tanh(logits / c)`` after that factor; None without one.
         linears: Layer -> dotted name of a linear layer in it that is given each position by
             itself -> widths of what goes in and comes out; a mixture's experts are not among them.
+        layer_numbers: Names of the attributes, inside a layer, that hold its number.
         blocked: Layer -> why it cannot carry a graft.
         branch_blocked: Why nothing can be added to the attention's branch; None if it can.
         logits_blocked: Why logits cannot be computed from ``norm_path``, ``head_path``,
@@ -79,9 +80,15 @@ class Anatomy:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     linears: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    layer_numbers: frozenset[str] = frozenset()
     blocked: dict[int, str] = field(default_factory=dict)
     branch_blocked: str | None = None
     logits_blocked: str | None = None
+
+    @property
+    def trunk_path(self) -> str:
+        """Return the module that owns the list of layers: ids or embeddings in, states out."""
+        return self.layers_path.rpartition(".")[0]
 
 
 def get_path(model: nn.Module, path: str) -> nn.Module:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmgraft.anatomy.blocked import blocked_layer, explicit_weights_reason, in_registry
 from mmgraft.anatomy.branch import BranchUnknown, examine_branch, is_norm
@@ -31,7 +33,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         UsageError: Transformers has no causal LM for this configuration.
     """
-    refuse_non_causal(config)
+    refuse_non_causal(text_config(config))
     try:
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
@@ -63,9 +65,9 @@ def examine(model: PreTrainedModel) -> Anatomy:
         raise UsageError(f"{type(model).__name__} has no language model head; {_TEXT_ONLY}")
     layers_path, layers = _find_layers(model, config)
     attentions = [_find_attention(layer) for layer in layers]
-    layer_types = _layer_types(config)
+    layer_types, cached = _layer_types(config), _cache_layers(config)
     reasons = [
-        blocked_layer(layer, i, layer_types[i], attentions[i], config)
+        blocked_layer(layer, i, layer_types[i], cached[i], attentions[i], config)
         for i, layer in enumerate(layers)
     ]
     blocked = {i: reason for i, reason in enumerate(reasons) if reason}
@@ -94,6 +96,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
         attention_in_registry=in_registry(attention),
         explicit_weights=explicit_weights_reason(model, attention),
         linears={i: leaf_linears(layer) for i, layer in enumerate(layers)},
+        layer_numbers=_layer_numbers(layers),
         blocked=blocked,
         **_branch([layers[i] for i in carriers], attention_name),
         **_logits(model, head_path, layers_path),
@@ -109,6 +112,16 @@ def _logits(model: PreTrainedModel, head_path: str, layers_path: str) -> dict[st
     return {"logit_scale": scale, "logit_softcap": cap}
 
 
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration that transformers makes a causal LM from: of a model with other
+    inputs too, that of its text, where there is a class for it alone.
+    """
+    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    of_text = getattr(config, "sub_configs", {}).get("text_config")
+    alone = of_text is not None and getattr(made, "config_class", None) is of_text
+    return config.get_text_config() if alone else config
+
+
 def refuse_non_causal(config: PreTrainedConfig) -> None:
     """Raise UsageError for a configuration that cannot be that of a text-only decoder."""
     kind = config.model_type
@@ -116,8 +129,6 @@ def refuse_non_causal(config: PreTrainedConfig) -> None:
         raise UsageError(f"{kind!r} is an encoder with a decoder; {_TEXT_ONLY}")
     if any(hasattr(config, f"{sense}_config") for sense in ("vision", "audio")):
         raise UsageError(f"{kind!r} has inputs other than text already; {_TEXT_ONLY}")
-    if getattr(config, "is_heterogeneous", False):
-        raise UsageError(f"the layers of this {kind!r} differ in size; {_TEXT_ONLY}")
 
 
 def _path_of(model: nn.Module, part: nn.Module | None) -> str | None:
@@ -203,6 +214,27 @@ def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
     elif getattr(config, "attention_chunk_size", None) is not None:
         kind = "chunked_attention"
     return (kind,) * config.num_hidden_layers
+
+
+def _cache_layers(config: PreTrainedConfig) -> Sequence[Any]:
+    """Return what transformers' cache has for each layer; None where it has nothing."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception:  # a class without a cache of this kind may lack what it is made from
+        layers = []
+    return [*layers, *[None] * config.num_hidden_layers]
+
+
+def _layer_numbers(layers: nn.ModuleList) -> frozenset[str]:
+    """Return the attributes that hold, wherever they stand in a layer, the layer's number."""
+    found: dict[str, set[bool]] = {}
+    for number, layer in enumerate(layers):
+        for module in layer.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, int) and not isinstance(value, bool):
+                    found.setdefault(name, set()).add(value == number)
+    several = len(layers) > 1  # the number of a single layer, 0, may be anything
+    return frozenset(n for n, same in found.items() if same == {True} and (several or "lay" in n))
 
 
 def _window(config: PreTrainedConfig) -> int | None:

@@ -17,12 +17,19 @@ from torch import nn
 
 
 class StandIn(nn.Module):
-    """Calls ``answer(name, args, kwargs)`` in place of the child called ``name``."""
+    """Calls ``answer(name, args, kwargs)`` in place of the child called ``name``.
 
-    def __init__(self, name: str, answer: Callable[[str, tuple, dict], Any]) -> None:
+    What else is asked of it, such as a weight whose dtype is looked at, is the child's.
+    """
+
+    def __init__(
+        self, name: str, answer: Callable[[str, tuple, dict], Any], child: nn.Module
+    ) -> None:
         super().__init__()
-        self._name = name
-        self._answer = answer
+        self.__dict__.update(_name=name, _answer=answer, _child=child)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_child"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hand the call on."""
@@ -66,7 +73,7 @@ def with_stand_ins(
         elif any(goal.startswith(path + ".") for goal in opened):
             twin._modules[name] = with_stand_ins(child, answer, opened, path + ".", seed)
         else:
-            twin._modules[name] = StandIn(path, answer)
+            twin._modules[name] = StandIn(path, answer, child)
     twin.training = False
     return twin
 

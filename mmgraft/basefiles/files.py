@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mmgraft.anatomy import refuse_non_causal
+from mmgraft.anatomy import refuse_non_causal, text_config
 from mmgraft.errors import MMGraftError, UsageError
 
 _SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
@@ -106,13 +106,14 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
             f"the configuration of {files.id} cannot be read ({_first_line(error)}); if the model "
             "is newer than the installed transformers, upgrade it with pip install -U transformers"
         ) from error
-    refuse_non_causal(config)
+    text = text_config(config)
+    refuse_non_causal(text)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(
             f"{files.id} is a {config.model_type!r}, not a causal language model; give a text "
             "model that predicts the next token, such as Llama or Qwen2"
         )
-    return config
+    return text
 
 
 def fetch(

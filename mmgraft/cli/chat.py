@@ -12,6 +12,7 @@ from mmgraft.cli.options import (
     LOADING,
     JsonFlag,
     MaxNewTokensOption,
+    ReasoningFlag,
     RunArgument,
     SamplingSeedOption,
     TemperatureOption,
@@ -48,6 +49,7 @@ def chat(
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = None,
+    show_reasoning: ReasoningFlag = False,
     seed: SamplingSeedOption = None,
     json: JsonFlag = False,
     **loading: Any,
@@ -60,6 +62,7 @@ def chat(
     if json and prompt is None:
         raise UsageError("--json needs a prompt: mmgraft chat RUN 'What is this?' --json")
     answerer = load_answerer(run, **loading)
+    answerer.reasoning = show_reasoning
     dialogue = _dialogue(answerer, system, workflow, image or [])
     _warn_of_lacks(answerer)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}

@@ -13,7 +13,9 @@ from mmgraft.cli.options import (
     ImagesOption,
     JsonFlag,
     OverwriteFlag,
+    TemplateOption,
     argument,
+    key_values,
     option,
     with_options,
 )
@@ -120,6 +122,7 @@ _READING = {
     "recipe": _reads(str, "--recipe", "Recipe: a YAML file or a shipped name."),
     "stage": _reads(str, "--stage", "Stage whose rows are read; default: all."),
     "template": _reads(str, "--template", "Template: chat, plain or a jinja file."),
+    "template_option": (TemplateOption, None),
     "max_length": _reads(int, "--max-length", "Position where rows are cut.", min=8),
 }
 _Quick = Annotated[bool, option("--quick", "Look at both ends of an image; do not decode it.")]
@@ -140,6 +143,7 @@ def check(target: _Target, quick: _Quick = False, json: JsonFlag = False, **read
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Selection, views
 
+    reads["template_option"] = key_values(reads["template_option"], "--template-option")
     chosen = Selection(target, **reads)
     found: list[tuple[View, Report]] = []
     for view in views(chosen):
@@ -186,6 +190,7 @@ def preview(
     settled = is_graft(target) or any(reads.get(name) for name in ("run", "base", "recipe"))
     if not settled and is_there(str(target)):
         reads["run"] = find_run(None, announce=note)
+    reads["template_option"] = key_values(reads["template_option"], "--template-option")
     chosen = Selection(target, **reads)
     shown: list[tuple[View, Preview]] = []
     for view in views(chosen):

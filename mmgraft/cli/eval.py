@@ -16,6 +16,7 @@ from mmgraft.cli.options import (
     DtypeOption,
     JsonFlag,
     QuantizationOption,
+    TemplateOption,
     VerifyOption,
     argument,
     option,
@@ -69,6 +70,7 @@ def evaluate(
     quantization: QuantizationOption = None,
     base: BaseOption = None,
     verify: VerifyOption = "fast",
+    template_option: TemplateOption = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -100,8 +102,9 @@ def _evaluate(given: Any) -> None:
     from mmgraft.cli.loading import load_answerer
 
     answerer = load_answerer(
-        str(folder), given.device, given.dtype, given.quantization, given.base, given.verify, None
-    )
+        str(folder), given.device, given.dtype, given.quantization, given.base, given.verify, None,
+        given.template_option,
+    )  # fmt: skip
     _run(answerer, evaluation, given.json)
 
 

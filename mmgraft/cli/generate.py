@@ -15,6 +15,7 @@ from mmgraft.cli.options import (
     JsonFlag,
     MaxNewTokensOption,
     OverwriteFlag,
+    ReasoningFlag,
     SamplingSeedOption,
     TemperatureOption,
     WorkflowOption,
@@ -41,6 +42,7 @@ def generate(
     max_new_tokens: MaxNewTokensOption = 256,
     num_beams: Annotated[int, option("--num-beams", "Beams of a beam search.", min=1)] = 1,
     temperature: TemperatureOption = 0.0,
+    show_reasoning: ReasoningFlag = False,
     seed: SamplingSeedOption = None,
     workflow: WorkflowOption = None,
     limit: Annotated[int | None, option("--limit", "Answer the first rows only.", min=1)] = None,
@@ -60,6 +62,7 @@ def generate(
         return
     _check_images(found, prompts)
     answerer = load_answerer(run, **loading)
+    answerer.reasoning = show_reasoning
     seed_sampling(seed)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     settings |= {"do_sample": temperature > 0, "temperature": temperature or None}
@@ -105,14 +108,15 @@ def _answer(
 ) -> list[str]:
     """Return the answers in the order of the rows, rows of about one length answered together."""
     lengths = [
-        len(answerer.processor.encode(prompt, where=row.where))
+        len(answerer.processor.encode(prompt, tools=row.tools, where=row.where))
         for prompt, row in zip(prompts, rows, strict=True)
     ]
     order = sorted(range(len(rows)), key=lambda number: lengths[number])
     answers: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        texts = answerer.answers([prompts[n] for n in batch], workflow, **settings)
+        tools = [rows[n].tools for n in batch]
+        texts = answerer.answers([prompts[n] for n in batch], workflow, tools, **settings)
         answers.update(zip(batch, texts, strict=True))
         note(f"{len(answers)} of {len(rows)} rows")
     return [answers[number] for number in range(len(rows))]

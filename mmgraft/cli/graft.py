@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-import yaml
-
 from mmgraft.aliases import default_tower, resolve_alias
 from mmgraft.atomic import atomic_text
 from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
@@ -18,6 +16,7 @@ from mmgraft.cli.options import (
     JsonFlag,
     RevisionOption,
     argument,
+    key_values,
     option,
     with_options,
 )
@@ -88,6 +87,10 @@ _NORM = "--projector-norm/--no-projector-norm", "A norm before the projector."
 _ProjectorNorm = Annotated[bool | None, option(*_NORM, panel=_SEE)]
 _TEMPLATE = "chat, plain or a jinja file."
 _Template = Annotated[str | None, option("--template", _TEMPLATE, panel=_SEE)]
+_TemplateOption = Annotated[
+    list[str] | None,
+    option("--template-option", "KEY=VALUE of the template; may be repeated.", panel=_SEE),
+]
 _Workflow = Annotated[str | None, option("--workflow", "Name of the new workflow; mm.")]
 _RECIPE = "Shipped name or file: its settings, and how to train."
 _Recipe = Annotated[str | None, option("--recipe", _RECIPE)]
@@ -108,6 +111,7 @@ def graft(
     projector: _Projector = None,
     projector_norm: _ProjectorNorm = None,
     template: _Template = None,
+    template_option: _TemplateOption = None,
     workflow: _Workflow = None,
     recipe: _Recipe = None,
     set_: _Set = None,
@@ -140,7 +144,7 @@ def graft(
         target,
         workflow=workflow or (chosen and chosen.workflow) or "mm",
         projector=_projector(defaults, projector, projector_norm),
-        template=_template(template),
+        template=_template(template, key_values(template_option, "--template-option")),
         revision=revision,
         full_fingerprint=verify == "full",
         dry_run=dry_run,
@@ -217,11 +221,7 @@ def _config(
             )
         is_list = get_origin(fields[name].annotation) is list
         values[name] = value.split(",") if is_list else value
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UsageError(f"--set {setting}: write KEY=VALUE")
-        values[key] = yaml.safe_load(text)
+    values |= key_values(settings, "--set")
     name, values, note_ = moved(method, values)
     if note_ is not None:
         note(note_)
@@ -242,15 +242,13 @@ def _projector(
     return config.model_copy(update={"norm": norm})
 
 
-def _template(spec: str | None) -> TemplateChoice | None:
-    if spec in (None, "chat"):
-        return None
-    if spec == "plain":
-        return TemplateChoice(kind="plain")
+def _template(spec: str | None, options: dict[str, Any]) -> TemplateChoice:
+    if spec in (None, "chat", "plain"):
+        return TemplateChoice(kind="plain" if spec == "plain" else "chat", options=options)
     path = Path(spec).expanduser()
-    if not path.is_file():
-        raise UsageError(f"no template file {spec}; write chat, plain or the path of a jinja file")
-    return TemplateChoice(kind="file", text=path.read_text(encoding="utf-8"))
+    if not path.is_file():  # one of the base's templates, by its name
+        return TemplateChoice(kind="chat", text=spec, options=options)
+    return TemplateChoice(kind="file", text=path.read_text(encoding="utf-8"), options=options)
 
 
 def _finish(folder: Path, recipe: Path | None, json: bool) -> None:

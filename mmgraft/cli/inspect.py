@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
 from mmgraft.cli.options import JsonFlag, RevisionOption, argument
@@ -64,15 +65,21 @@ def _show_model(found: ModelSummary) -> None:
         note(f"{method} cannot be used here: {reason}")
 
 
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    """Write settings in one line: the name first, the others in brackets."""
+    others = ", ".join(f"{key} {value}" for key, value in settings.items() if key != name)
+    return f"{settings[name]} ({others})" if others else str(settings[name])
+
+
 def _show_graft(found: GraftSummary) -> None:
     out = stdout()
-    settings = ", ".join(f"{key} {value}" for key, value in found.config.items() if key != "method")
     layer = "" if found.feature_layer is None else f", hidden state {found.feature_layer}"
     rows = [
-        ["method", found.method + (f" ({settings})" if settings else "")],
+        ["method", _shown({"method": found.method, **found.config}, "method")],
         ["workflow", found.workflow],
         ["base", f"{found.base} @ {found.base_revision}" if found.base_revision else found.base],
         ["vision tower", found.tower + layer],
+        ["projector", _shown(found.projector, "kind")],
     ]
     out.print(table(["graft", found.folder], rows))
     parts = [

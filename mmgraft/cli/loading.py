@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from mmgraft.cli.console import stderr
+from mmgraft.cli.options import key_values
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def load_answerer(
     base: str | None,
     verify: str,
     revision: str | None,
+    template_option: Sequence[str] | None = None,
 ) -> Answerer:
     """Check the options that need no model, then load it on a device.
 
@@ -34,6 +36,7 @@ def load_answerer(
     if verify not in ("fast", "full", "off"):
         raise UsageError(f"--verify {verify}: choose fast, full or off")
     check_dtype(dtype)
+    options = key_values(template_option, "--template-option")
     with uncollected():
         from mmgraft.inference import Answerer
         from mmgraft.training.devices import pick_device
@@ -47,6 +50,7 @@ def load_answerer(
             base=base,
             verify=cast("Verify", verify),
             revision=revision,
+            options=options,
         )
 
 

@@ -19,12 +19,13 @@ _LEGEND = (
 
 
 def methods(json: JsonFlag = False) -> None:
-    """List the methods of grafting: those built in, and those of installed packages."""
+    """List the methods and the projectors: those built in, and those of installed packages."""
     from mmgraft.grafts.registry import broken_methods
     from mmgraft.grafts.registry import methods as usable_methods
     from mmgraft.vision.projectors.registry import find_projector, projectors
 
     usable, broken = usable_methods().values(), broken_methods()
+    titles = {name: find_projector(name).title for name in projectors()}
     if json:
         rows = [
             {
@@ -37,7 +38,6 @@ def methods(json: JsonFlag = False) -> None:
             }
             for method in usable
         ]
-        titles = {name: find_projector(name).title for name in projectors()}
         broken_too = [asdict(one) for one in broken]
         print_json({"methods": rows, "broken": broken_too, "projectors": titles})
         return
@@ -48,6 +48,7 @@ def methods(json: JsonFlag = False) -> None:
         )
     )
     note(_LEGEND)
+    stdout().print(table(["projector", "what it computes"], list(map(list, titles.items()))))
     for one in broken:
         note(f"method {one.name!r} of the package {one.origin!r} cannot be used: {one.reason}")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from mmgraft.errors import UsageError
 
 
 def option(*words: str, panel: str | None = None, **more: Any) -> Any:
@@ -75,11 +77,40 @@ MaxNewTokensOption = Annotated[
 TemperatureOption = Annotated[
     float, option("--temperature", "0 takes the likeliest token.", min=0.0, panel=_ANSWERS)
 ]
+ReasoningFlag = Annotated[
+    bool, option("--show-reasoning", "Show the reasoning before an answer, too.", panel=_ANSWERS)
+]
 SamplingSeedOption = Annotated[int | None, option("--seed", "Seed of sampling.", panel=_ANSWERS)]
 WorkflowOption = Annotated[
     str | None,
     option("--workflow", "Workflow of all turns. Default: the graft's once it sees an image."),
 ]
+
+TemplateOption = Annotated[
+    list[str] | None,
+    option("--template-option", "KEY=VALUE of the chat template; may be repeated."),
+]
+
+
+def key_values(texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
+    """Return ``KEY=VALUE`` texts as a dict, the values read as YAML.
+
+    Raises:
+        UsageError: A text is none, or its value is not YAML.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{flag} {text}: write KEY=VALUE")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"{flag} {text}: the value is not YAML; put it into quotes") from None
+    return found
+
 
 _LOADING = "How the model is loaded"
 DeviceOption = Annotated[
@@ -105,5 +136,6 @@ LOADING = {
     "base": (BaseOption, None),
     "verify": (VerifyOption, "fast"),
     "revision": (RevisionOption, None),
+    "template_option": (TemplateOption, None),
 }
 """Options of a command that loads a model; what ``load_answerer`` takes."""

@@ -80,7 +80,7 @@ def text_identity(
         chats = [[{"role": "user", "content": one}] for one in prompts[start : start + _BATCH]]
         ours = [processor.encode(chat) for chat in chats]
         for chat, own in zip(chats, ours, strict=True):
-            if own.input_ids != _base_ids(tokenizer, chat):
+            if own.input_ids != _base_ids(tokenizer, chat, processor.options):
                 differences.append(f"the ids of {chat[0]['content']!r}")
         inputs = processor.collate(ours, "left")
         plain = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -202,7 +202,11 @@ def _files(model: GraftedModel, run: Path, given: str | Path | None) -> ModelFil
         return None
 
 
-def _base_ids(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, str]]) -> list[int]:
+def _base_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Sequence[Mapping[str, str]],
+    options: Mapping[str, Any],
+) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         return list(tokenizer(chat[0]["content"])["input_ids"])
     encoding: Any = tokenizer.apply_chat_template(
@@ -210,6 +214,7 @@ def _base_ids(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, st
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
+        **options,
     )
     return list(encoding["input_ids"])
 

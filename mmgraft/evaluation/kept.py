@@ -172,13 +172,14 @@ class Kept:
         return self.file(name).relative_to(self.run).as_posix()
 
     @property
-    def numbers(self) -> dict[str, str]:
-        """Return what numbers are computed in."""
+    def numbers(self) -> dict[str, Any]:
+        """Return what numbers are computed in, and the options of the chat template."""
         base = self.model.base
         quantized = getattr(base.config, "quantization_config", None) is not None
         return {
             "dtype": str(base.dtype).removeprefix("torch."),
             **({"weights": "quantized"} if quantized else {}),
+            **({"template_options": options} if (options := self.processor.options) else {}),
         }
 
     # -- steps ----------------------------------------------------------------------------------
@@ -255,8 +256,9 @@ class Kept:
 def _answer(
     model: GraftedModel, processor: GraftProcessor, items: Sequence[Item], **options: Any
 ) -> None:
-    names = [item.where for item in items]
-    answer(model, processor, [item.messages for item in items], names=names, **options)
+    names, tools = [item.where for item in items], [item.tools for item in items]
+    messages = [item.messages for item in items]
+    answer(model, processor, messages, names=names, tools=tools, **options)
 
 
 def _copy(
@@ -391,7 +393,7 @@ def fingerprint_items(items: Sequence[Item]) -> str:
         messages = [
             with_images(one, lambda part: _digest(image_of(part), images)) for one in item.messages
         ]
-        read = [item.id, messages, item.options]
+        read = [item.id, messages, item.options, *([item.tools] if item.tools else ())]
         digest.update(json.dumps(read, ensure_ascii=False, default=str).encode())
     return digest.hexdigest()
 

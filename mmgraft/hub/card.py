@@ -14,8 +14,8 @@ from mmgraft.evaluation.report import about_run, score_tables
 from mmgraft.evaluation.report.markdown import render
 from mmgraft.evaluation.report.words import in_words, interval, score_name
 from mmgraft.model.files.graft_file import GraftFile
-from mmgraft.model.files.summary import limits
-from mmgraft.runs.contents import README, RECIPE, graft_parameters
+from mmgraft.model.files.summary import graft_parts, limits
+from mmgraft.runs.contents import README, RECIPE
 from mmgraft.runs.results import FOLDER, Results, Section, SetResult
 from mmgraft.runs.results import measured as results_of
 
@@ -51,7 +51,8 @@ def card_of(
     """Return the card of a run: its recipe, parameters and results; see ``render_card``."""
     recipe = run / RECIPE
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    return render_card(record, name, graft_parameters(run), text, license, results_of(run), files)
+    sizes = {row.part: row.parameters for row in graft_parts(run, record.method)}
+    return render_card(record, name, sizes, text, license, results_of(run), files)
 
 
 def render_card(

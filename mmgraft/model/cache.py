@@ -7,6 +7,7 @@ position and the row's workflow), then the slots of every workflow in order of t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,10 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
     QuantizedCache,
-    StaticLayer,
-    StaticSlidingWindowLayer,
 )
 
+from mmgraft.anatomy import keeps_keys
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION
 
@@ -72,22 +71,18 @@ def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
 
 def _like(layer: Any) -> CacheLayerMixin:
     """Return an empty cache layer of the same type and size."""
-    if type(layer) is DynamicLayer:
-        return DynamicLayer()
-    if type(layer) is DynamicSlidingWindowLayer:
-        copy = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
-        copy.record_past = layer.record_past
-        return copy
-    if type(layer) is StaticLayer:
-        return StaticLayer(max_cache_len=layer.max_cache_len)
-    if type(layer) is StaticSlidingWindowLayer:
-        return StaticSlidingWindowLayer(
-            max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len
+    kind = type(layer)
+    sizes = {"sliding_window": getattr(layer, "max_cache_len", None), **vars(layer)}
+    wanted = inspect.signature(kind.__init__).parameters.values()
+    named = [one.name for one in wanted if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
+    if not keeps_keys(layer) or not set(named) <= sizes.keys():
+        raise UsageError(
+            f"a cache layer of type {kind.__name__} cannot be given to an inserted layer; "
+            "use a dynamic, static or offloaded cache."
         )
-    raise UsageError(
-        f"a cache layer of type {type(layer).__name__} cannot be given to an inserted layer; "
-        "use a dynamic, static or offloaded cache."
-    )
+    copy = kind(**{name: sizes[name] for name in named})
+    vars(copy).update({key: sizes[key] for key in ("record_past",) if key in vars(copy)})
+    return copy
 
 
 class RowLayer(DynamicLayer):

@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from typing_extensions import Self
 
-from mmgraft.anatomy import Anatomy, examine
+from mmgraft.anatomy import Anatomy, examine, get_path
+from mmgraft.data.chat.answers import Answers
 from mmgraft.errors import UsageError
 from mmgraft.model.cache import extend
 from mmgraft.model.images import GivenImages, Images, place, plan_features, plan_images
@@ -76,12 +77,13 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         self.anatomy: Anatomy = examine(base) if anatomy is None else anatomy
         self.workflows = nn.ModuleDict()
         self.default_workflow = workflows[0].name if workflows else "mm"
-        signature = inspect.signature(base.base_model.forward)
-        self._takes_positions = "position_ids" in signature.parameters
+        trunk = type(get_path(base, self.anatomy.trunk_path))
+        self._takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
         self._packs: dict[tuple[str, int], str | None] = {}  # why rows cannot be packed
         self.gradient_checkpointing = False
         self.in_step = False  # see mmgraft.model.sharded.in_step
         self._only_text = False
+        self.answers: Answers | None = None  # what ends them; known once there is a processor
         if base.can_generate():
             self.generation_config = base.generation_config
         for workflow in workflows:

@@ -253,7 +253,8 @@ def _own(owners: Sequence[Active], name: str, original: Any, x: Tensor) -> Tenso
 
     def own(item: Active) -> Tensor:
         module = getattr(item.graft, name)
-        return module(x.to(next(module.parameters()).device))
+        place = next(module.parameters(), x).device  # OLMo's norm has no parameters
+        return module(x.to(place))
 
     if len(owners) == 1 and owners[0].gate is None:
         return own(owners[0])

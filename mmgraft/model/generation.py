@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.masking_utils import create_masks_for_generate
 
 from mmgraft.errors import UsageError
@@ -19,6 +21,11 @@ from mmgraft.model.workflow import TEXT_WORKFLOW
 
 _IMAGE_INPUTS = tuple(one.name for one in fields(GivenImages))
 _OWN_INPUTS = (*_IMAGE_INPUTS, "mm_token_type_ids", "workflow")
+_NEUTRAL = (
+    *("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("use_cache", "cache_implementation", "cache_config"),
+)
+"""Settings of a generation config that have no say in which token is the likeliest."""
 
 
 class WorkflowGeneration(GraftedCore):
@@ -57,6 +64,7 @@ class WorkflowGeneration(GraftedCore):
             continuing=self._continuing,
         )
         images = GivenImages(**{name: kwargs.pop(name, None) for name in _IMAGE_INPUTS})
+        kwargs |= self._turn_ends(kwargs)
         if rows.text_only:
             images.refuse()
             kwargs = {k: v for k, v in kwargs.items() if k not in _OWN_INPUTS}
@@ -71,6 +79,38 @@ class WorkflowGeneration(GraftedCore):
         if ids is not None:
             kwargs["input_ids"] = ids
         return cast(Any, super()).generate(**kwargs)
+
+    @contextmanager
+    def greedy(self) -> Iterator[None]:
+        """While the block lasts, the base's generation config changes no token's likelihood.
+
+        Penalties, beams, and suppressed or forced tokens of ``generation_config.json`` are left
+        out; what is given to ``generate`` itself holds.
+        """
+        models: tuple[Any, ...] = (self, self.base)
+        before = [model.generation_config for model in models]
+        kept = {name: getattr(before[1], name, None) for name in _NEUTRAL}
+        for model in models:
+            model.generation_config = GenerationConfig(**kept)
+        try:
+            yield
+        finally:
+            for model, config in zip(models, before, strict=True):
+                model.generation_config = config
+
+    def _turn_ends(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return what ends an answer by the template, where the caller does not say what does."""
+        made: dict[str, Any] = {}
+        given = kwargs.get("generation_config")
+        if self.answers is None or self._only_text or getattr(given, "eos_token_id", None):
+            return made
+        if "eos_token_id" not in kwargs:
+            own = self.generation_config.eos_token_id
+            ends = self.answers.with_ends(own)
+            made |= {} if ends == own else {"eos_token_id": ends}
+        if self.answers.stops and "stop_strings" not in kwargs:
+            made |= {"stop_strings": list(self.answers.stops), "tokenizer": self.answers.tokenizer}
+        return made
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
         """Return what ``generate`` will use: an argument, else what a config says."""
@@ -143,7 +183,7 @@ class WorkflowGeneration(GraftedCore):
         """Return the forward's inputs for one decoding step; images go in with the step they
         stand in.
         """
-        given = cast(Any, super()).prepare_inputs_for_generation(
+        given = cast(Any, self.base).prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -152,6 +192,7 @@ class WorkflowGeneration(GraftedCore):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        given |= {name: kwargs[name] for name in _OWN_INPUTS if name in kwargs}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         length = ids.shape[1] if ids is not None else embeds.shape[1]
         continues = not is_first_iteration and kwargs.get("use_cache", True)

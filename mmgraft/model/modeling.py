@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -247,18 +248,26 @@ class GraftedModel(WorkflowGeneration):
         self._attach(load_workflow(record, folder, self.base, dtype, width, self.anatomy))
 
     def processor(
-        self, tokenizer_folder: str | Path | None = None, workflow: str | None = None
+        self,
+        tokenizer_folder: str | Path | None = None,
+        workflow: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> GraftProcessor:
         """Make the processor of a workflow: conversations with images in, inputs of a batch out.
+
+        From then on ``generate`` ends where the template ends an answer, too.
 
         Args:
             tokenizer_folder: Where the base's tokenizer lies, when not with the base.
             workflow: Its name; default: the first.
+            options: Variables of the chat template, beside those that the graft records.
         """
         chosen = self.workflow(workflow)
         if tokenizer_folder is None:
             tokenizer_folder = base_files(chosen.record, chosen.origin or Path()).path
-        return load_processor(chosen.record, tokenizer_folder, self.vision_tower)
+        made = load_processor(chosen.record, tokenizer_folder, self.vision_tower, options)
+        self.answers = made.answers
+        return made
 
     # -- forward -------------------------------------------------------------------------------
 
@@ -293,8 +302,8 @@ class GraftedModel(WorkflowGeneration):
 
         Raises:
             UsageError: See :func:`mmgraft.model.rows.sort_rows` and :meth:`check_packing`; also
-                images that do not match the image positions, rows longer than a graft can
-                represent, and labels for a base whose logits are more than its head's.
+                images that do not match the image positions, and rows longer than a graft can
+                represent.
         """
         images = GivenImages(pixel_values, image_features, image_sizes, image_lengths, image_rows)
         return self._run(
@@ -339,7 +348,7 @@ class GraftedModel(WorkflowGeneration):
         cache, labels = given.past_key_values, given.labels
         inputs = {
             "inputs_embeds": state.features,
-            "attention_mask": self._static_mask(state.features, given.attention_mask, cache),
+            "attention_mask": self._static_mask(given.attention_mask, cache),
             "past_key_values": cache, "use_cache": given.use_cache, **given.options,
         }  # fmt: skip
         if self._takes_positions:
@@ -349,7 +358,7 @@ class GraftedModel(WorkflowGeneration):
             if labels is None:
                 return self.base(**inputs, logits_to_keep=given.logits_to_keep)
             with self._last_layer(active, labels, rows, checkpointing):
-                hidden = self.base.base_model(**inputs).last_hidden_state  # (b, s, h)
+                hidden = self._before_head(inputs)
         hidden = self._joined(hidden, first=False)
         loss = self._loss(hidden, labels, rows, active, given.num_items_in_batch)
         if self.in_step:
@@ -391,23 +400,13 @@ class GraftedModel(WorkflowGeneration):
             heads += get_path(self.base, self.anatomy.head_path).parameters()
         return join(x, before if first else heads)
 
-    def _static_mask(
-        self, embeds: Tensor, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor | None:
-        """Return the mask that a base wants with a static cache, where it has a way of its own
-        (Bloom).
-        """
-        make = type(self.base).__dict__.get("create_masks_for_generate")
-        if make is None or cache is None or mask is None or not cache.layers:
+    def _static_mask(self, mask: Tensor | None, cache: Cache | None) -> Tensor | None:
+        """Return a mask of all columns of a static cache, from which Bloom makes its biases."""
+        layers = [] if cache is None else cache.layers
+        sizes = [one.max_cache_len for one in layers if isinstance(one, StaticLayer)]
+        if mask is None or mask.dim() != 2 or not sizes:
             return mask
-        if not isinstance(cache.layers[0], StaticLayer):
-            return mask
-        return cast(Any, self.base).create_masks_for_generate(
-            config=self.base.config,
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            past_key_values=cache,
-        )
+        return F.pad(mask, (0, max(0, max(sizes) - mask.shape[1])))
 
     def check_packing(self, sequences: int = 1) -> None:
         """Try, once for each kernel of attention, whether the base keeps rows of a sequence apart.
@@ -521,7 +520,7 @@ class GraftedModel(WorkflowGeneration):
         if inputs.position_ids is not None and self._takes_positions:
             given["position_ids"] = inputs.position_ids
         with running(self.base, self.anatomy, [], None, self.gradient_checkpointing):
-            hidden = self.base.base_model(**given, use_cache=False).last_hidden_state
+            hidden = self._before_head({**given, "use_cache": False})
         rows = Rows(["text"] * hidden.shape[0])
         loss = self._loss(hidden, labels, rows, [], inputs.num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss + self.touch())
@@ -537,10 +536,6 @@ class GraftedModel(WorkflowGeneration):
         num_items: Tensor | int | None,
     ) -> Tensor:
         """Return the mean cross-entropy (nats) of supervised tokens in rows that train."""
-        if self.anatomy.logits_blocked is not None:
-            raise UsageError(
-                f"this base cannot be trained or scored with labels: {self.anatomy.logits_blocked}."
-            )
         mask = self._supervised(labels, rows).to(hidden.device)
         targets = labels.roll(-1, dims=1).to(hidden.device)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -579,8 +574,20 @@ class GraftedModel(WorkflowGeneration):
         last = last_layer(list(layers), [(item.graft, item.gate) for item in active])
         return nullcontext() if last is None else fed_at(last, self._supervised(labels, rows))
 
+    def _before_head(self, inputs: dict[str, Any]) -> Tensor:
+        """Run the base up to what its heads read, ``(b, s, h)``.
+
+        Where logits are more than a head's output, that is the logits, from the base's own forward.
+        """
+        if self.anatomy.logits_blocked is not None:
+            return self.base(**inputs).logits
+        return get_path(self.base, self.anatomy.trunk_path)(**inputs).last_hidden_state
+
     def _heads(self, active: list[Active]) -> Iterator[tuple[Any, Tensor | None]]:
         """Yield heads (hidden to logits) and the rows that use them."""
+        if self.anatomy.logits_blocked is not None:
+            yield nn.Identity(), None
+            return
         base_head = get_path(self.base, self.anatomy.head_path)
         own = [a for a in active if a.graft.head is not None and a.graft.active]
         if len(own) == 1 and own[0].gate is None:

@@ -64,8 +64,9 @@ def packing_blocked(
     base.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            whole = _states(base, ids, number(segments)[1])[-1:, alone]
-            one = _states(base, ids[:1, alone], torch.arange(length, device=device)[None])
+            whole = _states(base, anatomy.trunk_path, ids, number(segments)[1])[-1:, alone]
+            first = torch.arange(length, device=device)[None]
+            one = _states(base, anatomy.trunk_path, ids[:1, alone], first)
     finally:
         base.train(trains)
     off = ((whole - one).norm() / one.norm()).item()
@@ -81,7 +82,7 @@ def takes_half(base: PreTrainedModel) -> bool:
     return base.dtype == torch.float32 and is_flash(str(base.config._attn_implementation))
 
 
-def _states(base: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
+def _states(base: PreTrainedModel, trunk: str, ids: Tensor, positions: Tensor) -> Tensor:
     """Final hidden states ``(b, s, h)`` in fp32."""
-    out = base.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    out = get_path(base, trunk)(input_ids=ids, position_ids=positions, use_cache=False)
     return out.last_hidden_state.float()

@@ -248,6 +248,10 @@ class Recipe(StrictModel):
     data: list[DataEntry] = Field(default_factory=list)
     eval_data: list[DataEntry] = Field(default_factory=list)
     stages: list[Annotated[SerializeAsAny[Stage], PlainValidator(_stage)]] = Field(min_length=1)
+    template_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="variables of the chat template, such as enable_thinking: false",
+    )
     text_rows: TextRows | None = None
     image_share: float | None = Field(
         default=None, gt=0, lt=1, description="how much of the rows shown have an image"

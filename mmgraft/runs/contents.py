@@ -116,16 +116,6 @@ def tensor_sizes(file: Path) -> dict[str, int]:
         raise _unreadable(file, error) from error
 
 
-def graft_parameters(run: Path) -> dict[str, int]:
-    """Count the numbers of each part of the graft: projector, layers, gates, router, ..."""
-    parts: dict[str, int] = {}
-    for file in weight_files(run):
-        for name, size in tensor_sizes(file).items():
-            part = _part(name)
-            parts[part] = parts.get(part, 0) + size
-    return parts
-
-
 def folder_named(file: UploadFile) -> str | None:
     """Find the first path of this machine that a file of results names, or None."""
     if not isinstance(file.content, Path) or not _matches(file.name, ("results/*.json",)):
@@ -138,15 +128,6 @@ def folder_named(file: UploadFile) -> str | None:
 def managed(name: str) -> bool:
     """Tell whether a file of the repository is one that a push replaces or removes."""
     return _matches(name, _MANAGED)
-
-
-def _part(tensor: str) -> str:
-    """Name the part of a graft that a tensor belongs to, as people call it."""
-    words = [word for word in tensor.removeprefix("graft.").split(".") if not word.isdigit()]
-    if words[0] != "layers":
-        return words[0]
-    learners = {"visual": "visual learners", "textual": "textual learners", "router": "router"}
-    return learners.get("".join(words[1:2]), "layers")
 
 
 def _model_folder(run: Path, folder: str) -> list[str]:

@@ -21,6 +21,7 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import MMGraftError, UsageError, is_out_of_memory
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.model.files.load import base_files, load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import (
     dump_recipe,
@@ -149,7 +150,7 @@ def plan_training(
     if resume and progress is not None:
         check_count(run, progress, count or processes())
         plan.first = len(progress["finished"])
-    _check_graft(record, loaded)
+    _check_graft(run, record, loaded)
     _read_rows(plan)
     return plan
 
@@ -326,9 +327,11 @@ def _check_progress(run: Path, progress: dict[str, Any] | None, resume: bool) ->
     )
 
 
-def _check_graft(record: GraftFile, recipe: Recipe) -> None:
+def _check_graft(run: Path, record: GraftFile, recipe: Recipe) -> None:
     why = record.promises.training
     if why:
         raise UsageError(f"{record.method} is not trained: {why}")
+    if recipe.template_options:  # of which the template must know each
+        load_processor(record, base_files(record, run).path, None, recipe.template_options)
     if record.base_trained and recipe.quantization is not None:
         raise MMGraftError("a base of its own in 4-bit is not trained; leave quantization out")

@@ -337,7 +337,9 @@ class Session:
         )
         _rename(model, stage.workflow)
         self.model = model
-        self.processor = model.processor(base_files(model.workflow().record, folder).path)
+        record = model.workflow().record
+        record.template.options |= plan.recipe.template_options
+        self.processor = model.processor(base_files(record, folder).path)
         return model
 
     def _folder_of(self, workflow: str) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -39,6 +41,7 @@ class Selection:
         stage: Of the recipe; None takes all.
         images: Folder that image paths start from.
         template: Instead of the graft's and the stages'.
+        template_option: Its variables, beside the graft's and the recipe's.
         max_length: Instead of the stages'.
     """
 
@@ -50,6 +53,7 @@ class Selection:
     stage: str | None = None
     images: Path | None = None
     template: str | None = None
+    template_option: Mapping[str, Any] = field(default_factory=dict)
     max_length: int | None = None
 
 
@@ -140,7 +144,8 @@ def _of_run(chosen: Selection, run: Path) -> _Readers:
     path = recipe_file(run, record, chosen.recipe)
     recipe = load_recipe(path, method=record.method).resolved(record.workflow)
     base = base_files(record, run)
-    processor = load_processor(record, base.path, describe_tower(local_tower(record, run)))
+    options = {**recipe.template_options, **chosen.template_option}
+    processor = load_processor(record, base.path, describe_tower(local_tower(record, run)), options)
     if run == chosen.target:
         check_data_is_set(recipe, run, path)
     return recipe, processor, _positions(base)
@@ -167,7 +172,9 @@ def _of_names(chosen: Selection) -> _Readers:
     template = resolve_template(chosen.template, tokenizer)
     filler, _ = choose_placeholder(tokenizer, len(tokenizer))
     positions = describe_tower(vision).positions(graft.projector)
-    return recipe, GraftProcessor(tokenizer, positions, filler, template), _positions(base)
+    options = {**(recipe.template_options if recipe else {}), **chosen.template_option}
+    processor = GraftProcessor(tokenizer, positions, filler, template, options=options)
+    return recipe, processor, _positions(base)
 
 
 def _positions(base: ModelFiles) -> int | None:

@@ -18,6 +18,12 @@ def test_the_table_names_methods_and_papers(cli) -> None:
     assert "E2 before an image in its row" in ran.err
 
 
+def test_projectors_are_listed_with_what_they_compute(cli) -> None:
+    lines = cli("methods").out.splitlines()
+    for words in (["pool", "mean of k x k"], ["pixel_shuffle", "side by side"], ["linear", "one"]):
+        assert any(all(word in line for word in words) for line in lines)
+
+
 def test_json_tells_the_settings(cli) -> None:
     data = json.loads(cli("methods", "--json").out)
     (iaa,) = (method for method in data["methods"] if method["name"] == "iaa")

@@ -103,6 +103,24 @@ def test_a_cut_keeps_images_whole(processor: GraftProcessor, row: Callable[..., 
     assert [x for x in partly.labels if x != -100] == [x for x in whole.labels if x != -100][:-2]
 
 
+def test_a_rows_only_image_is_whole_or_left_out(
+    processor: GraftProcessor, row: Callable[..., Row]
+) -> None:
+    """It comes after an answer, so that something to learn is left without it."""
+    messages = [*row("1").messages, *row("2", (7,), "A second, longer answer.").messages]
+    whole = supervise_row(processor, Row("1", messages))
+    first = whole.kinds.index(1)
+    for length in range(first, first + PATCHES):
+        short = cut(whole, length, "row 1")
+        assert (len(short), len(short.images), sum(short.kinds)) == (first, 0, 0)
+        assert short.spans == whole.spans[:1]
+    shown = cut(whole, first + PATCHES, "row 1")
+    assert (len(shown), len(shown.images), sum(shown.kinds)) == (first + PATCHES, 1, PATCHES)
+    dataset = RowDataset([Row("1", messages)], processor, max_length=first + 2)
+    assert not dataset[0].images
+    assert dataset.counts == {"cut": 1, "skipped": 0}
+
+
 def test_a_cut_that_leaves_nothing_to_learn_is_refused(
     processor: GraftProcessor, row: Callable[..., Row]
 ) -> None:

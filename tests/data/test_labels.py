@@ -184,11 +184,12 @@ def _with_file(text: str) -> GraftProcessor:
 def test_a_call_without_words_may_be_written_with_less_before_its_end() -> None:
     processor = _with_file(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content %}{{ m.content }}, then "
-        "{% endif %}{% if m.tool_calls %}CALL{% endif %}<|im_end|>{% endfor %}"
+        "{% endif %}{% if m.tool_calls %}CALL {{ m.tool_calls[0].name }}{% endif %}"
+        "<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     messages = [_user("Look", 1), _assistant("", tool_calls=[{"name": "f"}]), _user("Thanks")]
-    assert _learnt(processor, messages, supervise(processor, messages)) == ["CALL<|im_end|>"]
+    assert _learnt(processor, messages, supervise(processor, messages)) == ["CALL f<|im_end|>"]
 
 
 def test_an_end_of_turn_in_words_is_learnt() -> None:
@@ -291,7 +292,7 @@ def test_an_answer_without_words_is_not_learnt() -> None:
         ("gemma2", [{"role": "system", "content": "S"}, *_dialogue()], "row 5: .*System role not"),
         ("mistral_v0_2", [_user("a"), _user("b"), _assistant("c")], "row 5: .*must alternate"),
         # The prompt that these write for an answer is no beginning of the conversation with it.
-        ("mistral_v0_3", [{"role": "system", "content": "S"}, *_dialogue()], "turn 3: .*differ"),
+        ("mistral_v0_3", [{"role": "system", "content": "S"}, *_dialogue()], "turn 1: .*system"),
         ("deepseek_r1_distill", _dialogue(), "row 5, turn 2: .*differently"),
         ("chatml_marked", [_user("Hi"), {"role": "assistant", "content": 3}], "row 5: .*refuses"),
     ],

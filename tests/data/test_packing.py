@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,42 @@ def test_a_sequence_holds_the_rows_of_its_pack(
     assert batch["row_ids"] == ["2", "1", "3"]
     assert batch["workflow"] == ["mm", "mm"]
     assert [one.row_id for one in examples_of(items)] == ["2", "1", "3"]
+
+
+def test_no_row_of_a_pack_is_to_say_how_the_next_begins(
+    dataset: RowDataset, processor: GraftProcessor
+) -> None:
+    """Here every token of every row is learned, the first as well."""
+
+    def learned(at: int) -> Example:
+        example = dataset[at]
+        text = [at for at, kind in enumerate(example.encoded.kinds) if not kind]
+        spans = tuple((at, at + 1) for at in text)
+        return replace(example, encoded=replace(example.encoded, spans=spans))
+
+    rows = [learned(at) for at in (1, 0, 2)]
+    assert rows[1].encoded.labels[0] != -100
+    batch = PackCollator(Collator(processor, "graft"))([Pack(rows[:2]), Pack(rows[2:])])
+    wanted = [[-100, *one.encoded.labels[1:]] for one in rows]
+    assert batch["labels"][0].tolist() == [*wanted[0], *wanted[1]]
+    assert batch["labels"][1, : len(rows[2])].tolist() == wanted[2]
+
+
+def test_images_of_a_pack_belong_to_its_sequence(
+    dataset: RowDataset, processor: GraftProcessor
+) -> None:
+    """The second image stands in the first sequence, though its row is the third."""
+    items = [Pack([dataset[at] for at in (0, 1, 2)]), Pack([dataset[3]])]
+    plain = Collator(processor, "graft")(examples_of(items))
+    plain["image_rows"] = torch.tensor([0, 2, 3])
+
+    class Given:
+        def __call__(self, examples: Any) -> dict[str, Any]:
+            return dict(plain)
+
+    given: Any = Given()
+    given.processor = processor
+    assert PackCollator(given)(items)["image_rows"].tolist() == [0, 0, 1]
 
 
 def test_rows_by_themselves_are_collated_as_ever(

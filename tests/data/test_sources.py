@@ -115,7 +115,8 @@ def test_messages_take_every_spelling_of_an_image(folder: Path) -> None:
 
 
 def test_tools_and_other_keys_of_messages_are_kept(folder: Path) -> None:
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}], "content": None}
+    made = [{"function": {"name": "f", "arguments": {"a": 1}}}]
+    call = {"role": "assistant", "tool_calls": made, "content": None}
     row = {"messages": [{"role": "user", "content": "Hi"}, call], "tools": [{"name": "f"}]}
     (read,) = read_rows(_write(folder, [row]))
     assert read.messages[1] == call
@@ -147,7 +148,10 @@ def test_kinds_of_rows_and_of_files_are_told_by_content(folder: Path) -> None:
         (_llava(["<image>"], image="https://x.org/a.png"), "download it first"),
         (_llava(["<image>"], image=[3]), "not paths"),
         ({"conversations": []}, "'conversations' is not a list of turns"),
-        ({"conversations": [{"from": "bard", "value": "x"}]}, "turn 1: 'from' is 'bard'"),
+        (
+            {"conversations": [{"from": "bard", "value": "x"}]},
+            "turn 1: the role 'bard' is not known",
+        ),
         ({"conversations": [{"from": "human"}]}, "turn 1: not"),
         ({"text": "x"}, "no 'conversations' or 'messages' in it but 'text'"),
         ([1], "a list, not an object"),
@@ -238,6 +242,19 @@ def test_weights_repeat_and_draw() -> None:
     assert counts == [2, 2, 3, 3]
     drawn = [name for name in mixed if name[0] == "b"]
     assert len(set(drawn)) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "shown"),
+    [(10, 0.37, 4), (10, 0.34, 3), (10, 1.26, 13), (10, 2.96, 30), (3, 0.2, 1), (7, 1.0, 7)],
+)
+def test_a_weight_gives_the_nearest_whole_number_of_rows(
+    rows: int, weight: float, shown: int
+) -> None:
+    mixed = _ids(mix([Part(_rows("a", rows), weight)], seed=1))
+    assert len(mixed) == shown
+    counts = [mixed.count(name) for name in set(mixed)]
+    assert max(counts) - (min(counts) if weight >= 1 else 0) <= 1
 
 
 def test_a_mixture_depends_on_its_seed_alone() -> None:

@@ -23,7 +23,7 @@ PAIRS = [(arch, tower) for arch in ARCHS for tower in TOWERS]
 NEW_TOKENS = 12
 
 STOCK = """
-import importlib.abc, json, sys, warnings
+import copy, importlib.abc, json, sys, warnings
 
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -44,6 +44,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 todo = json.load(open(sys.argv[1]))
 for folder in todo["folders"]:
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False).eval()
+    exact = copy.deepcopy(model).double()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     assert type(model) is LlavaForConditionalGeneration
     made = {"ids": [], "logits": [], "pixels": []}
@@ -53,7 +54,7 @@ for folder in todo["folders"]:
             inputs = processor.apply_chat_template(messages, **options)
             made["ids"].append(inputs["input_ids"])
             made["pixels"].append(inputs.get("pixel_values"))
-            made["logits"].append(model(**inputs).logits)
+            made["logits"].append(exact(**inputs).logits)
         texts = [
             processor.apply_chat_template(messages, add_generation_prompt=True)
             for messages in todo["conversations"]
@@ -69,7 +70,7 @@ for folder in todo["folders"]:
         )
         made["batch_ids"] = batch["input_ids"]
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        made["batch_logits"] = model(**batch, position_ids=positions).logits
+        made["batch_logits"] = exact(**batch, position_ids=positions).logits
         said = model.generate(**batch, max_new_tokens=todo["new_tokens"], do_sample=False)
         said = said[:, batch["input_ids"].shape[1]:]
         made["texts"] = processor.batch_decode(said, skip_special_tokens=True)
@@ -90,6 +91,7 @@ def expected(run: Path, messages: list[list[dict[str, Any]]]) -> dict[str, Any]:
     batch = processor(messages)
     said = model.generate(**batch, workflow="mm", max_new_tokens=NEW_TOKENS, do_sample=False)
     said = said[:, batch["input_ids"].shape[1] :]
+    model.double()  # both sides in double precision: what is left is no rounding
     return {
         "inputs": singles,
         "batch": batch,
@@ -146,10 +148,10 @@ def test_stock_transformers_gives_the_grafts_logits(
 ) -> None:
     graft, exported, stock = results[arch, tower]
     for ours, theirs in zip(graft["logits"], stock["logits"], strict=True):
-        torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=0)
+        torch.testing.assert_close(theirs, ours, atol=1e-9, rtol=0)
     shown = graft["batch"]["attention_mask"] == 1  # what stands at padding is nobody's
     ours, theirs = graft["batch_logits"][shown], stock["batch_logits"][shown]
-    torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=0)
+    torch.testing.assert_close(theirs, ours, atol=1e-9, rtol=0)
     assert exported.difference <= 1e-5
 
 

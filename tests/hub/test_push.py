@@ -17,7 +17,8 @@ from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.hub.card import MARKER
 from mmgraft.hub.push import find_target, plan_push, send
 from mmgraft.model.files.graft_file import BaseReference, GraftFile
-from mmgraft.runs.contents import UploadFile, graft_parameters
+from mmgraft.model.files.summary import graft_parts
+from mmgraft.runs.contents import UploadFile
 from mmgraft.runs.results import write_results
 from mmgraft.vision.spec import VisionSpec
 from report_example import text_section, vision_section
@@ -420,7 +421,8 @@ def test_the_plan_tells_of_folders_in_the_results(run: Path) -> None:
 
 
 def test_parts_of_a_graft_are_counted_by_name(run: Path) -> None:
-    assert graft_parameters(run) == {"projector": 64 * 64 + 64, "layers": 128 * 64, "norm": 64}
+    sizes = {row.part: row.parameters for row in graft_parts(run, "iaa")}
+    assert sizes == {"projector": 64 * 64 + 64, "inserted layers": 128 * 64, "norm": 64}
 
 
 def test_sizes_are_those_of_the_files(run: Path) -> None:

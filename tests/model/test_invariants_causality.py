@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from torch import Tensor
 
+from decoding import changed_at
 from grafting import (
     CONFIGS,
     MIXTURES,
@@ -22,20 +22,6 @@ from tiny import VARIANTS
 
 # The image first, in the middle, last; two images.
 WORDS = ("iiiitttttttttttt", "ttttttiiiitttttt", "ttttttttttttiiii", "ttiiiittttiiiitt")
-
-
-def changed_at(inputs: dict[str, Tensor], column: int) -> dict[str, Tensor]:
-    """The batch with another token, or another patch of the image, at one column of every row."""
-    ids, features = inputs["input_ids"].clone(), inputs["image_features"].clone()
-    kinds, first = inputs["mm_token_type_ids"], 0
-    for number, line in enumerate(kinds):
-        if line[column]:
-            patch = int(line[:column].sum())
-            features[first + patch // PATCHES, patch % PATCHES] += 1.0
-        else:
-            ids[number, column] = 6 + (int(ids[number, column]) - 6 + 17) % 290
-        first += int(line.sum()) // PATCHES
-    return {**inputs, "input_ids": ids, "image_features": features}
 
 
 def leak(model, column: int) -> tuple[float, float]:

@@ -185,6 +185,34 @@ def test_resolved_writes_the_recipe_values_into_stages(recipe_file):
     assert {stage.precision for stage in recipe.stages} == {"bf16"}
 
 
+@pytest.mark.parametrize(
+    ("key", "of_recipe", "own", "neither"),
+    [
+        ("seed", 5, 9, 0),
+        ("seed", 5, 0, 0),
+        ("precision", "fp32", "bf16", "bf16"),
+        ("precision", "bf16", "fp32", "bf16"),
+        ("workflow", "see", "ground", "mm"),
+        ("text_rows", "graft", "skip", "skip"),
+        ("text_rows", "skip", "graft", "skip"),
+        ("image_share", 0.25, 0.75, None),
+        ("data", [{"path": "a"}], [{"path": "b"}], []),
+    ],
+)
+def test_a_stage_has_its_own_value_or_else_the_recipes(key, of_recipe, own, neither):
+    extra = {"text_rows": "graft"} if key == "image_share" else {}
+    stages = [{"name": name, "train": ["projector"], "lr": 1.0} for name in "ab"]
+    whole = {"name": "x", "method": "iaa", **extra, "stages": [{**stages[0], key: own}, stages[1]]}
+
+    def shown(recipe: dict) -> list:
+        found = [getattr(one, key) for one in Recipe.model_validate(recipe).resolved().stages]
+        return [[x.path for x in one] if isinstance(one, list) else one for one in found]
+
+    plain = (lambda value: [x["path"] for x in value]) if key == "data" else (lambda value: value)
+    assert shown({**whole, key: of_recipe}) == [plain(own), plain(of_recipe)]
+    assert shown(whole) == [plain(own), plain(neither)]
+
+
 def test_dump_reads_back_to_the_same(recipe_file):
     recipe = load_recipe(recipe_file(SMALL)).resolved()
     assert Recipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe

@@ -62,3 +62,17 @@ def differences(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     real = inputs["attention_mask"].bool()
     found, expected = in_chunks(model, inputs)[real], logits_of(model, placed(model, inputs))[real]
     return (found.float() - expected.float()).abs().amax(-1)
+
+
+def changed_at(inputs: dict[str, Tensor], column: int) -> dict[str, Tensor]:
+    """The batch with another token, or another patch of the image, at one column of every row."""
+    ids, features = inputs["input_ids"].clone(), inputs["image_features"].clone()
+    kinds, first = inputs["mm_token_type_ids"], 0
+    for number, line in enumerate(kinds):
+        if line[column]:
+            patch = int(line[:column].sum())
+            features[first + patch // PATCHES, patch % PATCHES] += 1.0
+        else:
+            ids[number, column] = 6 + (int(ids[number, column]) - 6 + 17) % 290
+        first += int(line.sum()) // PATCHES
+    return {**inputs, "input_ids": ids, "image_features": features}

@@ -55,7 +55,7 @@ def split_at_answer(transcript: Transcript, turn: int, where: str) -> tuple[str,
         UsageError: The template does not write the answer exactly once.
     """
     messages = list(transcript.messages)
-    marker = _unused_marker(transcript.tokens.text)
+    marker = unused_marker(transcript.tokens.text)
     messages[turn] = {**messages[turn], "content": marker}
     return _split(transcript, messages, marker, where)
 
@@ -70,7 +70,7 @@ def content_ends(transcript: Transcript, turns: Collection[int]) -> dict[int, in
         text; none at all where marks change what the template writes.
     """
     text = transcript.tokens.text
-    marker = _unused_marker(text)
+    marker = unused_marker(text)
     messages = list(transcript.messages)
     for turn in turns:
         content = messages[turn].get("content") if turn >= 0 else None
@@ -89,7 +89,8 @@ def content_ends(transcript: Transcript, turns: Collection[int]) -> dict[int, in
     }
 
 
-def _unused_marker(text: str) -> str:
+def unused_marker(text: str) -> str:
+    """Return a marker that a text does not contain."""
     marker = MARKER
     while marker in text:
         marker += "z"

@@ -162,6 +162,11 @@ class _Answers:
             UsageError: It cannot be found.
         """
         messages, text = self.transcript.messages, self.text
+        if messages[turn].get("tool_calls") and not messages[turn].get("content"):
+            written = self.transcript.render(messages[: turn + 1]).rstrip()
+            if text.startswith(written):  # it may write calls where it writes no content
+                tokens = list(self.transcript.copies.added_tokens.finditer(written))
+                return len(written), bool(tokens) and tokens[-1].end() == len(written)
         closing = closing_of(self.transcript, turn, where)
         ending = closing.last if turn == len(messages) - 1 else closing.inner
         content = self.contents.get(turn)

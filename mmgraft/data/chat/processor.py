@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -14,14 +15,17 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from mmgraft.data.batches.sequences import Side, pad
+from mmgraft.data.chat.answers import Answers, learn
 from mmgraft.data.chat.content import Message, flatten, has_image, has_parts
-from mmgraft.data.chat.template import Template, apply, reads_parts, render
+from mmgraft.data.chat.template import Template, apply, check_template, reads_parts, variables
 from mmgraft.data.chat.transcript import (
     STOCK_SENTINEL,
     SentinelTokenizers,
     Transcript,
     with_sentinel,
 )
+from mmgraft.data.chat.turns import clean
+from mmgraft.data.chat.written import refuse_dropped, takes_text, with_text
 from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError
 from mmgraft.vision.plan import ImagePositions
@@ -111,6 +115,9 @@ class GraftProcessor:
             template: A ``Template``, or one of the kinds that need no text.
             preprocess: The vision tower's; without it ``__call__`` takes no images.
             options: Variables of the chat template, such as ``enable_thinking``.
+
+        Raises:
+            UsageError: The template does not know an option, or no template is chosen of several.
         """
         if isinstance(template, str):
             if template not in ("chat", "plain"):
@@ -124,18 +131,21 @@ class GraftProcessor:
         self.template = template
         self.preprocess = preprocess
         self.options = dict(options or {})
+        check_template(template, tokenizer, self.options)
         self._copies = SentinelTokenizers(tokenizer)
         self._reads_parts: bool | None = None
 
     def with_template(self, template: Template | str) -> Self:
-        """Return the same processor with another template."""
+        """Return the same processor with another template, and the options that it knows."""
+        made = template if isinstance(template, Template) else Template(template)  # type: ignore[arg-type]
+        known = variables(made, self.tokenizer) if self.options else frozenset[str]()
         return type(self)(
             self.tokenizer,
             self.image_positions,
             self.placeholder_id,
             template,
             self.preprocess,
-            self.options,
+            {name: self.options[name] for name in self.options if name in known},
         )
 
     def transcript(
@@ -145,13 +155,38 @@ class GraftProcessor:
         where: str = "the conversation",
         prompting: bool = False,
     ) -> Transcript:
-        """Return the conversation as its template and tokenizer see it; see ``Transcript``."""
+        """Return the conversation as its template and tokenizer see it; see ``Transcript``.
+
+        Raises:
+            UsageError: The template refuses it, or leaves something of it out.
+        """
+        return self._read(messages, tools, where, prompting)[1]
+
+    def _read(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        where: str,
+        prompting: bool = False,
+    ) -> tuple[list[dict[str, Any]], Transcript]:
+        """Return the messages as the template takes them, and their transcript."""
+        messages = clean(messages, where)
         flat, images = flatten(messages, STOCK_SENTINEL, where)
         plain = Transcript(
             flat, images, self.template, self._copies, self.tokenizer, tools, self.options,
             where=where, prompting=prompting,
         )  # fmt: skip
-        return with_sentinel(plain, messages) if images else plain
+        if takes_text(plain):
+            messages = with_text(messages)
+            plain = replace(plain, messages=with_text(flat))
+        transcript = with_sentinel(plain, messages) if images else plain
+        refuse_dropped(transcript)
+        return messages, transcript
+
+    @cached_property
+    def answers(self) -> Answers:
+        """How answers look: what ends one, and where the reasoning before it ends."""
+        return learn(self.transcript)
 
     def prompt(
         self,
@@ -161,17 +196,10 @@ class GraftProcessor:
         where: str = "the conversation",
     ) -> str:
         """Return the text that is tokenised: the base's own, or with a sentinel for each image."""
-        if has_image(messages):
-            return self.transcript(messages, tools, where, add_generation_prompt).tokens.text
-        return render(
-            self.template,
-            self.tokenizer,
-            self._text_only(messages, where),
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            options=self.options,
-            where=where,
-        )
+        messages, transcript = self._read(messages, tools, where, add_generation_prompt)
+        if transcript.images:
+            return transcript.tokens.text
+        return transcript.render(self._text_only(messages, where), add_generation_prompt)
 
     def encode(
         self,
@@ -241,7 +269,7 @@ class GraftProcessor:
             conversations: A list of conversations, or one conversation.
             padding_side: "left" for generation, "right" for training.
             add_generation_prompt: End with the header of an answer.
-            tools: For the chat template, the same for all.
+            tools: For the chat template, the same for all; or a list (or None) for each.
 
         Returns:
             What ``collate`` gives; with images also their pixel_values, in order of appearance.
@@ -256,9 +284,11 @@ class GraftProcessor:
             raise UsageError("no conversation to process; give at least one")
         names = ["the conversation"] if len(batch) == 1 else []
         names = names or [f"conversation {number}" for number in range(1, len(batch) + 1)]
+        own = any(one is None or isinstance(one, list | tuple) for one in tools or ())
+        each: Sequence[Any] = tools if own and tools is not None else [tools] * len(batch)
         rows = [
-            self.encode(messages, add_generation_prompt, tools, where)
-            for messages, where in zip(batch, names, strict=True)
+            self.encode(messages, add_generation_prompt, given, where)
+            for messages, given, where in zip(batch, each, names, strict=True)
         ]
         inputs = self.collate(rows, padding_side)
         images = [
@@ -332,6 +362,19 @@ class GraftProcessor:
             ids = ids.tolist()
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def answer(self, ids: Sequence[int] | Tensor) -> str:
+        """Return the answer in generated ids: what comes after reasoning, without special tokens.
+
+        Reasoning that does not end has no answer after it.
+        """
+        text = self.decode(ids)
+        special = self.answers.special
+        if special is None:
+            return self.answers.shown(text).strip()
+        whole = self.decode(ids, skip_special_tokens=False)
+        shown = self.answers.shown(whole)
+        return (text if shown == whole.lstrip() else special.sub("", shown)).strip()
+
     def _text_ids(
         self,
         messages: Sequence[Message],
@@ -339,9 +382,10 @@ class GraftProcessor:
         tools: Sequence[Any] | None,
         where: str,
     ) -> list[int]:
+        messages, transcript = self._read(messages, tools, where)
         messages = self._text_only(messages, where)
         if self.template.kind == "plain":
-            text = render(self.template, self.tokenizer, messages, tools=tools, where=where)
+            text = transcript.render(messages)
             return list(self.tokenizer(text, verbose=False)["input_ids"])
         encoding = apply(
             self.template,

@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import Environment, meta
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from mmgraft.data.chat.content import Message
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, did_you_mean
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+_GIVEN = frozenset(
+    (
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("raise_exception", "strftime_now", "range", "namespace", "loop"),
+    )
+)
+"""Variables that transformers gives to a template."""
 _PROBE = "mmgraft probe"
 
 
@@ -49,12 +58,16 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
                 "this base's tokenizer has no chat template; write `template: plain` (an image, "
                 "then text), or `template:` with the path of a jinja file"
             )
+        check_template(Template("chat"), tokenizer, {})
         return Template("chat")
     if spec == "plain":
         return Template("plain")
-    path = Path(spec)
+    path, named = Path(spec), _named(tokenizer)
+    if spec in named and not path.is_file():
+        return Template("file", named[spec])
     if not path.is_file():
-        raise UsageError(f"no template file {spec}; write chat, plain or the path of a jinja file")
+        known = ", ".join(["chat", "plain", *named])
+        raise UsageError(f"no template file {spec}; write {known} or the path of a jinja file")
     text = path.read_text(encoding="utf-8")
     template = Template("file", text)
     try:
@@ -66,6 +79,49 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
     except (TemplateError, TypeError):
         pass  # it may want other roles than the probe's; conversations are refused one by one
     return template
+
+
+def _named(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, str]:
+    """Return a tokenizer's templates by name; none where it has a single one."""
+    own = tokenizer.chat_template
+    return own if isinstance(own, Mapping) else {}
+
+
+def check_template(
+    template: Template, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> None:
+    """Refuse options that a template does not know, and a template that is not chosen.
+
+    Raises:
+        UsageError: It names what there is to choose from.
+    """
+    named = _named(tokenizer)
+    if template.kind == "chat" and named and "default" not in named:
+        raise UsageError(
+            f"the base's chat templates are called {', '.join(named)}, and none is the default; "
+            "choose one: mmgraft graft --template NAME"
+        )
+    known = variables(template, tokenizer) if options else frozenset()
+    for name in options:
+        if name not in known:
+            raise UsageError(
+                f"template option {name!r}: the template has no such variable; "
+                f"{did_you_mean(name, sorted(known))}"
+            )
+
+
+def variables(template: Template, tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Return the variables of a template that a user may set, such as ``enable_thinking``."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    found: set[str] = set()
+    for tools in (None, [{}]):
+        source = _MARKS.sub("", source_of(template, tokenizer, tools))
+        try:
+            found |= meta.find_undeclared_variables(environment.parse(source))
+        except TemplateSyntaxError:
+            continue  # conversations are refused by it
+    own = {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *tokenizer.special_tokens_map}
+    return frozenset(found - own - _GIVEN)
 
 
 def render(

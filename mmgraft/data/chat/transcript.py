@@ -39,6 +39,7 @@ class SentinelTokenizers:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.closings: dict[bool, Any] = {}  # of answers, with and without tools
+        self.written: set[Any] = set()  # kinds of turns that the template writes whole
         self._copies: dict[str, tuple[PreTrainedTokenizerBase, int]] = {}
 
     def get(self, sentinel: str) -> tuple[PreTrainedTokenizerBase, int] | None:

@@ -7,6 +7,17 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from mmgraft.data.chat.content import image_of, is_image
+from mmgraft.data.chat.turns import (
+    PART_KEYS,
+    ROW_KEYS,
+    TEMPLATE_KEYS,
+    TURN_KEYS,
+    clean_turn,
+    refuse_unread,
+    role_of,
+    tools_of,
+    with_system,
+)
 from mmgraft.data.images import is_data_uri, refuse_web
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
@@ -22,14 +33,6 @@ _LONGEST_NAME = 1000
 """Characters; what is longer is hardly a path."""
 _DEEPEST = 100
 """Lists and objects in each other."""
-
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 class RowReader:
@@ -72,8 +75,10 @@ class RowReader:
         where = f"{where} (id {index})"
         kind = self._kind(data, where)
         _check_text(data, where)
+        refuse_unread(data, ROW_KEYS, where)
         messages = self._llava(data, where) if kind == "llava" else self._messages(data, where)
-        return Row(index, messages, self.file, place, data.get("tools") or None)
+        messages = with_system(messages, data, where)
+        return Row(index, messages, self.file, place, tools_of(data, where))
 
     def _kind(self, data: dict[str, Any], where: str) -> str:
         keys = {"llava": "conversations", "messages": "messages"}
@@ -97,12 +102,8 @@ class RowReader:
             at = f"{where}, turn {number}"
             if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
                 raise UsageError(f"{at}: not {{'from': ..., 'value': text}}; correct the turn")
-            role = _SPEAKERS.get(str(turn.get("from")).lower())
-            if role is None:
-                raise UsageError(
-                    f"{at}: 'from' is {brief(repr(turn.get('from')))}; write one of "
-                    f"{', '.join(_SPEAKERS)}"
-                )
+            refuse_unread(turn, TURN_KEYS, at)
+            role = role_of(turn.get("from"), at)
             pieces = turn["value"].split(LLAVA_IMAGE)
             found += len(pieces) - 1
             messages.append({"role": role, "content": self._fill(pieces, queue, where)})
@@ -136,12 +137,14 @@ class RowReader:
             at = f"{where}, turn {number}"
             if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
                 raise UsageError(f"{at}: not {{'role': ..., 'content': ...}}; correct the message")
+            refuse_unread(turn, (*TURN_KEYS, *TEMPLATE_KEYS), at)
+            turn = clean_turn(turn, at)
             content = turn.get("content")
             if isinstance(content, list):
                 content = [self._part(part, queue, at) for part in content]
             elif not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
                 raise UsageError(f"{at}: 'content' is neither a text nor a list; write one of them")
-            messages.append({**turn, "content": content} if "content" in turn else dict(turn))
+            messages.append({**turn, "content": content} if "content" in turn else turn)
         if queue:
             raise UsageError(
                 f"{where}: {len(listed)} images are listed, but {len(listed) - len(queue)} parts "
@@ -150,6 +153,8 @@ class RowReader:
         return messages
 
     def _part(self, part: Any, queue: list[Any], at: str) -> dict[str, Any]:
+        if isinstance(part, dict) and part.get("type") in ("image", "image_url", "text"):
+            refuse_unread(part, PART_KEYS, at)
         if is_image(part):
             image = image_of(part)
             if image is None and not queue:

@@ -49,6 +49,8 @@ class Sample(Protocol):
     @property
     def messages(self) -> Sequence[Any]: ...
     @property
+    def tools(self) -> Sequence[Any] | None: ...
+    @property
     def file(self) -> str: ...
     @property
     def where(self) -> str: ...
@@ -256,7 +258,7 @@ def _encode(answerer: Answerer, sample: Sample) -> Encoded:
     """Encode a row whole, with its answer; an item up to where the answer begins."""
     ends_with_question = bool(sample.messages) and sample.messages[-1].get("role") == "user"
     return answerer.processor.encode(
-        sample.messages, add_generation_prompt=ends_with_question, where=sample.where
+        sample.messages, ends_with_question, sample.tools, sample.where
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmgraft.anatomy import get_path
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.dialogues.dialogues import (
     SHAPES,
@@ -57,6 +58,7 @@ def question_vectors(answerer: Answerer, questions: Sequence[str]) -> np.ndarray
         list(processor.tokenizer(text or " ")["input_ids"])[-_LONGEST:] or [processor.pad_id]
         for text in questions
     ]
+    trunk = get_path(model.base, model.anatomy.trunk_path)
     order = sorted(range(len(ids)), key=lambda at: len(ids[at]))
     vectors: list[np.ndarray] = [np.empty(0)] * len(ids)
     for start in range(0, len(order), _BATCH):
@@ -64,7 +66,7 @@ def question_vectors(answerer: Answerer, questions: Sequence[str]) -> np.ndarray
         rows = pad([ids[at] for at in indices], processor.pad_id, "right").to(model.device)
         mask = pad([[1] * len(ids[at]) for at in indices], 0, "right").to(model.device)
         with torch.no_grad(), model.text_only():
-            states = model.base.base_model(input_ids=rows, attention_mask=mask).last_hidden_state
+            states = trunk(input_ids=rows, attention_mask=mask).last_hidden_state
         weights = mask.unsqueeze(-1).float()  # (b, s, 1)
         means = (states.float() * weights).sum(1) / weights.sum(1)  # (b, h)
         for at, one in zip(indices, means.cpu().numpy(), strict=True):
@@ -155,9 +157,7 @@ def _short(
     kept = []
     for item in items:
         answer = {"role": "assistant", "content": max(item.options, key=len)}
-        encoded = processor.encode(
-            [*item.messages, answer], add_generation_prompt=False, where=item.where
-        )
+        encoded = processor.encode([*item.messages, answer], False, item.tools, item.where)
         if len(encoded) <= most:
             kept.append(item)
     if len(kept) < len(items):

@@ -31,10 +31,11 @@ def answer(
     features: Features | None = None,
     workflow: str | None = None,
     names: Sequence[str] | None = None,
+    tools: Sequence[Any] | None = None,
     on_result: Callable[[Sequence[int], Sequence[str]], None] = lambda indices, texts: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Generate greedy answers without special tokens, in batches of rows of like length.
+    """Generate greedy answers without reasoning, in batches of rows of like length.
 
     Rows about one image follow one another, and the prefix that the rows of a batch share is read
     once; see :func:`mmgraft.evaluation.generate.shared_prefix.read_prefix`.
@@ -48,6 +49,7 @@ def answer(
         features: The tower's features of image files; by default the tower computes them.
         workflow: For all rows; by default rows with an image run the model's and others ``text``.
         names: What errors call each conversation.
+        tools: Of each conversation, for the chat template.
         on_result: Called with the indices and the answers of each batch as it ends.
         progress: Called with how many are answered, and of how many.
 
@@ -56,8 +58,10 @@ def answer(
     """
     names = names or [f"conversation {at}" for at in range(1, len(conversations) + 1)]
     encoded = [
-        processor.encode(messages, where=name)
-        for messages, name in zip(conversations, names, strict=True)
+        processor.encode(messages, tools=own, where=name)
+        for messages, own, name in zip(
+            conversations, tools or [None] * len(conversations), names, strict=True
+        )
     ]
     refuse_longer(encoded, names, model.anatomy.position_table, max_new_tokens)
     if workflow not in (None, TEXT_WORKFLOW):
@@ -112,18 +116,17 @@ class _Batch:
         for row, name in zip(rows, names, strict=True):
             if self.features is None:
                 open_images(row.images, name)  # an error names the item
-        with torch.no_grad(), flat_heads(self.model):
+        with torch.no_grad(), flat_heads(self.model), self.model.greedy():
             inputs = self._inputs(max_new_tokens)
             made = self.model.generate(
                 **inputs,
                 workflow=self.workflow,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                num_beams=1,
                 pad_token_id=processor.pad_id,
             )
         length = inputs["input_ids"].shape[1]
-        return [processor.decode(ids[length:]).strip() for ids in made]
+        return [processor.answer(ids[length:]) for ids in made]
 
     def _inputs(self, max_new_tokens: int) -> dict[str, Any]:
         """Return inputs of ``generate``: the shared prefix, padding, and the rest of each row."""

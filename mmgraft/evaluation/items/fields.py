@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmgraft.data.chat.turns import ROW_KEYS
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.items.item import Box
 
@@ -66,6 +67,12 @@ class Fields:
             if record.get(key) is not None:
                 return record[key]
         return None
+
+    def others(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a record without what ``columns`` names, but for the row's own keys."""
+        named = {part.strip() for name in self.columns.values() for part in name.split(",")}
+        named |= set(self.columns.values())
+        return {key: record[key] for key in record if key in ROW_KEYS or key not in named}
 
     def question(self, record: Mapping[str, Any], where: str) -> str | None:
         """Return the question, after its passage where there is one."""

@@ -140,7 +140,7 @@ def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:
     for place, record in item_records(path, list(spec.columns.values())):
         where = f"{path}, {place}"
         if "messages" in record or "conversations" in record:
-            pairs += _pairs(rows.row(place, record).messages)
+            pairs += _pairs(rows.row(place, fields.others(record)).messages)
             continue
         question, answers = fields.question(record, where), fields.answers(record, where)
         if not answers:
@@ -218,8 +218,9 @@ class _ItemReader:
         options = self.fields.options(record, where)
         answers = self.fields.answers(record, where)
         if "messages" in record or "conversations" in record:
-            turns = list(self.rows.row(place, record).messages)
-            messages, question, last = self._of_turns(turns, options, where)
+            row = self.rows.row(place, self.fields.others(record))
+            named["tools"] = row.tools
+            messages, question, last = self._of_turns(list(row.messages), options, where)
             answers = answers or ([] if last is None else [last])
         else:
             messages, question = self._of_fields(record, options, where)

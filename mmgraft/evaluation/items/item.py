@@ -35,6 +35,7 @@ class Item:
         size: ``(width, height)`` of the image in pixels, for grounding.
         kind: A breakdown's class, such as ``color``.
         group: The bootstrap resamples items of one group together; by default an image's path.
+        tools: For the chat template.
         file: Where the item was read.
         place: Where in the file: "line 12" or "row 12", counted from 1.
     """
@@ -49,6 +50,7 @@ class Item:
     size: tuple[int, int] | None = None
     kind: str | None = None
     group: str | None = None
+    tools: Sequence[Any] | None = None
     file: str = ""
     place: str = ""
 

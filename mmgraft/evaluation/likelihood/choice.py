@@ -142,7 +142,7 @@ def _plain(processor: GraftProcessor, item: Item, texts: Sequence[str]) -> Reque
 def _chat(processor: GraftProcessor, item: Item, texts: Sequence[str]) -> Request:
     """Write the conversation up to the answer, and each option as the answer's first ids."""
     messages = [dict(message) for message in item.messages]
-    transcript = processor.transcript(messages, where=item.where)
+    transcript = processor.transcript(messages, item.tools, item.where)
     prompt = transcript.render(add_generation_prompt=True)
     context = transcript.ids(prompt)
     gap = _gap(transcript, prompt)

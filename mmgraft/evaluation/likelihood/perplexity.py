@@ -128,7 +128,7 @@ def answer_window(processor: GraftProcessor, item: Item, length: int) -> Window:
     Raises:
         UsageError: The template refuses the chat, or its answer alone is too long.
     """
-    encoded = supervise(processor, conversation(item), where=item.where)
+    encoded = supervise(processor, conversation(item), item.tools, item.where)
     start, end = encoded.spans[-1]
     if end - start > length:
         raise UsageError(

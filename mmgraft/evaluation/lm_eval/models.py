@@ -63,6 +63,8 @@ class TextLM(HFLM):
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Tensor:
         generation_kwargs["workflow"] = self._workflow
+        # Plain text ends where the base ends it, not where a template's turn does.
+        generation_kwargs["eos_token_id"] = self.model.generation_config.eos_token_id
         return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
 
@@ -88,6 +90,11 @@ class ImageLM(HFMultimodalLM):
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *_: Any, **__: Any) -> None:
         self.tokenizer, self.processor = tokenizer, self._graft_processor
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        if skip_special_tokens and isinstance(tokens, list):
+            return self._graft_processor.answer(tokens)
+        return super().tok_decode(tokens, skip_special_tokens)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

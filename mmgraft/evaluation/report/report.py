@@ -16,7 +16,8 @@ from mmgraft.evaluation.report.about_run import METRICS, shown_name, without_fol
 from mmgraft.evaluation.report.markdown import render, render_html
 from mmgraft.evaluation.report.sheets import is_private
 from mmgraft.model.files.graft_file import OWN_BASE, GraftFile
-from mmgraft.runs.contents import RECIPE, graft_parameters
+from mmgraft.model.files.summary import graft_parts
+from mmgraft.runs.contents import RECIPE
 from mmgraft.runs.results import FOLDER, SCHEMA_VERSION, Results, measured
 from mmgraft.strict import MeasuredModel
 
@@ -68,7 +69,7 @@ def write_report(run: Path) -> dict[str, Path]:
         base=shown_name(record.base.id),
         base_trained=record.base_trained,
         vision=shown_name(record.vision.name),
-        parameters=graft_parameters(run),
+        parameters={row.part: row.parameters for row in graft_parts(run, record.method)},
         identity=score_tables.identity_sentence(text.identity) if text and text.identity else None,
         sections={**sections},
         repeat=about_run.commands(run, record, list(sections.values())),

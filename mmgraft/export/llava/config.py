@@ -70,7 +70,7 @@ def stretch(config: PreTrainedConfig, sources: Sequence[int]) -> PreTrainedConfi
     """
     count = config.attribute_map.get(_COUNT, _COUNT)
     values = config.to_dict()
-    before = values[count]
+    before = config.num_hidden_layers
     if list(sources) == list(range(before)):
         return type(config).from_dict(values)
     of_every_config = set(PreTrainedConfig().to_dict())
@@ -80,7 +80,8 @@ def stretch(config: PreTrainedConfig, sources: Sequence[int]) -> PreTrainedConfi
                 values[key] = [j for j, source in enumerate(sources) if source in value]
             elif len(value) == before and not key.endswith(("token_id", "token_ids")):
                 values[key] = [value[source] for source in sources]
-    values[count] = len(sources)
+    if count in values:  # NemotronH counts its list of kinds
+        values[count] = len(sources)
     try:
         stretched = type(config).from_dict(values)
         reason = _difference(config, stretched, sources)

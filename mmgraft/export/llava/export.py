@@ -119,6 +119,8 @@ def _notes(plan: _Plan) -> list[str]:
             f"{token} is a new token: embedding and head are {rows} longer than the base's"
         )
     notes.append(f"text that contains {token} literally is read as an image position")
+    if stops := processor.graft.answers.stops:
+        notes.append(f"answers end with text: give generate(stop_strings={list(stops)!r})")
     if made_of.anatomy.logit_scale != 1.0:
         notes.append(
             f"the base's factor on its logits, {made_of.anatomy.logit_scale:g}, went into the head"
@@ -133,6 +135,8 @@ def _generation_config(plan: _Plan) -> GenerationConfig:
     except OSError:
         config = GenerationConfig.from_model_config(made_of.base_config)
     config._from_model_config = False  # LLaVA's own config knows none of these ids
+    answers = plan.processor.graft.answers
+    config.eos_token_id = answers.with_ends(config.eos_token_id)
     if plan.processor.new_rows:  # tokens that the base does not have, so never says
         config.suppress_tokens = [*(config.suppress_tokens or []), *plan.processor.new_rows]
     return config

@@ -68,8 +68,8 @@ class IAAGraft(Graft):
     def assign_slots(self, first: int) -> None:
         for k, layer in enumerate(self.layers):
             for module in layer.modules():
-                if hasattr(module, "layer_idx"):
-                    module.layer_idx = first + k  # type: ignore[assignment]
+                for name in self.anatomy.layer_numbers & vars(module).keys():
+                    setattr(module, name, first + k)
 
     def acts_on(self, index: int) -> bool:
         return index in self._inserted_at

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mmgraft.anatomy import Anatomy, examine_config
 from mmgraft.data.chat.placeholder import choose_placeholder
+from mmgraft.data.chat.template import Template, check_template, resolve_template
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import BaseParts, Graft
+from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method, methods
 from mmgraft.layers import parse_layers
 from mmgraft.model.files.graft_file import (
@@ -23,6 +25,7 @@ from mmgraft.model.files.graft_file import (
 )
 from mmgraft.model.files.parts import LoadedParts, ReadParts, check_layers
 from mmgraft.model.files.save import graft_tensors, write_graft
+from mmgraft.model.trial import refusal
 from mmgraft.model.workflow import Workflow
 from mmgraft.strict import StrictModel
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
@@ -47,14 +50,17 @@ def make_on_loaded(
     template: TemplateChoice | None,
     tower: VisionTower | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    tried: bool = False,
 ) -> Workflow:
-    """Make a fresh workflow on a base in memory."""
+    """Make a fresh workflow on a base in memory; ``tried``: the method was tried on its like."""
     if getattr(base, "is_quantized", False):
         raise UsageError(
             "this base is held in 4-bit, so its exact tensors are gone: name the base by id "
             "or folder and give quantization='nf4'."
         )
     _copied_layers(config, anatomy)
+    if not tried:
+        _refuse(get_method(cast(Any, config).method), anatomy, base.config)
     reference = BaseReference(id=base.config._name_or_path or "unknown")
     parts, chosen = LoadedParts(base, anatomy), template or TemplateChoice()
     return _make(config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen)
@@ -144,6 +150,7 @@ def make_from_files(
     base_config = load_config(files)
     anatomy = examine_config(base_config)
     indices = _copied_layers(config, anatomy)
+    _refuse(get_method(cast(Any, config).method), anatomy, base_config)
     tokenizer = find_tokenizer(files.path)
     chosen = choose_template(tokenizer, template, files.id)
     reference = BaseReference(id=files.id, revision=files.revision, fingerprint=fingerprint(files))
@@ -164,6 +171,17 @@ def _copied_layers(config: Any, anatomy: Anatomy) -> list[int]:
     return indices
 
 
+def _refuse(method: Method, anatomy: Anatomy, config: PreTrainedConfig) -> None:
+    """Refuse a method that does not keep its promises on a base."""
+    reason = refusal(method, anatomy, config)
+    if reason is not None:
+        others = [name for name, one in methods().items() if not refusal(one, anatomy, config)]
+        raise UsageError(
+            f"method {method.name} cannot be used on this base: {reason}. Methods that can: "
+            f"{', '.join(others) or 'none'}."
+        )
+
+
 def _make(
     config: Any,  # the method's settings
     anatomy: Anatomy,
@@ -175,21 +193,13 @@ def _make(
     tokenizer: PreTrainedTokenizerBase | None,
     template: TemplateChoice,
 ) -> Workflow:
-    method = get_method(config.method)
-    reason = method.refuses(anatomy)
-    if reason is not None:
-        others = [name for name, one in methods().items() if one.refuses(anatomy) is None]
-        raise UsageError(
-            f"method {method.name} cannot be used on this base: {reason}. Methods that can: "
-            f"{', '.join(others)}."
-        )
     size = anatomy.embedding_size
     width = size if tower is None else tower.hidden_size
     with torch.random.fork_rng(devices=[]):  # the same graft twice, whatever was drawn before
         torch.manual_seed(SEED)
         # The projector first: the same one whatever the method, so that methods compare.
         projector = build_projector(spec, width, size)
-        graft: Graft = method.load_graft()(config, anatomy, parts)
+        graft: Graft = get_method(config.method).load_graft()(config, anatomy, parts)
     token, why = choose_placeholder(tokenizer, anatomy.vocab_size)
     record = GraftFile(
         method=config.method,
@@ -215,13 +225,19 @@ def choose_template(
     """Return the template of a graft: what the user asked for, else the base's own; never a guess.
 
     Raises:
-        UsageError: The base has no chat template and none was named.
+        UsageError: The base has no chat template and none was named, none of several is chosen, or
+            an option is no variable of the template.
     """
-    if wanted is not None and wanted.kind != "chat":
+    wanted = wanted or TemplateChoice()
+    if tokenizer is None:
         return wanted
-    if tokenizer is not None and not getattr(tokenizer, "chat_template", None):
+    if wanted.kind == "chat" and wanted.text is not None:
+        named = resolve_template(wanted.text, tokenizer)
+        wanted = wanted.model_copy(update={"kind": named.kind, "text": named.text})
+    if wanted.kind == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UsageError(
             f"{name} has no chat template: add --template plain (image, then text) or "
             "--template FILE.jinja."
         )
-    return TemplateChoice()
+    check_template(Template(wanted.kind, wanted.text), tokenizer, wanted.options)
+    return wanted

@@ -57,10 +57,16 @@ class ImageToken(_Strict):
 
 
 class TemplateChoice(_Strict):
-    """How conversations become text: the tokenizer's template, plain, or a file's text."""
+    """How conversations become text: the tokenizer's template, plain, or a file's text.
+
+    Attributes:
+        text: The file's; of kind "chat" the name of one of several templates, while it is chosen.
+        options: Variables of the template, such as ``enable_thinking``.
+    """
 
     kind: Literal["chat", "plain", "file"] = "chat"
     text: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class SeenFeatures(_Strict):

@@ -203,10 +203,11 @@ def load_processor(
         record: The graft's ``graft_config.json``.
         tokenizer_folder: Where the base's tokenizer lies.
         tower: The tower that images go through; its shape is enough to count their positions.
-        options: Variables of the chat template, such as ``enable_thinking``.
+        options: Variables of the chat template, such as ``enable_thinking``, beside those that
+            the record has.
 
     Raises:
-        UsageError: The base has no tokenizer.
+        UsageError: The base has no tokenizer, or its template does not know an option.
     """
     tokenizer = find_tokenizer(Path(tokenizer_folder))
     if tokenizer is None:
@@ -218,6 +219,7 @@ def load_processor(
     shape = tower if isinstance(tower, TowerShape) else tower and TowerShape.of(tower)
     positions = 1 if shape is None else shape.positions(record.projector)
     preprocess = getattr(tower, "preprocess", None)
+    options = {**record.template.options, **(options or {})}
     return GraftProcessor(
         tokenizer, positions, record.image_token.id, template, preprocess, options
     )

@@ -80,6 +80,7 @@ class GraftSummary:
     base_trained: bool
     tower: str
     feature_layer: int | None
+    projector: dict[str, Any]
     parts: list[PartRow]
     parameters: int
     bytes: int
@@ -121,6 +122,7 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
 
     from mmgraft.anatomy import decoder_layers, examine, get_path, skeleton
     from mmgraft.basefiles import load_config
+    from mmgraft.model.trial import refusal
 
     config = load_config(files)
     model = skeleton(config)
@@ -145,7 +147,7 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
         parts["head"] = 0
     total = _count(model)
     parts["other"] = total - sum(parts.values()) - sum(layer.parameters for layer in layers)
-    reasons = {name: method.refuses(anatomy) for name, method in methods().items()}
+    reasons = {name: refusal(one, anatomy, model.config) for name, one in methods().items()}
     return ModelSummary(
         id=files.id,
         revision=files.revision,
@@ -167,18 +169,8 @@ def summarise_graft(folder: Path) -> GraftSummary:
     Raises:
         UsageError: When the config or a weight file is missing, corrupt or newer than this mmgraft.
     """
-    from mmgraft.basefiles.tensor_files import read_headers
-
     record = GraftFile.read(folder)
-    entries = read_headers(folder, "graft")
-    if not entries:
-        raise UsageError(f"{folder} lacks {WEIGHTS_NAME}: copy it there, or graft again")
-    rows: dict[str, PartRow] = {}
-    for name, entry in entries.items():
-        part = _part(name, record.method)
-        old = rows.get(part, PartRow(part, 0, 0, 0))
-        count, size = prod(entry.shape), entry.end - entry.start
-        rows[part] = PartRow(part, old.tensors + 1, old.parameters + count, old.bytes + size)
+    rows = graft_parts(folder, record.method)
     return GraftSummary(
         folder=str(folder),
         method=record.method,
@@ -189,11 +181,32 @@ def summarise_graft(folder: Path) -> GraftSummary:
         base_trained=record.base_trained,
         tower=record.vision.name,
         feature_layer=record.vision.feature_layer,
-        parts=list(rows.values()),
-        parameters=sum(row.parameters for row in rows.values()),
-        bytes=sum(row.bytes for row in rows.values()),
+        projector={"kind": record.projector.kind, **record.projector.model_dump()},
+        parts=rows,
+        parameters=sum(row.parameters for row in rows),
+        bytes=sum(row.bytes for row in rows),
         lacks=lacking(record),
     )
+
+
+def graft_parts(folder: Path, method: str) -> list[PartRow]:
+    """Count the tensors of a graft's files by part, as its method names the parts.
+
+    Raises:
+        UsageError: A weight file is missing or damaged.
+    """
+    from mmgraft.basefiles.tensor_files import read_headers
+
+    entries = read_headers(folder, "graft")
+    if not entries:
+        raise UsageError(f"{folder} lacks {WEIGHTS_NAME}: copy it there, or graft again")
+    rows: dict[str, PartRow] = {}
+    for name, entry in entries.items():
+        part = _part(name, method)
+        old = rows.get(part, PartRow(part, 0, 0, 0))
+        count, size = prod(entry.shape), entry.end - entry.start
+        rows[part] = PartRow(part, old.tensors + 1, old.parameters + count, old.bytes + size)
+    return list(rows.values())
 
 
 def lacking(record: GraftFile) -> dict[str, str]:

@@ -7,12 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 from mmgraft.basefiles.files import fetch_tokenizer
-from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.model.files.load import load_processor
-from mmgraft.recipes.recipe import Stage
+from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import find_recipe, load_recipe, with_data
 from mmgraft.training.distributed import parallel
 from mmgraft.training.memory.estimate import Estimator
@@ -65,7 +64,7 @@ def read_request(
         loaded = load_recipe(find_recipe(target), overrides=overrides)
         subject = subject_of_recipe(loaded, base, vision)
     resolved = with_data(loaded, data, images).resolved(subject.record.workflow)
-    reader = _Reader(subject, resolved.on_bad_row)
+    reader = _Reader(subject, resolved)
     rows = [reader.sizes(stage, length, resolved.seed) for stage in resolved.stages]
     return Estimator(resolved, subject, rows, device, processes)
 
@@ -73,7 +72,7 @@ def read_request(
 def estimator_of_plan(plan: Plan) -> Estimator:
     """Make one for a training that is about to begin, whose rows are read already."""
     subject = subject_of_run(plan.run)
-    reader = _Reader(subject, plan.recipe.on_bad_row)
+    reader = _Reader(subject, plan.recipe)
     sizes = [
         reader.of_rows(rows, stage) for stage, rows in zip(plan.stages, plan.rows, strict=True)
     ]
@@ -83,10 +82,9 @@ def estimator_of_plan(plan: Plan) -> Estimator:
 class _Reader:
     """Sizes of rows, from data where a stage names them."""
 
-    def __init__(self, subject: Subject, on_bad_row: OnBadRow) -> None:
-        self.subject = subject
-        self.on_bad_row = on_bad_row
-        self.data = StageData(on_bad_row)
+    def __init__(self, subject: Subject, recipe: Recipe) -> None:
+        self.subject, self.recipe = subject, recipe
+        self.data = StageData(recipe.on_bad_row)
 
     def sizes(self, stage: Stage, length: int | None, seed: int) -> RowSizes:
         entries = stage.data or []
@@ -106,7 +104,7 @@ class _Reader:
     def of_rows(self, rows: Sequence[Row], stage: Stage) -> RowSizes:
         """Measure rows that are read already."""
         processor = with_template(self.processor, stage.template)
-        skip_bad = self.on_bad_row == "skip"
+        skip_bad = self.recipe.on_bad_row == "skip"
         sizes = stage.max_length, stage.text_rows, stage.packing
         return measured(rows, processor, *sizes, skip_bad)
 
@@ -115,4 +113,5 @@ class _Reader:
         files = self.subject.files
         local = Path(files.id).is_absolute() or files.id.startswith("./")
         folder = files.path if local else fetch_tokenizer(files.id, files.revision)
-        return load_processor(self.subject.record, folder, self.subject.shape)
+        options = self.recipe.template_options
+        return load_processor(self.subject.record, folder, self.subject.shape, options)

@@ -167,6 +167,27 @@ def test_layers_that_are_not_there_are_refused() -> None:
             graft_on("llama", IAAConfig(layers=layers))
 
 
+@pytest.mark.parametrize("gate", ["linear", "scalar"])
+@pytest.mark.parametrize("structure", ["a", "b", "c"])
+def test_every_module_beside_a_layer_is_said_to_be_there(structure: str, gate: str) -> None:
+    """So that it goes to the layer's card, and is a piece of it for FSDP."""
+    config = IAAConfig(layers=[0, 3], structure=structure, gate=gate)
+    graft = graft_on("llama", config).workflow().graft
+    there = graft.layer_modules()
+    assert {index for index, _ in there} == {0, 3}
+    found = [id(p) for _, module in there for p in module.parameters()]
+    own = {"embedding", "norm", "head"}
+    wanted = [id(p) for name, p in graft.named_parameters() if name.split(".")[0] not in own]
+    assert sorted(found) == sorted(wanted)
+    groups = graft.groups()
+    assert {id(p) for p in groups["layers"]} == set(wanted)
+    assert all(
+        id(p) in {id(q) for q in groups[name]}
+        for name in own
+        for p in getattr(graft, name).parameters()
+    )
+
+
 def test_slots_follow_one_another_over_all_workflows() -> None:
     """Two workflows in one cache never write to one slot."""
     from grafting import together

@@ -1,0 +1,201 @@
+"""What may stand in a row and in its turns: roles, keys, tools and calls of tools.
+
+Nothing that changes what a row means is dropped: it is read, or the row is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from mmgraft.data.chat.content import strings_in
+from mmgraft.errors import UsageError, brief
+
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt"), "assistant"),
+    **dict.fromkeys(("tool", "ipython", "observation"), "tool"),
+    "system": "system",
+    "developer": "developer",
+}
+"""The role that a turn's role or speaker stands for."""
+
+ROW_KEYS = ("messages", "conversations", "image", "images", "system", "tools")
+TURN_KEYS = ("role", "from", "content", "value", "tool_calls")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+TEMPLATE_KEYS = ("name", "tool_call_id", *THOUGHTS)
+"""Keys of a turn that are the chat template's to read; see ``written.refuse_dropped``."""
+PART_KEYS = ("type", "text", "image", "image_url", "path", "url")
+
+_MEANS = frozenset(
+    (
+        *("system", "developer", "instruction", "prompt", "query", "history", "input", "output"),
+        *("response", "completion", "chosen", "rejected", "reject", "label", "kto", "weight"),
+        *("loss", "mask", "masked", "train", "trainable", "supervise", "supervised", "video"),
+        *("audio", "speech", "frame", "image", "picture", "object", "region", "tool", "function"),
+        *("call", "document", "template", "reasoning", "thinking", "thought", "think"),
+    )
+)
+"""Words of keys that another trainer reads as part of what is said, shown, or learned."""
+_ABOUT = frozenset(
+    (
+        *("id", "idx", "index", "type", "kind", "source", "size", "width", "height", "count"),
+        *("number", "num", "hash", "sha256", "md5", "rating", "score", "min", "max", "length"),
+        *("category", "format", "license", "token", "language", "dataset", "version", "model"),
+    )
+)
+"""Last words of keys that say something about a row, such as ``image_id``."""
+_COUNTS = ("num", "n", "has", "is")
+_ON = ("loss", "train", "trainable", "weight", "label", "supervised")
+"""Where 1 and true say what holds anyway: the turn is learned, in full."""
+
+
+def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) -> None:
+    """Refuse a key that changes what a row, a turn or a part means and that nobody here reads.
+
+    A key means something by its words: ``rejected_response`` does, ``image_id`` and
+    ``num_images`` are about the row, and so is every key without such a word (``id``, ``source``).
+    It says nothing where its value is empty, where it is a weight of 1 or a loss that is true, and
+    where its text stands in the turns anyway.
+
+    Args:
+        data: A record, a turn or a content part.
+        read: The keys that are read.
+        where: Names it in the error.
+
+    Raises:
+        UsageError: For the first such key, by its name.
+    """
+    for key, value in data.items():
+        if key in read or value is None or value in ("", [], {}) or not _means(key):
+            continue
+        if key in _ON and value in (1, True):
+            continue
+        turns = [data.get(name) for name in ("messages", "conversations")]
+        if isinstance(value, str) and value.strip() in map(str.strip, strings_in(turns)):
+            continue
+        raise UsageError(
+            f"{where}: {brief(repr(key))} is not read here ({brief(repr(value))}), and the row "
+            f"would mean something else without it; {_advice(key)}"
+        )
+
+
+def _means(key: str) -> bool:
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", key)]
+    words += [word.removesuffix("s") for word in words]
+    names = words[: len(words) // 2]
+    if not _MEANS & set(words) or names[0] in _COUNTS:
+        return False
+    return not {names[-1], words[-1]} & _ABOUT
+
+
+def _advice(key: str) -> str:
+    if re.search("image|picture", key):
+        return 'write images as "image": PATH (or "images", a list of paths)'
+    if re.search("system|developer|instruction", key):
+        return "write it as a turn of its own, or leave the row out"
+    return "take it out if it should not count, or leave the row out"
+
+
+def role_of(role: Any, where: str) -> str:
+    """Return the role that a turn's role stands for.
+
+    Raises:
+        UsageError: None does.
+    """
+    found = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if found is None:
+        raise UsageError(
+            f"{where}: the role {brief(repr(role))} is not known; write one of {', '.join(ROLES)}"
+        )
+    return found
+
+
+def tools_of(data: Mapping[str, Any], where: str) -> list[Any] | None:
+    """Return the tools of a record, also where they are written as JSON text.
+
+    Raises:
+        UsageError: They are no list of objects.
+    """
+    tools = _parsed(data.get("tools"))
+    if tools in (None, "", [], {}):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(one, dict) for one in tools):
+        raise UsageError(
+            f"{where}: 'tools' is {brief(repr(tools))}; write a list of objects, each a JSON schema"
+        )
+    return tools
+
+
+def with_system(
+    messages: list[dict[str, Any]], data: Mapping[str, Any], where: str
+) -> list[dict[str, Any]]:
+    """Return the turns with the system prompt that stands beside them.
+
+    Raises:
+        UsageError: It is no text, or a system turn says something else.
+    """
+    system = data.get("system")
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise UsageError(f"{where}: 'system' is {brief(repr(system))}; write a text")
+    there = next((turn["content"] for turn in messages if turn["role"] == "system"), None)
+    if there not in (None, system):
+        raise UsageError(
+            f"{where}: 'system' beside the turns says something else than the system turn in them; "
+            "write one of the two"
+        )
+    return messages if there else [{"role": "system", "content": system}, *messages]
+
+
+def clean(messages: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Return turns with known roles, and calls of tools whose arguments are objects.
+
+    Raises:
+        UsageError: An unknown role, or calls that are no calls.
+    """
+    return [clean_turn(turn, f"{where}, turn {at}") for at, turn in enumerate(messages, start=1)]
+
+
+def clean_turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return one turn as ``clean`` does; without ``tool_calls`` where there are none."""
+    made = {**turn, "role": role_of(turn.get("role"), where)}
+    calls = _parsed(made.pop("tool_calls", None))
+    if calls in (None, "", [], {}):
+        return made
+    if not isinstance(calls, list | tuple) or made["role"] != "assistant":
+        raise UsageError(
+            f"{where}: 'tool_calls' is a list of calls in a turn of the assistant; correct the turn"
+        )
+    return {**made, "tool_calls": [_call(call, where) for call in calls]}
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    arguments = _parsed(inner.get("arguments")) if isinstance(inner, Mapping) else None
+    if not isinstance(inner, Mapping) or not isinstance(name, str) or not name:
+        raise UsageError(
+            f"{where}: a call of a tool without a name ({brief(repr(call))}); write "
+            '{"function": {"name": ..., "arguments": {...}}}'
+        )
+    if arguments not in (None, "") and not isinstance(arguments, Mapping):
+        raise UsageError(
+            f"{where}: the arguments of the call of {name!r} are no JSON object "
+            f"({brief(repr(arguments))}); write an object"
+        )
+    inner = {**inner, "arguments": dict(arguments or {})}
+    return {**call, "function": inner} if "function" in call else inner
+
+
+def _parsed(value: Any) -> Any:
+    """Return what a text of JSON says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

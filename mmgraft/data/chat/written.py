@@ -1,0 +1,105 @@
+"""Whether a chat template writes all that a conversation holds; what it would drop is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mmgraft.data.chat.closing import unused_marker
+from mmgraft.data.chat.transcript import Transcript
+from mmgraft.data.chat.turns import THOUGHTS
+from mmgraft.errors import UsageError
+
+
+def refuse_dropped(transcript: Transcript) -> None:
+    """Refuse a conversation of which the template leaves something out.
+
+    Looked for are the content of every turn, its calls of tools, its reasoning, and the tools. What
+    is written of one conversation is written of all whose turns are of the same kinds.
+
+    Raises:
+        UsageError: It names the turn and what is left out.
+    """
+    turns = [(t["role"], *(key for key, value in t.items() if value)) for t in transcript.messages]
+    kinds = (bool(transcript.tools), *turns)
+    if kinds in transcript.copies.written:
+        return
+    for lacks in _dropped(transcript):
+        raise UsageError(
+            f"{transcript.where}{lacks}; take it out, or graft with a template that does "
+            "(--template FILE.jinja)"
+        )
+    transcript.copies.written.add(kinds)
+
+
+def _dropped(transcript: Transcript) -> Iterator[str]:
+    text, source = transcript.render(), transcript.source
+    if transcript.tools and replace(transcript, tools=None).render() == text:
+        yield ": the chat template does not write the row's 'tools'"
+    marker = unused_marker(text)
+    turns = list(enumerate(transcript.messages, start=1))
+    try:
+        marked = transcript.render([_marked(turn, f"{marker}{at}") for at, turn in turns])
+    except UsageError:
+        return  # the template reads what the turns say
+    for at, turn in turns:
+        lost = [key for key in THOUGHTS if not re.search(rf"[.'\"]{key}\b", source)]
+        lost += [key for key in ("content", "tool_calls") if f"{marker}{at}{key};" not in marked]
+        for key in lost:
+            if str(turn.get(key) or "").strip():
+                yield (
+                    f", turn {at}: the chat template does not write the {key!r} of this turn of "
+                    f"the {turn['role']}"
+                )
+
+
+def _marked(turn: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    """Return a turn with marks in its content and in the names of its calls."""
+    made = _with_calls(turn, lambda call: {**call, "name": f"{call['name']}{mark}tool_calls;"})
+    if str(made.get("content") or "").strip():
+        made["content"] = f"{made['content']}{mark}content;"
+    return made
+
+
+def takes_text(transcript: Transcript) -> bool:
+    """Tell whether the template takes the arguments of calls as JSON text, not as objects.
+
+    It does where it cannot write objects, or writes them as Python does.
+    """
+    calls = [call for turn in transcript.messages for call in turn.get("tool_calls") or ()]
+    given = [call.get("function", call)["arguments"] for call in calls]
+    if not calls:
+        return False
+    try:
+        text = transcript.render()
+    except UsageError:
+        try:
+            return bool(transcript.render(with_text(transcript.messages)))
+        except UsageError:
+            return False
+    return any(one and repr(one) in text for one in given)
+
+
+def with_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return turns whose calls have JSON text for arguments."""
+
+    def changed(call: dict[str, Any]) -> dict[str, Any]:
+        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+
+    return [_with_calls(turn, changed) for turn in messages]
+
+
+def _with_calls(
+    turn: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return a turn with other calls of tools."""
+    if not turn.get("tool_calls"):
+        return dict(turn)
+    calls = [
+        {**call, "function": change(call["function"])} if "function" in call else change(call)
+        for call in turn["tool_calls"]
+    ]
+    return {**turn, "tool_calls": calls}

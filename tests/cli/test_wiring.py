@@ -1,0 +1,839 @@
+"""Every option of every command reaches what the command calls.
+
+A table: a command line with options off their defaults, the function that is called in the end, and
+what it must be called with. An option that no line of the table has, fails the last test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+
+from mmgraft.cli.app import COMMANDS, _real_command
+from mmgraft.errors import UsageError
+from mmgraft.grafts.iaa.config import IAAConfig
+from mmgraft.grafts.wings.config import WingsConfig
+from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.vision.projectors.configs import MlpConfig
+
+
+class Stop(UsageError):
+    """Ends a command where it would begin to work."""
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Put a recorder in a function's place; `gives` is returned, an exception is raised."""
+
+    def record(target: str, gives: Any = None) -> list[dict[str, Any]]:
+        module, _, name = target.rpartition(".")
+        try:
+            owner: Any = importlib.import_module(module)
+        except ModuleNotFoundError:
+            inner, _, kind = module.rpartition(".")
+            owner = getattr(importlib.import_module(inner), kind)
+        real, calls = getattr(owner, name), list[dict[str, Any]]()
+
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            bound = inspect.signature(real).bind(*args, **kwargs)
+            calls.append(dict(bound.arguments))
+            if isinstance(gives, Exception):
+                raise gives
+            return gives
+
+        monkeypatch.setattr(owner, name, instead)
+        return calls
+
+    return record
+
+
+CPU = ["--device", "cpu"]
+LOADING = [
+    "--device",
+    "mps",
+    "--dtype",
+    "float16",
+    "--quantization",
+    "nf4",
+    "--base",
+    "elsewhere",
+    "--verify",
+    "off",
+]
+LOADED = {
+    "device": "on mps",
+    "dtype": "float16",
+    "quantization": "nf4",
+    "base": "elsewhere",
+    "verify": "off",
+}
+
+READING = [
+    "--images",
+    "pics",
+    "--run",
+    "there",
+    "--base",
+    "b",
+    "--vision",
+    "v",
+    "--recipe",
+    "r",
+    "--stage",
+    "s",
+    "--template",
+    "plain",
+    "--max-length",
+    "77",
+]
+READS = {
+    "target": Path("rows.jsonl"),
+    "images": Path("pics"),
+    "run": Path("there"),
+    "base": "b",
+    "vision": "v",
+    "recipe": "r",
+    "stage": "s",
+    "template": "plain",
+    "max_length": 77,
+}
+
+TABLE: list[tuple[list[str], str, dict[str, Any]]] = [
+    (
+        [
+            "train",
+            "run",
+            "--recipe",
+            "r",
+            "--data",
+            "a=x",
+            "--data",
+            "y",
+            "--images",
+            "pics",
+            "--set",
+            "seed=3",
+            "--max-steps",
+            "7",
+            "--device",
+            "mps",
+            "--processes",
+            "3",
+            "--dry-run",
+        ],
+        "mmgraft.training.run.plan_training",
+        {
+            "run": Path("run"),
+            "recipe": "r",
+            "data": ["a=x", "y"],
+            "images": "pics",
+            "overrides": ["seed=3"],
+            "max_steps": 7,
+            "device": "mps",
+            "count": 3,
+            "resume": False,
+            "restart": False,
+        },
+    ),
+    (
+        ["train", "run", "--resume"],
+        "mmgraft.training.run.plan_training",
+        {"resume": True, "restart": False},
+    ),
+    (
+        ["train", "run", "--restart"],
+        "mmgraft.training.run.plan_training",
+        {"resume": False, "restart": True},
+    ),
+    (
+        ["train", "run", "--processes", "2", "--max-steps", "7"],
+        "mmgraft.cli.processes.launch",
+        {"count": 2, "arguments": ["train", "run", "--max-steps", "7"]},
+    ),
+    (
+        [
+            "estimate",
+            "t",
+            "--base",
+            "b",
+            "--vision",
+            "v",
+            "--recipe",
+            "r",
+            "--set",
+            "seed=3",
+            "--length",
+            "99",
+            "--data",
+            "x",
+            "--images",
+            "pics",
+            "--device",
+            "cpu",
+            "--processes",
+            "4",
+        ],
+        "mmgraft.training.memory.request.read_request",
+        {
+            "target": "t",
+            "base": "b",
+            "vision": "v",
+            "recipe": "r",
+            "overrides": ["seed=3"],
+            "length": 99,
+            "data": ["x"],
+            "images": "pics",
+            "device": "cpu",
+            "processes": 4,
+        },
+    ),
+    (
+        [
+            "import",
+            "x/y",
+            "--out",
+            "o",
+            "--base",
+            "x/b",
+            "--layers",
+            "1,2",
+            "--tower",
+            "t",
+            "--revision",
+            "v1",
+            "--force",
+            "--dry-run",
+        ],
+        "mmgraft.published.importer.import_checkpoint",
+        {
+            "source": "x/y",
+            "out_dir": Path("o"),
+            "base": "x/b",
+            "layers": "1,2",
+            "tower": "t",
+            "revision": "v1",
+            "force": True,
+            "dry_run": True,
+        },
+    ),
+    (
+        ["inspect", "m", "--revision", "v1"],
+        "mmgraft.model.files.summary.locate",
+        {"name": "m", "revision": "v1"},
+    ),
+    (
+        ["data", "prepare", "easy-vqa", "--out", "o", "--seed", "5", "--force", "--dry-run"],
+        "mmgraft.demo.packaged.prepare",
+        {"name": "easy-vqa", "out": Path("o"), "seed": 5, "force": True, "dry_run": True},
+    ),
+    (["data", "check", "rows.jsonl", *READING], "mmgraft.training.views.Selection", READS),
+    (["data", "preview", "rows.jsonl", *READING], "mmgraft.training.views.Selection", READS),
+    (
+        ["demo", "--method", "wings", "--out", "o", "--seed", "5", "--hub"],
+        "mmgraft.demo.run.DemoSettings",
+        {"method": "wings", "out": Path("o"), "seed": 5, "hub": True},
+    ),
+    (
+        ["demo", "--method", "wings", "--out", "o", "--seed", "5", "--hub", "--quick"],
+        "mmgraft.demo.run.DemoSettings.quick",
+        {"method": "wings", "out": Path("o"), "seed": 5, "hub": True},
+    ),
+    (
+        ["export", "run", "--to", "graft", "--out", "o", "--dry-run"],
+        "mmgraft.export.graft.export_graft",
+        {"run": Path("run"), "out": Path("o"), "dry_run": True},
+    ),
+    (
+        ["export", "run", "--to", "full", "--out", "o", "--base", "b"],
+        "mmgraft.export.full.export_full",
+        {"run": Path("run"), "out": Path("o"), "base": "b", "dry_run": False},
+    ),
+    (
+        ["export", "run", "--to", "llava", "--base", "b", "--dtype", "float16", "--dry-run"],
+        "mmgraft.export.llava.export.export_llava",
+        {
+            "run": Path("run"),
+            "out": Path("run-llava"),
+            "base": "b",
+            "dtype": "float16",
+            "dry_run": True,
+        },
+    ),
+    (
+        ["export", "run", "--to", "graft", "--workflow", "grounding"],
+        "mmgraft.export.folder.find_workflow",
+        {"run": Path("run"), "name": "grounding"},
+    ),
+    (
+        ["export", "run", "--to", "graft", "--out", "o", "--force"],
+        "mmgraft.export.folder.check_folder",
+        {"out": Path("o"), "run": Path("run"), "force": True},
+    ),
+    (
+        ["push", "run", "--base-id", "a/b", "--vision-id", "a/v", "--license", "mit"],
+        "mmgraft.hub.push.plan_push",
+        {"run": Path("run"), "base_id": "a/b", "vision_id": "a/v", "license": "mit"},
+    ),
+    (
+        ["recipes", "validate", "iaa", "--method", "wings"],
+        "mmgraft.cli.recipes.load_recipe",
+        {"method": "wings"},
+    ),
+    (["recipes", "ls", "--method", "nosuch"], "mmgraft.cli.recipes.get_method", {"name": "nosuch"}),
+    (
+        [
+            "compare",
+            "easy-vqa",
+            "--out",
+            "o",
+            "--only",
+            "a",
+            "--only",
+            "b",
+            "--max-steps",
+            "3",
+            "--limit",
+            "9",
+            "--device",
+            "mps",
+        ],
+        "mmgraft.comparison.plan.make_plan",
+        {"out": Path("o"), "only": ["a", "b"], "max_steps": 3, "limit": 9, "device": "mps"},
+    ),
+    (
+        ["compare", "easy-vqa", "--data", "a=x", "--images", "pics"],
+        "mmgraft.comparison.spec.with_files",
+        {"data": ["a=x"], "images": "pics"},
+    ),
+    (
+        ["compare", "easy-vqa", "--set", "iaa:seed=3"],
+        "mmgraft.comparison.spec.with_settings",
+        {"settings": ["iaa:seed=3"]},
+    ),
+    (
+        ["laws", "run", "rows.jsonl", "--images", "pics", "--limit", "9", "--seed", "5"],
+        "mmgraft.evaluation.attention.laws.read_samples",
+        {"path": Path("rows.jsonl"), "images": Path("pics"), "limit": 9, "seed": 5},
+    ),
+    (
+        ["generate", "run", "rows.jsonl", "--out", "o.jsonl", "--images", "pics", "--limit", "9"],
+        "mmgraft.data.formats.sources.read_rows",
+        {"path": Path("rows.jsonl"), "images": Path("pics"), "limit": 9},
+    ),
+]
+
+
+def relative(value: Any) -> Any:
+    """A path below the current folder as a user writes it."""
+    inside = isinstance(value, Path) and value.is_absolute() and value.is_relative_to(Path.cwd())
+    return value.relative_to(Path.cwd()) if inside else value
+
+
+@pytest.mark.parametrize(
+    ("line", "target", "wanted"),
+    TABLE,
+    ids=lambda part: part[0] + part[-1] if isinstance(part, list) else "",
+)
+def test_options_reach_what_is_called(run: Path, cli, called, line, target, wanted) -> None:
+    calls = called(target, Stop("that far"))
+    ran = cli(*line)
+    assert calls, ran.err
+    assert ran.code == 2, ran.err
+    found = {name: relative(calls[0].get(name)) for name in wanted}
+    assert found == wanted
+
+
+# -- grafts ------------------------------------------------------------------------------------
+
+
+def test_graft(run: Path, cli, called) -> None:
+    made = called("mmgraft.model.files.create.create_graft", Stop("that far"))
+    line = [
+        "graft",
+        "x/b",
+        "--method",
+        "iaa",
+        "--layers",
+        "1,2",
+        "--structure",
+        "b",
+        "--gate",
+        "scalar",
+        "--no-embedding",
+        "--no-norm",
+        "--no-head",
+        "--vision",
+        "some/tower",
+        "--feature-layer",
+        "0",
+        "--projector",
+        "mlp",
+        "--projector-norm",
+        "--template",
+        "plain",
+        "--workflow",
+        "see",
+        "--out",
+        "new",
+        "--revision",
+        "v1",
+        "--verify",
+        "full",
+    ]
+    cli(*line)
+    given = made[0]
+    spec, template = given.pop("vision"), given.pop("template")
+    assert (spec.id, spec.feature_layer) == ("some/tower", 0)
+    assert template.kind == "plain"
+    config = IAAConfig(
+        layers="1,2", structure="b", gate="scalar", embedding=False, norm=False, head=False
+    )
+    assert given == {
+        "base": "x/b",
+        "config": config,
+        "folder": Path("new"),
+        "workflow": "see",
+        "projector": MlpConfig(norm=True),
+        "revision": "v1",
+        "full_fingerprint": True,
+        "dry_run": False,
+    }
+    cli("graft", "x/b", "--method", "iaa", "--layers", "1", "--untie", "--dry-run")
+    assert made[1]["config"].untie
+    assert made[1]["dry_run"]
+    assert not made[1]["full_fingerprint"]
+    assert made[1]["folder"] == Path("b-iaa")
+
+
+def test_graft_of_another_method(run: Path, cli, called) -> None:
+    made = called("mmgraft.model.files.create.create_graft", Stop("that far"))
+    cli(
+        "graft",
+        "x/b",
+        "--method",
+        "wings",
+        "--rank",
+        "3",
+        "--heads",
+        "2",
+        "--learners",
+        "visual",
+        "--max-length",
+        "99",
+        "--layers",
+        "2,3",
+    )
+    wanted = WingsConfig(rank=3, heads=2, learners=["visual"], max_length=99, layers="2,3")
+    assert made[0]["config"] == wanted
+    of_code = ("--set", "system_prompt_length=2", "--set", "image_token_length=4")
+    cli("graft", "x/b", "--method", "wings", "--variant", "official", *of_code)
+    assert len(made) == 2
+    official = made[1]["config"]
+    assert (official.method, official.system_prompt_length) == ("wings-official", 2)
+    cli("graft", "x/b", "--method", "wings", "--set", "rank=5")
+    assert made[2]["config"].rank == 5
+
+
+def test_graft_by_a_recipe(run: Path, cli, called) -> None:
+    """The recipe's settings, where no option says otherwise."""
+    made = called("mmgraft.model.files.create.create_graft", Stop("that far"))
+    recipe = run / "recipe.yaml"
+    recipe.write_text(
+        "name: x\nmethod: iaa\nworkflow: own\ngraft:\n  vision: some/tower\n  feature_layer: -3\n"
+        "  vision_options: {image_size: 32}\n"
+        "  config: {layers: [2], gate: scalar, structure: b}\n"
+        "  projector: {kind: mlp, norm: true, hidden: 7}\n"
+        "stages: [{name: a, train: [projector], lr: 1.0}]\n"
+    )
+    cli("graft", "x/b", "--recipe", recipe)
+    cli(
+        "graft",
+        "x/b",
+        "--recipe",
+        recipe,
+        "--feature-layer",
+        "1",
+        "--workflow",
+        "see",
+        "--vision",
+        "w",
+        "--no-projector-norm",
+    )
+    first, second = made
+    assert first["config"] == IAAConfig(layers=[2], gate="scalar", structure="b")
+    assert first["workflow"] == "own"
+    assert (first["vision"].id, first["vision"].feature_layer) == ("some/tower", -3)
+    assert first["projector"] == MlpConfig(norm=True, hidden=7)
+    assert first["vision"].options == {"image_size": 32}
+    assert second["workflow"] == "see"
+    assert second["vision"].options == {}
+    assert (second["vision"].name, second["vision"].feature_layer) == ("w", 1)
+    assert second["projector"] == MlpConfig(norm=False, hidden=7)
+
+
+def test_graft_is_not_forced_by_default(run: Path, cli, called) -> None:
+    made = called("mmgraft.model.files.create.create_graft", Stop("that far"))
+    line = ("graft", "x/b", "--method", "iaa", "--layers", "1", "--out", run)
+    assert "is not empty" in cli(*line).err
+    cli(*line, "--force")
+    assert len(made) == 1
+
+
+# -- models ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch, called) -> list[dict[str, Any]]:
+    """What the loader of a model is called with; the device is seen to be picked."""
+    monkeypatch.setattr("mmgraft.training.devices.pick_device", lambda name: f"on {name}")
+    return called("mmgraft.inference.Answerer.load", Stop("that far"))
+
+
+@pytest.mark.parametrize(
+    ("line", "more"),
+    [
+        (["chat", "run", "hello", "--revision", "v1"], {"revision": "v1"}),
+        (
+            ["generate", "run", "ROWS", "--out", "o", "--images", "PICS", "--revision", "v1"],
+            {"revision": "v1"},
+        ),
+        (["laws", "run", "ROWS", "--images", "PICS", "--revision", "v1"], {"revision": "v1"}),
+        (["eval", "run", "--text"], {"revision": None}),
+    ],
+    ids=lambda part: part[0] if isinstance(part, list) else "",
+)
+def test_how_a_model_is_loaded(run: Path, parts: Path, cli, loaded, line, more) -> None:
+    places = {"ROWS": str(parts / "rows.jsonl"), "PICS": str(parts / "images")}
+    ran = cli(*(places.get(word, word) for word in line), *LOADING)
+    assert loaded, ran.err
+    assert Path(loaded[0].pop("run")) == Path("run")
+    assert loaded[0] == {**LOADED, **more}
+
+
+class Fake:
+    """A model that says how it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.model = SimpleNamespace(workflow=lambda name=None: SimpleNamespace(record=None))
+        self.processor = SimpleNamespace(encode=lambda *_, **__: [0])
+
+    def answers(self, prompts: Any, workflow: Any = None, **settings: Any) -> list[str]:
+        self.asked.append({"rows": len(prompts), "workflow": workflow, **settings})
+        return ["yes"] * len(prompts)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    made = Fake()
+    monkeypatch.setattr("mmgraft.inference.Answerer.load", lambda *_, **__: made)
+    monkeypatch.setattr("mmgraft.model.files.summary.limits", lambda record: {})
+    return made
+
+
+@pytest.fixture
+def seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    given: list[int] = []
+    monkeypatch.setattr("torch.manual_seed", given.append)
+    return given
+
+
+def test_generate(run: Path, parts: Path, cli, fake: Fake, seeds: list[int]) -> None:
+    line = [
+        "generate",
+        "run",
+        parts / "rows.jsonl",
+        "--images",
+        parts / "images",
+        "--out",
+        "o.jsonl",
+    ]
+    more = [
+        "--batch-size",
+        "5",
+        "--max-new-tokens",
+        "6",
+        "--num-beams",
+        "3",
+        "--temperature",
+        "0.7",
+        "--seed",
+        "11",
+        "--workflow",
+        "see",
+        "--limit",
+        "7",
+    ]
+    assert cli(*line, *more, *CPU).code == 0
+    settings = {
+        "workflow": "see",
+        "max_new_tokens": 6,
+        "num_beams": 3,
+        "do_sample": True,
+        "temperature": 0.7,
+    }
+    assert fake.asked == [{"rows": 5, **settings}, {"rows": 2, **settings}]
+    assert seeds == [11]
+    assert "is there already" in cli(*line, *CPU).err
+    assert cli(*line, "--force", *CPU).code == 0
+    assert not fake.asked[-1]["do_sample"]
+    assert seeds == [11]
+
+
+def test_chat(run: Path, parts: Path, cli, fake: Fake, seeds: list[int], monkeypatch) -> None:
+    made: list[Any] = []
+
+    class Dialogue:
+        def __init__(self, answerer: Any, **given: Any) -> None:
+            self.given, self.images, self.said = given, [], []
+            made.append(self)
+
+        def add_image(self, image: str) -> None:
+            self.images.append(image)
+
+        def say(self, text: str, on_text: Any = None, **settings: Any) -> str:
+            self.said.append((text, settings))
+            return "yes"
+
+    monkeypatch.setattr("mmgraft.inference.Dialogue", Dialogue)
+    line = [
+        "chat",
+        "run",
+        "hello",
+        "--image",
+        "a.png",
+        "--image",
+        "b.png",
+        "--system",
+        "be brief",
+        "--workflow",
+        "see",
+        "--max-new-tokens",
+        "6",
+    ]
+    assert cli(*line, "--temperature", "0.7", "--top-p", "0.4", "--seed", "11", *CPU).code == 0
+    assert cli(*line, "--json", *CPU).code == 0
+    for one in made:
+        assert one.given == {"system": "be brief", "workflow": "see"}
+        assert one.images == ["a.png", "b.png"]
+    warm, cold = (one.said[0] for one in made)
+    assert warm == (
+        "hello",
+        {"max_new_tokens": 6, "do_sample": True, "temperature": 0.7, "top_p": 0.4},
+    )
+    assert cold == ("hello", {"max_new_tokens": 6, "do_sample": False})
+    assert seeds == [11]
+
+
+# -- evaluation --------------------------------------------------------------------------------
+
+
+def test_eval(run: Path, cli, called, tmp_path: Path) -> None:
+    (tmp_path / "sets.yaml").write_text(
+        "evaluation:\n- {name: a, metric: exact, path: x.jsonl}\n"
+        "- {name: b, metric: exact, path: y.jsonl, limit: 20}\n"
+        "- {name: c, metric: exact, path: z.jsonl, limit: 3}\n"
+    )
+    checked = called("mmgraft.evaluation.evaluate.check", Stop("that far"))
+    cli(
+        "eval",
+        "run",
+        "--text",
+        "--vision",
+        "--iit",
+        "--harness",
+        "piqa,boolq",
+        "--sets",
+        "sets.yaml",
+        "--only",
+        "b",
+        "--only",
+        "c",
+        "--limit",
+        "5",
+        "--include-path",
+        "tasks",
+        "--dialogues",
+        "saved",
+        "--dialogue-count",
+        "9",
+        "--untouched",
+        "old",
+        "--workflow",
+        "see",
+        "--batch-size",
+        "3",
+    )
+    given = vars(checked[0]["evaluation"])
+    specs = given.pop("specs")
+    assert [(one.name, one.limit) for one in specs] == [("b", 5), ("c", 3)]
+    assert given == {
+        "run": Path("run"),
+        "tasks": ("piqa", "boolq"),
+        "text": True,
+        "vision": True,
+        "iit": True,
+        "workflow": "see",
+        "batch_size": 3,
+        "limit": 5,
+        "include_path": Path("tasks"),
+        "dialogues": Path("saved"),
+        "dialogue_count": 9,
+        "untouched": "old",
+    }
+    cli(
+        "eval",
+        "run",
+        "--data",
+        "x.jsonl",
+        "--metric",
+        "box",
+        "--images",
+        "pics",
+        "--train",
+        "t.jsonl",
+        "--name",
+        "mine",
+        "--prompt",
+        "{question}?",
+        "--boxes",
+        "ten",
+        "--column",
+        "box=where",
+        "--limit",
+        "4",
+    )
+    assert list(checked[1]["evaluation"].specs) == [
+        SetSpec(
+            name="mine",
+            path="x.jsonl",
+            metric="box",
+            images="pics",
+            train="t.jsonl",
+            prompt="{question}?",
+            boxes="ten",
+            columns={"box": "where"},
+            limit=4,
+        )
+    ]
+
+
+def test_laws(run: Path, parts: Path, cli, called, fake: Fake) -> None:
+    asked = called("mmgraft.evaluation.attention.laws.evaluate_laws", Stop("that far"))
+    cli(
+        "laws",
+        "run",
+        parts / "rows.jsonl",
+        "--images",
+        parts / "images",
+        "--limit",
+        "3",
+        "--seed",
+        "5",
+        "--workflow",
+        "see",
+        "--batch-size",
+        "2",
+        "--out",
+        "there",
+        *CPU,
+    )
+    given = asked[0]
+    assert (given["workflow"], given["batch_size"], len(given["samples"])) == ("see", 2, 3)
+    assert given["settings"] == {"limit": 3, "seed": 5}
+    chosen = called("mmgraft.evaluation.sets.choose_sets", Stop("that far"))
+    cli("laws", "run", "--set", "b")
+    assert chosen[0]["only"] == ["b"]
+
+
+# -- the rest ----------------------------------------------------------------------------------
+
+
+def test_compare(run: Path, cli, called) -> None:
+    planned = called("mmgraft.comparison.plan.make_plan", Stop("that far"))
+    cli("compare", "easy-vqa", "--base", "b", "--vision", "v", "--root", "r", "--seed", "5")
+    found = planned[0]["comparison"]
+    assert (found.base, found.vision, found.root, found.seed) == ("b", "v", "r", 5)
+    plan = SimpleNamespace(out=Path("o"))
+    called("mmgraft.comparison.plan.make_plan", plan)
+    ran = called("mmgraft.comparison.runner.compare", Stop("that far"))
+    cli("compare", "easy-vqa", "--train-only", "--batch-size", "3", "--json")
+    assert (ran[0]["train_only"], ran[0]["batch_size"]) == (True, 3)
+
+
+def test_push(run: Path, cli, called, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = SimpleNamespace(warnings=[], all_files=lambda repo_id: [])
+    target = SimpleNamespace(repo_id="me/mine", revision=None, private=True, warnings=[], record=1)
+    called("mmgraft.hub.push.plan_push", plan)
+    monkeypatch.setattr("mmgraft.cli.push.replace", lambda plan, record: plan)
+    found = called("mmgraft.hub.push.find_target", target)
+    asked = called("mmgraft.cli.push.confirm", False)
+    sent = called("mmgraft.hub.push.send", Stop("that far"))
+    line = ["push", "run", "--repo-id", "me/mine", "--private"]
+    cli(*line)
+    assert not list(asked[0].values())[1]
+    assert not sent
+    called("mmgraft.cli.push.confirm", True)
+    cli(*line, "--yes")
+    assert (found[0]["repo_id"], found[0]["private"]) == ("me/mine", True)
+    assert sent[0]["private"]
+
+
+def test_data(run: Path, cli, called) -> None:
+    view = SimpleNamespace(entries=[], processor=1, max_length=2, skip_text=True, positions=3)
+    called("mmgraft.training.views.views", [view])
+    checker = called("mmgraft.data.checking.Checker", Stop("that far"))
+    for more in ([], ["--quick"]):
+        cli("data", "check", "rows.jsonl", *more)
+    assert [one["quick"] for one in checker] == [False, True]
+    names = ("processor", "max_length", "skip_text", "positions")
+    assert [checker[0][name] for name in names] == [1, 2, True, 3]
+    shown = called("mmgraft.data.formats.sources.row_at", Stop("that far"))
+    cli("data", "preview", "rows.jsonl", "--run", "run", "--row", "4")
+    assert shown[0]["number"] == 4
+
+
+# -- nothing is left out -----------------------------------------------------------------------
+
+ELSEWHERE = {
+    "json": "test_processes.py and each command's own tests read what it prints",
+    "dry_run": "each command's own tests compare folders before and after",
+    "recipes cp": "test_recipes.py",
+}
+"""Options that no function is called with, and where they are tested."""
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    for name, command in COMMANDS.items():
+        made = _real_command(name, command)
+        if isinstance(made, click.Group):
+            yield from ((f"{name} {inner}", one) for inner, one in made.commands.items())
+        else:
+            yield name, made
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), commands(), ids=lambda part: part if isinstance(part, str) else ""
+)
+def test_every_option_is_tried(name: str, command: click.Command) -> None:
+    """A new option fails here until a line above has it."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    if name in ELSEWHERE:
+        return
+    shared = {"data check": READING, "data preview": READING}.get(name, [])
+    if name in ("chat", "generate", "laws", "eval"):
+        shared = LOADING
+    words = f'"{name.split()[-1]}"'
+    sections = [part for part in text.split("\n\n\n") if words in part]
+    tried = " ".join(sections) + " ".join(f'"{word}"' for word in shared)
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name not in (*ELSEWHERE, "help"):
+            flags = [*option.opts, *option.secondary_opts]
+            assert any(f'"{flag}"' in tried for flag in flags), f"{name}: {flags}"

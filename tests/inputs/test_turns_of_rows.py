@@ -1,0 +1,170 @@
+"""What may stand in a row and in its turns: each entry is read, or refused by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mmgraft.data.formats.sources import read_rows
+from mmgraft.data.rows import Row
+from mmgraft.errors import UsageError
+
+USER, ANSWER = {"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red fox"}
+CALL = {"name": "zoom", "arguments": {"factor": 2}}
+
+
+def _read(folder: Path, turns: Any = (USER, ANSWER), **beside: Any) -> Row:
+    row = {"messages": list(turns), **beside} if "conversations" not in beside else beside
+    (folder / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    (row,) = read_rows(folder / "rows.jsonl")
+    return row
+
+
+READ_BESIDE: list[dict[str, Any]] = [
+    *({key: "x"} for key in ("id", "source", "model", "category", "split", "url", "task", "lang")),
+    *({key: 3} for key in ("question_id", "num_images", "imageId", "video_id", "label_type")),
+    {"image_correspondence_ratings": [1]},
+    *({key: "y"} for key in ("question", "answer", "options", "kind", "group", "bbox", "text")),
+    *({key: None} for key in ("system", "videos", "rejected", "tools", "objects", "loss")),
+    *({key: []} for key in ("images", "videos", "audios", "history")),
+    *({"loss": True}, {"weight": 1.0}, {"train": True}, {"system": ""}, {"label": True}),
+    {"prompt": "Which?"},  # said in the turns
+    {"response": " red fox"},
+]
+REFUSED_BESIDE: list[dict[str, Any]] = [
+    *({key: "x.mp4"} for key in ("video", "videoPath", "video_url", "audio", "speech_file")),
+    *({key: ["x"]} for key in ("videos", "audios", "history", "documents", "frames", "objects")),
+    *({key: "x"} for key in ("chosen", "rejected", "rejected_response", "system_prompt")),
+    *({key: "x"} for key in ("instruction", "prompt", "image_path", "kto_tag", "developer")),
+    *({key: 0.5} for key in ("weight", "loss_weight", "sample_weights", "label")),
+    *({key: False} for key in ("loss", "train", "label", "kto_label")),
+    *({key: [1, 0]} for key in ("mask", "loss_mask", "assistant_masks")),
+    *({key: {"a": 1}} for key in ("chat_template_kwargs", "tool_choice", "functions")),
+]
+
+
+@pytest.mark.parametrize("beside", READ_BESIDE, ids=json.dumps)
+def test_keys_that_change_nothing_may_stand_beside_turns(
+    tmp_path: Path, beside: dict[str, Any]
+) -> None:
+    assert _read(tmp_path, **beside).messages == [USER, ANSWER]
+    spoken = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "red fox"}]
+    assert _read(tmp_path, conversations=spoken, **beside).messages == [USER, ANSWER]
+
+
+@pytest.mark.parametrize("beside", REFUSED_BESIDE, ids=json.dumps)
+def test_keys_that_change_a_row_are_refused_by_name(tmp_path: Path, beside: dict[str, Any]) -> None:
+    (key,) = beside
+    with pytest.raises(UsageError, match=f"line 1 .*'{key}' is not read"):
+        _read(tmp_path, **beside)
+    with pytest.raises(UsageError, match=f"'{key}' is not read"):
+        _read(tmp_path, conversations=[{"from": "human", "value": "Which?"}], **beside)
+
+
+@pytest.mark.parametrize(
+    "key", ["loss", "train", "weight", "mask", "video", "audio", "images", "tool_choice", "label"]
+)
+def test_keys_that_change_a_turn_are_refused_by_name(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UsageError, match=f"turn 2: '{key}' is not read"):
+        _read(tmp_path, [USER, {**ANSWER, key: 0.25}])
+    spoken = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "red", key: 0.25}]
+    with pytest.raises(UsageError, match=f"turn 2: '{key}' is not read"):
+        _read(tmp_path, conversations=spoken)
+    part = {"type": "text", "text": "red", key: 0.25}
+    with pytest.raises(UsageError, match=f"turn 1: '{key}' is not read"):
+        _read(tmp_path, [{**USER, "content": [part]}, ANSWER])
+
+
+@pytest.mark.parametrize("key", ["id", "timestamp", "name", "reasoning_content", "thinking"])
+def test_other_keys_of_a_turn_go_to_the_template(tmp_path: Path, key: str) -> None:
+    turn = {**ANSWER, key: "7", "loss": True, "weight": 1}
+    assert _read(tmp_path, [USER, turn]).messages == [USER, turn]
+
+
+def test_a_system_prompt_beside_the_turns_is_their_first(tmp_path: Path) -> None:
+    first = {"role": "system", "content": "Answer in French only."}
+    Image.new("RGB", (2, 2)).save(tmp_path / "red.png")
+    spoken = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "rouge"}]
+    for row in (
+        _read(tmp_path, system=first["content"]),
+        _read(tmp_path, [first, USER, ANSWER], system=first["content"]),
+        _read(tmp_path, conversations=spoken, image="red.png", system=first["content"]),
+    ):
+        assert row.messages[0] == first
+        assert [turn["role"] for turn in row.messages] == ["system", "user", "assistant"]
+    with pytest.raises(UsageError, match="something else than the system turn"):
+        _read(tmp_path, [{**first, "content": "In German."}, USER, ANSWER], system="In French.")
+    with pytest.raises(UsageError, match="'system' is 3; write a text"):
+        _read(tmp_path, system=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "role"),
+    [("human", "user"), ("Human", "user"), (" USER ", "user"), ("gpt", "assistant"),
+     ("model", "assistant"), ("observation", "tool"), ("developer", "developer")],
+)  # fmt: skip
+def test_speakers_are_roles(tmp_path: Path, given: str, role: str) -> None:
+    row = _read(tmp_path, [{"role": given, "content": "a"}, ANSWER])
+    assert row.messages[0] == {"role": role, "content": "a"}
+    row = _read(tmp_path, conversations=[{"from": given, "value": "a"}])
+    assert row.messages[0] == {"role": role, "content": "a"}
+
+
+@pytest.mark.parametrize("given", ["usr", "narrator", "function_call", "", "user<|im_end|>"])
+def test_unknown_roles_are_refused(tmp_path: Path, given: str) -> None:
+    with pytest.raises(UsageError, match=r"turn 1: the role .* is not known; write one of user"):
+        _read(tmp_path, [{"role": given, "content": "a"}, ANSWER])
+    with pytest.raises(UsageError, match="turn 1: the role"):
+        _read(tmp_path, conversations=[{"from": given, "value": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("calls", "read"),
+    [
+        ([CALL], [CALL]),
+        ([{"type": "function", "function": CALL}], [{"type": "function", "function": CALL}]),
+        ([{**CALL, "arguments": '{"factor": 2}'}], [CALL]),
+        ([{"function": {**CALL, "arguments": '{"factor": 2}'}}], [{"function": CALL}]),
+        (json.dumps([CALL]), [CALL]),
+        ([{"name": "zoom", "arguments": ""}], [{"name": "zoom", "arguments": {}}]),
+        ([{"name": "zoom"}], [{"name": "zoom", "arguments": {}}]),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_calls_of_tools_have_objects_for_arguments(tmp_path: Path, calls: Any, read: Any) -> None:
+    row = _read(tmp_path, [USER, {**ANSWER, "tool_calls": calls}])
+    assert row.messages[1] == ({**ANSWER, "tool_calls": read} if read else ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("calls", "says"),
+    [
+        ([3], "without a name"),
+        ([{"arguments": {}}], "without a name"),
+        ([{**CALL, "arguments": "factor 2"}], "the arguments of the call of 'zoom' are no JSON"),
+        ([{**CALL, "arguments": "[2]"}], "the arguments of the call of 'zoom' are no JSON"),
+        ({"name": "zoom"}, "is a list of calls"),
+        ("zoom", "is a list of calls"),
+    ],
+)
+def test_calls_that_are_none_are_refused(tmp_path: Path, calls: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=f"turn 2: .*{says}"):
+        _read(tmp_path, [USER, {**ANSWER, "tool_calls": calls}])
+    with pytest.raises(UsageError, match=r"turn 1: 'tool_calls' .* turn of the assistant"):
+        _read(tmp_path, [{**USER, "tool_calls": [CALL]}])
+
+
+def test_tools_may_be_json_text(tmp_path: Path) -> None:
+    tools = [{"name": "zoom", "parameters": {}}]
+    for given in (tools, json.dumps(tools)):
+        assert _read(tmp_path, tools=given).tools == tools
+    for nothing in (None, "", [], "[]"):
+        assert _read(tmp_path, tools=nothing).tools is None
+    for wrong in ("zoom", 3, {"name": "zoom"}, ["zoom"]):
+        with pytest.raises(UsageError, match=r"'tools' is .*write a list of objects"):
+            _read(tmp_path, tools=wrong)
