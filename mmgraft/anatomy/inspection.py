@@ -95,8 +95,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
         tied=getattr(head, "weight", None) is embedding.weight,
         attention_in_registry=in_registry(attention),
         explicit_weights=explicit_weights_reason(model, attention),
-        linears={i: leaf_linears(layer) for i, layer in enumerate(layers)},
-        layer_numbers=_layer_numbers(layers),
+        **_inside(layers),
         blocked=blocked,
         **_branch([layers[i] for i in carriers], attention_name),
         **_logits(model, head_path, layers_path),
@@ -223,6 +222,11 @@ def _cache_layers(config: PreTrainedConfig) -> Sequence[Any]:
     except Exception:  # a class without a cache of this kind may lack what it is made from
         layers = []
     return [*layers, *[None] * config.num_hidden_layers]
+
+
+def _inside(layers: nn.ModuleList) -> dict[str, Any]:
+    linears = {index: leaf_linears(layer) for index, layer in enumerate(layers)}
+    return {"linears": linears, "layer_numbers": _layer_numbers(layers)}
 
 
 def _layer_numbers(layers: nn.ModuleList) -> frozenset[str]:

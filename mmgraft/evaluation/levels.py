@@ -50,13 +50,8 @@ def prove_levels(
         The levels that the graft claims.
     """
     import torch
-    from PIL import Image
 
-    texts = [{"type": "text", "text": text} for text in (prompts[0], prompts[1 % len(prompts)])]
-    shown = {"type": "image", "image": Image.linear_gradient("L").convert("RGB")}
-    parts: Any = [texts[0], shown, texts[1]]
-    chats: list[Any] = [[{"role": "user", "content": one}] for one in prompts[:_BESIDE]]
-    inputs = processor([*chats, [{"role": "user", "content": parts}]])
+    inputs = _batch(processor, prompts)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     mask = inputs["attention_mask"]
     plain = {"input_ids": inputs["input_ids"], "attention_mask": mask}
@@ -75,20 +70,30 @@ def prove_levels(
         text = mask[:last].bool()
         found["E1"] = _compared([(ours.logits[:last][text], theirs.logits[:last][text])])
     if not promises.before:
-        pairs = [(ours.logits[last, before], theirs.logits[last, before])]
-        slots = theirs.past_key_values.layers
-        for mine, other in zip(ours.past_key_values.layers[: len(slots)], slots, strict=True):
-            kept = before[len(before) - other.keys.shape[2] :]  # a sliding window drops the first
-            pairs += [
-                (one[last, :, kept].transpose(0, 1), two[last, :, kept].transpose(0, 1))
-                for one, two in ((mine.keys, other.keys), (mine.values, other.values))
-            ]
-        found["E2"] = _compared(pairs)
+        logits = ours.logits[last, before], theirs.logits[last, before]
+        slots = [getattr(out.past_key_values, "layers", []) for out in (ours, theirs)]
+        kept = [
+            (one[last, :, before[-one.shape[2] :]], other[last, :, before[-one.shape[2] :]])
+            for mine, base_slot in zip(*slots, strict=False)  # the graft's own slots come last
+            if isinstance(getattr(base_slot, "keys", None), torch.Tensor)  # else a running state
+            for one, other in ((mine.keys, base_slot.keys), (mine.values, base_slot.values))
+        ]  # a sliding window keeps the last positions alone
+        found["E2"] = _compared([logits, *kept])
     return found
 
 
+def _batch(processor: GraftProcessor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return a few texts, and behind them a row with an image between two texts."""
+    from PIL import Image
+
+    texts = [{"type": "text", "text": text} for text in (prompts[0], prompts[1 % len(prompts)])]
+    shown = {"type": "image", "image": Image.linear_gradient("L").convert("RGB")}
+    rows: list[Any] = [*prompts[:_BESIDE], [texts[0], shown, texts[1]]]
+    return processor([[{"role": "user", "content": row}] for row in rows])
+
+
 def _compared(pairs: Sequence[tuple[Tensor, Tensor]]) -> LevelReport:
-    """Compare tensors whose first axis is positions."""
+    """Compare tensors, of which the first pair's first axis is positions."""
     import torch
 
     same = all(torch.equal(one, other.to(one.device)) for one, other in pairs)
