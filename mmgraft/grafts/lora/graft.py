@@ -90,7 +90,7 @@ class LoraGraft(Graft):
         token = self.config.gate == "token"
         if gate is None and not token:
             return None
-        key = ("adapted", id(self))
+        key = f"positions with adapters, {id(self)}"  # found once, and moved from card to card
         if key not in state.shared:
             chosen = state.kinds == IMAGE if token else torch.ones_like(state.kinds).bool()
             if gate is not None:
