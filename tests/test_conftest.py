@@ -44,6 +44,22 @@ def test_golden_data_that_are_named_must_be_there(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is resident")
+def test_a_module_that_leaves_too_much_in_memory_fails(tmp_path: Path) -> None:
+    text = CONFTEST.read_text(encoding="utf-8")
+    assert " = 2.0e9, 1.2e9, 1.0e8" in text
+    for number, size, wanted in ((1, 1 << 28, "1 passed, 1 error"), (2, 1 << 20, "1 passed in")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        small = text.replace("= 2.0e9, 1.2e9, 1.0e8", "= 2.0e8, 1.0e8, 1.0")
+        held = f"import os\n\nHELD = os.urandom({size})\n\n\ndef test_one():\n    pass\n"
+        (folder / "conftest.py").write_text(small)
+        (folder / "test_one.py").write_text(held)
+        command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", str(folder)]
+        ran = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
+        assert wanted in ran.stdout.splitlines()[-1]
+
+
 def test_no_test_can_reach_the_hub() -> None:
     from huggingface_hub import constants
 

@@ -34,6 +34,67 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+# Imports
+
+ONE_CIRCLE = {"create", "load", "save"}
+"""Files of ``mmgraft/model/files`` that ``GraftedModel.from_pretrained`` and its kin import."""
+
+
+def imports(modules: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Modules that each module imports, at its top or when a function is called.
+
+    What stands under ``if TYPE_CHECKING`` is not imported.
+    """
+    found: dict[str, set[str]] = {}
+    for name, module in modules.items():
+        nodes: list[ast.AST] = [module]
+        found[name] = set()
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                continue
+            nodes += ast.iter_child_nodes(node)
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names} & modules.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                found[name] |= inner or ({node.module} & modules.keys())
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """Modules that lead back to themselves or to a circle, once all others are taken away."""
+    left = {name: set(others) for name, others in graph.items()}
+    while ends := {name for name, others in left.items() if not others}:
+        left = {name: others - ends for name, others in left.items() if name not in ends}
+    return set(left)
+
+
+def test_files_import_in_no_circle() -> None:
+    def module(path: Path) -> str:
+        return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+    graph = imports({module(path): parsed(path) for path in SOURCES})
+    one = {f"mmgraft.model.files.{name}" for name in ONE_CIRCLE}
+    assert one <= graph["mmgraft.model.modeling"]
+    graph["mmgraft.model.modeling"] -= one
+    assert circles(graph) == set()
+
+
+@pytest.mark.parametrize(
+    ("b", "circle"),
+    [
+        ("import a", {"a", "b"}),
+        ("def f():\n    from a import x", {"a", "b"}),
+        ("if TYPE_CHECKING:\n    import a", set()),
+        ("import os", set()),
+    ],
+)
+def test_circles_are_found(b: str, circle: set[str]) -> None:
+    modules = {"a": "from b import y", "b": b, "c": "import os"}
+    assert circles(imports({name: ast.parse(text) for name, text in modules.items()})) == circle
+
+
 # Sizes
 
 

@@ -16,21 +16,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 # Words in the class name of a layer's part that mixes positions by a running state.
 _RECURRENT = re.compile(r"Mamba|Rwkv|Recurrent|RGLRU|SSM|LSTM|Delta|Lightning|ShortConv|Hyena")
 
-# What a stock decoder layer may be handed by the loop over the layers. Anything else is state that
-# goes from layer to layer beside the residual stream, or an input made for one layer only.
 _CACHES = {"past_key_values", "past_key_value", "layer_past", "kwargs"}
-_ORDINARY_ARGUMENTS = _CACHES | {
-    "attention_mask",
-    "position_ids",
-    "position_embeddings",
-    "use_cache",
-    "output_attentions",
-    "cache_position",
-    "alibi",
-    "position_bias",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-}
 
 _ORDINARY_KEYWORDS = {
     "attention_mask",
@@ -87,12 +73,6 @@ def blocked_layer(
     arguments = list(inspect.signature(type(layer).forward).parameters)
     if not _CACHES & set(arguments):
         return "it keeps no keys and values, so it cannot go on from a cache"
-    strange = [name for name in arguments[2:] if name not in _ORDINARY_ARGUMENTS]
-    if strange:
-        return (
-            f"it takes {', '.join(strange)} from the rest of the model, which an inserted layer "
-            "cannot be given"
-        )
     sharing = getattr(config, "kv_sharing_modes", None)
     if sharing[index] if sharing else getattr(config, "num_kv_shared_layers", 0):
         return "it shares keys and values with other layers"

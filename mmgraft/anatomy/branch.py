@@ -60,7 +60,8 @@ class _Run:
         given = first_argument(args, kwargs)
         # A second tensor of the state's shape is a residual that the child adds by itself.
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-        residual = next((v for v in tensors[1:] if v.shape == given.shape), None)
+        others = (v for v in tensors[1:] if v is not given)  # CTRL's query, key and value are one
+        residual = next((v for v in others if v.shape == given.shape), None)
         child = self.children[name]
         if name == self.attention:
             out = self.branch.clone()

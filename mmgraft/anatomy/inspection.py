@@ -24,11 +24,14 @@ from mmgraft.errors import UsageError
 _TEXT_ONLY = "give a text model that predicts the next token, such as Llama or Qwen2"
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(
+    config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
     """Build the base's class on the meta device: every module, no memory, no weights.
 
     Args:
         config: The base's configuration; it is not changed.
+        kind: The base's class; by default the one that transformers makes of the configuration.
 
     Raises:
         UsageError: Transformers has no causal LM for this configuration.
@@ -36,7 +39,8 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     refuse_non_causal(text_config(config))
     try:
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+            make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
+            model: PreTrainedModel = make(copy.deepcopy(config)).eval()
     except Exception as error:  # whatever a foreign __init__ may raise over its configuration
         raise UsageError(
             f"{config.model_type!r} is not a causal language model that transformers can build "
@@ -136,11 +140,15 @@ def _path_of(model: nn.Module, part: nn.Module | None) -> str | None:
 
 def _find_layers(model: nn.Module, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
     """Find the outermost list that has as many entries as the model has layers."""
-    count = getattr(config, "num_hidden_layers", None)
+    of_decoder = getattr(config, "decoder_layers", None)  # Blenderbot's other number is BART's
+    count = of_decoder or getattr(config, "num_hidden_layers", None)
     for path, module in _outer_first(model):
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            if "encoder" in path.split("."):
-                raise UsageError(f"{type(model).__name__} is an encoder; {_TEXT_ONLY}")
+            if getattr(config, "is_decoder", None) is False and "encoder" in path.split("."):
+                raise UsageError(
+                    f"{type(model).__name__} is an encoder (is_decoder is false in its "
+                    f"configuration); {_TEXT_ONLY}"
+                )
             return path, module
     raise UsageError(
         f"{type(model).__name__} has no list of its {count} decoder layers; {_TEXT_ONLY}"

@@ -13,7 +13,12 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_la
 # The first rule that fits a name says how large its number may be.
 _RULES: tuple[tuple[str, int], ...] = (
     (r"_id$|_index$", 319),
-    (r"feed_forward$|kernel|period|offset|interval|pattern|n_top|pretraining", 1 << 62),
+    (
+        r"index\w*heads|feed_forward$|kernel|period|offset|interval|pattern|n_top|pretraining",
+        1 << 62,
+    ),
+    (r"topk_blocks", 1),
+    (r"index\w*topk", 8),
     (r"topk_group|shared_experts?$|dense_layers|first_k|shared_layers|nextn|expand", 1),
     (r"n_group$|num_expert_group|experts?_per_tok|top_?k|moe_k$", 2),
     (r"experts?$|expert_num$", 8),

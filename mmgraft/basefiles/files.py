@@ -106,14 +106,13 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
             f"the configuration of {files.id} cannot be read ({_first_line(error)}); if the model "
             "is newer than the installed transformers, upgrade it with pip install -U transformers"
         ) from error
-    text = text_config(config)
-    refuse_non_causal(text)
+    refuse_non_causal(text_config(config))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(
             f"{files.id} is a {config.model_type!r}, not a causal language model; give a text "
             "model that predicts the next token, such as Llama or Qwen2"
         )
-    return text
+    return config
 
 
 def fetch(
@@ -178,7 +177,7 @@ def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a model's folder; None where it has none."""
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
 
 

@@ -75,8 +75,8 @@ def read_modules(
         UsageError: See :func:`read_layers`.
     """
     _refuse_quantised(config, reader.files.id)
-    reduced = _reduced(type(skeleton(config)), set(paths))
-    config = copy.deepcopy(config)
+    blank = skeleton(config)
+    reduced, config = _reduced(type(blank), set(paths)), copy.deepcopy(blank.config)
     config.tie_word_embeddings = tied
     return _load(reduced, config, reader, dtype)
 

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mmgraft import __version__
 from mmgraft.cli.failures import explain
 from mmgraft.cli.options import option
+from mmgraft.version import __version__
 
 _MAKE, _USE, _SHARE, _LOOK = "Make", "Use", "Share", "Look"
 

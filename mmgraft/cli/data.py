@@ -15,7 +15,6 @@ from mmgraft.cli.options import (
     OverwriteFlag,
     TemplateOption,
     argument,
-    key_values,
     option,
     with_options,
 )
@@ -143,7 +142,6 @@ def check(target: _Target, quick: _Quick = False, json: JsonFlag = False, **read
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Selection, views
 
-    reads["template_option"] = key_values(reads["template_option"], "--template-option")
     chosen = Selection(target, **reads)
     found: list[tuple[View, Report]] = []
     for view in views(chosen):
@@ -190,7 +188,6 @@ def preview(
     settled = is_graft(target) or any(reads.get(name) for name in ("run", "base", "recipe"))
     if not settled and is_there(str(target)):
         reads["run"] = find_run(None, announce=note)
-    reads["template_option"] = key_values(reads["template_option"], "--template-option")
     chosen = Selection(target, **reads)
     shown: list[tuple[View, Preview]] = []
     for view in views(chosen):

@@ -16,7 +16,6 @@ from mmgraft.cli.options import (
     JsonFlag,
     RevisionOption,
     argument,
-    key_values,
     option,
     with_options,
 )
@@ -24,7 +23,13 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import built_in, get_method, methods, moved
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
 from mmgraft.recipes.recipe import GraftDefaults, Recipe
-from mmgraft.recipes.source import find_recipe, load_recipe, method_recipe
+from mmgraft.recipes.source import (
+    find_recipe,
+    key_value,
+    load_recipe,
+    method_recipe,
+    template_options,
+)
 from mmgraft.strict import Option
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
 from mmgraft.vision.projectors.registry import find_projector
@@ -133,7 +138,6 @@ def graft(
     target = out or Path(f"{_short(base)}-{kind.name}")
     defaults = chosen.graft if chosen else None
     tower = _tower(defaults, vision, feature_layer)
-    written = find_recipe(recipe) if recipe is not None else method_recipe(kind)
     _check(target, force, verify)
     with uncollected():  # here torch is loaded
         from mmgraft.model.files.create import create_graft
@@ -144,7 +148,7 @@ def graft(
         target,
         workflow=workflow or (chosen and chosen.workflow) or "mm",
         projector=_projector(defaults, projector, projector_norm),
-        template=_template(template, key_values(template_option, "--template-option")),
+        template=_template(template, template_options(template_option)),
         revision=revision,
         full_fingerprint=verify == "full",
         dry_run=dry_run,
@@ -152,7 +156,7 @@ def graft(
     if dry_run:
         _show_plan(record, target, f"{kind.name} on {resolve_alias(base)}", json)
     else:
-        _finish(target, written, json)
+        _finish(target, find_recipe(recipe) if recipe is not None else method_recipe(kind), json)
 
 
 def _tower(
@@ -221,7 +225,7 @@ def _config(
             )
         is_list = get_origin(fields[name].annotation) is list
         values[name] = value.split(",") if is_list else value
-    values |= key_values(settings, "--set")
+    values |= dict(key_value(setting, "--set", "layers=last:8") for setting in settings)
     name, values, note_ = moved(method, values)
     if note_ is not None:
         note(note_)

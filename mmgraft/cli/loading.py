@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from mmgraft.cli.console import stderr
-from mmgraft.cli.options import key_values
 from mmgraft.errors import UsageError
+from mmgraft.recipes.source import template_options
 
 if TYPE_CHECKING:
     from mmgraft.inference import Answerer
@@ -36,7 +36,7 @@ def load_answerer(
     if verify not in ("fast", "full", "off"):
         raise UsageError(f"--verify {verify}: choose fast, full or off")
     check_dtype(dtype)
-    options = key_values(template_option, "--template-option")
+    options = template_options(template_option)
     with uncollected():
         from mmgraft.inference import Answerer
         from mmgraft.training.devices import pick_device

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from mmgraft.errors import UsageError
 
 
 def option(*words: str, panel: str | None = None, **more: Any) -> Any:
@@ -90,26 +88,6 @@ TemplateOption = Annotated[
     list[str] | None,
     option("--template-option", "KEY=VALUE of the chat template; may be repeated."),
 ]
-
-
-def key_values(texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
-    """Return ``KEY=VALUE`` texts as a dict, the values read as YAML.
-
-    Raises:
-        UsageError: A text is none, or its value is not YAML.
-    """
-    import yaml
-
-    found: dict[str, Any] = {}
-    for text in texts or ():
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UsageError(f"{flag} {text}: write KEY=VALUE")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"{flag} {text}: the value is not YAML; put it into quotes") from None
-    return found
 
 
 _LOADING = "How the model is loaded"

@@ -15,7 +15,7 @@ from mmgraft.runs.find import find_run
 
 if TYPE_CHECKING:
     from mmgraft.recipes.recipe import Stage
-    from mmgraft.training.run import Plan
+    from mmgraft.training.plan import Plan
 
 _PLAN, _GO_ON = "What to train", "Go on or begin anew"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pydantic import Field
 
-from mmgraft import __version__
 from mmgraft.comparison import tables
 from mmgraft.comparison.files import Phase, read_comparison
 from mmgraft.comparison.measured import MeasuredArm, SetAnswers, read_answers, read_arms, set_names
@@ -24,6 +23,7 @@ from mmgraft.evaluation.report.report import BESIDE, plots_of, write_page
 from mmgraft.evaluation.report.words import listed, number, verdict
 from mmgraft.runs.results import SCHEMA_VERSION, Results, Score, Section
 from mmgraft.strict import MeasuredModel
+from mmgraft.version import __version__
 
 
 class ArmReport(MeasuredModel):

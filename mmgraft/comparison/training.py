@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmgraft import __version__
 from mmgraft.comparison.child import Ended, locked, measured
 from mmgraft.comparison.files import PhaseRecord, Session, read_phase, write_phase
 from mmgraft.comparison.plan import ArmPlan
@@ -20,6 +19,7 @@ from mmgraft.runs.results import Results, write_results
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import text_change
 from mmgraft.training.run import VERSIONS
+from mmgraft.version import __version__
 
 LOCK = ".training.lock"
 

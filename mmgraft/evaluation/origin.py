@@ -8,11 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmgraft import __version__
 from mmgraft.evaluation.items.files import file_sha256
 from mmgraft.evaluation.report.about_run import shown_name
 from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME, GraftFile
 from mmgraft.runs.results import Results, Section, SetResult
+from mmgraft.version import __version__
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel

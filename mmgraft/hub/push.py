@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmgraft import __version__
 from mmgraft.atomic import atomic_text
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.evaluation.report.about_run import settings_without_folders, without_folders
@@ -17,6 +16,7 @@ from mmgraft.hub.client_errors import LOGIN, hub_errors
 from mmgraft.hub.references import confirm_references, is_repo_id, make_portable
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.runs.contents import README, RECIPE, UploadFile, belonging, folder_named, managed
+from mmgraft.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -21,10 +21,7 @@ from mmgraft.model.workflow import TEXT_WORKFLOW
 
 _IMAGE_INPUTS = tuple(one.name for one in fields(GivenImages))
 _OWN_INPUTS = (*_IMAGE_INPUTS, "mm_token_type_ids", "workflow")
-_NEUTRAL = (
-    *("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"),
-    *("use_cache", "cache_implementation", "cache_config"),
-)
+_NEUTRAL = ("eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "cache_implementation")
 """Settings of a generation config that have no say in which token is the likeliest."""
 
 

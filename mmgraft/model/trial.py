@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, examine, shrunken
 from mmgraft.errors import UsageError
@@ -23,16 +23,16 @@ from mmgraft.grafts.registry import get_method
 from mmgraft.vision.projectors.configs import MlpConfig
 
 _FAR = 1e-3  # of the logits' own size: rounding is below, a mistake above
-_LENGTH, _PAD = 12, 3
+_LENGTH, _PAD = 24, 7
 
 
-def refusal(method: Method, anatomy: Anatomy, config: PreTrainedConfig) -> str | None:
+def refusal(method: Method, anatomy: Anatomy, base: PreTrainedModel) -> str | None:
     """Return the reason why a base cannot take a method, or None where it can.
 
     Args:
         method: The method.
         anatomy: The base's.
-        config: The base's, of its text.
+        base: The base, loaded or its skeleton.
     """
     if "layers" in method.config_class.model_fields and len(anatomy.blocked) == anatomy.num_layers:
         return f"no layer can carry a graft: {anatomy.blocked[0]}"
@@ -40,31 +40,36 @@ def refusal(method: Method, anatomy: Anatomy, config: PreTrainedConfig) -> str |
     if reason is not None:
         return reason
     try:
-        small = shrunken(config)
+        small = shrunken(base.config)
         values = small.to_dict()
     except Exception:  # no copy can be made of it: what is left is the examination
         return None
     for name in ("quantization_config", "dtype", "transformers_version", "_name_or_path"):
         values.pop(name, None)
-    return _refusal(method.name, type(small), json.dumps(values, sort_keys=True, default=str))
+    text = json.dumps(values, sort_keys=True, default=str)
+    return _refusal(method.name, type(base), type(small), text)
 
 
 @cache
-def _refusal(name: str, kind: type[PreTrainedConfig], values: str) -> str | None:
+def _refusal(
+    name: str, kind: type[PreTrainedModel], of: type[PreTrainedConfig], values: str
+) -> str | None:
     """Return what one copy and then another break.
 
     Twice, for rounding sends a token to another expert once in a while.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        reason = _tried(get_method(name), kind, values, seed=0)
-        return reason and _tried(get_method(name), kind, values, seed=1)
+        method = get_method(name)
+        reason = _tried(method, kind, of.from_dict(json.loads(values)), seed=0)
+        return reason and _tried(method, kind, of.from_dict(json.loads(values)), seed=1)
 
 
-def _tried(method: Method, kind: type[PreTrainedConfig], values: str, seed: int) -> str | None:
+def _tried(
+    method: Method, kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int
+) -> str | None:
     torch.manual_seed(seed)
     try:
-        config = kind.from_dict(json.loads(values))
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        base = kind._from_config(config, dtype=torch.float32).eval()
     except Exception:  # as above
         return None
     _randomise(base)
@@ -138,13 +143,15 @@ class _Trial:
         pairs = zip(self.image.items(), long, strict=True)
         return {name: torch.cat([F.pad(row, gap), other]) for (name, row), other in pairs}
 
-    def logits(self, given: dict[str, Tensor]) -> Tensor:
-        """Return those of a full forward."""
-        return self.model(**given, image_features=self.features, use_cache=False).logits
+    def logits(self, given: dict[str, Tensor], silent: bool = False) -> Any:
+        """Return those of a full forward, or nothing."""
+        found = self.model(**given, image_features=self.features, use_cache=False).logits
+        return None if silent else found
 
     def checks(self) -> Iterator[tuple[str, Callable[[], str | None]]]:
         """Yield what might be wrong, and what returns how far off it is where it is wrong."""
         yield "it reads token ids beside embeddings, and an image has none", self.embeds
+        yield "it reads tokens alone, and an image is none", partial(self.logits, self.image, True)
         yield "a later token changes earlier logits", self.causal
         for side, gap in {"right": (0, _PAD), "left": (_PAD, 0)}.items():
             yield f"padding on the {side} changes a row's logits", partial(self.padded, gap)
@@ -175,7 +182,7 @@ class _Trial:
     def cached(self, given: dict[str, Tensor]) -> str | None:
         """Compare a first part, a chunk and two single tokens with the full forward."""
         end, found, cache, start = given["input_ids"].shape[1], [], None, 0
-        for stop in (end - 4, end - 2, end - 1, end):
+        for stop in (end - 10, end - 6, *range(end - 3, end + 1)):
             new = {name: tensor[:, start:stop] for name, tensor in given.items()}
             new["attention_mask"] = given["attention_mask"][:, :stop]
             images = {} if start else {"image_features": self.features}

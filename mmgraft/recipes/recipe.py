@@ -25,7 +25,8 @@ from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.registry import methods
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.strict import StrictModel
-from mmgraft.vision.projectors.configs import AnyProjector, MlpConfig
+from mmgraft.vision.projectors.configs import MlpConfig
+from mmgraft.vision.projectors.registry import AnyProjector
 
 TextRows = Literal["skip", "graft", "base"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]

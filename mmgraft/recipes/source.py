@@ -242,15 +242,29 @@ def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int], wh
             _collect_lines(value, (*at, index), lines, what)
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def key_value(given: str, flag: str, such_as: str) -> tuple[str, Any]:
+    """Read ``key=value`` of an option, the value as YAML.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    key, equals, text = given.partition("=")
     if not equals or not key.strip():
-        raise UsageError(f"--set {override}: write key=value, such as --set stages.0.lr=1e-4")
+        raise UsageError(f"{flag} {given}: write key=value, such as {flag} {such_as}")
     try:
-        value = yaml.safe_load(text)
+        return key.strip(), yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: {text!r} is not a YAML value") from error
-    parts = [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
+        raise UsageError(f"{flag} {given}: {text!r} is not a YAML value") from error
+
+
+def template_options(given: Sequence[str] | None) -> dict[str, Any]:
+    """Read the values of ``--template-option``."""
+    return dict(key_value(one, "--template-option", "enable_thinking=false") for one in given or ())
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, value = key_value(override, "--set", "stages.0.lr=1e-4")
+    parts = [part for part in re.split(r"[.\[\]]+", key) if part]
     _set(data, parts, value, override)
 
 

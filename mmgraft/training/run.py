@@ -7,27 +7,22 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mmgraft
 from mmgraft.atomic import atomic_json, atomic_text
 from mmgraft.data import bad_rows
-from mmgraft.data.bad_rows import BadRow, BadRowLog
+from mmgraft.data.bad_rows import BadRowLog
 from mmgraft.data.formats.indexed import Joined
-from mmgraft.data.rows import Row
 from mmgraft.errors import MMGraftError, UsageError, is_out_of_memory
-from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import (
     dump_recipe,
-    find_recipe,
     load_recipe,
-    method_recipe,
     with_data,
     with_max_steps,
 )
@@ -38,6 +33,7 @@ from mmgraft.training.callbacks.stopping import with_way_on
 from mmgraft.training.devices import check_packages, is_main_rank, pick_device, with_workers
 from mmgraft.training.distributed.parallel import check_count, check_parallel, processes, way_on
 from mmgraft.training.memory.shortage import out_of_memory
+from mmgraft.training.plan import USED_RECIPE, Plan, recipe_file
 from mmgraft.training.stage_data import (
     StageData,
     absolute,
@@ -47,16 +43,13 @@ from mmgraft.training.stage_data import (
     fingerprint,
     refuse_other_rows,
 )
+from mmgraft.version import __version__
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from mmgraft.training.session import Session
 
-RECIPE = "recipe.yaml"
-"""What ``mmgraft graft`` writes into a run, for its owner to change."""
-USED_RECIPE = "recipe.used.yaml"
-"""The recipe that the run is trained by, every setting resolved; ``--resume`` goes on with it."""
 VERSIONS = "versions.json"
 
 Announce = Callable[[str], None]
@@ -75,32 +68,6 @@ class StageResult:
     text_rows_skipped: int
     trained_parameters: int
     bad_rows: int
-
-
-@dataclass
-class Plan:
-    """A training that has been checked and can begin."""
-
-    run: Path
-    record: GraftFile
-    recipe: Recipe  # resolved
-    device: str
-    rows: list[Sequence[Row]] = field(default_factory=list)  # by stage
-    skipped: list[int] = field(default_factory=list)  # rows without an image, by stage
-    eval_rows: Sequence[Row] = ()
-    bad: list[BadRow] = field(default_factory=list)  # left out, and in no log yet
-    first: int = 0
-    resume: bool = False
-
-    @property
-    def in_pieces(self) -> bool:
-        """Return whether several processes hold the model in pieces that mmgraft makes."""
-        return self.recipe.parallel == "fsdp2" and processes() > 1
-
-    @property
-    def stages(self) -> list[Stage]:
-        """All stages of the recipe."""
-        return self.recipe.stages
 
 
 def plan_training(
@@ -270,27 +237,13 @@ def _begin(plan: Plan) -> None:
 
 def versions() -> dict[str, str]:
     """Collect the versions of what a run is computed with."""
-    found = {"mmgraft": mmgraft.__version__, "python": platform.python_version()}
+    found = {"mmgraft": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
     return {**found, "platform": platform.platform()}
-
-
-def recipe_file(run: Path, record: GraftFile, named: str | Path | None) -> Path:
-    """Find the recipe of a run: the one that is named, else its own, else its method's."""
-    if named is not None:
-        return find_recipe(named)
-    if (run / RECIPE).is_file():
-        return run / RECIPE
-    default = method_recipe(get_method(record.method))
-    if default is None:
-        raise UsageError(
-            f"{run} has no {RECIPE}, and the method {record.method} brings none; give --recipe FILE"
-        )
-    return default
 
 
 def _check_resume(run: Path, restart: bool, changes: bool) -> None:

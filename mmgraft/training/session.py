@@ -47,7 +47,7 @@ from mmgraft.training.trainer import GraftTrainer, describe, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 
 if TYPE_CHECKING:
-    from mmgraft.training.run import Plan
+    from mmgraft.training.plan import Plan
 
 WORKFLOWS = "workflows"
 """Folder of a run for the workflows beside its own."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -21,9 +20,9 @@ from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor, local_tower
 from mmgraft.recipes.recipe import DataEntry, GraftDefaults, Recipe
-from mmgraft.recipes.source import find_recipe, load_recipe
+from mmgraft.recipes.source import find_recipe, load_recipe, template_options
 from mmgraft.runs.find import is_graft
-from mmgraft.training.run import recipe_file
+from mmgraft.training.plan import recipe_file
 from mmgraft.training.stage_data import check_data_is_set, with_template
 from mmgraft.vision.towers.registry import describe_tower
 
@@ -41,7 +40,7 @@ class Selection:
         stage: Of the recipe; None takes all.
         images: Folder that image paths start from.
         template: Instead of the graft's and the stages'.
-        template_option: Its variables, beside the graft's and the recipe's.
+        template_option: ``KEY=VALUE`` of its variables, beside the graft's and the recipe's.
         max_length: Instead of the stages'.
     """
 
@@ -53,7 +52,7 @@ class Selection:
     stage: str | None = None
     images: Path | None = None
     template: str | None = None
-    template_option: Mapping[str, Any] = field(default_factory=dict)
+    template_option: Sequence[str] | None = None
     max_length: int | None = None
 
 
@@ -144,7 +143,7 @@ def _of_run(chosen: Selection, run: Path) -> _Readers:
     path = recipe_file(run, record, chosen.recipe)
     recipe = load_recipe(path, method=record.method).resolved(record.workflow)
     base = base_files(record, run)
-    options = {**recipe.template_options, **chosen.template_option}
+    options = {**recipe.template_options, **template_options(chosen.template_option)}
     processor = load_processor(record, base.path, describe_tower(local_tower(record, run)), options)
     if run == chosen.target:
         check_data_is_set(recipe, run, path)
@@ -172,7 +171,8 @@ def _of_names(chosen: Selection) -> _Readers:
     template = resolve_template(chosen.template, tokenizer)
     filler, _ = choose_placeholder(tokenizer, len(tokenizer))
     positions = describe_tower(vision).positions(graft.projector)
-    options = {**(recipe.template_options if recipe else {}), **chosen.template_option}
+    options = template_options(chosen.template_option)
+    options = {**(recipe.template_options if recipe else {}), **options}
     processor = GraftProcessor(tokenizer, positions, filler, template, options=options)
     return recipe, processor, _positions(base)
 

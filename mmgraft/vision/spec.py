@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field
 
 from mmgraft.strict import StrictModel
+from mmgraft.vision.kinds import Kinds
 from mmgraft.vision.projectors.configs import MlpConfig
+
+if TYPE_CHECKING:
+    from mmgraft.vision.towers.base import VisionTower
+    from mmgraft.vision.towers.registry import TowerShape
 
 TRANSFORMERS_KIND = "transformers"
 
@@ -39,9 +46,7 @@ class VisionSpec(StrictModel):
         """Return the spec a user means by one word: a registered kind, or else a Hub id or a
         folder.
         """
-        from mmgraft.vision.towers.registry import tower_kinds
-
-        if name != TRANSFORMERS_KIND and name in tower_kinds():
+        if name != TRANSFORMERS_KIND and name in TOWERS.names():
             return cls(kind=name)
         return cls(id=name)
 
@@ -51,5 +56,21 @@ class VisionSpec(StrictModel):
         return self.id or self.kind
 
 
+@dataclass(frozen=True)
+class TowerKind:
+    """One kind of tower: how to load it and, optionally, how to learn its shape without weights."""
+
+    name: str
+    loader: Callable[[VisionSpec], VisionTower]
+    describe: Callable[[VisionSpec], TowerShape] | None = None
+
+    @classmethod
+    def of_entry_point(cls, name: str, value: Any) -> TowerKind:
+        """Return the kind that a package offers, as such or as its loader alone."""
+        return value if isinstance(value, cls) else cls(name, value)
+
+
+TOWERS: Kinds[TowerKind] = Kinds("vision tower kind", "mmgraft.towers", TowerKind.of_entry_point)
+"""What ``VisionSpec.kind`` may be; ``towers/registry.py`` fills it."""
 ProjectorSpec = MlpConfig
 """The public name of the usual projector's settings."""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from hub_fixtures import contents
 from hub_server import HubServer
 from refusals import GRAFT, on_the_hub
+from waiting import LAST
 
 pytestmark = pytest.mark.xdist_group("bad-input")  # one worker makes the parts
 
@@ -223,7 +224,7 @@ def test_4_bit_without_bitsandbytes(run, here, parts) -> None:
     before = contents(here)
     done = subprocess.run(
         [sys.executable, "-c", HIDDEN, str(parts / "rows.jsonl"), str(parts / "images")],
-        capture_output=True, text=True, cwd=here, timeout=120,
+        capture_output=True, text=True, cwd=here, timeout=LAST,
     )  # fmt: skip
     assert done.stderr.count("code 2\n") == 4, done.stderr
     assert done.stderr.count("pip install 'mmgraft[4bit]'") == 4, done.stderr

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import pytest
 
 from hub_fixtures import contents
 from refusals import GRAFT
+from waiting import LAST, wait_until
 
 pytestmark = pytest.mark.xdist_group("bad-input")
 
@@ -56,7 +56,7 @@ def test_a_disk_that_takes_no_more(run: Path, parts: Path, here: Path, cli: Any)
     before = contents(here)
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *map(str, (parts / "base", parts / "tower", rows, here))],
-        capture_output=True, text=True, cwd=here, timeout=240,
+        capture_output=True, text=True, cwd=here, timeout=LAST,
     )  # fmt: skip
     codes = [line for line in done.stderr.splitlines() if line.startswith("code ")]
     assert len(codes) == 6, done.stderr
@@ -103,11 +103,15 @@ def test_a_killed_training_goes_on(run: Path, here: Path, cli: Any) -> None:
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=here)
     saved = run / "checkpoints" / "1-align"
     try:
-        deadline = time.monotonic() + 120
-        while not list(saved.glob("checkpoint-?")) and time.monotonic() < deadline:
+        for _ in range(2):  # it writes further ones while it is killed
+            before = set(saved.glob("checkpoint-*"))
+            wait_until(
+                lambda before=before: (
+                    child.poll() is not None or set(saved.glob("checkpoint-*")) - before
+                ),
+                "a checkpoint",
+            )
             assert child.poll() is None, child.communicate()[1]
-            time.sleep(0.02)
-        time.sleep(0.3)
     finally:
         child.send_signal(signal.SIGKILL)
         child.communicate()

@@ -25,6 +25,7 @@ from hub_fixtures import contents, talk_to
 from hub_server import HubServer
 from tiny import save_base, tiny_siglip_dir
 from tiny_runs import make_rows
+from waiting import LAST
 
 pytestmark = pytest.mark.xdist_group("hub-verbatim")  # one worker: the way there is walked once
 
@@ -81,7 +82,7 @@ class Journey:
             env=self.env("home"),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=LAST,
         )
 
 
@@ -133,7 +134,7 @@ def _on_a_terminal(way: Journey, args: list[str], answer: str) -> str:
             answered = True
     os.close(leader)
     text = shown.decode(errors="replace")
-    assert process.wait(timeout=60) == 0, text
+    assert process.wait(timeout=LAST) == 0, text
     assert answered, text
     return text
 
@@ -233,7 +234,7 @@ def fresh(journey: Journey) -> tuple[str, dict[str, torch.Tensor]]:
     env["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent / "support"), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-c", FRESH, PUSHED, str(journey.picture), "logits.pt"],
-        cwd=place, env=env, capture_output=True, text=True, timeout=300,
+        cwd=place, env=env, capture_output=True, text=True, timeout=LAST,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -14,6 +14,7 @@ from hub_fixtures import contents, make_run
 from hub_server import HubServer
 from mmgraft.cli.app import run as mmgraft
 from mmgraft.model.files.graft_file import BaseReference
+from waiting import LAST
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def python(code: str, hub: HubServer, folder: Path, *args: str, xet: bool = True
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LAST,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

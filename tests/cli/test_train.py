@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from mmgraft.cli.app import run as mmgraft
 from tiny_runs import losses, make_parts, make_run, write_recipe
+from waiting import LAST, wait_until
 
 STAGE = {"name": "align", "train": ["projector"], "lr": 1e-3, "batch_size": 4, "max_steps": 2}
 
@@ -102,11 +102,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(here):
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=here)
     try:
         metrics = here / "x-llava" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(lambda: metrics.exists() and metrics.read_text(), "the first step")
         os.kill(child.pid, signal.SIGINT)
-        _, err = child.communicate(timeout=120)
+        _, err = child.communicate(timeout=LAST)
     finally:
         child.kill()
     assert child.returncode == 130, err

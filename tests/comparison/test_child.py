@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from mmgraft.comparison import child
 from mmgraft.comparison.child import check_platform, locked, measured
 from mmgraft.comparison.files import Session
 from mmgraft.errors import UsageError
+from waiting import wait_until
 
 
 def run(
@@ -28,37 +29,64 @@ def run(
         return measured([sys.executable, "-c", textwrap.dedent(code)], file, note)
 
 
-def wait_for(file: Path) -> None:
-    """Wait for a file that another process writes; a minute is more than any machine needs."""
-    until = time.monotonic() + 60
-    while not file.exists():
-        assert time.monotonic() < until, f"{file.name} never came"
+def polled(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Have `act` called wherever `measured` would sleep between two looks at its child."""
+
+    def nap(seconds: float) -> None:
+        act()
         time.sleep(0.01)
 
+    monkeypatch.setattr(child, "time", SimpleNamespace(monotonic=time.monotonic, sleep=nap))
 
-def test_time_and_memory_are_the_childs_alone(tmp_path: Path, capfd) -> None:
+
+WAITS = """
+import time
+from pathlib import Path
+Path(out, "ready").touch()
+while not Path(out, "end").exists(): time.sleep(0.01)
+"""
+
+LARGE = f"""
+import time
+began = time.monotonic()
+held = b"x" * (200 << 20)
+until = time.process_time() + 0.4
+while time.process_time() < until: pass
+{WAITS}
+Path(out, "used").write_text(f"{{time.monotonic() - began}} {{time.process_time()}}")
+"""
+
+
+def test_time_and_memory_are_the_childs_alone(tmp_path: Path, capfd, monkeypatch) -> None:
+    """Each child ends when it was looked at twice since it has what is measured."""
     here = bytearray(300 << 20)  # what the parent holds is not counted
     here[::4096] = b"x" * len(here[::4096])
-    small = run("print('to nobody')", tmp_path / "lock")
-    large = run(
-        """
-        import time
-        held = b"x" * (200 << 20)
-        until = time.process_time() + 0.4
-        while time.process_time() < until: pass
-        time.sleep(0.6)
-        """,
-        tmp_path / "lock",
-    )
+    ready, end, used = tmp_path / "ready", tmp_path / "end", tmp_path / "used"
+    looks: list[int] = []
+
+    def look() -> None:
+        if ready.exists():
+            looks.append(1)
+        if len(looks) == 2:
+            end.touch()
+
+    polled(monkeypatch, look)
+    small = run(f"out = {str(tmp_path)!r}\nprint('to nobody'){WAITS}", tmp_path / "lock")
+    for file in (ready, end):
+        file.unlink()
+    looks.clear()
+    large = run(f"out = {str(tmp_path)!r}{LARGE}", tmp_path / "lock")
     del here
+    seconds, cpu = map(float, used.read_text().split())
     assert (small.code, large.code) == (0, 0)
     assert small.session.peak_memory_mb is not None
     assert large.session.peak_memory_mb is not None
     if sys.platform == "linux":
         assert small.session.peak_memory_mb < 100
     assert 200 < large.session.peak_memory_mb < 290
-    assert large.session.seconds >= 1.0
-    assert 0.4 <= large.session.cpu_seconds < 5
+    assert large.session.seconds >= seconds
+    assert large.session.cpu_seconds >= cpu - 0.02  # counted in ticks
+    assert small.session.cpu_seconds < large.session.cpu_seconds
     assert capfd.readouterr().out == ""
 
 
@@ -105,6 +133,8 @@ signal.pause()
 
 
 def test_ctrl_c_waits_for_the_child_that_saves(tmp_path: Path, monkeypatch) -> None:
+    """Ctrl-C comes where `measured` sleeps, to it and to its child, as from a terminal."""
+    monkeypatch.setattr(child, "NOTE_SECONDS", float("inf"))  # however slow the machine is
     noted: list[Session] = []
     children: list[subprocess.Popen] = []
     start = subprocess.Popen
@@ -114,26 +144,21 @@ def test_ctrl_c_waits_for_the_child_that_saves(tmp_path: Path, monkeypatch) -> N
         return children[-1]
 
     monkeypatch.setattr(child.subprocess, "Popen", popen)
+    pressed: list[bool] = []
+    waiting: list[bool] = []
 
     def press() -> None:
-        wait_for(tmp_path / "ready")
-        for pid in (os.getpid(), children[0].pid):  # as a terminal does
-            os.kill(pid, signal.SIGINT)
-        wait_for(tmp_path / "saving")
-        waiting.append(not noted)  # it would be noted if the child were no longer waited for
-        (tmp_path / "end").touch()
+        if (tmp_path / "ready").exists() and not pressed:
+            pressed.append(True)
+            children[0].send_signal(signal.SIGINT)
+            raise KeyboardInterrupt
+        if (tmp_path / "saving").exists() and not waiting:
+            waiting.append(not noted)  # it would be noted if the child were no longer waited for
+            (tmp_path / "end").touch()
 
-    waiting: list[bool] = []
-    pressing = threading.Thread(target=press)
-    # A suite that runs in the background of a shell ignores Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        pressing.start()
-        with pytest.raises(KeyboardInterrupt), locked(tmp_path / "lock") as lock:
-            measured([sys.executable, "-c", SAVING, str(tmp_path)], lock, noted.append)
-    finally:
-        signal.signal(signal.SIGINT, before)
-        pressing.join()
+    polled(monkeypatch, press)
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "lock") as lock:
+        measured([sys.executable, "-c", SAVING, str(tmp_path)], lock, noted.append)
     assert waiting == [True]
     assert (tmp_path / "saved").exists()
     assert len(noted) == 1
@@ -160,7 +185,7 @@ with locked(out / "lock") as lock:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a parent's death")
 def test_a_child_whose_parent_is_killed_saves_and_is_waited_for(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), SAVING])
-    wait_for(tmp_path / "ready")
+    wait_until((tmp_path / "ready").exists, "the child's start")
     parent.kill()
     parent.wait()
     with locked(tmp_path / "lock", waiting=(tmp_path / "end").touch):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +25,7 @@ from mmgraft.comparison.spec import load_comparison
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.runs.results import Results, read_results
 from tiny_runs import losses
+from waiting import wait_until
 
 SEEN = {"name": "seen", "metric": "exact", "path": "rows.jsonl"}
 READ = {"name": "read", "metric": "choice", "modality": "text", "path": "read.csv"}
@@ -266,11 +264,9 @@ def test_killed_at_any_moment_the_same_command_goes_on(write, tmp_path: Path) ->
     out = tmp_path / "out"
     command = [sys.executable, "-c", CALL, str(file), str(out)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 300
-    while not list(out.glob("arms/iaa/checkpoints/*/checkpoint-*")) and process.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    pattern = "arms/iaa/checkpoints/*/checkpoint-*"
+    wait_until(lambda: list(out.glob(pattern)) or process.poll() is not None, "a checkpoint")
+    process.kill()
     process.wait()
     first = out / "arms/llava/graft.safetensors"
     before = first.stat().st_mtime_ns

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +125,16 @@ def test_card_memory_is_the_largest_that_was_logged(arm: ArmPlan) -> None:
     )  # there the log holds main memory
 
 
+KILLED = """
+import os, signal, sys
+from mmgraft.cli.app import run
+from mmgraft.training import trainer
+trainer.rotate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(run(sys.argv[1:]))
+"""
+"""A training that is killed when its first checkpoint is written."""
+
+
 def test_a_killed_training_goes_on_from_its_checkpoint(write, tmp_path: Path, monkeypatch) -> None:
     spec = load_comparison(write(set={"stages.tune.max_steps": 60, "save_every": 10}))
     plan = make_plan(spec, tmp_path / "out", only=["llava"], device="cpu")
@@ -135,13 +143,10 @@ def test_a_killed_training_goes_on_from_its_checkpoint(write, tmp_path: Path, mo
     (arm.run / "recipe.yaml").write_text(dump_recipe(arm.recipe))
     command = training_command(arm.run, "cpu")
     assert command is not None
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not list((arm.run / "checkpoints").glob("*/checkpoint-*")):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
+    at, *rest = command[1:3], *command[3:]
+    assert at == ["-m", "mmgraft"]
+    first = subprocess.run([sys.executable, "-c", KILLED, *rest], stdout=subprocess.DEVNULL)
+    assert first.returncode == -signal.SIGKILL
     write_phase(arm.run, PhaseRecord(phase="train", sessions=[EARLIER]))
     told: list[str] = []
     train_arm(arm, PhaseRecord(phase="train", sessions=[EARLIER]), "cpu", told.append)

@@ -251,14 +251,15 @@ def test_what_is_answered_is_not_asked_again(tmp_path: Path, asked, monkeypatch)
 
 
 KILLED = """
-import sys, time
+import signal, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from test_asking import ask, made, questions
 
 def slow(done, total):
     print(done, flush=True)
-    time.sleep(0.05)
+    if done >= 10:
+        signal.pause()  # until it is killed
 
 model, processor = made()
 ask(model, processor, questions(40), Path({run!r}), progress=slow)

@@ -34,7 +34,7 @@ from mmgraft.vision.spec import VisionSpec
 from tiny import LAYERS as BASE_LAYERS
 from tiny import save_base
 from tiny_exports import LAYERS, change_record, make_base, make_graft, make_tower
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import EOS_ID, IM_END_ID, tiny_tokenizer
 from tiny_towers import save_tower
 
 
@@ -157,7 +157,9 @@ def test_room_in_the_vocabulary_is_used(tmp_path: Path) -> None:
     config = config_of(tmp_path / "out")
     assert config["image_token_index"] == rows
     assert config["text_config"]["vocab_size"] == 320
-    assert GenerationConfig.from_pretrained(tmp_path / "out").suppress_tokens is None
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert settings.suppress_tokens is None
+    assert settings.eos_token_id == [EOS_ID, IM_END_ID], "the template's end of turn beside its own"
 
 
 def test_a_new_row_is_the_mean() -> None:

@@ -16,6 +16,7 @@ from mmgraft.export.llava.export import export_llava
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import load_processor
 from tiny_exports import conversations, make_graft, save_pictures
+from waiting import LAST
 
 ARCHS = ["llama", "qwen2", "qwen3", "mistral", "gemma3"]
 TOWERS = ["clip", "siglip"]
@@ -118,7 +119,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], A
     }
     (folder / "todo.json").write_text(json.dumps(todo))
     command = [sys.executable, "-I", "-c", STOCK, str(folder / "todo.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LAST, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "not initialized" not in done.stderr
     for pair in found.values():

@@ -15,6 +15,7 @@ from hub_fixtures import make_run
 from hub_server import HubServer
 from hub_xet import _lz4_block, _ungroup
 from tiny import save_base
+from waiting import LAST
 
 LOAD = """
 import sys
@@ -42,7 +43,7 @@ def test_transformers_loads_by_id_in_a_fresh_process(tmp_path: Path) -> None:
             env=hub.env(tmp_path / "home", token=False),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=LAST,
         )
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -32,7 +32,8 @@ HARMONY = (
 )
 LLAMA_CALLS = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
-    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{% if m.tool_calls %}"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{% if 'tool_calls' in m %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('single tool-calls alone') }}{% endif %}"
     '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": '
     "{{ m.tool_calls[0].function.arguments | tojson }}}{% else %}{{ m.content }}{% endif %}"
     "<|eot_id|>{% endfor %}"
@@ -129,6 +130,10 @@ def test_reasoning_that_a_template_does_not_write_is_refused() -> None:
     with pytest.raises(UsageError, match=r"turn 2: .* does not write the 'reasoning_content'"):
         supervise(_processor(CHATML), [USER, thought])
     text = REASONING.replace("OPEN", "<think>").replace("CLOSE", "</think>")
+    brief = text.replace("if loop.last", "if not brief and loop.last")
+    with pytest.raises(UsageError, match="does not write the 'reasoning_content'"):
+        supervise(_processor(brief, brief=True), [USER, thought])
+    supervise(_processor(brief), [USER, thought, USER, ANSWER])  # it is left out on purpose
     learnt = supervise(_processor(text), [USER, thought])
     assert "It is warm." in _processor(text).decode(learnt.input_ids)
 
@@ -270,7 +275,7 @@ TWO_ROLES = (
         ([{"role": "developer", "content": "Fr."}, USER, ANSWER], "turn 1: .* of the developer"),
         ([USER, _call({}), ANSWER], "turn 2: .* 'tool_calls' of this turn of the assistant"),
         ([USER, ANSWER, {"role": "tool", "content": "2"}, ANSWER], "turn 3: .* of the tool"),
-        ([USER, {**ANSWER, "thinking": "hm"}], "turn 2: .* 'thinking'"),
+        ([USER, {**ANSWER, "thinking": "hm"}], "turn 2: .* 'reasoning_content'"),
     ],
 )
 def test_turns_that_the_template_does_not_write_are_refused(

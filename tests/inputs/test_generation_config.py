@@ -15,7 +15,7 @@ from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.evaluation.generate.answers import answer
 from mmgraft.inference import Answerer, Dialogue
 from mmgraft.model.modeling import GraftedModel
-from tiny import tiny_model, tiny_tower
+from tiny import save_base, tiny_model, tiny_tower
 from tiny_runs import make_parts, make_run, write_recipe
 from tiny_tokenizer import CHATML, EOS_ID, IM_END_ID, tiny_tokenizer
 from tiny_towers import picture
@@ -213,3 +213,21 @@ def test_unknown_options_are_refused_before_anything_is_written(
         ran = cli(*command, "--template-option", "brief")
         assert ran.code == 2
         assert "--template-option brief: write KEY=VALUE" in ran.err
+
+
+def test_one_of_several_templates_is_chosen_by_its_name(cli, parts: Path) -> None:
+    base = save_base(parts / "named", "llama", tokenizer=False)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": THINKING}
+    tokenizer.save_pretrained(base)
+    command = ["graft", base, "--method", "llava", "--vision", parts / "tower"]
+    refused = cli(*command, "--out", parts / "none")
+    assert refused.code == 2
+    assert "called rag, tool_use, and none is the default; choose one" in refused.err
+    unknown = cli(*command, "--out", parts / "none", "--template", "rags")
+    assert unknown.code == 2
+    assert "write chat, plain, rag, tool_use or the path" in unknown.err
+    assert not (parts / "none").exists()
+    assert cli(*command, "--out", parts / "chosen", "--template", "tool_use").code == 0
+    record = json.loads((parts / "chosen" / "graft_config.json").read_text())
+    assert record["template"] == {"kind": "file", "text": THINKING, "options": {}}

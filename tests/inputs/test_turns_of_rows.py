@@ -96,9 +96,9 @@ def test_a_system_prompt_beside_the_turns_is_their_first(tmp_path: Path) -> None
     ):
         assert row.messages[0] == first
         assert [turn["role"] for turn in row.messages] == ["system", "user", "assistant"]
-    with pytest.raises(UsageError, match="something else than the system turn"):
+    with pytest.raises(UsageError, match="'system' is not read"):
         _read(tmp_path, [{**first, "content": "In German."}, USER, ANSWER], system="In French.")
-    with pytest.raises(UsageError, match="'system' is 3; write a text"):
+    with pytest.raises(UsageError, match="'system' is not read"):
         _read(tmp_path, system=3)
 
 
@@ -144,10 +144,11 @@ def test_calls_of_tools_have_objects_for_arguments(tmp_path: Path, calls: Any, r
 @pytest.mark.parametrize(
     ("calls", "says"),
     [
-        ([3], "without a name"),
-        ([{"arguments": {}}], "without a name"),
-        ([{**CALL, "arguments": "factor 2"}], "the arguments of the call of 'zoom' are no JSON"),
-        ([{**CALL, "arguments": "[2]"}], "the arguments of the call of 'zoom' are no JSON"),
+        ([3], "3 is no call of a tool"),
+        ([{"arguments": {}}], "is no call of a tool"),
+        ([{"function": 3}], "is no call of a tool"),
+        ([{**CALL, "arguments": "factor 2"}], "'factor 2'} is no call of a tool"),
+        ([{**CALL, "arguments": "[2]"}], "is no call of a tool"),
         ({"name": "zoom"}, "is a list of calls"),
         ("zoom", "is a list of calls"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from grafting import (
     CONFIGS,
     batch,
+    cross_entropy,
     every_method,
     fresh,
     graft_on,
@@ -41,12 +43,27 @@ def test_image_positions_that_are_no_whole_images() -> None:
         model(**inputs)
 
 
-def test_labels_for_logits_that_are_more_than_the_heads() -> None:
-    model = graft_on("llama", CONFIGS["llava"])
+@pytest.mark.parametrize("method", ["iaa-c", "llava"])
+def test_labels_for_logits_that_are_more_than_the_heads(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is that of the base's own logits; here they get a bias after the head."""
+    model = perturb(graft_on("llama", CONFIGS[method]))
+    plain_forward, bias = model.base.forward, torch.linspace(-3, 3, model.anatomy.vocab_size)
+
+    def biased(**given: Any) -> Any:
+        out = plain_forward(**given)
+        out.logits = out.logits + bias
+        return out
+
+    monkeypatch.setattr(model.base, "forward", biased)
     model.anatomy = replace(model.anatomy, logits_blocked="TinyForCausalLM adds a bias of its own")
-    inputs = batch(rows("ttiiiitt"))
-    with pytest.raises(UsageError, match="adds a bias of its own"):
-        model(**inputs, labels=text_labels(inputs))
+    inputs = batch(rows("ttiiiitt", "tttttt"))
+    labels = text_labels(inputs)
+    expected = cross_entropy(logits_of(model, inputs), labels)
+    assert torch.allclose(model(**inputs, labels=labels).loss, expected, rtol=1e-5)
+    model.anatomy = replace(model.anatomy, logits_blocked=None)
+    assert not torch.allclose(model(**inputs, labels=labels).loss, expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "phi"])

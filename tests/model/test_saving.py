@@ -22,6 +22,7 @@ from mmgraft.model.files.save import save_graft, write_graft
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.vision.spec import VisionSpec
 from tiny_runs import make_parts, make_run
+from waiting import LAST
 
 SHARD = 20_000
 """Bytes of two of the four tensors."""
@@ -233,7 +234,7 @@ def test_real_kills_at_random_times(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "run"), str(seed)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=LAST,
         cwd=here.parent.parent,
     )
     assert done.returncode == 0, (seed, done.stderr)

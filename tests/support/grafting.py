@@ -1,7 +1,7 @@
 """Grafted tiny models, and rows of text and pictures written as words of t and i.
 
 A model comes from :func:`grafted` (noise on every tensor of the workflow, as if it were trained) or
-:func:`fresh`. Both are made once a process and shared: no test may change them. A row is a word,
+:func:`fresh`. Both are kept for a while and shared: no test may change them. A row is a word,
 ``"ttiiiit"``: two text tokens, one image of four patches, one text token.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -48,19 +48,24 @@ MIXTURES = {"qwen3_moe", "mixtral", "gpt_oss"}
 """Their experts compute all tokens of a batch in one product, whose rounding depends on it."""
 
 
-@cache
+KEPT = 24
+"""Models of each kind that are kept: a test takes them one architecture after another, and all of
+them would be a quarter of what a worker may hold."""
+
+
+@lru_cache(KEPT)
 def plain(arch: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The base by itself, built apart from every grafted one: same weights, no mmgraft."""
     return tiny_model(arch, dtype=dtype)
 
 
-@cache
+@lru_cache(KEPT)
 def fresh(arch: str, method: str) -> GraftedModel:
     """A graft as it is made, in fp32."""
     return graft_on(arch, CONFIGS[method])
 
 
-@cache
+@lru_cache(KEPT)
 def grafted(arch: str, method: str, dtype: torch.dtype = torch.float32) -> GraftedModel:
     """A graft as if it were trained."""
     return perturb(graft_on(arch, CONFIGS[method], dtype=dtype))

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from waiting import LAST
+
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
 """Audit events that are moments at which a session can be killed, where they touch the run."""
 
@@ -69,7 +71,7 @@ def server() -> Iterator[Server]:
     finally:
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(timeout=60)
+        process.wait(timeout=LAST)
 
 
 def serve() -> None:

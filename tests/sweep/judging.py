@@ -13,15 +13,22 @@ from typing import Any
 
 import torch
 from invariants import Case, broken
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from grafting import perturb
 from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
-from mmgraft.anatomy.shrinking import shrunken
+from mmgraft.anatomy import shrunken, text_config
+from mmgraft.basefiles import ModelFiles
 from mmgraft.errors import UsageError
 from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import TemplateChoice
-from mmgraft.model.files.summary import ModelSummary, locate, summarise_model
+from mmgraft.model.files.summary import ModelSummary, summarise_model
 from mmgraft.vision.spec import VisionSpec
 from tiny import randomise
 
@@ -36,6 +43,11 @@ INDEXER = {
     "indexer_compress_ratio": 4,
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3, 9, 18, 27]},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma4_assistant": {
@@ -61,9 +73,15 @@ def small_config(kind: str) -> PreTrainedConfig:
 
 
 def small_base(kind: str) -> PreTrainedModel:
-    """Build a random base of a type; the same weights for the same type."""
+    """Build a random base of a type; the same weights for the same type.
+
+    Of a type whose text has a class of its own, the whole model, as it is published.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(kind), dtype=torch.float32).eval()
+    config = small_config(kind)
+    alone = text_config(config) is config
+    auto = AutoModelForCausalLM if alone else AutoModelForImageTextToText
+    model = auto.from_config(config, dtype=torch.float32).eval()
     randomise(model)
     return model
 
@@ -80,7 +98,7 @@ def judge(kind: str, tower: Path, folder: Path, methods: tuple[str, ...] = METHO
     if base is None:
         try:
             summary(folder / "base", kind)
-            verdicts = {name: {"fails": verdicts["unbuilt"]} for name in methods}
+            verdicts = {name: {"unbuilt": verdicts["unbuilt"]} for name in methods}
         except UsageError as refusal:
             verdicts = {name: {"refused": str(refusal)} for name in methods}
         except Exception as error:
@@ -94,8 +112,7 @@ def summary(folder: Path, kind: str) -> ModelSummary:
     """Return what `inspect` says of a base; of one that was not saved, by its configuration."""
     if not (folder / "config.json").is_file():
         CONFIG_MAPPING[kind](**OVERRIDES.get(kind, {})).save_pretrained(folder)
-    files: Any = locate(str(folder))
-    return summarise_model(files)
+    return summarise_model(ModelFiles(str(folder), folder))
 
 
 def judge_methods(

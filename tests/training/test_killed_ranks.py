@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from rank_work import go_on, train_runs
 from ranks import on_ranks
 from same_run import same
 from tiny_runs import losses, make_run, write_recipe
+from waiting import LAST, wait_until
 
 STAGE = {
     "name": "tune", "train": ["projector", "graft"], "lr": 1e-3, "epochs": 5, "batch_size": 2,
@@ -61,7 +61,7 @@ def killed(run: Path, rank: int, step: int, whom: str, *more: str) -> tuple[int,
     command = [sys.executable, "-c", LAUNCH, *kill, "train", str(run), "--device", "cpu", *more]
     said = run.parent / "said"
     with said.open("w") as file:  # no pipe: those who are left hold it open
-        code = subprocess.run(command, stderr=file, stdout=file, timeout=600).returncode
+        code = subprocess.run(command, stderr=file, stdout=file, timeout=LAST).returncode
     return code, said.read_text()
 
 
@@ -96,10 +96,9 @@ def test_one_rank_and_then_the_launcher_is_killed(
 
     code, said = killed(run, 0, 7, "launcher", "--resume")
     assert code == -9, said
-    due = time.monotonic() + 300
-    while len(list(tmp_path.glob("*.ended"))) < 2:
-        assert time.monotonic() < due, "the ranks went on without their launcher"
-        time.sleep(0.1)
+    wait_until(
+        lambda: len(list(tmp_path.glob("*.ended"))) == 2, "the end of ranks without launcher"
+    )
     assert {path.read_text() for path in tmp_path.glob("*.ended")} == {"130"}
     assert steps_saved(run) == [6, 7]  # the step was finished, and saved
 

@@ -21,6 +21,7 @@ from mmgraft.training.run import plan_training, train
 from rank_work import apart, train_runs
 from ranks import on_ranks
 from tiny_runs import losses, make_run, write_recipe
+from waiting import LAST
 
 BATCH = 2
 STAGES: dict[str, list[dict[str, Any]]] = {
@@ -130,7 +131,7 @@ def test_the_command_starts_them_itself(parts: Path, tmp_path: Path):
             [*command, "--device", "cpu", *more],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=LAST,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
 

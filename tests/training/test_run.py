@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from mmgraft.errors import UsageError
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.source import load_recipe, shipped_recipes
-from mmgraft.training.run import Plan, plan_training, train
+from mmgraft.training.plan import Plan
+from mmgraft.training.run import plan_training, train
 from mmgraft.training.session import Session
 from mmgraft.training.stage_data import with_template
 from tiny_runs import losses, make_run, write_recipe

@@ -18,6 +18,7 @@ from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.vision import feature_cache
 from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 from tiny_towers import picture, tiny_tower
+from waiting import LAST
 
 
 class Counted:
@@ -201,7 +202,7 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     files(tmp_path, 60)
     command = [sys.executable, "-c", WORKER, str(tmp_path)]
     workers = [subprocess.Popen(command) for _ in range(2)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=LAST) for worker in workers] == [0, 0]
 
 
 def test_other_process_results_are_found_later(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 from mmgraft.vision.images import BadImage
 from mmgraft.vision.plan import ImagePositions, Plan, View
 from mmgraft.vision.projectors.configs import (
-    AnyProjector,
     LinearConfig,
     MlpConfig,
     PixelShuffleConfig,
@@ -30,6 +29,7 @@ from mmgraft.vision.projectors.configs import (
     ProjectorConfig,
 )
 from mmgraft.vision.projectors.registry import (
+    AnyProjector,
     ProjectorKind,
     build_projector,
     find_projector,

@@ -16,8 +16,8 @@ from typing_extensions import Self
 
 from mmgraft.data.batches.sequences import Side, pad
 from mmgraft.data.chat.answers import Answers, learn
-from mmgraft.data.chat.content import Message, flatten, has_image, has_parts
-from mmgraft.data.chat.template import Template, apply, check_template, reads_parts, variables
+from mmgraft.data.chat.content import Message, flatten, has_parts
+from mmgraft.data.chat.template import Template, check_template, reads_parts, variables
 from mmgraft.data.chat.transcript import (
     STOCK_SENTINEL,
     SentinelTokenizers,
@@ -137,30 +137,24 @@ class GraftProcessor:
 
     def with_template(self, template: Template | str) -> Self:
         """Return the same processor with another template, and the options that it knows."""
-        made = template if isinstance(template, Template) else Template(template)  # type: ignore[arg-type]
-        known = variables(made, self.tokenizer) if self.options else frozenset[str]()
-        return type(self)(
-            self.tokenizer,
-            self.image_positions,
-            self.placeholder_id,
-            template,
-            self.preprocess,
-            {name: self.options[name] for name in self.options if name in known},
-        )
+        images = self.image_positions, self.placeholder_id
+        made = type(self)(self.tokenizer, *images, template, self.preprocess)
+        known = variables(made.template, self.tokenizer) if self.options else set[str]()
+        made.options = {name: self.options[name] for name in self.options if name in known}
+        return made
 
     def transcript(
         self,
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         where: str = "the conversation",
-        prompting: bool = False,
     ) -> Transcript:
         """Return the conversation as its template and tokenizer see it; see ``Transcript``.
 
         Raises:
             UsageError: The template refuses it, or leaves something of it out.
         """
-        return self._read(messages, tools, where, prompting)[1]
+        return self._read(messages, tools, where)[1]
 
     def _read(
         self,
@@ -177,15 +171,14 @@ class GraftProcessor:
             where=where, prompting=prompting,
         )  # fmt: skip
         if takes_text(plain):
-            messages = with_text(messages)
-            plain = replace(plain, messages=with_text(flat))
+            messages, plain = with_text(messages), replace(plain, messages=with_text(flat))
         transcript = with_sentinel(plain, messages) if images else plain
         refuse_dropped(transcript)
         return messages, transcript
 
     @cached_property
     def answers(self) -> Answers:
-        """How answers look: what ends one, and where the reasoning before it ends."""
+        """Answers as the template writes them: the end of one, and the reasoning before it."""
         return learn(self.transcript)
 
     def prompt(
@@ -196,10 +189,12 @@ class GraftProcessor:
         where: str = "the conversation",
     ) -> str:
         """Return the text that is tokenised: the base's own, or with a sentinel for each image."""
-        messages, transcript = self._read(messages, tools, where, add_generation_prompt)
+        return self._text(*self._read(messages, tools, where, add_generation_prompt), where)
+
+    def _text(self, messages: Sequence[Message], transcript: Transcript, where: str) -> str:
         if transcript.images:
             return transcript.tokens.text
-        return transcript.render(self._text_only(messages, where), add_generation_prompt)
+        return transcript.render(self._text_only(messages, where), transcript.prompting)
 
     def encode(
         self,
@@ -219,11 +214,12 @@ class GraftProcessor:
         Raises:
             UsageError: The template refuses the conversation.
         """
-        if not has_image(messages):
-            ids = self._text_ids(messages, add_generation_prompt, tools, where)
-            return Encoded(ids, [0] * len(ids), [])
-        transcript = self.transcript(messages, tools, where, add_generation_prompt)
-        return self.expand(transcript, transcript.tokens.ids)
+        messages, transcript = self._read(messages, tools, where, add_generation_prompt)
+        if transcript.images:
+            return self.expand(transcript, transcript.tokens.ids)
+        text, plain = self._text(messages, transcript, where), self.template.kind == "plain"
+        ids = list(self.tokenizer(text, add_special_tokens=plain, verbose=False)["input_ids"])
+        return Encoded(ids, [0] * len(ids), [])
 
     def expand(
         self, transcript: Transcript, ids: Sequence[int], spans: Sequence[tuple[int, int]] = ()
@@ -374,31 +370,6 @@ class GraftProcessor:
         whole = self.decode(ids, skip_special_tokens=False)
         shown = self.answers.shown(whole)
         return (text if shown == whole.lstrip() else special.sub("", shown)).strip()
-
-    def _text_ids(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool,
-        tools: Sequence[Any] | None,
-        where: str,
-    ) -> list[int]:
-        messages, transcript = self._read(messages, tools, where)
-        messages = self._text_only(messages, where)
-        if self.template.kind == "plain":
-            text = transcript.render(messages)
-            return list(self.tokenizer(text, verbose=False)["input_ids"])
-        encoding = apply(
-            self.template,
-            self.tokenizer,
-            messages,
-            where,
-            tools=list(tools) if tools else None,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=True,
-            **self.options,
-        )
-        return list(encoding["input_ids"])
 
     def _text_only(self, messages: Sequence[Message], where: str) -> Sequence[Message]:
         """Return the messages, flattened unless the template reads lists of parts."""

@@ -15,15 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from mmgraft.data.chat.content import Message
 from mmgraft.errors import UsageError, did_you_mean
 
-_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-_GIVEN = frozenset(
-    (
-        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
-        *("raise_exception", "strftime_now", "range", "namespace", "loop"),
-    )
+_MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+_GIVEN = re.compile(
+    "messages|tools|documents|add_generation_prompt|continue_final_message|"
+    "raise_exception|strftime_now|range|namespace|dict"
 )
-"""Variables that transformers gives to a template."""
+"""Variables that transformers and jinja give to a template."""
 _PROBE = "mmgraft probe"
 
 
@@ -66,7 +63,7 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
     if spec in named and not path.is_file():
         return Template("file", named[spec])
     if not path.is_file():
-        known = ", ".join(["chat", "plain", *named])
+        known = ", ".join(["chat", "plain", *sorted(named)])
         raise UsageError(f"no template file {spec}; write {known} or the path of a jinja file")
     text = path.read_text(encoding="utf-8")
     template = Template("file", text)
@@ -98,10 +95,10 @@ def check_template(
     named = _named(tokenizer)
     if template.kind == "chat" and named and "default" not in named:
         raise UsageError(
-            f"the base's chat templates are called {', '.join(named)}, and none is the default; "
-            "choose one: mmgraft graft --template NAME"
+            f"the base's chat templates are called {', '.join(sorted(named))}, and none is the "
+            "default; choose one: mmgraft graft --template NAME"
         )
-    known = variables(template, tokenizer) if options else frozenset()
+    known = variables(template, tokenizer) if options else set[str]()
     for name in options:
         if name not in known:
             raise UsageError(
@@ -110,18 +107,16 @@ def check_template(
             )
 
 
-def variables(template: Template, tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+def variables(template: Template, tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Return the variables of a template that a user may set, such as ``enable_thinking``."""
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-    found: set[str] = set()
-    for tools in (None, [{}]):
-        source = _MARKS.sub("", source_of(template, tokenizer, tools))
-        try:
-            found |= meta.find_undeclared_variables(environment.parse(source))
-        except TemplateSyntaxError:
-            continue  # conversations are refused by it
-    own = {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *tokenizer.special_tokens_map}
-    return frozenset(found - own - _GIVEN)
+    source = _MARK.sub("", source_of(template, tokenizer))
+    parser = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        found = meta.find_undeclared_variables(parser.parse(source))
+    except TemplateSyntaxError:
+        return set()  # it writes no conversation
+    own = tokenizer.SPECIAL_TOKENS_ATTRIBUTES
+    return {name for name in found if name not in own and not _GIVEN.fullmatch(name)}
 
 
 def render(

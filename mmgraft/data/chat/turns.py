@@ -1,4 +1,4 @@
-"""What may stand in a row and in its turns: roles, keys, tools and calls of tools.
+"""Roles, keys, tools and calls of tools: all that may stand in a row and in its turns.
 
 Nothing that changes what a row means is dropped: it is read, or the row is refused.
 """
@@ -22,29 +22,23 @@ ROLES = {
 }
 """The role that a turn's role or speaker stands for."""
 
-ROW_KEYS = ("messages", "conversations", "image", "images", "system", "tools")
+ROW_KEYS = ("messages", "conversations", "image", "images", "tools")
 TURN_KEYS = ("role", "from", "content", "value", "tool_calls")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 TEMPLATE_KEYS = ("name", "tool_call_id", *THOUGHTS)
 """Keys of a turn that are the chat template's to read; see ``written.refuse_dropped``."""
 PART_KEYS = ("type", "text", "image", "image_url", "path", "url")
 
-_MEANS = frozenset(
-    (
-        *("system", "developer", "instruction", "prompt", "query", "history", "input", "output"),
-        *("response", "completion", "chosen", "rejected", "reject", "label", "kto", "weight"),
-        *("loss", "mask", "masked", "train", "trainable", "supervise", "supervised", "video"),
-        *("audio", "speech", "frame", "image", "picture", "object", "region", "tool", "function"),
-        *("call", "document", "template", "reasoning", "thinking", "thought", "think"),
-    )
+_MEANS = re.compile(
+    "system|developer|instruction|prompt|query|history|input|output|response|completion|chosen|"
+    "rejected|reject|label|kto|weight|loss|masked|mask|trainable|train|supervised|video|audio|"
+    "speech|frame|image|object|region|tool|function|call|document|template|reasoning|"
+    "thinking|thought|think"
 )
 """Words of keys that another trainer reads as part of what is said, shown, or learned."""
-_ABOUT = frozenset(
-    (
-        *("id", "idx", "index", "type", "kind", "source", "size", "width", "height", "count"),
-        *("number", "num", "hash", "sha256", "md5", "rating", "score", "min", "max", "length"),
-        *("category", "format", "license", "token", "language", "dataset", "version", "model"),
-    )
+_ABOUT = re.compile(
+    "id|idx|index|type|kind|source|size|width|height|count|number|num|hash|sha256|md5|rating|score|"
+    "min|max|length|category|format|license|token|language|dataset|version|model"
 )
 """Last words of keys that say something about a row, such as ``image_id``."""
 _COUNTS = ("num", "n", "has", "is")
@@ -78,25 +72,16 @@ def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) ->
             continue
         raise UsageError(
             f"{where}: {brief(repr(key))} is not read here ({brief(repr(value))}), and the row "
-            f"would mean something else without it; {_advice(key)}"
+            "would mean something else without it; write it as turns or images, or take it out"
         )
 
 
 def _means(key: str) -> bool:
-    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", key)]
-    words += [word.removesuffix("s") for word in words]
-    names = words[: len(words) // 2]
-    if not _MEANS & set(words) or names[0] in _COUNTS:
+    words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", key)
+    words = [re.sub(r"(?<!s)s$", "", word.lower()) for word in words]
+    if not words or words[0] in _COUNTS or _ABOUT.fullmatch(words[-1]):
         return False
-    return not {names[-1], words[-1]} & _ABOUT
-
-
-def _advice(key: str) -> str:
-    if re.search("image|picture", key):
-        return 'write images as "image": PATH (or "images", a list of paths)'
-    if re.search("system|developer|instruction", key):
-        return "write it as a turn of its own, or leave the row out"
-    return "take it out if it should not count, or leave the row out"
+    return any(map(_MEANS.fullmatch, words))
 
 
 def role_of(role: Any, where: str) -> str:
@@ -129,35 +114,17 @@ def tools_of(data: Mapping[str, Any], where: str) -> list[Any] | None:
     return tools
 
 
-def with_system(
-    messages: list[dict[str, Any]], data: Mapping[str, Any], where: str
-) -> list[dict[str, Any]]:
-    """Return the turns with the system prompt that stands beside them.
-
-    Raises:
-        UsageError: It is no text, or a system turn says something else.
-    """
-    system = data.get("system")
-    if system is None or system == "":
-        return messages
-    if not isinstance(system, str):
-        raise UsageError(f"{where}: 'system' is {brief(repr(system))}; write a text")
-    there = next((turn["content"] for turn in messages if turn["role"] == "system"), None)
-    if there not in (None, system):
-        raise UsageError(
-            f"{where}: 'system' beside the turns says something else than the system turn in them; "
-            "write one of the two"
-        )
-    return messages if there else [{"role": "system", "content": system}, *messages]
-
-
 def clean(messages: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Return turns with known roles, and calls of tools whose arguments are objects.
+    """Return turns with known roles, calls whose arguments are objects, reasoning under its names.
 
     Raises:
         UsageError: An unknown role, or calls that are no calls.
     """
-    return [clean_turn(turn, f"{where}, turn {at}") for at, turn in enumerate(messages, start=1)]
+    made = [clean_turn(turn, f"{where}, turn {at}") for at, turn in enumerate(messages, start=1)]
+    for turn in made:  # as newer versions of transformers do it
+        said = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
+        turn |= {"thinking": said, "reasoning_content": said} if said else {}
+    return made
 
 
 def clean_turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -174,21 +141,16 @@ def clean_turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    inner = call.get("function", call) if isinstance(call, Mapping) else None
-    name = inner.get("name") if isinstance(inner, Mapping) else None
-    arguments = _parsed(inner.get("arguments")) if isinstance(inner, Mapping) else None
-    if not isinstance(inner, Mapping) or not isinstance(name, str) or not name:
+    given = call if isinstance(call, Mapping) else {}
+    inner = given.get("function", given)
+    arguments = _parsed(inner.get("arguments")) or {} if isinstance(inner, Mapping) else None
+    if not isinstance(arguments, Mapping) or not isinstance(inner.get("name"), str):
         raise UsageError(
-            f"{where}: a call of a tool without a name ({brief(repr(call))}); write "
+            f"{where}: {brief(repr(call))} is no call of a tool; write "
             '{"function": {"name": ..., "arguments": {...}}}'
         )
-    if arguments not in (None, "") and not isinstance(arguments, Mapping):
-        raise UsageError(
-            f"{where}: the arguments of the call of {name!r} are no JSON object "
-            f"({brief(repr(arguments))}); write an object"
-        )
-    inner = {**inner, "arguments": dict(arguments or {})}
-    return {**call, "function": inner} if "function" in call else inner
+    inner = {**inner, "arguments": dict(arguments)}
+    return {**given, "function": inner} if "function" in given else inner
 
 
 def _parsed(value: Any) -> Any:

@@ -1,10 +1,11 @@
-"""Whether a chat template writes all that a conversation holds; what it would drop is refused."""
+"""Conversations of which a chat template would leave something out; they are refused."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,9 @@ from mmgraft.data.chat.closing import unused_marker
 from mmgraft.data.chat.transcript import Transcript
 from mmgraft.data.chat.turns import THOUGHTS
 from mmgraft.errors import UsageError
+
+_THINKS = {"reasoning_content", "thinking"}
+_TEXTS = ("content", *_THINKS)
 
 
 def refuse_dropped(transcript: Transcript) -> None:
@@ -36,7 +40,7 @@ def refuse_dropped(transcript: Transcript) -> None:
 
 
 def _dropped(transcript: Transcript) -> Iterator[str]:
-    text, source = transcript.render(), transcript.source
+    text = transcript.render()
     if transcript.tools and replace(transcript, tools=None).render() == text:
         yield ": the chat template does not write the row's 'tools'"
     marker = unused_marker(text)
@@ -45,11 +49,13 @@ def _dropped(transcript: Transcript) -> Iterator[str]:
         marked = transcript.render([_marked(turn, f"{marker}{at}") for at, turn in turns])
     except UsageError:
         return  # the template reads what the turns say
+    reads = re.search(rf"[.'\"](?:{'|'.join(THOUGHTS)})\b", transcript.source)
     for at, turn in turns:
-        lost = [key for key in THOUGHTS if not re.search(rf"[.'\"]{key}\b", source)]
-        lost += [key for key in ("content", "tool_calls") if f"{marker}{at}{key};" not in marked]
-        for key in lost:
-            if str(turn.get(key) or "").strip():
+        written = {key for key in (*_TEXTS, "tool_calls") if f"{marker}{at}{key};" in marked}
+        if written & _THINKS or (reads and at < len(turns)):  # of earlier turns it may go
+            written |= _THINKS
+        for key in ("content", "reasoning_content", "tool_calls"):
+            if key not in written and str(turn.get(key) or "").strip():
                 yield (
                     f", turn {at}: the chat template does not write the {key!r} of this turn of "
                     f"the {turn['role']}"
@@ -57,11 +63,10 @@ def _dropped(transcript: Transcript) -> Iterator[str]:
 
 
 def _marked(turn: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    """Return a turn with marks in its content and in the names of its calls."""
+    """Return a turn with marks in its texts and in the names of its calls."""
     made = _with_calls(turn, lambda call: {**call, "name": f"{call['name']}{mark}tool_calls;"})
-    if str(made.get("content") or "").strip():
-        made["content"] = f"{made['content']}{mark}content;"
-    return made
+    texts = [key for key in _TEXTS if str(made.get(key) or "").strip()]
+    return {**made, **{key: f"{made[key]}{mark}{key};" for key in texts}}
 
 
 def takes_text(transcript: Transcript) -> bool:
@@ -70,17 +75,16 @@ def takes_text(transcript: Transcript) -> bool:
     It does where it cannot write objects, or writes them as Python does.
     """
     calls = [call for turn in transcript.messages for call in turn.get("tool_calls") or ()]
-    given = [call.get("function", call)["arguments"] for call in calls]
     if not calls:
         return False
     try:
         text = transcript.render()
+        given = [call.get("function", call)["arguments"] for call in calls]
+        return any(one and repr(one) in text for one in given)
     except UsageError:
-        try:
+        with suppress(UsageError):
             return bool(transcript.render(with_text(transcript.messages)))
-        except UsageError:
-            return False
-    return any(one and repr(one) in text for one in given)
+        return False
 
 
 def with_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

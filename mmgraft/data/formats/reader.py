@@ -16,7 +16,6 @@ from mmgraft.data.chat.turns import (
     refuse_unread,
     role_of,
     tools_of,
-    with_system,
 )
 from mmgraft.data.images import is_data_uri, refuse_web
 from mmgraft.data.rows import Row
@@ -75,9 +74,12 @@ class RowReader:
         where = f"{where} (id {index})"
         kind = self._kind(data, where)
         _check_text(data, where)
-        refuse_unread(data, ROW_KEYS, where)
         messages = self._llava(data, where) if kind == "llava" else self._messages(data, where)
-        messages = with_system(messages, data, where)
+        first = {"role": "system", "content": data.get("system")}
+        said = isinstance(first["content"], str) and first["content"]
+        if said and all(turn["role"] != "system" for turn in messages):
+            messages, data = [first, *messages], {**data, "system": None}
+        refuse_unread(data, ROW_KEYS, where)
         return Row(index, messages, self.file, place, tools_of(data, where))
 
     def _kind(self, data: dict[str, Any], where: str) -> str:

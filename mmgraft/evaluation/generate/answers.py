@@ -57,12 +57,8 @@ def answer(
         UsageError: An unreadable image, an unknown workflow, or a row that is refused or too long.
     """
     names = names or [f"conversation {at}" for at in range(1, len(conversations) + 1)]
-    encoded = [
-        processor.encode(messages, tools=own, where=name)
-        for messages, own, name in zip(
-            conversations, tools or [None] * len(conversations), names, strict=True
-        )
-    ]
+    rows = zip(conversations, tools or [None] * len(names), names, strict=True)
+    encoded = [processor.encode(messages, True, own, name) for messages, own, name in rows]
     refuse_longer(encoded, names, model.anatomy.position_table, max_new_tokens)
     if workflow not in (None, TEXT_WORKFLOW):
         model.workflow(workflow)  # says which there are

@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import Field
 
-from mmgraft import __version__
 from mmgraft.atomic import atomic_bytes, atomic_json, atomic_text
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.report import about_run, score_tables
@@ -20,6 +19,7 @@ from mmgraft.model.files.summary import graft_parts
 from mmgraft.runs.contents import RECIPE
 from mmgraft.runs.results import FOLDER, SCHEMA_VERSION, Results, measured
 from mmgraft.strict import MeasuredModel
+from mmgraft.version import __version__
 
 REPORT = "report"
 BESIDE = "The image is a file beside this page and does not go along with it."

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import yaml
 
-from mmgraft import __version__
 from mmgraft.evaluation.report.markdown import render
 from mmgraft.export.llava.fit import Ingredients
+from mmgraft.version import __version__
 
 _HUB = "https://huggingface.co/"
 

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from mmgraft import __version__
 from mmgraft.anatomy import decoder_layers, get_path, skeleton
 from mmgraft.errors import UsageError
 from mmgraft.export.folder import NOTE_KEY
 from mmgraft.export.llava.fit import Ingredients
+from mmgraft.version import __version__
 
 _COUNT = "num_hidden_layers"
 _NOT_STRUCTURE = {"layer_idx", "layer_index", "training"}

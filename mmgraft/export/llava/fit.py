@@ -124,7 +124,7 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
         run=run,
         record=record,
         files=files,
-        base_config=config,
+        base_config=blank.config,
         anatomy=anatomy,
         tower=tower,
         dtype=_dtype(dtype, config, files),

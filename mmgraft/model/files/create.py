@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mmgraft.anatomy import Anatomy, examine_config
+from mmgraft.anatomy import Anatomy, examine, skeleton
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.data.chat.template import Template, check_template, resolve_template
 from mmgraft.errors import UsageError
@@ -60,7 +60,7 @@ def make_on_loaded(
         )
     _copied_layers(config, anatomy)
     if not tried:
-        _refuse(get_method(cast(Any, config).method), anatomy, base.config)
+        _refuse(get_method(cast(Any, config).method), anatomy, base)
     reference = BaseReference(id=base.config._name_or_path or "unknown")
     parts, chosen = LoadedParts(base, anatomy), template or TemplateChoice()
     return _make(config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen)
@@ -148,9 +148,10 @@ def make_from_files(
     from mmgraft.basefiles import TensorReader, find_tokenizer, fingerprint, load_config
 
     base_config = load_config(files)
-    anatomy = examine_config(base_config)
+    blank = skeleton(base_config)
+    anatomy = examine(blank)
     indices = _copied_layers(config, anatomy)
-    _refuse(get_method(cast(Any, config).method), anatomy, base_config)
+    _refuse(get_method(cast(Any, config).method), anatomy, blank)
     tokenizer = find_tokenizer(files.path)
     chosen = choose_template(tokenizer, template, files.id)
     reference = BaseReference(id=files.id, revision=files.revision, fingerprint=fingerprint(files))
@@ -171,11 +172,11 @@ def _copied_layers(config: Any, anatomy: Anatomy) -> list[int]:
     return indices
 
 
-def _refuse(method: Method, anatomy: Anatomy, config: PreTrainedConfig) -> None:
+def _refuse(method: Method, anatomy: Anatomy, base: PreTrainedModel) -> None:
     """Refuse a method that does not keep its promises on a base."""
-    reason = refusal(method, anatomy, config)
+    reason = refusal(method, anatomy, base)
     if reason is not None:
-        others = [name for name, one in methods().items() if not refusal(one, anatomy, config)]
+        others = [name for name, one in methods().items() if not refusal(one, anatomy, base)]
         raise UsageError(
             f"method {method.name} cannot be used on this base: {reason}. Methods that can: "
             f"{', '.join(others) or 'none'}."

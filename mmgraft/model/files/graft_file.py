@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmgraft import __version__
 from mmgraft.atomic import complete
 from mmgraft.errors import UsageError
 from mmgraft.grafts.method import Promises
 from mmgraft.grafts.registry import get_method, methods, moved
 from mmgraft.strict import StrictModel
-from mmgraft.vision.projectors.configs import AnyProjector, MlpConfig
+from mmgraft.version import __version__
+from mmgraft.vision.projectors.configs import MlpConfig
+from mmgraft.vision.projectors.registry import AnyProjector
 from mmgraft.vision.spec import VisionSpec
 
 _log = logging.getLogger(__name__)

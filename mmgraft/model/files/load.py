@@ -264,7 +264,7 @@ def build_workflow(
 ) -> Workflow:
     """Return a workflow's modules, without values, for the base at hand."""
     anatomy = examine(base) if anatomy is None else anatomy
-    parts = shape_parts(base.config, anatomy)
+    parts = shape_parts(base, anatomy)
     with torch.device("meta"):
         graft = get_method(record.method).load_graft()(record.settings, anatomy, parts)
         projector = build_projector(record.projector, width, anatomy.embedding_size)
@@ -279,7 +279,7 @@ def finish(workflow: Workflow, base: PreTrainedModel, anatomy: Anatomy) -> None:
     Raises:
         MMGraftError: A tensor has no value (a method did not save it).
     """
-    share_config(workflow.graft, base.config)
+    share_config(workflow.graft, base)
     layers = decoder_layers(base, anatomy)
     for index, module in workflow.graft.layer_modules():
         _fill_buffers(module, layers[index])

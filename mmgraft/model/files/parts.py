@@ -77,18 +77,23 @@ class ReadParts(LoadedParts):
         return get_path(self.model, path)
 
 
-def shape_parts(config: PreTrainedConfig, anatomy: Anatomy) -> LoadedParts:
+def shape_parts(base: PreTrainedModel, anatomy: Anatomy) -> LoadedParts:
     """Modules on the meta device: shapes to load a saved graft into."""
-    plain = copy.deepcopy(config)
+    plain = copy.deepcopy(base.config)
     vars(plain).pop("quantization_config", None)
-    return LoadedParts(skeleton(plain), anatomy)
+    return LoadedParts(skeleton(plain, type(base)), anatomy)
 
 
-def share_config(module: nn.Module, config: PreTrainedConfig) -> None:
-    """Let copied modules read the base's own config, so that they use its attention kernel."""
-    for child in module.modules():
-        if isinstance(getattr(child, "config", None), PreTrainedConfig):
-            child.config = config  # type: ignore[assignment]
+def share_config(module: nn.Module, base: PreTrainedModel) -> None:
+    """Let copied modules read the base's own configs, so that they use its attention kernel."""
+    own = {type(config): config for config in _configs(base).values()}
+    for child, config in _configs(module).items():
+        child.config = own.get(type(config), config)  # type: ignore[assignment]
+
+
+def _configs(module: nn.Module) -> dict[nn.Module, PreTrainedConfig]:
+    found = {child: getattr(child, "config", None) for child in module.modules()}
+    return {child: one for child, one in found.items() if isinstance(one, PreTrainedConfig)}
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

@@ -147,7 +147,7 @@ def summarise_model(files: ModelFiles) -> ModelSummary:
         parts["head"] = 0
     total = _count(model)
     parts["other"] = total - sum(parts.values()) - sum(layer.parameters for layer in layers)
-    reasons = {name: refusal(one, anatomy, model.config) for name, one in methods().items()}
+    reasons = {name: refusal(one, anatomy, model) for name, one in methods().items()}
     return ModelSummary(
         id=files.id,
         revision=files.revision,

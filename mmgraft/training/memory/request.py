@@ -17,7 +17,7 @@ from mmgraft.training.distributed import parallel
 from mmgraft.training.memory.estimate import Estimator
 from mmgraft.training.memory.rows import RowSizes, assumed, measured
 from mmgraft.training.memory.subject import Subject, subject_of_recipe, subject_of_run
-from mmgraft.training.run import RECIPE, USED_RECIPE, Plan, recipe_file
+from mmgraft.training.plan import RECIPE, USED_RECIPE, Plan, recipe_file
 from mmgraft.training.stage_data import StageData, check_rows, with_template
 
 

@@ -13,7 +13,7 @@ from mmgraft.training.distributed.parallel import processes, processes_here
 from mmgraft.training.memory.switches import peak_of, switches_for
 
 if TYPE_CHECKING:
-    from mmgraft.training.run import Plan
+    from mmgraft.training.plan import Plan
 
 
 def out_of_memory(recipe: Recipe, stage: Stage, error: BaseException) -> MMGraftError:

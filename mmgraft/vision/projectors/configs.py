@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import ConfigDict, Field
 
-from mmgraft.strict import StrictModel, describe
+from mmgraft.strict import StrictModel
 from mmgraft.vision.plan import Plan
 
 
@@ -88,25 +88,3 @@ class PoolConfig(_Blocks):
     """Settings of ``pool``: the mean of a block's vectors, then an ``mlp``."""
 
     kind: Literal["pool"] = "pool"
-
-
-def _of_kind(value: Any) -> Any:
-    """Settings of the projector that they name."""
-    from mmgraft.errors import UsageError
-    from mmgraft.vision.projectors.registry import find_projector
-
-    if not isinstance(value, dict):
-        return value
-    try:
-        config_class = find_projector(str(value.get("kind", "mlp"))).config_class
-    except UsageError as error:
-        raise ValueError(str(error)) from None
-    try:
-        return config_class.model_validate(value)
-    except ValidationError as error:
-        kind = value.get("kind", "mlp")
-        raise ValueError(describe(error, config_class, f"projector {kind}")) from None
-
-
-AnyProjector = Annotated[SerializeAsAny[ProjectorConfig], BeforeValidator(_of_kind)]
-"""A field of a config that takes the settings of any registered projector."""

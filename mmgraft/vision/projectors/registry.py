@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+
+from mmgraft.errors import UsageError
+from mmgraft.strict import describe
 from mmgraft.vision.kinds import Kinds
 from mmgraft.vision.projectors.configs import (
     LinearConfig,
@@ -78,3 +82,22 @@ def build_projector(config: ProjectorConfig, in_features: int, out_features: int
         out_features: Width of the base's embeddings.
     """
     return find_projector(config.kind).load()(config, in_features, out_features)
+
+
+def _of_kind(value: Any) -> Any:
+    """Settings of the projector that they name."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        config_class = find_projector(str(value.get("kind", "mlp"))).config_class
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    try:
+        return config_class.model_validate(value)
+    except ValidationError as error:
+        kind = value.get("kind", "mlp")
+        raise ValueError(describe(error, config_class, f"projector {kind}")) from None
+
+
+AnyProjector = Annotated[SerializeAsAny[ProjectorConfig], BeforeValidator(_of_kind)]
+"""A field of a config that takes the settings of any registered projector."""

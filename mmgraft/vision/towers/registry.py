@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mmgraft.vision.kinds import Kinds
 from mmgraft.vision.plan import ImagePositions, Plan, Size
 from mmgraft.vision.projectors.configs import ProjectorConfig
-from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
+from mmgraft.vision.spec import TOWERS, TRANSFORMERS_KIND, TowerKind, VisionSpec
 
 if TYPE_CHECKING:
     import torch
@@ -50,15 +48,6 @@ Loader = Callable[[VisionSpec], "VisionTower"]
 Describer = Callable[[VisionSpec], TowerShape]
 
 
-@dataclass(frozen=True)
-class TowerKind:
-    """One kind of tower: how to load it and, optionally, how to learn its shape without weights."""
-
-    name: str
-    loader: Loader
-    describe: Describer | None = None
-
-
 def _built_in(name: str, module: str) -> TowerKind:
     """Return a kind whose module, with ``load`` and ``describe``, is imported when it is needed."""
 
@@ -68,15 +57,10 @@ def _built_in(name: str, module: str) -> TowerKind:
     return TowerKind(name, lambda spec: home().load(spec), lambda spec: home().describe(spec))
 
 
-def _of_entry_point(name: str, value: Any) -> TowerKind:
-    return value if isinstance(value, TowerKind) else TowerKind(name, value)
-
-
-_KINDS: Kinds[TowerKind] = Kinds("vision tower kind", "mmgraft.towers", _of_entry_point)
-_KINDS.register(TRANSFORMERS_KIND, _built_in(TRANSFORMERS_KIND, "transformers"))
+TOWERS.register(TRANSFORMERS_KIND, _built_in(TRANSFORMERS_KIND, "transformers"))
 for _name in ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"):
-    _KINDS.register(_name, _built_in(_name, "efficientnet"))
-tower_kinds, find_kind, unregister_tower = _KINDS.names, _KINDS.find, _KINDS.unregister
+    TOWERS.register(_name, _built_in(_name, "efficientnet"))
+tower_kinds, find_kind, unregister_tower = TOWERS.names, TOWERS.find, TOWERS.unregister
 
 
 def register_tower(kind: str, loader: Loader, describe: Describer | None = None) -> None:
@@ -95,7 +79,7 @@ def register_tower(kind: str, loader: Loader, describe: Describer | None = None)
     Raises:
         UsageError: The name is taken.
     """
-    _KINDS.register(kind, TowerKind(kind, loader, describe))
+    TOWERS.register(kind, TowerKind(kind, loader, describe))
 
 
 def load_tower(

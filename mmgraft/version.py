@@ -1,0 +1,3 @@
+"""The version of mmgraft, which every package may import."""
+
+__version__ = "0.1.0"

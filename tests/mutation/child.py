@@ -1,0 +1,38 @@
+"""What a forked process does: run tests of another tree, and end with their exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_tests(tree: str, tests: Sequence[str], log: str) -> None:
+    """Run tests of a tree in this process, and end it with their exit code."""
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = tree
+    sys.path[:] = [tree, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # those of the real tree
+    import pytest
+
+    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=line"]
+    code = int(pytest.main([*options, *tests_of(tests)]))
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def tests_of(words: Sequence[str]) -> list[str]:
+    """The words for pytest, files of tests with their folder."""
+    return [
+        f"tests/{word}"
+        if word.partition("::")[0].endswith(".py") or (ROOT / "tests" / word).is_dir()
+        else word
+        for word in words
+    ]
