@@ -86,7 +86,7 @@ def _keys(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx."""
+    """Set Sphinx up."""
     app.add_lexer("csv", TextLexer)
     app.connect("source-read", _contents)
     app.connect("autodoc-process-signature", _signature)

@@ -84,7 +84,7 @@ def read_blocks(text: str, page: str = "") -> list[Block]:
 
 
 def read_commands(block: Block) -> list[Command]:
-    """The commands of a ``console`` block."""
+    """Read the commands of a ``console`` block."""
     found: list[Command] = []
     for line in block.text.splitlines():
         if line.startswith("$ "):
@@ -199,7 +199,7 @@ def _python(words: list[str]) -> int:
 
 
 def differences(shown: Sequence[str], printed: Sequence[str]) -> str | None:
-    """What differs between a page's lines and those that were printed, in words, or None."""
+    """Say what differs between a page's lines and those that were printed, in words, or None."""
     if _match(list(shown), list(printed)):
         return None
     return "\n".join(["the page shows", *shown, "", "but it printed", *printed])
@@ -222,7 +222,7 @@ def _same(shown: str, printed: str) -> bool:
 
 
 def _written(text: str, folder: Path) -> str:
-    """The page with what its commands print now; lines of `...` are kept as they are."""
+    """Return the page with what its commands print now; lines of `...` are kept as they are."""
     prepare(text, folder)
 
     def block(match: re.Match[str]) -> str:

@@ -33,7 +33,7 @@ _TYPES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     rows = [
         f"| [`{name}`](#mmgraft-{name}) | {_cell(command.help)} |"
         for name, command in COMMANDS.items()
@@ -78,7 +78,7 @@ def _describe(name: str, function: Callable[..., Any], example: str, level: int)
 
 
 def _parts(hint: Any) -> tuple[Any, ArgumentInfo | OptionInfo]:
-    """The plain type and typer's description of a parameter."""
+    """Return the plain type and typer's description of a parameter."""
     assert get_origin(hint) is Annotated, hint
     kind, *infos = get_args(hint)
     info = next(one for one in infos if isinstance(one, ArgumentInfo | OptionInfo))

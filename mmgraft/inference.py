@@ -69,7 +69,7 @@ class Answerer:
         return cls(model, model.processor(files.path, options=options))
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        """Settings of ``generate`` with a padding id, without those that are None."""
+        """Return settings of ``generate`` with a padding id, without those that are None."""
         settings = {name: value for name, value in given.items() if value is not None}
         settings.setdefault("pad_token_id", self.processor.pad_id)
         return settings

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from typing_extensions import ParamSpec, Self
 
 from mmgraft.errors import UsageError, did_you_mean
@@ -56,7 +56,8 @@ def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
         for name in kwargs:
             if name not in known:
                 names = [one for one in known if one not in ("self", "cls")]
-                hint = did_you_mean(name, names)
+                # torch_dtype means dtype, although graft_dtype is spelled more like it
+                hint = did_you_mean(name, [n for n in names if name.endswith(f"_{n}")] or names)
                 raise TypeError(f"{function.__qualname__}() takes no keyword {name!r}; {hint}")
         return function(*args, **kwargs)
 
@@ -70,6 +71,15 @@ class StrictModel(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")  # one of a field is not allowed where it tells kinds apart
+    @classmethod
+    def _no_yes_for_a_number(cls, data: Any) -> Any:
+        for name, info in cls.model_fields.items() if isinstance(data, dict) else ():
+            kinds, value = list(_leaves(info.annotation)), data.get(name)
+            if (int in kinds or float in kinds) and bool not in kinds and _holds_bool(value):
+                raise ValueError(f"{name} is {value}, and yes, no, true and false are no numbers")
+        return data
 
     @classmethod
     def parse(cls, data: Any, what: str) -> Self:
@@ -152,6 +162,22 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
         return [model for argument in arguments for model in _models_in(argument)]
     is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     return [annotation] if is_model else []
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation is made of."""
+    arguments = get_args(annotation)
+    for argument in arguments:
+        yield from _leaves(argument)
+    if not arguments:
+        yield annotation
+
+
+def _holds_bool(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list | tuple):
+        return any(map(_holds_bool, inner))
+    return isinstance(value, bool)
 
 
 class MeasuredModel(StrictModel):

@@ -241,9 +241,12 @@ HYBRID: dict[str, tuple[dict[str, Any], list[int], str]] = {
     "mamba": ({}, [0, 1, 2, 3], "Mamba"),
     "rwkv": ({}, [0, 1, 2, 3], "Rwkv"),
     "gemma3n_text": (
-        {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0},
-        [0, 1, 2, 3],
-        "per_layer_input",
+        {
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2,
+            "num_kv_shared_layers": 1,
+        },
+        [1, 2, 3],
+        "shares keys and values",
     ),
     "openai-gpt": ({}, [0, 1, 2, 3], "cache"),
 }
@@ -257,6 +260,15 @@ def test_layers_that_cannot_carry_a_graft_are_named_with_the_reason(model_type: 
     assert all(word in reason for reason in anatomy.blocked.values())
     if len(blocked) == anatomy.num_layers:
         assert anatomy.branch_blocked == "no layer can carry a graft"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [("llama", {"layer_idx"}), ("gpt_neo", {"layer_id"}), ("minicpm3", {"layer_idx"})],
+)
+def test_attributes_that_number_a_layer_are_found(model_type: str, names: set[str]) -> None:
+    values = TABLES.get(model_type, SMALL)
+    assert examine_config(CONFIG_MAPPING[model_type](**values)).layer_numbers == names
 
 
 def test_attention_scaled_by_the_layers_number_is_blocked() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lines_of_code import LIMIT, lines_below, lines_of_code
+from mmgraft.grafts.registry import built_in
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "mmgraft").rglob("*.py"))
@@ -36,8 +37,14 @@ def parsed(path: Path) -> ast.Module:
 
 # Imports
 
-ONE_CIRCLE = {"create", "load", "save"}
-"""Files of ``mmgraft/model/files`` that ``GraftedModel.from_pretrained`` and its kin import."""
+ONE_CIRCLE = {
+    "mmgraft.model.modeling": {
+        f"mmgraft.model.files.{name}" for name in ("create", "load", "save")
+    },
+    "mmgraft.model.trial": {"mmgraft.model.modeling", "mmgraft.model.files.create"},
+}
+"""``GraftedModel.graft``, ``from_pretrained`` and ``save_pretrained`` import what makes, reads and
+writes one; and before it is made, a small copy of it is tried."""
 
 
 def imports(modules: dict[str, ast.Module]) -> dict[str, set[str]]:
@@ -75,9 +82,9 @@ def test_files_import_in_no_circle() -> None:
         return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
     graph = imports({module(path): parsed(path) for path in SOURCES})
-    one = {f"mmgraft.model.files.{name}" for name in ONE_CIRCLE}
-    assert one <= graph["mmgraft.model.modeling"]
-    graph["mmgraft.model.modeling"] -= one
+    for name, others in ONE_CIRCLE.items():
+        assert others <= graph[name]
+        graph[name] -= others
     assert circles(graph) == set()
 
 
@@ -147,6 +154,16 @@ BARRED = {
     "are told": "are called with",
     "told what": "called with what",
     "Told when": "Called when",
+    "learned tokens": "supervised tokens",
+    "learned positions": "supervised tokens",
+    "is learned": "is supervised",
+    "are learned": "are supervised",
+    "drawn at random": "sampled, random",
+    "are drawn": "are sampled",
+    "is asked twice": "is answered twice",
+    "entering": "hidden states in",
+    "insertion places": "insertion points",
+    "kind of a position": "token type",
 }
 """Words that this house does not write, and the ones that it writes instead."""
 
@@ -234,25 +251,73 @@ def test_entries_of_a_docstring_are_found(text: str, entries: list[str]) -> None
 
 # Methods
 
-_MAY_NAME = {"__init__.py", "grafts", "published", "recipes", "cli", "demo"}
+NAMES = "|".join({method.name for method in built_in()} - {"llava", "lora"})
+"""Methods by name; ``llava`` and ``lora`` name formats of files too, their classes do not."""
+CLASSES = {method.config_class.__name__ for method in built_in()}
+HOMES = {".".join(method.config_class.__module__.split(".")[:3]) for method in built_in()}
+MAY_NAME = (
+    "mmgraft/__init__.py",
+    "mmgraft/published/",
+    "mmgraft/grafts/registry.py",
+    *(f"{home.replace('.', '/')}/" for home in HOMES),
+)
+_NAMED = re.compile(rf"(?<![\w-])({NAMES}|official)(?![\w-])", re.I)
+_EXAMPLES = re.compile(r"(--method|estimate|recipes show) iaa\b|AIDC-AI/Wings-[\w.-]+")
+"""Commands to copy in help texts and errors; folders such as ``qwen2-7b-iaa`` are no names."""
+
+
+def knows_methods(module: ast.Module) -> list[str]:
+    """What a module knows of single methods: strings with a name, imports, classes of settings.
+
+    Docstrings may say which paper something comes from.
+    """
+    sources = {id(node.body[0].value) for node in ast.walk(module)
+               if isinstance(node, Function | ast.ClassDef | ast.Module)
+               and node.body and isinstance(node.body[0], ast.Expr)}  # fmt: skip
+    found: list[str] = []
+    for node in ast.walk(module):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in sources
+        ):
+            found += [
+                f"line {node.lineno}: {m[0]!r}"
+                for m in _NAMED.finditer(_EXAMPLES.sub("", node.value))
+            ]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mmgraft"):
+            names = {alias.name for alias in node.names} & CLASSES
+            if names or ".".join(str(node.module).split(".")[:3]) in HOMES:
+                found.append(f"line {node.lineno}: {node.module}: {names}")
+    return found
 
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in SOURCES if path.relative_to(ROOT / "mmgraft").parts[0] not in _MAY_NAME],
+    [path for path in SOURCES if not name_of(path).startswith(MAY_NAME)],
     ids=name_of,
 )
 def test_no_file_outside_its_folder_knows_a_method(path: Path) -> None:
-    """LLaVA is a format of exported models too, so that its name alone says nothing."""
-    named = [
-        f"line {node.lineno}: {node.value!r}"
-        for node in ast.walk(parsed(path))
-        if isinstance(node, ast.Constant) and node.value in ("iaa", "wings")
-    ]
-    imported = [
-        f"line {node.lineno}: {node.module}"
-        for node in ast.walk(parsed(path))
-        if isinstance(node, ast.ImportFrom)
-        and re.match(r"mmgraft\.grafts\.(iaa|wings|llava)\b", node.module or "")
-    ]
-    assert not [*named, *imported]
+    assert knows_methods(parsed(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "knows"),
+    [
+        ('x = "wings"', 1),
+        ('help = "IAA: the base layers"', 1),
+        ('x = f"{y} of Wings alone"', 1),
+        ('"""Wings, section 4."""', 0),
+        ('x = "llava"', 0),
+        ('x = "chat qwen2-7b-iaa; graft BASE --method iaa"', 0),
+        ('y == "official"', 1),
+        ("from mmgraft import IAAConfig", 1),
+        ("from mmgraft.grafts.llava.config import LlavaConfig", 1),
+        ("from transformers import LlavaConfig", 0),
+        ("from mmgraft.published.wings import METHOD", 1),
+        ("from mmgraft.published.importer import import_checkpoint", 0),
+        ("wings = 3", 0),
+    ],
+)
+def test_a_file_that_knows_a_method_is_found(text: str, knows: int) -> None:
+    assert len(knows_methods(ast.parse(text))) == knows

@@ -63,8 +63,8 @@ def blocked_layer(
     )
     if recurrent is not None:
         return (
-            f"its {recurrent} keeps a running state instead of keys and values, so rows of one "
-            "batch cannot be told apart by position"
+            f"its {recurrent} keeps a running state, so that rows of one batch cannot be told "
+            "apart by position"
         )
     if not keeps_keys(cached):
         return f"a {layer_type} layer does not keep keys and values position by position"

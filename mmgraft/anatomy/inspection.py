@@ -39,8 +39,12 @@ def skeleton(
     refuse_non_causal(text_config(config))
     try:
         with torch.device("meta"), no_init_weights():
-            make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
-            model: PreTrainedModel = make(copy.deepcopy(config)).eval()
+            made = copy.deepcopy(config)
+            model: PreTrainedModel = (
+                kind._from_config(made)
+                if kind is not None
+                else AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+            ).eval()
     except Exception as error:  # whatever a foreign __init__ may raise over its configuration
         raise UsageError(
             f"{config.model_type!r} is not a causal language model that transformers can build "
@@ -239,14 +243,15 @@ def _inside(layers: nn.ModuleList) -> dict[str, Any]:
 
 def _layer_numbers(layers: nn.ModuleList) -> frozenset[str]:
     """Return the attributes that hold, wherever they stand in a layer, the layer's number."""
-    found: dict[str, set[bool]] = {}
+    found: dict[str, list[tuple[int, int]]] = {}
     for number, layer in enumerate(layers):
         for module in layer.modules():
             for name, value in vars(module).items():
                 if isinstance(value, int) and not isinstance(value, bool):
-                    found.setdefault(name, set()).add(value == number)
-    several = len(layers) > 1  # the number of a single layer, 0, may be anything
-    return frozenset(n for n, same in found.items() if same == {True} and (several or "lay" in n))
+                    found.setdefault(name, []).append((number, value))
+    equal = {name: set(pairs) for name, pairs in found.items() if all(n == v for n, v in pairs)}
+    # In one layer alone, a number may be that of anything else.
+    return frozenset(name for name, at in equal.items() if len(at) > 1 or "layer" in name)
 
 
 def _window(config: PreTrainedConfig) -> int | None:

@@ -14,11 +14,13 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_la
 _RULES: tuple[tuple[str, int], ...] = (
     (r"_id$|_index$", 319),
     (
-        r"index\w*heads|feed_forward$|kernel|period|offset|interval|pattern|n_top|pretraining",
+        r"index\w*heads|feed_forward$|kernel|interval|pattern|n_top|pretraining",
         1 << 62,
     ),
-    (r"topk_blocks", 1),
+    (r"period", 2),
+    (r"topk_blocks|offset", 1),
     (r"index\w*topk", 8),
+    (r"index\w*block", 3),
     (r"topk_group|shared_experts?$|dense_layers|first_k|shared_layers|nextn|expand", 1),
     (r"n_group$|num_expert_group|experts?_per_tok|top_?k|moe_k$", 2),
     (r"experts?$|expert_num$", 8),
@@ -72,7 +74,7 @@ def _value(name: str, value: Any, many: int, kept: list[int]) -> Any:
     if isinstance(value, list):
         if len(value) == many > LAYERS:
             value = [value[index] for index in kept]
-        elif re.search(r"indices|idx|layers$|layer_ids$", name):
+        elif many > LAYERS and re.search(r"indices|idx|layers$|layer_ids$", name):
             return [kept.index(index) for index in value if index in kept]
         return [_value(name, one, many, kept) for one in value]
     if isinstance(value, bool) or not isinstance(value, int):

@@ -11,18 +11,21 @@ from mmgraft.basefiles.files import (
     resolve,
 )
 from mmgraft.basefiles.fingerprint import compare_fingerprints, fingerprint
-from mmgraft.basefiles.parts import read_layers, read_modules
+from mmgraft.basefiles.parts import examine_files, read_layers, read_modules
 from mmgraft.basefiles.tensors import TensorReader
+from mmgraft.basefiles.whole import load_whole
 
 __all__ = [
     "ModelFiles",
     "TensorReader",
     "compare_fingerprints",
     "copy_tokenizer",
+    "examine_files",
     "fetch",
     "find_tokenizer",
     "fingerprint",
     "load_config",
+    "load_whole",
     "read_layers",
     "read_modules",
     "resolve",

@@ -20,7 +20,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmgraft.anatomy import refuse_non_causal, text_config
+from mmgraft.basefiles.tensor_files import open_pickled
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.progress import working
+from mmgraft.textfiles import read_json, weight_files
 
 _SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
@@ -81,13 +84,17 @@ def resolve(id_or_path: str | Path, revision: str | None = None) -> ModelFiles:
         path = path.absolute()
         return ModelFiles(str(path), path.parent, gguf=path.name, slow=_slow_reason(path.name))
     name = str(id_or_path)
+    if path.exists() or path.is_symlink():
+        raise UsageError(
+            f"{name} is no folder; give the one that holds config.json and the weights"
+        )
     if not _HUB_ID.fullmatch(name):
         raise UsageError(
             f"no folder {name!r} here, and it is no Hub id; give a folder that holds config.json "
             "and *.safetensors, or an id such as Qwen/Qwen2-7B-Instruct"
         )
     folder = fetch(name, revision, [*_SMALL, *_SAFETENSORS])
-    if not _weights(folder, "*.safetensors"):
+    if not weight_files(folder, "model", ".safetensors"):
         folder = fetch(name, revision, [*_SMALL, *_PICKLES])
     commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
     return _describe(name, folder, commit)
@@ -99,13 +106,7 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
     Raises:
         UsageError: It is broken, unknown to this transformers, or not that of a causal LM.
     """
-    try:
-        config = AutoConfig.from_pretrained(files.path, gguf_file=files.gguf)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"the configuration of {files.id} cannot be read ({_first_line(error)}); if the model "
-            "is newer than the installed transformers, upgrade it with pip install -U transformers"
-        ) from error
+    config = read_config(files.path, files.id, files.gguf)
     refuse_non_causal(text_config(config))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(
@@ -113,6 +114,37 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
             "model that predicts the next token, such as Llama or Qwen2"
         )
     return config
+
+
+def read_config(folder: Path, name: str, gguf: str | None = None) -> PreTrainedConfig:
+    """Read a model's configuration; code that comes with it is neither run nor asked about.
+
+    Raises:
+        UsageError: It is broken, of a type that transformers has not, or needs code of its own.
+    """
+    stored = {} if gguf else read_json(folder / "config.json", "fetch it again")
+    if stored.get("transformers_weights") not in (None, "model.safetensors"):
+        raise UsageError(
+            f"config.json of {name} names its weights (transformers_weights); take the key out and "
+            "name the file model.safetensors, or its index model.safetensors.index.json"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        for key in ("num_hidden_layers", "hidden_size"):
+            if isinstance(size := getattr(config, key, None), int) and size < 1:
+                raise ValueError(f"{key} is {size}")
+        return config
+    except Exception as error:  # whatever a foreign file may raise
+        todo = (
+            "it brings code of its own (auto_map), which mmgraft never runs; give a model of a "
+            "type that transformers has"
+            if "auto_map" in stored
+            else "mend its config.json; if the model is newer than the installed transformers, "
+            "upgrade it with pip install -U transformers"
+        )
+        raise UsageError(
+            f"the configuration of {name} cannot be read ({_first_line(error)}); {todo}"
+        ) from error
 
 
 def fetch(
@@ -125,11 +157,11 @@ def fetch(
         MMGraftError: The Hub cannot be reached, or the download failed.
     """
     try:
-        return Path(
-            snapshot_download(
+        with working(f"fetching {name}", bar=False):  # the Hub's client has its own
+            folder = snapshot_download(
                 name, revision=revision, allow_patterns=patterns, ignore_patterns=list(ignore)
             )
-        )
+        return Path(folder)
     except Exception as error:  # every HTTP and disk error there is
         refusal = _refusal(name, revision, error)
         if refusal is not None:
@@ -173,29 +205,56 @@ def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
     return fetch(name, revision, _SMALL)
 
 
-def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of a model's folder; None where it has none."""
+def vocabulary(folder: Path) -> int | None:
+    """Return the rows of a base's embedding; None where its folder holds no configuration."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # a GGUF file's folder, or one of a tokenizer alone
         return None
+    return getattr(config.get_text_config(decoder=True), "vocab_size", None)
+
+
+def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a model's folder; None where it has no file of one.
+
+    Raises:
+        UsageError: Its files are damaged, or need code of their own.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever foreign files may raise
+        found = [path.name for path in _tokenizer_files(folder)]
+        if not found:
+            return None
+        code = "auto_map" in str(error) or "custom code" in str(error)
+        todo = "code of its own is never run" if code else "fetch these files again"
+        raise UsageError(
+            f"the tokenizer in {folder} ({', '.join(found)}) cannot be read "
+            f"({_first_line(error)}): {todo}"
+        ) from error
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    found = {path for pattern in _TOKENIZER for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the files of a base's tokenizer as they are, into a folder with other weights."""
-    for pattern in _TOKENIZER:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
+    for path in _tokenizer_files(source):
+        shutil.copyfile(path, target / path.name)
 
 
 def _describe(name: str, folder: Path, revision: str | None) -> ModelFiles:
     config = folder / "config.json"
-    if config.is_file() and _weights(folder, "*.safetensors"):
+    _refuse_others(name, folder)
+    if config.is_file() and weight_files(folder, "model", ".safetensors"):
         return ModelFiles(name, folder, revision)
-    if config.is_file() and _weights(folder, "pytorch_model*.bin"):
+    if config.is_file() and (pickled := weight_files(folder, "pytorch_model", ".bin")):
+        for file in pickled:
+            open_pickled(file)
         return ModelFiles(name, folder, revision, slow=_slow_reason("pytorch_model.bin"))
-    ggufs = _weights(folder, "*.gguf")
+    ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
         return ModelFiles(
             name, folder, revision, gguf=ggufs[0].name, slow=_slow_reason(ggufs[0].name)
@@ -205,14 +264,29 @@ def _describe(name: str, folder: Path, revision: str | None) -> ModelFiles:
             f"{name} holds {len(ggufs)} GGUF files; give the path of one, such as "
             f"{folder / ggufs[0].name}"
         )
+    others = [path.name for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin")))]
     missing = "weights (*.safetensors)" if config.is_file() else "config.json"
+    seen = f" under a name that transformers reads, only {', '.join(others[:3])}"
     raise UsageError(
-        f"{name} holds no {missing}; give the folder that save_pretrained wrote, or a Hub id"
+        f"{name} holds no {missing}{seen if config.is_file() and others else ''}; give the folder "
+        "that save_pretrained wrote (model.safetensors, or shards with their "
+        "model.safetensors.index.json), or a Hub id"
     )
 
 
-def _weights(folder: Path, pattern: str) -> list[Path]:
-    return sorted(p for p in folder.glob(pattern) if "adapter" not in p.name)
+def _refuse_others(name: str, folder: Path) -> None:
+    """Refuse what transformers would load instead of, or on, the weights in the folder."""
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{name} holds a LoRA adapter (adapter_config.json), which transformers would put on "
+            "its base or leave out, as packages are installed; give the base alone, or merge "
+            "them first (peft: merge_and_unload, then save_pretrained)"
+        )
+    if any(folder.glob("shard-*-model-*-of-*.safetensors")):
+        raise UsageError(
+            f"{name} holds a checkpoint of several ranks (shard-*-model-*.safetensors); load it "
+            "with transformers and write it with save_pretrained"
+        )
 
 
 def _slow_reason(name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from mmgraft.basefiles.files import ModelFiles, load_config
 from mmgraft.basefiles.tensor_files import TensorEntry, dtype_name
 from mmgraft.basefiles.tensors import TensorReader
+from mmgraft.progress import counted
 
 EDGE = 16 * 1024
 """Number of bytes that are hashed at each end of a tensor."""
@@ -52,7 +53,8 @@ def fingerprint(files: ModelFiles, full: bool = False) -> dict[str, Any]:
     """
     config = json.loads(load_config(files).to_json_string(use_diff=False))
     with TensorReader(files) as reader:
-        tensors = {key: _describe(reader, key, full) for key in reader}
+        keys = counted(f"hashing {files.id}", reader.keys())
+        tensors = {key: _describe(reader, key, full) for key in keys}
     return {"config": _normalised(config), "tensors": tensors}
 
 

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 from transformers.utils.quantization_config import Mxfp4Config
 
-from mmgraft.anatomy import Anatomy, skeleton
+from mmgraft.anatomy import Anatomy, examine, skeleton
 from mmgraft.basefiles.tensors import TensorReader
+from mmgraft.basefiles.whole import check_quantised, lacking, load_whole, quiet
 from mmgraft.errors import UsageError
+from mmgraft.progress import working
+
+
+def examine_files(
+    reader: TensorReader, config: PreTrainedConfig
+) -> tuple[PreTrainedModel, Anatomy]:
+    """Examine a base as transformers fills it from its files; of its tensors only names are read.
+
+    A head with values of its own is not tied, whatever the config says: transformers compares it
+    with the embedding.
+
+    Returns:
+        Its skeleton, and what was found.
+
+    Raises:
+        UsageError: The files lack tensors, or are stored in a form that cannot be loaded here.
+    """
+    check_quantised(config, reader.files.id)
+    blank = skeleton(config)
+    anatomy = examine(blank)
+    if reader.files.gguf or _method(config):
+        return blank, anatomy
+    outline = load_whole(reader.files, device_map="meta")
+    if anatomy.tied and not _is_tied(outline):
+        paths = (anatomy.embedding_path, anatomy.head_path)
+        both = read_modules(reader, config, paths, tied=True)
+        anatomy = replace(anatomy, tied=_is_tied(both))
+    return blank, anatomy
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return getattr(head, "weight", None) is embedding.weight
 
 
 def read_layers(
@@ -113,12 +146,8 @@ def _load(
     dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     tensors = {key: reader.lazy(key) for key in reader}
-    wrong = (
-        f"{reader.files.id} does not hold {{}} as its config.json says; fetch the base again, or "
-        "give another one"
-    )
     try:
-        with quiet():
+        with working("reading the layers to copy") as work, quiet(work):
             loaded: Any = reduced.from_pretrained(
                 None,
                 config=config,
@@ -128,10 +157,10 @@ def _load(
                 **_dequantised(config),
             )
     except RuntimeError as error:  # sizes that differ, or experts that cannot be fused
-        raise UsageError(wrong.format("its tensors")) from error
+        raise UsageError(lacking(reader.files.id)) from error
     model, report = loaded
     if report["missing_keys"]:
-        raise UsageError(wrong.format(", ".join(sorted(report["missing_keys"]))))
+        raise UsageError(lacking(reader.files.id, report["missing_keys"]))
     return model
 
 
@@ -145,7 +174,7 @@ def _method(config: PreTrainedConfig) -> str | None:
     stored: Any = getattr(config, "quantization_config", None)
     if not stored:
         return None
-    return (stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method")
+    return (stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method", "unnamed")
 
 
 def _dequantised(config: PreTrainedConfig) -> dict[str, Any]:
@@ -160,17 +189,3 @@ def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:
             f"the weights of {name} are stored quantised ({method}), and an inserted layer must "
             "not be; give the base with its full weights"
         )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' bars, and its reports of tensors left out on purpose, off the console."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

@@ -7,9 +7,11 @@ read, so tensors go from their source to the disk one after the other.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, first_line
+from mmgraft.progress import counted
+from mmgraft.textfiles import weight_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -88,15 +92,16 @@ def read_headers(folder: Path, stem: str = "model") -> dict[str, TensorEntry]:
 
     Args:
         folder: A model's or a graft's.
-        stem: How the files' names begin: ``model`` (then others are taken too) or ``graft``.
+        stem: How the files' names begin: ``model`` or ``graft``.
 
     Raises:
         UsageError: A shard is missing, cut short or no safetensors file.
     """
-    entries: dict[str, TensorEntry] = {}
-    for file in _weight_files(folder, stem, ".safetensors"):
-        entries.update(_read_header(file))
-    return entries
+    return _headers(weight_files(folder, stem, ".safetensors"))
+
+
+def _headers(files: list[Path]) -> dict[str, TensorEntry]:
+    return {name: entry for file in files for name, entry in _read_header(file)}
 
 
 def open_tensors(folder: Path) -> dict[str, LazyTensor]:
@@ -107,17 +112,15 @@ def open_tensors(folder: Path) -> dict[str, LazyTensor]:
     """
     found: dict[str, LazyTensor] = {}
     files: dict[Path, Any] = {}
-    for name, entry in read_headers(folder).items():
+    headers = _headers(_any_files(folder, "model", ".safetensors", "*.safetensors"))
+    for name, entry in headers.items():
         if entry.file not in files:
             files[entry.file] = safe_open(entry.file, framework="pt")
         read = partial(files[entry.file].get_tensor, name)
         found[name] = LazyTensor(entry.shape, DTYPES[entry.dtype], read)
     if not found:
-        for path in _weight_files(folder, "pytorch_model", ".bin"):
-            try:
-                found.update(_open_pickled(path))
-            except (OSError, RuntimeError, EOFError, KeyError) as error:
-                raise UsageError(f"{path} cannot be read ({error}); fetch it again") from error
+        for path in _any_files(folder, "pytorch_model", ".bin", "pytorch_model*.bin"):
+            found.update(open_pickled(path))
     if not found:
         raise UsageError(
             f"{folder} holds no tensors (*.safetensors or pytorch_model*.bin); "
@@ -126,22 +129,10 @@ def open_tensors(folder: Path) -> dict[str, LazyTensor]:
     return found
 
 
-def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
-    """Return the shards that an index names, else the one file, else all of the kind."""
-    index = folder / f"{stem}{suffix}.index.json"
-    if not index.is_file():
-        single = folder / f"{stem}{suffix}"
-        every = folder.glob(f"*{suffix}" if stem == "model" else f"{stem}*{suffix}")
-        others = sorted(path for path in every if "adapter" not in path.name)
-        return [single] if single.is_file() else others
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{index} is broken ({error}); fetch it again") from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise UsageError(f"{folder} lacks {', '.join(missing)}; fetch it again")
-    return [folder / name for name in names]
+def _any_files(folder: Path, stem: str, suffix: str, pattern: str) -> list[Path]:
+    """Return a checkpoint's files; all of the kind where none has transformers' name."""
+    others = (path for path in folder.glob(pattern) if "adapter" not in path.name)
+    return weight_files(folder, stem, suffix) or sorted(others)
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
@@ -152,23 +143,51 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(
-            f"{file} is not a whole safetensors file but corrupt ({error}); fetch it again"
-        ) from error
+        raise _damaged(file, "safetensors file", error) from error
     header.pop("__metadata__", None)
     for name, value in header.items():
         start, end = (8 + length + offset for offset in value["data_offsets"])
         yield name, TensorEntry(file, value["dtype"], tuple(value["shape"]), start, end)
 
 
-def _open_pickled(path: Path) -> Iterator[tuple[str, LazyTensor]]:
+def _damaged(file: Path, kind: str, error: Exception) -> UsageError:
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        if stream.read(40).startswith(b"version https://git-lfs"):
+            return UsageError(
+                f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
+            )
+    return UsageError(
+        f"{file} is not a whole {kind} but corrupt ({first_line(error)}); fetch it again"
+    )
+
+
+def open_pickled(path: Path) -> dict[str, LazyTensor]:
+    """Open the tensors of a ``.bin`` file; code in it is never run.
+
+    Raises:
+        UsageError: It is damaged, or holds something else than tensors by name.
+    """
     # Mapped, not read: pages come in with the tensor that is used, and go when they must.
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # the format before torch 1.6 cannot be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, tensor in state.items():
-        yield name, LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise _damaged(path, "file of tensors", error) from error
+        raise UsageError(
+            f"{path} holds Python objects, not tensors alone, and code in it is never run; give "
+            "the base as safetensors (save_pretrained writes them)"
+        ) from error
+    except Exception as error:  # torch raises nearly anything on broken bytes
+        raise _damaged(path, "file of tensors", error) from error
+    if not isinstance(state, dict) or not all(isinstance(one, Tensor) for one in state.values()):
+        raise UsageError(f"{path} holds no tensors by name; give a state dict, or safetensors")
+    return {
+        str(name): LazyTensor(tuple(one.shape), one.dtype, lambda one=one: one)
+        for name, one in state.items()
+    }
 
 
 def write_tensors(
@@ -199,7 +218,7 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for name in names:
+        for name in counted(f"writing {path.name}", names):
             _write_one(file, name, tensors[name])
         file.flush()
         os.fsync(file.fileno())

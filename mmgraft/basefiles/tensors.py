@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from mmgraft.basefiles.files import ModelFiles
 from mmgraft.basefiles.tensor_files import DTYPES, TensorEntry, read_headers
+from mmgraft.basefiles.whole import load_whole
 from mmgraft.errors import UsageError
 
 
@@ -95,9 +95,6 @@ class TensorReader:
 
     def _slow_tensors(self) -> dict[str, torch.Tensor]:
         if self._loaded is None:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.files.path, gguf_file=self.files.gguf, dtype="auto"
-            )
-            state = model.state_dict().items()
+            state = load_whole(self.files, dtype="auto").state_dict().items()
             self._loaded = {name: one for name, one in state if isinstance(one, torch.Tensor)}
         return self._loaded

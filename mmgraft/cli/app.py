@@ -7,6 +7,7 @@ A command's module is imported when the command runs or shows its own help, so t
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,8 +17,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mmgraft.cli.console import show_error, stderr
 from mmgraft.cli.failures import explain
 from mmgraft.cli.options import option
+from mmgraft.progress import show_on
+from mmgraft.published import PUBLISHED
 from mmgraft.version import __version__
 
 _MAKE, _USE, _SHARE, _LOOK = "Make", "Use", "Share", "Look"
@@ -87,7 +91,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "import": Command(
         _SHARE,
-        "Turn a published IAA or Wings checkpoint into grafts.",
+        f"Turn a published {PUBLISHED} checkpoint into grafts.",
         "import AIDC-AI/Wings-Qwen1_5-8B --dry-run",
         "import_checkpoint",
     ),
@@ -183,6 +187,12 @@ def run(args: Sequence[str] | None = None) -> int:
         Exception: Only what is a defect of mmgraft, so that its traceback can be reported.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # bars of the Hub's client and of transformers
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # It looks for a faster kernel on the Hub, does without, and says so as if it had failed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if os.environ.get("RANK", "0") == "0":
+        show_on(stderr)
     try:
         typer.main.get_command(build_app()).main(
             args=None if args is None else list(args), prog_name="mmgraft"
@@ -196,10 +206,10 @@ def run(args: Sequence[str] | None = None) -> int:
         if known is None or os.environ.get("MMGRAFT_TRACEBACK") == "1":
             raise
         message, code = known
-        from mmgraft.cli.console import show_error
-
         show_error(message)
         return code
+    finally:
+        show_on(None)
     return 0
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,14 +121,24 @@ def _talk(dialogue: Dialogue, settings: dict[str, Any]) -> None:
             elif word == "/clear":
                 dialogue.clear()
             elif word == "/image":
-                dialogue.add_image(str(Path(rest.strip()).expanduser()))
-                note(f"{rest.strip()} goes with your next line")
+                path = _dropped(rest.strip())
+                dialogue.add_image(path)
+                note(f"{path} goes with your next line")
             elif word.startswith("/") and word[1:].isalpha():
                 note(f"no command {word}. {_HELP}")
             else:
                 _say(dialogue, line, settings)
         except UsageError as error:
             show_error(str(error))
+
+
+def _dropped(text: str) -> str:
+    """Return the path in what a terminal writes for a file dropped on it: quoted, or escaped."""
+    with suppress(ValueError):
+        words = shlex.split(text)
+        if len(words) == 1 and not Path(text).expanduser().exists():
+            text = words[0]
+    return os.path.expanduser(text)
 
 
 def _say(dialogue: Dialogue, text: str, settings: dict[str, Any]) -> None:

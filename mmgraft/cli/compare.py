@@ -22,8 +22,8 @@ def compare(
         str, argument("A shipped comparison (`mmgraft recipes ls`), or a YAML file.")
     ],
     out: Annotated[Path | None, option("Folder; ./compare-NAME when not given.")] = None,
-    base: Annotated[str | None, _shared("Alias, Hub id or folder.")] = None,
-    vision: Annotated[str | None, _shared("Hub id, folder or registered tower.")] = None,
+    base: Annotated[str | None, _shared("Base: alias, Hub id or folder.")] = None,
+    vision: Annotated[str | None, _shared("Tower: Hub id, folder or registered name.")] = None,
     root: Annotated[str | None, _shared("Folder that the file's paths start from.")] = None,
     data: Annotated[
         list[str] | None,
@@ -42,7 +42,7 @@ def compare(
     limit: Annotated[int | None, _trial("Largest number of items a set.", min=1)] = None,
     train_only: Annotated[bool, _trial("--train-only", "Evaluate in a later call.")] = False,
     batch_size: Annotated[int | None, option("Questions a batch in evaluation.", min=1)] = None,
-    device: Annotated[str | None, option("cuda, mps or cpu; default: the first available.")] = None,
+    device: Annotated[str | None, option("Device: cuda, mps, cpu; else the first found.")] = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -64,10 +64,8 @@ def compare(
 
 
 def _plan(comparison: Comparison, out: Path | None, **options: Any) -> ComparisonPlan:
-    from mmgraft.cli.loading import quiet_bars
     from mmgraft.comparison.plan import make_plan
 
-    quiet_bars()
     return make_plan(comparison, out or Path(f"compare-{comparison.name}"), **options)
 
 

@@ -70,7 +70,7 @@ _Out = Annotated[Path | None, option("--out", "Folder to write into; ./NAME when
 def prepare(
     name: Annotated[str, argument("A name of `mmgraft data ls`.")],
     out: _Out = None,
-    seed: Annotated[int, option("--seed", "Seed of the samples that are drawn.")] = 0,
+    seed: Annotated[int, option("--seed", "Seed of the samples.")] = 0,
     force: OverwriteFlag = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
@@ -257,7 +257,7 @@ def _positions(report: Report) -> str:
     return (
         f"{numbers['shortest']:,} to {numbers['longest']:,} a row, half of the rows up to "
         f"{numbers['median']:,g}, 95 % up to {numbers['p95']:,}; in all {numbers['all']:,}: "
-        f"{numbers['of_images']:,} of images, {numbers['learned']:,} learned"
+        f"{numbers['of_images']:,} of images, {numbers['learned']:,} supervised"
     )
 
 
@@ -272,7 +272,7 @@ def _show_preview(view: View, one: Preview, first: bool) -> None:
     out.print(Text(("" if first else "\n") + one.row + stages, style="bold"))
     out.print(
         f"{one.count():,} positions{cut}: {one.count('image'):,} of images, "
-        f"{one.count('learned'):,} learned"
+        f"{one.count('learned'):,} supervised"
         + ("; left out, because it has no image (text_rows: skip)" if left_out else "")
     )
     text = Text()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.console import human_count, note, print_json, stderr, stdout, table
 from mmgraft.cli.options import DryRunFlag, JsonFlag, option
+from mmgraft.grafts.registry import built_in
 
 if TYPE_CHECKING:
     from mmgraft.demo.report import DemoReport
@@ -21,9 +22,11 @@ _Seed = Annotated[int, option("--seed", "Seed of the graft's first values and th
 _Hub = Annotated[bool, option("--hub", "Take both models from the Hub, not from packages.")]
 _Quick = Annotated[bool, option("--quick", "Two steps a stage and 20 questions: does it run?")]
 
+_FIRST = built_in()[0].name
+
 
 def demo(
-    method: _Method = "iaa",
+    method: _Method = _FIRST,
     out: Annotated[Path | None, option("--out", "Folder; ./demo-<method> when not given.")] = None,
     seed: _Seed = 0,
     hub: _Hub = False,

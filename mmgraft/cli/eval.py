@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from mmgraft.recipes.evaluation_set import SetSpec
     from mmgraft.runs.results import Results
 
-_EVERY = 5.0  # seconds between two lines of progress
 _PASSED_ON = (
     "text", "vision", "iit", "workflow", "batch_size", "limit", "include_path", "dialogues",
     "dialogue_count", "untouched",
@@ -40,7 +38,7 @@ _one = partial(option, panel="A set without a recipe")
 
 def evaluate(
     run: Annotated[str | None, argument("Folder of a graft; default: the one here.")] = None,
-    text: Annotated[bool, option("--text", "Is text as it was? Also sets of text.")] = False,
+    text: Annotated[bool, option("--text", "Compare text with the base; sets of text.")] = False,
     vision: Annotated[bool, option("--vision", "Evaluate sets with images.")] = False,
     iit: Annotated[bool, option("--iit", "Dialogues of text and images in six shapes.")] = False,
     harness: Annotated[str | None, option("Tasks of lm-evaluation-harness: NAME[,NAME].")] = None,
@@ -49,13 +47,15 @@ def evaluate(
     limit: Annotated[int | None, _sets("Sample so many items of each set.", min=1)] = None,
     data: Annotated[str | None, _one("File of items, or a packaged set.")] = None,
     metric: Annotated[
-        str | None, _one("exact, vqa, vqa_v2, choice, yes_no, caption, box or perplexity.")
+        str | None, _one("Metric: exact, vqa, vqa_v2, choice, yes_no, caption, box or perplexity.")
     ] = None,
     images: Annotated[str | None, _one("Folder that image paths start from.")] = None,
     train: Annotated[str | None, _one("Training rows, for the prior.")] = None,
     name: Annotated[str | None, _one("Name of the set; default: the file's.")] = None,
     prompt: Annotated[str | None, _one("Prompt, with {question} and {options}.")] = None,
-    boxes: Annotated[str | None, _one("unit, thousand, ten, pixel, cogvlm or qwen.")] = None,
+    boxes: Annotated[
+        str | None, _one("Boxes in answers: unit, thousand, ten, pixel, cogvlm or qwen.")
+    ] = None,
     column: Annotated[list[str] | None, _one("FIELD=KEY of the rows; may be repeated.")] = None,
     include_path: Annotated[Path | None, option("Folder of harness tasks of your own.")] = None,
     dialogues: Annotated[Path | None, option("Dialogues that were saved before.")] = None,
@@ -77,7 +77,7 @@ def evaluate(
     """Measure what a graft keeps of text and what it sees, each number with its interval.
 
     Results and a report go into the run's results/. After a kill the same command goes on:
-    no question is asked twice.
+    no question is answered twice.
     """
     _evaluate(SimpleNamespace(**locals()))
 
@@ -112,9 +112,11 @@ def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
     from mmgraft.cli.console import note, print_json
     from mmgraft.evaluation.evaluate import evaluate_run
     from mmgraft.evaluation.report.report import write_report
+    from mmgraft.progress import working
 
     folder = evaluation.run
-    measured = list(evaluate_run(answerer, evaluation, note, _progress(note)))
+    with working("evaluating") as work:
+        measured = list(evaluate_run(answerer, evaluation, note, work))
     report = write_report(folder)
     if json:
         print_json(
@@ -185,26 +187,6 @@ def _show_plan(folder: Path, plan: dict[str, list[str]], json: bool) -> None:
         return
     for part, what in plan.items():
         note(f"would measure {part}: {', '.join(map(str, what)) or 'no set'}")
-
-
-def _progress(say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Report how far a set is, every few seconds, and how fast it goes."""
-    start = last = time.monotonic()
-    first = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal start, last, first
-        now = time.monotonic()
-        if done <= first or first == 0:
-            start, first = now, done
-        if now - last >= _EVERY or done == total:
-            last = now
-            rate = (done - first) / (now - start) if now > start else 0
-            say(f"{done} of {total}" + (f", {rate:.1f} a second" if rate else ""))
-        if done == total:
-            first = 0
-
-    return report
 
 
 def _show(results: Results) -> None:

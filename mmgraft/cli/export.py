@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from mmgraft.cli.console import human_bytes, note, print_json, stdout, table
-from mmgraft.cli.loading import check_dtype, quiet_bars
+from mmgraft.cli.loading import check_dtype
 from mmgraft.cli.options import BaseOption, DryRunFlag, JsonFlag, RunArgument, option
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.runs.find import find_run
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _KINDS = ("graft", "full", "llava")
 
 
-_TO = "graft: the adapter alone; full: with base and tower; llava: stock LLaVA."
+_TO = "What to write: graft, alone; full, with base and tower; llava, a stock model."
 _To = Annotated[str, option("--to", _TO)]
 _WORKFLOW = "Workflow to export, where an import wrote several."
 _Workflow = Annotated[str | None, option("--workflow", _WORKFLOW)]
-_DTYPE = "llava: bfloat16, float32 or float16. Default: the base's."
+_DTYPE = "Dtype of a llava export: bfloat16, float32, float16; default: the base's."
 _Dtype = Annotated[str | None, option("--dtype", _DTYPE)]
 
 
@@ -39,12 +39,11 @@ def export(
     """Write a graft for use elsewhere.
 
     To graft: the small adapter. To full: base, tower and graft in one folder that loads offline.
-    To llava: an IAA graft of structure c, or a LLaVA one, as an ordinary model of transformers; it
-    is compared with the graft before it is kept.
+    To llava: an ordinary model of transformers, for grafts that are a plain decoder with a
+    projector; it is compared with the graft before it is kept.
     """
     _check(to, dtype)
     kind = cast("Kind", to)
-    quiet_bars(json)
     from mmgraft.export.folder import check_folder, default_folder, find_workflow
 
     folder = _find(run)

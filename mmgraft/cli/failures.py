@@ -14,7 +14,7 @@ _HUB_USAGE = {"GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundErro
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """The message and exit code for `error`; None for what only a defect of mmgraft can raise.
+    """Return the message and exit code for an error; None for a defect of mmgraft itself.
 
     A full disk, a dead network and too little memory are nobody's mistake (1); a config that
     pydantic refuses and a model that the Hub does not give out are wrong use (2).

@@ -24,6 +24,7 @@ from mmgraft.cli.options import (
     with_options,
 )
 from mmgraft.errors import UsageError
+from mmgraft.progress import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +95,8 @@ def _check_images(rows: Sequence[Row], prompts: Sequence[Any]) -> None:
     from mmgraft.data.chat.content import images_of_all
     from mmgraft.data.images import open_images
 
-    for row, prompt in zip(rows, prompts, strict=True):
+    pairs = list(zip(rows, prompts, strict=True))
+    for row, prompt in counted("looking at images", pairs):
         open_images(list(images_of_all(prompt)), row.where)
 
 
@@ -109,7 +111,7 @@ def _answer(
     """Return the answers in the order of the rows, rows of about one length answered together."""
     lengths = [
         len(answerer.processor.encode(prompt, tools=row.tools, where=row.where))
-        for prompt, row in zip(prompts, rows, strict=True)
+        for prompt, row in counted("tokenising", list(zip(prompts, rows, strict=True)))
     ]
     order = sorted(range(len(rows)), key=lambda number: lengths[number])
     answers: dict[int, str] = {}

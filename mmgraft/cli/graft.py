@@ -31,8 +31,9 @@ from mmgraft.recipes.source import (
     template_options,
 )
 from mmgraft.strict import Option
+from mmgraft.textfiles import read_text
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
-from mmgraft.vision.projectors.registry import find_projector
+from mmgraft.vision.projectors.registry import PROJECTORS, find_projector
 from mmgraft.vision.spec import VisionSpec
 
 if TYPE_CHECKING:
@@ -46,63 +47,70 @@ _OF_A_RUN = (
     "versions.json",
     "workflows",
 )
+_FLAGS = {"set", "help"}
+"""Flags of the command whose parameters are called otherwise."""
 _SEE = "Tower, projector and text"
 _METHODS = ", ".join(method.name for method in built_in() if method.recipe)
 
 
 def _settings() -> dict[str, tuple[Any, None]]:
-    """Return an option for every setting that says it is one; methods may share it."""
-    found: dict[str, tuple[Any, dict[str, str]]] = {}
+    """Return an option for every setting of a method that says it is one.
+
+    Methods may share a name: all but switches are text, which the method at hand reads its way.
+    """
+    found: dict[str, dict[str, FieldInfo]] = {}
     for method in methods().values():
         for name, info in method.config_class.model_fields.items():
-            for one in (one for one in info.metadata if isinstance(one, Option)):
-                found.setdefault(name, (info, {}))[1][method.name] = one.help
-    return {
-        name: (_setting(name, info, _help(helps), f"Method {', '.join(helps)}"), None)
-        for name, (info, helps) in found.items()
-    }
+            if _help(info) is not None and name not in _FLAGS:
+                found.setdefault(name, {})[method.name] = info
+    return {name: (_setting(name, of), None) for name, of in found.items()}
 
 
-def _help(of_methods: dict[str, str]) -> str:
-    if len(of_methods) == 1:
-        return next(iter(of_methods.values()))
-    return " ".join(f"{method}: {text}" for method, text in of_methods.items())
-
-
-def _setting(name: str, info: FieldInfo, text: str, panel: str) -> Any:
+def _setting(name: str, of: dict[str, FieldInfo]) -> Any:
+    """Return the option for a setting of one method, or of several that share its name."""
+    first = next(iter(of.values()))
     flag = f"--{name.replace('_', '-')}"
-    types = [one for one in (info.annotation, *get_args(info.annotation)) if isinstance(one, type)]
-    kind = next((one for one in types if one in (bool, int, float)), str)
-    if kind is bool and info.default:
-        flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    return Annotated[kind | None, option(flag, text, panel=panel)]
+    flag += f"/--no-{flag[2:]}" if bool in _kinds(first) else ""
+    text = str(_help(first))
+    if len(of) > 1:
+        text = " ".join(f"{method}: {_help(info)}" for method, info in of.items())
+    kind = bool if bool in _kinds(first) else str
+    return Annotated[kind | None, option(flag, text, panel=f"Method {', '.join(of)}")]
+
+
+def _help(info: FieldInfo) -> str | None:
+    return next((one.help for one in info.metadata if isinstance(one, Option)), None)
+
+
+def _kinds(info: FieldInfo) -> tuple[Any, ...]:
+    return info.annotation, *get_args(info.annotation)
 
 
 _Base = Annotated[str, argument("Alias, Hub id or folder of the language model.")]
-_Method = Annotated[str | None, option("--method", f"{_METHODS} or an installed one.")]
-_LAYERS = "Where: 22,24 or 0-31:5, every:4, last:8, all."
+_Method = Annotated[str | None, option("--method", f"Method: {_METHODS} or an installed one.")]
+_LAYERS = "Base layers to graft: 22,24 or 0-31:5, every:4, last:8, all."
 _Layers = Annotated[str | None, option("--layers", _LAYERS)]
-_TOWER = "Hub id, folder or registered tower."
+_TOWER = "Tower: Hub id, folder or registered name."
 _Vision = Annotated[str | None, option("--vision", _TOWER, panel=_SEE)]
-_FEATURES = "Hidden state of the tower; -2."
+_FEATURES = "Hidden state of the tower that is read; -2 when not given."
 _FeatureLayer = Annotated[int | None, option("--feature-layer", _FEATURES, panel=_SEE)]
-_PROJECTOR = "mlp, linear, pixel_shuffle, pool or an installed one; mlp."
+_PROJECTOR = f"Projector: {', '.join(PROJECTORS.known)} or an installed one."
 _Projector = Annotated[str | None, option("--projector", _PROJECTOR, panel=_SEE)]
 _NORM = "--projector-norm/--no-projector-norm", "A norm before the projector."
 _ProjectorNorm = Annotated[bool | None, option(*_NORM, panel=_SEE)]
-_TEMPLATE = "chat, plain or a jinja file."
+_TEMPLATE = "Template: chat, plain or a jinja file."
 _Template = Annotated[str | None, option("--template", _TEMPLATE, panel=_SEE)]
 _TemplateOption = Annotated[
     list[str] | None,
     option("--template-option", "KEY=VALUE of the template; may be repeated.", panel=_SEE),
 ]
-_Workflow = Annotated[str | None, option("--workflow", "Name of the new workflow; mm.")]
-_RECIPE = "Shipped name or file: its settings, and how to train."
+_Workflow = Annotated[str | None, option("--workflow", "Name of the new workflow; else mm.")]
+_RECIPE = "Recipe, shipped name or file: settings, and how to train."
 _Recipe = Annotated[str | None, option("--recipe", _RECIPE)]
 _SET = "KEY=VALUE of the method's config; may be repeated."
 _Set = Annotated[list[str] | None, option("--set", _SET)]
 _Out = Annotated[Path | None, option("--out", "Folder; ./<model>-<method> when not given.")]
-_VERIFY = "full hashes every byte of the base, not its edges."
+_VERIFY = "Fingerprint of the base: fast reads edges of its tensors, full all."
 _Verify = Annotated[str, option("--verify", _VERIFY)]
 
 
@@ -214,6 +222,9 @@ def _config(
     if method is None:
         raise UsageError(f"name the method with --method: {', '.join(methods())}")
     fields = get_method(method).config_class.model_fields
+    own = {*_FLAGS, *graft.__code__.co_varnames[: graft.__code__.co_argcount]} - {"layers"}
+    for name in [name for name, info in fields.items() if name in own and _help(info)]:
+        note(f"--{name} is the command's own; set that of method {method} with --set {name}=VALUE")
     values: dict[str, Any] = dict(recipe.graft.config) if recipe else {}
     for name, value in given.items():
         if value is None:
@@ -223,7 +234,12 @@ def _config(
                 f"--{name.replace('_', '-')} is no setting of method {method}; "
                 f"leave it out, or see: mmgraft methods"
             )
-        is_list = get_origin(fields[name].annotation) is list
+        if isinstance(value, bool) and bool not in _kinds(fields[name]):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is a switch, and no switch of method {method}; set it "
+                f"with --set {name}=VALUE"
+            )
+        is_list = any(get_origin(one) is list for one in _kinds(fields[name]))
         values[name] = value.split(",") if is_list else value
     values |= dict(key_value(setting, "--set", "layers=last:8") for setting in settings)
     name, values, note_ = moved(method, values)
@@ -252,7 +268,7 @@ def _template(spec: str | None, options: dict[str, Any]) -> TemplateChoice:
     path = Path(spec).expanduser()
     if not path.is_file():  # one of the base's templates, by its name
         return TemplateChoice(kind="chat", text=spec, options=options)
-    return TemplateChoice(kind="file", text=path.read_text(encoding="utf-8"), options=options)
+    return TemplateChoice(kind="file", text=read_text(path), options=options)
 
 
 def _finish(folder: Path, recipe: Path | None, json: bool) -> None:
@@ -261,7 +277,7 @@ def _finish(folder: Path, recipe: Path | None, json: bool) -> None:
 
     _put_aside(folder)
     if recipe is not None:
-        atomic_text(folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
+        atomic_text(folder / "recipe.yaml", read_text(recipe))
     summary = summarise_graft(folder)
     if json:
         print_json({"folder": str(folder), "written": True, **asdict(summary)})

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
-from mmgraft.cli.loading import quiet_bars
 from mmgraft.cli.options import DryRunFlag, ForceFlag, JsonFlag, RevisionOption, argument, option
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 _Out = Annotated[Path | None, option("--out", "-o", "Folder to write. Default: one of its name.")]
 _BASE = "The original LLM; if all tensors are equal, it is referred to."
 _Base = Annotated[str | None, option("--base", _BASE)]
-_LAYERS = "IAA: the base layers, where the checkpoint names none."
+_LAYERS = "Insertion points, where the checkpoint names none."
 _Layers = Annotated[str | None, option("--layers", _LAYERS)]
 _TOWER = "Vision tower of its training, if it names another."
 _Tower = Annotated[str | None, option("--tower", _TOWER)]
@@ -34,7 +33,7 @@ def import_checkpoint(
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Turn a published IAA or Wings checkpoint into grafts.
+    """Turn a checkpoint of a method's published code into grafts.
 
     Its own base and vision tower are written beside the grafts. With --base they are compared,
     tensor by tensor, and an equal base is referred to instead. --dry-run on a Hub id fetches names
@@ -44,7 +43,6 @@ def import_checkpoint(
 
     from mmgraft.published.importer import import_checkpoint as run
 
-    quiet_bars(json)
     report = run(
         checkpoint,
         out or _default_folder(checkpoint),
@@ -63,7 +61,7 @@ def import_checkpoint(
 
 
 def _default_folder(checkpoint: str) -> Path:
-    """Return ``./wings-qwen1_5-8b`` for a Hub id; for a folder its name and ``-graft``."""
+    """Return its name in lower case for a Hub id; for a folder its name and ``-graft``."""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return Path(f"{folder.resolve().name}-graft")

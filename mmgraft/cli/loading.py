@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from mmgraft.cli.console import stderr
 from mmgraft.errors import UsageError
 from mmgraft.recipes.source import template_options
 
@@ -41,7 +40,6 @@ def load_answerer(
         from mmgraft.inference import Answerer
         from mmgraft.training.devices import pick_device
 
-        quiet_bars()
         return Answerer.load(
             run,
             device=pick_device(device),
@@ -82,13 +80,3 @@ def seed_sampling(seed: int | None) -> None:
         import torch
 
         torch.manual_seed(seed)
-
-
-def quiet_bars(json: bool = False) -> None:
-    """Keep the progress bars of transformers and of the Hub's client out of logs and JSON."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
-    if json or not stderr().is_terminal:
-        disable_progress_bars()
-        logging.disable_progress_bar()

@@ -22,10 +22,12 @@ def methods(json: JsonFlag = False) -> None:
     """List the methods and the projectors: those built in, and those of installed packages."""
     from mmgraft.grafts.registry import broken_methods
     from mmgraft.grafts.registry import methods as usable_methods
-    from mmgraft.vision.projectors.registry import find_projector, projectors
+    from mmgraft.vision.projectors.registry import PROJECTORS
+    from mmgraft.vision.towers.registry import TOWERS
 
-    usable, broken = usable_methods().values(), broken_methods()
-    titles = {name: find_projector(name).title for name in projectors()}
+    usable, projectors = usable_methods().values(), PROJECTORS.all()
+    broken = [*broken_methods(), *projectors[1], *TOWERS.all()[1]]
+    titles = {name: kind.title for name, kind in projectors[0].items()}
     if json:
         rows = [
             {
@@ -50,7 +52,7 @@ def methods(json: JsonFlag = False) -> None:
     note(_LEGEND)
     stdout().print(table(["projector", "what it computes"], list(map(list, titles.items()))))
     for one in broken:
-        note(f"method {one.name!r} of the package {one.origin!r} cannot be used: {one.reason}")
+        note(f"{one.what} {one.name!r} of the package {one.origin!r} cannot be used: {one.reason}")
 
 
 def _kept(method: Method) -> str:

@@ -73,7 +73,7 @@ MaxNewTokensOption = Annotated[
     int, option("--max-new-tokens", "Largest number of tokens in an answer.", min=1, panel=_ANSWERS)
 ]
 TemperatureOption = Annotated[
-    float, option("--temperature", "0 takes the likeliest token.", min=0.0, panel=_ANSWERS)
+    float, option("--temperature", "Temperature; 0 takes the likeliest.", min=0.0, panel=_ANSWERS)
 ]
 ReasoningFlag = Annotated[
     bool, option("--show-reasoning", "Show the reasoning before an answer, too.", panel=_ANSWERS)
@@ -92,13 +92,13 @@ TemplateOption = Annotated[
 
 _LOADING = "How the model is loaded"
 DeviceOption = Annotated[
-    str | None, option("--device", "cuda, mps or cpu; else the first there is.", panel=_LOADING)
+    str | None, option("--device", "Device: cuda, mps, cpu; else the first found.", panel=_LOADING)
 ]
 DtypeOption = Annotated[
-    str | None, option("--dtype", "bfloat16, float32; default: as saved.", panel=_LOADING)
+    str | None, option("--dtype", "Dtype: bfloat16, float32; default: as saved.", panel=_LOADING)
 ]
 QuantizationOption = Annotated[
-    str | None, option("--quantization", "nf4 holds the base in 4-bit.", panel=_LOADING)
+    str | None, option("--quantization", "Quantization: nf4, a base in 4-bit.", panel=_LOADING)
 ]
 BaseOption = Annotated[
     str | None, option("--base", "Where the base lies, if it was moved.", panel=_LOADING)

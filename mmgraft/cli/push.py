@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmgraft.cli.console import confirm, human_bytes, note, print_json, stdout, table
-from mmgraft.cli.loading import quiet_bars
 from mmgraft.cli.options import DryRunFlag, JsonFlag, YesFlag, argument, option
 from mmgraft.runs.find import find_run
 
@@ -51,7 +50,6 @@ def push(
     if dry_run:
         _list(plan, repo_id or default_name(folder), private, json)
         return
-    quiet_bars(json)
     target = find_target(plan, repo_id, private)
     for warning in (*plan.warnings, *target.warnings):
         note(f"note: {warning}")

@@ -19,6 +19,7 @@ from mmgraft.comparison.spec import (
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.recipes.source import find_recipe, load_recipe, shipped_recipes
+from mmgraft.textfiles import read_text
 
 if TYPE_CHECKING:
     from mmgraft.recipes.recipe import Recipe, Stage
@@ -70,14 +71,8 @@ def list_recipes(
 
 
 def _recipe_data(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "name": recipe.name,
-        "method": recipe.method,
-        "base": recipe.base,
-        "quantization": recipe.quantization,
-        "stages": [stage.name for stage in recipe.stages],
-        "description": recipe.description,
-    }
+    kept = recipe.model_dump(include={"name", "method", "base", "quantization", "description"})
+    return {**kept, "stages": [stage.name for stage in recipe.stages]}
 
 
 def _stages(recipe: Recipe) -> str:
@@ -92,7 +87,7 @@ def show(name: Name, json: JsonFlag = False) -> None:
         found = load_comparison(path) if is_comparison(path) else load_recipe(path)
         print_json(found.model_dump(mode="json"))
         return
-    typer.echo(path.read_text(encoding="utf-8"), nl=False)
+    typer.echo(read_text(path), nl=False)
 
 
 def _find(name: str) -> Path:
@@ -125,7 +120,7 @@ def copy(
     if not target.parent.is_dir():
         raise UsageError(f"there is no folder {target.parent}; make it first")
     if not dry_run:
-        target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        target.write_text(read_text(source), encoding="utf-8")
     if json:
         print_json({"recipe": source.stem, "file": str(target), "written": not dry_run})
         return

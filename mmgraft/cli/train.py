@@ -34,7 +34,7 @@ _SET = "Change a value: stages.align.lr=1e-4, stages.*.batch_size=2, seed=3."
 _Set = Annotated[list[str] | None, option("--set", _SET, panel=_PLAN)]
 _MOST = "Number of steps after which every stage ends."
 _MaxSteps = Annotated[int | None, option("--max-steps", _MOST, panel=_PLAN, min=1)]
-_Device = Annotated[str | None, option("--device", "cuda, mps or cpu; else the first found.")]
+_Device = Annotated[str | None, option("--device", "Device: cuda, mps, cpu; else the first found.")]
 _PROCESSES = "Number of processes, on CUDA one a card; the recipe says how they share: parallel."
 _Processes = Annotated[int, option("--processes", _PROCESSES, min=1)]
 _Resume = Annotated[bool, option("--resume", "Go on where a run stopped.", panel=_GO_ON)]
@@ -93,8 +93,6 @@ def train(
 
 
 def _train(plan: Plan, json: bool) -> None:
-    from transformers.utils import logging
-
     from mmgraft.training.callbacks.progress import ProgressDisplay
     from mmgraft.training.devices import is_main_rank, slow_precision
     from mmgraft.training.memory.shortage import warning
@@ -103,8 +101,6 @@ def _train(plan: Plan, json: bool) -> None:
     def display(stage: Stage, number: int, stages: int) -> list[ProgressDisplay]:
         return [ProgressDisplay(stage.name, number, stages, stderr())]
 
-    if not stderr().is_terminal:
-        logging.disable_progress_bar()
     if is_main_rank():
         for warned in filter(None, (warning(plan), slow_precision(plan.recipe, plan.device))):
             note(f"warning: {warned}")

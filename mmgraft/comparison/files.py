@@ -21,6 +21,7 @@ from mmgraft.atomic import atomic_json
 from mmgraft.comparison.spec import Comparison, load_comparison
 from mmgraft.errors import UsageError
 from mmgraft.strict import StrictModel
+from mmgraft.textfiles import read_json
 
 COMPARISON = "comparison.yaml"
 ARMS, FEATURES, BASE, PHASES_FOLDER = "arms", "features", "base", "phases"
@@ -102,12 +103,7 @@ def read_phase(run: Path, phase: Phase) -> PhaseRecord | None:
     path = phase_file(run, phase)
     if not path.is_file():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(
-            f"{path} is damaged ({error}); remove {run}, and the arm is done anew"
-        ) from None
+    data = read_json(path, f"remove {run}, and the arm is done anew")
     return PhaseRecord.parse(data, str(path))
 
 

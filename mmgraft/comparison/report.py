@@ -202,17 +202,15 @@ class AnswerSheet:
     private: bool
 
 
-def answer_sheet(answers: SetAnswers, shown: int = sheets.SHOWN) -> AnswerSheet | None:
+def answer_sheet(answers: SetAnswers) -> AnswerSheet | None:
     """Draw the contact sheet of a set with images; None where no item has one.
 
-    Args:
-        answers: To the set.
-        shown: So many items are sampled by a fixed seed, whatever was answered.
+    Its items are sampled by a fixed seed, whatever was answered.
 
     Raises:
         UsageError: An image cannot be read.
     """
-    indices = sheets.sampled_indices(answers.items, shown)
+    indices = sheets.sampled_indices(answers.items)
     if not indices:
         return None
     items = [_sheet_item(answers, index) for index in indices]

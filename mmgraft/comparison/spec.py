@@ -18,7 +18,13 @@ from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.sets import choose_sets
 from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
 from mmgraft.recipes.recipe import DataEntry, Recipe
-from mmgraft.recipes.source import find_recipe, load_recipe, read_yaml, shipped_recipes
+from mmgraft.recipes.source import (
+    find_recipe,
+    key_value,
+    load_recipe,
+    read_yaml,
+    shipped_recipes,
+)
 from mmgraft.strict import StrictModel
 from mmgraft.vision.spec import VisionSpec
 
@@ -228,7 +234,7 @@ def load_comparison(source: str | Path) -> Comparison:
         UsageError: No such file, no YAML, unknown keys, no arms, an empty grid.
     """
     path = find_comparison(source)
-    data, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    data, _ = read_yaml(path)
     if "stages" in data and "arms" not in data and "grid" not in data:
         raise UsageError(
             f"{path} is a recipe, and a comparison has arms or a grid; train it with `mmgraft "
@@ -252,7 +258,7 @@ def arm_recipe(name: str, arm: Arm) -> Recipe:
 
 def is_comparison(path: Path) -> bool:
     """Return whether a YAML file is a comparison and not a recipe."""
-    data, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    data, _ = read_yaml(path)
     return "arms" in data or "grid" in data
 
 
@@ -297,18 +303,12 @@ def with_settings(comparison: Comparison, settings: Sequence[str]) -> Comparison
         return comparison
     arms = comparison.all_arms()
     for text in settings:
-        where, equals, value = text.partition("=")
-        if not equals or not where:
-            raise UsageError(f"--set {text}: write KEY=VALUE, or ARM:KEY=VALUE for one arm")
+        where, value = key_value(text, "--set", "seed=1 (ARM:seed=1 for one arm)")
         arm, colon, key = where.rpartition(":")
         if colon and arm not in arms:
             raise UsageError(f"--set {text}: no arm {arm!r}; {did_you_mean(arm, arms)}")
-        try:
-            later = {key: yaml.safe_load(value)}
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {text}: {value!r} is not a YAML value") from error
         for name in [arm] if colon else list(arms):
-            update = {"set": _merged(arms[name].set, later)}
+            update = {"set": _merged(arms[name].set, {key: value})}
             arms[name] = arms[name].model_copy(update=update)
     return comparison.model_copy(update={"arms": arms, "grid": {}})
 

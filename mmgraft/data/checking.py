@@ -22,6 +22,7 @@ from mmgraft.data.formats.indexed import facts_of
 from mmgraft.data.images import check_image, is_data_uri, open_image
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.progress import counted
 from mmgraft.vision.images import BadImage, Fault
 from mmgraft.vision.stored import StoredImage
 
@@ -44,7 +45,7 @@ class Report:
         largest: Width, height and name of the image with most pixels.
         lengths: Positions of every row before a cut; empty without a tokenizer.
         image_positions: Of all rows.
-        learned: Positions that are learned, of all rows.
+        learned: Supervised tokens of all rows.
         longest: Positions and name of the longest rows.
         max_length: Where rows are cut.
         cut: Names of the rows that are longer.
@@ -154,7 +155,7 @@ class Checker:
         shown: set[bytes] = set()
         measured = array("q")  # which rows have a length
         same = _Same(len(rows))
-        for at, row in enumerate(rows):
+        for at, row in enumerate(counted("looking at rows", rows)):
             same.note(at, row)
             images = list(images_of_all(row.messages))
             shown.update(map(_key, images))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -13,6 +13,7 @@ from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.images import is_data_uri, open_image
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.progress import working
 from mmgraft.vision.feature_cache import FeatureCache, ImageFile, TowerFeatures
 from mmgraft.vision.images import BadImage, load_image
 from mmgraft.vision.stored import StoredImage
@@ -49,7 +50,6 @@ def fill_cache(
     cache: FeatureCache,
     tower: VisionTower,
     rows: Sequence[Shown],
-    progress: Callable[[int, int], None] | None = None,
     bad: list[BadRow] | None = None,
     workers: int = 0,
     share: tuple[int, int] = (0, 1),
@@ -60,7 +60,6 @@ def fill_cache(
         cache: To fill.
         tower: Computes.
         rows: Whose images are wanted.
-        progress: See :meth:`FeatureCache.get_many`.
         bad: Takes rows whose images cannot be used; None raises instead.
         workers: Processes that read images ahead of the tower.
         share: A rank and how many there are: of the files only this rank's part is looked at.
@@ -76,9 +75,14 @@ def fill_cache(
             open_image(path, rows[found[path]].where)  # the same error, with its row
 
     compute = TowerFeatures(tower, workers, explain)
-    try:
-        cache.get_many(files, compute, progress=progress)
+
+    def fill(files: Sequence[ImageFile]) -> int:
+        with working("computing features of images") as work:
+            cache.get_many(files, compute, progress=work)
         return len(files)
+
+    try:
+        return fill(files)
     except UsageError:
         if bad is None:
             raise
@@ -90,8 +94,7 @@ def fill_cache(
         if path in unusable
     ]
     left = [path for path in files if path not in unusable]
-    cache.get_many(left, compute, progress=progress)
-    return len(left)
+    return fill(left)
 
 
 def _files(rows: Sequence[Shown], bad: list[BadRow] | None) -> dict[ImageFile, int]:

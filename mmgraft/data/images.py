@@ -8,11 +8,22 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from typing import IO, Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from PIL import Image
 
 from mmgraft.errors import UsageError, brief
-from mmgraft.vision.images import BadImage, decode, load_image, look_at, shown_size, size_in, to_rgb
+from mmgraft.vision.images import (
+    BadImage,
+    decode,
+    load_image,
+    look_at,
+    refuse_thin,
+    shown_size,
+    size_in,
+    to_rgb,
+)
 from mmgraft.vision.stored import StoredImage
 
 T = TypeVar("T")
@@ -60,8 +71,23 @@ def _read(
     opened: Callable[[Image.Image], T],
 ) -> T:
     """Return what a reader of the image's kind gives; an error names the row as well."""
-    if isinstance(image, Image.Image):
-        return opened(image)
+    try:
+        if isinstance(image, Image.Image):
+            refuse_thin(image.size)
+            return opened(image)
+        return _read_file(image, where, file, data)
+    except BadImage as error:
+        raise BadImage(f"{where}: {error}", error.fault) from error
+    except (ValueError, OSError) as error:  # a PIL image whose file is gone, or of an odd mode
+        raise BadImage(f"{where}: the image cannot be read ({error}); give another") from error
+
+
+def _read_file(
+    image: Any,
+    where: str,
+    file: Callable[[str | StoredImage], T],
+    data: Callable[[IO[bytes]], T],
+) -> T:
     name: Any = image
     if not isinstance(image, StoredImage):
         if not isinstance(image, str | os.PathLike):
@@ -70,11 +96,16 @@ def _read(
         if is_data_uri(name):
             return _from_data_uri(name, where, data)
         refuse_web(name, where)
-        name = name.removeprefix("file://")
-    try:
-        return file(name)
-    except BadImage as error:
-        raise BadImage(f"{where}: {error}", error.fault) from error
+        name = path_of(name)
+    return file(name)
+
+
+def path_of(name: str) -> str:
+    """Return the path that a ``file://`` address or a plain path names."""
+    if name[:7].lower() != "file://":
+        return name
+    decoded = url2pathname(urlsplit(name).path)
+    return decoded if os.path.isfile(decoded) else name[7:]
 
 
 def is_data_uri(name: str) -> bool:
@@ -96,15 +127,17 @@ def _from_data_uri(uri: str, where: str, read: Callable[[IO[bytes]], T]) -> T:
     if head is None:
         raise UsageError(f"{where}: a data URI ({uri[:40]}...) not in base64; write ;base64, in it")
     try:
-        data = base64.b64decode(uri[head.end() :], validate=True)
+        data = base64.b64decode("".join(uri[head.end() :].split()), validate=True)
         return read(io.BytesIO(data))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(
-            f"{where}: a data URI ({uri[:40]}...) of an image too large ({error}); scale it down",
+            f"a data URI ({uri[:40]}...) of an image too large ({error}); scale it down",
             "enormous",
         ) from error
+    except BadImage:
+        raise
     # Decoders raise nearly anything on broken bytes.
     except Exception as error:
         raise BadImage(
-            f"{where}: a data URI ({uri[:40]}...) that is no image ({error}); encode the file again"
+            f"a data URI ({uri[:40]}...) that is no image ({error}); encode the file again"
         ) from error

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mmgraft.basefiles.parts import quiet
+from mmgraft.basefiles.whole import quiet
 from mmgraft.errors import UsageError
 
 
@@ -32,7 +32,7 @@ def write_folder(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source: dict[str, Any] = {"gguf_file": gguf.name}
+    source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     try:
         with _quietly():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)

@@ -178,7 +178,7 @@ def prepare(
     Args:
         name: Name of an offer.
         out: The folder; made where it is missing. Other files in it stay.
-        seed: Seed of the samples that are drawn.
+        seed: Seed of the samples.
         force: Replace files of these names that stand there.
         dry_run: Read and check everything, and write nothing. A model that was not converted yet is
             not converted, so that its files are not listed.

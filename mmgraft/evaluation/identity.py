@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, resolve
+from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, load_whole, resolve
 from mmgraft.errors import UsageError
 from mmgraft.model.files.load import base_files
+from mmgraft.progress import counted
 from mmgraft.training.callbacks.text_change import PROMPTS
 
 if TYPE_CHECKING:
@@ -76,9 +77,9 @@ def text_identity(
         )
     differences: list[str] = []
     largest, positions, digests = 0.0, 0, (hashlib.sha256(), hashlib.sha256())
-    for start in range(0, len(prompts), _BATCH):
+    for start in counted("comparing with the base, batches", range(0, len(prompts), _BATCH)):
         chats = [[{"role": "user", "content": one}] for one in prompts[start : start + _BATCH]]
-        ours = [processor.encode(chat) for chat in chats]
+        ours = [processor.encode(one, where=f"the text {one[0]['content']!r}") for one in chats]
         for chat, own in zip(chats, ours, strict=True):
             if own.input_ids != _base_ids(tokenizer, chat, processor.options):
                 differences.append(f"the ids of {chat[0]['content']!r}")
@@ -170,7 +171,7 @@ def load_untouched(
         like: The copy whose dtype, device, attention implementation and quantization are taken.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     options: dict[str, Any] = {
         "dtype": like.dtype,
@@ -179,10 +180,10 @@ def load_untouched(
     quantized = getattr(like.config, "quantization_config", None)
     if quantized is not None:
         options["quantization_config"] = quantized
-    loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+    loaded = load_whole(ModelFiles(str(folder), Path(folder)), **options)
     if quantized is None:
         torch.nn.Module.to(loaded, like.device)
-    return loaded.eval(), AutoTokenizer.from_pretrained(folder)
+    return loaded.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _files(model: GraftedModel, run: Path, given: str | Path | None) -> ModelFiles | None:

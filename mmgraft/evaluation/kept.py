@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mmgraft.atomic import free_name
 from mmgraft.data.chat.content import image_of
 from mmgraft.data.chat.template import source_of
-from mmgraft.data.images import is_data_uri
+from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.errors import MMGraftError
 from mmgraft.evaluation.generate.answers import answer
 from mmgraft.evaluation.generate.run_features import Features
@@ -94,7 +94,13 @@ class Kept:
             _answer, self.model, workflow=workflow, max_new_tokens=max_new_tokens, features=features
         )
         rows = self._rows(name, items, self._models(workflow), settings, run, _answer_row)
-        return [str(row["answer"]) for row in rows]
+        found = [str(row["answer"]) for row in rows]
+        if "" in found:
+            self.announce(
+                f"{name}: {found.count('')} of {len(found)} answers are empty; where reasoning did "
+                "not end, raise max_new_tokens or turn it off (--template-option)"
+            )
+        return found
 
     def choices(
         self,
@@ -404,7 +410,7 @@ def _digest(image: Any, known: dict[str, str]) -> str:
         return hashlib.sha256(image.tobytes()).hexdigest()
     if image not in known:
         own = is_data_uri(image)
-        data = image.encode() if own else Path(image.removeprefix("file://")).read_bytes()
+        data = image.encode() if own else Path(path_of(image)).read_bytes()
         known[image] = hashlib.sha256(data).hexdigest()
     return known[image]
 

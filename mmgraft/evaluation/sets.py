@@ -97,7 +97,7 @@ def given_set(path: str, metric: str | None, **settings: Any) -> SetSpec:
 
 
 def _read(path: Path) -> list[SetSpec]:
-    data, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    data, _ = read_yaml(path)
     sets = data.get("evaluation") or []
     return _Sets.parse({"evaluation": sets}, str(path)).evaluation
 

@@ -112,6 +112,6 @@ def sizes_in(folder: Path) -> dict[str, int]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """A copy of its own, also where the source is a link into a cache."""
+    """Make a copy of its own, also where the source is a link into a cache."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)

@@ -12,6 +12,7 @@ from mmgraft.export.folder import Exported, copy_file, sizes_in
 from mmgraft.export.graft import write_files, write_record
 from mmgraft.model.files.graft_file import OWN_BASE, GraftFile
 from mmgraft.model.files.load import base_files, check_base, local_tower
+from mmgraft.progress import counted
 from mmgraft.runs.contents import belonging
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.registry import load_tower
@@ -68,7 +69,7 @@ def export_full(
 
     def write(folder: Path) -> None:
         say(f"copying the base, {len(copied)} files")
-        for name, path in copied.items():
+        for name, path in counted("copying the base, files", copied.items()):
             copy_file(path, folder / OWN_BASE / name)
         say(f"writing the vision tower {record.vision.name}")
         vision, seen = _write_tower(local_tower(record, run), folder)

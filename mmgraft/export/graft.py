@@ -11,6 +11,7 @@ from mmgraft.export.folder import Exported, copy_file, sizes_in
 from mmgraft.hub.card import card_of, has_own_readme
 from mmgraft.hub.references import WHAT, local_references
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
+from mmgraft.progress import counted
 from mmgraft.runs.contents import README, UploadFile, belonging
 
 
@@ -49,7 +50,7 @@ def export_graft(
 
 def write_files(folder: Path, files: list[UploadFile]) -> None:
     """Copy what belongs to a graft beside its record."""
-    for file in files:
+    for file in counted("copying the graft, files", files):
         assert isinstance(file.content, Path)
         copy_file(file.content, folder / file.name)
 

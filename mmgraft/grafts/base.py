@@ -73,7 +73,7 @@ class Pass:
     segments: Tensor | None = None  # (b, s) which of a sequence's rows, where it holds several
 
     def on(self, device: torch.device) -> Pass:
-        """This pass with its tensors on a layer's device (itself where they are there already)."""
+        """Return this pass with its tensors on a device (itself where they are there already)."""
         if device == self.features.device:
             return self
         key = ("pass", device)

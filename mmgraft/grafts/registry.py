@@ -12,17 +12,14 @@ Looking methods up imports no torch; only ``Method.load_graft`` does.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import Method
+from mmgraft.kinds import Broken, Kinds, Unfit
 
-ENTRY_POINT_GROUP = "mmgraft.methods"
 _BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "grafts.lora", "published.wings")
 _MOVED = {("wings", "variant", "official"): "wings-official"}
 """What a method's setting with a value has become: a method of its own, with the other settings."""
@@ -37,80 +34,31 @@ def built_in() -> tuple[Method, ...]:
     return tuple(importlib.import_module(f"mmgraft.{name}").METHOD for name in _BUILT_IN)
 
 
-@dataclass(frozen=True)
-class Broken:
-    """A method that an installed package names but that cannot be used."""
+def _of_package(name: str, method: Any, origin: str) -> Method:
+    if not isinstance(method, Method):
+        raise Unfit(f"it is a {type(method).__name__}, not an mmgraft Method")
+    if method.name != name:
+        raise Unfit(f"the method calls itself {method.name!r}")
+    default = method.config_class.model_fields.get("method")
+    if default is None or default.default != method.name:
+        raise Unfit(f"{method.config_class.__name__} needs the field method = {method.name!r}")
+    return replace(method, origin=origin)
 
-    name: str
-    origin: str
-    reason: str
+
+METHODS = Kinds(
+    "method", "mmgraft.methods", _of_package, lambda: {one.name: one for one in built_in()}
+)
+get_method = METHODS.find
 
 
 def methods() -> dict[str, Method]:
     """Return every usable method by name, the built-in ones first."""
-    return _discover()[0]
+    return METHODS.all()[0]
 
 
 def broken_methods() -> list[Broken]:
-    """Return the entry points that could not be used, each with the reason."""
-    return _discover()[1]
-
-
-def get_method(name: str) -> Method:
-    """Return the method called ``name``.
-
-    Raises:
-        UsageError: An unknown name, with the nearest known one; a broken one, with the reason.
-    """
-    usable, broken = _discover()
-    if name in usable:
-        return usable[name]
-    for one in broken:
-        if one.name == name:
-            raise UsageError(
-                f"method {name!r} of the package {one.origin!r} is broken: {one.reason}; "
-                f"mend or uninstall {one.origin!r}"
-            )
-    raise UsageError(f"unknown method {name!r}; {did_you_mean(name, usable)}")
-
-
-def _discover() -> tuple[dict[str, Method], list[Broken]]:
-    return _discover_in(tuple(sys.path))
-
-
-@cache  # a look into every installed package
-def _discover_in(path: tuple[str, ...]) -> tuple[dict[str, Method], list[Broken]]:
-    found = {method.name: method for method in built_in()}
-    broken: list[Broken] = []
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        result = _load(point, found)
-        if isinstance(result, Broken):
-            broken.append(result)
-        else:
-            found[result.name] = result
-    return found, broken
-
-
-def _load(point: EntryPoint, found: dict[str, Method]) -> Method | Broken:
-    origin = point.dist.name if point.dist is not None else point.value
-
-    def refuse(reason: str) -> Broken:
-        return Broken(point.name, origin, reason)
-
-    try:
-        method = point.load()
-    except Exception as error:  # a plugin may fail in any way; the rest must go on
-        return refuse(f"{type(error).__name__}: {error}")
-    if not isinstance(method, Method):
-        return refuse(f"{point.value} is a {type(method).__name__}, not an mmgraft Method")
-    if method.name != point.name:
-        return refuse(f"its entry point is called {point.name!r}, but the method {method.name!r}")
-    if method.name in found:
-        return refuse(f"the name is taken by {found[method.name].origin}")
-    default = method.config_class.model_fields.get("method")
-    if default is None or default.default != method.name:
-        return refuse(f"{method.config_class.__name__} needs the field method = {method.name!r}")
-    return replace(method, origin=origin)
+    """Return what installed packages offer as methods and cannot be used, each with the reason."""
+    return METHODS.all()[1]
 
 
 def moved(method: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str | None]:

@@ -13,11 +13,13 @@ import yaml
 from mmgraft.evaluation.report import about_run, score_tables
 from mmgraft.evaluation.report.markdown import render
 from mmgraft.evaluation.report.words import in_words, interval, score_name
+from mmgraft.hub.references import is_repo_id
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.summary import graft_parts, limits
 from mmgraft.runs.contents import README, RECIPE
 from mmgraft.runs.results import FOLDER, Results, Section, SetResult
 from mmgraft.runs.results import measured as results_of
+from mmgraft.textfiles import read_text
 
 MARKER = "<!-- mmgraft: `push` rewrites this card; delete this line to keep what you write -->"
 
@@ -50,7 +52,7 @@ def card_of(
 ) -> str:
     """Return the card of a run: its recipe, parameters and results; see ``render_card``."""
     recipe = run / RECIPE
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+    text = read_text(recipe) if recipe.is_file() else None
     sizes = {row.part: row.parameters for row in graft_parts(run, record.method)}
     return render_card(record, name, sizes, text, license, results_of(run), files)
 
@@ -106,7 +108,7 @@ def _front_matter(
     data: dict[str, Any] = {"library_name": "mmgraft", "pipeline_tag": "image-text-to-text"}
     if license is not None:
         data["license"] = license
-    if not record.base.id.startswith("./"):
+    if is_repo_id(record.base.id):
         data["base_model"] = record.base.id
         data["base_model_relation"] = "adapter"
     data["tags"] = ["mmgraft", record.method, "vision-language", "multimodal"]

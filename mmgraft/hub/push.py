@@ -15,6 +15,7 @@ from mmgraft.hub.card import card_of, has_own_readme
 from mmgraft.hub.client_errors import LOGIN, hub_errors
 from mmgraft.hub.references import confirm_references, is_repo_id, make_portable
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
+from mmgraft.progress import working
 from mmgraft.runs.contents import README, RECIPE, UploadFile, belonging, folder_named, managed
 from mmgraft.version import __version__
 
@@ -155,7 +156,8 @@ def send(plan: PushPlan, target: Target, private: bool = False) -> str:
 
     plan = replace(plan, record=target.record)
     files = plan.all_files(target.repo_id)
-    with hub_errors(f"pushing to {target.repo_id}"):
+    what = f"pushing to {target.repo_id}"
+    with hub_errors(what), working(what, bar=False):  # the Hub's client has its own
         if target.revision is None:
             target.api.create_repo(target.repo_id, private=private, exist_ok=True)
         target.api.create_commit(

@@ -75,7 +75,8 @@ def _like(layer: Any) -> CacheLayerMixin:
     sizes = {"sliding_window": getattr(layer, "max_cache_len", None), **vars(layer)}
     wanted = inspect.signature(kind.__init__).parameters.values()
     named = [one.name for one in wanted if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
-    if not keeps_keys(layer) or not set(named) <= sizes.keys():
+    known = kind.__module__.startswith("transformers.") and keeps_keys(layer)
+    if not known or not set(named) <= sizes.keys():
         raise UsageError(
             f"a cache layer of type {kind.__name__} cannot be given to an inserted layer; "
             "use a dynamic, static or offloaded cache."
@@ -128,7 +129,10 @@ class RowSlot:
     @property
     def past(self) -> int:
         """Positions in the cache."""
-        return 0 if self.cache is None else int(self.cache.get_seq_length())
+        try:
+            return 0 if self.cache is None else int(self.cache.get_seq_length())
+        except ValueError:  # running states alone, before there is a row slot
+            return 0
 
     def workflows(self) -> list[int]:
         """Workflow number of every row at its last position, as written."""

@@ -184,6 +184,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
                     "image_features."
                 )
             return None
+        given.check(len(names), self._workflow_list()[0].projector.in_features)
 
         def counts(row: int, plan: Plan) -> int:
             if names[row] == TEXT_WORKFLOW:
@@ -202,6 +203,11 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
                 lengths = [counts(row, plan) for row, plan in zip(rows, plans, strict=True)]
             else:
                 rows, lengths = given.image_rows.tolist(), given.image_lengths.tolist()
+            if len(rows) != len(plans):
+                raise UsageError(
+                    f"{len(plans)} images were given, and image_rows and image_lengths are of "
+                    f"{len(rows)}: give one entry an image."
+                )
             images = Images(features, plans, rows, lengths)
         images.check(positions, counts)
         return images

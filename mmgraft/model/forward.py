@@ -98,7 +98,7 @@ class Inputs:
         return self.attention_mask if self.segments is None else self.segments
 
     def number_rows(self) -> None:
-        """Number the rows of the sequences, and let their positions and labels begin anew."""
+        """Tell the rows of the sequences apart, and let their positions and labels begin anew."""
         assert self.segments is not None
         self.segments, self.position_ids = number(self.segments.to(self.new.device))
         if self.labels is not None:

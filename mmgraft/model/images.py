@@ -146,6 +146,46 @@ class GivenImages:
             images.plans if isinstance(images, Images) else images is not None and len(images)
         )
 
+    def check(self, rows: int, width: int) -> None:
+        """Hold what was given against itself and the batch, before a tower sees an image.
+
+        Args:
+            rows: In the batch.
+            width: Of a feature vector.
+
+        Raises:
+            UsageError: A tensor is of another shape or type, or of another number of images or
+                rows; names it.
+        """
+        if (self.image_rows is None) != (self.image_lengths is None):
+            raise UsageError("image_rows and image_lengths go together: give both, or neither.")
+        counts: dict[str, int] = {}
+        for name, *inner in (("image_sizes", 2), ("image_rows",), ("image_lengths",)):
+            given: Tensor | None = getattr(self, name)
+            if given is None:
+                continue
+            wrong = given.dim() != 1 + len(inner) or [*given.shape[1:]] != inner
+            if wrong or given.is_floating_point():
+                shape = ", ".join(map(str, ("images", *inner)))
+                raise UsageError(
+                    f"{name} is {tuple(given.shape)} of {given.dtype}: give integers ({shape})."
+                )
+            counts[name] = len(given)
+        if len(set(counts.values())) > 1:
+            each = ", ".join(f"{name} is of {count}" for name, count in counts.items())
+            raise UsageError(f"the images are not of one number: {each}.")
+        named = [] if self.image_rows is None else self.image_rows.tolist()
+        if out := [row for row in named if not 0 <= row < rows]:
+            raise UsageError(f"image_rows names row {out[0]}: the batch has rows 0 to {rows - 1}.")
+        features = self.image_features
+        if isinstance(features, Tensor) and (
+            features.dim() not in (2, 3) or features.shape[-1] != width
+        ):
+            raise UsageError(
+                f"image_features are {tuple(features.shape)}: give (images, entries, {width}), or "
+                f"(sum of entries, {width}), as this model's tower makes them."
+            )
+
     def refuse(self) -> None:
         """Refuse images where no row has a position for one: they would be left out unsaid.
 

@@ -19,7 +19,7 @@ from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Graft, Pass, select
 from mmgraft.model.cache import RowSlot
-from mmgraft.model.files.create import make_from_files, make_on_loaded
+from mmgraft.model.files.create import check_given, make_from_files, make_on_loaded
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
 from mmgraft.model.files.load import (
     Verify,
@@ -97,8 +97,7 @@ class GraftedModel(WorkflowGeneration):
         """Graft fresh modules onto a base, ready to train or to run.
 
         Args:
-            base: A Hub id or folder, or a loaded causal LM (not in 4-bit: an inserted layer is a
-                copy of exact tensors; name the base instead, and give ``quantization``).
+            base: A Hub id or folder; or a loaded causal LM, which must not be in 4-bit.
             vision: A tower, its spec, its name; None for a model that is only given features of
                 the base's own width.
             config: Settings of a method, such as ``IAAConfig(layers="22,24")``.
@@ -114,6 +113,7 @@ class GraftedModel(WorkflowGeneration):
             UsageError: Layers that cannot carry a graft, or settings that do not fit the base.
             TypeError: An unknown keyword, with the nearest known one.
         """
+        check_given(base=base, vision=vision, config=config, projector=projector, template=template)
         spec = MlpConfig() if projector is None else projector
         vision = str(vision) if isinstance(vision, Path) else vision
         tower = load_tower(vision) if isinstance(vision, str | VisionSpec) else vision

@@ -83,6 +83,6 @@ def takes_half(base: PreTrainedModel) -> bool:
 
 
 def _states(base: PreTrainedModel, trunk: str, ids: Tensor, positions: Tensor) -> Tensor:
-    """Final hidden states ``(b, s, h)`` in fp32."""
+    """Return the final hidden states ``(b, s, h)`` in fp32."""
     out = get_path(base, trunk)(input_ids=ids, position_ids=positions, use_cache=False)
     return out.last_hidden_state.float()

@@ -35,7 +35,7 @@ class Rows:
         return all(name == TEXT_WORKFLOW for name in self.names)
 
     def gate(self, name: str, device: torch.device) -> Tensor | None:
-        """True for the rows of one workflow ``(b,)``; None where all rows run it."""
+        """Mark the rows of one workflow ``(b,)``; None where all rows run it."""
         if all(other == name for other in self.names):
             return None
         return torch.tensor([other == name for other in self.names], device=device)

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 from mmgraft.anatomy import skeleton
 from mmgraft.basefiles.tensor_files import write_shards
 from mmgraft.errors import UsageError
+from mmgraft.progress import counted
 from mmgraft.published.names import Published
 from mmgraft.published.source import TOKENIZER_FILES, Source
 
@@ -73,7 +74,7 @@ def differs_from(source: Source, published: Published, files: ModelFiles) -> str
 
 def _tensor_difference(source: Source, published: Published, reader: TensorReader) -> str | None:
     names = set(reader.keys())
-    for name in published.base_tensors:
+    for name in counted("comparing tensors of the base", published.base_tensors):
         other = _EMBEDDING if name == _HEAD and name not in names else name
         if other not in names:
             return f"it has no tensor {name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from mmgraft.basefiles.tensor_files import DTYPES, LazyTensor, open_tensors
 from mmgraft.errors import UsageError
+from mmgraft.textfiles import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,13 +63,7 @@ class Source:
         """
         if name not in self.files:
             return None
-        try:
-            data = json.loads(self.files[name].read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{self.files[name]} is broken ({error}); fetch it again") from None
-        if not isinstance(data, dict):
-            raise UsageError(f"{self.files[name]} is no JSON object; fetch it again")
-        return data
+        return read_json(self.files[name], "fetch it again")
 
 
 def open_source(name: str, revision: str | None = None, headers_only: bool = False) -> Source:

@@ -102,7 +102,7 @@ def _config_of(name: str | None) -> dict[str, Any] | None:
     if name is None or not _findable(name):
         return None
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):
         return None
     return getattr(config, "vision_config", config).to_dict()

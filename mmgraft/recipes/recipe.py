@@ -20,7 +20,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from mmgraft.data.bad_rows import HUB, OnBadRow
-from mmgraft.errors import did_you_mean
+from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.registry import methods
 from mmgraft.recipes.evaluation_set import SetSpec
@@ -120,9 +120,7 @@ class Stage(StageSwitches):
     lr: float | dict[str, float] = Field(description="one number, or one for each group")
     data: list[DataEntry] | None = Field(default=None, description="instead of the recipe's data")
     workflow: WorkflowName | None = None
-    graft_active: bool = Field(
-        default=True, description="false leaves inserted layers out of the path"
-    )
+    graft_active: bool = Field(default=True, description="false leaves the graft out of the path")
     epochs: float | None = Field(default=None, gt=0, le=100_000)
     max_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=1, ge=1, description="rows in one forward pass on one device")
@@ -209,6 +207,12 @@ def stage_class(switches: type[StageSwitches]) -> type[Stage]:
     """Return the class of stages of a method that may switch this."""
     if switches is StageSwitches:
         return Stage
+    if taken := set(switches.model_fields) & set(Stage.model_fields):
+        raise UsageError(
+            f"{switches.__module__}.{switches.__qualname__} switches {', '.join(sorted(taken))}, "
+            "which every stage has a setting for; rename it in the package "
+            f"{switches.__module__.partition('.')[0]!r}"
+        )
     made: Any = create_model(f"Stage_{switches.__name__}", __base__=(switches, Stage))
     return made
 

@@ -15,6 +15,7 @@ from mmgraft.grafts.registry import Method, methods
 from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import DataEntry, Recipe, Stage
 from mmgraft.strict import describe_item, dotted
+from mmgraft.textfiles import read_text
 
 OTHER_NAMES = {
     "learning_rate": "lr",
@@ -105,8 +106,7 @@ def load_recipe(
             line), a wrong value, or a recipe for another method.
     """
     path = find_recipe(source)
-    text = path.read_text(encoding="utf-8")
-    data, lines = read_yaml(text, str(path))
+    data, lines = read_yaml(path)
     for override in overrides:
         _apply(data, override)
     recipe = _check(data, str(path), lines)
@@ -119,16 +119,17 @@ def load_recipe(
     return recipe
 
 
-def read_yaml(text: str, what: str) -> tuple[dict[str, Any], dict[Location, int]]:
-    """Return a YAML mapping and the line (from 1) of every key in it.
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
+    """Return the YAML mapping in a file and the line (from 1) of every key in it.
 
     Raises:
-        UsageError: For text that is no YAML, no mapping, or has a key twice.
+        UsageError: For a file that is no YAML, no mapping, or has a key twice.
     """
+    what, text = str(path), read_text(path)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{what} is not YAML: {error}") from error
     if not isinstance(data, dict) or root is None:
         raise UsageError(f"{what} holds no settings; `mmgraft recipes show iaa` shows how to write")
@@ -251,10 +252,19 @@ def key_value(given: str, flag: str, such_as: str) -> tuple[str, Any]:
     key, equals, text = given.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"{flag} {given}: write key=value, such as {flag} {such_as}")
+    return key.strip(), set_value(text, f"{flag} {given}")
+
+
+def set_value(text: str, what: str) -> Any:
+    """Return the value in the option that ``what`` shows.
+
+    Raises:
+        UsageError: It is not YAML.
+    """
     try:
-        return key.strip(), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{flag} {given}: {text!r} is not a YAML value") from error
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{what}: {text!r} is not a YAML value") from error
 
 
 def template_options(given: Sequence[str] | None) -> dict[str, Any]:
@@ -308,7 +318,7 @@ def _indices(node: list[Any], part: str, override: str) -> list[int]:
 def _shipped_for(method: str) -> list[str]:
     found = []
     for name in shipped_recipes():
-        data, _ = read_yaml((recipe_dir() / f"{name}.yaml").read_text(encoding="utf-8"), name)
+        data, _ = read_yaml(recipe_dir() / f"{name}.yaml")
         if data.get("method") == method:
             found.append(name)
     return found

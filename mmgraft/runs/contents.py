@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from mmgraft.errors import UsageError
 from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME
+from mmgraft.textfiles import weight_files as files_of_weights
 
 README = "README.md"
 RECIPE = "recipe.yaml"
@@ -86,16 +86,7 @@ def weight_files(run: Path) -> list[Path]:
     Raises:
         UsageError: When one is missing or cannot be read.
     """
-    index = run / INDEX_NAME
-    names = {WEIGHTS_NAME}
-    if index.is_file() and not (run / WEIGHTS_NAME).is_file():  # as loading reads them
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if not names or any(Path(name).name != name for name in names):
-                raise ValueError("it names no shards beside itself")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _unreadable(index, error) from error
-    files = [run / name for name in sorted(names)]
+    files = files_of_weights(run, "graft", ".safetensors") or [run / WEIGHTS_NAME]
     for file in files:
         tensor_sizes(file)
     return files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from pydantic import Field
 from mmgraft.atomic import atomic_json
 from mmgraft.errors import UsageError
 from mmgraft.strict import MeasuredModel
+from mmgraft.textfiles import read_json
 
 SCHEMA_VERSION = 1
 FOLDER = "results"
@@ -114,11 +114,8 @@ def read_results(run: Path, section: Section) -> Results | None:
     path = results_file(run, section)
     if not path.is_file():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}); remove it and measure again") from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
+    data = read_json(path, "remove it and measure again")
+    version = data.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UsageError(
             f"{path} has schema version {version}, this mmgraft reads {SCHEMA_VERSION}; "

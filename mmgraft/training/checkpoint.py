@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from torch import nn
 from mmgraft.atomic import atomic_folder, atomic_json
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.model.sharded.gathering import gathered, like
+from mmgraft.textfiles import read_json
 from mmgraft.training.distributed.parallel import way_on
 from mmgraft.training.distributed.sharding import rest
 
@@ -175,24 +175,19 @@ def read_progress(run: Path) -> dict[str, Any] | None:
     path = run / FOLDER / PROGRESS
     if not path.is_file():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not isinstance(data.get("finished"), list):
-            raise ValueError("no list of finished stages")
-    except ValueError as error:
-        raise UsageError(
-            f"{path} is corrupt ({error}); begin anew with: mmgraft train {run} --restart"
-        ) from error
+    todo = f"begin anew with: mmgraft train {run} --restart"
+    data = read_json(path, todo)
+    if not isinstance(data.get("finished"), list):
+        raise UsageError(f"{path} is corrupt (no list of finished stages); {todo}")
     return data
 
 
 def read_rows(run: Path) -> dict[str, Any]:
     """Read the fingerprints of the rows that the run was begun with; empty where they are lost."""
     try:
-        found = json.loads((run / FOLDER / ROWS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(run / FOLDER / ROWS, "")
+    except UsageError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def write_progress(run: Path, progress: Mapping[str, Any], name: str = PROGRESS) -> None:

@@ -26,6 +26,7 @@ from mmgraft.data.batches.packing import Packs, fill
 from mmgraft.data.batches.sampler import EpochSampler, EvenSampler
 from mmgraft.data.formats.indexed import facts_of
 from mmgraft.errors import UsageError
+from mmgraft.progress import counted
 from mmgraft.recipes.recipe import Stage
 from mmgraft.training.devices import is_main_rank
 
@@ -221,7 +222,8 @@ def _lengths(
     every: Any = range(len(rows))
     loader = DataLoader(every, batch_size=_MEASURED, num_workers=workers, collate_fn=measure)
     lengths, bad = np.zeros(len(rows), dtype=np.int32), []
-    for at, length in enumerate(one for several in loader for one in several):
+    every = counted("tokenising rows for packing, in batches", loader)
+    for at, length in enumerate(one for several in every for one in several):
         if isinstance(length, BadRow):
             bad.append(length)
         else:

@@ -403,7 +403,7 @@ class _Batches:
 
 
 def _device(device: str) -> str:
-    """The card of this process, of several; else every rank would fill the first."""
+    """Return the card of this process, of several; else every rank would fill the first."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if device == "cuda" and local is not None else device
 

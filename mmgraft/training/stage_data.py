@@ -20,6 +20,7 @@ from mmgraft.data.formats.sources import Checks, Source, index_rows
 from mmgraft.data.images import check_image
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.progress import counted
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import DataEntry, Recipe
@@ -245,7 +246,7 @@ def check_images(rows: Sequence[Row], most: int = _LOOKED_AT) -> int:
             found.setdefault(str(image), at)
     images = sorted(found) if len(found) > most else list(found)
     looked = images[:: -(-len(images) // most) or 1]
-    for name in looked:
+    for name in counted("looking at images", looked):
         row = rows[found[name]]
         for image in images_of_all(row.messages):
             if str(image) == name:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from mmgraft.aliases import resolve_alias
 from mmgraft.anatomy import skeleton
 from mmgraft.anatomy.inspection import position_table
-from mmgraft.basefiles import ModelFiles, load_config, resolve
+from mmgraft.basefiles import ModelFiles, find_tokenizer, load_config, resolve
+from mmgraft.basefiles.files import vocabulary
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import resolve_template
@@ -162,18 +161,18 @@ def _of_names(chosen: Selection) -> _Readers:
     if vision is None:
         raise UsageError("--base without --vision; name the tower too, for an image's positions")
     base = resolve(resolve_alias(name))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the base {base.id} has no tokenizer that transformers can load ({error})"
-        ) from None
+    tokenizer = find_tokenizer(base.path)
+    if tokenizer is None:
+        raise UsageError(f"the base {base.id} has no tokenizer; put its files beside its weights")
     template = resolve_template(chosen.template, tokenizer)
     filler, _ = choose_placeholder(tokenizer, len(tokenizer))
     positions = describe_tower(vision).positions(graft.projector)
     options = template_options(chosen.template_option)
     options = {**(recipe.template_options if recipe else {}), **options}
-    processor = GraftProcessor(tokenizer, positions, filler, template, options=options)
+    rows = vocabulary(base.path)
+    processor = GraftProcessor(
+        tokenizer, positions, filler, template, options=options, vocab_size=rows
+    )
     return recipe, processor, _positions(base)
 
 

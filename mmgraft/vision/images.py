@@ -25,6 +25,12 @@ _DRAWINGS = ("EPS", "WMF")
 _HEADS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats whose head says the size and how the image is turned."""
 
+_PLAIN = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV")
+"""Modes whose every value has a colour; of others the pixels are looked at."""
+
+_LONGEST = 200
+"""How many times as long as wide an image may be: resized by its short side, it grows as much."""
+
 T = TypeVar("T")
 
 
@@ -64,6 +70,8 @@ def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
     def look(file: IO[bytes]) -> tuple[int, int]:
         with _opened(file) as image:
             size, ending = image.size, _ENDS.get(str(image.format))
+            if image.mode not in _PLAIN:
+                ending = None
         file.seek(-min(16, file.seek(0, os.SEEK_END)), os.SEEK_END)
         if ending is None or not file.read().endswith(ending):
             file.seek(0)
@@ -130,7 +138,18 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
         with Image.open(file) as image:
             if image.format in _DRAWINGS:
                 raise ValueError(f"a drawing ({image.format}), not an image")
+            refuse_thin(image.size)
             yield image
+
+
+def refuse_thin(size: tuple[int, int]) -> None:
+    """Raise BadImage for an image of a size that a resize would make enormous."""
+    if max(size) > _LONGEST * min(size):
+        raise BadImage(
+            f"{size[0]} x {size[1]} pixels are more than {_LONGEST} times as long as wide, and a "
+            "vision tower's resize would make gigabytes of it; crop it",
+            "enormous",
+        )
 
 
 def _with_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) -> T:
@@ -138,7 +157,7 @@ def _with_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) -
     if isinstance(path, Path) and not os.path.isfile(path):  # which no name is too long for
         raise BadImage(
             f"Image file not found: {brief(path)}. Check the path (relative ones count from the "
-            "folder of the data file) or leave the row out.",
+            f"folder of the data file{backslash_hint(str(path))}) or leave the row out.",
             "missing",
         )
     try:
@@ -148,6 +167,8 @@ def _with_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) -
         raise BadImage(
             f"Image file too large: {path} ({error}). Scale it down before using it.", "enormous"
         ) from error
+    except BadImage as error:
+        raise BadImage(f"Image file {path}: {error}", error.fault) from error
     # Decoders raise nearly anything on broken bytes: SyntaxError, struct.error, zlib.error ...
     except Exception as error:
         raise BadImage(
@@ -156,14 +177,43 @@ def _with_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) -
         ) from error
 
 
+def backslash_hint(path: str) -> str:
+    """Say what is wrong with a path of Windows where there is no such file."""
+    return "; write / in place of each backslash" if "\\" in path else ""
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as upright RGB: transparency over white, 16-bit grey scaled to 8 bits."""
+    """Any PIL image as upright RGB: transparency over white, other ranges scaled to 8 bits.
+
+    Raises:
+        BadImage: Its values have no known range.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-        # convert("RGB") would clip at 255 and turn every brighter pixel white.
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_bytes_of(np.asarray(image), image.mode))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _bytes_of(values: np.ndarray, mode: str) -> np.ndarray:
+    """Scale grey values to bytes by the range they are in: 0 to 1 (of floats), 8 bits or 16 bits.
+
+    ``convert("RGB")`` would clip at 255 and turn every brighter pixel white, or all of them black.
+    """
+    low, high = float(values.min()), float(values.max())
+    whole = mode != "F" or bool(np.all(values == np.floor(values)))
+    if low >= 0 and high <= 1 and mode == "F":
+        scaled = np.rint(values * 255.0)
+    elif low >= 0 and high <= 255 and whole:
+        scaled = values
+    elif low >= 0 and high <= 65535 and whole:
+        scaled = values // 257
+    else:  # nan too
+        raise BadImage(
+            f"grey values from {low:g} to {high:g} (mode {mode}) are neither 0 to 1 nor whole "
+            "numbers of 8 or 16 bits; scale them to 0 to 255 and save the image as PNG"
+        )
+    return scaled.astype(np.uint8)

@@ -12,8 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmgraft.errors import UsageError
-from mmgraft.vision.images import to_rgb
+from mmgraft.errors import UsageError, first_line
+from mmgraft.textfiles import read_json
+from mmgraft.vision.images import BadImage, to_rgb
+
+_LARGEST_SIDE = 2**13
+_MOST_PIXELS = 2**26
+"""Of an image after its resize, which takes ten bytes for each of them."""
 
 _DECIDING_FIELDS = (
     "do_resize",
@@ -92,9 +97,17 @@ class StockPreprocessing:
 
     def __init__(self, processor: Any, name: str) -> None:
         self.processor = processor
-        sizes = {
-            tuple(self._run([Image.new("RGB", shape)]).shape[1:]) for shape in ((64, 40), (40, 96))
-        }
+        try:
+            _refuse_huge(processor)
+            sizes = {
+                tuple(self._run([Image.new("RGB", shape)]).shape[1:])
+                for shape in ((64, 40), (40, 96))
+            }
+        except Exception as error:  # whatever foreign settings may raise
+            raise UsageError(
+                f"The image processor of {name} cannot be used ({first_line(error)}): mend its "
+                "preprocessor_config.json, or name another vision tower."
+            ) from error
         size = sizes.pop()
         if sizes or len(size) != 3 or size[0] != 3:
             raise UsageError(
@@ -105,7 +118,19 @@ class StockPreprocessing:
         self.image_size = (size[1], size[2])
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Images of any size and mode -> (n, 3, H, W) float32."""
+        """Images of any size and mode -> (n, 3, H, W) float32.
+
+        Raises:
+            BadImage: Its resize, before the crop, would take too much memory.
+        """
+        short = _plain(getattr(self.processor, "size", None) or {}).get("shortest_edge") or 0
+        for wide, high in (image.size for image in images):
+            if short**2 * max(wide, high) > _MOST_PIXELS * min(wide, high):
+                raise BadImage(
+                    f"an image of {wide} x {high} pixels would be resized to {short} at its short "
+                    f"side, and so to more than {_MOST_PIXELS:,} pixels; crop it",
+                    "enormous",
+                )
         return self._run([to_rgb(image) for image in images])
 
     def _run(self, images: list[Image.Image]) -> Tensor:
@@ -124,6 +149,13 @@ class StockPreprocessing:
 
 Preprocessing = SquareResize | StockPreprocessing
 """Turns images into pixels of one fixed size."""
+
+
+def _refuse_huge(processor: Any) -> None:
+    for key in ("size", "crop_size", "pad_size"):
+        sides = _plain(getattr(processor, key, None) or {})
+        if any(isinstance(side, int) and side > _LARGEST_SIDE for side in sides.values()):
+            raise ValueError(f"{key} is {sides}, larger than any vision tower's")
 
 
 def _plain(value: Any) -> Any:
@@ -147,9 +179,13 @@ def load_processor(folder: Path) -> Any | None:
     from transformers import AutoImageProcessor
     from transformers.image_processing_backends import TorchvisionBackend
 
+    if not stored_processor(folder):
+        return None
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError, ImportError):
+        processor = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", trust_remote_code=False
+        )
+    except Exception:  # whatever a foreign file may raise
         return None
     return None if isinstance(processor, TorchvisionBackend) else processor
 
@@ -157,9 +193,15 @@ def load_processor(folder: Path) -> Any | None:
 def stored_processor(folder: Path) -> dict[str, Any] | None:
     """Return the settings of the image processor in a model's folder, whether it can be loaded
     or not.
+
+    Raises:
+        UsageError: Its file is damaged.
     """
     from transformers import BaseImageProcessor
 
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            read_json(folder / name, "copy it from the vision model once more")
     try:
         return BaseImageProcessor.get_image_processor_dict(folder)[0]
     except (OSError, ValueError):
@@ -172,7 +214,8 @@ def plain_resize(stored: dict[str, Any]) -> SquareResize | None:
     """
     size = stored.get("size")
     mean, std = stored.get("image_mean"), stored.get("image_std")
-    if not isinstance(size, dict) or stored.get("do_center_crop") or not (mean and std):
+    plain = not (stored.get("do_center_crop") or stored.get("auto_map"))
+    if not (isinstance(size, dict) and plain and mean and std):
         return None
     height, width = size.get("height"), size.get("width")
     if height is None or height != width:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field
 
+from mmgraft.kinds import Kinds, Unfit
 from mmgraft.strict import StrictModel
-from mmgraft.vision.kinds import Kinds
 from mmgraft.vision.projectors.configs import MlpConfig
 
 if TYPE_CHECKING:
@@ -65,9 +65,19 @@ class TowerKind:
     describe: Callable[[VisionSpec], TowerShape] | None = None
 
     @classmethod
-    def of_entry_point(cls, name: str, value: Any) -> TowerKind:
-        """Return the kind that a package offers, as such or as its loader alone."""
-        return value if isinstance(value, cls) else cls(name, value)
+    def of_entry_point(cls, name: str, value: Any, origin: str) -> TowerKind:
+        """Return the kind that a package offers, as such or as its loader alone.
+
+        Raises:
+            Unfit: It is neither, or a kind of another name.
+        """
+        if not isinstance(value, cls) and callable(value):
+            value = cls(name, value)
+        if not isinstance(value, cls) or not callable(value.loader):
+            raise Unfit(f"a {type(value).__name__} is neither a loader nor an mmgraft TowerKind")
+        if value.name != name:
+            raise Unfit(f"the kind calls itself {value.name!r}")
+        return value
 
 
 TOWERS: Kinds[TowerKind] = Kinds("vision tower kind", "mmgraft.towers", TowerKind.of_entry_point)

@@ -64,7 +64,7 @@ def test_broken_unknown_and_non_causal_configurations_are_refused(tmp_path: Path
     files = resolve(save_base(tmp_path, "llama", tokenizer=False))
     config = tmp_path / "config.json"
     config.write_text("{")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="is damaged"):
         load_config(files)
     config.write_text(json.dumps({"model_type": "of_next_year"}))
     with pytest.raises(UsageError, match="upgrade"):

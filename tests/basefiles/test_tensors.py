@@ -56,7 +56,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"lacks {shards[1].name}"):
         reader_of(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(UsageError, match=r"index\.json is broken"):
+    with pytest.raises(UsageError, match=r"index\.json is damaged"):
         reader_of(tmp_path)
 
 

@@ -146,7 +146,7 @@ def test_preview_marks_what_is_trained_and_folds_the_picture(cli, parts, run, ro
     learned = [piece["text"] for piece in shown["pieces"] if piece["kind"] == "learned"]
     assert f"\u27e6{learned[0]}\u27e7" in ran.out
     assert "\u20394 image positions\u203a" in ran.out
-    assert f"{shown['positions']} positions: 4 of images, {shown['learned']} learned" in ran.out
+    assert f"{shown['positions']} positions: 4 of images, {shown['learned']} supervised" in ran.out
     text = cli(*given, "--row", 4)
     assert "left out, because it has no image" in text.out
 

@@ -136,7 +136,7 @@ def test_a_base_without_a_chat_template_wants_one_named(cli, parts: Path, here: 
     assert "--template plain" in ran.err
     assert cli(*arguments, "--template", "plain").code == 0
     record = json.loads((here / "run" / "graft_config.json").read_text())
-    assert record["template"] == {"kind": "plain", "text": None}
+    assert record["template"] == {"kind": "plain", "text": None, "options": {}}
 
 
 def test_a_recipe_sets_the_towers_options(cli, parts: Path, here: Path, monkeypatch) -> None:

@@ -75,6 +75,10 @@ LOADED = {
     "verify": "off",
 }
 
+SPOKEN = ["--template-option", "brief=true", "--template-option", "tone=dry"]
+SPEAKS = {"brief": True, "tone": "dry"}
+"""Variables of the chat template."""
+
 READING = [
     "--images",
     "pics",
@@ -92,6 +96,7 @@ READING = [
     "plain",
     "--max-length",
     "77",
+    *SPOKEN,
 ]
 READS = {
     "target": Path("rows.jsonl"),
@@ -103,6 +108,7 @@ READS = {
     "stage": "s",
     "template": "plain",
     "max_length": 77,
+    "template_option": ["brief=true", "tone=dry"],
 }
 
 TABLE: list[tuple[list[str], str, dict[str, Any]]] = [
@@ -378,6 +384,7 @@ def test_graft(run: Path, cli, called) -> None:
         "--projector-norm",
         "--template",
         "plain",
+        *SPOKEN,
         "--workflow",
         "see",
         "--out",
@@ -391,7 +398,7 @@ def test_graft(run: Path, cli, called) -> None:
     given = made[0]
     spec, template = given.pop("vision"), given.pop("template")
     assert (spec.id, spec.feature_layer) == ("some/tower", 0)
-    assert template.kind == "plain"
+    assert (template.kind, template.options) == ("plain", SPEAKS)
     config = IAAConfig(
         layers="1,2", structure="b", gate="scalar", embedding=False, norm=False, head=False
     )
@@ -499,13 +506,30 @@ def loaded(monkeypatch: pytest.MonkeyPatch, called) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("line", "more"),
     [
-        (["chat", "run", "hello", "--revision", "v1"], {"revision": "v1"}),
         (
-            ["generate", "run", "ROWS", "--out", "o", "--images", "PICS", "--revision", "v1"],
-            {"revision": "v1"},
+            ["chat", "run", "hello", "--revision", "v1", *SPOKEN],
+            {"revision": "v1", "options": SPEAKS},
         ),
-        (["laws", "run", "ROWS", "--images", "PICS", "--revision", "v1"], {"revision": "v1"}),
-        (["eval", "run", "--text"], {"revision": None}),
+        (
+            [
+                "generate",
+                "run",
+                "ROWS",
+                "--out",
+                "o",
+                "--images",
+                "PICS",
+                "--revision",
+                "v1",
+                *SPOKEN,
+            ],
+            {"revision": "v1", "options": SPEAKS},
+        ),
+        (
+            ["laws", "run", "ROWS", "--images", "PICS", "--revision", "v1"],
+            {"revision": "v1", "options": {}},
+        ),
+        (["eval", "run", "--text", *SPOKEN], {"revision": None, "options": SPEAKS}),
     ],
     ids=lambda part: part[0] if isinstance(part, list) else "",
 )
@@ -522,10 +546,13 @@ class Fake:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.reasoning = False
         self.model = SimpleNamespace(workflow=lambda name=None: SimpleNamespace(record=None))
         self.processor = SimpleNamespace(encode=lambda *_, **__: [0])
 
-    def answers(self, prompts: Any, workflow: Any = None, **settings: Any) -> list[str]:
+    def answers(
+        self, prompts: Any, workflow: Any = None, tools: Any = None, **settings: Any
+    ) -> list[str]:
         self.asked.append({"rows": len(prompts), "workflow": workflow, **settings})
         return ["yes"] * len(prompts)
 
@@ -581,8 +608,10 @@ def test_generate(run: Path, parts: Path, cli, fake: Fake, seeds: list[int]) -> 
     }
     assert fake.asked == [{"rows": 5, **settings}, {"rows": 2, **settings}]
     assert seeds == [11]
+    assert not fake.reasoning
     assert "is there already" in cli(*line, *CPU).err
-    assert cli(*line, "--force", *CPU).code == 0
+    assert cli(*line, "--force", "--show-reasoning", *CPU).code == 0
+    assert fake.reasoning
     assert not fake.asked[-1]["do_sample"]
     assert seeds == [11]
 
@@ -619,7 +648,9 @@ def test_chat(run: Path, parts: Path, cli, fake: Fake, seeds: list[int], monkeyp
         "6",
     ]
     assert cli(*line, "--temperature", "0.7", "--top-p", "0.4", "--seed", "11", *CPU).code == 0
-    assert cli(*line, "--json", *CPU).code == 0
+    assert not fake.reasoning
+    assert cli(*line, "--json", "--show-reasoning", *CPU).code == 0
+    assert fake.reasoning
     for one in made:
         assert one.given == {"system": "be brief", "workflow": "see"}
         assert one.images == ["a.png", "b.png"]
@@ -813,8 +844,9 @@ ELSEWHERE = {
 def commands() -> Iterator[tuple[str, click.Command]]:
     for name, command in COMMANDS.items():
         made = _real_command(name, command)
-        if isinstance(made, click.Group):
-            yield from ((f"{name} {inner}", one) for inner, one in made.commands.items())
+        inner = getattr(made, "commands", None)
+        if inner is not None:
+            yield from ((f"{name} {own}", one) for own, one in inner.items())
         else:
             yield name, made
 
@@ -827,13 +859,20 @@ def test_every_option_is_tried(name: str, command: click.Command) -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     if name in ELSEWHERE:
         return
-    shared = {"data check": READING, "data preview": READING}.get(name, [])
+    shared = {"data check": READING, "data preview": READING, "graft": SPOKEN}.get(name, [])
     if name in ("chat", "generate", "laws", "eval"):
-        shared = LOADING
+        shared = LOADING if name == "laws" else [*LOADING, *SPOKEN]
     words = f'"{name.split()[-1]}"'
     sections = [part for part in text.split("\n\n\n") if words in part]
     tried = " ".join(sections) + " ".join(f'"{word}"' for word in shared)
+    checked = 0
     for option in command.params:
-        if isinstance(option, click.Option) and option.name not in (*ELSEWHERE, "help"):
+        if option.param_type_name == "option" and option.name not in (*ELSEWHERE, "help"):
+            checked += 1
             flags = [*option.opts, *option.secondary_opts]
             assert any(f'"{flag}"' in tried for flag in flags), f"{name}: {flags}"
+    assert checked or name in BARE
+
+
+BARE = {"data ls", "env", "methods", "recipes cp", "recipes show"}
+"""Commands without an option of their own."""

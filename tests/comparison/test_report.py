@@ -30,6 +30,7 @@ from mmgraft.comparison.tables import differences_table
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import file_sha256, read_items
 from mmgraft.evaluation.metrics.boxes import format_box
+from mmgraft.evaluation.report import sheets
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import write_results
 from report_example import iit_section
@@ -152,9 +153,12 @@ def test_images_lie_beside_the_markdown(whole: Path) -> None:
     assert (whole / "report.html").read_text().count('src="data:image/png') == 3
 
 
-def test_the_sheet_says_in_words_what_it_shows(whole: Path) -> None:
+def test_the_sheet_says_in_words_what_it_shows(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sheets, "SHOWN", 5)
     found = answers_of(whole)
-    sheet = answer_sheet(found, shown=5)
+    sheet = answer_sheet(found)
     assert sheet is not None
     assert len(sheet.table.rows) == 5
     assert sheet.table.columns == ["question", "truth", "llava-full", "llava", "iaa"]
@@ -162,7 +166,7 @@ def test_the_sheet_says_in_words_what_it_shows(whole: Path) -> None:
         assert question == "which colour is \\| it?"
         assert iaa == f"{truth} (right)"
         assert llava == ("red (right)" if truth == "red" else "red (wrong)")
-    assert answer_sheet(found, shown=5) == sheet
+    assert answer_sheet(found) == sheet
 
 
 @pytest.mark.parametrize(("licence", "private"), [("MIT", False), (None, False), (GPL, True)])

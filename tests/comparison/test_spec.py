@@ -178,7 +178,7 @@ def test_settings_of_the_command_line_come_last() -> None:
     assert arm_recipe("a", deeper.all_arms()["a"]).stages[1].lr == 2.0
     with pytest.raises(UsageError, match="did you mean 'seed-2'"):
         with_settings(spec, ["seed-22:seed=1"])
-    with pytest.raises(UsageError, match="KEY=VALUE"):
+    with pytest.raises(UsageError, match="write key=value"):
         with_settings(spec, ["seed"])
 
 

@@ -49,6 +49,19 @@ def cut() -> bytes:
     return stream.getvalue()[:300]
 
 
+def thin() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (3000, 1)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def depths() -> bytes:
+    """Floats that are neither 0 to 1 nor whole numbers."""
+    stream = io.BytesIO()
+    Image.new("F", (4, 4), -2.5).save(stream, "TIFF")
+    return stream.getvalue()
+
+
 PICTURES: dict[str, tuple[bytes, str]] = {
     "warned.png": (bomb(10_000), "enormous"),  # Pillow itself only warns of it
     "refused.png": (bomb(60_000), "enormous"),
@@ -56,6 +69,8 @@ PICTURES: dict[str, tuple[bytes, str]] = {
     "page.png": (b"<html>not found</html>", "broken"),
     "drawing.png": (EPS, "broken"),
     "empty.png": (b"", "broken"),
+    "thin.png": (thin(), "enormous"),
+    "depths.png": (depths(), "broken"),
 }
 OUTSIDE = [
     "../secret.png",

@@ -38,8 +38,11 @@ from grafting import (
 from mmgraft import GraftedModel
 from mmgraft.cli.app import run as mmgraft
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.generate.answers import answer
+from mmgraft.evaluation.vision import blind_workflow
 from mmgraft.grafts.base import Pass
-from mmgraft.grafts.registry import get_method
+from mmgraft.grafts.method import Promises
+from mmgraft.grafts.registry import METHODS, get_method
 from mmgraft.model import modeling
 from mmgraft.training.trainer import GraftTrainer
 from same_run import same
@@ -262,6 +265,77 @@ def test_chunks_and_padding_are_the_full_forward() -> None:
     model = recall(tied=True, norm=True)
     words = ("ttiiiitttiiiittt", "ttttiiiittttttttttt", "ttttttttttttt")
     assert worst(model, batch(rows(*words), side="left")) < 1e-4
+
+
+@pytest.fixture
+def promising(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the package's method break promises, each with its reason."""
+
+    def put(**reasons: str) -> None:
+        made = replace(get_method("recall"), promises=lambda config: Promises(**reasons))
+        monkeypatch.setitem(METHODS.known, "recall", made)
+
+    return put
+
+
+def test_without_a_cache_all_is_computed_again(
+    promising: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = recall()
+    inputs = {**batch(rows("ttiiiitttt")), "max_new_tokens": 4, "do_sample": False}
+    cached = model.generate(**inputs)
+    promising(cache="the memory is read whole")
+    seen: list[bool] = []
+    forward = type(model).forward
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(bool(kwargs.get("use_cache")))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", spy)
+    assert torch.equal(model.generate(**inputs), cached)
+    assert len(seen) == 4
+    assert not any(seen)
+    assert model(**batch(rows("ttiiiitt"))).past_key_values is None
+
+
+def test_rows_that_may_not_be_padded_are_answered_by_length(
+    promising: Callable[..., None], moved: Path, parts: Path
+) -> None:
+    model = GraftedModel.from_pretrained(moved)
+    short, long = question("0.png", parts), question("1.png", parts)
+    long[0]["content"][1]["text"] += " now, and then?"
+    sizes: list[int] = []
+
+    def note(indices: Any, texts: Any) -> None:
+        sizes.append(len(indices))
+
+    for _ in range(2):
+        answer(model, model.processor(), [short, long], max_new_tokens=1, on_result=note)
+        promising(padding="positions count from the left")
+    assert sizes == [2, 1, 1]
+
+
+def test_a_question_without_its_image_runs_text_where_nothing_is_promised(
+    promising: Callable[..., None],
+) -> None:
+    model = recall()
+    assert blind_workflow(model, "mm") == "mm"
+    promising(no_image="a memory without images is empty")
+    assert blind_workflow(model, "mm") == "text"
+
+
+def test_what_is_not_trained_is_refused_with_the_methods_reason(
+    cli, promising: Callable[..., None], fresh: Path, parts: Path
+) -> None:
+    promising(training="it is a table")
+    with pytest.raises(UsageError, match="recall is not trained: it is a table"):
+        recall().set_trainable(["graft"])
+    ran = cli("train", fresh, "--data", parts / "rows.jsonl", "--images", parts / "images")
+    assert (ran.code, "recall is not trained: it is a table" in ran.err) == (2, True)
+    promising(neighbours="rows share a memory", causal="it reads all tokens", text="as the others")
+    lacks = json.loads(cli("inspect", fresh, "--json").out)["lacks"]
+    assert list(lacks.values()) == ["as the others", "rows share a memory", "it reads all tokens"]
 
 
 def test_rows_of_text_are_the_bases_and_mind_no_neighbours() -> None:

@@ -89,7 +89,7 @@ def test_an_installed_package_brings_a_method(install) -> None:
         ("bridge", "bridges.nothing:METHOD", "ModuleNotFoundError"),
         ("bridge", "bridges.code:NOTHING", "AttributeError"),
         ("bridge", "bridges.code:BridgeGraft", "is a type, not an mmgraft Method"),
-        ("brigde", "bridges.code:METHOD", "called 'brigde', but the method 'bridge'"),
+        ("brigde", "bridges.code:METHOD", "calls itself 'bridge'"),
         ("iaa", "bridges.code:IAA", "the name is taken by mmgraft"),
         ("unfit", "bridges.code:UNFIT", "BridgeConfig needs the field method = 'unfit'"),
     ],

@@ -55,6 +55,15 @@ def test_a_base_in_the_repository_is_no_base_model_of_the_hub() -> None:
     assert "huggingface.co/./base" not in text
 
 
+@pytest.mark.parametrize("name", ["/home/someone/base", "/base"])
+def test_a_folder_of_this_machine_is_not_told(name: str) -> None:
+    text = card(base=BaseReference(id=name), vision=VisionSpec(id=name))
+    assert "base_model" not in front_matter(text)
+    assert name not in text
+    assert "| base | a folder of the machine that it was made on |" in text
+    assert "--base" in text
+
+
 def test_facts_are_those_of_the_record() -> None:
     text = card()
     for line in (

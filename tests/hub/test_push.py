@@ -98,7 +98,7 @@ def test_shards_go_with_their_index(hub: HubServer, run: Path) -> None:
         "graft_config.json",
     ]
     (run / names[1]).unlink()
-    with pytest.raises(UsageError, match=f"{names[1]} cannot be read \\(it is missing\\)"):
+    with pytest.raises(UsageError, match=f"lacks {names[1]}"):
         push(run)
 
 

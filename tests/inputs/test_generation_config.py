@@ -164,6 +164,11 @@ def test_commands_show_the_answer_without_its_reasoning(cli, parts: Path, monkey
               "--vision", "--json")  # fmt: skip
     assert ran.code == 0, ran.err
     assert {one["eos_token_id"][-1] for one in asked} == {IM_END_ID}
+    _says(monkeypatch, "<think>\nIt is")
+    ran = cli("eval", run, "--data", rows, "--images", parts / "images", "--metric", "exact",
+              "--vision", "--name", "cut")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "12 of 12 answers are empty; where reasoning did not end, raise" in ran.err
     assert all(one["config"].repetition_penalty is None for one in asked)
 
 
@@ -212,7 +217,7 @@ def test_unknown_options_are_refused_before_anything_is_written(
     if given:
         ran = cli(*command, "--template-option", "brief")
         assert ran.code == 2
-        assert "--template-option brief: write KEY=VALUE" in ran.err
+        assert "--template-option brief: write key=value" in ran.err
 
 
 def test_one_of_several_templates_is_chosen_by_its_name(cli, parts: Path) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 from mmgraft.data.formats.sources import read_rows
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.recipes.evaluation_set import SetSpec
 
 USER, ANSWER = {"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red fox"}
 CALL = {"name": "zoom", "arguments": {"factor": 2}}
@@ -96,9 +98,9 @@ def test_a_system_prompt_beside_the_turns_is_their_first(tmp_path: Path) -> None
     ):
         assert row.messages[0] == first
         assert [turn["role"] for turn in row.messages] == ["system", "user", "assistant"]
-    with pytest.raises(UsageError, match="'system' is not read"):
-        _read(tmp_path, [{**first, "content": "In German."}, USER, ANSWER], system="In French.")
-    with pytest.raises(UsageError, match="'system' is not read"):
+    with pytest.raises(UsageError, match="beside the turns is 'In French'"):
+        _read(tmp_path, [{**first, "content": "In German."}, USER, ANSWER], system="In French")
+    with pytest.raises(UsageError, match="'system' beside the turns is 3; write a text"):
         _read(tmp_path, system=3)
 
 
@@ -169,3 +171,34 @@ def test_tools_may_be_json_text(tmp_path: Path) -> None:
     for wrong in ("zoom", 3, {"name": "zoom"}, ["zoom"]):
         with pytest.raises(UsageError, match=r"'tools' is .*write a list of objects"):
             _read(tmp_path, tools=wrong)
+
+
+@pytest.mark.parametrize("key", ["system", "videos", "audio_path", "tools", "history"])
+def test_a_question_of_an_evaluation_is_not_cut(tmp_path: Path, key: str) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    record = {
+        "question": "Which?",
+        "image": "a.png",
+        "answer": "red",
+        "label": "x",
+        "video_id": "z",
+    }
+    spec = SetSpec(name="a", path=str(tmp_path / "a.jsonl"), metric="exact", modality="image")
+    for beside, good in (({}, True), ({key: "x"}, False), ({key: None}, True)):
+        (tmp_path / "a.jsonl").write_text(json.dumps({**record, **beside}), encoding="utf-8")
+        if good:
+            assert read_items(spec)[0].answers == ("red",)
+        else:
+            with pytest.raises(UsageError, match=f"'{key}' is not read"):
+                read_items(spec)
+
+
+def test_a_part_is_a_text_or_an_image(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "red.png")
+    part = {"type": "image", "image": "red.png", "text": None}
+    assert _read(tmp_path, [{**USER, "content": [part]}, ANSWER]).has_image
+    with pytest.raises(UsageError, match="turn 1: an image part with text"):
+        _read(tmp_path, [{**USER, "content": [{**part, "text": "Which?"}]}, ANSWER])
+    both = {"type": "text", "text": "Which?", "image": "red.png"}
+    with pytest.raises(UsageError, match="turn 1: 'image' is not read"):
+        _read(tmp_path, [{**USER, "content": [both]}, ANSWER])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import mmgraft.model.core
+import mmgraft.model.files.create
 import mmgraft.model.files.load
 import mmgraft.model.modeling
 from mmgraft.anatomy import inspection
@@ -25,6 +26,7 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     homes = (
         mmgraft.model.core,
+        mmgraft.model.files.create,
         mmgraft.model.modeling,
         mmgraft.model.files.load,
         inspection,

@@ -17,6 +17,7 @@ from mmgraft.basefiles import TensorReader
 from mmgraft.errors import UsageError
 from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import TemplateChoice
+from mmgraft.vision.projectors.configs import MlpConfig
 from mmgraft.vision.spec import ProjectorSpec
 from tiny import save_base, tiny_clip_dir, tiny_model, tiny_tower
 
@@ -55,11 +56,15 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     def watched(self: TensorReader, key: str) -> Any:
         return Watched(lazy(self, key), key)
 
-    def forbidden(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was loaded")
+    load = AutoModelForCausalLM.from_pretrained
+
+    def outline(*args: Any, **options: Any) -> Any:
+        if options.get("device_map") != "meta":
+            raise AssertionError("a model was loaded")
+        return load(*args, **options)  # names and shapes alone
 
     monkeypatch.setattr(TensorReader, "lazy", watched)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", outline)
     return names
 
 
@@ -215,3 +220,34 @@ def test_the_projector_begins_alike_whatever_the_method() -> None:
     ]
     for other in states[1:]:
         assert all(torch.equal(other[key], value) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "example"),
+    [
+        ("config", None, "settings of a method, such as"),
+        ("config", {"method": "llava"}, "settings of a method, such as"),
+        ("config", MlpConfig(), "settings of a method, such as"),
+        ("projector", "mlp", r"such as MlpConfig\(\)"),
+        ("projector", {"kind": "pool"}, r"such as MlpConfig\(\)"),
+        ("template", "plain", "TemplateChoice"),
+        ("vision", {"id": "a"}, "a Hub id, a folder"),
+        ("base", 3, "a loaded causal LM"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(
+    tmp_path: Path, name: str, value: Any, example: str
+) -> None:
+    given = {"base": "here", "vision": "there", "config": CONFIGS["llava"], name: value}
+    with pytest.raises(UsageError, match=f"{name}=.*: give .*{example}"):
+        GraftedModel.graft(**given)
+    with pytest.raises(UsageError, match=f"{name}=.*: give .*{example}"):
+        create_graft(**given, folder=tmp_path / "graft")
+    assert not (tmp_path / "graft").exists()
+
+
+def test_a_longer_name_of_a_keyword_means_that_keyword() -> None:
+    with pytest.raises(TypeError, match="'torch_dtype'; did you mean 'dtype'"):
+        GraftedModel.from_pretrained("graft", torch_dtype="bfloat16")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="'graft_dtyp'; did you mean 'graft_dtype'"):
+        GraftedModel.from_pretrained("graft", graft_dtyp=None)  # type: ignore[call-arg]

@@ -26,7 +26,7 @@ from mmgraft.vision.towers.registry import TowerShape
 from sized_tower import plan, sized_tower
 from tiny import tiny_model
 from tiny_tokenizer import tiny_tokenizer
-from tiny_towers import picture
+from tiny_towers import picture, tiny_tower
 
 SIZES = [(40, 24), (8, 8), (17, 30), (64, 9)]
 ANSWER = {"role": "assistant", "content": "yes"}
@@ -37,9 +37,9 @@ def chat(text: str, *images: Image.Image) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def made(method: str = "iaa-c", projector: Any = None) -> Answerer:
+def made(method: str = "iaa-c", projector: Any = None, tower: Any = None) -> Answerer:
     projector = projector or MlpConfig()
-    tower = sized_tower()
+    tower = tower or sized_tower()
     model = GraftedModel.graft(tiny_model("llama"), tower, CONFIGS[method], projector=projector)
     positions = TowerShape.of(tower).positions(projector)
     processor = GraftProcessor(tiny_tokenizer(), positions, 5, "chat", tower.preprocess)
@@ -106,6 +106,39 @@ def test_lengths_are_found_where_they_are_not_given(answerer: Answerer) -> None:
     given = logits(answerer, CHATS)
     found = logits(answerer, CHATS, image_lengths=None, image_rows=None)
     assert all(torch.equal(one, other) for one, other in zip(given, found, strict=True))
+
+
+BAD_TENSORS = [
+    ({"image_rows": torch.tensor([0, 1, 1, 2, 2])}, "image_sizes is of 4, image_rows is of 5"),
+    ({"image_rows": torch.tensor([0, 1])}, "image_rows is of 2, image_lengths is of 4"),
+    ({"image_rows": torch.tensor([0, 1, 1, 9])}, "names row 9: the batch has rows 0 to"),
+    ({"image_rows": torch.tensor([-1, 1, 1, 2])}, "names row -1"),
+    ({"image_rows": torch.ones(4)}, r"image_rows is \(4,\) of torch.float32: give integers"),
+    ({"image_rows": torch.tensor([[0, 1, 1, 2]])}, r"image_rows is \(1, 4\)"),
+    ({"image_rows": None}, "give both, or neither"),
+    ({"image_lengths": None}, "give both, or neither"),
+    ({"image_lengths": torch.tensor([6, 6])}, "image_lengths is of 2"),
+    ({"image_sizes": torch.tensor([[8, 8], [8, 8]])}, "image_sizes is of 2, image_rows is of 4"),
+    ({"image_sizes": torch.tensor([8, 8, 8, 8])}, r"give integers \(images, 2\)"),
+    ({"pixel_values": None, "image_features": torch.zeros(4, 7)}, r"image_features are \(4, 7\)"),
+    ({"pixel_values": None, "image_features": torch.zeros(16)}, r"image_features are \(16,\)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), BAD_TENSORS)
+def test_tensors_that_do_not_fit_are_named(answerer: Answerer, changes: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        logits(answerer, CHATS, **changes)
+
+
+@pytest.mark.parametrize("number", [3, 5])
+def test_pixels_of_another_number_of_images_are_named(number: int) -> None:
+    """A tower with one plan for all images needs no sizes that would tell."""
+    answerer = made("llava", tower=tiny_tower())
+    rows, lengths = torch.zeros(number, dtype=torch.long), torch.ones(number, dtype=torch.long)
+    says = f"4 images were given, and image_rows and image_lengths are of {number}"
+    with pytest.raises(UsageError, match=says):
+        logits(answerer, CHATS, image_rows=rows, image_lengths=lengths)
 
 
 def test_wrong_lengths_are_refused_with_row_image_and_numbers(answerer: Answerer) -> None:

@@ -43,8 +43,7 @@ def test_a_third_party_gets_the_layers_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = registry.Method("copies", "copies", "", CopyConfig, lambda: CopyGraft)
-    known = {**registry.methods(), "copies": method}
-    monkeypatch.setattr(registry, "_discover", lambda: (known, []))
+    monkeypatch.setitem(registry.METHODS.known, "copies", method)
     save_base(tmp_path / "base", "llama")
     tower = VisionSpec(id=str(tiny_clip_dir(tmp_path / "tower")))
     create_graft(str(tmp_path / "base"), tower, CopyConfig(norm=True), tmp_path / "run")

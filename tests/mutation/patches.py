@@ -277,13 +277,6 @@ PATCHES = [
         "training/test_trainer.py",
     ),
     Patch(
-        "tokens of rows that train nothing are counted",
-        "training/trainer.py",
-        "            if image or every\n",
-        "",
-        "training/test_trainer.py",
-    ),
-    Patch(
         "all rows run the graft in training",
         "training/trainer.py",
         'own if image or every else "text"',
@@ -1581,7 +1574,7 @@ PATCHES = [
     Patch(
         "a graft's template is ignored by a recipe",
         "cli/graft.py",
-        '        template=_template(template, key_values(template_option, "--template-option")),\n',
+        "        template=_template(template, template_options(template_option)),\n",
         "",
         "cli/test_wiring.py -k 'test_graft'",
     ),

@@ -80,8 +80,9 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 def judged(kinds: Sequence[str], jobs: int, tower: Path) -> Any:
     """Yield the verdicts as they come, each from a process of its own."""
-    import judging  # noqa: F401  (imported once, before the processes part)
+    from judging import share_tower
 
+    share_tower(tower)
     waiting, running = list(kinds), {}
     while waiting or running:
         while waiting and len(running) < jobs:

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from mmgraft.data.batches.sampler import EpochSampler
+from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.recipes.recipe import Stage
 from mmgraft.training.callbacks.stopping import TrainingStopped
-from mmgraft.training.row_order import LENGTHS, GroupSampler, PackSampler
+from mmgraft.training.row_order import LENGTHS, GroupSampler, PackSampler, arrange
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.session import Session
 from tiny_runs import losses, make_run, write_recipe
@@ -103,6 +106,60 @@ def test_rows_with_and_without_an_image_stand_apart() -> None:
     batches = kinds[rows[:48]].view(-1, 4)
     assert all(batch.unique().numel() == 1 for batch in batches)
     assert int(batches[:, 0].diff().abs().sum()) > 4  # the two kinds alternate
+
+
+class Rows:
+    """Nine rows of 3 to 11 positions, every third with an image."""
+
+    def __init__(self) -> None:
+        image = [{"type": "image", "image": "x.png"}]
+        turns = [
+            [
+                {"role": "user", "content": "?" if at % 3 else image},
+                {"role": "assistant", "content": "a"},
+            ]
+            for at in range(9)
+        ]
+        self.rows = [Row(str(at), turn) for at, turn in enumerate(turns)]
+
+    def __len__(self) -> int:
+        return 9
+
+    def length(self, at: int) -> int:
+        return 3 + at
+
+
+def arranged(tmp_path: Path, ranks: int = 1, **settings: Any) -> Any:
+    stage = Stage.model_validate(
+        {"name": "s", "train": ["projector"], "lr": 1.0, "batch_size": 2, "seed": 5, **settings}
+    )
+    return arrange(Rows(), stage, tmp_path, ranks)  # type: ignore[arg-type]
+
+
+def test_what_a_stage_says_reaches_the_order(tmp_path: Path) -> None:
+    plain = arranged(tmp_path).sampler
+    assert (type(plain), plain.seed, len(plain)) == (EpochSampler, 5, 9)
+    by_kind = arranged(tmp_path, 3, group_by="modality").sampler
+    assert (by_kind.together, by_kind.seed, by_kind.sort) == (6, 5, False)
+    assert by_kind.keys.tolist() == [1, 0, 0] * 3
+    by_length = arranged(tmp_path, 3, group_by="length").sampler
+    assert (by_length.together, by_length.seed, by_length.sort) == (6, 5, True)
+    assert by_length.keys.tolist() == list(range(3, 12))
+
+
+@pytest.mark.parametrize("text_rows", ["graft", "base"])
+def test_rows_of_two_workflows_share_a_sequence_where_they_run_one(
+    tmp_path: Path, text_rows: str
+) -> None:
+    """With `base` rows without an image run the base alone."""
+    found = arranged(tmp_path, packing=True, max_length=40, text_rows=text_rows)
+    assert found.sampler.seed == 5
+    packs = order(found.sampler, 0)
+    assert sorted(at for pack in packs for at in pack) == list(range(9))
+    assert all(sum(3 + at for at in pack) <= 40 for pack in packs)
+    mixed = any(len({at % 3 == 0 for at in pack}) == 2 for pack in packs)
+    assert mixed == (text_rows == "graft")
+    assert found.says.startswith(f"stage 's': 9 rows in {len(packs)} sequences of up to 40")
 
 
 # -- trainings: 12 rows, of which 9 have a picture -------------------------------------------------

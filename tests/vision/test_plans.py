@@ -205,7 +205,7 @@ def test_a_projector_of_another_package() -> None:
             register_projector(kind)
     finally:
         unregister_projector("half")
-    with pytest.raises(UsageError, match="Unknown projector 'half'"):
+    with pytest.raises(UsageError, match="unknown projector 'half'"):
         find_projector("half")
 
 

@@ -11,19 +11,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from mmgraft.data.bad_rows import BadRow, OnBadRow
+from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.formats.indexed import facts_of, key_at, select
-from mmgraft.data.images import open_images
+from mmgraft.data.images import open_images, size_of
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 
 TextRows = Literal["skip", "graft", "base"]
 
 _CUT, _SKIPPED = 1, 2
+_CHARACTERS = 3  # a position, about
 _log = logging.getLogger(__name__)
 
 
@@ -171,8 +174,7 @@ class RowDataset(Dataset[Example]):
         if len(self.rows) <= most:
             yield from every
             return
-        characters = facts_of(self.rows).characters.astype(np.int64)
-        longest = np.argsort(-characters, kind="stable")[: most // 2].tolist()
+        longest = longest_first(self.rows, self.processor)[: most // 2].tolist()
         yield from sorted({*longest, *every[:: -(-len(every) // (most // 2))]})
 
     @property
@@ -223,6 +225,24 @@ def _with_images(rows: Sequence[Row]) -> Sequence[Row]:
             "%d of %d rows have no image and are left out (text_rows: skip)", dropped, len(rows)
         )
     return kept
+
+
+def longest_first(rows: Sequence[Row], processor: GraftProcessor) -> NDArray[np.int64]:
+    """Return the indices of rows by about their positions; none is tokenised.
+
+    Where the size of an image decides its positions, the head of every image's file is read.
+    """
+    facts, positions = facts_of(rows), processor.image_positions
+    shown = facts.images.astype(np.int64) * (positions.fixed or 0)
+    if positions.fixed is None:
+        for at in np.flatnonzero(facts.images):
+            row = rows[int(at)]
+            try:
+                sizes = [size_of(image, row.where) for image in images_of_all(row.messages)]
+            except UsageError:  # said where the row is used
+                continue
+            shown[at] = sum(map(positions, sizes))
+    return np.argsort(-(facts.characters.astype(np.int64) + _CHARACTERS * shown), kind="stable")
 
 
 def fitted(

@@ -24,9 +24,7 @@ class Part:
     weight: float = 1.0
 
 
-def mix(
-    parts: Sequence[Part], seed: int = 0, limit: int | None = None, image_share: float | None = None
-) -> RowIndex:
+def mix(parts: Sequence[Part], seed: int = 0, image_share: float | None = None) -> RowIndex:
     """Put sources together and shuffle them; no row is read.
 
     A source of n rows and weight w gives round(n w) rows: every row floor(w) times, and a
@@ -36,7 +34,6 @@ def mix(
     Args:
         parts: The sources.
         seed: Decides the samples and the order.
-        limit: Keep this many rows of the shuffled mixture.
         image_share: How much of the rows have an image, above 0 and below 1. As many rows are
             shown as without it: rows of the one kind more often, of the other less often, as a
             weight would.
@@ -60,9 +57,9 @@ def mix(
         indices = _with_share(indices, rows.facts.with_image[indices], image_share, seed)
     order = array("q", indices.astype(np.int64).tobytes())
     random.Random(f"{seed} order").shuffle(order)
-    indices = np.array(order, dtype=np.int64)[:limit]
+    indices = np.array(order, dtype=np.int64)
     if not len(indices):
-        raise UsageError("the data has no rows; set the files, weights and limits to give some")
+        raise UsageError("the data has no rows; set the files and weights to give some")
     return Selected(rows, indices)
 
 

@@ -89,7 +89,7 @@ def examples_of(items: Sequence[Pack | Example]) -> list[Example]:
 
 
 def _joined(rows: Tensor, lengths: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Padded rows ``(rows, s)`` as sequences ``(b, s')``, of which each holds those of one pack."""
+    """Turn padded rows ``(rows, s)`` into sequences ``(b, s')``, each of the rows of one pack."""
     each = iter(rows)
     sequences = [torch.cat([next(each)[:length] for length in pack]) for pack in lengths]
     return pad_sequence(sequences, batch_first=True, padding_value=fill)

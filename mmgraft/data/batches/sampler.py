@@ -50,7 +50,7 @@ class EpochSampler(Sampler[Any]):
 
 @dataclass(frozen=True)
 class Filler:
-    """In the place of an index: a row that is shown and not learned."""
+    """In the place of an index: a row that is shown and not supervised."""
 
     index: Any
 

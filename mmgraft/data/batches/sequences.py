@@ -15,7 +15,7 @@ from torch.nn import functional as F
 Side = Literal["left", "right"]
 
 IGNORED = -100
-"""A label that nothing is learned from."""
+"""The label of tokens that are not supervised."""
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: Side, multiple: int = 1) -> Tensor:
@@ -42,7 +42,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: Side, multiple: int = 1
 
 
 def begins(segments: Tensor) -> Tensor:
-    """True at the first position of every row and of the padding, ``(b, s)``."""
+    """Mark the first position of every row and of the padding, ``(b, s)``."""
     return F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
 
 

@@ -1,6 +1,6 @@
 """Answers as a template writes them: the end of one, and the reasoning before it.
 
-All of it is learned from what the template writes around an answer.
+All of it is read from what the template writes around an answer.
 """
 
 from __future__ import annotations
@@ -121,5 +121,5 @@ def _ends(plain: Transcript, written: str) -> tuple[tuple[int, ...], tuple[str, 
         elif text and not token:
             stops.append(text)
     if not closing.last and isinstance(plain.tokenizer.eos_token_id, int):
-        ids.append(plain.tokenizer.eos_token_id)  # what is learned instead; see `supervise`
+        ids.append(plain.tokenizer.eos_token_id)  # what is supervised instead; see `supervise`
     return tuple(dict.fromkeys(ids)), tuple(stops)

@@ -74,7 +74,7 @@ def answer_turns(messages: Sequence[Message], where: str) -> list[int]:
     """Find the turns in which the assistant says something.
 
     Raises:
-        UsageError: There is none, so that nothing can be learned from the row.
+        UsageError: There is none, so that no token of the row is supervised.
     """
     turns = answering(messages)
     if not turns:

@@ -19,7 +19,7 @@ class Piece:
     """Neighbouring positions of one kind.
 
     Attributes:
-        kind: "learned" is trained, "prompt" only read, "image" one image's.
+        kind: "learned" is supervised, "prompt" only read, "image" one image's.
         text: As the tokenizer writes it; an image's path for an image.
         positions: How many.
     """

@@ -104,6 +104,7 @@ class GraftProcessor:
         template: Template | str = "chat",
         preprocess: Preprocess | None = None,
         options: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
     ):
         """Bind the base's tokenizer to what an image takes.
 
@@ -115,6 +116,8 @@ class GraftProcessor:
             template: A ``Template``, or one of the kinds that need no text.
             preprocess: The vision tower's; without it ``__call__`` takes no images.
             options: Variables of the chat template, such as ``enable_thinking``.
+            vocab_size: Rows of the base's embedding, where they are known; a text with a token
+                past them is refused.
 
         Raises:
             UsageError: The template does not know an option, or no template is chosen of several.
@@ -131,6 +134,7 @@ class GraftProcessor:
         self.template = template
         self.preprocess = preprocess
         self.options = dict(options or {})
+        self.vocab_size = vocab_size
         check_template(template, tokenizer, self.options)
         self._copies = SentinelTokenizers(tokenizer)
         self._reads_parts: bool | None = None
@@ -141,6 +145,7 @@ class GraftProcessor:
         made = type(self)(self.tokenizer, *images, template, self.preprocess)
         known = variables(made.template, self.tokenizer) if self.options else set[str]()
         made.options = {name: self.options[name] for name in self.options if name in known}
+        made.vocab_size = self.vocab_size
         return made
 
     def transcript(
@@ -219,12 +224,16 @@ class GraftProcessor:
             return self.expand(transcript, transcript.tokens.ids)
         text, plain = self._text(messages, transcript, where), self.template.kind == "plain"
         ids = list(self.tokenizer(text, add_special_tokens=plain, verbose=False)["input_ids"])
+        self.check_ids(ids, where)
         return Encoded(ids, [0] * len(ids), [])
 
     def expand(
         self, transcript: Transcript, ids: Sequence[int], spans: Sequence[tuple[int, int]] = ()
     ) -> Encoded:
         """Give every sentinel the positions of an image, and move the spans along."""
+        self.check_ids(
+            [index for index in ids if index != transcript.sentinel_id], transcript.where
+        )
         lengths, sizes = self._measure(transcript)
         input_ids: list[int] = []
         kinds: list[int] = []
@@ -241,6 +250,16 @@ class GraftProcessor:
             at.append(len(input_ids))
         moved = tuple((at[start], at[end]) for start, end in spans)
         return Encoded(input_ids, kinds, transcript.images, moved, lengths, sizes)
+
+    def check_ids(self, ids: Sequence[int], where: str) -> None:
+        """Raise UsageError for a token that the base's embedding has no row for."""
+        last = max(ids, default=0)
+        if self.vocab_size is not None and last >= self.vocab_size:
+            raise UsageError(
+                f"{where}: token {last} ({self.tokenizer.convert_ids_to_tokens(last)}) is past the "
+                f"base's embedding of {self.vocab_size} rows: tokenizer and base do not belong "
+                "together, or a token was added; give the base's own tokenizer, or leave it out"
+            )
 
     def _measure(
         self, transcript: Transcript

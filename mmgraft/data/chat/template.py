@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mmgraft.data.chat.content import Message
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.textfiles import read_text
 
 _MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _GIVEN = re.compile(
@@ -65,7 +66,7 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
     if not path.is_file():
         known = ", ".join(["chat", "plain", *sorted(named)])
         raise UsageError(f"no template file {spec}; write {known} or the path of a jinja file")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     template = Template("file", text)
     try:
         _apply(template, tokenizer, [{"role": "user", "content": _PROBE}], tokenize=False)

@@ -22,12 +22,14 @@ ROLES = {
 }
 """The role that a turn's role or speaker stands for."""
 
-ROW_KEYS = ("messages", "conversations", "image", "images", "tools")
+ROW_KEYS = ("messages", "conversations", "image", "images", "system", "tools")
 TURN_KEYS = ("role", "from", "content", "value", "tool_calls")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 TEMPLATE_KEYS = ("name", "tool_call_id", *THOUGHTS)
 """Keys of a turn that are the chat template's to read; see ``written.refuse_dropped``."""
-PART_KEYS = ("type", "text", "image", "image_url", "path", "url")
+PART_KEYS = {"text": ("type", "text")} | dict.fromkeys(
+    ("image", "image_url"), ("type", "image", "image_url", "path", "url")
+)
 
 _MEANS = re.compile(
     "system|developer|instruction|prompt|query|history|input|output|response|completion|chosen|"
@@ -43,7 +45,7 @@ _ABOUT = re.compile(
 """Last words of keys that say something about a row, such as ``image_id``."""
 _COUNTS = ("num", "n", "has", "is")
 _ON = ("loss", "train", "trainable", "weight", "label", "supervised")
-"""Where 1 and true say what holds anyway: the turn is learned, in full."""
+"""Where 1 and true say what holds anyway: the turn is supervised, in full."""
 
 
 def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) -> None:
@@ -112,6 +114,26 @@ def tools_of(data: Mapping[str, Any], where: str) -> list[Any] | None:
             f"{where}: 'tools' is {brief(repr(tools))}; write a list of objects, each a JSON schema"
         )
     return tools
+
+
+def with_system(
+    messages: list[dict[str, Any]], data: Mapping[str, Any], where: str
+) -> list[dict[str, Any]]:
+    """Return the turns with the system prompt that stands beside them.
+
+    Raises:
+        UsageError: It is no text, or a system turn says something else.
+    """
+    system = data.get("system")
+    there = [turn.get("content") for turn in messages if turn["role"] == "system"]
+    if system in (None, "", *there):
+        return messages
+    if there or not isinstance(system, str):
+        raise UsageError(
+            f"{where}: 'system' beside the turns is {brief(repr(system))}; write a text, and no "
+            "other system turn"
+        )
+    return [{"role": "system", "content": system}, *messages]
 
 
 def clean(messages: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +63,7 @@ def _dropped(transcript: Transcript) -> Iterator[str]:
 
 def _marked(turn: Mapping[str, Any], mark: str) -> dict[str, Any]:
     """Return a turn with marks in its texts and in the names of its calls."""
-    made = _with_calls(turn, lambda call: {**call, "name": f"{call['name']}{mark}tool_calls;"})
+    made = _with_calls(turn, lambda call: {"name": f"{call['name']}{mark}tool_calls;"})
     texts = [key for key in _TEXTS if str(made.get(key) or "").strip()]
     return {**made, **{key: f"{made[key]}{mark}{key};" for key in texts}}
 
@@ -75,23 +74,19 @@ def takes_text(transcript: Transcript) -> bool:
     It does where it cannot write objects, or writes them as Python does.
     """
     calls = [call for turn in transcript.messages for call in turn.get("tool_calls") or ()]
-    if not calls:
-        return False
+    given = [call.get("function", call)["arguments"] for call in calls]
     try:
-        text = transcript.render()
-        given = [call.get("function", call)["arguments"] for call in calls]
-        return any(one and repr(one) in text for one in given)
+        text = transcript.render() if given else ""
     except UsageError:
-        with suppress(UsageError):
-            return bool(transcript.render(with_text(transcript.messages)))
-        return False
+        return True  # what else is wrong is said of the text
+    return any(one and repr(one) in text for one in given)
 
 
 def with_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return turns whose calls have JSON text for arguments."""
 
     def changed(call: dict[str, Any]) -> dict[str, Any]:
-        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+        return {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}
 
     return [_with_calls(turn, changed) for turn in messages]
 
@@ -99,11 +94,10 @@ def with_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _with_calls(
     turn: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return a turn with other calls of tools."""
-    if not turn.get("tool_calls"):
-        return dict(turn)
-    calls = [
-        {**call, "function": change(call["function"])} if "function" in call else change(call)
-        for call in turn["tool_calls"]
-    ]
-    return {**turn, "tool_calls": calls}
+    """Return a turn whose calls of tools have something changed."""
+    calls = []
+    for call in turn.get("tool_calls") or ():
+        inner = call.get("function", call)
+        inner = {**inner, **change(inner)}
+        calls.append({**call, "function": inner} if "function" in call else inner)
+    return {**turn, "tool_calls": calls} if calls else dict(turn)

@@ -16,8 +16,9 @@ from mmgraft.data.chat.turns import (
     refuse_unread,
     role_of,
     tools_of,
+    with_system,
 )
-from mmgraft.data.images import is_data_uri, refuse_web
+from mmgraft.data.images import is_data_uri, path_of, refuse_web
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import BadImage
@@ -74,12 +75,9 @@ class RowReader:
         where = f"{where} (id {index})"
         kind = self._kind(data, where)
         _check_text(data, where)
-        messages = self._llava(data, where) if kind == "llava" else self._messages(data, where)
-        first = {"role": "system", "content": data.get("system")}
-        said = isinstance(first["content"], str) and first["content"]
-        if said and all(turn["role"] != "system" for turn in messages):
-            messages, data = [first, *messages], {**data, "system": None}
         refuse_unread(data, ROW_KEYS, where)
+        messages = self._llava(data, where) if kind == "llava" else self._messages(data, where)
+        messages = with_system(messages, data, where)
         return Row(index, messages, self.file, place, tools_of(data, where))
 
     def _kind(self, data: dict[str, Any], where: str) -> str:
@@ -155,8 +153,10 @@ class RowReader:
         return messages
 
     def _part(self, part: Any, queue: list[Any], at: str) -> dict[str, Any]:
-        if isinstance(part, dict) and part.get("type") in ("image", "image_url", "text"):
-            refuse_unread(part, PART_KEYS, at)
+        if isinstance(part, dict) and part.get("type") in PART_KEYS:
+            refuse_unread(part, PART_KEYS[part["type"]], at)
+            if part["type"] != "text" and part.get("text"):
+                raise UsageError(f"{at}: an image part with text; write a part for each")
         if is_image(part):
             image = image_of(part)
             if image is None and not queue:
@@ -206,7 +206,7 @@ class RowReader:
                 f"{where}: the image is a path ({brief(image)}); give the folder that paths start "
                 "from (images: in the recipe, --images)"
             )
-        path = os.path.normpath(os.path.join(self.folder, image.removeprefix("file://")))
+        path = os.path.normpath(os.path.join(self.folder, path_of(image)))
         if os.path.commonpath([self.folder, path]) != self.folder:
             raise BadImage(
                 f"{where}: the image {brief(image)} lies outside of the image folder "

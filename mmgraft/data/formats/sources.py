@@ -23,6 +23,7 @@ from mmgraft.data.formats.tables import is_saved, open_table
 from mmgraft.data.formats.tar_files import TarFile
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.progress import counted
 
 OnBad = Callable[[BadRow], None]
 
@@ -179,7 +180,8 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
     left = source.limit
     for file, folder in _opened(source):
         positions, numbers, facts = array("q"), array("I"), FactsBuilder()
-        for found, row in islice(_good(file, folder, source, checks), left):
+        good = islice(_good(file, folder, source, checks), left)
+        for found, row in counted(f"reading rows of {file}", good):
             positions.append(found.position)
             numbers.append(found.number)
             facts.add(row)

@@ -24,6 +24,8 @@ PROJECTOR_ONLY = "base_with_projector"
 
 INSERTED = "+"
 """After a layer's number: the layer that a graft inserted after it."""
+_WATCHED = "beside "
+"""Before a layer's number: what a graft attends to beside that layer's attention."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def layer_sums(
         By series. ``base_with_projector`` comes first, and is all for a graft that does nothing in
         the layers. Where layers are inserted, ``base_layers`` (the base's, with the inserted ones
         in the path) and ``all_layers``. Else ``main``, the base's attention with the graft in the
-        path, and with learners beside it ``main_and_learners``: each learner's weights times its
-        routed share are added, so that a query gives up to 2.
+        path, and with attention of the graft beside it (see ``Watch``) ``main_and_learners``: its
+        weights times their share are added, so that a query gives up to 2.
 
     Raises:
         UsageError: An attention whose weights cannot be found out.
@@ -86,11 +88,11 @@ def layer_sums(
         attention = _submodule(module, anatomy.attention_name)
         if attention is not None:
             everything[f"{index}{INSERTED}"] = attention
-    learned: dict[str, Tensor] = {}
-    sums = _run(model, inputs, flow.name, everything, graft, learned)
+    beside: dict[str, Tensor] = {}
+    sums = _run(model, inputs, flow.name, everything, graft, beside)
     main = _gather(sums, base)
-    if learned:
-        both = {n: s + learned[n] if n in learned else s for n, s in sums.items()}
+    if beside:
+        both = {n: s + beside[n] if n in beside else s for n, s in sums.items()}
         return {**found, "main": main, "main_and_learners": _gather(both, base)}
     if len(everything) == len(base):
         return {**found, "main": main}
@@ -127,15 +129,15 @@ def _run(
     workflow: str,
     attentions: Mapping[str, nn.Module],
     graft: Graft | None = None,
-    learned: dict[str, Tensor] | None = None,
+    beside: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Run one forward; return sums by name, and put those of learners into ``learned``."""
+    """Run one forward; return sums by name, and put what the graft watches into ``beside``."""
     ids = inputs["input_ids"]
     image, mask = inputs.get("mm_token_type_ids"), inputs.get("attention_mask")
     kinds = kinds_of((ids.shape[0], ids.shape[1]), image, mask, ids.device)
     # A graft beside the attention may read its weights.
-    beside = graft is not None and type(graft).layer_context is not Graft.layer_context
-    sums = AttentionSums(side_columns(kinds), kinds != PADDING, whole=beside)
+    reads = graft is not None and type(graft).layer_context is not Graft.layer_context
+    sums = AttentionSums(side_columns(kinds), kinds != PADDING, whole=reads)
 
     def watch(
         index: int, query: Tensor, key: Tensor, mask: Tensor, seen: Tensor, share: Tensor | None
@@ -145,7 +147,7 @@ def _run(
             return out.transpose(1, 2)
 
         given = sums.weigh(call, key).masked_fill(~seen, 0.0)  # (b, s, 3)
-        sums.add(f"learners {index}", given if share is None else given * share[..., None])
+        sums.add(f"{_WATCHED}{index}", given if share is None else given * share[..., None])
 
     with ExitStack() as stack:
         stack.enter_context(sums.of(attentions, model.anatomy.attention_in_registry))
@@ -153,9 +155,9 @@ def _run(
             stack.callback(setattr, graft, "watch", graft.watch)
             graft.watch = watch
         model(**inputs, workflow=workflow, use_cache=False, logits_to_keep=1)
-    for name in [name for name in sums.sums if name.startswith("learners ")]:
-        assert learned is not None
-        learned[name.split()[1]] = sums.sums.pop(name)
+    for name in [name for name in sums.sums if name.startswith(_WATCHED)]:
+        assert beside is not None
+        beside[name.removeprefix(_WATCHED)] = sums.sums.pop(name)
     return sums.sums
 
 

@@ -77,11 +77,11 @@ def title(shape: str) -> str:
     return f"({','.join(shape)})"
 
 
-def buildable(counts: Mapping[str, int], shapes: Sequence[str] = SHAPES) -> list[str]:
+def buildable(counts: Mapping[str, int]) -> list[str]:
     """Return the shapes for which there are enough questions of every kind."""
     return [
         shape
-        for shape in shapes
+        for shape in SHAPES
         if all(counts.get(letter, 0) >= shape.count(letter) for letter in shape)
     ]
 

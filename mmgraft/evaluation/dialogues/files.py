@@ -24,6 +24,7 @@ from mmgraft.evaluation.dialogues.dialogues import Dialogue, answer_turn
 from mmgraft.evaluation.items.files import file_sha256, read_items
 from mmgraft.evaluation.items.item import Item, with_images
 from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.textfiles import read_json
 
 VERSION = 1
 ROWS = "dialogues.jsonl"
@@ -101,12 +102,9 @@ def _record(folder: Path) -> dict[str, Any] | None:
     path, rows = folder / RECORD, folder / ROWS
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    whole = isinstance(record, dict) and record.get("mmgraft_dialogues") == VERSION
-    if record is None or not whole or not rows.is_file() or file_sha256(rows) != record["sha256"]:
+    record = read_json(path, "remove the folder to build them again")
+    whole = record.get("mmgraft_dialogues") == VERSION
+    if not whole or not rows.is_file() or file_sha256(rows) != record["sha256"]:
         raise UsageError(
             f"{folder} does not hold the dialogues that were saved there: {ROWS} was changed, or "
             f"{RECORD} is damaged or of another version; remove the folder to build them again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from mmgraft.data.chat.content import images_of_all, is_image
+from mmgraft.data.chat.turns import refuse_unread
 from mmgraft.data.formats.reader import RowReader
 from mmgraft.data.images import check_image, open_image
 from mmgraft.errors import UsageError
@@ -26,6 +28,8 @@ TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
 """The prompt of multiple choice of text where a set has no ``prompt``: that of lm-eval's PIQA."""
 
 VQA_V2_ANSWERS = 10
+_ASKED = re.compile("system|video|audio|tool|history", re.IGNORECASE)
+"""Keys of a record that change what is asked, and that no field reads."""
 Message = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -246,6 +250,8 @@ class _ItemReader:
     def _of_fields(
         self, record: dict[str, Any], options: Sequence[str], where: str
     ) -> tuple[list[Message], str]:
+        others = self.fields.others(record)
+        refuse_unread({key: others[key] for key in others if _ASKED.search(key)}, (), where)
         question = self.fields.question(record, where)
         if question is None and self.spec.metric != "caption":
             there = ", ".join(map(repr, record)) or "nothing"

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmgraft.data.formats.sources import records
 from mmgraft.errors import UsageError
+from mmgraft.textfiles import read_text
 
 STRUCTURED = (".json", ".jsonl", ".csv", ".tsv")
 """Endings of files that hold records; any other file is one text."""
@@ -37,7 +38,7 @@ def item_records(path: Path, known: Sequence[str] = ()) -> list[tuple[str, dict[
     elif path.suffix.lower() in STRUCTURED:
         found = list(records(path))
     else:
-        found = [("line 1", {"text": _text(path)})]
+        found = [("line 1", {"text": read_text(path)})]
     for place, record in found:
         if not isinstance(record, dict):
             raise UsageError(
@@ -48,16 +49,9 @@ def item_records(path: Path, known: Sequence[str] = ()) -> list[tuple[str, dict[
     return found
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text ({error.reason}); convert it") from error
-
-
 def _table(path: Path, known: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
     heading: list[str] | None = None
     width = 0
     while True:

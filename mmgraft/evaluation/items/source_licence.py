@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmgraft.data.chat.content import images_of_all
-from mmgraft.data.images import is_data_uri
+from mmgraft.data.images import is_data_uri, path_of
+from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
+from mmgraft.textfiles import read_json
 
 FREE = frozenset({"MIT", "CC0", "CC0-1.0"})
 """Licences under which images may go along with a report."""
@@ -34,7 +35,7 @@ def stated_licences(file: Path, items: Iterable[Item]) -> set[str | None]:
     for item in items:
         for image in images_of_all(item.messages):
             if isinstance(image, str) and not is_data_uri(image):
-                folders.add(Path(image.removeprefix("file://")).resolve().parent)
+                folders.add(Path(path_of(image)).resolve().parent)
             else:
                 found.add(None)
     for folder in folders:
@@ -63,10 +64,9 @@ def _near(path: Path) -> list[dict[str, Any]]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file, "")
+    except UsageError:
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _of(sources: Sequence[dict[str, Any]], file: Path | None = None) -> set[str | None]:

@@ -108,6 +108,7 @@ def _refuse_long(item: Item, request: Request, length: int) -> None:
 def _request(processor: GraftProcessor, item: Item, texts: Sequence[str], chat: bool) -> Request:
     request = (_chat if chat else _plain)(processor, item, texts)
     for text, ids in zip(texts, request.continuations, strict=True):
+        processor.check_ids([*request.context.input_ids, *ids], item.where)
         if not ids:
             raise UsageError(
                 f"{item.where}: the option {text!r} adds no token to the question; write another"

@@ -199,6 +199,8 @@ def _windows(
         return [[answer_window(processor, item, length)] for item in items]
     first = prefix_id(processor.tokenizer)
     ids = [plain_ids(processor.tokenizer, item.question) for item in items]
+    for item, text in zip(items, ids, strict=True):
+        processor.check_ids(text, item.where)
     return [rolling_windows(each, first, length) for each in ids]
 
 

@@ -19,6 +19,7 @@ from mmgraft.model.files.summary import graft_parts
 from mmgraft.runs.contents import RECIPE
 from mmgraft.runs.results import FOLDER, SCHEMA_VERSION, Results, measured
 from mmgraft.strict import MeasuredModel
+from mmgraft.textfiles import read_text
 from mmgraft.version import __version__
 
 REPORT = "report"
@@ -109,7 +110,7 @@ def _markdown(run: Path, record: GraftFile, report: RunReport, sheets: Mapping[s
         beside=BESIDE,
         losses=about_run.last_losses(run / METRICS),
         given=about_run.sets_given(record, list(report.sections.values())),
-        recipe=without_folders(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None,
+        recipe=without_folders(read_text(recipe)) if recipe.is_file() else None,
     )
 
 

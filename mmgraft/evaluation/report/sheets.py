@@ -129,9 +129,9 @@ def sheet_png(sheet: Image.Image) -> bytes:
     return data.getvalue()
 
 
-def sampled_indices(items: Sequence[Item], shown: int = SHOWN) -> Sequence[int]:
+def sampled_indices(items: Sequence[Item]) -> Sequence[int]:
     """Return indices of items with images, sampled by a fixed seed, whatever was answered."""
-    return sampled([at for at, item in enumerate(items) if item.has_image], shown, SEED)
+    return sampled([at for at, item in enumerate(items) if item.has_image], SHOWN, SEED)
 
 
 def first_image(item: Item) -> Any:

@@ -76,9 +76,13 @@ def compare(folder: Path, samples: list[Sample], dtype: torch.dtype) -> float:
     Raises:
         MMGraftError: Ids, pixels or logits differ by more than rounding.
     """
-    processor = AutoProcessor.from_pretrained(folder)
-    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    processor.image_processor = AutoImageProcessor.from_pretrained(
+        folder, backend="pil", trust_remote_code=False
+    )
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False
+    ).eval()
     largest = 0.0
     for sample in samples:
         inputs = processor.apply_chat_template(

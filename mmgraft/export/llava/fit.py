@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from mmgraft.anatomy import Anatomy, examine, get_path, skeleton
-from mmgraft.basefiles import ModelFiles, TensorReader, load_config
+from mmgraft.anatomy import Anatomy, get_path
+from mmgraft.basefiles import ModelFiles, TensorReader, examine_files, load_config
 from mmgraft.basefiles.parts import own_dtype
 from mmgraft.errors import UsageError
 from mmgraft.grafts.method import PlainDecoder
@@ -107,8 +107,8 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
     files = base_files(record, run, base)
     check_base(record, files, "fast")
     config = load_config(files)
-    blank = skeleton(config)
-    anatomy = examine(blank)
+    with TensorReader(files) as reader:
+        blank, anatomy = examine_files(reader, config)
     _refuse_base(anatomy, getattr(get_path(blank, anatomy.head_path), "bias", None) is not None)
     _refuse_projector(record, anatomy)
     stock = record.vision.kind == TRANSFORMERS_KIND

@@ -32,14 +32,14 @@ class IAAConfig(StrictModel):
         description="base layers, counted from 0, after which a layer is inserted: "
         "[22, 24], '0-31:5', 'last:8'"
     )
-    structure: Annotated[Literal["a", "b", "c"], Option("a, b or c.")] = Field(
+    structure: Annotated[Literal["a", "b", "c"], Option("Structure: a, b or c.")] = Field(
         "c",
         description="c: a deeper decoder; b: gated, zero at the start; "
         "a: gated, and the layers also feed each other",
     )
-    gate: Annotated[Literal["linear", "scalar"], Option("linear or scalar, for a and b.")] = Field(
-        "linear", description="the zero-initialised gate of structures a and b; c has none"
-    )
+    gate: Annotated[
+        Literal["linear", "scalar"], Option("Gate of structures a and b: linear or scalar.")
+    ] = Field("linear", description="the zero-initialised gate of structures a and b; c has none")
     embedding: Annotated[bool, Option("Own input embedding.")] = Field(
         True, description="own input embedding, copied from the base"
     )

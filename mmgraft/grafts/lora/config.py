@@ -32,23 +32,24 @@ class LoraConfig(StrictModel):
         "all", description="base layers, counted from 0, with adapters: 'all', [0, 4], 'every:4'"
     )
     targets: Annotated[
-        Literal["all", "attention", "feedforward"], Option("all, attention or feedforward.")
+        Literal["all", "attention", "feedforward"],
+        Option("Adapted linear layers: all, attention or feedforward."),
     ] = Field(
         "all",
         description="linear layers with an adapter; of a mixture of experts all means attention",
     )
-    rank: Annotated[int, Option("Of the adapters.")] = Field(
+    rank: Annotated[int, Option("Rank of the adapters.")] = Field(
         64, ge=1, description="rank of every adapter (256 in both published models)"
     )
-    alpha: Annotated[float | None, Option("Adapters count alpha / rank; twice the rank.")] = Field(
+    alpha: Annotated[float | None, Option("Scale of an adapter, times its rank.")] = Field(
         None, gt=0, description="an adapter's result is scaled by alpha / rank; None: 2 rank"
     )
-    gate: Annotated[Literal["row", "token"], Option("row or token.")] = Field(
+    gate: Annotated[Literal["row", "token"], Option("Where adapters act: row or token.")] = Field(
         "row",
         description="row: every position of a row with an image (Phi-4-multimodal); token: image "
         "positions alone (InternLM-XComposer2)",
     )
-    dropout: Annotated[float, Option("Before the adapters, in training.")] = Field(
+    dropout: Annotated[float, Option("Dropout before an adapter.")] = Field(
         0.0, ge=0, lt=1, description="of what enters an adapter, in training (XComposer2: 0.05)"
     )
 

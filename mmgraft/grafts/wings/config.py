@@ -35,25 +35,25 @@ class WingsConfig(StrictModel):
         "all",
         description="base layers, counted from 0, that get learners: 'all', [0, 4], 'every:4'",
     )
-    rank: Annotated[int, Option("Of the learners.")] = Field(
+    rank: Annotated[int, Option("Rank of the learners.")] = Field(
         64, ge=1, description="rank of every learner matrix (64 in the scripts)"
     )
-    heads: Annotated[int | None, Option("Of a learner.")] = Field(
+    heads: Annotated[int | None, Option("Heads of each learner.")] = Field(
         None,
         ge=1,
         description="heads of a learner, dividing the hidden size; None: as many as the base has",
     )
-    learners: Annotated[list[LearnerName], Option("visual, textual or visual,textual.")] = Field(
+    learners: Annotated[list[LearnerName], Option("Learners: visual,textual or one.")] = Field(
         default=["visual", "textual"], description="which learners stand beside the attention"
     )
     router: bool = Field(
         True,
         description="weigh two learners by the router; with one learner there is nothing to weigh",
     )
-    variant: Annotated[Literal["paper"], Option("paper or official.")] = Field(
+    variant: Annotated[Literal["paper"], Option("Variant: paper or official.")] = Field(
         "paper", description="the paper's equations; the published code is method wings-official"
     )
-    max_length: Annotated[int | None, Option("Longest row of the router.")] = Field(
+    max_length: Annotated[int | None, Option("Longest row that the router weighs.")] = Field(
         None,
         ge=1,
         description="columns of the router, the longest row it can weigh; None: the base's maximum",

@@ -14,9 +14,9 @@ from mmgraft.grafts.lowrank import LowRank
 class Learner(nn.Module):
     """One learner of one layer (equation 3 of the paper, LoRRA).
 
-    ``softmax(X (1 + W_Q) [x (1 + W_K)]^T / sqrt(d)) x (1 + W_V) W_O`` with ``X`` the state entering
-    the layer as queries and ``x`` the initial features as keys and values. ``W_O`` has no residual,
-    so a new learner adds exactly 0.
+    ``softmax(X (1 + W_Q) [x (1 + W_K)]^T / sqrt(d)) x (1 + W_V) W_O`` with ``X`` the hidden states
+    into the layer as queries and ``x`` the initial features as keys and values. ``W_O`` has no
+    residual, so a new learner adds exactly 0.
     """
 
     def __init__(self, size: int, rank: int, heads: int) -> None:
@@ -32,7 +32,7 @@ class Learner(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def queries(self, hidden: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """Queries ``(b, heads, s, d)`` of the state entering the layer ``(b, s, h)``."""
+        """Return queries ``(b, heads, s, d)`` of the hidden states into the layer ``(b, s, h)``."""
         q = self.split(hidden + self.query(hidden))
         return q if rotation is None else rotation(q)
 

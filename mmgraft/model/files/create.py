@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mmgraft.anatomy import Anatomy, examine, skeleton
+from mmgraft.anatomy import Anatomy
 from mmgraft.data.chat.placeholder import choose_placeholder
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template, check_template, resolve_template
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, brief
 from mmgraft.grafts.base import BaseParts, Graft
 from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method, methods
@@ -39,6 +41,33 @@ if TYPE_CHECKING:
 
 SEED = 0
 """Of the new tensors that do not start as copies or zero, such as the projector's."""
+
+
+_GIVEN: dict[str, tuple[Any, str]] = {
+    "base": ((str, Path, torch.nn.Module), "a Hub id, a folder or a loaded causal LM"),
+    "vision": (
+        (str, Path, VisionSpec, VisionTower, type(None)),
+        "a Hub id, a folder, VisionSpec(id=...), a loaded tower or None",
+    ),
+    "config": (StrictModel, 'settings of a method, such as IAAConfig(layers="22,24")'),
+    "projector": (
+        (ProjectorConfig, type(None)),
+        "settings of a projector, such as MlpConfig() or PoolConfig(k=2)",
+    ),
+    "template": ((TemplateChoice, type(None)), 'TemplateChoice(kind="plain"), say, or None'),
+}
+
+
+def check_given(**given: Any) -> None:
+    """Refuse arguments of another type, by name, with what to write instead.
+
+    Raises:
+        UsageError: One of them is no base, tower, settings or template.
+    """
+    for name, value in given.items():
+        types, example = _GIVEN[name]
+        if not isinstance(value, types) or (name == "config" and not hasattr(value, "method")):
+            raise UsageError(f"{name}={brief(repr(value))} cannot be used: give {example}.")
 
 
 def make_on_loaded(
@@ -101,6 +130,7 @@ def create_graft(
     """
     from mmgraft.basefiles import fingerprint, resolve
 
+    check_given(base=base, vision=vision, config=config, projector=projector, template=template)
     spec = VisionSpec.from_name(vision) if isinstance(vision, str) else vision
     spec = _pinned(spec)
     shape = describe_tower(spec)
@@ -145,18 +175,27 @@ def make_from_files(
         template: How conversations become text.
         tower: The tower, or its shape, which leaves the record to name it.
     """
-    from mmgraft.basefiles import TensorReader, find_tokenizer, fingerprint, load_config
+    from mmgraft.basefiles import (
+        TensorReader,
+        examine_files,
+        find_tokenizer,
+        fingerprint,
+        load_config,
+    )
 
     base_config = load_config(files)
-    blank = skeleton(base_config)
-    anatomy = examine(blank)
-    indices = _copied_layers(config, anatomy)
-    _refuse(get_method(cast(Any, config).method), anatomy, blank)
-    tokenizer = find_tokenizer(files.path)
-    chosen = choose_template(tokenizer, template, files.id)
-    reference = BaseReference(id=files.id, revision=files.revision, fingerprint=fingerprint(files))
-    owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
     with TensorReader(files) as reader:
+        blank, anatomy = examine_files(reader, base_config)
+        indices = _copied_layers(config, anatomy)
+        _refuse(get_method(cast(Any, config).method), anatomy, blank)
+        tokenizer = find_tokenizer(files.path)
+        chosen = choose_template(tokenizer, template, files.id)
+        if tokenizer is not None:
+            _check_vocabulary(tokenizer, chosen, anatomy.vocab_size)
+        reference = BaseReference(
+            id=files.id, revision=files.revision, fingerprint=fingerprint(files)
+        )
+        owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
         parts = ReadParts(reader, base_config, indices, owns, anatomy)
         return _make(
             config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen
@@ -218,6 +257,23 @@ def _make(
     made = Workflow(workflow, projector, graft, record)
     dtype = next((p.dtype for p in graft.parameters()), None)
     return made if dtype is None else cast(Workflow, made.to(dtype))
+
+
+def _check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, chosen: TemplateChoice, vocab_size: int
+) -> None:
+    """Refuse a base whose template writes tokens that its embedding has no rows for."""
+    template = Template(chosen.kind, chosen.text)
+    processor = GraftProcessor(tokenizer, 1, 0, template, options=chosen.options)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    try:
+        ids = processor.encode(turns, add_generation_prompt=False).input_ids
+    except UsageError as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            raise
+        return  # it wants other turns than these
+    processor.vocab_size = vocab_size
+    processor.check_ids(ids, "the template of this base")
 
 
 def choose_template(

@@ -15,6 +15,7 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.method import Promises
 from mmgraft.grafts.registry import get_method, methods, moved
 from mmgraft.strict import StrictModel
+from mmgraft.textfiles import read_json
 from mmgraft.version import __version__
 from mmgraft.vision.projectors.configs import MlpConfig
 from mmgraft.vision.projectors.registry import AnyProjector
@@ -136,14 +137,7 @@ class GraftFile(_Strict):
                 f"{folder} holds no {CONFIG_NAME}, so it is no graft. "
                 "Make one with: mmgraft graft BASE --method METHOD"
             )
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(data, dict):
-                raise ValueError("not a JSON object")
-        except ValueError as error:
-            raise UsageError(
-                f"{path} is corrupt ({error}). Restore it from a checkpoint or graft again."
-            ) from None
+        data = read_json(path, "restore it from a checkpoint, or graft again.")
         version = data.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise UsageError(

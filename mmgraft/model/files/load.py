@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, decoder_layers, examine, get_path
 from mmgraft.basefiles import (
@@ -20,17 +19,19 @@ from mmgraft.basefiles import (
     fetch,
     find_tokenizer,
     fingerprint,
+    load_whole,
     resolve,
 )
+from mmgraft.basefiles.files import vocabulary
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import CONFIG_NAME, OWN_BASE, WEIGHTS_NAME, GraftFile
 from mmgraft.model.files.parts import execution_device, shape_parts, share_config
-from mmgraft.model.files.save import INDEX_NAME
 from mmgraft.model.kernels.quantization import assert_unquantized, leave_file, quantization_config
 from mmgraft.model.workflow import Workflow
+from mmgraft.textfiles import weight_files
 from mmgraft.vision.projectors.registry import build_projector
 from mmgraft.vision.spec import VisionSpec
 from mmgraft.vision.towers.base import VisionTower
@@ -155,10 +156,9 @@ def load_base(
         "quantization_config": quantized,
         "device_map": device_map,
         "attn_implementation": attn_implementation,
-        "gguf_file": files.gguf,
     }
     options |= {name: value for name, value in given.items() if value is not None}
-    base = AutoModelForCausalLM.from_pretrained(files.path, **options)
+    base = load_whole(files, **options)
     if quantized is not None:
         leave_file(base)
     return base.requires_grad_(False).eval()
@@ -170,25 +170,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: The file is missing or corrupt.
     """
-    index = folder / INDEX_NAME
-    names = [WEIGHTS_NAME]
+    tensors: dict[str, Tensor] = {}
     try:
-        if index.is_file() and not (folder / WEIGHTS_NAME).is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            with safe_open(folder / name, framework="pt") as file:
+        for path in weight_files(folder, "graft", ".safetensors"):
+            with safe_open(path, framework="pt") as file:
                 tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        return tensors
-    except FileNotFoundError:
-        raise UsageError(
-            f"{folder} has a {CONFIG_NAME} but lacks {names[0]}: copy it there, or graft again."
-        ) from None
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError) as error:
         raise UsageError(
             f"the graft's weights in {folder} ({WEIGHTS_NAME}) are corrupt ({error}): "
             "copy them there once more, or graft again."
         ) from None
+    if not tensors:
+        raise UsageError(
+            f"{folder} has a {CONFIG_NAME} but lacks {WEIGHTS_NAME}: copy it there, or graft again."
+        )
+    return tensors
 
 
 def load_processor(
@@ -221,7 +217,13 @@ def load_processor(
     preprocess = getattr(tower, "preprocess", None)
     options = {**record.template.options, **(options or {})}
     return GraftProcessor(
-        tokenizer, positions, record.image_token.id, template, preprocess, options
+        tokenizer,
+        positions,
+        record.image_token.id,
+        template,
+        preprocess,
+        options,
+        vocabulary(Path(tokenizer_folder)),
     )
 
 

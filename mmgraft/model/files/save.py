@@ -24,6 +24,7 @@ from mmgraft.model.files.graft_file import (
 )
 from mmgraft.model.sharded.gathering import gathered
 from mmgraft.model.workflow import Workflow
+from mmgraft.progress import working
 
 if TYPE_CHECKING:
     from mmgraft.model.modeling import GraftedModel
@@ -140,7 +141,8 @@ def write_graft(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         writers[INDEX_NAME] = lambda path: path.write_text(json.dumps(index, indent=2), "utf-8")
     writers[CONFIG_NAME] = lambda path: path.write_text(record.dump(), "utf-8")
-    replace_together(folder, writers, gone=_weight_files(folder) - writers.keys())
+    with working(f"saving {folder}"):
+        replace_together(folder, writers, gone=_weight_files(folder) - writers.keys())
 
 
 def _weight_files(folder: Path) -> set[str]:

@@ -21,7 +21,7 @@ KINDS = ("nf4",)
 def quantization_config(
     kind: str | None, dtype: torch.dtype, storage: torch.dtype | None = None
 ) -> BitsAndBytesConfig | None:
-    """Transformers' config for a kind of quantisation; None stays None.
+    """Return transformers' config for a kind of quantisation; None stays None.
 
     Args:
         kind: ``"nf4"``.

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from mmgraft.data.batches.dataset import cut
+from mmgraft.data.batches.dataset import cut, longest_first
 from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.formats.indexed import facts_of, select
@@ -16,9 +14,7 @@ from mmgraft.errors import UsageError
 from mmgraft.vision.plan import Size
 
 TOKENISED = 64
-"""Rows of a stage that are tokenised: those with the most characters and images."""
-_CHARACTERS = 3  # a position, about
-_POSITIONS = 256  # of an image, about, where its size decides
+"""Rows of a stage that are tokenised: those with the most text and image positions."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +60,7 @@ def measured(
         UsageError: A row that cannot be used; with ``skip_bad``, where none of the longest can.
     """
     kept = select(rows, facts_of(rows).with_image) if text_rows == "skip" else rows
-    facts = facts_of(kept)
-    weights = facts.characters.astype(np.int64)
-    each = processor.image_positions.fixed or _POSITIONS
-    weights += _CHARACTERS * each * facts.images.astype(np.int64)
-    longest = [kept[int(at)] for at in np.argsort(-weights, kind="stable")[:TOKENISED]]
+    longest = [kept[int(at)] for at in longest_first(kept, processor)[:TOKENISED]]
     encoded = _usable(longest, processor, max_length, skip_bad)
     lengths = [len(one) for one in encoded]
     images = [len(one.images) for one in encoded]
@@ -76,12 +68,12 @@ def measured(
     most = max(encoded, key=lambda one: sum(one.kinds))  # the row with the most image positions
     if packing and max_length is not None:
         # A sequence full of the rows that hold the most images and answers for their length.
-        shown, learnt = (
+        shown, labels = (
             max(max_length * n // length for n, length in zip(counts, lengths, strict=True))
             for counts in (images, supervised)
         )
         sizes, source = most.sizes * (max_length // len(most)), f"packed, from {len(kept)} rows"
-        return RowSizes(max_length, shown, learnt, True, source, sizes)
+        return RowSizes(max_length, shown, labels, True, source, sizes)
     uneven = len(kept) > len(longest) or len(set(lengths)) > 1
     source = f"longest of {len(kept)} rows"
     shown = len(most.sizes) or max(images)
@@ -105,7 +97,7 @@ def _usable(
     return found
 
 
-def assumed(length: int, patches: int | None, source: str, packing: bool = False) -> RowSizes:
+def assumed(length: int, each: int | None, source: str, packing: bool = False) -> RowSizes:
     """Assume rows of one length with one image, all the rest of it supervised.
 
     A packed sequence is one of many rows: as many images as it has room for, each with an answer.
@@ -113,15 +105,15 @@ def assumed(length: int, patches: int | None, source: str, packing: bool = False
     Raises:
         UsageError: An image does not fit into the row, or its size decides how much it takes.
     """
-    if patches is None:
+    if each is None:
         raise UsageError(
             "with this tower the size of an image decides how many positions it takes; give --data "
             "FILE"
         )
-    if length <= patches + 1:
+    if length <= each + 1:
         raise UsageError(
-            f"a row of {length} positions has no room for an image, which takes {patches} with "
-            f"this tower, and an answer; give --length {patches + 64} or more"
+            f"a row of {length} positions has no room for an image, which takes {each} with "
+            f"this tower, and an answer; give --length {each + 64} or more"
         )
-    images = length // (patches + 2) if packing else 1
-    return RowSizes(length, max(1, images), length - patches - 1, True, source)
+    images = length // (each + 2) if packing else 1
+    return RowSizes(length, max(1, images), length - each - 1, True, source)

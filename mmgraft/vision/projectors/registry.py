@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
 from mmgraft.errors import UsageError
+from mmgraft.kinds import Broken, Kinds, Unfit
 from mmgraft.strict import describe
-from mmgraft.vision.kinds import Kinds
 from mmgraft.vision.projectors.configs import (
     LinearConfig,
     MlpConfig,
@@ -33,12 +33,14 @@ class ProjectorKind:
         title: What it does, in a few words.
         config_class: Its settings.
         load: Returns its class, a subclass of :class:`Projector`.
+        origin: The package that brought it, filled in by the registry.
     """
 
     name: str
     title: str
     config_class: type[ProjectorConfig]
     load: Callable[[], Callable[..., Projector]]
+    origin: str = "mmgraft"
 
 
 def _built_in(name: str, title: str, config: type[ProjectorConfig], module: str) -> ProjectorKind:
@@ -48,17 +50,31 @@ def _built_in(name: str, title: str, config: type[ProjectorConfig], module: str)
     return ProjectorKind(name, title, config, load)
 
 
+def _of_package(name: str, kind: Any, origin: str) -> ProjectorKind:
+    if not isinstance(kind, ProjectorKind):
+        raise Unfit(f"it is a {type(kind).__name__}, not an mmgraft ProjectorKind")
+    if kind.name != name:
+        raise Unfit(f"the kind calls itself {kind.name!r}")
+    settings: Any = kind.config_class
+    if not (isinstance(settings, type) and issubclass(settings, ProjectorConfig)):
+        raise Unfit(f"its config_class {settings!r} is no subclass of ProjectorConfig")
+    if settings.model_fields["kind"].default != name:
+        raise Unfit(f"{settings.__name__} needs the field kind = {name!r}")
+    return replace(kind, origin=origin)
+
+
 _SHUFFLE = "k x k neighbours side by side, then two linear layers"
 _POOL = "the mean of k x k neighbours, then two linear layers"
-_KINDS: Kinds[ProjectorKind] = Kinds("projector", "mmgraft.projectors", lambda _, kind: kind)
+PROJECTORS: Kinds[ProjectorKind] = Kinds("projector", "mmgraft.projectors", _of_package)
 for _kind in (
     _built_in("mlp", "two linear layers", MlpConfig, "MlpProjector"),
     _built_in("linear", "one linear layer", LinearConfig, "LinearProjector"),
     _built_in("pixel_shuffle", _SHUFFLE, PixelShuffleConfig, "PixelShuffleProjector"),
     _built_in("pool", _POOL, PoolConfig, "PoolProjector"),
 ):
-    _KINDS.register(_kind.name, _kind)
-projectors, find_projector, unregister_projector = _KINDS.names, _KINDS.find, _KINDS.unregister
+    PROJECTORS.register(_kind.name, _kind)
+projectors, find_projector = PROJECTORS.names, PROJECTORS.find
+unregister_projector = PROJECTORS.unregister
 
 
 def register_projector(kind: ProjectorKind) -> None:
@@ -68,9 +84,9 @@ def register_projector(kind: ProjectorKind) -> None:
     its name is the kind's, its value the ``ProjectorKind``.
 
     Raises:
-        UsageError: The name is taken.
+        UsageError: The name is taken, or the kind cannot be used.
     """
-    _KINDS.register(kind.name, kind)
+    PROJECTORS.register(kind.name, kind)
 
 
 def build_projector(config: ProjectorConfig, in_features: int, out_features: int) -> Projector:
@@ -80,12 +96,20 @@ def build_projector(config: ProjectorConfig, in_features: int, out_features: int
         config: Its settings.
         in_features: Width of the tower's features.
         out_features: Width of the base's embeddings.
+
+    Raises:
+        UsageError: Its class cannot be imported.
     """
-    return find_projector(config.kind).load()(config, in_features, out_features)
+    kind = find_projector(config.kind)
+    try:
+        made = kind.load()
+    except (ImportError, AttributeError) as error:
+        raise Broken(kind.name, kind.origin, str(error), "projector").error() from error
+    return made(config, in_features, out_features)
 
 
 def _of_kind(value: Any) -> Any:
-    """Settings of the projector that they name."""
+    """Read settings as those of the projector that they name."""
     if not isinstance(value, dict):
         return value
     try:

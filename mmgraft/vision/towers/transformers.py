@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from PIL import Image
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from mmgraft.basefiles import fetch
-from mmgraft.basefiles.parts import quiet
-from mmgraft.errors import UsageError
+from mmgraft.basefiles.files import read_config
+from mmgraft.basefiles.whole import quiet
+from mmgraft.errors import UsageError, first_line, is_out_of_memory
+from mmgraft.progress import working
 from mmgraft.strict import StrictModel
 from mmgraft.vision.plan import Plan
 from mmgraft.vision.preprocessing import (
@@ -144,14 +145,16 @@ def load(spec: VisionSpec) -> TransformersTower:
             fetch(spec.id, revision, _PICKLES)
     spec = spec.model_copy(update={"revision": revision, "feature_layer": feature_map.layer})
     try:
-        with quiet():
+        with working(f"loading {spec.name}") as work, quiet(work):
             loaded: Any = type(empty).from_pretrained(
                 folder, config=config, dtype="auto", output_loading_info=True
             )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except Exception as error:  # whatever a foreign file may raise
+        if is_out_of_memory(error):
+            raise
         raise UsageError(
-            f"The weights of vision tower {spec.name} cannot be loaded: {error}. Download the "
-            "model again, or name another tower."
+            f"The weights of vision tower {spec.name} cannot be loaded: {first_line(error)}. "
+            "Download the model again, or name another tower."
         ) from error
     model, info = loaded
     missing = frozenset(info["missing_keys"])
@@ -162,7 +165,7 @@ def load(spec: VisionSpec) -> TransformersTower:
             f"{min(needed)}. Name the checkpoint of the vision model itself."
         )
     with torch.no_grad():
-        for name in missing:  # a pooler drawn at random, without effect: the same every time
+        for name in missing:  # a random pooler, without effect: the same every time
             model.get_parameter(name).zero_()
     processor = load_processor(folder) or stored_processor(folder)
     return TransformersTower(model, feature_map, preprocessing, spec, processor)
@@ -221,14 +224,7 @@ def locate(spec: VisionSpec) -> tuple[Path, str | None]:
 def _examine(
     spec: VisionSpec, folder: Path
 ) -> tuple[PreTrainedConfig, Preprocessing, PreTrainedModel, FeatureMap]:
-    try:
-        whole = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"The config of vision tower {spec.name} cannot be read: {error}. A model type that "
-            "this transformers does not know may need a newer one: pip install -U transformers"
-        ) from error
-    config = vision_config(whole, spec.name)
+    config = vision_config(read_config(folder, f"vision tower {spec.name}"), spec.name)
     empty = skeleton(config, spec.name)
     preprocessing = _preprocessing(spec, folder, config)
     feature_map = examine(empty, preprocessing.image_size, spec.feature_layer, spec.name)

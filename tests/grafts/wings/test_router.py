@@ -187,6 +187,31 @@ def test_weights_of_a_fused_kernel_written_out(form: str) -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5))
 
 
+@pytest.mark.parametrize("form", ["none", "padding", "bool", "by head", "added", "added by head"])
+def test_a_single_query_sees_what_its_mask_shows(form: str) -> None:
+    """Of grouped heads, against the softmax written out; keys behind the mask are the largest."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, columns = (
+        torch.randn(size, generator=generator) for size in ((2, 6, 1, 8), (2, 3, 7, 8), (2, 7, 2))
+    )
+    seen = torch.ones(2, 6, 1, 7, dtype=torch.bool)
+    seen[1, :, :, :3] = False
+    if "head" in form:
+        seen[0, ::2, :, 5:] = False
+    key[~seen[:, ::2].transpose(2, 3).expand_as(key)] *= 9
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    mask = {
+        "none": None, "padding": seen[:, 0, 0], "bool": seen[:, :1], "by head": seen,
+        "added": added[:, :1], "added by head": added,
+    }[form]  # fmt: skip
+    scores = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) * 0.3  # (b, n, 1, S)
+    if form != "none":
+        scores = scores.masked_fill(~seen, float("-inf"))
+    wanted = scores.softmax(-1).sum(1) @ columns
+    found = router_module._one_query(query, key, mask, columns, 0.3)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_columns_are_those_of_the_positions() -> None:
     router = random_router(7)
     found = router.columns(torch.tensor([[0, 6, 0], [3, 3, 2]]))

@@ -1,16 +1,25 @@
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+from PIL import Image
+
+from mmgraft.data.batches.dataset import RowDataset, longest_first
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.training.memory.rows import TOKENISED, assumed, measured
+from mmgraft.vision.plan import ImagePositions
+from mmgraft.vision.projectors.configs import MlpConfig
+from sized_tower import plan
 from tiny_tokenizer import tiny_tokenizer
 
 
-def row(words: int, images: int = 1) -> Row:
-    question = [{"type": "image", "image": "a.png"}] * images + [{"type": "text", "text": "what?"}]
+def row(words: int, images: int = 1, path: Any = "a.png") -> Row:
+    question = [{"type": "image", "image": str(path)}] * images + [
+        {"type": "text", "text": "what?"}
+    ]
     turns = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": "blue " * words},
@@ -32,6 +41,22 @@ def test_the_longest_row_counts_wherever_it_is(processor):
     assert sizes.uneven
     assert not alone.uneven
     assert sizes.source == f"longest of {2 * TOKENISED} rows"
+
+
+@pytest.mark.parametrize("large", [3, 70, 99])
+def test_images_count_by_their_size_where_it_decides(tmp_path, large):
+    """One large image with a short text, among many rows with more text and small images."""
+    for name, side in (("small", 8), ("large", 48)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    rows = [row(1 if n == large else 6, path=tmp_path / "small.png") for n in range(100)]
+    rows[large] = row(1, path=tmp_path / "large.png")
+    processor = GraftProcessor(tiny_tokenizer(), ImagePositions(MlpConfig().counts, plan), 5)
+    alone = measured([rows[large]], processor, None, "skip")
+    sizes = measured(rows, processor, None, "skip")
+    assert (sizes.length, sizes.sizes) == (alone.length, ((48, 48),))
+    assert large in set(RowDataset(rows, processor)._sample(4))
+    rows[2] = row(1, path=tmp_path / "missing.png")  # is named where it is used
+    assert large == longest_first(rows, processor)[0]
 
 
 def test_images_count_with_all_their_positions(processor):
