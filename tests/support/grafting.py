@@ -34,7 +34,7 @@ CONFIGS: dict[str, BaseModel] = {
     "wings": WingsConfig(rank=4),
     "llava": LlavaConfig(),
     "lora": LoraConfig(rank=4, alpha=6.0),
-    "lora-token": LoraConfig(rank=3, gate="token"),
+    "lora-token": LoraConfig(rank=3, alpha=3.0, gate="token"),
 }
 """The methods of the matrix. Inserted layers follow sliding and full layers, the last one too."""
 
