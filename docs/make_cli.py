@@ -9,7 +9,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
@@ -96,6 +96,8 @@ def _names(name: str, kind: Any, info: Any) -> str:
         return shown.replace("/", "` / `")
     if get_origin(kind) is list:
         return f"{shown} {_TYPES[get_args(kind)[0]]}, may be repeated"
+    if get_origin(kind) is Literal:
+        return f"{shown} {', '.join(get_args(kind))}"
     return f"{shown} {_TYPES[kind]}"
 
 

@@ -19,6 +19,10 @@ MAY_LOOK = {
     "model/test_saving.py": "chooses the moment of a kill, whatever it is",
     "unchanged/record.py": "a program that says how long a case took",
     "cli/test_processes.py": "scripts that wait to be ended",
+    "sweep/__main__.py": "a program that waits for its processes",
+    "sweep/judging.py": "a program that says how long a type took",
+    "test_progress.py": "bars over work that takes a while",
+    "mutation/patches.py": "code of mmgraft",
     "mutation/__main__.py": "a program that says how long a bug took",
 }
 """Files that look at a clock, and why no result depends on it."""

@@ -16,15 +16,12 @@ from mmgraft import progress
 from mmgraft.basefiles import fingerprint, load_whole, resolve
 from mmgraft.progress import counted, show_on, working
 from tiny import save_base
+from waiting import wait_until
 
 
 def until(done: Callable[[], bool]) -> None:
     """Wait for another thread, however slow the machine is."""
-    for _ in range(6000):
-        if done():
-            return
-        time.sleep(0.01)
-    raise AssertionError("never came")
+    wait_until(done, "what is said")
 
 
 @pytest.fixture

@@ -66,6 +66,9 @@ def blocked_layer(
             f"its {recurrent} keeps a running state, so that rows of one batch cannot be told "
             "apart by position"
         )
+    sharing = getattr(config, "kv_sharing_modes", None)
+    if sharing[index] if sharing else getattr(config, "num_kv_shared_layers", 0):
+        return "it shares keys and values with other layers"
     if not keeps_keys(cached):
         return f"a {layer_type} layer does not keep keys and values position by position"
     if attention is None:
@@ -73,9 +76,6 @@ def blocked_layer(
     arguments = list(inspect.signature(type(layer).forward).parameters)
     if not _CACHES & set(arguments):
         return "it keeps no keys and values, so it cannot go on from a cache"
-    sharing = getattr(config, "kv_sharing_modes", None)
-    if sharing[index] if sharing else getattr(config, "num_kv_shared_layers", 0):
-        return "it shares keys and values with other layers"
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         return "its attention is scaled by the layer's number (scale_attn_by_inverse_layer_idx)"
     return None

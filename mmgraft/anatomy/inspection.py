@@ -123,10 +123,14 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration that transformers makes a causal LM from: of a model with other
     inputs too, that of its text, where there is a class for it alone.
     """
-    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     of_text = getattr(config, "sub_configs", {}).get("text_config")
-    alone = of_text is not None and getattr(made, "config_class", None) is of_text
-    return config.get_text_config() if alone else config
+    if (
+        of_text not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        return config
+    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return config.get_text_config() if made.config_class is of_text else config
 
 
 def refuse_non_causal(config: PreTrainedConfig) -> None:
@@ -134,7 +138,9 @@ def refuse_non_causal(config: PreTrainedConfig) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(f"{kind!r} is an encoder with a decoder; {_TEXT_ONLY}")
-    if any(hasattr(config, f"{sense}_config") for sense in ("vision", "audio")):
+    parts = set(getattr(config, "sub_configs", {}))
+    beside_text = "text_config" in parts and parts - {"text_config"}
+    if beside_text or any(hasattr(config, f"{sense}_config") for sense in ("vision", "audio")):
         raise UsageError(f"{kind!r} has inputs other than text already; {_TEXT_ONLY}")
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -16,6 +17,18 @@ from rich.table import Table
 from mmgraft.errors import UsageError
 
 _PLAIN_WIDTH = 160  # a pipe has no width; tables must not be folded for it
+
+
+def refuse_to_overwrite(out: Path, force: bool) -> None:
+    """Refuse to write a file that is there already, or whose folder is not there.
+
+    Raises:
+        UsageError: One of these.
+    """
+    if out.exists() and not force:
+        raise UsageError(f"{out} is there already; give --force to write over it")
+    if not out.parent.is_dir():
+        raise UsageError(f"there is no folder {out.parent}; make it first")
 
 
 def stdout() -> Console:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mmgraft.cli.console import note, print_json, stdout, table
+from mmgraft.cli.console import note, print_json, refuse_to_overwrite, stdout, table
 from mmgraft.cli.options import (
     DryRunFlag,
     ImagesOption,
     JsonFlag,
     OverwriteFlag,
+    ReadOption,
     TemplateOption,
     argument,
     option,
@@ -113,6 +116,7 @@ def _reads(kind: type, *words: str, **more: Any) -> tuple[Any, None]:
 
 _READING = {
     "images": (ImagesOption, None),
+    "read": (ReadOption, None),
     "run": _reads(Path, "--run", "Run whose settings read the file."),
     "base": _reads(
         str, "--base", "Base whose tokenizer and template read the rows, without a run."
@@ -204,6 +208,51 @@ def preview(
         _show_preview(view, one, first=number == 0)
 
 
+_ImageData = Annotated[
+    Literal["paths", "embed", "beside"] | None,
+    option("--image-data", "Write images as their paths, embed their bytes, or beside the file."),
+]
+
+
+@app.command("convert", epilog="Example: mmgraft data convert alpaca.json --to messages rows.jsonl")
+def convert_rows(
+    source: Annotated[str, argument("A file or shards of rows, or hub:OWNER/NAME.", metavar="IN")],
+    out: Annotated[Path, argument("The .jsonl or .parquet file to write.")],
+    to: Annotated[Literal["messages"], option("--to", "Layout to write.")] = "messages",
+    images: ImagesOption = None,
+    read: ReadOption = None,
+    image_data: _ImageData = None,
+    force: OverwriteFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Write rows of any layout as messages.
+
+    The file appears when it is whole. An image is written as its path from the image folder, its
+    bytes in the file (embed), or a file in a folder beside it.
+    """
+    from mmgraft.data.convert import Conversion
+    from mmgraft.data.formats.sources import index_rows
+    from mmgraft.recipes.source import entry_of
+    from mmgraft.training.stage_data import source_of
+
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise UsageError(f"{out}: name a .jsonl or a .parquet file to write")
+    found = source_of(entry_of(source, images, read))
+    folder = os.path.abspath(images or os.path.dirname(found.files()[0]))
+    conversion = Conversion(out, image_data, folder)
+    for path in [out, conversion.beside] if image_data == "beside" else [out]:
+        refuse_to_overwrite(path, force)
+    rows = index_rows(found)
+    conversion.write(rows)
+    layouts = Counter(row.layout for row in rows)
+    if json:
+        print_json({"rows": len(rows), "layouts": layouts, "to": to, "out": str(out)})
+        return
+    note(f"wrote {len(rows):,} rows to {out} ({', '.join(layouts)} to {to})")
+    if image_data == "paths":
+        note(f"image paths start from {folder}: --images {folder}")
+
+
 def _show_report(view: View, report: Report) -> None:
     from rich.markup import escape
 
@@ -211,6 +260,7 @@ def _show_report(view: View, report: Report) -> None:
     left_out = " (left out, by text_rows: skip)" if view.skip_text and report.text_rows else ""
     lines = [
         ("rows", f"{report.rows:,}"),
+        *(("layout", f"{layout} ({count:,} rows)") for layout, count in report.layouts.items()),
         ("bad", _faults(report)),
         ("no image", f"{report.text_rows:,}{left_out}"),
         ("twice", f"{len(report.twice):,} rows, {report.ids_twice:,} ids"),

@@ -10,7 +10,8 @@ from typing import Any
 
 from mmgraft.cli.console import human_bytes, print_json, stdout, table
 from mmgraft.cli.options import JsonFlag
-from mmgraft.demo.assets import EASY_VQA, LANGUAGE, VISION, installed_version
+from mmgraft.demo.assets import EASY_VQA, LANGUAGE, VISION
+from mmgraft.runs.packages import installed_version
 
 PACKAGES = (
     "mmgraft",

@@ -6,7 +6,7 @@ import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mmgraft.cli.console import note, print_json
+from mmgraft.cli.console import note, print_json, refuse_to_overwrite
 from mmgraft.cli.loading import load_answerer, seed_sampling
 from mmgraft.cli.options import (
     LOADING,
@@ -15,6 +15,7 @@ from mmgraft.cli.options import (
     JsonFlag,
     MaxNewTokensOption,
     OverwriteFlag,
+    ReadOption,
     ReasoningFlag,
     SamplingSeedOption,
     TemperatureOption,
@@ -23,7 +24,6 @@ from mmgraft.cli.options import (
     option,
     with_options,
 )
-from mmgraft.errors import UsageError
 from mmgraft.progress import counted
 
 if TYPE_CHECKING:
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 @with_options("force", LOADING)
 def generate(
     run: Annotated[str, argument("Folder or Hub id of a graft.")],
-    rows: Annotated[Path, argument("Messages jsonl or LLaVA json.")],
+    rows: Annotated[Path, argument("A file of rows.")],
     out: Annotated[Path, option("--out", "jsonl to write: id and answer.")],
     images: ImagesOption = None,
+    read: ReadOption = None,
     batch_size: Annotated[int, option("--batch-size", "Rows answered together.", min=1)] = 8,
     max_new_tokens: MaxNewTokensOption = 256,
     num_beams: Annotated[int, option("--num-beams", "Beams of a beam search.", min=1)] = 1,
@@ -57,7 +58,8 @@ def generate(
     Rows of about one length are answered together; the output keeps the order of the input. It
     appears under its name when it is whole.
     """
-    found, prompts = _read(rows, images, limit, out, force)
+    settings = [*(read or ()), *([f"limit={limit}"] if limit else ())]
+    found, prompts = _read(rows, images, settings, out, force)
     if dry_run:
         note(f"would answer {len(found)} rows of {rows} in batches of {batch_size}")
         return
@@ -76,17 +78,16 @@ def generate(
 
 
 def _read(
-    rows: Path, images: Path | None, limit: int | None, out: Path, force: bool
+    rows: Path, images: Path | None, read: Sequence[str], out: Path, force: bool
 ) -> tuple[list[Row], list[Sequence[dict[str, Any]]]]:
     """Read rows and the prompt of each, once it is known that the answers can be written."""
-    from mmgraft.data.formats.sources import read_rows
+    from mmgraft.data.formats.sources import index_rows
     from mmgraft.inference import prompt_of
+    from mmgraft.recipes.source import entry_of
+    from mmgraft.training.stage_data import source_of
 
-    if out.exists() and not force:
-        raise UsageError(f"{out} is there already; give --force to write over it")
-    if not out.parent.is_dir():
-        raise UsageError(f"there is no folder {out.parent}; make it first")
-    found = read_rows(rows, images, limit=limit)
+    refuse_to_overwrite(out, force)
+    found = list(index_rows(source_of(entry_of(str(rows), images, read))))
     return found, [prompt_of(list(row.messages), row.where) for row in found]
 
 

@@ -239,7 +239,8 @@ def _config(
                 f"--{name.replace('_', '-')} is a switch, and no switch of method {method}; set it "
                 f"with --set {name}=VALUE"
             )
-        is_list = any(get_origin(one) is list for one in _kinds(fields[name]))
+        kinds = _kinds(fields[name])
+        is_list = str not in kinds and any(get_origin(one) is list for one in kinds)
         values[name] = value.split(",") if is_list else value
     values |= dict(key_value(setting, "--set", "layers=last:8") for setting in settings)
     name, values, note_ = moved(method, values)

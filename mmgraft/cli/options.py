@@ -63,6 +63,11 @@ YesFlag = Annotated[bool, option("--yes", "-y", "Agree to every question.")]
 RevisionOption = Annotated[str | None, option("--revision", "Commit, branch or tag on the Hub.")]
 ImagesOption = Annotated[Path | None, option("--images", "Folder that image paths start from.")]
 
+ReadOption = Annotated[
+    list[str] | None,
+    option("--read", "How rows are read, as in a recipe: format=swift, columns.question=q."),
+]
+
 RunArgument = Annotated[
     str | None,
     argument("Folder or Hub id of the graft. Default: the one here, or the only one below."),

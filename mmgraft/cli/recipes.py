@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmgraft.cli.console import note, print_json, stdout, table
+from mmgraft.cli.console import note, print_json, refuse_to_overwrite, stdout, table
 from mmgraft.cli.options import DryRunFlag, JsonFlag, OverwriteFlag, argument, option
 from mmgraft.comparison.spec import (
     arm_recipe,
@@ -113,12 +113,9 @@ def copy(
     target = Path(source.name) if to is None else to.expanduser()
     if target.is_dir():
         target = target / source.name
-    if target.exists() and not force:
-        raise UsageError(f"{target} is there already; give --force to write over it")
+    refuse_to_overwrite(target, force)
     if target.exists() and target.samefile(source):
         raise UsageError(f"{target} is the recipe itself; name another file")
-    if not target.parent.is_dir():
-        raise UsageError(f"there is no folder {target.parent}; make it first")
     if not dry_run:
         target.write_text(read_text(source), encoding="utf-8")
     if json:

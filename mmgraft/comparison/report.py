@@ -15,7 +15,7 @@ from mmgraft.comparison.spec import Comparison
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import data_file
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.items.source_licence import none_forbids, stated_licences
+from mmgraft.evaluation.items.source_licence import FREE, stated_licences
 from mmgraft.evaluation.metrics.scoring import measure_answers
 from mmgraft.evaluation.report import about_run, score_tables, sheets
 from mmgraft.evaluation.report.markdown import Table, plain, render
@@ -223,7 +223,7 @@ def answer_sheet(answers: SetAnswers) -> AnswerSheet | None:
     caption = f"{plain(answers.spec.name)}, the answers in words"
     table = Table(caption, columns, rows, folded=True)
     return AnswerSheet(
-        sheets.sheet_png(sheets.draw_sheet(items)), table, not none_forbids(licences)
+        sheets.sheet_png(sheets.draw_sheet(items)), table, not licences <= {*FREE, None}
     )
 
 

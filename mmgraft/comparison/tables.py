@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmgraft.comparison.measured import MeasuredArm, SetAnswers, set_names
+from mmgraft.comparison.measured import MeasuredArm, set_names
 from mmgraft.evaluation.report import words
 from mmgraft.evaluation.report.markdown import Table, plain, score_title
 from mmgraft.evaluation.report.score_tables import INTERVALS, KL, blind_of, blind_score, set_verdict
@@ -50,20 +50,6 @@ def main_table(arms: Sequence[MeasuredArm]) -> Table:
         f"vision set are its blind scores. {INTERVALS}"
     )
     return Table("What each arm keeps, sees and costs", columns, rows, note)
-
-
-def differences_table(answers: SetAnswers) -> Table:
-    """Return how arms differ on the same items of a set."""
-    main = answers.main
-    rows = [
-        [plain(one), plain(other), words.change_with_interval(change), words.verdict(change, main)]
-        for one, other, change in answers.differences
-    ]
-    columns = ["arm", "minus", score_title(main), "verdict"]
-    note = f"Paired: {len(answers.items):,} items, the same ones. {INTERVALS}"
-    folded = answers.spec.modality == "text"  # the changes to the base are beside it
-    name = plain(answers.spec.name)
-    return Table(f"{name}: differences between arms", columns, rows, note, folded)
 
 
 def kinds_table(arms: Sequence[MeasuredArm], name: str) -> Table:

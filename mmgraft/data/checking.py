@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -38,6 +39,7 @@ class Report:
 
     Attributes:
         rows: All, bad ones counted.
+        layouts: Rows by the layout that each was read in, and why.
         text_rows: Rows without an image.
         bad: Rows that cannot be used, one fault each.
         images: Image parts of all rows.
@@ -54,6 +56,7 @@ class Report:
     """
 
     rows: int = 0
+    layouts: Counter[str] = field(default_factory=Counter)
     text_rows: int = 0
     bad: list[BadRow] = field(default_factory=list)
     images: int = 0
@@ -97,6 +100,7 @@ class Report:
             largest = {"width": width, "height": height, "file": name}
         return {
             "rows": self.rows,
+            "layouts": self.layouts,
             "text_rows": self.text_rows,
             "bad": [row.as_dict() for row in self.bad],
             "faults": self.faults(),
@@ -157,6 +161,7 @@ class Checker:
         same = _Same(len(rows))
         for at, row in enumerate(counted("looking at rows", rows)):
             same.note(at, row)
+            report.layouts[row.layout] += 1
             images = list(images_of_all(row.messages))
             shown.update(map(_key, images))
             report.images += len(images)

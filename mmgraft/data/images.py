@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -61,6 +62,19 @@ def size_of(image: Any, where: str) -> tuple[int, int]:
         UsageError: As ``open_image``, where the head is wrong.
     """
     return _read(image, where, shown_size, size_in, lambda i: to_rgb(i).size)
+
+
+def image_bytes(image: Any, where: str) -> bytes:
+    """Return the bytes of a path, a data URI or a stored image, as they are.
+
+    Raises:
+        UsageError: As ``open_image``, for a kind of image that has none.
+    """
+
+    def file(name: str | StoredImage) -> bytes:
+        return name.read() if isinstance(name, StoredImage) else Path(name).read_bytes()
+
+    return _read(image, where, file, lambda opened: opened.read(), lambda opened: opened.tobytes())
 
 
 def _read(

@@ -20,6 +20,8 @@ class Row:
         file: Where the row was read.
         place: Where in the file: "line 12" or "row 12", counted from 1.
         tools: For the chat template.
+        layout: That it was read in, and why.
+        images_first: Its images had no place, and were put before the first turn of a user.
     """
 
     id: str
@@ -27,6 +29,8 @@ class Row:
     file: str = ""
     place: str = ""
     tools: Sequence[Any] | None = None
+    layout: str = ""
+    images_first: bool = False
 
     @property
     def has_image(self) -> bool:

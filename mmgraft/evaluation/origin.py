@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmgraft.evaluation.items.files import file_sha256
 from mmgraft.evaluation.report.about_run import shown_name
 from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME, GraftFile
+from mmgraft.model.modeling import GraftedModel
+from mmgraft.runs.packages import versions_of
 from mmgraft.runs.results import Results, Section, SetResult
 from mmgraft.version import __version__
-
-if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
-
-
-def software(*packages: str) -> dict[str, str]:
-    """Return the versions of torch, transformers and other packages, if installed."""
-    found = {}
-    for name in ("torch", "transformers", *packages):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def described_graft(model: GraftedModel, run: Path, workflow: str | None = None) -> dict[str, str]:
@@ -58,13 +45,13 @@ def section_of(
         section: Its name.
         graft: From :func:`described_graft`.
         sets: What was measured.
-        *packages: See :func:`software`.
+        *packages: Whose versions are noted beside those of torch and transformers.
         **more: ``identity`` or ``details``.
     """
     return Results(
         section=section,
         mmgraft_version=__version__,
-        versions=software(*packages),
+        versions=versions_of(["torch", "transformers", *packages]),
         graft=graft,
         sets=sets,
         **more,

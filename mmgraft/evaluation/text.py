@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmgraft.evaluation.identity import (
     PROMPTS,
@@ -24,12 +24,10 @@ from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.evaluation.metrics.scoring import groups_of, measure_choices, scores_by_kind
 from mmgraft.evaluation.origin import described_graft, section_of
 from mmgraft.evaluation.sets import EvaluatedSet, read_sets
+from mmgraft.inference import Answerer
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import Results, Score, SetResult
-
-if TYPE_CHECKING:
-    from mmgraft.inference import Answerer
 
 BATCH_SIZE = 16
 EQUAL = "equal by identity"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmgraft.data.chat.content import is_image
 from mmgraft.errors import UsageError
@@ -24,13 +24,11 @@ from mmgraft.evaluation.metrics.scoring import (
 from mmgraft.evaluation.origin import described_graft, section_of
 from mmgraft.evaluation.report.sheets import write_box_sheet
 from mmgraft.evaluation.sets import EvaluatedSet, read_sets
+from mmgraft.inference import Answerer
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import Results, SetResult
-
-if TYPE_CHECKING:
-    from mmgraft.inference import Answerer
-    from mmgraft.model.modeling import GraftedModel
 
 BATCH_SIZE = 32
 NO_IMAGE = "no_image"

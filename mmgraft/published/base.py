@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from mmgraft.anatomy import skeleton
+from mmgraft.basefiles import ModelFiles, TensorReader, load_config
 from mmgraft.basefiles.tensor_files import write_shards
 from mmgraft.errors import UsageError
 from mmgraft.progress import counted
 from mmgraft.published.names import Published
 from mmgraft.published.source import TOKENIZER_FILES, Source
-
-if TYPE_CHECKING:
-    from mmgraft.basefiles import ModelFiles, TensorReader
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CONFIGS = {"LlamaForCausalLM": LlamaConfig, "Qwen2ForCausalLM": Qwen2Config}
@@ -59,8 +56,6 @@ def differs_from(source: Source, published: Published, files: ModelFiles) -> str
     Tensors stored in another dtype are equal when casting the other model's to the checkpoint's
     dtype gives the checkpoint's, bit for bit.
     """
-    from mmgraft.basefiles import TensorReader, load_config
-
     ours, theirs = base_config(source, published), load_config(files)
     if theirs.model_type != ours.model_type:
         return f"it is a {theirs.model_type} model, and the checkpoint's base is {ours.model_type}"

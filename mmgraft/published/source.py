@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmgraft.basefiles import resolve
 from mmgraft.basefiles.tensor_files import DTYPES, LazyTensor, open_tensors
 from mmgraft.errors import UsageError
 from mmgraft.textfiles import read_json
@@ -78,8 +79,6 @@ def open_source(name: str, revision: str | None = None, headers_only: bool = Fal
         UsageError: When there is no such checkpoint, or it misses its config or tensors.
         MMGraftError: When the Hub cannot be reached.
     """
-    from mmgraft.basefiles import resolve
-
     on_hub = not Path(name).expanduser().is_dir()
     if headers_only and on_hub:
         return _from_headers(name, revision)

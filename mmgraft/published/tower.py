@@ -13,6 +13,7 @@ from mmgraft.basefiles.tensor_files import write_shards
 from mmgraft.errors import UsageError
 from mmgraft.published.names import Published
 from mmgraft.published.source import Source
+from mmgraft.vision.preprocessing import stored_processor
 from mmgraft.vision.spec import VisionSpec
 
 _CLASSES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
@@ -110,8 +111,6 @@ def _config_of(name: str | None) -> dict[str, Any] | None:
 
 def _processor_of(name: str | None) -> dict[str, Any] | None:
     """Return the image processor's settings of a model on the Hub or in a folder, or None."""
-    from mmgraft.vision.preprocessing import stored_processor
-
     found = name is not None and _findable(name)
     return stored_processor(Path(name).expanduser()) if found and name else None
 

@@ -20,6 +20,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from mmgraft.data.bad_rows import HUB, OnBadRow
+from mmgraft.data.formats.layouts import Column, Format, Vqa
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.registry import methods
@@ -68,7 +69,11 @@ class DataEntry(StrictModel):
         "empty until set",
     )
     images: str | None = Field(default=None, description="folder that image paths start from")
-    format: Literal["auto", "llava", "messages"] = "auto"
+    format: Format = Field(default="auto", description="layout of the rows, where keys do not tell")
+    columns: dict[Column, str] = Field(
+        default_factory=dict, description="of a table with questions: {image: ..., question: ...}"
+    )
+    vqa: Vqa | None = Field(default=None, description="template and answers of such a table")
     weight: float = Field(
         default=1.0,
         gt=0,
@@ -81,7 +86,11 @@ class DataEntry(StrictModel):
     revision: str | None = Field(default=None, description="branch, tag or commit of that set")
 
     @model_validator(mode="after")
-    def _of_the_hub(self) -> Self:
+    def _fits(self) -> Self:
+        if self.columns and self.format not in ("auto", "vqa"):
+            raise ValueError(f"columns are of a table, and format is {self.format}; leave one out")
+        if self.vqa is not None and not self.columns and self.format != "vqa":
+            raise ValueError("vqa is of a table; write its columns as well, or format: vqa")
         if self.path is None or self.path.startswith(HUB):
             return self
         for name in ("subset", "revision"):

@@ -145,6 +145,24 @@ def dump_recipe(recipe: Recipe) -> str:
     )
 
 
+def entry_of(path: str, images: Path | None = None, read: Sequence[str] | None = None) -> DataEntry:
+    """Return the entry of a file from the command line.
+
+    Args:
+        path: The file, or what else a recipe may name.
+        images: Folder that image paths start from.
+        read: ``key=value`` texts of the entry: ``format=swift``, ``columns.question=q``.
+
+    Raises:
+        UsageError: An unknown key or a wrong value.
+    """
+    data: dict[str, Any] = {}
+    for setting in read or ():
+        _apply(data, setting)
+    folder = {} if images is None else {"images": str(images)}
+    return DataEntry.parse({"path": path, **folder, **data}, "--read")
+
+
 def with_data(recipe: Recipe, data: Sequence[str], images: str | None) -> Recipe:
     """Return the recipe with its data replaced by files from the command line.
 

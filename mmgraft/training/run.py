@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from mmgraft.recipes.source import (
     with_data,
     with_max_steps,
 )
+from mmgraft.runs.packages import versions_of
 from mmgraft.runs.sections import put_all_aside
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
@@ -237,13 +237,13 @@ def _begin(plan: Plan) -> None:
 
 def versions() -> dict[str, str]:
     """Collect the versions of what a run is computed with."""
-    found = {"mmgraft": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {**found, "platform": platform.platform()}
+    packages = ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes")
+    return {
+        "mmgraft": __version__,
+        "python": platform.python_version(),
+        **versions_of(packages),
+        "platform": platform.platform(),
+    }
 
 
 def _check_resume(run: Path, restart: bool, changes: bool) -> None:

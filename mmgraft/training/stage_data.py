@@ -16,6 +16,7 @@ from mmgraft.data.chat.labels import answer_turns
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.formats.indexed import RowIndex, facts_of, select
+from mmgraft.data.formats.layouts import Reading, Vqa
 from mmgraft.data.formats.sources import Checks, Source, index_rows
 from mmgraft.data.images import check_image
 from mmgraft.data.rows import Row
@@ -106,8 +107,9 @@ def source_of(entry: DataEntry) -> Source:
     """Return the files of an entry that is set."""
     assert entry.path is not None
     path = entry.path if entry.path.startswith(HUB) else str(Path(entry.path).expanduser())
+    reading = Reading(entry.format, entry.columns, entry.vqa or Vqa())
     return Source(
-        path, entry.images, entry.format, entry.limit, entry.split, entry.subset, entry.revision
+        path, entry.images, reading, entry.limit, entry.split, entry.subset, entry.revision
     )
 
 
@@ -182,7 +184,7 @@ class StageData:
         self.on_bad_row = on_bad_row
         self.bad: list[BadRow] = []
         self._left_out = left_out
-        self._read: dict[Source, RowIndex] = {}
+        self._read: dict[str, RowIndex] = {}
 
     def rows(
         self, entries: Sequence[DataEntry], seed: int, image_share: float | None = None
@@ -196,7 +198,7 @@ class StageData:
         return mix(parts, seed, image_share=image_share)
 
     def _rows(self, source: Source) -> RowIndex:
-        if source not in self._read:
+        if (named := repr(source)) not in self._read:
             checks = Checks()
             if self.on_bad_row == "skip":
                 checks = Checks(
@@ -205,8 +207,8 @@ class StageData:
                     leave_out=self._left_out or (),
                     accept=lambda row: answer_turns(row.messages, row.where),
                 )
-            self._read[source] = index_rows(source, checks)
-        return self._read[source]
+            self._read[named] = index_rows(source, checks)
+        return self._read[named]
 
 
 def check_rows(rows: Sequence[Row], stage: str, text_rows: str | None) -> int:

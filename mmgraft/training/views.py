@@ -19,7 +19,7 @@ from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor, local_tower
 from mmgraft.recipes.recipe import DataEntry, GraftDefaults, Recipe
-from mmgraft.recipes.source import find_recipe, load_recipe, template_options
+from mmgraft.recipes.source import entry_of, find_recipe, load_recipe, template_options
 from mmgraft.runs.find import is_graft
 from mmgraft.training.plan import recipe_file
 from mmgraft.training.stage_data import check_data_is_set, with_template
@@ -41,6 +41,7 @@ class Selection:
         template: Instead of the graft's and the stages'.
         template_option: ``KEY=VALUE`` of its variables, beside the graft's and the recipe's.
         max_length: Instead of the stages'.
+        read: How the file is read, as ``entry_of`` takes it.
     """
 
     target: Path
@@ -53,6 +54,7 @@ class Selection:
     template: str | None = None
     template_option: Sequence[str] | None = None
     max_length: int | None = None
+    read: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def views(chosen: Selection) -> list[View]:
     """
     run, file = _run_and_file(chosen)
     recipe, processor, positions = _of_names(chosen) if run is None else _of_run(chosen, run)
-    given = [] if file is None else [DataEntry(path=str(file))]
+    given = [] if file is None else [entry_of(str(file), read=chosen.read)]
     if recipe is None:
         reads = processor and with_template(processor, chosen.template)
         entries = _placed(given, chosen)

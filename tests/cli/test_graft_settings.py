@@ -49,6 +49,8 @@ def test_an_option_is_text_where_methods_read_it_otherwise() -> None:
         ("narrow", {"rank": "0.25"}, {"rank": 0.25}),
         ("narrow", {"sizes": "3,4"}, {"sizes": [3, 4]}),
         ("narrow", {"untie": False}, {"untie": False}),
+        ("wings", {"layers": "1,3"}, {"layers": "1,3"}),
+        ("wings", {"learners": "visual"}, {"learners": ["visual"]}),
     ],
 )
 def test_each_method_reads_a_shared_option_its_way(method: str, given: Any, read: Any) -> None:

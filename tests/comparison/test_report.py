@@ -26,11 +26,11 @@ from comparison_example import (
 from mmgraft.comparison.files import PHASES, read_comparison
 from mmgraft.comparison.measured import SetAnswers, read_answers, read_arms
 from mmgraft.comparison.report import ComparisonReport, answer_sheet, write_comparison_report
-from mmgraft.comparison.tables import differences_table
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import file_sha256, read_items
 from mmgraft.evaluation.metrics.boxes import format_box
 from mmgraft.evaluation.report import sheets
+from mmgraft.evaluation.report.words import change_with_interval, verdict
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import write_results
 from report_example import iit_section
@@ -290,9 +290,8 @@ def test_perplexities_are_compared_text_by_text(tmp_path: Path) -> None:
     ((*names, change),) = found.differences
     assert names == ["iaa", "llava-full"]
     assert change.value == pytest.approx(math.e - math.e**2)
-    ((*_, shown, word),) = differences_table(found).rows
-    assert shown.startswith("−4.671 (")
-    assert word == "better"
+    assert change_with_interval(change).startswith("−4.671 (")
+    assert verdict(change, found.main) == "better"
 
 
 def test_an_answer_with_markup_stays_an_answer(changed: Path) -> None:

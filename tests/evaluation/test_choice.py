@@ -279,9 +279,7 @@ def test_results_come_batch_by_batch_and_in_order() -> None:
 
 def test_what_cannot_be_scored_is_refused(grafted) -> None:
     model, processor = grafted
-    plain, seen = _items()[0], _with_image(_items()[0], (0, 0, 0))
-    with pytest.raises(UsageError, match="no options to score"):
-        score_choices(model, processor, [Item("1", plain.messages, "x")])
+    seen = _with_image(_items()[0], (0, 0, 0))
     with pytest.raises(UsageError, match="an image cannot be written as plain text"):
         score_choices(model, processor, [seen], chat=False)
     with pytest.raises(UsageError, match="no workflow"):

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmgraft.data.formats.fields import fill_prompt, gold_of, lettered_lines
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.items.fields import fill_prompt, gold_of, lettered_lines
 from mmgraft.evaluation.items.files import (
     data_file,
     file_sha256,

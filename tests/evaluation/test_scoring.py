@@ -160,8 +160,6 @@ def test_prior_chooses_the_option_that_was_right_most_often() -> None:
     measured = measure_prior(spec("choice"), items, seen)
     assert measured.columns[:, 0].tolist() == [1, 1, 1]
     assert list(measured.statistics) == ["accuracy"]
-    with pytest.raises(UsageError, match="at least one"):
-        measure_prior(spec("choice"), items, [])
 
 
 def test_kinds_are_scored_by_themselves() -> None:
@@ -181,13 +179,11 @@ def test_kinds_are_scored_by_themselves() -> None:
     ("metric", "bad"),
     [
         ("yes_no", item(0, answers=("maybe",))),
-        ("yes_no", item(0)),
-        ("vqa_v2", item(0, answers=("red",))),
         ("box", item(0, answers=("[0,0,1,1]",))),
     ],
 )
 def test_what_the_data_cannot_give_is_refused(metric: str, bad: Item) -> None:
-    with pytest.raises(UsageError, match=r"set\.jsonl, line 1|ten people"):
+    with pytest.raises(UsageError, match=r"set\.jsonl, line 1"):
         measure_answers(spec(metric, boxes="unit"), [bad], ["yes"])
 
 

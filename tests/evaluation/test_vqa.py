@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from mmgraft.errors import UsageError
 from mmgraft.evaluation.metrics.vqa import (
     Prior,
     by_kind,
@@ -63,12 +62,6 @@ def test_vqa_v2_averages_over_nine_of_ten_people(agreeing: int, score: float) ->
     assert vqa_v2("cat", answers) == pytest.approx(score)
 
 
-def test_vqa_v2_needs_people() -> None:
-    assert vqa_v2("cat", ["cat"] * 4) == 1.0
-    with pytest.raises(UsageError, match=r"ten people's answers, or at least 4, not 1"):
-        vqa_v2("cat", ["cat"])
-
-
 def test_by_kind_splits_the_share() -> None:
     assert by_kind([True, False, True, True], ["b", "b", "a", "b"]) == {"a": 1.0, "b": 2 / 3}
 
@@ -78,8 +71,3 @@ def test_prior_gives_the_most_frequent_answer_to_each_question() -> None:
     assert prior("q") == "no"
     assert prior("color?") == "blue"  # a tie goes to the first in the alphabet
     assert prior("never asked") == "no"
-
-
-def test_prior_needs_answers() -> None:
-    with pytest.raises(UsageError, match="no training answers"):
-        Prior([])

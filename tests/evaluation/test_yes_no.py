@@ -79,6 +79,6 @@ def test_f1_of_resamples_is_of_their_sums() -> None:
 
 def test_truth_is_yes_or_no() -> None:
     assert truth_of(" Yes.", "row") is True
-    assert truth_of("no", "row") is False
-    with pytest.raises(UsageError, match=r"test\.jsonl, line 3: the answer 'blue' is neither"):
+    assert truth_of("No!", "row") is False
+    with pytest.raises(UsageError, match=r"test\.jsonl, line 3: the answer is 'blue', and yes_no"):
         truth_of("blue", "test.jsonl, line 3")

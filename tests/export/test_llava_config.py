@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from torch import nn
+from transformers import CONFIG_MAPPING
 
-from mmgraft.anatomy import examine, get_path, skeleton
+from mmgraft.anatomy import examine, get_path, shrunken, skeleton
 from mmgraft.errors import UsageError
 from mmgraft.export.llava.config import stretch
 from tiny import ARCHITECTURES, VARIANTS, tiny_config
@@ -32,6 +33,22 @@ def test_every_layer_is_built_as_the_one_it_comes_from(arch: str) -> None:
     for layer, source in zip(new, SOURCES, strict=True):
         shapes = {name: p.shape for name, p in layer.named_parameters()}
         assert shapes == {name: p.shape for name, p in old[source].named_parameters()}
+        assert [type(m) for m in layer.modules()] == [type(m) for m in old[source].modules()]
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "attention"]},
+}
+"""Layers numbered by another name, and a config that has no number of layers."""
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_layers_numbered_and_counted_otherwise(kind: str) -> None:
+    config = shrunken(CONFIG_MAPPING[kind](**OTHERS[kind]))
+    old, new = layers(config), layers(stretch(config, SOURCES))
+    assert len(new) == len(SOURCES)
+    for layer, source in zip(new, SOURCES, strict=True):
         assert [type(m) for m in layer.modules()] == [type(m) for m in old[source].modules()]
 
 

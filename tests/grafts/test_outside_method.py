@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -281,18 +282,18 @@ def promising(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_without_a_cache_all_is_computed_again(
     promising: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = recall()
     inputs = {**batch(rows("ttiiiitttt")), "max_new_tokens": 4, "do_sample": False}
-    cached = model.generate(**inputs)
+    cached = recall().generate(**inputs)
     promising(cache="the memory is read whole")
     seen: list[bool] = []
-    forward = type(model).forward
+    forward, model = GraftedModel.forward, recall()
 
+    @wraps(forward)
     def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(bool(kwargs.get("use_cache")))
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(model), "forward", spy)
+    monkeypatch.setattr(GraftedModel, "forward", spy)
     assert torch.equal(model.generate(**inputs), cached)
     assert len(seen) == 4
     assert not any(seen)
@@ -302,7 +303,6 @@ def test_without_a_cache_all_is_computed_again(
 def test_rows_that_may_not_be_padded_are_answered_by_length(
     promising: Callable[..., None], moved: Path, parts: Path
 ) -> None:
-    model = GraftedModel.from_pretrained(moved)
     short, long = question("0.png", parts), question("1.png", parts)
     long[0]["content"][1]["text"] += " now, and then?"
     sizes: list[int] = []
@@ -311,6 +311,7 @@ def test_rows_that_may_not_be_padded_are_answered_by_length(
         sizes.append(len(indices))
 
     for _ in range(2):
+        model = GraftedModel.from_pretrained(moved)
         answer(model, model.processor(), [short, long], max_new_tokens=1, on_result=note)
         promising(padding="positions count from the left")
     assert sizes == [2, 1, 1]
@@ -319,10 +320,9 @@ def test_rows_that_may_not_be_padded_are_answered_by_length(
 def test_a_question_without_its_image_runs_text_where_nothing_is_promised(
     promising: Callable[..., None],
 ) -> None:
-    model = recall()
-    assert blind_workflow(model, "mm") == "mm"
+    assert blind_workflow(recall(), "mm") == "mm"
     promising(no_image="a memory without images is empty")
-    assert blind_workflow(model, "mm") == "text"
+    assert blind_workflow(recall(), "mm") == "text"
 
 
 def test_what_is_not_trained_is_refused_with_the_methods_reason(

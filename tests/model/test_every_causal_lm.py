@@ -66,6 +66,7 @@ def _every(words: str) -> dict[str, str]:
 
 
 _STATE = {"iaa": "keeps a running state", "wings": "keeps a running state"}
+_KEEPS_NOTHING = dict.fromkeys(("iaa", "wings"), "it keeps no keys and values")
 _PADDING = "padding on the left changes a row's logits"
 
 REFUSED: dict[str, dict[str, str]] = {
@@ -76,15 +77,11 @@ REFUSED: dict[str, dict[str, str]] = {
     "falcon_h1": {"iaa": "a hybrid layer does not keep", "wings": "a hybrid layer does not keep"},
     "hy_v4": {"wings": "could not be followed"},
     "minimax": _every("uses cache of its own"),
-    "openai-gpt": {
-        "iaa": "it keeps no keys and values",
-        "wings": "it keeps no keys and values",
-        "llava": "returns no past_key_values",
-    },
+    "openai-gpt": {**_KEEPS_NOTHING, "llava": "returns no past_key_values"},
     "recurrent_gemma": {**_STATE, "llava": _PADDING},
     "rwkv": {**_STATE, "llava": _PADDING},
     "trocr": {"iaa": _PADDING, "llava": _PADDING, "wings": "gave no attention weights"},
-    "xlnet": _every("a later token changes earlier logits"),
+    "xlnet": {**_KEEPS_NOTHING, "llava": "a later token changes earlier logits"},
 }
 """Words of the reason, by method."""
 

@@ -228,10 +228,10 @@ def test_the_projector_begins_alike_whatever_the_method() -> None:
         ("config", None, "settings of a method, such as"),
         ("config", {"method": "llava"}, "settings of a method, such as"),
         ("config", MlpConfig(), "settings of a method, such as"),
-        ("projector", "mlp", r"such as MlpConfig\(\)"),
-        ("projector", {"kind": "pool"}, r"such as MlpConfig\(\)"),
+        ("projector", "mlp", r"such as PoolConfig\(k=2\)"),
+        ("projector", {"kind": "pool"}, r"such as PoolConfig\(k=2\)"),
         ("template", "plain", "TemplateChoice"),
-        ("vision", {"id": "a"}, "a Hub id, a folder"),
+        ("vision", {"id": "a"}, "a VisionSpec"),
         ("base", 3, "a loaded causal LM"),
     ],
 )

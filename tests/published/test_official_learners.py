@@ -50,6 +50,14 @@ def learners_of(case: GoldenCase, layer: int) -> OfficialLearners:
     return learners
 
 
+def scores_of(learners: OfficialLearners, attention: Tensor) -> Tensor | None:
+    """What the router sees of explicit weights (b, n, s, s): the sum over heads of A W^T."""
+    if learners.router is None:
+        return None
+    columns = learners.router.weight[:, : attention.shape[-1]].to(attention.dtype)
+    return torch.einsum("bnqk,ck->bqc", attention, columns)
+
+
 def expand(case: GoldenCase, ids: Tensor, real: Tensor, features: Tensor | None):
     """Embeddings (b, s, h) and kinds (b, s) of a right-padded batch."""
     embeddings, kinds = [], []
@@ -86,7 +94,8 @@ def product_hidden_states(
             hidden.append(x[r] + out[0])
             weights.append(out[1])
         hidden, weights = torch.stack(hidden), torch.stack(weights)
-        x = hidden + learners_of(case, i)(hidden, plan, attention=weights)
+        learners = learners_of(case, i)
+        x = hidden + learners(hidden, plan, scores_of(learners, weights))
         normed = rms_norm(x, case.state[f"{prefix}.post_attention_layernorm.weight"], eps)
         x = x + mlp(case.state, f"{prefix}.mlp", normed)
         states.append(x)
@@ -163,22 +172,11 @@ def small_batch(length: int = 12, image_at: int = 4, patches: int = 3):
     return hidden, initial, kinds, attention
 
 
-def test_router_scores_stand_in_for_attention() -> None:
-    learners = random_learners()
-    hidden, initial, kinds, attention = small_batch()
-    plan = plan_official(initial, kinds, None, system_length=2)
-    weighted = learners(hidden, plan, attention=attention)
-    scores = torch.einsum("bnqk,ck->bqc", attention, learners.router.weight[:, :12])
-    torch.testing.assert_close(learners(hidden, plan, router_scores=scores), weighted)
-    with pytest.raises(UsageError, match="eager"):
-        learners(hidden, plan)
-
-
 def test_a_new_one_adds_exactly_zero() -> None:
     learners = OfficialLearners(16, rank=4, heads=4, theta=10000.0)
     hidden, initial, kinds, attention = small_batch()
     plan = plan_official(initial, kinds, None, system_length=2)
-    assert not learners(hidden, plan, attention=attention).any()
+    assert not learners(hidden, plan, scores_of(learners, attention)).any()
 
 
 def test_no_image_and_no_textual_learner_adds_nothing() -> None:
@@ -224,7 +222,7 @@ def test_later_tokens_leak_here_and_not_in_the_paper_form(changed: int) -> None:
 
     def official(features: Tensor) -> Tensor:
         plan = plan_official(features, kinds, None, system_length=2)
-        return learners(hidden, plan, attention=attention)[0].detach()
+        return learners(hidden, plan, scores_of(learners, attention))[0].detach()
 
     def paper(features: Tensor) -> Tensor:
         return paper_addition(learners, hidden, features, kinds, attention)
@@ -238,14 +236,16 @@ def test_half_precision_stays_finite_and_close() -> None:
     learners = random_learners()
     hidden, initial, kinds, attention = small_batch()
     plan = plan_official(initial, kinds, None, system_length=2)
-    exact = learners(hidden, plan, attention=attention)
+    exact = learners(hidden, plan, scores_of(learners, attention))
     halved = replace(
         plan,
         image_features=plan.image_features.bfloat16(),
         text_features=plan.text_features.bfloat16(),
         image_gate=plan.image_gate.bfloat16(),
     )
-    rough = learners.bfloat16()(hidden.bfloat16(), halved, attention=attention.bfloat16())
+    learners = learners.bfloat16()
+    scores = scores_of(learners, attention.bfloat16())
+    rough = learners(hidden.bfloat16(), halved, scores)
     assert rough.dtype == torch.bfloat16
     assert (rough - exact).norm() < 0.05 * exact.norm()
 
@@ -274,5 +274,3 @@ def test_what_it_cannot_do_is_refused() -> None:
         plan_of("t" * (ROUTER_WIDTH + 1))
     with pytest.raises(UsageError, match="does not divide"):
         OfficialLearners(10, rank=2, heads=4, theta=1e4)
-    with pytest.raises(UsageError, match="router"):
-        OfficialLearners(16, rank=2, heads=4, theta=1e4, router=False)

@@ -13,7 +13,8 @@ METHODS = ("iaa", "wings", "llava")
 HEAD = """# Every causal LM
 
 mmgraft has no table of models: it examines what it gets. This page says what came of it for each
-type that transformers {version} can load as a causal LM, as `python -m tests.sweep` found on {day}.
+type that transformers {version} can load as a causal LM, as `python -m tests.sweep` found on
+{day}.
 
 Each type is built small and random from its default configuration (up to 4 layers, one of every
 kind that the configuration tells apart) and saved. Then everything goes as for a user: `inspect`,
@@ -29,7 +30,10 @@ this holds:
 - the loss is that of the logits, and a training step moves the graft alone.
 
 **refused** means that `inspect` and `graft` say why, with exit code 2, before anything is written.
-Layers that cannot carry a graft are refused one by one; a type works here if the others do.
+Layers that cannot carry a graft are refused one by one; a type works here if the others do. Of an
+encoder with a decoder it is the decoder alone, as it is saved by itself; the checkpoint of both is
+refused. What fails is judged again with other random weights, for rounding sends a token to another
+expert once in a while.
 
 {counts}
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from mmgraft.data.bad_rows import absolute, key_of
 from mmgraft.data.chat.content import Message, answering, images_of_all, is_image, strings_in
-from mmgraft.data.formats.reader import Format, RowReader
+from mmgraft.data.formats.layouts import Reading
+from mmgraft.data.formats.reader import RowReader
 from mmgraft.data.formats.record_files import RecordFile
 from mmgraft.data.rows import Row
 
@@ -120,7 +121,7 @@ class FileRows(RowIndex):
     Args:
         source: Reads the records.
         folder: That image paths start from.
-        format: Of the rows.
+        reading: Of the rows.
         positions: Of the records, (n,) int64.
         numbers: Of the records, (n,) uint32.
         facts: Of the rows.
@@ -130,14 +131,14 @@ class FileRows(RowIndex):
         self,
         source: RecordFile,
         folder: str | None,
-        format: Format,
+        reading: Reading,
         positions: NDArray[np.int64],
         numbers: NDArray[np.uint32],
         facts: Facts,
     ) -> None:
         self.source = source
         self.folder = folder
-        self.format: Format = format
+        self.reading = reading
         self.positions, self.numbers = positions, numbers
         self._facts = facts
         self._file = absolute(source.file)
@@ -158,7 +159,7 @@ class FileRows(RowIndex):
         """See ``RowIndex``."""
         number = int(self.numbers[at])
         record = self.source.read(int(self.positions[at]), number)
-        reader = RowReader(self.source.file, self.folder, self.format, False, record.images)
+        reader = RowReader(self.source.file, self.folder, self.reading, False, record.images)
         return reader.row(f"{self.source.unit} {number}", record.data)
 
 

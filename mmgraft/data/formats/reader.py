@@ -1,38 +1,50 @@
-"""A record of a file as a row: LLaVA's turns and OpenAI-style messages."""
+"""A record of a file as a row: its turns by its layout, its images found."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from mmgraft.data.chat.content import image_of, is_image
+from mmgraft.data.chat.content import image_of, images_of_all, is_image
 from mmgraft.data.chat.turns import (
     PART_KEYS,
-    ROW_KEYS,
     TEMPLATE_KEYS,
     TURN_KEYS,
     clean_turn,
     refuse_unread,
-    role_of,
     tools_of,
     with_system,
 )
+from mmgraft.data.formats.fields import Fields
+from mmgraft.data.formats.layouts import Layout, Reading
+from mmgraft.data.formats.placing import WORD, Words, place_images
 from mmgraft.data.images import is_data_uri, path_of, refuse_web
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import BadImage
 from mmgraft.vision.stored import StoredImage
 
-Format = Literal["auto", "llava", "messages"]
-
-LLAVA_IMAGE = "<image>"
-"""What stands for an image in LLaVA's json, and there alone: elsewhere it is ordinary text."""
-
 _LONGEST_NAME = 1000
 """Characters; what is longer is hardly a path."""
+_TURNS = ("messages", "conversations", "texts", "history")
 _DEEPEST = 100
 """Lists and objects in each other."""
+
+_BASE64 = re.compile(
+    r"(?:iVBORw0KGgoAAAANSUhEUg|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40,}={0,2}\s*"
+)
+"""An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot."""
+
+
+_PLACED = {
+    "words": f", {WORD} for each image",
+    "first": ", its images before the first turn of a user",
+    "parts": ", its images in parts",
+}
+_WORDS: dict[str, Words] = {"llava": "always", "messages": "listed", "trl": "parts"}
 
 
 class RowReader:
@@ -42,7 +54,7 @@ class RowReader:
         self,
         file: str,
         folder: str | None,
-        format: Format,
+        reading: Reading,
         check_images: bool,
         images: Mapping[str, StoredImage] | None = None,
     ):
@@ -51,12 +63,12 @@ class RowReader:
         Args:
             file: Names them in errors.
             folder: That image paths start from, a whole path; None where there is none.
-            format: "auto" tells the two kinds of rows apart by their keys.
+            reading: What the rows are.
             check_images: Refuse a row whose image file is missing now, not when it is used.
             images: Of the record, by name, where they lie beside it in a file of many; then its
                 paths name these and no others.
         """
-        self.file, self.folder, self.format = file, folder, format
+        self.file, self.folder, self.reading = file, folder, reading
         self.check_images = check_images
         self.images = images
 
@@ -71,100 +83,75 @@ class RowReader:
             raise UsageError(
                 f"{where}: a {type(data).__name__}, not an object; write a LLaVA row or messages"
             )
-        index = id_of(data) or place.split()[-1]
+        data = _parsed(data, where)
+        index = id_of(data, self.reading) or place.split()[-1]
         where = f"{where} (id {index})"
-        kind = self._kind(data, where)
         _check_text(data, where)
-        refuse_unread(data, ROW_KEYS, where)
-        messages = self._llava(data, where) if kind == "llava" else self._messages(data, where)
+        layout = self.reading.layout(data, where)
+        refuse_unread(data, self.reading.read_keys(layout), where)
+        turns = layout.turns(data, where)
+        name = self._name(layout, data)
+        images = self._listed(data, turns, where)
+        words = "never" if self.reading.format == "messages" else _WORDS.get(name, "first")
+        placed, by = place_images(turns, images, words, where)
+        messages = [self._message(turn, f"{where}, turn {at}") for at, turn in enumerate(placed, 1)]
         messages = with_system(messages, data, where)
-        return Row(index, messages, self.file, place, tools_of(data, where))
+        tools = tools_of(data, where)
+        if name == "messages" and by != "parts":
+            name = "swift"
+        why = f"{name}: {layout.known_by}{_PLACED[by] if images else ''}"
+        first = by == "first" and name not in ("cauldron", "vqa")  # which say nothing of places
+        return Row(index, messages, self.file, place, tools, why, first)
 
-    def _kind(self, data: dict[str, Any], where: str) -> str:
-        keys = {"llava": "conversations", "messages": "messages"}
-        wanted = [self.format] if self.format != "auto" else list(keys)
-        for kind in wanted:
-            if keys[kind] in data:
-                return kind
-        names = " or ".join(repr(keys[kind]) for kind in wanted)
-        there = brief(", ".join(map(repr, data)) or "nothing")
-        raise UsageError(f"{where}: no {names} in it but {there}; write a LLaVA row or messages")
+    def _name(self, layout: Layout, data: Mapping[str, Any]) -> str:
+        """Return the name of a row's layout; turns with role and content are ms-swift's."""
+        if self.reading.format != "auto":
+            return self.reading.format
+        turns = data.get("conversations") or [{}]
+        first = turns[0] if isinstance(turns, list) else turns
+        return layout.names["llava" in layout.names and "role" in first]
 
-    def _llava(self, data: dict[str, Any], where: str) -> list[dict[str, Any]]:
-        turns = data["conversations"]
-        if not isinstance(turns, list) or not turns:
-            raise UsageError(f"{where}: 'conversations' is not a list of turns; write at least one")
-        images = _listed(data, where)
-        messages: list[dict[str, Any]] = []
-        queue = list(images)
-        found = 0
-        for number, turn in enumerate(turns, start=1):
-            at = f"{where}, turn {number}"
-            if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-                raise UsageError(f"{at}: not {{'from': ..., 'value': text}}; correct the turn")
-            refuse_unread(turn, TURN_KEYS, at)
-            role = role_of(turn.get("from"), at)
-            pieces = turn["value"].split(LLAVA_IMAGE)
-            found += len(pieces) - 1
-            messages.append({"role": role, "content": self._fill(pieces, queue, where)})
-        if found != len(images):
-            raise UsageError(
-                f"{where}: {len(images)} images are listed, but {LLAVA_IMAGE} occurs {found} times "
-                "in its values; write one for each image (a text that really says it can be given "
-                "as messages)"
-            )
-        return messages
+    def _listed(self, data: Mapping[str, Any], turns: list[Any], where: str) -> list[Any]:
+        """Return the images beside the turns; in a tar those of the sample, where none is named."""
+        column = self.reading.columns.get("image")
+        named = [data[key] for key in ("image", "images") if data.get(key) is not None]
+        if column:
+            fields = Fields({"image": column})
+            if not self.images:
+                fields.check(list(data), where, "this row has not")
+            found = fields.get(data, "image")  # of several columns, a list
+            named = [found] if column in data else [one for one in found or () if one is not None]
+        if not named and self.images and not any(images_of_all(turns)):
+            return list(dict.fromkeys(self.images.values()))
+        listed: list[Any] = []
+        for value in named:
+            listed += value if isinstance(value, list) else [] if value in (None, "") else [value]
+        if any(not isinstance(image, str | StoredImage | Mapping) for image in listed):
+            raise UsageError(f"{where}: the images beside the turns are not paths; write paths")
+        return listed
 
-    def _fill(self, pieces: list[str], queue: list[Any], where: str) -> str | list[dict[str, Any]]:
-        if len(pieces) == 1:
-            return pieces[0]
-        parts: list[dict[str, Any]] = []
-        for index, piece in enumerate(pieces):
-            if index and queue:
-                parts.append({"type": "image", "image": self.resolve(queue.pop(0), where)})
-            if piece:
-                parts.append({"type": "text", "text": piece})
-        return parts
+    def _message(self, turn: dict[str, Any], at: str) -> dict[str, Any]:
+        refuse_unread(turn, (*TURN_KEYS, *TEMPLATE_KEYS), at)
+        turn = clean_turn(turn, at)
+        content = turn.get("content")
+        if isinstance(content, list):
+            return {**turn, "content": [self._part(part, at) for part in content]}
+        if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
+            raise UsageError(f"{at}: 'content' is neither a text nor a list; write one of them")
+        return turn
 
-    def _messages(self, data: dict[str, Any], where: str) -> list[dict[str, Any]]:
-        turns = data["messages"]
-        if not isinstance(turns, list) or not turns:
-            raise UsageError(f"{where}: 'messages' is not a list of messages; write at least one")
-        listed = _listed(data, where)
-        queue = list(listed)
-        messages: list[dict[str, Any]] = []
-        for number, turn in enumerate(turns, start=1):
-            at = f"{where}, turn {number}"
-            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-                raise UsageError(f"{at}: not {{'role': ..., 'content': ...}}; correct the message")
-            refuse_unread(turn, (*TURN_KEYS, *TEMPLATE_KEYS), at)
-            turn = clean_turn(turn, at)
-            content = turn.get("content")
-            if isinstance(content, list):
-                content = [self._part(part, queue, at) for part in content]
-            elif not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
-                raise UsageError(f"{at}: 'content' is neither a text nor a list; write one of them")
-            messages.append({**turn, "content": content} if "content" in turn else turn)
-        if queue:
-            raise UsageError(
-                f"{where}: {len(listed)} images are listed, but {len(listed) - len(queue)} parts "
-                'take one; write {"type": "image"} for each image'
-            )
-        return messages
-
-    def _part(self, part: Any, queue: list[Any], at: str) -> dict[str, Any]:
+    def _part(self, part: Any, at: str) -> dict[str, Any]:
         if isinstance(part, dict) and part.get("type") in PART_KEYS:
             refuse_unread(part, PART_KEYS[part["type"]], at)
             if part["type"] != "text" and part.get("text"):
                 raise UsageError(f"{at}: an image part with text; write a part for each")
         if is_image(part):
             image = image_of(part)
-            if image is None and not queue:
+            if image is None:
                 raise UsageError(
                     f'{at}: an image part without an image; write "image": PATH in it, or one more '
                     'path in the row\'s "images"'
                 )
-            image = queue.pop(0) if image is None else image
             return {"type": "image", "image": self.resolve(image, at)}
         if (
             isinstance(part, dict)
@@ -183,6 +170,7 @@ class RowReader:
         Raises:
             UsageError: It is no path, an address, outside of the folder, or missing.
         """
+        image = _held(image, where)
         if isinstance(image, StoredImage):
             return image
         if not isinstance(image, str) or not image:
@@ -221,10 +209,24 @@ class RowReader:
         return path
 
 
-def id_of(data: dict[str, Any]) -> str | None:
+def id_of(data: dict[str, Any], reading: Reading) -> str | None:
     """Return what a record calls itself, as it can be written anywhere, or None."""
-    found = data.get("id")
+    found = data.get(reading.columns.get("id", "id"))
     return None if found is None else brief(found)
+
+
+def _parsed(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the record with turns that are written as JSON text read."""
+    texts = {key: data[key] for key in _TURNS if isinstance(data.get(key), str)}
+    for key, text in texts.items():
+        try:
+            texts[key] = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            reason = str(error).partition(":")[0]
+            raise UsageError(
+                f"{where}: its {key!r} is a text that is not JSON ({reason}); correct it"
+            ) from None
+    return {**data, **texts} if texts else data
 
 
 def _check_text(data: dict[str, Any], where: str) -> None:
@@ -248,21 +250,23 @@ def _check_text(data: dict[str, Any], where: str) -> None:
             left += [(one, depth + 1) for one in inner]
 
 
+def _held(image: Any, where: str) -> Any:
+    """Return what stands for an image: of one of ``datasets`` its bytes or path; text as a URI."""
+    if isinstance(image, Mapping):
+        data, path = image.get("bytes"), image.get("path") or image.get("url")
+        text = isinstance(data, str) and _BASE64.fullmatch(data)
+        if not text and not path:
+            raise UsageError(
+                f"{where}: without an image in it ({brief(repr(dict(image)))}); write its path, or "
+                "its bytes in base64"
+            )
+        image = data if text else path
+    if isinstance(image, str) and _BASE64.fullmatch(image):
+        return f"data:image;base64,{image}"
+    return image
+
+
 def _where_it_may_be(image: str) -> str:
     if len(image) > _LONGEST_NAME:
         return "an image's own bytes begin with data:image/png;base64, (or jpeg)"
     return "set the folder that image paths start from, or leave the row out"
-
-
-def _listed(data: dict[str, Any], where: str) -> list[Any]:
-    """Return the images beside the turns: one path, a list of them, or none."""
-    listed: list[Any] = []
-    for key in ("image", "images"):
-        value = data.get(key)
-        if isinstance(value, list):
-            listed += value
-        elif value is not None and value != "":
-            listed.append(value)
-    if any(not isinstance(image, str | StoredImage) for image in listed):
-        raise UsageError(f"{where}: the images beside the turns are not paths; write paths")
-    return listed

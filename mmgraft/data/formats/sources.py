@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mmgraft.data.bad_rows import HUB, BadRow, absolute, fault_of
 from mmgraft.data.formats.indexed import FactsBuilder, FileRows, Joined, RowIndex
-from mmgraft.data.formats.reader import Format, RowReader, id_of
-from mmgraft.data.formats.record_files import Found, RecordFile, json_file
+from mmgraft.data.formats.layouts import Format, Reading
+from mmgraft.data.formats.reader import RowReader, id_of
+from mmgraft.data.formats.record_files import Found, Record, RecordFile, json_file
 from mmgraft.data.formats.tables import is_saved, open_table
 from mmgraft.data.formats.tar_files import TarFile
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.progress import counted
 
+_log = logging.getLogger(__name__)
 OnBad = Callable[[BadRow], None]
 
 ENDINGS = (".json", ".jsonl", ".parquet", ".tar")
@@ -41,7 +43,7 @@ class Source:
         path: A file, a folder of shards, a pattern (``shards/*.tar``, ``{000..127}.tar``), a folder
             that ``datasets`` saved, or ``hub:OWNER/NAME``.
         images: The folder that image paths start from; None: each file's own.
-        format: "auto" tells LLaVA's rows from messages by their keys.
+        reading: What the rows are; by default the keys of each say in which layout it is.
         limit: The first rows only.
         split: Of a set of ``datasets``.
         subset: Of a set of the Hub.
@@ -50,7 +52,7 @@ class Source:
 
     path: str
     images: str | None = None
-    format: Format = "auto"
+    reading: Reading = field(default_factory=Reading)
     limit: int | None = None
     split: str = "train"
     subset: str | None = None
@@ -142,26 +144,20 @@ def read_rows(
 ) -> list[Row]:
     """Read all rows of a file into memory; ``index_rows`` leaves them where they are.
 
-    A file of JSON is a list or one object a line. A row is one of
-
-    - LLaVA's: ``{"id", "image": path or list, "conversations": [{"from": "human", "value"}]}``,
-      where every ``<image>`` in a value is one of the images, in order;
-    - messages: ``{"messages": [{"role", "content"}]}``, content a text or a list of
-      ``{"type": "text", "text"}``, ``{"type": "image", "image": path}`` and
-      ``{"type": "image_url", "image_url": {"url": path or data URI}}``; ``{"type": "image"}`` alone
-      takes the next of a list ``"images"`` beside the messages.
+    A file of JSON is a list or one object a line. ``docs/data.md`` shows a row of each layout.
 
     Args:
         path: The file; for what else it may be, see ``Source``.
         images: The folder that image paths start from, and must not leave; by default the file's.
-        format: "auto" tells the two kinds of rows apart by their keys.
+        format: Layout of the rows; "auto" tells it by their keys.
         limit: Read this many rows, from the first.
         check_images: See ``Checks``.
 
     Raises:
         UsageError: Naming file, row and what is wrong.
     """
-    source = Source(str(path), None if images is None else str(images), format, limit)
+    folder = None if images is None else str(images)
+    source = Source(str(path), folder, Reading(format), limit)
     return list(index_rows(source, Checks(check_images)))
 
 
@@ -180,15 +176,24 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
     left = source.limit
     for file, folder in _opened(source):
         positions, numbers, facts = array("q"), array("I"), FactsBuilder()
+        first = 0
         good = islice(_good(file, folder, source, checks), left)
         for found, row in counted(f"reading rows of {file}", good):
             positions.append(found.position)
             numbers.append(found.number)
             facts.add(row)
+            first += row.images_first
+        if first:
+            _log.warning(
+                "%s: %d rows list images and write <image> for none; they are put before the first "
+                "turn of a user",
+                file.file,
+                first,
+            )
         rows = FileRows(
             file,
             folder,
-            source.format,
+            source.reading,
             np.array(positions, dtype=np.int64),
             np.array(numbers, dtype=np.uint32),
             facts.facts(),
@@ -225,17 +230,17 @@ def row_at(sources: Sequence[Source], number: int) -> Row:
     )
 
 
-def records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield every record of a file and its place, from a JSON list or from lines of JSON.
+def records(path: Path) -> Iterator[tuple[str, Record]]:
+    """Yield every record of a file and its place.
 
     Raises:
-        UsageError: Something in it is not JSON.
+        UsageError: Something in it cannot be read.
     """
-    file = json_file(str(path))
+    file = Source(str(path)).open(str(path))
     for found in file.scan():
         if isinstance(found.record, UsageError):
             raise found.record
-        yield f"{file.unit} {found.number}", found.record.data
+        yield f"{file.unit} {found.number}", found.record
 
 
 def _opened(source: Source) -> Iterator[tuple[RecordFile, str | None]]:
@@ -262,7 +267,7 @@ def _good(
                 raise
             index = None
             if not isinstance(found.record, UsageError) and isinstance(found.record.data, dict):
-                index = id_of(found.record.data)
+                index = id_of(found.record.data, source.reading)
             checks.on_bad(BadRow(whole, place, index, fault_of(error), str(error)))
             continue
         yield found, row
@@ -273,7 +278,7 @@ def _row(
 ) -> Row:
     if isinstance(found.record, UsageError):
         raise found.record
-    reader = RowReader(file.file, folder, source.format, check_images, found.record.images)
+    reader = RowReader(file.file, folder, source.reading, check_images, found.record.images)
     return reader.row(f"{file.unit} {found.number}", found.record.data)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -28,7 +27,6 @@ _FEWEST, _MOST, _UNPACKED = 256, 4096, 64 << 20
 """Rows of a parquet file that are unpacked at a time, and about how many bytes of larger rows."""
 _BOMB, _BOMB_RATIO = 1 << 30, 1000
 """Bytes of a column of a group, and for each byte of it in the file: above both it is no data."""
-_TURNS = ("messages", "conversations", "tools")
 
 
 class TableFile:
@@ -91,18 +89,12 @@ class TableFile:
                 return f"{self.file}, row {number}, image {next(count)}"
 
             try:
-                data = {
-                    name: _plain(cell, named)
-                    for name, cell in zip(names, cells, strict=True)
-                    if cell is not None
-                }
-                record = Record(_parsed(data))
+                data = {n: _plain(cell, named) for n, cell in zip(names, cells, strict=True)}
+                record = Record(data)
             except UnicodeDecodeError as error:
                 yield self._bad(number, f"not UTF-8 text ({error.reason}) in it")
             except RecursionError:
                 yield self._bad(number, "lists in lists, deeper than can be read")
-            except ValueError as error:
-                yield self._bad(number, str(error))
             else:
                 yield record
 
@@ -118,8 +110,8 @@ def _values(column: Any) -> list[Any]:
 def _plain(value: Any, name: Callable[[], str]) -> Any:
     """Return a cell as JSON would have it: keys without a value are left out, bytes are images.
 
-    Every row of a table has all keys, so that nothing is said by one that is empty; the content of
-    a message alone is kept.
+    Every object of a table has all keys, so that nothing is said by one that is empty; the content
+    of a message alone is kept, and an empty column.
     """
     import pyarrow as pa
 
@@ -145,18 +137,6 @@ def _plain(value: Any, name: Callable[[], str]) -> Any:
     return value
 
 
-def _parsed(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the record with turns that are written as JSON text read."""
-    for key in _TURNS:
-        value = data.get(key)
-        if isinstance(value, str):
-            try:
-                data[key] = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"its {key!r} is a text that is not JSON ({error.msg})") from None
-    return data
-
-
 def open_table(file: str, split: str, subset: str | None, revision: str | None) -> TableFile:
     """Open what ``datasets`` reads, memory-mapped from its cache.
 
@@ -170,10 +150,7 @@ def open_table(file: str, split: str, subset: str | None, revision: str | None) 
         UsageError: No table, no such set, split or subset, or ``datasets`` is not installed.
         MMGraftError: It cannot be downloaded, or there is no room for it.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(f"{file} needs datasets to be read: pip install 'mmgraft[data]'") from None
+    datasets = require_datasets(file)
     if file.startswith(HUB):
         name = file.removeprefix(HUB)
         load = partial(datasets.load_dataset, name, subset, split=split, revision=revision)
@@ -184,7 +161,10 @@ def open_table(file: str, split: str, subset: str | None, revision: str | None) 
     rows = _rows_at_once(file)
     name = glob.escape(os.path.abspath(file))
     read: Any = datasets.Dataset.from_parquet
-    return TableFile(file, _loaded(file, partial(read, name, batch_size=rows)))
+    # By itself `datasets` writes 100 rows of images a batch; to find those, all of it is mapped.
+    return TableFile(
+        file, _loaded(file, partial(read, name, batch_size=rows, writer_batch_size=rows))
+    )
 
 
 def _rows_at_once(file: str) -> int:
@@ -218,6 +198,19 @@ def _rows_at_once(file: str) -> int:
             largest = max(largest, held * size // max(1, packed))
     mean = max(1, total // max(1, head.num_rows))
     return max(_FEWEST, min(_MOST, _UNPACKED // mean, _BOMB // max(1, largest)))
+
+
+def require_datasets(file: str) -> Any:
+    """Import ``datasets``.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(f"{file} needs datasets to be read: pip install 'mmgraft[data]'") from None
+    return datasets
 
 
 def is_saved(folder: Path) -> bool:

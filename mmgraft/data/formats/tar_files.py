@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from mmgraft.data.chat.content import image_of, is_image
+from mmgraft.data.formats.layouts import told
 from mmgraft.data.formats.record_files import Found, Record, StampedFile
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.stored import StoredImage
@@ -100,7 +100,7 @@ class TarFile(StampedFile):
                 data = json.loads(self._text(kinds["json"]))
             except (ValueError, RecursionError) as error:
                 return UsageError(f"{where}: its json is not JSON ({error}); correct it")
-        if "txt" in kinds and not (isinstance(data, dict) and _is_row(data)):
+        if "txt" in kinds and not (isinstance(data, dict) and told(data)):
             if not images:
                 return UsageError(
                     f"{where}: a caption without an image beside it; add one that ends in "
@@ -119,8 +119,6 @@ class TarFile(StampedFile):
             )
         if isinstance(data, dict):
             data.setdefault("id", os.path.basename(key))
-            if images and _is_row(data) and not _names_images(data):
-                data["images"] = [names[str(one)] for one in images]
         return Record(data, names)
 
     def _text(self, member: tarfile.TarInfo) -> bytes:
@@ -180,23 +178,6 @@ def _names(file: str, images: Sequence[StoredImage]) -> dict[str, StoredImage]:
         for name in (image.name, path, f"./{path}", last, last.partition(".")[2]):
             found.setdefault(name, image)
     return found
-
-
-def _is_row(data: Mapping[str, Any]) -> bool:
-    return "messages" in data or "conversations" in data
-
-
-def _names_images(data: Mapping[str, Any]) -> bool:
-    """Tell whether a row says which images it shows."""
-    if "image" in data or "images" in data:
-        return True
-    turns = data.get("messages")
-    for turn in turns if isinstance(turns, list) else ():
-        content = turn.get("content") if isinstance(turn, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if is_image(part) and image_of(part) is not None:
-                return True
-    return False
 
 
 def _captioned(data: Any, caption: str, images: Sequence[StoredImage]) -> dict[str, Any]:

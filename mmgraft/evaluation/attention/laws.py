@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -30,6 +30,7 @@ from mmgraft.evaluation.attention.layer_sums import PROJECTOR_ONLY, SIDES, Layer
 from mmgraft.evaluation.generate.answers import refuse_longer
 from mmgraft.evaluation.generate.run_features import Features, image_inputs
 from mmgraft.evaluation.items.files import file_sha256, sampled
+from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Measured, paired
 from mmgraft.evaluation.origin import described_graft, section_of
 from mmgraft.inference import Answerer
@@ -38,22 +39,8 @@ from mmgraft.runs.results import Results, Score, SetResult
 LEFT_OUT = ("no_image", "no_text_before", "no_text_after", "no_variance")
 """Why a sample has no attention shift."""
 
+Sample = Row | Item
 _CONSTANT = 1e-6  # a curve that varies by less, of its largest value, is rounding
-
-
-class Sample(Protocol):
-    """A row or an item: something with messages."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def messages(self) -> Sequence[Any]: ...
-    @property
-    def tools(self) -> Sequence[Any] | None: ...
-    @property
-    def file(self) -> str: ...
-    @property
-    def where(self) -> str: ...
 
 
 # -- shifts -------------------------------------------------------------------------------------
@@ -272,7 +259,7 @@ def _lacks(row: Encoded) -> str | None:
 
 
 def _group(sample: Sample) -> Any:
-    group = getattr(sample, "group", None)
+    group = sample.group if isinstance(sample, Item) else None
     return group or tuple(map(str, images_of_all(sample.messages)))
 
 

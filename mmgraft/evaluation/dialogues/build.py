@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from mmgraft.anatomy import get_path
+from mmgraft.data.batches.sequences import pad
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.dialogues.dialogues import (
     SHAPES,
@@ -25,11 +27,10 @@ from mmgraft.evaluation.dialogues.dialogues import (
 from mmgraft.evaluation.dialogues.files import is_made_of, read_dialogues, save_dialogues
 from mmgraft.evaluation.items.files import data_file, file_sha256, read_items
 from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.likelihood.likelihood import context_length
 from mmgraft.evaluation.metrics.choice import shows_options
+from mmgraft.inference import Answerer
 from mmgraft.recipes.evaluation_set import SetSpec
-
-if TYPE_CHECKING:
-    from mmgraft.inference import Answerer
 
 EMBEDDING = "mean of the base's last hidden states"
 COUNT = 100
@@ -49,10 +50,6 @@ def question_vectors(answerer: Answerer, questions: Sequence[str]) -> np.ndarray
     Returns:
         ``(n, h)`` in fp32.
     """
-    import torch
-
-    from mmgraft.data.batches.sequences import pad
-
     model, processor = answerer.model, answerer.processor
     ids = [
         list(processor.tokenizer(text or " ")["input_ids"])[-_LONGEST:] or [processor.pad_id]
@@ -150,8 +147,6 @@ def _short(
     answerer: Answerer, items: Sequence[Item], parts: int, announce: Callable[[str], None]
 ) -> list[Item]:
     """Return items of which so many fit into what the base reads, each with its longest answer."""
-    from mmgraft.evaluation.likelihood.likelihood import context_length
-
     processor = answerer.processor
     most = context_length(answerer.model.base.config, processor.tokenizer) // parts
     kept = []

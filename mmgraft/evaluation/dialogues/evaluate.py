@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +25,11 @@ from mmgraft.evaluation.metrics.scoring import groups_of
 from mmgraft.evaluation.origin import described_graft, section_of
 from mmgraft.evaluation.sets import EvaluatedSet
 from mmgraft.evaluation.vision import NO_IMAGE, blind_workflow, measure_set
+from mmgraft.inference import Answerer
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import FOLDER as RESULTS
 from mmgraft.runs.results import Results, SetResult
-
-if TYPE_CHECKING:
-    from mmgraft.inference import Answerer
 
 MAX_NEW_TOKENS = 16
 """Where a generated answer is cut."""

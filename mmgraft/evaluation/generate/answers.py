@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.images import open_images
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.run_features import Features, image_inputs
 from mmgraft.evaluation.generate.shared_prefix import image_key, read_prefix
 from mmgraft.model.kernels.flat_head import flat_heads
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
-
-if TYPE_CHECKING:
-    from mmgraft.data.chat.processor import Encoded, GraftProcessor
-    from mmgraft.model.modeling import GraftedModel
 
 
 def answer(

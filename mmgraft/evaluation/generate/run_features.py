@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.features import Shown, fill_cache, open_cache
 from mmgraft.data.images import is_data_uri, open_images, size_of
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.training.devices import default_workers
 from mmgraft.vision.feature_cache import TowerFeatures
-
-if TYPE_CHECKING:
-    from mmgraft.data.chat.processor import Encoded, GraftProcessor
-    from mmgraft.model.modeling import GraftedModel
-    from mmgraft.vision.towers.base import VisionTower
+from mmgraft.vision.towers.base import VisionTower
 
 FOLDER = "features"
 Features = Callable[[list[Path]], Tensor]

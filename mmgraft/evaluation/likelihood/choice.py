@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from string import ascii_uppercase
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
 
 from mmgraft.data.chat.closing import MARKER
-from mmgraft.data.chat.processor import Encoded
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
+from mmgraft.data.chat.transcript import Transcript
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.run_features import Features
 from mmgraft.evaluation.items.item import Item
@@ -15,12 +17,6 @@ from mmgraft.evaluation.likelihood.likelihood import Likelihoods, Request, plain
 from mmgraft.evaluation.metrics.choice import ChoiceScore
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from mmgraft.data.chat.processor import GraftProcessor
-    from mmgraft.data.chat.transcript import Transcript
 
 
 def score_choices(
@@ -51,9 +47,9 @@ def score_choices(
         progress: Called with how many items are scored, and of how many.
 
     Raises:
-        UsageError: An item without options or that cannot be written so; an unknown workflow.
+        UsageError: An item that cannot be written so; an unknown workflow.
     """
-    options = [_options(item, letters) for item in items]
+    options = [ascii_uppercase[: len(one.options)] if letters else one.options for one in items]
     pairs = zip(items, options, strict=True)
     requests = [_request(processor, item, texts, chat) for item, texts in pairs]
     found: dict[int, ChoiceScore] = {}
@@ -84,13 +80,6 @@ def _by_workflow(
         chosen = [at for at, item in enumerate(items) if item.has_image is with_images]
         if chosen:
             yield name or TEXT_WORKFLOW, chosen
-
-
-def _options(item: Item, letters: bool) -> list[str]:
-    """Return what is scored: the options' texts or letters."""
-    if not item.options:
-        raise UsageError(f"{item.where}: no options to score; give at least two")
-    return list(ascii_uppercase[: len(item.options)] if letters else item.options)
 
 
 def _refuse_long(item: Item, request: Request, length: int) -> None:

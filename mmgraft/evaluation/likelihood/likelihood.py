@@ -5,20 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from mmgraft.data.batches.sequences import Side, pad
-from mmgraft.data.chat.processor import Encoded
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.evaluation.generate.run_features import Features, image_inputs
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
-
-if TYPE_CHECKING:
-    from mmgraft.data.chat.processor import GraftProcessor
 
 DEFAULT_LENGTH = 2048
 """Context length of a base that names none, as in lm-evaluation-harness."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from mmgraft.data.batches.sequences import pad
 from mmgraft.data.chat.labels import supervise
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.likelihood.likelihood import (
@@ -27,11 +28,6 @@ from mmgraft.evaluation.likelihood.likelihood import (
 from mmgraft.evaluation.metrics.intervals import Measured, Statistic, share
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from mmgraft.data.chat.processor import GraftProcessor
 
 _POSITIONS, _ON_CARD = 64, 256
 """Positions whose fp32 probabilities are held at once; on a CPU more cost page faults."""

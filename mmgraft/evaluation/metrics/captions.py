@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from mmgraft.errors import UsageError
 from mmgraft.evaluation.metrics.intervals import Measured
 
 ORDERS = 4
@@ -47,23 +46,12 @@ class CiderD:
     than four words less: two words that no other item has score 5.
 
     Args:
-        references: What people wrote of each item.
-
-    Raises:
-        UsageError: Fewer than two items, for which every weight is 0; or one without a reference.
+        references: What people wrote of each item: of two items at least, else every weight is 0,
+            with a word at least.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        if len(references) < 2:
-            raise UsageError(
-                f"CIDEr weighs words by how few items use them, and there are {len(references)}; "
-                "give at least two"
-            )
-        counts = []
-        for number, texts in enumerate(references, start=1):
-            if not any(words_of(text) for text in texts):
-                raise UsageError(f"item {number} has no reference caption; give it one")
-            counts.append([_counted(text) for text in texts])
+        counts = [[_counted(text) for text in texts] for texts in references]
         self._frequency: Counter[_NGram] = Counter()
         for item in counts:
             self._frequency.update({ngram for one in item for ngram in one})

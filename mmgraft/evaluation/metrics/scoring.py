@@ -41,7 +41,7 @@ def measure_answers(spec: SetSpec, items: Sequence[Item], answers: Sequence[str]
     if spec.metric == "caption":
         return measure_captions(answers, _cider(items))
     if spec.metric == "yes_no":
-        truth = [truth_of(_first(item), item.where) for item in items]
+        truth = [truth_of(item.answers[0], item.where) for item in items]
         return measure_yes_no(answers, truth)
     if spec.metric == "box" and spec.boxes is not None:
         boxes, sizes = zip(*map(box_and_size, items), strict=True)
@@ -86,10 +86,7 @@ def measure_prior(
     Args:
         spec: The set.
         items: Its items.
-        seen: Questions and answers of training.
-
-    Raises:
-        UsageError: There are none.
+        seen: Questions and answers of training, at least one.
     """
     prior = Prior(seen)
     if spec.metric != "choice":
@@ -137,9 +134,3 @@ def _cider(items: Sequence[Item]) -> CiderD:
             "give at least two"
         )
     return CiderD([item.answers for item in items])
-
-
-def _first(item: Item) -> str:
-    if not item.answers:
-        raise UsageError(f"{item.where}: no answer to compare with; name its column")
-    return item.answers[0]

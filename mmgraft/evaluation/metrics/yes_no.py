@@ -36,11 +36,11 @@ def truth_of(answer: str, where: str) -> bool:
     Raises:
         UsageError: The answer is neither yes nor no.
     """
-    word = answer.strip().lower().rstrip(".")
+    word = answer.lower().strip(" .!")
     if word not in _YES_NO:
         raise UsageError(
-            f"{where}: the answer {answer!r} is neither yes nor no; correct it, or score the set "
-            "by another metric, such as exact"
+            f"{where}: the answer is {answer!r}, and yes_no needs yes or no; write another "
+            "metric, or leave the row out"
         )
     return _YES_NO[word]
 

@@ -19,7 +19,7 @@ from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.images import open_image
 from mmgraft.evaluation.items.files import sampled
 from mmgraft.evaluation.items.item import Box, Item
-from mmgraft.evaluation.items.source_licence import all_free, stated_licences
+from mmgraft.evaluation.items.source_licence import FREE, stated_licences
 from mmgraft.evaluation.metrics.boxes import THRESHOLD, format_box, iou, parse_box
 from mmgraft.evaluation.metrics.scoring import box_and_size
 from mmgraft.recipes.evaluation_set import SetSpec
@@ -185,7 +185,7 @@ def write_box_sheet(
     shown_items = [_box_item(spec, items[index], answers[index]) for index in shown]
     public = f"{FOLDER}/boxes-{spec.name}.png"
     private = f"{FOLDER}/{PRIVATE}/{spec.name}.png"
-    is_free = all_free(stated_licences(file, [items[index] for index in shown]))
+    is_free = stated_licences(file, [items[index] for index in shown]) <= FREE
     name, other = (public, private) if is_free else (private, public)
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / other).unlink(missing_ok=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import yaml
 
 from mmgraft.evaluation.report.markdown import render
@@ -29,30 +27,15 @@ def llava_card(made_of: Ingredients, title: str, image_token: str, difference: f
         front["base_model"] = record.base.id
     tags = ["mmgraft", "llava", record.method, "vision-language", "multimodal"]
     note = made_of.text_note
-    facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(made_of, difference))
     return render(
         "export/llava/card.md.jinja",
         front=yaml.safe_dump({**front, "tags": tags}, sort_keys=False),
         title=title,
-        method=f"`{record.method}`",
         base="in a local folder" if local else f"[{record.base.id}]({_HUB}{record.base.id})",
         note=note[0].upper() + note[1:],
-        facts=facts,
+        made_of=made_of,
+        dtype=str(made_of.dtype).removeprefix("torch."),
+        difference=f"{difference:.1e}",
+        version=__version__,
         token=image_token,
     )
-
-
-def _facts(made_of: Ingredients, difference: float) -> Iterator[tuple[str, str]]:
-    record, tower = made_of.record, made_of.tower
-    yield "workflow", f"`{record.workflow}`"
-    layers = f"{len(made_of.layers)} of class `{made_of.anatomy.class_name}`"
-    if made_of.inserted:
-        layers += f", inserted after {', '.join(map(str, made_of.inserted))}"
-    yield "decoder layers", layers
-    name = tower.spec.name
-    yield "vision tower", "from a local folder" if name.startswith((".", "/")) else f"`{name}`"
-    yield "hidden state of the tower", str(tower.feature_map.layer)
-    yield "positions an image", str(tower.num_patches)
-    yield "dtype", str(made_of.dtype).removeprefix("torch.")
-    yield "largest difference of a logit from the graft's", f"{difference:.1e}"
-    yield "written by", f"mmgraft {__version__}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -10,14 +10,14 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from mmgraft.anatomy import decoder_layers, get_path, skeleton
+from mmgraft.anatomy import decoder_layers, examine, get_path, skeleton
 from mmgraft.errors import UsageError
 from mmgraft.export.folder import NOTE_KEY
 from mmgraft.export.llava.fit import Ingredients
 from mmgraft.version import __version__
 
 _COUNT = "num_hidden_layers"
-_NOT_STRUCTURE = {"layer_idx", "layer_index", "training"}
+_NOT_STRUCTURE = {"layer_idx", "layer_index", "training"}  # and what else numbers a layer
 
 
 def llava_config(made_of: Ingredients, image_token: int, vocab_size: int) -> LlavaConfig:
@@ -154,14 +154,14 @@ def _difference(
     before: PreTrainedConfig, after: PreTrainedConfig, sources: Sequence[int]
 ) -> str | None:
     """In words, the first thing in which a layer differs from the one it is to be a copy of."""
-    from mmgraft.anatomy import examine
-
     old, new = skeleton(before), skeleton(after)
-    old_layers = decoder_layers(old, examine(old))
+    anatomy = examine(old)
+    old_layers = decoder_layers(old, anatomy)
     new_layers = get_path(new, examine(new).layers_path)
     assert isinstance(new_layers, nn.ModuleList)
     for j, source in enumerate(sources):
-        one, other = dict(_structure(old_layers[source])), dict(_structure(new_layers[j]))
+        pair = (old_layers[source], new_layers[j])
+        one, other = (dict(_structure(layer, anatomy.layer_numbers)) for layer in pair)
         # The outermost first: a feed-forward of another class, not each thing inside it.
         for key in sorted(one.keys() | other.keys(), key=lambda key: (key.count("."), key)):
             if one.get(key) != other.get(key):
@@ -172,14 +172,14 @@ def _difference(
     return None
 
 
-def _structure(layer: nn.Module) -> Iterator[tuple[str, Any]]:
+def _structure(layer: nn.Module, numbers: Set[str]) -> Iterator[tuple[str, Any]]:
     """Yield what a layer is built of: classes, shapes, and plain settings such as a window."""
     for path, module in layer.named_modules():
         prefix = f"{path}." if path else ""
         yield f"{prefix}class", type(module).__name__
         for key, value in vars(module).items():
             plain = isinstance(value, int | float | str | tuple | type(None))
-            if plain and not key.startswith("_") and key not in _NOT_STRUCTURE:
+            if plain and not key.startswith("_") and key not in _NOT_STRUCTURE | numbers:
                 yield prefix + key, value
     for path, parameter in layer.named_parameters():
         yield path, tuple(parameter.shape)

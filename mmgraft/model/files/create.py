@@ -44,17 +44,11 @@ SEED = 0
 
 
 _GIVEN: dict[str, tuple[Any, str]] = {
-    "base": ((str, Path, torch.nn.Module), "a Hub id, a folder or a loaded causal LM"),
-    "vision": (
-        (str, Path, VisionSpec, VisionTower, type(None)),
-        "a Hub id, a folder, VisionSpec(id=...), a loaded tower or None",
-    ),
+    "base": (str | Path | torch.nn.Module, "a Hub id, a folder or a loaded causal LM"),
+    "vision": (str | Path | VisionSpec | VisionTower | None, "a name, a VisionSpec or a tower"),
     "config": (StrictModel, 'settings of a method, such as IAAConfig(layers="22,24")'),
-    "projector": (
-        (ProjectorConfig, type(None)),
-        "settings of a projector, such as MlpConfig() or PoolConfig(k=2)",
-    ),
-    "template": ((TemplateChoice, type(None)), 'TemplateChoice(kind="plain"), say, or None'),
+    "projector": (ProjectorConfig | None, "settings of a projector, such as PoolConfig(k=2)"),
+    "template": (TemplateChoice | None, 'a template, such as TemplateChoice(kind="plain")'),
 }
 
 

@@ -8,7 +8,7 @@ what it computes; docs/methods.md says how it departs from the paper.
 What all layers share is computed once for each forward as an ``OfficialPlan``:
 
     plan = plan_official(features, kinds, image_features, system_length=14)
-    hidden = hidden + learners(hidden, plan, attention=weights)      # in every layer
+    hidden = hidden + learners(hidden, plan, router_scores=scores)   # in every layer
 
 where ``hidden`` is the residual plus the attention's output, before the layer's second norm.
 """
@@ -132,7 +132,7 @@ class OfficialLearners(nn.Module):
         router_width: Columns of the router.
 
     Raises:
-        UsageError: When ``heads`` does not divide ``hidden_size``, or two learners have no router.
+        UsageError: When ``heads`` does not divide ``hidden_size``.
     """
 
     def __init__(
@@ -151,8 +151,6 @@ class OfficialLearners(nn.Module):
                 f"wings-official needs heads that divide the hidden size, and "
                 f"{heads} does not divide {hidden_size}; graft with --method wings"
             )
-        if len(learners) == 2 and not router:
-            raise UsageError("two Wings learners need a router; set `router: true`")
         self.theta = theta
 
         def learner(kind: str) -> Learner | None:
@@ -165,35 +163,20 @@ class OfficialLearners(nn.Module):
             nn.init.zeros_(self.router.weight)
             nn.init.zeros_(self.router.bias)
 
-    def router_scores(self, attention: Tensor) -> Tensor:
-        """``sum over heads of A W^T``, without the bias: (b, n, s, s) -> (b, s, 2)."""
-        if self.router is None:
-            raise UsageError("this layer has no router; only a stage-2 checkpoint has one")
-        return attention.sum(1) @ self.router.weight[:, : attention.shape[-1]].T.to(attention.dtype)
-
     def forward(
-        self,
-        hidden: Tensor,
-        plan: OfficialPlan,
-        attention: Tensor | None = None,
-        router_scores: Tensor | None = None,
+        self, hidden: Tensor, plan: OfficialPlan, router_scores: Tensor | None = None
     ) -> Tensor:
         """Return what is added to ``hidden`` before the layer's second norm.
 
         Args:
             hidden: (b, s, h) residual plus attention output, not normalised.
             plan: From ``plan_official``.
-            attention: (b, n, s, s) the base attention's probabilities.
-            router_scores: (b, s, 2) instead of ``attention``: what ``router_scores`` gives, for a
-                caller that has the sum over heads of ``A W^T`` without the weights themselves.
+            router_scores: (b, s, 2) ``sum over heads of A W^T`` of the base attention's
+                probabilities ``A``, without the bias; None where no two learners run.
 
         Returns:
             (b, s, h). Both learners are weighted by ``softmax(SiLU(scores + bias))`` and added
             twice; a learner that runs alone is added once with weight 1; no learner adds 0.
-
-        Raises:
-            UsageError: When both learners run and neither ``attention`` nor ``router_scores`` is
-                given.
         """
         visual = textual = None
         if self.visual is not None and plan.image_features is not None:
@@ -206,14 +189,8 @@ class OfficialLearners(nn.Module):
         if visual is None or textual is None:
             alone = visual if visual is not None else textual
             return torch.zeros_like(hidden) if alone is None else alone
-        if router_scores is None:
-            if attention is None:
-                raise UsageError(
-                    "wings-official needs the base's attention weights; "
-                    'load the base with attn_implementation="eager"'
-                )
-            router_scores = self.router_scores(attention)
         assert self.router is not None
+        assert router_scores is not None
         share = F.silu(router_scores + self.router.bias.to(router_scores.dtype))
         share = share.softmax(-1).to(hidden.dtype)  # (b, s, 2)
         visual, textual = share[..., :1] * visual, share[..., 1:] * textual

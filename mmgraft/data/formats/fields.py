@@ -1,14 +1,14 @@
-"""The fields of a record: its question, options, right answers and box."""
+"""The fields of a record of a table: its question, options and right answers."""
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmgraft.data.chat.turns import ROW_KEYS
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.items.item import Box
 
 _KEYS: dict[str, tuple[str, ...]] = {
     "id": ("id", "question_id"),
@@ -41,8 +41,8 @@ class Fields:
     def __init__(self, columns: Mapping[str, str]) -> None:
         self.columns = columns
 
-    def check(self, keys: Sequence[str], file: str) -> None:
-        """Refuse a column that no record has.
+    def check(self, keys: Sequence[str], file: str, without: str = "no row has") -> None:
+        """Refuse a column that no record has, or that a row is ``without``.
 
         Raises:
             UsageError: It names the columns there are.
@@ -52,7 +52,7 @@ class Fields:
                 if part not in keys:
                     there = ", ".join(keys) or "none"
                     raise UsageError(
-                        f"{file}: columns says that {field} is {part!r}, which no row has; there "
+                        f"{file}: columns says that {field} is {part!r}, which {without}; there "
                         f"are {there} ({did_you_mean(part, keys)})"
                     )
 
@@ -101,6 +101,7 @@ class Fields:
         value = self.get(record, "answer") if value is None else value
         if value is None:
             return []
+        value = _listed(value)
         listed = value if isinstance(value, list) else [value]
         plain = [one.get("answer") if isinstance(one, dict) else one for one in listed]
         for one, given in zip(plain, listed, strict=True):
@@ -113,6 +114,7 @@ class Fields:
         value = self.get(record, "options")
         if value is None:
             value = _letter_columns(record)
+        value = _listed(value)
         if value is None:
             return ()
         if isinstance(value, str):
@@ -132,6 +134,18 @@ class Fields:
         if len(texts) < 2 or "" in texts:
             raise UsageError(f"{where}: options {list(texts)}; write at least two, none empty")
         return texts
+
+
+def _listed(value: Any) -> Any:
+    """Return the texts of a list that is written as Python writes it, as MMMU and A-OKVQA have."""
+    if isinstance(value, str) and value.strip()[:1] == "[":
+        try:
+            found = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return value
+        if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
+            return found
+    return value
 
 
 def _letter_columns(record: Mapping[str, Any]) -> list[Any] | None:
@@ -213,34 +227,3 @@ def fill_prompt(prompt: str, question: str, options: Sequence[str]) -> str:
     """
     pieces = {"{question}": question, "{options}": lettered_lines(options)}
     return re.sub(r"\{question\}|\{options\}", lambda match: pieces[match[0]], prompt)
-
-
-def box_of(value: Any, size: tuple[int, int], where: str) -> Box:
-    """Return a box ``(x1, y1, x2, y2)`` in pixels, checked against its image.
-
-    Args:
-        value: Four numbers.
-        size: ``(width, height)`` of the image; a box may pass its edge by a rounding pixel.
-        where: Names the row in errors.
-
-    Raises:
-        UsageError: Not four numbers, not in order, or outside of the image.
-    """
-    numbers = value if isinstance(value, list | tuple) else []
-    if len(numbers) != 4 or any(
-        isinstance(one, bool) or not isinstance(one, int | float) for one in numbers
-    ):
-        raise UsageError(f"{where}: a box {value!r}; write [x1, y1, x2, y2] in pixels")
-    x1, y1, x2, y2 = map(float, numbers)
-    if not (x1 < x2 and y1 < y2):
-        raise UsageError(
-            f"{where}: the box {list(numbers)} has no area; write [x1, y1, x2, y2], the corner at "
-            "the top left before that at the bottom right"
-        )
-    width, height = size
-    if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:
-        raise UsageError(
-            f"{where}: the box {list(numbers)} leaves its image of {width} x {height} pixels; "
-            "write [x1, y1, x2, y2] in pixels, not [x, y, width, height]"
-        )
-    return x1, y1, x2, y2
