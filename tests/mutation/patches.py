@@ -1336,8 +1336,8 @@ PATCHES = [
     Patch(
         "a second image reuses the cache",
         "inference.py",
-        "if longer and same and same_images and not began_as_text else None",
-        "if longer and same and not began_as_text else None",
+        "if longer and same and same_images else None",
+        "if longer and same else None",
         "test_inference.py",
     ),
     Patch(
