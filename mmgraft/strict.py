@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from typing_extensions import ParamSpec, Self
 
 from mmgraft.errors import UsageError, did_you_mean
@@ -62,6 +69,12 @@ def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
+
+
+def about(description: str, default: Any = None, **limits: Any) -> Any:
+    """Describe a field that need not be given; its default may be a function that makes one."""
+    given: dict[str, Any] = {"default_factory" if callable(default) else "default": default}
+    return Field(description=description, **given, **limits)
 
 
 class StrictModel(BaseModel):

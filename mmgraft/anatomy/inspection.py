@@ -123,13 +123,13 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration that transformers makes a causal LM from: of a model with other
     inputs too, that of its text, where there is a class for it alone.
     """
-    of_text = getattr(config, "sub_configs", {}).get("text_config")
+    of_text: Any = getattr(config, "sub_configs", {}).get("text_config")
     if (
         of_text not in MODEL_FOR_CAUSAL_LM_MAPPING
         or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     ):
         return config
-    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return config.get_text_config() if made.config_class is of_text else config
 
 

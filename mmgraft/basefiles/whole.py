@@ -98,9 +98,10 @@ def quiet(work: Work | None = None) -> Iterator[None]:
 
     class Counted(logging.EmptyTqdm):
         def __iter__(self) -> Iterator[Any]:
-            for number, item in enumerate(self._iterator):
+            items: Any = self._iterator
+            for number, item in enumerate(items):
                 if work is not None:
-                    work(number, len(self._iterator))
+                    work(number, len(items))
                 yield item
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

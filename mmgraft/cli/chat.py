@@ -38,20 +38,18 @@ _HELP = (
 PromptArgument = Annotated[
     str | None, argument("Question to answer once; without one a dialogue begins.")
 ]
-ImageOption = Annotated[list[str] | None, option("--image", "Image to show; may be repeated.")]
-TopPOption = Annotated[float | None, option("--top-p", "Nucleus to sample from.", min=0.0, max=1.0)]
 
 
 @with_options("json", LOADING)
 def chat(
     run: RunArgument = None,
     prompt: PromptArgument = None,
-    image: ImageOption = None,
+    image: Annotated[list[str] | None, option("Image to show; may be repeated.")] = None,
     system: Annotated[str | None, option("--system", "System prompt.")] = None,
     workflow: WorkflowOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = None,
+    top_p: Annotated[float | None, option("Nucleus to sample from.", min=0.0, max=1.0)] = None,
     show_reasoning: ReasoningFlag = False,
     seed: SamplingSeedOption = None,
     json: JsonFlag = False,

@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli.console import note, print_json, stdout, table
 from mmgraft.cli.options import DryRunFlag, JsonFlag, argument, option
 
 if TYPE_CHECKING:
     from mmgraft.comparison.plan import ComparisonPlan, StagePlan
-    from mmgraft.comparison.spec import Comparison
 
 _shared = partial(option, panel="What all arms share")
 _STAGE_KEYS = ("trains", "rows", "rows_a_step", "sequences_a_step", "steps")
@@ -50,29 +50,18 @@ def compare(
 
     What is done is never done again: after a kill or Ctrl-C the same command goes on.
     """
+    from mmgraft.comparison.plan import make_plan
     from mmgraft.comparison.spec import load_comparison, with_files, with_settings
 
+    trial: dict[str, Any] = {"only": only or (), "max_steps": max_steps, "limit": limit}
     given = {"base": base, "vision": vision, "root": root, "seed": seed}
     update = {key: value for key, value in given.items() if value is not None}
     comparison = load_comparison(recipe).model_copy(update=update)
     comparison = with_settings(with_files(comparison, data or [], images), set_ or [])
-    plan = _plan(comparison, out, only=only or (), max_steps=max_steps, limit=limit, device=device)
-    if dry_run:
-        _show_dry_run(plan, json)
-    else:
+    plan = make_plan(comparison, out or Path(f"compare-{comparison.name}"), device=device, **trial)
+    if not dry_run:
         _run(plan, train_only, batch_size, json)
-
-
-def _plan(comparison: Comparison, out: Path | None, **options: Any) -> ComparisonPlan:
-    from mmgraft.comparison.plan import make_plan
-
-    return make_plan(comparison, out or Path(f"compare-{comparison.name}"), **options)
-
-
-def _show_dry_run(plan: ComparisonPlan, json: bool) -> None:
-    from mmgraft.cli.console import print_json, stdout
-
-    if json:
+    elif json:
         print_json(summary(plan))
     else:
         stdout().print(f"would compare {len(plan.chosen)} arms in {plan.out}, on {plan.device}")
@@ -80,7 +69,6 @@ def _show_dry_run(plan: ComparisonPlan, json: bool) -> None:
 
 
 def _run(plan: ComparisonPlan, train_only: bool, batch_size: int | None, json: bool) -> None:
-    from mmgraft.cli.console import note, print_json
     from mmgraft.comparison import runner
 
     if not json:
@@ -131,8 +119,6 @@ def summary(plan: ComparisonPlan) -> dict[str, Any]:
 
 def show(plan: ComparisonPlan) -> None:
     """Print the arms, and which of their phases are done."""
-    from mmgraft.cli.console import stdout, table
-
     rows = [
         [
             arm.name,

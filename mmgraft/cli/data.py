@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from mmgraft.cli.options import (
     ReadOption,
     TemplateOption,
     argument,
+    given,
     option,
     with_options,
 )
@@ -66,13 +68,10 @@ def _offer_data(offer: Offer) -> dict[str, Any]:
     }
 
 
-_Out = Annotated[Path | None, option("--out", "Folder to write into; ./NAME when not given.")]
-
-
 @app.command("prepare", epilog="Example: mmgraft data prepare easy-vqa --out easy-vqa")
 def prepare(
     name: Annotated[str, argument("A name of `mmgraft data ls`.")],
-    out: _Out = None,
+    out: Annotated[Path | None, option("Folder to write into; ./NAME when not given.")] = None,
     seed: Annotated[int, option("--seed", "Seed of the samples.")] = 0,
     force: OverwriteFlag = False,
     dry_run: DryRunFlag = False,
@@ -109,24 +108,18 @@ _Target = Annotated[
 ]
 
 
-def _reads(kind: type, *words: str, **more: Any) -> tuple[Any, None]:
-    """Declare an option that says how rows are read: its annotation and default."""
-    return Annotated[kind | None, option(*words, panel="What reads the rows", **more)], None
-
-
+_reads = partial(given, panel="What reads the rows")
 _READING = {
     "images": (ImagesOption, None),
     "read": (ReadOption, None),
-    "run": _reads(Path, "--run", "Run whose settings read the file."),
-    "base": _reads(
-        str, "--base", "Base whose tokenizer and template read the rows, without a run."
-    ),
-    "vision": _reads(str, "--vision", "Vision tower beside --base."),
-    "recipe": _reads(str, "--recipe", "Recipe: a YAML file or a shipped name."),
-    "stage": _reads(str, "--stage", "Stage whose rows are read; default: all."),
-    "template": _reads(str, "--template", "Template: chat, plain or a jinja file."),
+    "run": _reads(Path, "Run whose settings read the file."),
+    "base": _reads(str, "Base whose tokenizer and template read the rows, without a run."),
+    "vision": _reads(str, "Vision tower beside --base."),
+    "recipe": _reads(str, "Recipe: a YAML file or a shipped name."),
+    "stage": _reads(str, "Stage whose rows are read; default: all."),
+    "template": _reads(str, "Template: chat, plain or a jinja file."),
     "template_option": (TemplateOption, None),
-    "max_length": _reads(int, "--max-length", "Position where rows are cut.", min=8),
+    "max_length": _reads(int, "Position where rows are cut.", min=8),
 }
 _Quick = Annotated[bool, option("--quick", "Look at both ends of an image; do not decode it.")]
 

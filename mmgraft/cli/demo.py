@@ -12,13 +12,10 @@ from mmgraft.grafts.registry import built_in
 if TYPE_CHECKING:
     from mmgraft.demo.report import DemoReport
     from mmgraft.demo.run import DemoSettings
-    from mmgraft.recipes.recipe import Stage
 
 BUDGET_MINUTES = 15
 
 
-_Method = Annotated[str, option("--method", "A method with a shipped recipe demo-METHOD.")]
-_Seed = Annotated[int, option("--seed", "Seed of the graft's first values and the order of rows.")]
 _Hub = Annotated[bool, option("--hub", "Take both models from the Hub, not from packages.")]
 _Quick = Annotated[bool, option("--quick", "Two steps a stage and 20 questions: does it run?")]
 
@@ -26,9 +23,9 @@ _FIRST = built_in()[0].name
 
 
 def demo(
-    method: _Method = _FIRST,
+    method: Annotated[str, option("A method with a shipped recipe demo-METHOD.")] = _FIRST,
     out: Annotated[Path | None, option("--out", "Folder; ./demo-<method> when not given.")] = None,
-    seed: _Seed = 0,
+    seed: Annotated[int, option("Seed of the graft's first values and the order of rows.")] = 0,
     hub: _Hub = False,
     quick: _Quick = False,
     dry_run: DryRunFlag = False,
@@ -56,10 +53,7 @@ def demo(
         return
     logging.disable_progress_bar()
 
-    def display(stage: Stage, number: int, stages: int) -> list[ProgressDisplay]:
-        return [ProgressDisplay(stage.name, number, stages, stderr())]
-
-    report = run_demo(settings, announce=note, display=display)
+    report = run_demo(settings, note, lambda one, *of: [ProgressDisplay(one.name, *of, stderr())])
     if json:
         print_json(report.as_dict())
         return

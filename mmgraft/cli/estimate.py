@@ -3,72 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.console import human_count, print_json, stdout, table
-from mmgraft.cli.options import JsonFlag, argument, option
+from mmgraft.cli.options import JsonFlag, argument, given, with_options
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
     from mmgraft.training.memory.estimate import Estimator
 
-_PLAN, _ROWS = "What is trained", "Length of rows"
 _OF_SEVERAL = ("of others, for a moment",)
-
-
-_Target = Annotated[str, argument("Shipped name, YAML file, or a graft.", metavar="RECIPE|RUN")]
-_Base = Annotated[str | None, option("--base", "Base: alias, Hub id or folder.", panel=_PLAN)]
-_Vision = Annotated[str | None, option("--vision", "Tower: Hub id, folder or name.", panel=_PLAN)]
-_Recipe = Annotated[str | None, option("--recipe", "Recipe instead of the run's own.", panel=_PLAN)]
+_plan = partial(given, panel="What is trained")
+_rows = partial(given, panel="Length of rows")
 _SET = "Change a value: stages.*.batch_size=2, graft.config.layers=last:8."
-_Set = Annotated[list[str] | None, option("--set", _SET, panel=_PLAN)]
-_LENGTH = "Positions of a row, images included."
-_Length = Annotated[int | None, option("--length", _LENGTH, panel=_ROWS, min=2)]
-_DATA = "Rows to measure: FILE, or STAGE=FILE."
-_Data = Annotated[list[str] | None, option("--data", _DATA, panel=_ROWS)]
-_Images = Annotated[
-    str | None, option("--images", "Folder that image paths start from.", panel=_ROWS)
-]
-_Device = Annotated[str, option("--device", "Where the training would run: cuda or cpu.")]
 _PROCESSES = "Number of processes that train together; sizes are those of one of them."
-_Processes = Annotated[int, option("--processes", _PROCESSES, min=1)]
+
+_REQUEST = {
+    "base": _plan(str, "Base: alias, Hub id or folder."),
+    "vision": _plan(str, "Tower: Hub id, folder or name."),
+    "recipe": _plan(str, "Recipe instead of the run's own."),
+    "overrides": _plan(list[str], "--set", _SET),
+    "length": _rows(int, "Positions of a row, images included.", min=2),
+    "data": _rows(list[str], "Rows to measure: FILE, or STAGE=FILE."),
+    "images": _rows(str, "Folder that image paths start from."),
+    "device": given(str, "Where the training would run: cuda or cpu.", default="cuda"),
+    "processes": given(int, _PROCESSES, default=1, min=1),
+}
+"""Options that ``read_request`` takes by these names."""
+_Target = Annotated[str, argument("Shipped name, YAML file, or a graft.", metavar="RECIPE|RUN")]
 
 
-def estimate(
-    target: _Target,
-    base: _Base = None,
-    vision: _Vision = None,
-    recipe: _Recipe = None,
-    set_: _Set = None,
-    length: _Length = None,
-    data: _Data = None,
-    images: _Images = None,
-    device: _Device = "cuda",
-    processes: _Processes = 1,
-    json: JsonFlag = False,
-) -> None:
+@with_options("json", _REQUEST)
+def estimate(target: _Target, json: JsonFlag = False, **request: Any) -> None:
     """Say what memory a training takes, stage by stage, before anything is loaded.
 
     Every step of the real code runs on shapes alone: of base and tower only configs are read.
     """
-    if device not in ("cuda", "cpu"):
+    if (device := request["device"]) not in ("cuda", "cpu"):
         raise UsageError(f"--device {device}: write cuda or cpu")
     # Everything below loads torch.
     from mmgraft.training.memory.request import read_request
 
-    estimator = read_request(
-        target,
-        recipe=recipe,
-        base=base,
-        vision=vision,
-        data=data or (),
-        images=images,
-        overrides=set_ or (),
-        length=length,
-        device=device,
-        processes=processes,
-    )
-    found = _found(estimator)
+    found = _found(read_request(target, **request))
     if json:
         print_json(found)
     else:

@@ -8,18 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli.console import note, print_json, stdout, table
 from mmgraft.cli.options import (
-    BaseOption,
-    DeviceOption,
+    LOADING,
     DryRunFlag,
-    DtypeOption,
     JsonFlag,
-    QuantizationOption,
-    TemplateOption,
-    VerifyOption,
     argument,
     option,
+    with_options,
 )
+from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
     from mmgraft.evaluation.evaluate import Evaluation
@@ -36,6 +34,7 @@ _sets = partial(option, panel="Which sets")
 _one = partial(option, panel="A set without a recipe")
 
 
+@with_options("dry_run", LOADING, without="revision")
 def evaluate(
     run: Annotated[str | None, argument("Folder of a graft; default: the one here.")] = None,
     text: Annotated[bool, option("--text", "Compare text with the base; sets of text.")] = False,
@@ -65,14 +64,9 @@ def evaluate(
         str | None, option("Workflow of rows with images; default: the graft's.")
     ] = None,
     batch_size: Annotated[int | None, option("Questions a batch.", min=1)] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    quantization: QuantizationOption = None,
-    base: BaseOption = None,
-    verify: VerifyOption = "fast",
-    template_option: TemplateOption = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
+    **loading: Any,
 ) -> None:
     """Measure what a graft keeps of text and what it sees, each number with its interval.
 
@@ -84,7 +78,6 @@ def evaluate(
 
 def _evaluate(given: Any) -> None:
     """Check what was given, load the graft and measure it."""
-    from mmgraft.cli.console import note
     from mmgraft.evaluation.evaluate import Evaluation, check
     from mmgraft.runs.find import find_run
 
@@ -101,15 +94,10 @@ def _evaluate(given: Any) -> None:
         return
     from mmgraft.cli.loading import load_answerer
 
-    answerer = load_answerer(
-        str(folder), given.device, given.dtype, given.quantization, given.base, given.verify, None,
-        given.template_option,
-    )  # fmt: skip
-    _run(answerer, evaluation, given.json)
+    _run(load_answerer(str(folder), revision=None, **given.loading), evaluation, given.json)
 
 
 def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
-    from mmgraft.cli.console import note, print_json
     from mmgraft.evaluation.evaluate import evaluate_run
     from mmgraft.evaluation.report.report import write_report
     from mmgraft.progress import working
@@ -138,7 +126,6 @@ def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
 
 def _specs(run: Path, given: Any) -> list[SetSpec]:
     """Return the set of ``--data``, else sets of a file or of the run's recipe."""
-    from mmgraft.errors import UsageError
     from mmgraft.evaluation.items.packaged_text import PACKAGED
     from mmgraft.evaluation.sets import choose_sets, given_set, load_sets, run_sets
 
@@ -161,8 +148,6 @@ def _specs(run: Path, given: Any) -> list[SetSpec]:
 
 
 def _columns(given: Sequence[str] | None) -> dict[str, str] | None:
-    from mmgraft.errors import UsageError
-
     if not given:
         return None
     pairs = [text.partition("=") for text in given]
@@ -180,8 +165,6 @@ def _listed(names: str | None) -> tuple[str, ...]:
 
 
 def _show_plan(folder: Path, plan: dict[str, list[str]], json: bool) -> None:
-    from mmgraft.cli.console import note, print_json
-
     if json:
         print_json({"run": str(folder), "measures": plan})
         return
@@ -191,7 +174,6 @@ def _show_plan(folder: Path, plan: dict[str, list[str]], json: bool) -> None:
 
 def _show(results: Results) -> None:
     """Show the main score of every set beside what it is compared with."""
-    from mmgraft.cli.console import stdout, table
     from mmgraft.evaluation.levels import WHERE
 
     out = stdout()

@@ -18,19 +18,16 @@ _KINDS = ("graft", "full", "llava")
 
 
 _TO = "What to write: graft, alone; full, with base and tower; llava, a stock model."
-_To = Annotated[str, option("--to", _TO)]
 _WORKFLOW = "Workflow to export, where an import wrote several."
-_Workflow = Annotated[str | None, option("--workflow", _WORKFLOW)]
 _DTYPE = "Dtype of a llava export: bfloat16, float32, float16; default: the base's."
-_Dtype = Annotated[str | None, option("--dtype", _DTYPE)]
 
 
 def export(
     run: RunArgument = None,
-    to: _To = "",
+    to: Annotated[str, option(_TO)] = "",
     out: Annotated[Path | None, option("--out", "-o", "Folder. Default: ./<graft>-<to>.")] = None,
-    workflow: _Workflow = None,
-    dtype: _Dtype = None,
+    workflow: Annotated[str | None, option(_WORKFLOW)] = None,
+    dtype: Annotated[str | None, option(_DTYPE)] = None,
     base: BaseOption = None,
     force: Annotated[bool, option("--force", "Replace an earlier export in the folder.")] = False,
     dry_run: DryRunFlag = False,

@@ -58,8 +58,8 @@ def generate(
     Rows of about one length are answered together; the output keeps the order of the input. It
     appears under its name when it is whole.
     """
-    settings = [*(read or ()), *([f"limit={limit}"] if limit else ())]
-    found, prompts = _read(rows, images, settings, out, force)
+    read = [*(read or ()), *([f"limit={limit}"] if limit else ())]
+    found, prompts = _read(rows, images, read, out, force)
     if dry_run:
         note(f"would answer {len(found)} rows of {rows} in batches of {batch_size}")
         return

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from mmgraft.aliases import default_tower, resolve_alias
+from mmgraft.aliases import resolve_alias
 from mmgraft.atomic import atomic_text
 from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
 from mmgraft.cli.loading import uncollected
@@ -34,7 +34,6 @@ from mmgraft.strict import Option
 from mmgraft.textfiles import read_text
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
 from mmgraft.vision.projectors.registry import PROJECTORS, find_projector
-from mmgraft.vision.spec import VisionSpec
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -86,51 +85,38 @@ def _kinds(info: FieldInfo) -> tuple[Any, ...]:
     return info.annotation, *get_args(info.annotation)
 
 
-_Base = Annotated[str, argument("Alias, Hub id or folder of the language model.")]
-_Method = Annotated[str | None, option("--method", f"Method: {_METHODS} or an installed one.")]
 _LAYERS = "Base layers to graft: 22,24 or 0-31:5, every:4, last:8, all."
-_Layers = Annotated[str | None, option("--layers", _LAYERS)]
 _TOWER = "Tower: Hub id, folder or registered name."
-_Vision = Annotated[str | None, option("--vision", _TOWER, panel=_SEE)]
 _FEATURES = "Hidden state of the tower that is read; -2 when not given."
-_FeatureLayer = Annotated[int | None, option("--feature-layer", _FEATURES, panel=_SEE)]
 _PROJECTOR = f"Projector: {', '.join(PROJECTORS.known)} or an installed one."
-_Projector = Annotated[str | None, option("--projector", _PROJECTOR, panel=_SEE)]
 _NORM = "--projector-norm/--no-projector-norm", "A norm before the projector."
-_ProjectorNorm = Annotated[bool | None, option(*_NORM, panel=_SEE)]
 _TEMPLATE = "Template: chat, plain or a jinja file."
-_Template = Annotated[str | None, option("--template", _TEMPLATE, panel=_SEE)]
 _TemplateOption = Annotated[
     list[str] | None,
     option("--template-option", "KEY=VALUE of the template; may be repeated.", panel=_SEE),
 ]
-_Workflow = Annotated[str | None, option("--workflow", "Name of the new workflow; else mm.")]
 _RECIPE = "Recipe, shipped name or file: settings, and how to train."
-_Recipe = Annotated[str | None, option("--recipe", _RECIPE)]
 _SET = "KEY=VALUE of the method's config; may be repeated."
-_Set = Annotated[list[str] | None, option("--set", _SET)]
-_Out = Annotated[Path | None, option("--out", "Folder; ./<model>-<method> when not given.")]
 _VERIFY = "Fingerprint of the base: fast reads edges of its tensors, full all."
-_Verify = Annotated[str, option("--verify", _VERIFY)]
 
 
 @with_options("vision", _settings())
 def graft(
-    base: _Base,
-    method: _Method = None,
-    layers: _Layers = None,
-    vision: _Vision = None,
-    feature_layer: _FeatureLayer = None,
-    projector: _Projector = None,
-    projector_norm: _ProjectorNorm = None,
-    template: _Template = None,
+    base: Annotated[str, argument("Alias, Hub id or folder of the language model.")],
+    method: Annotated[str | None, option(f"Method: {_METHODS} or an installed one.")] = None,
+    layers: Annotated[str | None, option(_LAYERS)] = None,
+    vision: Annotated[str | None, option(_TOWER, panel=_SEE)] = None,
+    feature_layer: Annotated[int | None, option(_FEATURES, panel=_SEE)] = None,
+    projector: Annotated[str | None, option(_PROJECTOR, panel=_SEE)] = None,
+    projector_norm: Annotated[bool | None, option(*_NORM, panel=_SEE)] = None,
+    template: Annotated[str | None, option(_TEMPLATE, panel=_SEE)] = None,
     template_option: _TemplateOption = None,
-    workflow: _Workflow = None,
-    recipe: _Recipe = None,
-    set_: _Set = None,
-    out: _Out = None,
+    workflow: Annotated[str | None, option("Name of the new workflow; else mm.")] = None,
+    recipe: Annotated[str | None, option(_RECIPE)] = None,
+    set_: Annotated[list[str] | None, option("--set", _SET)] = None,
+    out: Annotated[Path | None, option("Folder; ./<model>-<method> when not given.")] = None,
     revision: RevisionOption = None,
-    verify: _Verify = "fast",
+    verify: Annotated[str, option(_VERIFY)] = "fast",
     force: ForceFlag = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
@@ -145,7 +131,7 @@ def graft(
     kind = get_method(config.method)
     target = out or Path(f"{_short(base)}-{kind.name}")
     defaults = chosen.graft if chosen else None
-    tower = _tower(defaults, vision, feature_layer)
+    tower = (defaults or GraftDefaults()).tower(vision, feature_layer)
     _check(target, force, verify)
     with uncollected():  # here torch is loaded
         from mmgraft.model.files.create import create_graft
@@ -165,17 +151,6 @@ def graft(
         _show_plan(record, target, f"{kind.name} on {resolve_alias(base)}", json)
     else:
         _finish(target, find_recipe(recipe) if recipe is not None else method_recipe(kind), json)
-
-
-def _tower(
-    defaults: GraftDefaults | None, vision: str | None, feature_layer: int | None
-) -> VisionSpec:
-    """Return the tower: the recipe's unless another is named, then the option for its layer."""
-    spec = VisionSpec.from_name(vision or (defaults and defaults.vision) or default_tower())
-    if vision is None and defaults and defaults.vision_options:
-        spec = spec.model_copy(update={"options": dict(defaults.vision_options)})
-    layer = feature_layer if feature_layer is not None else defaults and defaults.feature_layer
-    return spec if layer is None else spec.model_copy(update={"feature_layer": layer})
 
 
 def _check(folder: Path, force: bool, verify: str) -> None:
@@ -241,7 +216,7 @@ def _config(
             )
         kinds = _kinds(fields[name])
         is_list = str not in kinds and any(get_origin(one) is list for one in kinds)
-        values[name] = value.split(",") if is_list else value
+        values[name] = value.split(",") if is_list and isinstance(value, str) else value
     values |= dict(key_value(setting, "--set", "layers=last:8") for setting in settings)
     name, values, note_ = moved(method, values)
     if note_ is not None:

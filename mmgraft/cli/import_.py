@@ -13,21 +13,19 @@ if TYPE_CHECKING:
     from mmgraft.published.importer import ImportReport
 
 
-_Out = Annotated[Path | None, option("--out", "-o", "Folder to write. Default: one of its name.")]
 _BASE = "The original LLM; if all tensors are equal, it is referred to."
-_Base = Annotated[str | None, option("--base", _BASE)]
 _LAYERS = "Insertion points, where the checkpoint names none."
-_Layers = Annotated[str | None, option("--layers", _LAYERS)]
 _TOWER = "Vision tower of its training, if it names another."
-_Tower = Annotated[str | None, option("--tower", _TOWER)]
 
 
 def import_checkpoint(
     checkpoint: Annotated[str, argument("Folder or Hub id of a checkpoint of the published code.")],
-    out: _Out = None,
-    base: _Base = None,
-    layers: _Layers = None,
-    tower: _Tower = None,
+    out: Annotated[
+        Path | None, option("--out", "-o", "Folder to write. Default: one of its name.")
+    ] = None,
+    base: Annotated[str | None, option(_BASE)] = None,
+    layers: Annotated[str | None, option(_LAYERS)] = None,
+    tower: Annotated[str | None, option(_TOWER)] = None,
     revision: RevisionOption = None,
     force: ForceFlag = False,
     dry_run: DryRunFlag = False,

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli.console import note, print_json, stdout, table
 from mmgraft.cli.options import (
-    BaseOption,
-    DeviceOption,
+    LOADING,
     DryRunFlag,
-    DtypeOption,
     ImagesOption,
     JsonFlag,
-    QuantizationOption,
-    RevisionOption,
-    VerifyOption,
     argument,
     option,
+    with_options,
 )
+from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
     from mmgraft.recipes.evaluation_set import SetSpec
     from mmgraft.runs.results import Results
 
-_LOADING = attrgetter("run", "device", "dtype", "quantization", "base", "verify", "revision")
 JSON_NAME, PNG_NAME = "laws.json", "laws.png"
 
 
+@with_options("dry_run", LOADING, without="template_option")
 def laws(
     run: Annotated[str, argument("Folder or Hub id of a graft.")],
     rows: Annotated[
@@ -46,14 +43,9 @@ def laws(
     ] = None,
     workflow: Annotated[str | None, option("Workflow of all rows; default: the graft's.")] = None,
     batch_size: Annotated[int, option("Rows a batch, of like length.", min=1)] = 8,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    quantization: QuantizationOption = None,
-    base: BaseOption = None,
-    verify: VerifyOption = "fast",
-    revision: RevisionOption = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
+    **loading: Any,
 ) -> None:
     """Show how much each layer attends to the image and to the text around it.
 
@@ -66,8 +58,6 @@ def laws(
 
 def _laws(given: Any) -> None:
     """Check what was given, load the graft and measure it."""
-    from mmgraft.cli.console import note
-    from mmgraft.errors import UsageError
     from mmgraft.model.files.graft_file import GraftFile
     from mmgraft.model.files.load import graft_folder
 
@@ -75,7 +65,7 @@ def _laws(given: Any) -> None:
         raise UsageError("give a file of rows or --set, not both")
     if given.out is not None and given.out.exists() and not given.out.is_dir():
         raise UsageError(f"--out {given.out} is a file; name a folder")
-    folder, local = graft_folder(given.run, given.revision), Path(given.run).is_dir()
+    folder, local = graft_folder(given.run, given.loading["revision"]), Path(given.run).is_dir()
     if given.out is None and not local:
         raise UsageError(f"{given.run} is on the Hub, where nothing is written; give --out FOLDER")
     GraftFile.read(folder)
@@ -91,13 +81,12 @@ def _measure(
     given: Any, folder: Path, target: Path, name: str, file: Path, samples: Sequence[Any]
 ) -> None:
     from mmgraft.atomic import atomic_bytes, atomic_json
-    from mmgraft.cli.console import note
     from mmgraft.cli.loading import load_answerer
     from mmgraft.evaluation.attention.laws import evaluate_laws
     from mmgraft.evaluation.report.plots import laws_plot
     from mmgraft.runs.sections import put_aside
 
-    answerer = load_answerer(*_LOADING(given))
+    answerer = load_answerer(given.run, **given.loading)
     results = evaluate_laws(
         answerer,
         samples,
@@ -120,8 +109,6 @@ def _measure(
 
 
 def _show(results: Results, target: Path, json: bool) -> None:
-    from mmgraft.cli.console import note, print_json, stdout, table
-
     if json:
         print_json(results.model_dump(mode="json"))
         return
@@ -142,7 +129,6 @@ def _show(results: Results, target: Path, json: bool) -> None:
 
 def _samples(folder: Path, given: Any) -> tuple[str, Path, Sequence[Any]]:
     """Return name, file and samples: those of a file, or of a set of the recipe."""
-    from mmgraft.errors import UsageError
     from mmgraft.evaluation.attention.laws import read_samples
 
     rows, images, limit, seed = given.rows, given.images, given.limit, given.seed
@@ -167,7 +153,6 @@ def _set(folder: Path, name: str | None) -> SetSpec:
     Raises:
         UsageError: The run has no recipe, or its recipe no such set.
     """
-    from mmgraft.errors import UsageError
     from mmgraft.evaluation.sets import choose_sets, run_sets
 
     sets = run_sets(folder)

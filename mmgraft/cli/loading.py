@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mmgraft.errors import UsageError
 from mmgraft.recipes.source import template_options
@@ -19,15 +19,14 @@ DTYPES = ("bfloat16", "float32", "float16")
 
 def load_answerer(
     run: str,
+    *,
     device: str | None,
-    dtype: str | None,
-    quantization: str | None,
-    base: str | None,
     verify: str,
-    revision: str | None,
+    dtype: str | None = None,
     template_option: Sequence[str] | None = None,
+    **more: Any,
 ) -> Answerer:
-    """Check the options that need no model, then load it on a device.
+    """Check the options that need no model, then load it on a device; they are ``LOADING``.
 
     Raises:
         UsageError: An option that is not known, or a device or package that is not there.
@@ -44,11 +43,9 @@ def load_answerer(
             run,
             device=pick_device(device),
             dtype=dtype,
-            quantization=quantization,
-            base=base,
             verify=cast("Verify", verify),
-            revision=revision,
             options=options,
+            **more,
         )
 
 

@@ -27,14 +27,27 @@ def argument(text: str, **more: Any) -> Any:
     return typer.Argument(help=text, **more)
 
 
+def given(kind: Any, *words: str, default: Any = None, **more: Any) -> tuple[Any, Any]:
+    """Declare an option of a group for ``with_options``: its annotation and its default.
+
+    Args:
+        kind: Type of its value; it may also be None where that is the default.
+        words: As ``option`` has them; without a flag it is the name in the group.
+        default: What the command gets without it.
+        more: As ``option`` has them.
+    """
+    return Annotated[kind | None if default is None else kind, option(*words, **more)], default
+
+
 def with_options(
-    before: str, more: Mapping[str, tuple[Any, Any]]
+    before: str, more: Mapping[str, tuple[Any, Any]], without: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command options that it takes as keywords, ``**more``.
 
     Args:
         before: Parameter that they stand before in the help.
         more: Annotation and default of each, by name; names that the command has are left out.
+        without: One more to leave out.
     """
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
@@ -44,7 +57,7 @@ def with_options(
         made = [
             inspect.Parameter(name, kind, default=default, annotation=annotation)
             for name, (annotation, default) in more.items()
-            if name not in own
+            if name not in own and name != without
         ]
         at = list(own).index(before)
         parameters = [*list(own.values())[:at], *made, *list(own.values())[at:]]
@@ -96,28 +109,16 @@ TemplateOption = Annotated[
 
 
 _LOADING = "How the model is loaded"
-DeviceOption = Annotated[
-    str | None, option("--device", "Device: cuda, mps, cpu; else the first found.", panel=_LOADING)
-]
-DtypeOption = Annotated[
-    str | None, option("--dtype", "Dtype: bfloat16, float32; default: as saved.", panel=_LOADING)
-]
-QuantizationOption = Annotated[
-    str | None, option("--quantization", "Quantization: nf4, a base in 4-bit.", panel=_LOADING)
-]
 BaseOption = Annotated[
     str | None, option("--base", "Where the base lies, if it was moved.", panel=_LOADING)
 ]
-VerifyOption = Annotated[
-    str, option("--verify", "Check of the base: fast, full or off.", panel=_LOADING)
-]
 
 LOADING = {
-    "device": (DeviceOption, None),
-    "dtype": (DtypeOption, None),
-    "quantization": (QuantizationOption, None),
+    "device": given(str, "Device: cuda, mps, cpu; else the first found.", panel=_LOADING),
+    "dtype": given(str, "Dtype: bfloat16, float32; default: as saved.", panel=_LOADING),
+    "quantization": given(str, "Quantization: nf4, a base in 4-bit.", panel=_LOADING),
     "base": (BaseOption, None),
-    "verify": (VerifyOption, "fast"),
+    "verify": given(str, "Check of the base: fast, full or off.", default="fast", panel=_LOADING),
     "revision": (RevisionOption, None),
     "template_option": (TemplateOption, None),
 }

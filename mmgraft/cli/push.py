@@ -17,24 +17,19 @@ if TYPE_CHECKING:
 
 
 _RUN = "Folder of the graft. Default: the one here, or the only one below."
-_Run = Annotated[Path | None, argument(_RUN)]
 _REPO_ID = "OWNER/NAME. Default: your name and the folder's."
-_RepoId = Annotated[str | None, option("--repo-id", _REPO_ID)]
 _BASE_ID = "Hub id of the base, where it is a local folder."
-_BaseId = Annotated[str | None, option("--base-id", _BASE_ID)]
 _VISION_ID = "Hub id of the tower, where it is a local folder."
-_VisionId = Annotated[str | None, option("--vision-id", _VISION_ID)]
 _LICENSE = "Licence in the model card, such as apache-2.0."
-_License = Annotated[str | None, option("--license", _LICENSE)]
 
 
 def push(
-    run: _Run = None,
-    repo_id: _RepoId = None,
+    run: Annotated[Path | None, argument(_RUN)] = None,
+    repo_id: Annotated[str | None, option(_REPO_ID)] = None,
     private: Annotated[bool, option("--private", "Make the new repository private.")] = False,
-    base_id: _BaseId = None,
-    vision_id: _VisionId = None,
-    license: _License = None,
+    base_id: Annotated[str | None, option(_BASE_ID)] = None,
+    vision_id: Annotated[str | None, option(_VISION_ID)] = None,
+    license: Annotated[str | None, option(_LICENSE)] = None,
     dry_run: DryRunFlag = False,
     yes: YesFlag = False,
     json: JsonFlag = False,

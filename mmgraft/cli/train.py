@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,52 +11,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmgraft.cli.console import note, print_json, stderr, stdout, table
-from mmgraft.cli.options import DryRunFlag, JsonFlag, argument, option
+from mmgraft.cli.options import DryRunFlag, JsonFlag, argument, given, option, with_options
 from mmgraft.runs.find import find_run
 
 if TYPE_CHECKING:
-    from mmgraft.recipes.recipe import Stage
     from mmgraft.training.plan import Plan
 
-_PLAN, _GO_ON = "What to train", "Go on or begin anew"
-
-
-_RUN = "Folder of a graft; the only one here when not given."
-_Run = Annotated[Path | None, argument(_RUN)]
-_Recipe = Annotated[
-    str | None, option("--recipe", "Recipe: YAML file or shipped name.", panel=_PLAN)
-]
+_plan = partial(given, panel="What to train")
+_go_on = partial(option, panel="Go on or begin anew")
 _DATA = "LLaVA json or messages jsonl, for all stages or as STAGE=FILE; may be repeated."
-_Data = Annotated[list[str] | None, option("--data", _DATA, panel=_PLAN)]
-_Images = Annotated[
-    str | None, option("--images", "Folder that image paths start from.", panel=_PLAN)
-]
 _SET = "Change a value: stages.align.lr=1e-4, stages.*.batch_size=2, seed=3."
-_Set = Annotated[list[str] | None, option("--set", _SET, panel=_PLAN)]
-_MOST = "Number of steps after which every stage ends."
-_MaxSteps = Annotated[int | None, option("--max-steps", _MOST, panel=_PLAN, min=1)]
-_Device = Annotated[str | None, option("--device", "Device: cuda, mps, cpu; else the first found.")]
-_PROCESSES = "Number of processes, on CUDA one a card; the recipe says how they share: parallel."
-_Processes = Annotated[int, option("--processes", _PROCESSES, min=1)]
-_Resume = Annotated[bool, option("--resume", "Go on where a run stopped.", panel=_GO_ON)]
 _RESTART = "Train a trained or stopped run from its graft as it is."
-_Restart = Annotated[bool, option("--restart", _RESTART, panel=_GO_ON)]
+_PROCESSES = "Number of processes, on CUDA one a card; the recipe says how they share: parallel."
+
+_TRAINING = {
+    "recipe": _plan(str, "Recipe: YAML file or shipped name."),
+    "data": _plan(list[str], _DATA),
+    "images": _plan(str, "Folder that image paths start from."),
+    "overrides": _plan(list[str], "--set", _SET),
+    "max_steps": _plan(int, "Number of steps after which every stage ends.", min=1),
+    "device": given(str, "Device: cuda, mps, cpu; else the first found."),
+}
+"""Options that ``plan_training`` takes by these names."""
 
 
+@with_options("processes", _TRAINING)
 def train(
     context: typer.Context,
-    run: _Run = None,
-    recipe: _Recipe = None,
-    data: _Data = None,
-    images: _Images = None,
-    set_: _Set = None,
-    max_steps: _MaxSteps = None,
-    device: _Device = None,
-    processes: _Processes = 1,
-    resume: _Resume = False,
-    restart: _Restart = False,
+    run: Annotated[
+        Path | None, argument("Folder of a graft; the only one here when not given.")
+    ] = None,
+    processes: Annotated[int, option(_PROCESSES, min=1)] = 1,
+    resume: Annotated[bool, _go_on("--resume", "Go on where a run stopped.")] = False,
+    restart: Annotated[bool, _go_on("--restart", _RESTART)] = False,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
+    **training: Any,
 ) -> None:
     """Train a graft by its recipe, stage by stage, or go on with a run.
 
@@ -76,15 +67,10 @@ def train(
 
     plan = plan_training(
         folder,
-        recipe=recipe,
-        data=data or (),
-        images=images,
-        overrides=set_ or (),
         resume=resume,
         restart=restart,
-        max_steps=max_steps,
-        device=device,
         count=max(processes, started()),  # --processes is more than 1 here in a dry run alone
+        **training,
     )
     if dry_run:
         _show(_summary(plan, max(processes, started())), json)
@@ -98,13 +84,10 @@ def _train(plan: Plan, json: bool) -> None:
     from mmgraft.training.memory.shortage import warning
     from mmgraft.training.run import train as train_run
 
-    def display(stage: Stage, number: int, stages: int) -> list[ProgressDisplay]:
-        return [ProgressDisplay(stage.name, number, stages, stderr())]
-
     if is_main_rank():
         for warned in filter(None, (warning(plan), slow_precision(plan.recipe, plan.device))):
             note(f"warning: {warned}")
-    results = train_run(plan, announce=note, display=display)
+    results = train_run(plan, note, lambda one, *of: [ProgressDisplay(one.name, *of, stderr())])
     if json and is_main_rank():
         stages = list(map(asdict, results))
         print_json({"run": str(plan.run), "device": plan.device, "stages": stages})

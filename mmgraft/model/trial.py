@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ class _Trial:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self.base, self.what = base, "a graft on it fails"
-        most = base.get_input_embeddings().num_embeddings
+        most = len(cast(nn.Embedding, base.get_input_embeddings()).weight)
         ids = torch.arange(_LENGTH)[None] * 7 % min(most, 200)
         kinds = F.pad(torch.ones_like(ids[:, :4]), (2, _LENGTH - 6))
         self.image = {"input_ids": ids, "attention_mask": ids * 0 + 1, "mm_token_type_ids": kinds}

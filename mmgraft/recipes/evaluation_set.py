@@ -8,11 +8,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from mmgraft.strict import StrictModel
+from mmgraft.strict import StrictModel, about
 
 Metric = Literal["perplexity", "choice", "exact", "vqa", "vqa_v2", "yes_no", "caption", "box"]
 TEXT_METRICS = ("perplexity", "choice")
-VISION_METRICS = ("choice", "exact", "vqa", "vqa_v2", "yes_no", "caption", "box")
 BoxFormat = Literal["unit", "thousand", "ten", "pixel", "cogvlm", "qwen"]
 Blind = Literal["prior", "no_image"]
 
@@ -31,30 +30,20 @@ class SetSpec(StrictModel):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    path: str | None = Field(default=None, description="file of items, or a packaged set's name")
+    path: str | None = about("file of items, or a packaged set's name")
     metric: Metric
     modality: Literal["text", "image"] = "image"
-    chat: bool = Field(
-        default=False, description="ask a set of text through the chat template, not as plain text"
-    )
-    images: str | None = Field(default=None, description="folder that image paths start from")
-    train: str | None = Field(
-        default=None, description="file of training rows, whose answers give the prior score"
-    )
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="keys of the rows, where they have other names"
-    )
-    prompt: str | None = Field(
-        default=None, description="what is asked, with {question} and {options}"
-    )
-    boxes: BoxFormat | None = Field(
-        default=None, description="how the model writes [x1,y1,x2,y2]; needed by `box`"
-    )
+    chat: bool = about("ask a set of text through the chat template, not as plain text", False)
+    images: str | None = about("folder that image paths start from")
+    train: str | None = about("file of training rows, whose answers give the prior score")
+    columns: dict[str, str] = about("keys of the rows, where they have other names", dict)
+    prompt: str | None = about("what is asked, with {question} and {options}")
+    boxes: BoxFormat | None = about("how the model writes [x1,y1,x2,y2]; needed by `box`")
     blind: list[Blind] = Field(default_factory=lambda: ["prior", "no_image"])
-    workflow: str | None = Field(default=None, description="of rows with images; None: the graft's")
-    max_new_tokens: int | None = Field(default=None, ge=1, description="None: by the metric")
-    limit: int | None = Field(default=None, ge=1, description="draw so many items")
-    seed: int = Field(default=0, description="of that draw")
+    workflow: str | None = about("of rows with images; None: the graft's")
+    max_new_tokens: int | None = about("None: by the metric", ge=1)
+    limit: int | None = about("draw so many items", ge=1)
+    seed: int = about("of that draw", 0)
 
     @model_validator(mode="before")
     @classmethod

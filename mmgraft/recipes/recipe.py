@@ -19,15 +19,17 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from mmgraft.aliases import default_tower
 from mmgraft.data.bad_rows import HUB, OnBadRow
 from mmgraft.data.formats.layouts import Column, Format, Vqa
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.registry import methods
 from mmgraft.recipes.evaluation_set import SetSpec
-from mmgraft.strict import StrictModel
+from mmgraft.strict import StrictModel, about
 from mmgraft.vision.projectors.configs import MlpConfig
 from mmgraft.vision.projectors.registry import AnyProjector
+from mmgraft.vision.spec import VisionSpec
 
 TextRows = Literal["skip", "graft", "base"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -63,27 +65,22 @@ WorkflowName = Annotated[str, AfterValidator(_workflow_name)]
 class DataEntry(StrictModel):
     """Rows that belong together: one file, or the shards of one set."""
 
-    path: str | None = Field(
-        default=None,
-        description="json, jsonl, parquet, tar, a folder or pattern of them, or hub:OWNER/NAME; "
-        "empty until set",
+    path: str | None = about(
+        "json, jsonl, parquet, tar, a folder or pattern of them, or hub:OWNER/NAME; empty until set"
     )
-    images: str | None = Field(default=None, description="folder that image paths start from")
-    format: Format = Field(default="auto", description="layout of the rows, where keys do not tell")
-    columns: dict[Column, str] = Field(
-        default_factory=dict, description="of a table with questions: {image: ..., question: ...}"
+    images: str | None = about("folder that image paths start from")
+    format: Format = about("layout of the rows, where keys do not tell", "auto")
+    columns: dict[Column, str] = about(
+        "of a table with questions: {image: ..., question: ...}", dict
     )
-    vqa: Vqa | None = Field(default=None, description="template and answers of such a table")
-    weight: float = Field(
-        default=1.0,
-        gt=0,
-        le=100_000,
-        description="2 shows every row twice an epoch, 0.5 every other",
+    vqa: Vqa | None = about("template and answers of such a table")
+    weight: float = about(
+        "2 shows every row twice an epoch, 0.5 every other", 1.0, gt=0, le=100_000
     )
-    limit: int | None = Field(default=None, ge=1, description="use the first rows only")
-    split: str = Field(default="train", description="of a set of the Hub, or that datasets saved")
-    subset: str | None = Field(default=None, description="configuration of a set of the Hub")
-    revision: str | None = Field(default=None, description="branch, tag or commit of that set")
+    limit: int | None = about("use the first rows only", ge=1)
+    split: str = about("of a set of the Hub, or that datasets saved", "train")
+    subset: str | None = about("configuration of a set of the Hub")
+    revision: str | None = about("branch, tag or commit of that set")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -105,16 +102,22 @@ class DataEntry(StrictModel):
 class GraftDefaults(StrictModel):
     """What ``mmgraft graft`` uses where its options are not given."""
 
-    base: str | None = Field(default=None, description="alias, Hub id or folder")
-    vision: str | None = Field(default=None, description="Hub id, folder or registered tower")
-    vision_options: dict[str, Any] = Field(
-        default_factory=dict, description="settings of a registered tower, such as image_size"
+    base: str | None = about("alias, Hub id or folder")
+    vision: str | None = about("Hub id, folder or registered tower")
+    vision_options: dict[str, Any] = about(
+        "settings of a registered tower, such as image_size", dict
     )
-    feature_layer: int | None = Field(
-        default=None, description="hidden state of the tower; -2 is usual"
-    )
-    config: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
+    feature_layer: int | None = about("hidden state of the tower; -2 is usual")
+    config: dict[str, Any] = about("the method's own settings", dict)
     projector: AnyProjector = MlpConfig()
+
+    def tower(self, named: str | None = None, layer: int | None = None) -> VisionSpec:
+        """Return the tower: this one unless another is named, with a layer where one is given."""
+        spec = VisionSpec.from_name(named or self.vision or default_tower())
+        update: dict[str, Any] = {"feature_layer": self.feature_layer if layer is None else layer}
+        if named is None and self.vision_options:
+            update["options"] = dict(self.vision_options)
+        return spec.model_copy(update={k: v for k, v in update.items() if v is not None})
 
 
 class Stage(StageSwitches):
@@ -127,15 +130,13 @@ class Stage(StageSwitches):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     train: list[str] = Field(min_length=1, description="groups of parameters")
     lr: float | dict[str, float] = Field(description="one number, or one for each group")
-    data: list[DataEntry] | None = Field(default=None, description="instead of the recipe's data")
+    data: list[DataEntry] | None = about("instead of the recipe's data")
     workflow: WorkflowName | None = None
-    graft_active: bool = Field(default=True, description="false leaves the graft out of the path")
+    graft_active: bool = about("false leaves the graft out of the path", True)
     epochs: float | None = Field(default=None, gt=0, le=100_000)
     max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=1, ge=1, description="rows in one forward pass on one device")
-    accumulate: int = Field(
-        default=1, ge=1, description="forward passes in one step of the optimizer"
-    )
+    batch_size: int = about("rows in one forward pass on one device", 1, ge=1)
+    accumulate: int = about("forward passes in one step of the optimizer", 1, ge=1)
     optimizer: Optimizer = "adamw"
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -143,24 +144,16 @@ class Stage(StageSwitches):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     warmup_steps: int | None = Field(default=None, ge=0)
-    clip_norm: float = Field(default=1.0, ge=0, description="0 clips nothing")
-    max_length: int | None = Field(
-        default=None, ge=8, description="positions in a row, images counted"
-    )
+    clip_norm: float = about("0 clips nothing", 1.0, ge=0)
+    max_length: int | None = about("positions in a row, images counted", ge=8)
     gradient_checkpointing: bool = False
-    packing: bool = Field(
-        default=False, description="several rows in a sequence of up to max_length positions"
+    packing: bool = about("several rows in a sequence of up to max_length positions", False)
+    group_by: Literal["length", "modality"] | None = about(
+        "rows of a batch alike in length, or all with or without an image"
     )
-    group_by: Literal["length", "modality"] | None = Field(
-        default=None, description="rows of a batch alike in length, or all with or without an image"
-    )
-    template: str | None = Field(
-        default=None, description="chat, plain or a jinja file; None: the graft's own"
-    )
+    template: str | None = about("chat, plain or a jinja file; None: the graft's own")
     text_rows: TextRows | None = None
-    image_share: float | None = Field(
-        default=None, gt=0, lt=1, description="how much of the rows shown have an image"
-    )
+    image_share: float | None = about("how much of the rows shown have an image", gt=0, lt=1)
     precision: Precision | None = None
     seed: Seed | None = None
 
@@ -252,56 +245,40 @@ class Recipe(StrictModel):
     method: str
     description: str = ""
     graft: GraftDefaults = Field(default_factory=lambda: GraftDefaults())
-    workflow: WorkflowName | None = Field(
-        default=None, description="what is trained; None: the graft's"
-    )
+    workflow: WorkflowName | None = about("what is trained; None: the graft's")
     base: Literal["frozen", "full"] = "frozen"
-    quantization: Literal["nf4"] | None = Field(
-        default=None, description="4-bit weights of a frozen base"
-    )
+    quantization: Literal["nf4"] | None = about("4-bit weights of a frozen base")
     data: list[DataEntry] = Field(default_factory=list)
     eval_data: list[DataEntry] = Field(default_factory=list)
     stages: list[Annotated[SerializeAsAny[Stage], PlainValidator(_stage)]] = Field(min_length=1)
-    template_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="variables of the chat template, such as enable_thinking: false",
+    template_options: dict[str, Any] = about(
+        "variables of the chat template, such as enable_thinking: false", dict
     )
     text_rows: TextRows | None = None
-    image_share: float | None = Field(
-        default=None, gt=0, lt=1, description="how much of the rows shown have an image"
-    )
+    image_share: float | None = about("how much of the rows shown have an image", gt=0, lt=1)
     precision: Precision = "bf16"
     seed: Seed = 0
     tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    log_every: int = Field(default=10, ge=1, description="steps")
-    save_every: int | None = Field(
-        default=500, ge=1, description="steps; a stage's end always saves"
-    )
+    log_every: int = about("steps", 10, ge=1)
+    save_every: int | None = about("steps; a stage's end always saves", 500, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
-    eval_every: int | None = Field(default=None, ge=1, description="steps; needs eval_data")
-    evaluation: list[SetSpec] = Field(
-        default_factory=list, description="sets that `mmgraft eval` asks"
+    eval_every: int | None = about("steps; needs eval_data", ge=1)
+    evaluation: list[SetSpec] = about("sets that `mmgraft eval` asks", list)
+    feature_cache: bool | str = about(
+        "compute the tower once an image: true keeps it in the run, or a folder", False
     )
-    feature_cache: bool | str = Field(
-        default=False,
-        description="compute the tower once an image: true keeps it in the run, or a folder",
+    attention: Attention | None = about(
+        "kernel of the base's attention; None: the one transformers takes"
     )
-    attention: Attention | None = Field(
-        default=None, description="kernel of the base's attention; None: the one transformers takes"
-    )
-    compile: bool = Field(default=False, description="decoder layers through torch.compile")
-    parallel: Parallel = Field(
-        default="ddp", description="how several processes share a training: --processes N"
-    )
-    workers: int | None = Field(
-        default=None,
-        ge=0,
-        description="processes that load rows and images; None: 4 on CUDA (no more than there are "
+    compile: bool = about("decoder layers through torch.compile", False)
+    parallel: Parallel = about("how several processes share a training: --processes N", "ddp")
+    workers: int | None = about(
+        "processes that load rows and images; None: 4 on CUDA (no more than there are "
         "cores), else 0",
+        ge=0,
     )
-    on_bad_row: OnBadRow = Field(
-        default="error",
-        description="error names a row that cannot be used; skip leaves it out and logs it",
+    on_bad_row: OnBadRow = about(
+        "error names a row that cannot be used; skip leaves it out and logs it", "error"
     )
 
     @field_validator("feature_cache")
@@ -311,16 +288,11 @@ class Recipe(StrictModel):
             raise ValueError("names no folder; write true, false or a folder")
         return value
 
-    @field_validator("parallel", mode="before")
+    @field_validator("parallel", "base", mode="before")
     @classmethod
-    def _refuse_deepspeed(cls, value: Any) -> Any:
+    def _refuse_unbuilt(cls, value: Any) -> Any:
         if value in ("zero2", "zero3"):
             raise ValueError(f"{value} (DeepSpeed) is not built; write fsdp2, which shards as well")
-        return value
-
-    @field_validator("base", mode="before")
-    @classmethod
-    def _refuse_method(cls, value: Any) -> Any:
         if isinstance(value, str) and value in methods():
             raise ValueError(
                 f"{value} is a method of its own (mmgraft graft BASE --method {value}), not a way "

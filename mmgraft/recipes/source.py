@@ -92,7 +92,7 @@ def method_recipe(method: Method) -> Path | None:
 
 
 def load_recipe(
-    source: str | Path, method: str | None = None, overrides: Sequence[str] = ()
+    source: str | Path, method: str | None = None, overrides: Sequence[str] | None = None
 ) -> Recipe:
     """Read and check a recipe.
 
@@ -107,7 +107,7 @@ def load_recipe(
     """
     path = find_recipe(source)
     data, lines = read_yaml(path)
-    for override in overrides:
+    for override in overrides or ():
         _apply(data, override)
     recipe = _check(data, str(path), lines)
     if method is not None and recipe.method != method:
@@ -163,7 +163,7 @@ def entry_of(path: str, images: Path | None = None, read: Sequence[str] | None =
     return DataEntry.parse({"path": path, **folder, **data}, "--read")
 
 
-def with_data(recipe: Recipe, data: Sequence[str], images: str | None) -> Recipe:
+def with_data(recipe: Recipe, data: Sequence[str] | None, images: str | None) -> Recipe:
     """Return the recipe with its data replaced by files from the command line.
 
     Args:
@@ -176,7 +176,7 @@ def with_data(recipe: Recipe, data: Sequence[str], images: str | None) -> Recipe
     """
     names = [stage.name for stage in recipe.stages]
     chosen: dict[str | None, list[DataEntry]] = {}
-    for item in data:
+    for item in data or ():
         stage, _, path = item.partition("=")
         if not path or (stage not in names and Path(item).exists()):
             stage, path = None, item

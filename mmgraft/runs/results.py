@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mmgraft.atomic import atomic_json
 from mmgraft.errors import UsageError
-from mmgraft.strict import MeasuredModel
+from mmgraft.strict import MeasuredModel, about
 from mmgraft.textfiles import read_json
 
 SCHEMA_VERSION = 1
@@ -25,9 +25,7 @@ class Score(MeasuredModel):
     low: float
     high: float
     count: int
-    groups: int | None = Field(
-        default=None, description="what is resampled for the interval; of one there is none"
-    )
+    groups: int | None = about("what is resampled for the interval; of one there is none")
 
     def __str__(self) -> str:
         """``0.823 (0.800 to 0.846)``."""
@@ -55,22 +53,15 @@ class SetResult(MeasuredModel):
     sha256: str = Field(description="of that file")
     items: int
     scores: dict[str, Score]
-    base: dict[str, Score] = Field(
-        default_factory=dict, description="scores of the untouched base on the same items"
-    )
-    change: dict[str, Score] = Field(
-        default_factory=dict, description="paired difference, graft minus base"
-    )
-    blind: dict[str, dict[str, Score]] = Field(
-        default_factory=dict, description="scores of `prior` and `no_image`"
-    )
+    base: dict[str, Score] = about("scores of the untouched base on the same items", dict)
+    change: dict[str, Score] = about("paired difference, graft minus base", dict)
+    blind: dict[str, dict[str, Score]] = about("scores of `prior` and `no_image`", dict)
     kinds: dict[str, dict[str, Score]] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
-    predictions: str | None = Field(default=None, description="jsonl, relative to the run")
-    sheet: str | None = Field(
-        default=None,
+    predictions: str | None = about("jsonl, relative to the run")
+    sheet: str | None = about(
+        "PNG of some boxes, relative to the run; in results/sheets it is not pushed",
         pattern=r"^results/(boxes-|sheets/)[A-Za-z0-9][A-Za-z0-9_.-]*\.png$",
-        description="PNG of some boxes, relative to the run; in results/sheets it is not pushed",
     )
     seconds: float = 0.0
 
@@ -82,12 +73,8 @@ class Results(MeasuredModel):
     section: Section
     mmgraft_version: str
     versions: dict[str, str] = Field(default_factory=dict)
-    graft: dict[str, str] = Field(
-        default_factory=dict, description="method, workflow, base, vision, sha256 of the graft"
-    )
-    identity: dict[str, Any] | None = Field(
-        default=None, description="text section: the proof that text is the base's"
-    )
+    graft: dict[str, str] = about("method, workflow, base, vision, sha256 of the graft", dict)
+    identity: dict[str, Any] | None = about("text section: the proof that text is the base's")
     sets: list[SetResult] = Field(default_factory=list)
     details: dict[str, Any] = Field(default_factory=dict)
 

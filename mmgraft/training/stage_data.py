@@ -107,7 +107,7 @@ def source_of(entry: DataEntry) -> Source:
     """Return the files of an entry that is set."""
     assert entry.path is not None
     path = entry.path if entry.path.startswith(HUB) else str(Path(entry.path).expanduser())
-    reading = Reading(entry.format, entry.columns, entry.vqa or Vqa())
+    reading = Reading(entry.format, {**entry.columns}, entry.vqa or Vqa())
     return Source(
         path, entry.images, reading, entry.limit, entry.split, entry.subset, entry.revision
     )

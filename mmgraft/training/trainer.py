@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mmgraft.data.bad_rows import BadRow
@@ -107,13 +106,11 @@ class GraftTrainer(Trainer):
         args: From :func:`training_arguments`.
         stage: Of a resolved recipe.
         groups: Trained parameters by learning rate.
-        train_dataset: Rows.
-        data_collator: Rows to a batch.
         sampler: The order of the rows.
         keep: Checkpoints to keep.
-        eval_dataset: Rows to evaluate on.
         callbacks: Further callbacks.
         on_bad: Is called with the rows that a batch had to do without, and the step.
+        data: The Trainer's ``train_dataset``, ``eval_dataset`` and ``data_collator``.
     """
 
     def __init__(
@@ -122,14 +119,12 @@ class GraftTrainer(Trainer):
         args: TrainingArguments,
         stage: Stage,
         groups: Sequence[RateGroup],
-        train_dataset: Dataset[Any],
-        data_collator: Any,
         sampler: Order,
         *,
         keep: int,
-        eval_dataset: Dataset[Any] | None,
         callbacks: Sequence[TrainerCallback],
         on_bad: Callable[[Sequence[BadRow], int], None],
+        **data: Any,
     ) -> None:
         self.grafted: Any = model  # the Trainer's own `model` may be wrapped
         self.on_bad = on_bad
@@ -148,10 +143,8 @@ class GraftTrainer(Trainer):
         super().__init__(
             model=self.grafted,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=data_collator,
             callbacks=[_Epochs(self), *callbacks],
+            **data,
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True

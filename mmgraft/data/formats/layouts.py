@@ -158,7 +158,7 @@ def _turn(turn: Any, at: str) -> Turn:
 
 def _objects(value: Any) -> Any:
     """Return a list of objects; a table may hold it as an object of lists."""
-    lists = list(value.values()) if isinstance(value, dict) else [None]
+    lists: list[Any] = list(value.values()) if isinstance(value, dict) else [None]
     if all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
         return [dict(zip(value, cells, strict=True)) for cells in zip(*lists, strict=True)]
     return value

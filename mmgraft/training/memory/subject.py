@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from mmgraft.aliases import default_tower, resolve_alias
+from mmgraft.aliases import resolve_alias
 from mmgraft.basefiles import ModelFiles, load_config
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
@@ -94,15 +94,10 @@ def subject_of_recipe(
         raise UsageError(
             f"the recipe {recipe.name} names no base: give --base, such as --base qwen2-7b"
         )
-    spec = VisionSpec.from_name(vision or recipe.graft.vision or default_tower())
-    if vision is None and recipe.graft.vision_options:
-        spec = spec.model_copy(update={"options": dict(recipe.graft.vision_options)})
-    if recipe.graft.feature_layer is not None:
-        spec = spec.model_copy(update={"feature_layer": recipe.graft.feature_layer})
-    config = _method_config(recipe)
+    spec = recipe.graft.tower(vision)
     record = GraftFile(
         method=recipe.method,
-        config=config,
+        config=_method_config(recipe),
         workflow=recipe.workflow or "mm",
         base=BaseReference(id=name),
         vision=spec,
