@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +225,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def free_name(path: Path) -> Path:
+def free_name(path: Path, mark: str = ".stale-") -> Path:
     """Return a name beside a file that is put aside: ``x.stale-1.jsonl`` of ``x.jsonl``."""
-    number = 1
-    while (name := path.with_suffix(f".stale-{number}{path.suffix}")).exists():
-        number += 1
-    return name
+    names = (path.with_name(f"{path.stem}{mark}{number}{path.suffix}") for number in count(1))
+    return next(name for name in names if not name.exists())

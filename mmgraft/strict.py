@@ -113,14 +113,15 @@ class StrictModel(BaseModel):
 
 def describe(error: ValidationError, model: type[BaseModel], what: str) -> str:
     """Pydantic's report in words: one line a problem, unknown keys with the nearest right one."""
-    lines: list[str] = []
-    for item in error.errors(include_url=False, include_context=True):
-        line = describe_item(item, model)
-        if line not in lines:
-            lines.append(line)
-    if len(lines) == 1:
-        return f"{what}: {lines[0]}"
-    return f"{what} has {len(lines)} problems:\n" + "\n".join(f"  - {line}" for line in lines)
+    return listed(what, [describe_item(item, model) for item in error.errors(include_url=False)])
+
+
+def listed(what: str, problems: Sequence[str]) -> str:
+    """Write the problems of a file in one line where there is one, else in a line for each."""
+    problems = list(dict.fromkeys(problems))
+    if len(problems) == 1:
+        return what + (", " if problems[0].startswith("line ") else ": ") + problems[0]
+    return f"{what} has {len(problems)} problems:\n" + "\n".join(f"  - {one}" for one in problems)
 
 
 def describe_item(item: Any, model: type[BaseModel]) -> str:

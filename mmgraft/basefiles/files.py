@@ -28,15 +28,11 @@ from mmgraft.textfiles import read_json, weight_files
 _SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
 _TOKENIZER = [
-    "tokenizer*",
-    "special_tokens*",
-    "added_tokens*",
-    "chat_template*",
-    "vocab*",
-    "merges*",
+    "tokenizer*", "special_tokens*", "added_tokens*", "chat_template*", "vocab*", "merges*",
     "*.model",
-]
-_SMALL = ["config.json", "generation_config.json", *_TOKENIZER]
+]  # fmt: skip
+SMALL = ["config.json", "generation_config.json", *_TOKENIZER]
+"""All of a base but its weights."""
 # Subfolders and second copies of the same weights in other formats.
 _NOT_WANTED = ["*/*", "consolidated*", "*.fp16.*", "*adapter*"]
 
@@ -93,9 +89,9 @@ def resolve(id_or_path: str | Path, revision: str | None = None) -> ModelFiles:
             f"no folder {name!r} here, and it is no Hub id; give a folder that holds config.json "
             "and *.safetensors, or an id such as Qwen/Qwen2-7B-Instruct"
         )
-    folder = fetch(name, revision, [*_SMALL, *_SAFETENSORS])
+    folder = fetch(name, revision, [*SMALL, *_SAFETENSORS])
     if not weight_files(folder, "model", ".safetensors"):
-        folder = fetch(name, revision, [*_SMALL, *_PICKLES])
+        folder = fetch(name, revision, [*SMALL, *_PICKLES])
     commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
     return _describe(name, folder, commit)
 
@@ -195,16 +191,6 @@ def _refusal(name: str, revision: str | None, error: Exception) -> str | None:
     return None
 
 
-def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
-    """Fetch config and tokenizer of a base on the Hub, and no weights.
-
-    Raises:
-        UsageError: See :func:`fetch`.
-        MMGraftError: See :func:`fetch`.
-    """
-    return fetch(name, revision, _SMALL)
-
-
 def vocabulary(folder: Path) -> int | None:
     """Return the rows of a base's embedding; None where its folder holds no configuration."""
     try:
@@ -256,9 +242,8 @@ def _describe(name: str, folder: Path, revision: str | None) -> ModelFiles:
         return ModelFiles(name, folder, revision, slow=_slow_reason("pytorch_model.bin"))
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
-        return ModelFiles(
-            name, folder, revision, gguf=ggufs[0].name, slow=_slow_reason(ggufs[0].name)
-        )
+        gguf = ggufs[0].name
+        return ModelFiles(name, folder, revision, gguf, _slow_reason(gguf))
     if len(ggufs) > 1:
         raise UsageError(
             f"{name} holds {len(ggufs)} GGUF files; give the path of one, such as "

@@ -19,22 +19,10 @@ EDGE = 16 * 1024
 
 # Fields that say where, by what or how a model was saved or is run, not what it computes.
 _VOLATILE = {
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "transformers_weights",
-    "use_cache",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "chunk_size_feed_forward",
-    "problem_type",
-    "id2label",
-    "label2id",
-}
+    "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
+    "transformers_weights", "use_cache", "return_dict", "output_attentions",
+    "output_hidden_states", "chunk_size_feed_forward", "problem_type", "id2label", "label2id",
+}  # fmt: skip
 
 
 def fingerprint(files: ModelFiles, full: bool = False) -> dict[str, Any]:

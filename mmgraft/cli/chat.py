@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.console import note, print_json, show_error
-from mmgraft.cli.loading import load_answerer, seed_sampling
+from mmgraft.cli.loading import load_answerer
 from mmgraft.cli.options import (
-    LOADING,
+    ANSWERING,
     JsonFlag,
     MaxNewTokensOption,
-    ReasoningFlag,
     RunArgument,
-    SamplingSeedOption,
     TemperatureOption,
     WorkflowOption,
     argument,
@@ -40,7 +38,7 @@ PromptArgument = Annotated[
 ]
 
 
-@with_options("json", LOADING)
+@with_options("json", ANSWERING)
 def chat(
     run: RunArgument = None,
     prompt: PromptArgument = None,
@@ -50,8 +48,6 @@ def chat(
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     top_p: Annotated[float | None, option("Nucleus to sample from.", min=0.0, max=1.0)] = None,
-    show_reasoning: ReasoningFlag = False,
-    seed: SamplingSeedOption = None,
     json: JsonFlag = False,
     **loading: Any,
 ) -> None:
@@ -63,12 +59,10 @@ def chat(
     if json and prompt is None:
         raise UsageError("--json needs a prompt: mmgraft chat RUN 'What is this?' --json")
     answerer = load_answerer(run, **loading)
-    answerer.reasoning = show_reasoning
     dialogue = _dialogue(answerer, system, workflow, image or [])
     _warn_of_lacks(answerer)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     settings |= {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-    seed_sampling(seed)
     if prompt is None:
         note(_HELP)
         _talk(dialogue, settings)

@@ -58,14 +58,9 @@ def list_data(json: JsonFlag = False) -> None:
 
 
 def _offer_data(offer: Offer) -> dict[str, Any]:
-    return {
-        "name": offer.name,
-        "kind": offer.kind,
-        "content": offer.content,
-        "licence": offer.licence,
-        "packages": [package.name for package in offer.packages],
-        "missing": list(offer.missing),
-    }
+    kept = {key: getattr(offer, key) for key in ("name", "kind", "content", "licence")}
+    packages = [package.name for package in offer.packages]
+    return {**kept, "packages": packages, "missing": list(offer.missing)}
 
 
 @app.command("prepare", epilog="Example: mmgraft data prepare easy-vqa --out easy-vqa")

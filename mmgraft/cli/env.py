@@ -14,17 +14,9 @@ from mmgraft.demo.assets import EASY_VQA, LANGUAGE, VISION
 from mmgraft.runs.packages import installed_version
 
 PACKAGES = (
-    "mmgraft",
-    "torch",
-    "transformers",
-    "accelerate",
-    "huggingface-hub",
-    "safetensors",
-    "tokenizers",
-    "pydantic",
-    "bitsandbytes",
-    "gguf",
-)
+    "mmgraft", "torch", "transformers", "accelerate", "huggingface-hub", "safetensors",
+    "tokenizers", "pydantic", "bitsandbytes", "gguf",
+)  # fmt: skip
 DEMO_PACKAGES = tuple(package.name for package in (LANGUAGE, *VISION, EASY_VQA))
 _INSTALL = {"bitsandbytes": "pip install 'mmgraft[4bit]'", "gguf": "pip install 'mmgraft[gguf]'"}
 

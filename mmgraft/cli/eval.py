@@ -9,14 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.console import note, print_json, stdout, table
-from mmgraft.cli.options import (
-    LOADING,
-    DryRunFlag,
-    JsonFlag,
-    argument,
-    option,
-    with_options,
-)
+from mmgraft.cli.options import LOADING, DryRunFlag, JsonFlag, argument, option, with_options
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:

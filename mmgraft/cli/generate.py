@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.console import note, print_json, refuse_to_overwrite
-from mmgraft.cli.loading import load_answerer, seed_sampling
+from mmgraft.cli.loading import load_answerer
 from mmgraft.cli.options import (
-    LOADING,
+    ANSWERING,
     DryRunFlag,
     ImagesOption,
     JsonFlag,
     MaxNewTokensOption,
     OverwriteFlag,
     ReadOption,
-    ReasoningFlag,
-    SamplingSeedOption,
     TemperatureOption,
     WorkflowOption,
     argument,
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
     from mmgraft.inference import Answerer
 
 
-@with_options("force", LOADING)
+@with_options("force", ANSWERING)
 def generate(
     run: Annotated[str, argument("Folder or Hub id of a graft.")],
     rows: Annotated[Path, argument("A file of rows.")],
@@ -44,8 +42,6 @@ def generate(
     max_new_tokens: MaxNewTokensOption = 256,
     num_beams: Annotated[int, option("--num-beams", "Beams of a beam search.", min=1)] = 1,
     temperature: TemperatureOption = 0.0,
-    show_reasoning: ReasoningFlag = False,
-    seed: SamplingSeedOption = None,
     workflow: WorkflowOption = None,
     limit: Annotated[int | None, option("--limit", "Answer the first rows only.", min=1)] = None,
     force: OverwriteFlag = False,
@@ -65,8 +61,6 @@ def generate(
         return
     _check_images(found, prompts)
     answerer = load_answerer(run, **loading)
-    answerer.reasoning = show_reasoning
-    seed_sampling(seed)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     settings |= {"do_sample": temperature > 0, "temperature": temperature or None}
     answers = _answer(answerer, found, prompts, batch_size, workflow, settings)

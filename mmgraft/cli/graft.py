@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from mmgraft.aliases import resolve_alias
-from mmgraft.atomic import atomic_text
+from mmgraft.atomic import atomic_text, free_name
 from mmgraft.cli.console import human_bytes, human_count, note, print_json, stdout, table
 from mmgraft.cli.loading import uncollected
 from mmgraft.cli.options import (
@@ -39,13 +39,9 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 _OF_A_RUN = (
-    "checkpoints",
-    "metrics.jsonl",
-    "recipe.used.yaml",
-    "text-before.safetensors",
-    "versions.json",
-    "workflows",
-)
+    "checkpoints", "metrics.jsonl", "recipe.used.yaml", "text-before.safetensors",
+    "versions.json", "workflows",
+)  # fmt: skip
 _FLAGS = {"set", "help"}
 """Flags of the command whose parameters are called otherwise."""
 _SEE = "Tower, projector and text"
@@ -175,10 +171,7 @@ def _put_aside(folder: Path) -> None:
     left = [folder / name for name in _OF_A_RUN if (folder / name).exists()]
     if not left:
         return
-    number = 1
-    while (folder / f"before-{number}").exists():
-        number += 1
-    aside = folder / f"before-{number}"
+    aside = free_name(folder / "before", "-")
     aside.mkdir()
     for path in left:
         path.rename(aside / path.name)

@@ -86,14 +86,8 @@ def _show_graft(found: GraftSummary) -> None:
         [row.part, row.tensors, human_count(row.parameters), human_bytes(row.bytes)]
         for row in found.parts
     ]
-    parts.append(
-        [
-            "together",
-            sum(row.tensors for row in found.parts),
-            human_count(found.parameters),
-            human_bytes(found.bytes),
-        ]
-    )
+    tensors = sum(row.tensors for row in found.parts)
+    parts.append(["together", tensors, human_count(found.parameters), human_bytes(found.bytes)])
     out.print(table(["it adds", "tensors", "parameters", "size"], parts))
     if found.lacks:
         out.print(table(["it does not promise that", "because"], list(found.lacks.items())))

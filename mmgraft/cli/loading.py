@@ -24,6 +24,8 @@ def load_answerer(
     verify: str,
     dtype: str | None = None,
     template_option: Sequence[str] | None = None,
+    show_reasoning: bool = False,
+    seed: int | None = None,
     **more: Any,
 ) -> Answerer:
     """Check the options that need no model, then load it on a device; they are ``LOADING``.
@@ -36,10 +38,12 @@ def load_answerer(
     check_dtype(dtype)
     options = template_options(template_option)
     with uncollected():
+        import torch
+
         from mmgraft.inference import Answerer
         from mmgraft.training.devices import pick_device
 
-        return Answerer.load(
+        answerer = Answerer.load(
             run,
             device=pick_device(device),
             dtype=dtype,
@@ -47,6 +51,10 @@ def load_answerer(
             options=options,
             **more,
         )
+    answerer.reasoning = show_reasoning
+    if seed is not None:
+        torch.manual_seed(seed)
+    return answerer
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -69,11 +77,3 @@ def uncollected() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
-
-
-def seed_sampling(seed: int | None) -> None:
-    """Seed torch where a seed was given."""
-    if seed is not None:
-        import torch
-
-        torch.manual_seed(seed)

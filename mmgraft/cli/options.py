@@ -93,10 +93,6 @@ MaxNewTokensOption = Annotated[
 TemperatureOption = Annotated[
     float, option("--temperature", "Temperature; 0 takes the likeliest.", min=0.0, panel=_ANSWERS)
 ]
-ReasoningFlag = Annotated[
-    bool, option("--show-reasoning", "Show the reasoning before an answer, too.", panel=_ANSWERS)
-]
-SamplingSeedOption = Annotated[int | None, option("--seed", "Seed of sampling.", panel=_ANSWERS)]
 WorkflowOption = Annotated[
     str | None,
     option("--workflow", "Workflow of all turns. Default: the graft's once it sees an image."),
@@ -123,3 +119,16 @@ LOADING = {
     "template_option": (TemplateOption, None),
 }
 """Options of a command that loads a model; what ``load_answerer`` takes."""
+
+ANSWERING = {
+    "show_reasoning": given(
+        bool,
+        "--show-reasoning",
+        "Show the reasoning before an answer, too.",
+        default=False,
+        panel=_ANSWERS,
+    ),
+    "seed": given(int, "Seed of sampling.", panel=_ANSWERS),
+    **LOADING,
+}
+"""Options of a command that answers with it, likewise."""

@@ -360,19 +360,17 @@ class Recipe(StrictModel):
         if method is None or method.groups is None:
             return  # the model checks them
         known = ("projector", *(("graft",) if method.groups else ()), *method.groups, "base")
-        for group in stage.train:
-            if group not in known:
+        rated, rates = (*known, "default"), stage.lr if isinstance(stage.lr, dict) else ()
+        trains = [(group, "trains", known) for group in stage.train]
+        for group, does, names in (
+            *trains,
+            *((one, "has a learning rate for", rated) for one in rates),
+        ):
+            if group not in names:
                 raise ValueError(
-                    f"stage {stage.name!r} trains {group!r}, which {self.method} does not have; "
-                    + did_you_mean(group, known)
+                    f"stage {stage.name!r} {does} {group!r}, which {self.method} does not have; "
+                    + did_you_mean(group, names)
                 )
-        if isinstance(stage.lr, dict):
-            for group in stage.lr:
-                if group not in (*known, "default"):
-                    raise ValueError(
-                        f"stage {stage.name!r} has a learning rate for {group!r}, which "
-                        f"{self.method} does not have; " + did_you_mean(group, (*known, "default"))
-                    )
 
     def _check_text_rows(self, stage: Stage) -> None:
         wanted = stage.text_rows or self.text_rows

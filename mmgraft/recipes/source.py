@@ -14,7 +14,7 @@ from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.registry import Method, methods
 from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import DataEntry, Recipe, Stage
-from mmgraft.strict import describe_item, dotted
+from mmgraft.strict import describe_item, dotted, listed
 from mmgraft.textfiles import read_text
 
 OTHER_NAMES = {
@@ -188,10 +188,7 @@ def with_data(recipe: Recipe, data: Sequence[str] | None, images: str | None) ->
         entries = chosen.get(stage.name) or chosen.get(None)
         if entries is None and not data and images and stage.data is not None:
             entries = [entry.model_copy(update={"images": images}) for entry in stage.data]
-        if entries is None:
-            stages.append(stage)
-            continue
-        stages.append(stage.model_copy(update={"data": entries}))
+        stages.append(stage if entries is None else stage.model_copy(update={"data": entries}))
     update: dict[str, Any] = {"stages": stages}
     if images and not data:
         update["data"] = [e.model_copy(update={"images": images}) for e in recipe.data]
@@ -217,14 +214,8 @@ def _check(data: dict[str, Any], what: str, lines: dict[Location, int]) -> Recip
             elif item["type"] == "extra_forbidden" and loc[0] == "stages" and len(loc) == 3:
                 text = _unknown_in_stage(loc, methods().get(data.get("method", "")))
             line = _line_of(loc, lines)
-            text = f"line {line}: {text}" if line else text
-            if text not in problems:
-                problems.append(text)
-    if len(problems) == 1:
-        comma = ", " if problems[0].startswith("line ") else ": "
-        raise UsageError(what + comma + problems[0])
-    shown = "\n".join(f"  - {problem}" for problem in problems)
-    raise UsageError(f"{what} has {len(problems)} problems:\n{shown}")
+            problems.append(f"line {line}: {text}" if line else text)
+    raise UsageError(listed(what, problems))
 
 
 def _unknown_in_stage(loc: Location, method: Method | None) -> str:

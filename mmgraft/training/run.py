@@ -19,30 +19,16 @@ from mmgraft.errors import MMGraftError, UsageError, is_out_of_memory
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.recipes.source import (
-    dump_recipe,
-    load_recipe,
-    with_data,
-    with_max_steps,
-)
+from mmgraft.recipes.source import dump_recipe, load_recipe, with_data, with_max_steps
 from mmgraft.runs.packages import versions_of
 from mmgraft.runs.sections import put_all_aside
-from mmgraft.training import checkpoint
+from mmgraft.training import checkpoint, stage_data
 from mmgraft.training.callbacks import metrics, text_change
 from mmgraft.training.callbacks.stopping import with_way_on
 from mmgraft.training.devices import check_packages, is_main_rank, pick_device, with_workers
 from mmgraft.training.distributed.parallel import check_count, check_parallel, processes, way_on
 from mmgraft.training.memory.shortage import out_of_memory
 from mmgraft.training.plan import USED_RECIPE, Plan, recipe_file
-from mmgraft.training.stage_data import (
-    StageData,
-    absolute,
-    check_data_is_set,
-    check_images,
-    check_rows,
-    fingerprint,
-    refuse_other_rows,
-)
 from mmgraft.version import __version__
 
 if TYPE_CHECKING:
@@ -109,7 +95,7 @@ def plan_training(
     loaded = with_data(load_recipe(file, method=record.method, overrides=overrides), data, images)
     if max_steps is not None:
         loaded = with_max_steps(loaded, max_steps)
-    check_data_is_set(loaded, run, file)
+    stage_data.check_data_is_set(loaded, run, file)
     loaded, device = with_workers(loaded, pick_device(device))
     plan = Plan(run, record, loaded.resolved(record.workflow), device, resume=resume)
     check_packages(loaded, plan.device)
@@ -126,18 +112,18 @@ def _read_rows(plan: Plan) -> None:
     """Read and check the rows of all stages; those of a resumed run must be the same as before."""
     run, recipe = plan.run, plan.recipe
     left_out = BadRowLog(run).left_out(None) if plan.resume else None
-    reader = StageData(recipe.on_bad_row, left_out)
+    reader = stage_data.StageData(recipe.on_bad_row, left_out)
     for stage in plan.stages:
         rows = reader.rows(stage.data or [], recipe.seed, stage.image_share)
-        plan.skipped.append(check_rows(rows, stage.name, stage.text_rows))
+        plan.skipped.append(stage_data.check_rows(rows, stage.name, stage.text_rows))
         plan.rows.append(rows)
     plan.eval_rows = reader.rows(recipe.eval_data, 0) if recipe.eval_every else []
     plan.bad = reader.bad
     begun_with = checkpoint.read_rows(run) if plan.resume else {}
     for stage, rows in zip(plan.stages[plan.first :], plan.rows[plan.first :], strict=True):
-        refuse_other_rows(rows, begun_with.get(stage.name), stage.name, run)
+        stage_data.refuse_other_rows(rows, begun_with.get(stage.name), stage.name, run)
     if recipe.on_bad_row == "error":
-        check_images(Joined([*plan.rows[plan.first :], plan.eval_rows]))
+        stage_data.check_images(Joined([*plan.rows[plan.first :], plan.eval_rows]))
 
 
 def train(
@@ -226,10 +212,10 @@ def _begin(plan: Plan) -> None:
     metrics.put_aside(run)
     put_all_aside(run)  # they measured the graft as it was
     (run / bad_rows.FILE).unlink(missing_ok=True)
-    atomic_text(run / USED_RECIPE, dump_recipe(absolute(recipe)))
+    atomic_text(run / USED_RECIPE, dump_recipe(stage_data.absolute(recipe)))
     atomic_json(run / VERSIONS, versions())
     names = [stage.name for stage in recipe.stages]
-    known = dict(zip(names, map(fingerprint, plan.rows), strict=True))
+    known = dict(zip(names, map(stage_data.fingerprint, plan.rows), strict=True))
     checkpoint.write_progress(run, known, checkpoint.ROWS)
     begun = {"recipe": recipe.name, "processes": processes(), "stages": names, "finished": []}
     checkpoint.write_progress(run, begun)

@@ -15,23 +15,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.recipes.recipe import Recipe, Stage
+from mmgraft.training import checkpoint
 from mmgraft.training.callbacks.finite import FiniteWatch, RandomState
 from mmgraft.training.callbacks.loss_log import EvalSum, LossSum, counted
-from mmgraft.training.checkpoint import (
-    load_tensors,
-    rotate,
-    save_tensors,
-    trained_tensors,
-    write_checkpoint,
-)
 from mmgraft.training.devices import memory_in_use
+from mmgraft.training.distributed import sharding
 from mmgraft.training.distributed.parallel import of_all_ranks
-from mmgraft.training.distributed.sharding import (
-    is_sharded,
-    pieces_of_state,
-    whole_norm,
-    whole_state,
-)
 from mmgraft.training.stages import RateGroup
 
 if TYPE_CHECKING:
@@ -264,7 +253,7 @@ class GraftTrainer(Trainer):
             loss = loss * self.args.world_size  # because ranks average their gradients
         # Each rank must have a gradient for every trained parameter, and a loss must have one where
         # rows without an image alone train only a projector. A sharded model sees to it by layer.
-        if not is_sharded(self.grafted) if averaged else not loss.requires_grad:
+        if not sharding.is_sharded(self.grafted) if averaged else not loss.requires_grad:
             loss = loss + self.grafted.touch()
         return (loss, outputs) if return_outputs else loss
 
@@ -278,7 +267,7 @@ class GraftTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = whole_norm(super()._get_grad_norm(model, grad_norm=grad_norm))
+        norm = sharding.whole_norm(super()._get_grad_norm(model, grad_norm=grad_norm))
         self._watch.check_step(self.state.global_step + 1, norm, self.args.world_size)
         return norm
 
@@ -346,11 +335,12 @@ class GraftTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         folder, writes = Path(cast(str, self.args.output_dir)), self.args.should_save
         sums, states = self._loss_sums(), self._random_states()
-        trained = trained_tensors(self.grafted, writes)
-        optimizer = whole_state(self.optimizer, writes) if is_sharded(self.grafted) else None
+        trained = checkpoint.trained_tensors(self.grafted, writes)
+        sharded = sharding.is_sharded(self.grafted)
+        optimizer = sharding.whole_state(self.optimizer, writes) if sharded else None
 
         def write(path: Path) -> None:
-            save_tensors(trained, path)
+            checkpoint.save_tensors(trained, path)
             if optimizer is None:
                 self._save_optimizer_and_scheduler(str(path))
             else:
@@ -363,17 +353,17 @@ class GraftTrainer(Trainer):
             self.state.save_to_json(str(path / "trainer_state.json"))
 
         if writes:
-            write_checkpoint(folder / f"checkpoint-{self.state.global_step}", write)
-            rotate(folder, self.keep)
+            checkpoint.write_checkpoint(folder / f"checkpoint-{self.state.global_step}", write)
+            checkpoint.rotate(folder, self.keep)
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and is_sharded(self.grafted):
-            pieces_of_state(self.optimizer)
+        if checkpoint is not None and sharding.is_sharded(self.grafted):
+            sharding.pieces_of_state(self.optimizer)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        if not is_sharded(model):  # which stands where it belongs
+        if not sharding.is_sharded(model):  # which stands where it belongs
             super()._move_model_to_device(model, device)
 
     def _random_states(self) -> dict[str, bytes]:
@@ -390,7 +380,7 @@ class GraftTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder, args = Path(resume_from_checkpoint), self.args
-        load_tensors(self.grafted, folder)
+        checkpoint.load_tensors(self.grafted, folder)
         self._losses.read(folder, args.process_index, args.world_size, args.device)
 
 

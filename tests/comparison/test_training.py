@@ -128,8 +128,8 @@ def test_card_memory_is_the_largest_that_was_logged(arm: ArmPlan) -> None:
 KILLED = """
 import os, signal, sys
 from mmgraft.cli.app import run
-from mmgraft.training import trainer
-trainer.rotate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from mmgraft.training import checkpoint
+checkpoint.rotate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(run(sys.argv[1:]))
 """
 """A training that is killed when its first checkpoint is written."""

@@ -894,23 +894,23 @@ PATCHES = [
     ),
     Patch(
         "--seed of generate reaches nothing",
-        "cli/generate.py",
-        "    seed_sampling(seed)\n",
-        "",
+        "cli/loading.py",
+        "        torch.manual_seed(seed)\n",
+        "        pass\n",
         "cli/test_wiring.py -k 'generate'",
     ),
     Patch(
         "--images of train reaches nothing",
         "cli/train.py",
-        "        images=images,\n",
-        "",
+        "        **training,\n",
+        "        **{**training, 'images': None},\n",
         "cli/test_wiring.py -k 'reach_what and train'",
     ),
     Patch(
         "--max-steps reaches nothing",
         "cli/train.py",
-        "        max_steps=max_steps,\n",
-        "",
+        "        **training,\n",
+        "        **{**training, 'max_steps': None},\n",
         "cli/test_wiring.py -k 'reach_what and train'",
     ),
     Patch(
@@ -930,8 +930,8 @@ PATCHES = [
     Patch(
         "--revision reaches no model",
         "cli/loading.py",
-        "            revision=revision,\n",
-        "",
+        "            **more,\n",
+        "            **{**more, 'revision': None},\n",
         "cli/test_wiring.py -k 'how_a_model'",
     ),
     Patch(
@@ -950,9 +950,9 @@ PATCHES = [
     ),
     Patch(
         "--feature-layer 0 is ignored",
-        "cli/graft.py",
-        "layer = feature_layer if feature_layer is not None else defaults",
-        "layer = feature_layer or defaults",
+        "recipes/recipe.py",
+        "self.feature_layer if layer is None else layer",
+        "layer or self.feature_layer",
         "cli/test_wiring.py -k 'test_graft'",
     ),
     Patch(
@@ -1580,8 +1580,8 @@ PATCHES = [
     ),
     Patch(
         "a tower's options in a recipe are ignored",
-        "cli/graft.py",
-        'spec = spec.model_copy(update={"options": dict(defaults.vision_options)})',
+        "recipes/recipe.py",
+        'update["options"] = dict(self.vision_options)',
         "pass",
         "cli/test_wiring.py cli/test_graft.py",
     ),
@@ -1728,8 +1728,8 @@ PATCHES = [
     Patch(
         "estimate ignores --processes",
         "cli/estimate.py",
-        "        processes=processes,\n    )",
-        "    )",
+        "read_request(target, **request)",
+        "read_request(target, **{**request, 'processes': 1})",
         "cli/test_wiring.py -k 'reach_what and estimate'",
     ),
     Patch(

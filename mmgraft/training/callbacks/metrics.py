@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from mmgraft.atomic import atomic_text
+from mmgraft.atomic import atomic_text, free_name
 
 FILE = "metrics.jsonl"
 
@@ -76,12 +76,8 @@ def trim(run: Path, done: Collection[str], stage: str, step: int) -> None:
 def put_aside(run: Path) -> None:
     """Keep the metrics of an earlier training under the next free number."""
     path = run / FILE
-    if not path.is_file():
-        return
-    number = 1
-    while (run / f"metrics-{number}.jsonl").exists():
-        number += 1
-    os.replace(path, run / f"metrics-{number}.jsonl")
+    if path.is_file():
+        path.replace(free_name(path, "-"))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from mmgraft.basefiles.files import fetch_tokenizer
+from mmgraft.basefiles.files import SMALL, fetch
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
@@ -112,6 +112,6 @@ class _Reader:
     def processor(self) -> GraftProcessor:
         files = self.subject.files
         local = Path(files.id).is_absolute() or files.id.startswith("./")
-        folder = files.path if local else fetch_tokenizer(files.id, files.revision)
+        folder = files.path if local else fetch(files.id, files.revision, SMALL)
         options = self.recipe.template_options
         return load_processor(self.subject.record, folder, self.subject.shape, options)
