@@ -236,7 +236,8 @@ def convert_rows(
     if json:
         print_json({"rows": len(rows), "layouts": layouts, "to": to, "out": str(out)})
         return
-    note(f"wrote {len(rows):,} rows to {out} ({', '.join(layouts)} to {to})")
+    names = ", ".join(dict.fromkeys(layout.partition(":")[0] for layout in layouts))
+    note(f"wrote {len(rows):,} rows of {names} to {out} as {to}")
     if image_data == "paths":
         note(f"image paths start from {folder}: --images {folder}")
 

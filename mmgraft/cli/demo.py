@@ -53,7 +53,9 @@ def demo(
         return
     logging.disable_progress_bar()
 
-    report = run_demo(settings, note, lambda one, *of: [ProgressDisplay(one.name, *of, stderr())])
+    report = run_demo(
+        settings, note, lambda one, at, of: [ProgressDisplay(one.name, at, of, stderr())]
+    )
     if json:
         print_json(report.as_dict())
         return

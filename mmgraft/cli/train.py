@@ -87,7 +87,9 @@ def _train(plan: Plan, json: bool) -> None:
     if is_main_rank():
         for warned in filter(None, (warning(plan), slow_precision(plan.recipe, plan.device))):
             note(f"warning: {warned}")
-    results = train_run(plan, note, lambda one, *of: [ProgressDisplay(one.name, *of, stderr())])
+    results = train_run(
+        plan, note, lambda one, at, of: [ProgressDisplay(one.name, at, of, stderr())]
+    )
     if json and is_main_rank():
         stages = list(map(asdict, results))
         print_json({"run": str(plan.run), "device": plan.device, "stages": stages})

@@ -96,6 +96,8 @@ READING = [
     "plain",
     "--max-length",
     "77",
+    "--read",
+    "format=vqa",
     *SPOKEN,
 ]
 READS = {
@@ -108,6 +110,7 @@ READS = {
     "stage": "s",
     "template": "plain",
     "max_length": 77,
+    "read": ["format=vqa"],
     "template_option": ["brief=true", "tone=dry"],
 }
 
@@ -329,11 +332,18 @@ TABLE: list[tuple[list[str], str, dict[str, Any]]] = [
         {"path": Path("rows.jsonl"), "images": Path("pics"), "limit": 9, "seed": 5},
     ),
     (
-        ["generate", "run", "rows.jsonl", "--out", "o.jsonl", "--images", "pics", "--limit", "9"],
-        "mmgraft.data.formats.sources.read_rows",
-        {"path": Path("rows.jsonl"), "images": Path("pics"), "limit": 9},
+        ["generate", "run", "rows.jsonl", "--out", "o.jsonl", "--images", "pics",
+         "--read", "format=swift", "--limit", "9"],
+        "mmgraft.recipes.source.entry_of",
+        {"path": "rows.jsonl", "images": Path("pics"), "read": ["format=swift", "limit=9"]},
     ),
-]
+    (
+        ["data", "convert", "rows.jsonl", "o.jsonl", "--to", "messages", "--image-data", "beside",
+         "--images", "pics", "--read", "format=trl", "--read", "limit=3", "--force"],
+        "mmgraft.recipes.source.entry_of",
+        {"path": "rows.jsonl", "images": Path("pics"), "read": ["format=trl", "limit=3"]},
+    ),
+]  # fmt: skip
 
 
 def relative(value: Any) -> Any:

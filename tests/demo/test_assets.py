@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mmgraft.runs.packages as packages_of_runs
 from mmgraft.demo import assets, gguf_files
 from mmgraft.demo.assets import GEMMA, LANGUAGE, Package, demo_models, require
 from mmgraft.errors import MMGraftError, UsageError
@@ -51,7 +52,7 @@ def test_models_are_converted_once(packages, cache: Path, tmp_path: Path) -> Non
 
 def test_another_version_of_the_package_is_converted_anew(packages, monkeypatch) -> None:
     folder = assets.smollm2()
-    monkeypatch.setattr(assets, "version", lambda name: "9.9")
+    monkeypatch.setattr(packages_of_runs, "version", lambda name: "9.9")
     assert assets.smollm2() == folder
     assert (folder / "config.json").read_text() == "2"
 

@@ -85,6 +85,7 @@ class Told:
     id: str = "one"
     where: str = "made up"
     file: str = ""
+    tools: Any = None
     group: str | None = None
     images: list[Any] = field(default_factory=list)
 
@@ -267,9 +268,9 @@ def test_items_are_measured_up_to_where_the_answer_begins(
     lengths: list[int] = []
     encode = answerer.processor.encode
 
-    def noting(messages: Any, add_generation_prompt: bool, **more: Any) -> Any:
+    def noting(messages: Any, add_generation_prompt: bool, *more: Any) -> Any:
         lengths.append(add_generation_prompt)
-        return encode(messages, add_generation_prompt, **more)
+        return encode(messages, add_generation_prompt, *more)
 
     answerer.processor.encode = noting  # type: ignore[method-assign]
     found = measure(runs["llava"], items, parts, answerer=answerer, name="colours")
