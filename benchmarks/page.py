@@ -46,6 +46,7 @@ MEASUREMENTS = (
     Measurement(_WINGS, "wings_step"),
     Measurement(_WINGS, "wings_decoding"),
     Measurement(_IAA, "text_workflow"),
+    Measurement(_IAA, "text_cache"),
     Measurement(_IAA, "image_workflow"),
     *(
         Measurement(_IAA, "training_step", ("--case", case), f"-{case}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmgraft.errors import MMGraftError, UsageError
     from mmgraft.grafts.iaa.config import IAAConfig
     from mmgraft.grafts.llava.config import LlavaConfig
+    from mmgraft.grafts.lora.config import LoraConfig
     from mmgraft.grafts.wings.config import WingsConfig
     from mmgraft.model.modeling import GraftedModel
 
@@ -23,6 +24,7 @@ _HOMES = {
     "GraftedModel": "mmgraft.model.modeling",
     "IAAConfig": "mmgraft.grafts.iaa.config",
     "LlavaConfig": "mmgraft.grafts.llava.config",
+    "LoraConfig": "mmgraft.grafts.lora.config",
     "MMGraftError": "mmgraft.errors",
     "UsageError": "mmgraft.errors",
     "WingsConfig": "mmgraft.grafts.wings.config",
@@ -32,6 +34,7 @@ __all__ = [
     "GraftedModel",
     "IAAConfig",
     "LlavaConfig",
+    "LoraConfig",
     "MMGraftError",
     "UsageError",
     "WingsConfig",

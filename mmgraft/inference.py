@@ -114,9 +114,10 @@ class Answerer:
 class Dialogue:
     """A conversation with a model, turn by turn.
 
-    What the cache holds is used again as far as the new prompt begins with it and the workflow is
-    the same; otherwise (a first image in a dialogue that began as text) all is read anew. Either
-    way an answer is what a fresh run of the whole dialogue gives.
+    What the cache holds is used again as far as the new prompt begins with it. A first image in a
+    dialogue that began as text goes on from the cache too where text before an image is read as the
+    base reads it (:attr:`Graft.continues_text`); else all is read anew. Either way an answer is
+    what a fresh run of the whole dialogue gives.
     """
 
     answerer: Answerer
@@ -205,9 +206,10 @@ class Dialogue:
         ids, kinds, images = self._seen
         longer = len(encoded.input_ids) > len(ids)
         same = encoded.input_ids[: len(ids)] == ids and encoded.kinds[: len(kinds)] == kinds
-        began_as_text = bool(encoded.images) and not images and self.workflow is None
+        if encoded.images and not images and self.workflow is None:  # it began as text
+            same = same and self.answerer.model.workflow().graft.continues_text
         same_images = list(encoded.images[: len(images)]) == images
-        return self._cache if longer and same and same_images and not began_as_text else None
+        return self._cache if longer and same and same_images else None
 
 
 class _Streamer(TextStreamer):

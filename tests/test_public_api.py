@@ -12,6 +12,7 @@ def test_importing_mmgraft_and_its_configs_imports_no_torch() -> None:
     code = (
         "import sys, mmgraft\n"
         "mmgraft.IAAConfig(layers='last:2'); mmgraft.WingsConfig(); mmgraft.LlavaConfig()\n"
+        "mmgraft.LoraConfig(rank=8)\n"
         "mmgraft.UsageError\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
         "import mmgraft.grafts.registry\n"

@@ -43,6 +43,8 @@ class Anatomy:
             None if columns beside the values give it what it reads.
         logit_scale: Factor on the head's output (Cohere, Granite, ...).
         logit_softcap: Bound c of ``c * tanh(logits / c)`` after that factor; None without one.
+        linears: Layer -> dotted name of a linear layer in it that is given each position by
+            itself -> widths of what goes in and comes out; a mixture's experts are not among them.
         layer_numbers: Names of the attributes, inside a layer, that hold its number.
         blocked: Layer -> why it cannot carry a graft.
         branch_blocked: Why nothing can be added to the attention's branch; None if it can.
@@ -77,6 +79,7 @@ class Anatomy:
     explicit_weights: str | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    linears: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
     layer_numbers: frozenset[str] = frozenset()
     blocked: dict[int, str] = field(default_factory=dict)
     branch_blocked: str | None = None

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mmgraft.anatomy.blocked import blocked_layer, explicit_weights_reason, in_registry
 from mmgraft.anatomy.branch import BranchUnknown, examine_branch, is_norm
 from mmgraft.anatomy.description import Anatomy
+from mmgraft.anatomy.linears import leaf_linears
 from mmgraft.anatomy.logits import LogitsUnknown, examine_logits
 from mmgraft.errors import UsageError
 
@@ -102,7 +103,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
         tied=getattr(head, "weight", None) is embedding.weight,
         attention_in_registry=in_registry(attention),
         explicit_weights=explicit_weights_reason(model, attention),
-        layer_numbers=_layer_numbers(layers),
+        **_inside(layers),
         blocked=blocked,
         **_branch([layers[i] for i in carriers], attention_name),
         **_logits(model, head_path, layers_path),
@@ -239,6 +240,11 @@ def _cache_layers(config: PreTrainedConfig) -> Sequence[Any]:
     except Exception:  # a class without a cache of this kind may lack what it is made from
         layers = []
     return [*layers, *[None] * config.num_hidden_layers]
+
+
+def _inside(layers: nn.ModuleList) -> dict[str, Any]:
+    linears = {index: leaf_linears(layer) for index, layer in enumerate(layers)}
+    return {"linears": linears, "layer_numbers": _layer_numbers(layers)}
 
 
 def _layer_numbers(layers: nn.ModuleList) -> frozenset[str]:

@@ -45,7 +45,9 @@ def evaluate(
     train: Annotated[str | None, _one("Training rows, for the prior.")] = None,
     name: Annotated[str | None, _one("Name of the set; default: the file's.")] = None,
     prompt: Annotated[str | None, _one("Prompt, with {question} and {options}.")] = None,
-    boxes: Annotated[str | None, _one("Boxes in answers: unit, thousand, ten or pixel.")] = None,
+    boxes: Annotated[
+        str | None, _one("Boxes in answers: unit, thousand, ten, pixel, cogvlm or qwen.")
+    ] = None,
     column: Annotated[list[str] | None, _one("FIELD=KEY of the rows; may be repeated.")] = None,
     include_path: Annotated[Path | None, option("Folder of harness tasks of your own.")] = None,
     dialogues: Annotated[Path | None, option("Dialogues that were saved before.")] = None,
@@ -165,10 +167,15 @@ def _show_plan(folder: Path, plan: dict[str, list[str]], json: bool) -> None:
 
 def _show(results: Results) -> None:
     """Show the main score of every set beside what it is compared with."""
+    from mmgraft.evaluation.levels import WHERE
+
     out = stdout()
     if results.identity is not None:
         same = "identical, bit for bit" if results.identity["identical"] else "changed"
         out.print(f"text against the untouched base: {same}", markup=False)
+        for level, one in results.identity.get("levels", {}).items():
+            same = "identical, bit for bit" if one["identical"] else "changed"
+            out.print(f"{level}, text {WHERE[level]}: {same}", markup=False)
     if not results.sets:
         return
     found = [(one, {"base": one.base, "change": one.change, **one.blind}) for one in results.sets]

@@ -53,17 +53,24 @@ def _settings() -> dict[str, tuple[Any, None]]:
 
     Methods may share a name: all but switches are text, which the method at hand reads its way.
     """
-    made: dict[str, tuple[Any, None]] = {}
+    found: dict[str, dict[str, FieldInfo]] = {}
     for method in methods().values():
         for name, info in method.config_class.model_fields.items():
-            text = _help(info)
-            if text is not None and name not in made and name not in _FLAGS:
-                flag = f"--{name.replace('_', '-')}"
-                flag += f"/--no-{flag[2:]}" if bool in _kinds(info) else ""
-                kind = bool if bool in _kinds(info) else str
-                more = option(flag, text, panel=f"Method {method.name}")
-                made[name] = Annotated[kind | None, more], None
-    return made
+            if _help(info) is not None and name not in _FLAGS:
+                found.setdefault(name, {})[method.name] = info
+    return {name: (_setting(name, of), None) for name, of in found.items()}
+
+
+def _setting(name: str, of: dict[str, FieldInfo]) -> Any:
+    """Return the option for a setting of one method, or of several that share its name."""
+    first = next(iter(of.values()))
+    flag = f"--{name.replace('_', '-')}"
+    flag += f"/--no-{flag[2:]}" if bool in _kinds(first) else ""
+    text = str(_help(first))
+    if len(of) > 1:
+        text = " ".join(f"{method}: {_help(info)}" for method, info in of.items())
+    kind = bool if bool in _kinds(first) else str
+    return Annotated[kind | None, option(flag, text, panel=f"Method {', '.join(of)}")]
 
 
 def _help(info: FieldInfo) -> str | None:

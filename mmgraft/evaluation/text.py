@@ -17,6 +17,7 @@ from mmgraft.evaluation.identity import (
 )
 from mmgraft.evaluation.items.files import TEXT_CHOICE_PROMPT
 from mmgraft.evaluation.kept import Kept
+from mmgraft.evaluation.levels import WHERE, prove_levels
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
 from mmgraft.evaluation.metrics.choice import shows_options
 from mmgraft.evaluation.metrics.intervals import Measured
@@ -110,8 +111,17 @@ def _identity(
         else f"text is not the base's: logits differ by up to {report.max_difference:.3g} at "
         f"{where}, first in {report.first_difference}"
     )
+    levels = {}
+    if not base_trained(model):
+        levels = prove_levels(model, answerer.processor, base.model, prompts)
+    for level, found in levels.items():
+        same = "the base's bit for bit" if found.identical else (
+            f"not the base's bit for bit: off by up to {found.max_difference:.3g}"
+        )  # fmt: skip
+        announce(f"{level}, text {WHERE[level]}: {same}, at {found.positions} positions")
     return {
         **asdict(report),
+        "levels": {level: asdict(found) for level, found in levels.items()},
         "base_trained": base_trained(model),
         "base_fingerprint": base.fingerprint,
         "graft_sha256": graft["sha256"],

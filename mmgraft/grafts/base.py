@@ -212,6 +212,14 @@ class Graft(nn.Module):
         """Return what holds for this graft, from its method's descriptor."""
         return get_method(self.method).promises(self.config)
 
+    @property
+    def continues_text(self) -> bool:
+        """Return whether a cache that the base filled with text goes on when an image arrives.
+
+        It does where text before an image has the base's own keys and values (level E2).
+        """
+        return not (self.active and self.promises.before)
+
     # -- what runs ------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from mmgraft.errors import UsageError
 from mmgraft.strict import LayerChoice, StrictModel
@@ -14,17 +14,24 @@ if TYPE_CHECKING:
     from mmgraft.anatomy import Anatomy
 
 
-def _promise(sentence: str) -> Any:
-    return field(default="", metadata={"sentence": sentence})
+def _promise(sentence: str, level: str = "", unless: str = "") -> Any:
+    return field(default=unless, metadata={"sentence": sentence, "level": level})
 
 
 @dataclass(frozen=True)
 class Promises:
     """What holds for a graft: each promise is empty where it is kept, else the reason why not.
 
+    Four of them are levels of unchanged text, all bit for bit: of a batch of text (E0), of a text
+    row beside rows with an image (E1), of what stands before an image (E2), of a new graft (E3).
+
     Attributes:
-        text: Rows without an image give the base's logits.
-        fresh: A new graft changes nothing on rows with an image.
+        text: Rows without an image give the base's logits (E0).
+        beside: So they do beside rows with an image (E1).
+        before: Positions before the first image of a row have the base's states, keys and values
+            (E2), so that a cache that was filled with text goes on when an image arrives. A method
+            must say so: by default it is not promised.
+        fresh: A new graft gives what its projector alone gives (E3).
         cache: Decoding with a cache gives what the full forward gives.
         neighbours: A row depends neither on its neighbours nor on padding.
         causal: No position sees a later one.
@@ -33,8 +40,10 @@ class Promises:
         training: Gradients of the graft are worth following.
     """
 
-    text: str = _promise("text rows give the base's logits")
-    fresh: str = _promise("a fresh graft changes nothing on image rows")
+    text: str = _promise("text rows give the base's logits", "E0")
+    beside: str = _promise("text rows give the base's logits beside image rows", "E1")
+    before: str = _promise("", "E2", "its method does not promise it")
+    fresh: str = _promise("a fresh graft changes nothing on image rows", "E3")
     cache: str = _promise("cached decoding equals the full forward")
     neighbours: str = _promise("a row depends neither on its neighbours nor on padding")
     causal: str = _promise("no position sees a later one")
@@ -43,9 +52,15 @@ class Promises:
     training: str = _promise("the graft can be trained")
 
     def broken(self) -> dict[str, str]:
-        """Return the sentences that do not hold, each with the reason."""
+        """Return the sentences that do not hold, each with the reason; E2 has none."""
         reasons = {one.metadata["sentence"]: getattr(self, one.name) for one in fields(self)}
-        return {sentence: reason for sentence, reason in reasons.items() if reason}
+        return {sentence: reason for sentence, reason in reasons.items() if sentence and reason}
+
+    @property
+    def levels(self) -> dict[str, str]:
+        """Return the reasons why levels of unchanged text do not hold, empty where they do."""
+        found = {one.metadata["level"]: getattr(self, one.name) for one in fields(self)}
+        return {level: reason for level, reason in found.items() if level}
 
 
 class StageSwitches(StrictModel):
@@ -125,6 +140,23 @@ class Method:
     part_of: Callable[[str], str] = lambda tensor: tensor.split(".")[0]
     as_decoder: Callable[[Any, bool], PlainDecoder] | None = None
     origin: str = "mmgraft"
+
+    def levels(self) -> dict[str, list[str]]:
+        """Return the levels of unchanged text that it keeps; see :class:`Promises`.
+
+        With each come the settings, as ``gate: token``, that keep it where the default does not.
+        """
+        config = self.config_class.model_construct()
+        found = {level: [] for level, reason in self.promises(config).levels.items() if not reason}
+        for name, info in self.config_class.model_fields.items():
+            for value in (
+                get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+            ):
+                other = config.model_copy(update={name: value})
+                for level, reason in self.promises(other).levels.items():
+                    if not reason and found.get(level, [""]):
+                        found.setdefault(level, []).append(f"{name}: {value}")
+        return dict(sorted(found.items()))
 
     def load_graft(self) -> type[Any]:
         """Import the graft class, and torch with it.

@@ -20,7 +20,7 @@ from typing import Any
 from mmgraft.grafts.method import Method
 from mmgraft.kinds import Broken, Kinds, Unfit
 
-_BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "published.wings")
+_BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "grafts.lora", "published.wings")
 _MOVED = {("wings", "variant", "official"): "wings-official"}
 """What a method's setting with a value has become: a method of its own, with the other settings."""
 

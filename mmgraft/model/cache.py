@@ -92,10 +92,12 @@ class RowLayer(DynamicLayer):
     Attributes:
         written: The keys as they were written last, and the workflow numbers in them: what the host
             knows need not be read from a card.
+        went_on: Whether rows of text went on with an image, so that numbers differ by position.
         any_image: Whether an image position was written; cutting positions off leaves it.
     """
 
     written: tuple[Tensor | None, list[int]] = (None, [])
+    went_on: bool = False
     any_image: bool = False
 
     def offload(self) -> None:
@@ -133,14 +135,14 @@ class RowSlot:
             return 0
 
     def workflows(self) -> list[int]:
-        """Workflow number of every row, as written."""
+        """Workflow number of every row at its last position, as written."""
         layer = self._layer
         keys, numbers = layer.written
         if keys is layer.keys:
             return list(numbers)
-        if len(set(numbers)) == 1:  # rows were put in another order, repeated or left out
+        if len(set(numbers)) == 1 and not layer.went_on:  # rows in another order, repeated, fewer
             return [numbers[0]] * layer.keys.shape[0]
-        return layer.keys[:, 0, 0, 0].tolist()
+        return layer.keys[:, 0, -1, 0].tolist()
 
     def write(
         self, kinds: Tensor, positions: Tensor, workflows: Sequence[int], image: bool
@@ -158,14 +160,15 @@ class RowSlot:
         """
         if self.cache is None:
             return kinds, positions, image
-        if self.filled:
-            keys = self._layer.keys[:, :, -1:].to(kinds.device)
+        layer = self._layer
+        if self.filled and self.workflows() == list(workflows):
+            keys = layer.keys[:, :, -1:].to(kinds.device)
         else:
+            layer.went_on = layer.went_on or self.past > 0
             keys = torch.tensor(workflows, device=kinds.device)[:, None, None, None]
         keys = keys.expand(-1, 1, kinds.shape[1], 1)
         values = torch.stack([kinds, positions], dim=-1)[:, None]  # (b, 1, s, 2)
         _, both = self.cache.update(keys, values, self.index)
-        layer = self._layer
         layer.written, layer.any_image = (layer.keys, list(workflows)), layer.any_image or image
         return both[:, 0, :, 0], both[:, 0, :, 1], layer.any_image
 

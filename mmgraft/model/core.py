@@ -109,6 +109,11 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         extend(cache, self.anatomy.num_layers, slots)
 
     @property
+    def _continuing(self) -> list[str]:
+        """Return the workflows that go on from a cache of text."""
+        return [one.name for one in self._workflow_list() if one.graft.continues_text]
+
+    @property
     def names(self) -> list[str]:
         """Return the names of the workflows beside ``text``, in order."""
         return list(self.workflows)

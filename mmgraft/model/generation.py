@@ -58,6 +58,7 @@ class WorkflowGeneration(GraftedCore):
             self.names,
             self.default_workflow,
             RowSlot(kwargs.get("past_key_values"), self.anatomy.num_layers),
+            continuing=self._continuing,
         )
         images = GivenImages(**{name: kwargs.pop(name, None) for name in _IMAGE_INPUTS})
         kwargs |= self._turn_ends(kwargs)

@@ -44,7 +44,7 @@ from mmgraft.model.kernels.quantization import assert_unquantized
 from mmgraft.model.last_layer import fed_at, last_layer
 from mmgraft.model.loss import chunked_loss, supervised
 from mmgraft.model.packing import packing_blocked
-from mmgraft.model.rows import Rows, kinds_of, sort_rows
+from mmgraft.model.rows import TEXT_NUMBER, Rows, kinds_of, sort_rows
 from mmgraft.model.sharded.in_step import join, outside_layers
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.strict import StrictModel, known_keywords
@@ -319,7 +319,7 @@ class GraftedModel(WorkflowGeneration):
         wanted = TEXT_WORKFLOW if self._only_text else given.workflow
         rows = sort_rows(
             given.batch, given.mm_token_type_ids, wanted, self.names, self.default_workflow, slot,
-            given.real,
+            given.real, self._continuing,
         )  # fmt: skip
         if given.segments is not None:
             self.check_packing(given.batch[0])
@@ -486,6 +486,11 @@ class GraftedModel(WorkflowGeneration):
             self._extend(cache)
         self._check_lengths(rows, positions)  # before anything is written to the cache
         new_image, numbers = any(rows.images), rows.numbers(self.names)
+        if past and not slot.filled:  # the base read text into the cache by itself
+            mask = None if given.attention_mask is None else given.attention_mask[:, :past]
+            read = kinds_of((len(kinds), past), None, mask, kinds.device)
+            where = _positions(mask, 0, past, kinds.device).expand(len(kinds), -1)
+            slot.write(read, where, [TEXT_NUMBER] * len(kinds), image=False)
         key_kinds, key_positions, any_image = slot.write(kinds, positions, numbers, new_image)
         state = Pass(
             self.anatomy, embeds, kinds, positions, key_kinds, key_positions, past, cache,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,9 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, PADDING, TEXT
 from mmgraft.model.cache import RowSlot
 from mmgraft.model.workflow import TEXT_WORKFLOW
+
+TEXT_NUMBER = -1
+"""Stands for ``text`` among the numbers of workflows."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Rows:
         return torch.tensor([other == name for other in self.names], device=device)
 
     def numbers(self, known: Sequence[str]) -> list[int]:
-        """Return the number of each row's workflow among those known; -1 for ``text``."""
-        return [known.index(name) if name != TEXT_WORKFLOW else -1 for name in self.names]
+        """Return the number of each row's workflow among those known."""
+        return [known.index(one) if one != TEXT_WORKFLOW else TEXT_NUMBER for one in self.names]
 
 
 def sort_rows(
@@ -50,6 +53,7 @@ def sort_rows(
     default: str,
     slot: RowSlot,
     real: Tensor | None = None,
+    continuing: Collection[str] = (),
 ) -> Rows:
     """Decide every row's workflow.
 
@@ -62,6 +66,7 @@ def sort_rows(
         default: The workflow of a row with an image when the caller names none.
         slot: Rows that a cache remembers.
         real: ``(b, s)`` or longer, 0 at padding; None means no padding.
+        continuing: Workflows that go on from a cache that ``text`` filled.
 
     Raises:
         UsageError: An unknown workflow, images in a row that runs ``text``, or a cache that was
@@ -75,23 +80,33 @@ def sort_rows(
             shown = shown & (real[:, -length:] != 0)
         images = shown.sum(dim=1).tolist()
     chosen = _by_row(wanted, known, size)
+    held = [TEXT_WORKFLOW] * size
     if slot.filled:
-        names = [TEXT_WORKFLOW if n < 0 else known[n] for n in slot.workflows()]
-        if chosen is not None and chosen != names:
+        held = [TEXT_WORKFLOW if n < 0 else known[n] for n in slot.workflows()]
+    names = chosen or [
+        default if count and name == TEXT_WORKFLOW else name
+        for name, count in zip(held, images, strict=True)
+    ]
+    if slot.filled or slot.past:
+        _refuse_other_cache(held, names, continuing)
+    _refuse_blind(names, images, known)
+    return Rows(names, images)
+
+
+def _refuse_other_cache(held: list[str], names: list[str], continuing: Collection[str]) -> None:
+    """Refuse a cache that the rows' workflows cannot go on from."""
+    for before, now in zip(held, names, strict=True):
+        if before not in (now, TEXT_WORKFLOW):
             raise UsageError(
                 "the cache was filled by another workflow than the one wanted now; "
                 "begin with a fresh cache."
             )
-    else:
-        names = chosen or [default if count else TEXT_WORKFLOW for count in images]
-        if slot.past and any(name != TEXT_WORKFLOW for name in names):
+        if before != now and now not in continuing:
             raise UsageError(
-                "this cache was filled by the text workflow, and a row now needs "
-                f"{next(n for n in names if n != TEXT_WORKFLOW)!r} (an image changes how the "
-                "earlier text is read): run the whole dialogue again with a fresh cache."
+                f"this cache was filled by the text workflow, and a row now needs {now!r} (an "
+                "image changes how the earlier text is read): run the whole dialogue again with a "
+                "fresh cache."
             )
-    _refuse_blind(names, images, known)
-    return Rows(names, images)
 
 
 def _refuse_blind(names: list[str], images: list[int], known: Sequence[str]) -> None:

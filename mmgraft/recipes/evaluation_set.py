@@ -12,7 +12,7 @@ from mmgraft.strict import StrictModel, about
 
 Metric = Literal["perplexity", "choice", "exact", "vqa", "vqa_v2", "yes_no", "caption", "box"]
 TEXT_METRICS = ("perplexity", "choice")
-BoxFormat = Literal["unit", "thousand", "ten", "pixel"]
+BoxFormat = Literal["unit", "thousand", "ten", "pixel", "cogvlm", "qwen"]
 Blind = Literal["prior", "no_image"]
 
 COLUMNS = (

@@ -293,8 +293,11 @@ class Recipe(StrictModel):
     def _refuse_unbuilt(cls, value: Any) -> Any:
         if value in ("zero2", "zero3"):
             raise ValueError(f"{value} (DeepSpeed) is not built; write fsdp2, which shards as well")
-        if value == "lora":
-            raise ValueError("an image-gated LoRA on the base is not built; write frozen or full")
+        if isinstance(value, str) and value in methods():
+            raise ValueError(
+                f"{value} is a method of its own (mmgraft graft BASE --method {value}), not a way "
+                "to train the base; write frozen or full"
+            )
         return value
 
     @model_validator(mode="after")

@@ -146,12 +146,13 @@ def test_learners_and_router_are_parts(cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "lacking"),
     [
-        ({"method": "llava", "config": {"method": "llava"}}, 0),
+        ({"method": "llava", "config": {"method": "llava"}}, 1),  # its positions are new
+        ({"method": "lora", "config": {"method": "lora"}}, 0),
         ({}, 1),  # iaa c starts as a deeper decoder
         ({"config": {"method": "iaa", "layers": [1], "structure": "b"}}, 0),
         ({"base_trained": True}, 2),
         ({"method": "wings", "config": {"method": "wings"}}, 0),
-        ({"method": "wings-official", "config": OFFICIAL}, 8),
+        ({"method": "wings-official", "config": OFFICIAL}, 9),
     ],
 )
 def test_what_a_graft_does_not_promise(cli, tmp_path: Path, values: dict, lacking: int) -> None:

@@ -10,8 +10,12 @@ import mmgraft.grafts.registry as registry
 def test_the_table_names_methods_and_papers(cli) -> None:
     ran = cli("methods")
     assert ran.code == 0
-    for words in (["iaa", "2408.12902"], ["wings", "2406.03496"], ["llava", "2304.08485"]):
+    papers = {"iaa": "2408.12902", "wings": "2406.03496", "llava": "2304.08485"}
+    for words in {**papers, "lora": "2503.01743"}.items():
         assert any(all(word in line for word in words) for line in ran.out.splitlines())
+    (lora,) = (line for line in ran.out.splitlines() if line.startswith("lora"))
+    assert "E0 E1 E2 (gate token) E3" in lora
+    assert "E2 before an image in its row" in ran.err
 
 
 def test_projectors_are_listed_with_what_they_compute(cli) -> None:
@@ -25,6 +29,7 @@ def test_json_tells_the_settings(cli) -> None:
     (iaa,) = (method for method in data["methods"] if method["name"] == "iaa")
     assert iaa["settings"]["structure"]["enum"] == ["a", "b", "c"]
     assert iaa["settings"]["layers"]["description"]
+    assert iaa["levels"] == {"E0": [], "E1": [], "E3": ["structure: a", "structure: b"]}
     assert data["broken"] == []
 
 

@@ -19,7 +19,7 @@ from tiny_runs import make_parts, make_run
 
 MIXED = rows("ttiiiitt", "ttttt", "tiiiiiiiit")  # an image, none, two
 FORWARD = [("llama", method) for method in CONFIGS] + [("gemma3", "wings"), ("gpt2", "iaa-c")]
-DECODING = [("llama", "iaa-c"), ("llama", "llava"), ("llama", "wings"), ("gemma3", "wings")]
+DECODING = [("llama", one) for one in ("iaa-c", "llava", "wings", "lora")] + [("gemma3", "wings")]
 MODES = {"greedy": {}, "beams": {"num_beams": 2}, "static": {"cache_implementation": "static"}}
 
 
@@ -100,7 +100,7 @@ def test_masks_of_a_kind_have_a_width_that_kernels_take(card: Card) -> None:
         assert state.packed[IMAGE].mask[1, 0, -1].sum() == 11
 
 
-@pytest.mark.parametrize("method", ["iaa", "llava", "wings"])
+@pytest.mark.parametrize("method", ["iaa", "llava", "wings", "lora"])
 def test_two_cards(tmp_path: Path, method: str) -> None:
     run = make_run(make_parts(tmp_path), tmp_path / "run", method)
     layers = {f"model.layers.{index}": f"cuda:{index // 2}" for index in range(4)}

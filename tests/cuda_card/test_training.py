@@ -16,7 +16,8 @@ from pretend_cuda import pretend_cuda
 from pretend_flash import pretend_flash
 from tiny_runs import losses, make_parts, make_run, write_recipe
 
-TRAINED = {"llava": ["projector"], "iaa": ["projector", "graft"], "wings": ["projector", "graft"]}
+BOTH = ["projector", "graft"]
+TRAINED = {"llava": ["projector"], "iaa": BOTH, "wings": BOTH, "lora": BOTH}
 
 # method, what the stage switches, what the recipe does, how near the losses are
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {

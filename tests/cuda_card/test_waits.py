@@ -28,11 +28,14 @@ CEILINGS = {  # waits of a decoded token and of a training forward
     ("llava", "even"): (1, 6),
     ("iaa-c", "even"): (1, 6),
     ("wings", "even"): (2, 8),
+    ("lora", "even"): (1, 6),
+    ("lora-token", "even"): (1, 7),
     ("llava", "mixed"): (3, 9),
     ("iaa-c", "mixed"): (3, 9),
     ("wings", "mixed"): (4, 12),
+    ("lora", "mixed"): (4, 10),
 }
-OF_A_STEP = {"llava": 8, "iaa": 8, "wings": 11}
+OF_A_STEP = {"llava": 8, "iaa": 8, "wings": 11, "lora": 8}
 
 
 def there(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

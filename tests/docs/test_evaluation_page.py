@@ -56,7 +56,7 @@ def test_the_box_of_the_page_is_written_as_it_says(
     (item,) = read_items(next(spec for spec in specs(folder) if spec.metric == "box"))
     assert item.box is not None
     assert item.size is not None
-    formats: list[BoxFormat] = ["unit", "thousand", "ten", "pixel"]
+    formats: list[BoxFormat] = ["unit", "thousand", "ten", "pixel", "cogvlm", "qwen"]
     for boxes in formats:
         row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{boxes}` |"))
         assert f"`{format_box(item.box, boxes, item.size)}`" in row

@@ -5,10 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.metrics.boxes import format_box, iou, measure_boxes, parse_box
+from mmgraft.evaluation.metrics.boxes import (
+    format_box,
+    format_boxes,
+    iou,
+    measure_boxes,
+    parse_box,
+    parse_boxes,
+)
 
 SIZE = (200, 100)
-FORMATS = ("unit", "thousand", "ten", "pixel")
+FORMATS = ("unit", "thousand", "ten", "pixel", "cogvlm", "qwen")
 
 
 @pytest.mark.parametrize(
@@ -18,6 +25,8 @@ FORMATS = ("unit", "thousand", "ten", "pixel")
         ("thousand", "[100,200,500,999]"),
         ("ten", "[1,2,4,9]"),
         ("pixel", "[20,20,100,100]"),
+        ("cogvlm", "[[100,200,500,999]]"),
+        ("qwen", "<box>(100,200),(500,999)</box>"),
     ],
 )
 def test_a_box_is_written_in_each_format(boxes, text: str) -> None:
@@ -36,6 +45,12 @@ def test_a_box_is_written_in_each_format(boxes, text: str) -> None:
         ("ten", "[0,3,9,9]", (0, 100 / 3, 200, 100)),
         ("thousand", "[333,333,666,666]", (200 / 3, 100 / 3, 400 / 3, 200 / 3)),
         ("pixel", "[20.5,20,100,100]", (20.5, 20, 100, 100)),
+        ("cogvlm", "the cup [[000,333,999,999]]", (0, 100 / 3, 200, 100)),
+        ("cogvlm", "[[0, 333, 999, 999; 1,2,3,4]]", (0, 100 / 3, 200, 100)),
+        ("cogvlm", "[1,2,3,4] or [[0,333,999,999]]", (0, 100 / 3, 200, 100)),
+        ("qwen", "<ref>the cup</ref><box>(0,333),(999,999)</box>", (0, 100 / 3, 200, 100)),
+        ("qwen", "<ref>a (red) cup</ref><box>( 0, 333 ), (999,999)</box>", (0, 100 / 3, 200, 100)),
+        ("qwen", " the cup(0,333),(999,999)", (0, 100 / 3, 200, 100)),  # special tokens dropped
         ("pixel", "[-5,-5,300,50]", (0, 0, 200, 50)),  # cut to the picture
     ],
 )
@@ -61,6 +76,47 @@ def test_a_box_is_read_in_each_format(boxes, text: str, box) -> None:
 )
 def test_a_malformed_box_is_none(text: str) -> None:
     assert parse_box(text, "unit", SIZE) is None
+
+
+@pytest.mark.parametrize(
+    ("boxes", "text"),
+    [
+        ("cogvlm", "[100,200,500,999]"),
+        ("cogvlm", "[[100,200,500]]"),
+        ("cogvlm", "[[100,200,500,999"),
+        ("cogvlm", "[[500,200,100,999]]"),
+        ("qwen", "[100,200,500,999]"),
+        ("qwen", "<box>(100,200)</box>"),
+        ("qwen", "<box>(100,200),(500,)</box>"),
+        ("qwen", "<box>(500,200),(100,999)</box>"),
+    ],
+)
+def test_another_form_is_malformed(boxes, text: str) -> None:
+    assert parse_box(text, boxes, SIZE) is None
+
+
+@pytest.mark.parametrize(
+    ("boxes", "phrase", "text"),
+    [
+        ("cogvlm", "two cups", "two cups [[000,000,100,500;500,200,999,999]]"),
+        ("cogvlm", "", "[[000,000,100,500;500,200,999,999]]"),
+        ("qwen", "two cups", "<ref>two cups</ref><box>(0,0),(100,500)</box>"
+         "<box>(500,200),(999,999)</box>"),
+        ("thousand", "", "[0,0,100,500] [500,200,999,999]"),
+        ("unit", "cups", "cups [0.00,0.00,0.10,0.50] [0.50,0.20,1.00,1.00]"),
+    ],
+)  # fmt: skip
+def test_several_boxes_are_written_with_their_phrase_and_read(boxes, phrase, text: str) -> None:
+    found = [(0.0, 0.0, 20.0, 50.0), (100.0, 20.0, 200.0, 100.0)]
+    assert format_boxes(found, boxes, SIZE, phrase) == text
+    back = parse_boxes(text, boxes, SIZE)
+    assert len(back) == 2
+    for box, wanted in zip(back, found, strict=True):
+        assert box == pytest.approx(wanted, abs=0.3)
+    swapped = parse_boxes(text.replace("0.50,0.20", "1.00,1.00").replace("500,200", "999,999"),
+                          boxes, SIZE)  # fmt: skip
+    assert swapped[0] is not None
+    assert swapped[1] is None
 
 
 def test_a_small_box_is_widened_not_lost() -> None:
@@ -91,7 +147,7 @@ def test_what_is_written_is_read_to_half_a_step_or_one(case, boxes) -> None:
     back = parse_box(format_box(box, boxes, size), boxes, size)
     assert back is not None
     for at, (mine, read) in enumerate(zip(box, back, strict=True)):
-        step = size[at % 2] / {"unit": 100, "thousand": 999, "ten": 9, "pixel": size[at % 2]}[boxes]
+        step = size[at % 2] / {"unit": 100, "ten": 9, "pixel": size[at % 2]}.get(boxes, 999)
         wide = box[at % 2 + 2] - box[at % 2] > step
         assert abs(mine - read) <= step * (0.5 if wide else 1) + 1e-6
 

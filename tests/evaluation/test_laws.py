@@ -69,6 +69,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "iaa": {"layers": [0, 2]},
     "wings": {"rank": 4},
     "llava": {},
+    "lora": {"rank": 4},
 }
 
 
@@ -109,6 +110,7 @@ def measure(run: Path, samples: Any, parts: Path, **options: Any) -> Any:
         ("llava", ["base_with_projector"]),
         ("iaa", ["base_with_projector", "base_layers", "all_layers"]),
         ("wings", ["base_with_projector", "main", "main_and_learners"]),
+        ("lora", ["base_with_projector", "main"]),
     ],
 )
 def test_a_section_of_a_run(

@@ -54,7 +54,7 @@ SETS: dict[str, tuple[SetSpec, Callable[[int], list[Item]]]] = {
     "caption": (spec("caption"), captions),
     **{
         f"box {boxes}": (spec("box", boxes=boxes), boxed)
-        for boxes in ("unit", "thousand", "ten", "pixel")
+        for boxes in ("unit", "thousand", "ten", "pixel", "cogvlm", "qwen")
     },
 }
 

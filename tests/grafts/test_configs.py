@@ -7,6 +7,7 @@ import pytest
 from mmgraft.errors import UsageError
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.llava.config import LlavaConfig
+from mmgraft.grafts.lora.config import LoraConfig
 from mmgraft.grafts.registry import moved
 from mmgraft.grafts.wings.config import WingsConfig
 from mmgraft.published.wings.config import OfficialWingsConfig
@@ -34,9 +35,16 @@ def test_the_defaults_are_the_papers() -> None:
     assert (wings.layers, wings.rank, wings.heads, wings.variant) == ("all", 64, None, "paper")
     assert wings.learners == ["visual", "textual"]
     assert wings.base == LlavaConfig().base == "frozen"
+    lora = LoraConfig()
+    assert (lora.layers, lora.targets, lora.rank, lora.gate) == ("all", "all", 64, "row")
+    assert (lora.scale, lora.dropout) == (2.0, 0.0)
+    assert LoraConfig(rank=256, alpha=256).scale == 1.0
 
 
-@pytest.mark.parametrize("config", [IAAConfig(layers="0-31:5"), WingsConfig(rank=8), LlavaConfig()])
+@pytest.mark.parametrize(
+    "config",
+    [IAAConfig(layers="0-31:5"), WingsConfig(rank=8), LlavaConfig(), LoraConfig(alpha=3)],
+)
 def test_a_config_survives_json(config: StrictModel) -> None:
     assert type(config).model_validate_json(config.model_dump_json()) == config
 

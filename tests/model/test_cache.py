@@ -35,7 +35,7 @@ from mmgraft.grafts.base import FULL_ATTENTION
 from mmgraft.model.cache import PreallocatedLayer, RowLayer, RowSlot, extend
 from tiny import LAYERS, WINDOW, tiny_config
 
-both = pytest.mark.parametrize("method", ["iaa-c", "wings"])
+both = pytest.mark.parametrize("method", ["iaa-c", "wings", "lora-token"])
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def test_what_the_caller_asks_for_must_fit_the_cache(method: str) -> None:
     assert distance(run(model, step, cache, workflow="mm").logits, expected) < 1e-5
 
 
-@both
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora"])  # others: test_text_cache.py
 def test_a_picture_after_cached_text_is_refused(method: str) -> None:
     model = grafted("llama", method)
     words = batch([row("tttttt")])

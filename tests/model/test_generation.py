@@ -86,7 +86,7 @@ def test_greedy(arch: str, method: str) -> None:
 
 
 @every_architecture
-@pytest.mark.parametrize("method", ["iaa-c", "wings"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora"])
 @pytest.mark.usefixtures("assistants")
 def test_every_other_mode(arch: str, method: str) -> None:
     model, inputs = grafted(arch, method), mixed()
@@ -108,7 +108,7 @@ def test_every_other_mode(arch: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings"])
+@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings", "lora"])
 @pytest.mark.usefixtures("assistants")
 def test_a_graft_drafts_for_a_graft(arch: str, method: str) -> None:
     """Drafts that are mostly right, so that the caches of both are cropped and go on."""
@@ -138,7 +138,7 @@ def test_beams_without_a_cache_equal_a_search_by_hand(method: str) -> None:
     assert found == max(pairs)[1]
 
 
-@pytest.mark.parametrize("method", ["iaa-c", "wings"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora"])
 def test_workflows_are_chosen_row_by_row(method: str) -> None:
     """Two grafts and the base in one batch of `generate`."""
     made = [
@@ -154,7 +154,7 @@ def test_workflows_are_chosen_row_by_row(method: str) -> None:
     assert torch.equal(default[1:], expected[1:])
 
 
-@pytest.mark.parametrize("method", ["iaa-c", "wings"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora"])
 def test_a_row_without_an_image_in_the_grafts_workflow(method: str) -> None:
     model, inputs = grafted("llama", method), batch(rows("tttttttt", "ttttt"), "left")
     asked = by_hand(model, {**inputs, "mm_token_type_ids": inputs["input_ids"] * 0}, workflow="mm")
@@ -176,7 +176,7 @@ def test_pixels_and_embeddings_instead_of_ids(method: str) -> None:
     expected = by_hand(model, inputs)
     seen = {k: v for k, v in inputs.items() if k != "image_features"}
     assert torch.equal(model.generate(**seen, pixel_values=pixels, **GREEDY), expected)
-    if method in ("wings", "llava"):  # IAA's own embedding is not the base's
+    if method in ("wings", "llava", "lora"):  # IAA's own embedding is not the base's
         ids = inputs.pop("input_ids")
         embeds = model.get_input_embeddings()(ids).detach()
         new = model.generate(inputs_embeds=embeds, **inputs, **GREEDY)
@@ -184,7 +184,7 @@ def test_pixels_and_embeddings_instead_of_ids(method: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt_oss", "bloom"])
-@pytest.mark.parametrize("method", ["iaa-c", "wings"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora"])
 def test_a_dialogue_goes_on_from_its_cache(arch: str, method: str) -> None:
     """Three turns, a second image in the second one; each equals a run from scratch."""
     model = grafted(arch, method)
@@ -209,7 +209,7 @@ def test_a_dialogue_goes_on_from_its_cache(arch: str, method: str) -> None:
         kinds = torch.nn.functional.pad(kinds, (0, ids.shape[1] - kinds.shape[1]))
 
 
-@pytest.mark.parametrize("method", ["iaa-c", "wings"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora"])
 def test_caches_that_the_caller_made(method: str) -> None:
     model, inputs = grafted("llama", method), mixed()
     expected = by_hand(model, inputs)

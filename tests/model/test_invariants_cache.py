@@ -34,7 +34,7 @@ def test_chunks_and_single_tokens_equal_the_full_forward(arch: str, method: str)
 @pytest.mark.parametrize("arch", VARIANTS)
 def test_other_forms_of_the_classes(arch: str) -> None:
     """Windows in other places, alibi, sequential blocks, a projected embedding."""
-    for method in ("iaa-c", "wings"):
+    for method in ("iaa-c", "wings", "lora"):
         inputs = batch(rows(*WORDS), "left")
         if arch == "opt_post_norm":
             config = CONFIGS["llava"] if method == "wings" else _no_norm()

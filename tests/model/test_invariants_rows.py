@@ -54,7 +54,7 @@ def test_rows_of_several_workflows_and_text_share_a_batch(arch: str) -> None:
     made = {
         name: perturb(graft_on(arch, CONFIGS[method], workflow=name), seed=seed)
         for seed, (name, method) in enumerate(
-            [("mm", "iaa-c"), ("grounding", "iaa-a"), ("winged", "wings")]
+            [("mm", "iaa-c"), ("grounding", "lora"), ("winged", "wings")]
         )
     }
     model = together(*made.values())
@@ -88,7 +88,7 @@ def test_the_content_of_padding_does_not_matter(method: str) -> None:
             assert distance(mine, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["iaa-c", "wings", "llava"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "llava", "lora-token"])
 def test_ids_at_image_positions_do_not_matter(method: str) -> None:
     model = grafted("llama", method)
     inputs = batch(rows("ttiiiitttt"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,8 +19,14 @@ EMPTY = RowSlot(None, 0)
 MASK = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]])
 
 
-def sort(wanted: Any = None, mask: Tensor | None = MASK, slot: RowSlot = EMPTY) -> list[str]:
-    return sort_rows((2, 4), mask, wanted, ["mm", "grounding"], "mm", slot).names
+def sort(
+    wanted: Any = None,
+    mask: Tensor | None = MASK,
+    slot: RowSlot = EMPTY,
+    continuing: Sequence[str] = (),
+) -> list[str]:
+    known = ["mm", "grounding"]
+    return sort_rows((2, 4), mask, wanted, known, "mm", slot, continuing=continuing).names
 
 
 class OfText(RowSlot):
@@ -79,12 +86,21 @@ def test_a_cache_remembers_its_rows() -> None:
         ({"wanted": ["text", "mm"]}, "row 0 has an image"),
         ({"slot": OfText()}, "run the whole dialogue again"),
         ({"wanted": "mm", "mask": None, "slot": OfText()}, "run the whole dialogue again"),
-        ({"slot": Filled(-1, 0)}, "row 0 has an image"),
+        ({"slot": Filled(-1, 0)}, "a row now needs 'mm'"),
+        ({"slot": Filled(-1, 0), "continuing": ["grounding"]}, "a row now needs 'mm'"),
+        ({"slot": Filled(0, 1), "wanted": ["text", "grounding"]}, "another workflow"),
     ],
 )
 def test_what_cannot_be_is_refused(call: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         sort(**call)
+
+
+def test_a_cache_of_text_goes_on_with_the_workflows_that_can() -> None:
+    for slot in (OfText(), Filled(-1, -1)):
+        assert sort(slot=slot, continuing=["mm"]) == ["mm", "text"]
+        assert sort(["grounding", "text"], slot=slot, continuing=["grounding"])[0] == "grounding"
+    assert sort(slot=Filled(-1, 1), continuing=["mm"]) == ["mm", "grounding"]
 
 
 def test_gates_are_left_out_where_all_rows_agree() -> None:

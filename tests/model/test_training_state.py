@@ -32,6 +32,8 @@ GROUPS = {
     "iaa-c": {"layers", "embedding", "norm", "head"},
     "wings": {"learners.visual", "learners.textual", "router"},
     "llava": set(),
+    "lora": {"attention", "feedforward"},
+    "lora-token": {"attention", "feedforward"},
 }
 
 
@@ -63,6 +65,7 @@ def test_groups_cover_the_graft_and_do_not_overlap(method: str) -> None:
         ("iaa-c", ["embedding", "head"], ["graft.embedding.", "graft.head."]),
         ("wings", ["learners.visual", "projector"], ["graft.layers.*.visual.", "projector."]),
         ("wings", ["router"], ["graft.layers.*.router."]),
+        ("lora", ["attention", "projector"], ["graft.attention.", "projector."]),
         ("llava", ["base"], ["base."]),
     ],
 )

@@ -88,7 +88,11 @@ def test_all_problems_are_told_at_once(recipe_file):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("method: iaa", "method: iaa\nbase: lora"), "not built"),
+        (("method: iaa", "method: iaa\nbase: lora"), "mmgraft graft BASE --method lora"),
+        (
+            ("method: iaa", "method: lora\nbase: full"),
+            "base: full, but no stage trains it",
+        ),
         (("method: iaa", "method: iaa\nprecision: fp16"), "fp16 is refused"),
         (("epochs: 2", "precision: fp16"), "fp16 is refused"),
         (("train: [projector, layers]", "train: [projector, base]"), "IAA keeps its base frozen"),
@@ -282,6 +286,7 @@ EXPECTED = {
     "wings": "wings wings-1.8b wings-1.8b-full wings-base wings-base-full wings-pro "
     "wings-pro-full wings-24gb demo-wings",
     "llava": "llava llava-full demo-llava",
+    "lora": "lora lora-phi4 lora-xcomposer2 lora-24gb lora-cpu demo-lora",
 }
 
 
@@ -354,6 +359,11 @@ def test_published_numbers():
             assert [s.batch_size * s.accumulate for s in recipe.stages] == [32, 32]
             assert recipe.stages[0].learners == ["visual"]
             assert recipe.stages[0].router is False
+    published = [("phi4", 512, "row", 0.0), ("xcomposer2", 256, "token", 0.05)]
+    for name, alpha, gate, dropout in published:
+        config = load_recipe(f"lora-{name}").graft.config
+        assert (config["rank"], config["alpha"]) == (256, alpha)
+        assert (config["gate"], config["dropout"]) == (gate, dropout)
     llava = load_recipe("llava-full")
     assert [stage.lr for stage in llava.stages] == [1e-3, 2e-5]
     assert [s.batch_size * s.accumulate for s in llava.stages] == [256, 128]

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
+from mmgraft import GraftedModel, IAAConfig, LlavaConfig, LoraConfig, WingsConfig
 from mmgraft.model.loss import supervised
 from mmgraft.vision.plan import Plan
 from tiny import ARCHITECTURES, HIDDEN, tiny_model
@@ -33,6 +33,8 @@ CONFIGS: dict[str, BaseModel] = {
     "iaa-c": IAAConfig(layers=[0, 3]),
     "wings": WingsConfig(rank=4),
     "llava": LlavaConfig(),
+    "lora": LoraConfig(rank=4, alpha=6.0),
+    "lora-token": LoraConfig(rank=3, alpha=3.0, gate="token"),
 }
 """The methods of the matrix. Inserted layers follow sliding and full layers, the last one too."""
 

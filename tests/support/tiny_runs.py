@@ -23,6 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "iaa": {"layers": [1, 2], "embedding": False, "head": False},
     "wings": {"rank": 4},
     "llava": {},
+    "lora": {"rank": 4},
     "wings-official": {},
 }
 

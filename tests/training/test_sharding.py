@@ -26,6 +26,8 @@ needs_bitsandbytes = pytest.mark.skipif(
         ("wings", False, False),
         ("wings", True, False),
         ("llava", False, False),
+        ("lora", False, False),
+        ("lora", True, False),
         pytest.param("iaa", False, True, marks=needs_bitsandbytes),
     ],
 )

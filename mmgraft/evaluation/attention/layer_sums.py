@@ -83,10 +83,10 @@ def layer_sums(
     found[PROJECTOR_ONLY] = _gather(sums, base)
     if not graft.active or not any(map(graft.acts_on, range(anatomy.num_layers))):
         return found
-    everything = dict(base)
+    everything, kinds = dict(base), {type(attention) for attention in base.values()}
     for index, module in graft.layer_modules():
         attention = _submodule(module, anatomy.attention_name)
-        if attention is not None:
+        if attention is not None and type(attention) in kinds:  # not adapters under its name
             everything[f"{index}{INSERTED}"] = attention
     beside: dict[str, Tensor] = {}
     sums = _run(model, inputs, flow.name, everything, graft, beside)

@@ -12,27 +12,54 @@ from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.recipes.evaluation_set import BoxFormat
 
 THRESHOLD = 0.5
-_STEPS: dict[BoxFormat, int] = {"unit": 100, "thousand": 999, "ten": 9}
+_STEPS: dict[BoxFormat, int] = {"unit": 100, "thousand": 999, "ten": 9, "cogvlm": 999, "qwen": 999}
 _NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
-_BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
+_FOUR, _TWO = (",".join([_NUMBER] * count) for count in (4, 2))
+_BOX = re.compile(rf"\[{_FOUR}\]")
+_COGVLM = re.compile(rf"(?:\[\[|;)(?={_FOUR}(?:;[^\[\]]*)?\]\])")
+_QWEN = re.compile(rf"\({_TWO}\)\s*,\s*\({_TWO}\)")
+_READ: dict[BoxFormat, re.Pattern[str]] = {"cogvlm": _COGVLM, "qwen": _QWEN}
 
 
 def format_box(box: Box, boxes: BoxFormat, size: tuple[int, int]) -> str:
-    """Write a box as text, ``[x1,y1,x2,y2]``.
+    """Write a box as text, ``[x1,y1,x2,y2]``; see :func:`format_boxes`."""
+    return format_boxes([box], boxes, size)
+
+
+def format_boxes(
+    found: Sequence[Box], boxes: BoxFormat, size: tuple[int, int], phrase: str = ""
+) -> str:
+    """Write boxes as text, ``phrase [x1,y1,x2,y2] [x1,y1,x2,y2]``.
 
     ``unit`` writes shares of width and height with two decimals, as LLaVA's instruction data do;
     ``thousand`` whole numbers from 0 to 999, 999 being the far edge; ``ten`` the same from 0 to 9,
-    one digit each, for models that learn no finer ones; ``pixel`` whole pixels. A box that rounding
-    would leave without an area is widened to the nearest step on both sides.
+    one digit each, for models that learn no finer ones; ``pixel`` whole pixels. ``cogvlm`` writes
+    ``phrase [[x1,y1,x2,y2;x1,y1,x2,y2]]`` with three digits each, from 000 to 999, and ``qwen``
+    ``<ref>phrase</ref><box>(x1,y1),(x2,y2)</box>``, a ``<box>`` each, from 0 to 999. A box that
+    rounding would leave without an area is widened to the nearest step on both sides.
 
     Args:
-        box: ``(x1, y1, x2, y2)`` in pixels.
+        found: ``(x1, y1, x2, y2)`` in pixels, each.
         boxes: The format.
         size: ``(width, height)`` of the image in pixels.
+        phrase: What the boxes are of; empty for none.
 
     Raises:
-        UsageError: No part of the box that has an area lies in the image.
+        UsageError: No part of a box that has an area lies in the image.
     """
+    numbers = [_steps(box, boxes, size) for box in found]
+    if boxes == "qwen":
+        named = f"<ref>{phrase}</ref>" if phrase else ""
+        return named + "".join(f"<box>({a},{b}),({c},{d})</box>" for a, b, c, d in numbers)
+    form = {"unit": "{:.2f}", "cogvlm": "{:03d}"}.get(boxes, "{}")
+    unit = 100 if boxes == "unit" else 1
+    texts = [",".join(form.format(n / unit if unit > 1 else n) for n in box) for box in numbers]
+    written = f"[[{';'.join(texts)}]]" if boxes == "cogvlm" else " ".join(f"[{t}]" for t in texts)
+    return f"{phrase} {written}" if phrase else written
+
+
+def _steps(box: Box, boxes: BoxFormat, size: tuple[int, int]) -> list[int]:
+    """Return a box in whole steps of a format."""
     inside = _clipped(box, size)
     if inside is None:
         raise UsageError(
@@ -47,8 +74,7 @@ def format_box(box: Box, boxes: BoxFormat, size: tuple[int, int]) -> str:
         if first == last:
             first, last = floor(low), ceil(high)
         numbers[axis], numbers[axis + 2] = first, last
-    texts = (f"{number / 100:.2f}" if boxes == "unit" else str(number) for number in numbers)
-    return f"[{','.join(texts)}]"
+    return numbers
 
 
 def parse_box(text: str, boxes: BoxFormat, size: tuple[int, int]) -> Box | None:
@@ -58,22 +84,30 @@ def parse_box(text: str, boxes: BoxFormat, size: tuple[int, int]) -> Box | None:
 
     Args:
         text: An answer.
-        boxes: The format it is to be in; see :func:`format_box`.
+        boxes: The format it is to be in; see :func:`format_boxes`.
         size: ``(width, height)`` of the image in pixels.
 
     Returns:
         ``(x1, y1, x2, y2)``; None for a malformed answer: no four numbers in brackets, or corners
         that leave no area in the image (swapped ones, or numbers of another format).
     """
-    found = _BOX.search(text)
-    if found is None:
-        return None
-    x1, y1, x2, y2 = (float(number) for number in found.groups())
-    if boxes != "pixel":
-        scale = 1.0 if boxes == "unit" else float(_STEPS[boxes])
-        x1, x2 = x1 / scale * size[0], x2 / scale * size[0]
-        y1, y2 = y1 / scale * size[1], y2 / scale * size[1]
-    return _clipped((x1, y1, x2, y2), size)
+    return next(iter(parse_boxes(text, boxes, size)), None)
+
+
+def parse_boxes(text: str, boxes: BoxFormat, size: tuple[int, int]) -> list[Box | None]:
+    """Read all boxes that an answer names, as :func:`parse_box` does each.
+
+    Of ``qwen`` the corners are read, whether or not ``<box>`` was dropped with the special tokens.
+    """
+    found: list[Box | None] = []
+    scales = size if boxes == "pixel" else (1.0,) * 2 if boxes == "unit" else (_STEPS[boxes],) * 2
+    for match in _READ.get(boxes, _BOX).finditer(text):
+        corners = [float(number) for number in match.groups()]
+        x1, y1, x2, y2 = (
+            number / scales[at % 2] * size[at % 2] for at, number in enumerate(corners)
+        )
+        found.append(_clipped((x1, y1, x2, y2), size))
+    return found
 
 
 def iou(one: Box, other: Box) -> float:

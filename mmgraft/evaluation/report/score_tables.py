@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from mmgraft.evaluation.levels import WHERE
 from mmgraft.evaluation.report import words
 from mmgraft.evaluation.report.markdown import as_code, plain
 from mmgraft.runs.results import Score, SetResult
@@ -48,7 +49,11 @@ def identity_sentence(identity: dict[str, Any]) -> str:
             f"{words.number(identity['max_difference'])}, first in "
             f"{plain(identity['first_difference'])}"
         )
-    return f"The text workflow {found} ({prints})."
+    sentences = [f"The text workflow {found} ({prints})."]
+    for level, one in identity.get("levels", {}).items():
+        same = "is" if one["identical"] else "is not"
+        sentences.append(f"Text {WHERE[level]} ({level}) {same} the base's bit for bit.")
+    return " ".join(sentences)
 
 
 def set_verdict(one: SetResult, name: str) -> str:

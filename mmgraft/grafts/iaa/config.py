@@ -75,9 +75,11 @@ class IAAStage(StageSwitches):
 
 def promises(config: IAAConfig) -> Promises:
     """Return what holds: a gate is needed for a fresh graft to change nothing."""
-    if config.structure == "c":
-        return Promises(fresh="structure c has no gate: it is a deeper decoder from the start")
-    return Promises()
+    no_gate = "structure c has no gate: it is a deeper decoder from the start"
+    return Promises(
+        before="inserted layers act on every position of a row with an image",
+        fresh=no_gate if config.structure == "c" else "",
+    )
 
 
 def unused(config: IAAConfig) -> tuple[str, ...]:

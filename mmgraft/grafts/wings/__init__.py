@@ -1,6 +1,6 @@
 """Wings: low-rank learners beside the attention, weighed by a router (arXiv 2406.03496)."""
 
-from mmgraft.grafts.method import Method
+from mmgraft.grafts.method import Method, Promises
 from mmgraft.grafts.wings import config
 
 METHOD = Method(
@@ -13,6 +13,9 @@ METHOD = Method(
     groups=config.GROUPS,
     stage=config.WingsStage,
     refuses=config.refuses,
+    promises=lambda config: Promises(
+        before="learners act on every position of a row with an image"
+    ),
     part_of=config.part_of,
     as_decoder=config.as_decoder,
 )

@@ -152,18 +152,21 @@ class WingsGraft(Graft):
             else:
                 out, shares = original(*args, **kwargs), None
             extra = self._learned(wing, index, hidden, state, shares)
-            if gate is not None:
-                extra = select(gate, extra, extra.new_zeros(()))
             if self.anatomy.residual_scale != 1.0:
                 extra = extra / self.anatomy.residual_scale
             if self.anatomy.branch_norm is not None:
                 added.append(extra)
                 return out
-            return _add(out, extra)
+            if isinstance(out, tuple):
+                return (with_extra(out[0], extra), *out[1:])
+            return with_extra(out, extra)
+
+        def with_extra(x: Tensor, extra: Tensor) -> Tensor:  # rows of others are not touched
+            return select(gate, x + extra.to(x.dtype), x)
 
         def after_norm(original: Any, x: Tensor) -> Tensor:
             normed = original(x)
-            return normed + added.pop().to(normed.dtype) if added else normed
+            return with_extra(normed, added.pop()) if added else normed
 
         with patched_forward(attention, attend):
             if self.anatomy.branch_norm is None:
@@ -281,9 +284,3 @@ def _spans(state: Pass, mask: Tensor) -> Spans | None:
 def _share(shares: Tensor | None, name: str) -> Tensor | None:
     """One learner's share of every query ``(b, s)``; None for 1."""
     return None if shares is None else shares[..., 0 if name == "visual" else 1]
-
-
-def _add(out: Any, extra: Tensor) -> Any:
-    if isinstance(out, tuple):
-        return (out[0] + extra.to(out[0].dtype), *out[1:])
-    return out + extra.to(out.dtype)

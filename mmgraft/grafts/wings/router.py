@@ -100,23 +100,27 @@ def _router_attention(
 ) -> tuple[Tensor, None]:
     """Run the base's attention function over values widened by the router's columns."""
     job: _Job = module.__dict__[_JOB]
-    module.__dict__[_JOB] = job.outer
-    inner = ALL_ATTENTION_FUNCTIONS[job.implementation]
-    # Flash attention looks in the config for which of its packages it is.
-    module.config._attn_implementation_internal = job.implementation  # type: ignore[union-attr]
+
+    def inner(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        module.__dict__[_JOB] = job.outer
+        # Flash attention looks in the config for which of its packages it is.
+        module.config._attn_implementation_internal = job.implementation  # type: ignore[union-attr]
+        base = ALL_ATTENTION_FUNCTIONS[job.implementation]
+        return base(module, query, key, value, mask, **kwargs)[0]  # (b, s, n, width)
+
     size, heads = value.shape[-1], key.shape[1]
     kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
     columns = job.columns(key.shape[2]).to(value.dtype)  # (b, S, 2)
     if query.shape[2] == 1 and _has_plain_weights(job.implementation, key, attention_mask, kwargs):
-        out, _ = inner(module, query, key, value, attention_mask, **kwargs)
+        out = inner(query, key, value, attention_mask)
         job.logits.append(_one_query(query, key, attention_mask, columns, kwargs["scaling"]))
         return out, None
     columns = columns[:, None].expand(-1, heads, -1, -1)  # (b, kv heads, S, 2)
     width = -(-(max(size, query.shape[-1]) + 2) // 8) * 8
-    if computes_on(query) == "cuda" and width > _WIDEST_FUSED:
-        out, _ = inner(module, query, key, value, attention_mask, **kwargs)
-        extra = F.pad(columns, (0, query.shape[-1] - 2))
-        routed, _ = inner(module, query, key, extra, attention_mask, **kwargs)
+    wide = computes_on(query) == "cuda" and width > _WIDEST_FUSED
+    if wide or not torch.is_grad_enabled():  # wider keys would round the base's own result anew
+        out = inner(query, key, value, attention_mask)
+        routed = inner(query, key, F.pad(columns, (0, query.shape[-1] - 2)), attention_mask)
     else:
         value = F.pad(torch.cat([value, columns], dim=-1), (0, width - size - 2))
         query = F.pad(query, (0, width - query.shape[-1]))
@@ -124,15 +128,10 @@ def _router_attention(
         spans = None
         if job.implementation == "sdpa" and attention_mask is not None and job.spans is not None:
             spans = job.spans(attention_mask)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            mask = attention_mask if spans is None else None
-            return inner(module, query, key, value, mask, **kwargs)[0]  # (b, s, n, width)
-
         if spans is None:
-            both = attend(query, key, value)
+            both = inner(query, key, value, attention_mask)
         else:
-            both = over_spans(attend, spans, query, key, value)
+            both = over_spans(partial(inner, mask=None), spans, query, key, value)
         out, routed, _ = both.split([size, 2, width - size - 2], dim=-1)
     job.logits.append(routed[..., :2].float().sum(dim=2))
     return out.contiguous(), None

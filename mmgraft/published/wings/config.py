@@ -18,6 +18,7 @@ LearnerName = Literal["visual", "textual"]
 _DOES = "it computes what the published code computes"
 PROMISES = Promises(
     text=_DOES,
+    beside=_DOES,
     fresh=_DOES,
     cache=f"{_DOES}: later tokens change earlier outputs, so every token computes all again",
     neighbours=f"{_DOES}: its masks depend on the longest text of the batch",

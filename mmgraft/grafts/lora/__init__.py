@@ -1,0 +1,18 @@
+"""LoRA: low-rank adapters on the base's linear layers, for rows or positions that see."""
+
+from mmgraft.grafts.lora import config
+from mmgraft.grafts.method import Method
+
+METHOD = Method(
+    name="lora",
+    title="low-rank adapters on the base's linear layers, behind a gate",
+    paper="arXiv 2503.01743",
+    config_class=config.LoraConfig,
+    graft="mmgraft.grafts.lora.graft:LoraGraft",
+    recipe="lora.yaml",
+    groups=config.GROUPS,
+    stage=config.LoraStage,
+    refuses=config.refuses,
+    promises=config.promises,
+    as_decoder=config.as_decoder,
+)
