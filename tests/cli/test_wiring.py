@@ -19,6 +19,7 @@ import pytest
 from mmgraft.cli.app import COMMANDS, _real_command
 from mmgraft.errors import UsageError
 from mmgraft.grafts.iaa.config import IAAConfig
+from mmgraft.grafts.lora.config import LoraConfig
 from mmgraft.grafts.wings.config import WingsConfig
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.vision.projectors.configs import MlpConfig
@@ -456,6 +457,10 @@ def test_graft_of_another_method(run: Path, cli, called) -> None:
     assert (official.method, official.system_prompt_length) == ("wings-official", 2)
     cli("graft", "x/b", "--method", "wings", "--set", "rank=5")
     assert made[2]["config"].rank == 5
+    more = ("--alpha", "7.5", "--dropout", "0.25", "--gate", "token", "--layers", "0,2")
+    cli("graft", "x/b", "--method", "lora", "--targets", "feedforward", "--rank", "5", *more)
+    wanted = {"targets": "feedforward", "rank": 5, "alpha": 7.5, "dropout": 0.25, "gate": "token"}
+    assert made[3]["config"] == LoraConfig.model_validate({**wanted, "layers": "0,2"})
 
 
 def test_graft_by_a_recipe(run: Path, cli, called) -> None:

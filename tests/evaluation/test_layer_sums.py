@@ -157,9 +157,10 @@ def reference(arch: str, method: str) -> dict[str, Tensor]:
             every = torch.stack([sides(found, n) for n in order])
             series.setdefault("base_layers", []).append(main)
             series.setdefault("all_layers", []).append(every)
-        else:
+            continue
+        series.setdefault("main", []).append(main)
+        if graft.method == "wings":
             learned = [learner_sums(model, found, i, word, inputs) for i in range(LAYERS)]
-            series.setdefault("main", []).append(main)
             series.setdefault("main_and_learners", []).append(main + torch.stack(learned))
     return {name: torch.stack(found) for name, found in series.items()}
 

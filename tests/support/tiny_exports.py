@@ -49,6 +49,8 @@ def make_graft(
     """A graft in `folder/name`, its tensors moved away from where they start."""
     if method == "iaa":
         config = {"layers": LAYERS, **config}
+    if method == "lora":
+        config = {"rank": 8, **config}
     settings = get_method(method).config_class.model_validate(config)
     spec = VisionSpec(id=str(make_tower(folder, tower))) if isinstance(tower, str) else tower
     run = folder / name
