@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mmgraft.cli.console import show_error, stderr
+from mmgraft.cli.console import note, show_error, stderr
 from mmgraft.cli.failures import explain
 from mmgraft.cli.options import option
 from mmgraft.progress import show_on
@@ -180,6 +180,13 @@ def build_app() -> typer.Typer:
     return app
 
 
+class _Warnings(logging.Handler):
+    """Show what the library warns of where a command's notes stand."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
 def run(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0 done, 1 failed, 2 wrong use, 130 stopped.
 
@@ -193,6 +200,8 @@ def run(args: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if os.environ.get("RANK", "0") == "0":
         show_on(stderr)
+    warned = _Warnings(logging.WARNING)
+    logging.getLogger("mmgraft").addHandler(warned)
     try:
         typer.main.get_command(build_app()).main(
             args=None if args is None else list(args), prog_name="mmgraft"
@@ -210,6 +219,7 @@ def run(args: Sequence[str] | None = None) -> int:
         return code
     finally:
         show_on(None)
+        logging.getLogger("mmgraft").removeHandler(warned)
     return 0
 
 
