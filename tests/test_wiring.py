@@ -21,6 +21,7 @@ CALLERS = [*SOURCES, *sorted((ROOT / "examples").rglob("*.py"))]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 GIVEN_BY_OTHERS = {
+    "as_decoder.config": "in the place of other methods",
     "_copy.processor": "in the place of score_choices",
     "_handle.frame": "of signal",
     "_handle.number": "of signal",
@@ -46,6 +47,7 @@ FOR_USERS = {
     "blind_score.name",
     "check_images.most",
     "fill_cache.progress",
+    "format_boxes.phrase",
     "get_many.batch_size",
     "load_processor.options",
     "named.count",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import mmgraft.basefiles.parts
 import mmgraft.model.core
-import mmgraft.model.files.create
 import mmgraft.model.files.load
 import mmgraft.model.modeling
 from mmgraft.anatomy import inspection
@@ -26,7 +26,7 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     homes = (
         mmgraft.model.core,
-        mmgraft.model.files.create,
+        mmgraft.basefiles.parts,
         mmgraft.model.modeling,
         mmgraft.model.files.load,
         inspection,
