@@ -73,7 +73,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
         raise UsageError(f"{type(model).__name__} has no language model head; {_TEXT_ONLY}")
     layers_path, layers = _find_layers(model, config)
     attentions = [_find_attention(layer) for layer in layers]
-    layer_types, cached = _layer_types(config), _cache_layers(config)
+    layer_types, cached = _layer_types(config, len(layers)), _cache_layers(config, len(layers))
     reasons = [
         blocked_layer(layer, i, layer_types[i], cached[i], attentions[i], config)
         for i, layer in enumerate(layers)
@@ -220,8 +220,11 @@ def _branch(layers: list[nn.Module], attention: str) -> dict[str, Any]:
     }
 
 
-def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the type of every layer as transformers' caches derive it."""
+def _layer_types(config: PreTrainedConfig, count: int) -> tuple[str, ...]:
+    """Return the type of every layer as transformers' caches derive it.
+
+    The decoder of an encoder and a decoder may have more layers than ``num_hidden_layers`` says.
+    """
     types = getattr(config, "layer_types", None)
     if types is not None:
         return tuple(types)
@@ -230,16 +233,16 @@ def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
         kind = "sliding_attention"
     elif getattr(config, "attention_chunk_size", None) is not None:
         kind = "chunked_attention"
-    return (kind,) * config.num_hidden_layers
+    return (kind,) * count
 
 
-def _cache_layers(config: PreTrainedConfig) -> Sequence[Any]:
+def _cache_layers(config: PreTrainedConfig, count: int) -> Sequence[Any]:
     """Return what transformers' cache has for each layer; None where it has nothing."""
     try:
         layers = DynamicCache(config=config).layers
     except Exception:  # a class without a cache of this kind may lack what it is made from
         layers = []
-    return [*layers, *[None] * config.num_hidden_layers]
+    return [*layers, *[None] * count]
 
 
 def _inside(layers: nn.ModuleList) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mmgraft.model.files import create, load
 from mmgraft.model.files.load import base_files, load_base
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Ends a call where it would begin to work."""
 
 
@@ -62,6 +62,7 @@ def test_transformers_is_asked_for_what_was_wanted(monkeypatch: pytest.MonkeyPat
     assert found == {
         "path": Path("base"), "dtype": torch.float16, "device_map": {"": "cpu"},
         "attn_implementation": "eager", "gguf_file": "a.gguf",
+        "trust_remote_code": False, "output_loading_info": True,
     }  # fmt: skip
     assert asked(monkeypatch)["dtype"] == "auto"
 
