@@ -46,7 +46,6 @@ FOR_USERS = {
     "add_workflow.verify",
     "blind_score.name",
     "check_images.most",
-    "fill_cache.progress",
     "format_boxes.phrase",
     "get_many.batch_size",
     "load_processor.options",

@@ -173,7 +173,7 @@ HALF = "(args[1] / 'trained.safetensors').write_bytes(b'half')"
 @pytest.mark.parametrize(
     ("module", "name", "call", "before"),
     [
-        ("trainer", "save_tensors", 3, HALF),  # in the middle of the third checkpoint
+        ("checkpoint", "save_tensors", 3, HALF),  # in the middle of the third checkpoint
         ("session", "save_graft", 1, "pass"),  # a stage is trained but its graft not yet written
         ("session", "save_graft", 2, "original(*args, **kwargs)"),  # written but not yet noted
     ],
