@@ -137,7 +137,8 @@ def _processor(case: str, kind: str) -> GraftProcessor:
     )
     tokenizer.chat_template = None if case == PLAIN else template(case)
     way = "plain" if case == PLAIN else "chat"
-    return GraftProcessor(tokenizer, PATCHES, PLACEHOLDER, way, options=OPTIONS)
+    known = {name: OPTIONS[name] for name in OPTIONS if name in (tokenizer.chat_template or "")}
+    return GraftProcessor(tokenizer, PATCHES, PLACEHOLDER, way, options=known)
 
 
 def _spans(marks: list[bool]) -> list[list[int]]:
