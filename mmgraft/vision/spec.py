@@ -72,7 +72,7 @@ class TowerKind:
             Unfit: It is neither, or a kind of another name.
         """
         if not isinstance(value, cls) and callable(value):
-            value = cls(name, cast(Callable[[VisionSpec], VisionTower], value))
+            value = cls(name, cast("Callable[[VisionSpec], VisionTower]", value))
         if not isinstance(value, cls) or not callable(value.loader):
             raise Unfit(f"a {type(value).__name__} is neither a loader nor an mmgraft TowerKind")
         if value.name != name:

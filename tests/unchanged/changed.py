@@ -9,6 +9,7 @@ TEXT = "text"
 """The text of a card; what stands before it as YAML is compared."""
 
 _STAGES = "keys of a stage that only one method has stand in its stages alone"
+_LAYOUTS = "an entry of data says how a table is read"
 _OFFICIAL = "a setting of wings-official left wings"
 CHANGED_FILES: dict[str, dict[str, str]] = {
     "*README.md": {TEXT: "a model card's words changed"},
@@ -16,7 +17,10 @@ CHANGED_FILES: dict[str, dict[str, str]] = {
         "learners": _STAGES,
         "router": _STAGES,
         "template_options": "a recipe may set variables of the template",
+        "columns": _LAYOUTS,
+        "vqa": _LAYOUTS,
     },
+    "*generation_config.json": {"of another package.eos_token_id": "generation ends where the template ends a turn"},
     "*graft_config.json": {
         "recipe sha256": _STAGES,
         "vision_features": "features of a fixed image are recorded, with the version",
