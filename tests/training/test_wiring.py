@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from transformers import TrainerCallback
 
 import mmgraft
+from mmgraft.data.formats.layouts import Reading, Vqa
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.model.files.create import create_graft
 from mmgraft.recipes.recipe import DataEntry, GraftDefaults, Recipe, Stage
@@ -235,9 +236,9 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     real = GraftTrainer.__init__
 
-    def made(self: Any, model: Any, args: Any, stage: Any, groups: Any, rows: Any, collator: Any, sampler: Any, **more: Any) -> None:  # noqa: E501  # fmt: skip
-        seen.append({"args": args, "rows": rows, "collator": collator, "sampler": sampler, **more})
-        real(self, model, args, stage, groups, rows, collator, sampler, **more)
+    def made(self: Any, model: Any, args: Any, *others: Any, **more: Any) -> None:
+        seen.append({"args": args, "sampler": others[-1], **more})
+        real(self, model, args, *others, **more)
 
     monkeypatch.setattr(GraftTrainer, "__init__", made)
     return seen
@@ -267,13 +268,13 @@ def test_settings_arrive_at_the_trainer(parts: Path, tmp_path: Path, given, monk
     assert made["sampler"].seed == 23
     assert made["args"].seed == 23
     assert watch.model.base.config._attn_implementation == "eager"
-    for rows in (made["rows"], made["eval_dataset"]):
+    for rows in (made["train_dataset"], made["eval_dataset"]):
         assert rows.max_length == 41
         assert rows.on_bad_row == "skip"
         assert rows.processor.template.text == template.read_text()
-    assert (len(made["rows"]), len(made["eval_dataset"])) == (12, 5)
-    assert made["collator"].collator.processor.template.text == template.read_text()
-    assert made["collator"].collator.text_rows == "graft"
+    assert (len(made["train_dataset"]), len(made["eval_dataset"])) == (12, 5)
+    assert made["data_collator"].collator.processor.template.text == template.read_text()
+    assert made["data_collator"].collator.text_rows == "graft"
 
 
 def test_checkpoints_are_kept_as_many_as_asked(parts: Path, tmp_path: Path) -> None:
@@ -326,11 +327,12 @@ def test_a_stage_has_its_own_rows(parts: Path, tmp_path: Path) -> None:
 
 def test_a_source_is_all_that_its_entry_says() -> None:
     entry = DataEntry(
-        path="hub:a/b", images="pics", format="llava", limit=7, split="test", subset="small",
-        revision="v1",
+        path="hub:a/b", images="pics", format="vqa", limit=7, split="test", subset="small",
+        revision="v1", columns={"question": "q"}, vqa={"seed": 3, "answer": "sampled"},
     )  # fmt: skip
     found = source_of(entry)
-    assert (found.path, found.images, found.format, found.limit) == ("hub:a/b", "pics", "llava", 7)
+    assert (found.path, found.images, found.limit) == ("hub:a/b", "pics", 7)
+    assert found.reading == Reading("vqa", {"question": "q"}, Vqa(seed=3, answer="sampled"))
     assert (found.split, found.subset, found.revision) == ("test", "small", "v1")
 
 

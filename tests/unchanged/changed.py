@@ -20,7 +20,9 @@ CHANGED_FILES: dict[str, dict[str, str]] = {
         "columns": _LAYOUTS,
         "vqa": _LAYOUTS,
     },
-    "*generation_config.json": {"of another package.eos_token_id": "generation ends where the template ends a turn"},
+    "*generation_config.json": {
+        "of another package.eos_token_id": "generation ends where the template ends a turn"
+    },
     "*graft_config.json": {
         "recipe sha256": _STAGES,
         "vision_features": "features of a fixed image are recorded, with the version",
