@@ -22,7 +22,7 @@ MAY_LOOK = {
     "sweep/__main__.py": "a program that waits for its processes",
     "sweep/judging.py": "a program that says how long a type took",
     "test_progress.py": "bars over work that takes a while",
-    "mutation/patches.py": "code of mmgraft",
+    "mutation/patches/evaluation.py": "code of mmgraft",
     "mutation/__main__.py": "a program that says how long a bug took",
 }
 """Files that look at a clock, and why no result depends on it."""
