@@ -1,4 +1,4 @@
-"""What the switches of a batch save: packing, group_by, attention, compile.
+"""Measure the switches of a batch: packing, group_by, attention, compile.
 
     python benchmarks/batching_rows.py [--case packing] [--rows 48] [--layers 2] [--pairs 3]
 
@@ -105,7 +105,7 @@ def batches(case: str, lengths: Lengths, chosen: argparse.Namespace) -> list[Bat
 
 
 def filled(made: Sequence[Batch], lengths: Lengths) -> float:
-    """How many of all positions that are computed are a row's."""
+    """Return the share of computed positions that are a row's."""
     whole = lengths.whole.tolist()
     computed = sum(
         len(batch) * max(sum(whole[at] for at in sequence) for sequence in batch) for batch in made
@@ -117,7 +117,7 @@ def filled(made: Sequence[Batch], lengths: Lengths) -> float:
 
 
 def inputs(model: GraftedModel, batch: Batch, lengths: Lengths) -> dict[str, Any]:
-    """What the collator makes of rows of these lengths."""
+    """Return the collator's batch of rows of these lengths."""
     draw = torch.Generator().manual_seed(batch[0][0])
     columns: dict[str, list[Tensor]] = {"ids": [], "kinds": [], "labels": [], "segments": []}
     images, token = 0, models.image_token(model)

@@ -24,12 +24,12 @@ from mmgraft.errors import is_out_of_memory
 from mmgraft.model.modeling import GraftedModel
 
 PUBLISHED = [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
-"""Where the paper's model with 14 inserted layers has them."""
+"""Layers that the paper's 14 inserted layers follow."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a method, or the Llava beside it."""
+    """Subject of a case: a method, or the Llava beside it."""
 
     name: str
     method: str  # llava, iaa or wings
@@ -49,7 +49,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is computed: positions of an image, of the question and the answer, and so on."""
+    """Sizes of a case: positions of an image, of the question and the answer, and so on."""
 
     image: int = 576
     before: int = 64

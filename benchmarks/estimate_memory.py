@@ -1,4 +1,4 @@
-"""What `mmgraft estimate` says of small trainings, and what they take.
+"""Compare `mmgraft estimate` with the memory that small trainings take.
 
     python benchmarks/estimate_memory.py [--only NAME] [--json]
 

@@ -26,7 +26,7 @@ SHAPE = {
 VOCAB, LARGE_VOCAB = 49152, 151936
 IMAGE_TOKENS = 576
 PLACES = {1: [22], 2: [14, 22], 4: [7, 14, 22, 29], 8: [3, 7, 11, 14, 18, 22, 25, 29]}
-"""Where so many layers are inserted: recipes/comparisons/iaa-layers.yaml."""
+"""Insertion points by their number, as in recipes/comparisons/iaa-layers.yaml."""
 
 
 def base(vocab: int = VOCAB, **values: Any) -> LlamaForCausalLM:
@@ -37,7 +37,7 @@ def base(vocab: int = VOCAB, **values: Any) -> LlamaForCausalLM:
 
 
 def places(inserted: int, layers: int = 30) -> list[int]:
-    """Where `inserted` layers go, in a base cut to fewer layers too."""
+    """Return insertion points of `inserted` layers, in a base cut to fewer layers too."""
     return [place for place in PLACES[inserted] if place < layers] or [0]
 
 

@@ -101,7 +101,7 @@ def _named(one: Measurement, names: Sequence[str]) -> bool:
 
 
 def _measured(one: Measurement, given: argparse.Namespace) -> bool:
-    """Whether there is a result, measured now where there was none."""
+    """Return True if there is a result; measure it now where there was none."""
     file = given.results / f"{one.name}.json"
     if given.no_run or (file.is_file() and not given.again):
         return True

@@ -1,4 +1,4 @@
-"""What every benchmark here shares: alternating pairs, memory of a child, and the row it prints.
+"""Shared parts of the benchmarks: alternating pairs, memory of a child, and the printed row.
 
 Two things are timed in turn in one process, the first one of a pair changing places from pair to
 pair, so that whatever else the machine does falls on both. What counts is the ratio inside each
@@ -50,13 +50,13 @@ class Ratio:
     pairs: int
 
     def below(self, limit: float) -> bool | None:
-        """Whether the ratio is below `limit`; `None` where the interval holds both answers."""
+        """Return True if the ratio is below `limit`; `None` where the interval holds both."""
         if self.high < limit:
             return True
         return False if self.low > limit else None
 
     def inverse(self) -> Ratio:
-        """Of the same pairs, the other way round: how many times faster."""
+        """Return the inverse ratio of the same pairs: times faster."""
         return Ratio(1 / self.median, 1 / self.high, 1 / self.low, self.pairs)
 
     def __str__(self) -> str:
@@ -154,7 +154,7 @@ def resident() -> int:
 
 
 def give_back_free_memory() -> None:
-    """What malloc keeps for later goes back to the system."""
+    """Return malloc's spare memory to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -173,7 +173,7 @@ def own_pages_for_large_tensors(size: int = 1 << 20) -> None:
 
 
 def in_child(work: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """What `work` returns (JSON) when run in a forked process; `error` where it failed.
+    """Return the JSON of `work` run in a forked process; `error` where it failed.
 
     Import everything, and call `torch.set_num_threads(1)`, before: threads do not survive a fork.
     """
@@ -236,7 +236,7 @@ def clock(options: argparse.Namespace) -> Callable[[], float]:
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine of the measurements."""
     import torch
     import transformers
 

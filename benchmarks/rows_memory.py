@@ -1,4 +1,4 @@
-"""What a million rows cost in memory: resident bytes above the process before it opened them.
+"""Measure the memory of a million rows: resident bytes above the process before it opened them.
 
 Every kind of file is written, opened, mixed, ordered and read from in a process of its own. Bytes
 are those of /proc/self/status: mapped pages of files count as well.

@@ -1,4 +1,4 @@
-"""How long commands take to begin: help, completion, and `mmgraft chat` on a saved graft.
+"""Measure the start of commands: help, completion, and `mmgraft chat` on a saved graft.
 
     python benchmarks/start.py [--base FOLDER] [--pairs 5] [--clock processor|wall] [--json]
 

@@ -1,4 +1,4 @@
-"""What each switch of a recipe saves, one at a time: peak memory and processor time of steps.
+"""Measure each switch of a recipe, one at a time: peak memory and processor time of steps.
 
     python benchmarks/switches.py [--only gradient_checkpointing] [--layers 6] [--pairs 1] [--json]
 

@@ -41,7 +41,7 @@ OURS, THEIRS = "ours", "theirs"
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, with which vocabulary, and what is to be reached."""
+    """Trained parts, vocabulary and goal of a case."""
 
     name: str
     title: str

@@ -21,7 +21,7 @@ USUAL_PAGES = 1 << 25  # malloc's own limit: freed tensors are used again, which
 
 
 def import_everything() -> None:
-    """What a training imports, before it is forked."""
+    """Import the modules of a training before it is forked."""
     import bitsandbytes  # noqa: F401
     import transformers.models.clip.modeling_clip
     import transformers.models.llama.modeling_llama  # noqa: F401

@@ -79,7 +79,7 @@ class Case:
 
     @property
     def learned(self) -> list[Tensor]:
-        """What gets gradients."""
+        """Tensors that get gradients."""
         return [*self.inputs, self.router.weight]
 
     def fused(self) -> tuple[Tensor, ...]:

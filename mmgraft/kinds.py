@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Unfit(ValueError):
-    """What a package offers is not what its entry point promises; the message is the reason."""
+    """Error of an entry point that offers something unfit; the message is the reason."""
 
 
 @dataclass(frozen=True)

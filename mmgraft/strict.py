@@ -195,6 +195,6 @@ def _holds_bool(value: Any) -> bool:
 
 
 class MeasuredModel(StrictModel):
-    """What was measured, not written by hand: a perplexity may be inf, a mean of nothing nan."""
+    """Model of measurements: a perplexity may be inf, a mean of nothing nan."""
 
     model_config = ConfigDict(allow_inf_nan=True)

@@ -167,6 +167,38 @@ BARRED = {
 }
 """Words that this house does not write, and the ones that it writes instead."""
 
+RIDDLES = ("what", "how", "whether", "where", "of", "who", "which", "that")
+"""Words with which no docstring, help text or description of a setting begins."""
+
+
+def explanations(module: ast.Module) -> Iterator[str]:
+    """Docstrings, strings below a value, and help texts and descriptions in calls."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            yield str(node.value.value)
+        if not isinstance(node, ast.Call):
+            continue
+        named = {one.arg: one.value for one in node.keywords}
+        if getattr(node.func, "id", "") in ("option", "argument", "Option", "about", "given"):
+            named |= {str(at): one for at, one in enumerate(node.args)}
+        for name, value in named.items():
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                if name in ("description", "help") or (name.isdigit() and " " in value.value):
+                    yield value.value
+
+
+@every_source
+def test_explanations_say_what_a_thing_is_without_riddles(path: Path) -> None:
+    first = [text.split(maxsplit=1) for text in explanations(parsed(path)) if text.strip()]
+    found = [" ".join(words)[:60] for words in first if words[0].lower() in RIDDLES]
+    assert not found, "begin with a verb or with the thing itself"
+
+
+def test_a_riddle_is_found() -> None:
+    text = "X = 1\n'Of the learners.'\nY = option('How many rows.')\nZ = Field(description='of it')"
+    assert [one.split()[0] for one in explanations(ast.parse(text))] == ["Of", "How", "of"]
+
+
 _BARRED = re.compile(rf"\b({'|'.join(BARRED)})\b")
 
 

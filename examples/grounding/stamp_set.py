@@ -32,7 +32,7 @@ from stamps import (
 )
 
 TEST_SHARE = 0.2
-"""Of the captions, kept for the test."""
+"""Share of the captions that is kept for the test."""
 
 CATEGORY_QUESTION = "what kind of thing is this?"
 LETTER_QUESTION = "which letter is this?"

@@ -1,4 +1,4 @@
-"""Which decoder layers cannot carry a graft, and whose attention must write its weights out."""
+"""Find decoder layers that cannot carry a graft, and those whose attention must be explicit."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: ``start`` and ``end`` are byte offsets in ``file``."""
+    """Place of one tensor: ``start`` and ``end`` are byte offsets in ``file``."""
 
     file: Path
     dtype: str

@@ -9,7 +9,7 @@ from mmgraft.errors import MMGraftError, UsageError, first_line, is_out_of_memor
 
 _NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 _PEER = re.compile("Connection (closed|reset) by peer|[Tt]imed out waiting .*ms for recv")
-"""What gloo says where a process that it waits for has gone."""
+"""Texts of gloo's error where a process that it waits for has gone."""
 _HUB_USAGE = {"GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError"}
 
 

@@ -28,7 +28,7 @@ _MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended.
+    """End of a child process.
 
     Attributes:
         code: Its exit code; negative: the signal that killed it.

@@ -52,12 +52,12 @@ class Session(StrictModel):
 
     began: str = Field(description="UTC, ISO 8601")
     seconds: float = Field(description="by the clock")
-    cpu_seconds: float = Field(description="of processor time, all threads together")
-    peak_memory_mb: float | None = Field(default=None, description="of main memory, MiB")
+    cpu_seconds: float = Field(description="seconds of processor time, all threads together")
+    peak_memory_mb: float | None = Field(default=None, description="peak of main memory in MiB")
 
 
 class PhaseRecord(StrictModel):
-    """How far a phase of an arm has come, and with which settings."""
+    """Progress of a phase of an arm, and its settings."""
 
     phase: Phase
     done: bool = False

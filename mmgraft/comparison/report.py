@@ -59,7 +59,7 @@ class ComparisonReport(MeasuredModel):
     seed: int
     arms: dict[str, ArmReport]
     differences: list[Difference]
-    notes: list[str] = Field(description="what could not be compared, and why")
+    notes: list[str] = Field(description="sets that could not be compared, and the reasons")
 
 
 def write_comparison_report(out: Path) -> dict[str, Path]:

@@ -46,7 +46,7 @@ _NOT_OF_TRAINING = frozenset(
 
 @dataclass(frozen=True)
 class Compared:
-    """What a call did.
+    """Result of a call.
 
     Attributes:
         out: The comparison's folder.

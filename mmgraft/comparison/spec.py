@@ -51,7 +51,7 @@ class LawsSpec(StrictModel):
     path: str = Field(description="file of rows or items with an image between texts")
     images: str | None = None
     limit: int = Field(default=64, ge=1, description="sample so many of them")
-    seed: int = Field(default=0, description="of that sample")
+    seed: int = Field(default=0, description="seed of that sample")
 
     def items(self) -> SetSpec:
         """Return how they are read."""
@@ -66,7 +66,7 @@ class DialoguesSpec(StrictModel):
     shapes: list[str] | None = Field(
         default=None, description="such as [T, TV, V]; None: all that the sets give"
     )
-    seed: int = Field(default=0, description="of the sample")
+    seed: int = Field(default=0, description="seed of the sample")
 
 
 class Comparison(StrictModel):
@@ -88,7 +88,9 @@ class Comparison(StrictModel):
     data: dict[str, list[DataEntry]] = Field(
         default_factory=dict, description="files of each stage, or of all under '*'"
     )
-    recipe: str | None = Field(default=None, description="of arms that name none, and of a grid")
+    recipe: str | None = Field(
+        default=None, description="recipe of arms that name none, and of a grid"
+    )
     set: dict[str, Any] = Field(default_factory=dict, description="in the recipe of every arm")
     arms: dict[str, Arm] = Field(default_factory=dict)
     grid: dict[str, list[Any]] = Field(

@@ -15,7 +15,7 @@ from mmgraft.errors import UsageError
 OnBadRow = Literal["error", "skip"]
 FILE = "bad_rows.jsonl"
 HUB = "hub:"
-"""What the name of a data set of the Hub begins with: hub:OWNER/NAME."""
+"""Prefix of a data set of the Hub: hub:OWNER/NAME."""
 
 
 @dataclass(frozen=True)

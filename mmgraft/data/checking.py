@@ -28,14 +28,14 @@ from mmgraft.vision.images import BadImage, Fault
 from mmgraft.vision.stored import StoredImage
 
 FAULTS = ("missing", "broken", "enormous", "outside", "empty", "row")
-"""What can be wrong with a row; see ``BadRow``."""
+"""Kinds of faults of a row; see ``BadRow``."""
 
 _KEPT = 10
 
 
 @dataclass
 class Report:
-    """What was found in some rows.
+    """Findings in some rows.
 
     Attributes:
         rows: All, bad ones counted.

@@ -23,7 +23,7 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 
 ImageData = Literal["paths", "embed", "beside"]
-"""What becomes of images: their paths are written, their bytes in the file, or files beside it."""
+"""Ways to write images: as paths, as bytes in the file, or as files beside it."""
 
 Placed = tuple[bytes | None, str]
 Place = Callable[[Row], list[Placed]]
@@ -38,7 +38,7 @@ class Conversion:
 
     Attributes:
         out: A ``.jsonl`` or ``.parquet`` file.
-        images: What becomes of images; None where no row has one.
+        images: Way to write images; None where no row has one.
         folder: That paths are written from, for ``paths``.
     """
 

@@ -48,7 +48,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written, or would be.
+    """Result of writing, or of a dry run.
 
     Attributes:
         name: Name of the set or model.

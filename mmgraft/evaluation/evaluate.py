@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated of a run.
+    """Selection of what to evaluate of a run.
 
     Attributes:
         run: Its folder.

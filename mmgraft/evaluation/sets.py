@@ -23,7 +23,7 @@ from mmgraft.runs.results import SetResult
 from mmgraft.strict import StrictModel
 
 RUN_RECIPES = ("recipe.used.yaml", "recipe.yaml")
-"""Where a run keeps its recipe: as it was trained, else as it was written."""
+"""Files of a run's recipe: as it was trained, else as it was written."""
 
 
 class _Sets(StrictModel):

@@ -31,10 +31,10 @@ from mmgraft.runs.results import Results, Score, SetResult
 
 BATCH_SIZE = 16
 EQUAL = "equal by identity"
-"""What settings say of a base whose scores are the graft's own."""
+"""Setting for a base whose scores are the graft's own."""
 
 CHAT = "chat, through the graft's template"
-"""What settings say of a set that is not evaluated as plain text."""
+"""Setting for a set that is not evaluated as plain text."""
 
 KL = "kl_to_base"
 _CHECKED = 4  # items of each set that both models read, whatever is known
@@ -138,7 +138,7 @@ def _openings(each: EvaluatedSet) -> list[str]:
 
 @dataclass(frozen=True)
 class _Found:
-    """What was measured of a set: the graft's scores, the base's, and what to resample together."""
+    """Measurements of a set: the graft's scores, the base's, and what to resample together."""
 
     measured: Measured
     before: Measured | None

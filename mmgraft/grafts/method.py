@@ -20,7 +20,7 @@ def _promise(sentence: str, level: str = "", unless: str = "") -> Any:
 
 @dataclass(frozen=True)
 class Promises:
-    """What holds for a graft: each promise is empty where it is kept, else the reason why not.
+    """Promises of a graft: each is empty where it is kept, else the reason why not.
 
     Four of them are levels of unchanged text, all bit for bit: of a batch of text (E0), of a text
     row beside rows with an image (E1), of what stands before an image (E2), of a new graft (E3).
@@ -64,7 +64,7 @@ class Promises:
 
 
 class StageSwitches(StrictModel):
-    """What a stage of a recipe may switch in a graft: fields stand flat among the stage's keys.
+    """Switches of a graft in a stage of a recipe: fields stand flat among the stage's keys.
 
     A method with switches names its subclass in :attr:`Method.stage`, and its graft reads them in
     :meth:`Graft.switch`. Every field needs a default, which must mean "as the graft is".

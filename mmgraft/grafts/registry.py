@@ -22,7 +22,7 @@ from mmgraft.kinds import Broken, Kinds, Unfit
 
 _BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "grafts.lora", "published.wings")
 _MOVED = {("wings", "variant", "official"): "wings-official"}
-"""What a method's setting with a value has become: a method of its own, with the other settings."""
+"""Settings of a method that have become a method of their own, with the other settings."""
 
 _GONE = {"wings": {"system_prompt_length": None, "image_token_length": None, "router_width": 4096}}
 """Settings that earlier files have and that say nothing where they have these values."""

@@ -118,7 +118,7 @@ class Images:
 
 @dataclass
 class GivenImages:
-    """What a caller of the forward or of ``generate`` gave of images.
+    """Images as a caller of the forward or of ``generate`` gave them.
 
     Attributes:
         pixel_values: Of the images of all rows, in order of appearance: ``(images, 3, H, W)`` where

@@ -1,4 +1,4 @@
-"""Which workflow each row of a batch runs, and what kind each of its positions is."""
+"""The workflow of each row of a batch, and the token type of each position."""
 
 from __future__ import annotations
 

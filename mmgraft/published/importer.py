@@ -51,7 +51,7 @@ class ImportedGraft:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import wrote, or would write.
+    """Result of an import, or of a dry run.
 
     Attributes:
         source: The checkpoint.

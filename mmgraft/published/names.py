@@ -66,7 +66,7 @@ class PublishedGraft:
 
 @dataclass(frozen=True)
 class Published:
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
     Attributes:
         method: ``iaa`` or ``wings-official``.

@@ -22,7 +22,7 @@ _PROCESSOR = "preprocessor_config.json"
 
 @dataclass(frozen=True)
 class TowerPlan:
-    """How the tower will be found.
+    """Reference of an imported graft to its tower.
 
     Attributes:
         spec: What loads it; its id is a placeholder where it is written beside the graft.

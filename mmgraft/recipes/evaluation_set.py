@@ -18,7 +18,7 @@ Blind = Literal["prior", "no_image"]
 COLUMNS = (
     "id", "question", "answer", "answers", "options", "image", "box", "kind", "group", "text",
 )  # fmt: skip
-"""What an item may hold; ``columns`` of a set says under which key of its rows."""
+"""Fields of an item; ``columns`` of a set names the key of each in its rows."""
 
 
 class SetSpec(StrictModel):

@@ -100,7 +100,7 @@ class DataEntry(StrictModel):
 
 
 class GraftDefaults(StrictModel):
-    """What ``mmgraft graft`` uses where its options are not given."""
+    """Defaults of ``mmgraft graft`` for options that are not given."""
 
     base: str | None = about("alias, Hub id or folder")
     vision: str | None = about("Hub id, folder or registered tower")

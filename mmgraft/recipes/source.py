@@ -43,7 +43,7 @@ OTHER_NAMES = {
     "image_folder": "images",
     "data_path": "path",
 }
-"""What other trainers call a key of ours, for the message about an unknown key."""
+"""Names that other trainers have for a key of ours, for the message about an unknown key."""
 
 Location = tuple["str | int", ...]
 

@@ -1,4 +1,4 @@
-"""Which files of a run folder belong to the graft, and whether its weights can be read."""
+"""Find the files of a run folder that belong to the graft, and check its weights."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class SetResult(MeasuredModel):
     metric: str
     main: str = Field(description="name of the score that a table shows")
     file: str = Field(description="name of the file of items")
-    sha256: str = Field(description="of that file")
+    sha256: str = Field(description="SHA-256 of that file")
     items: int
     scores: dict[str, Score]
     base: dict[str, Score] = about("scores of the untouched base on the same items", dict)

@@ -29,7 +29,7 @@ PROGRESS = "progress.json"
 ROWS = "rows.json"
 _NAME = re.compile(r"checkpoint-\d+")
 _OF_DISK = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""What torch's writer of files says where a disk is full, in a RuntimeError."""
+"""Text of the RuntimeError of torch's file writer where a disk is full."""
 
 
 def stage_folder(run: Path, index: int, name: str) -> Path:

@@ -32,7 +32,7 @@ _FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
-"""What is imported and what is installed."""
+"""Module and package of each kind of flash attention."""
 
 
 def pick_device(wanted: str | None = None) -> str:

@@ -16,7 +16,7 @@ from mmgraft.recipes.source import find_recipe, method_recipe
 from mmgraft.training.distributed.parallel import processes
 
 RECIPE = "recipe.yaml"
-"""What ``mmgraft graft`` writes into a run, for its owner to change."""
+"""Recipe that ``mmgraft graft`` writes into a run, for its owner to change."""
 USED_RECIPE = "recipe.used.yaml"
 """The recipe that the run is trained by, every setting resolved; ``--resume`` goes on with it."""
 

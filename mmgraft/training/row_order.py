@@ -1,4 +1,4 @@
-"""Which rows of a stage stand together: packed into sequences, or grouped by length or kind.
+"""Group the rows of a stage: pack them into sequences, or sort them by length or kind.
 
 Every order depends on the seed, the epoch and the rows alone, so that ranks agree on it and a
 resumed run finds it. A batch is a run of neighbours in that order, a step on several ranks a run of
@@ -242,4 +242,4 @@ def _measure(rows: RowDataset, indices: Sequence[int]) -> list[int | BadRow]:
 
 
 Order = EpochSampler | EvenSampler
-"""Of the rows of an epoch, whose number is set with ``set_epoch``."""
+"""Order of the rows of an epoch, whose number is set with ``set_epoch``."""

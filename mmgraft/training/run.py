@@ -44,7 +44,7 @@ Display = Callable[[Stage, int, int], "Sequence[TrainerCallback]"]
 
 @dataclass
 class StageResult:
-    """What one stage did in this session."""
+    """Result of one stage in this session."""
 
     stage: str
     steps: int

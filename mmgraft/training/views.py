@@ -28,7 +28,7 @@ from mmgraft.vision.towers.registry import describe_tower
 
 @dataclass(frozen=True)
 class Selection:
-    """What a user named.
+    """Options that a user gave.
 
     Attributes:
         target: A file of rows, or the folder of a run.

@@ -29,7 +29,7 @@ _PLAIN = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV")
 """Modes whose every value has a colour; of others the pixels are looked at."""
 
 _LONGEST = 200
-"""How many times as long as wide an image may be: resized by its short side, it grows as much."""
+"""Largest ratio of an image's sides: resized by its short side, an image grows as much."""
 
 T = TypeVar("T")
 

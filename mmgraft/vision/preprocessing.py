@@ -18,7 +18,7 @@ from mmgraft.vision.images import BadImage, to_rgb
 
 _LARGEST_SIDE = 2**13
 _MOST_PIXELS = 2**26
-"""Of an image after its resize, which takes ten bytes for each of them."""
+"""Largest number of pixels of an image after its resize; each takes ten bytes."""
 
 _DECIDING_FIELDS = (
     "do_resize",

@@ -20,7 +20,7 @@ TRANSFORMERS_KIND = "transformers"
 
 
 class VisionSpec(StrictModel):
-    """Which vision tower to load, and which of its hidden states are the features.
+    """Reference to a vision tower, and to the hidden state that gives the features.
 
     Attributes:
         kind: ``"transformers"``, or a name registered with ``register_tower`` (or through the entry
@@ -81,6 +81,6 @@ class TowerKind:
 
 
 TOWERS: Kinds[TowerKind] = Kinds("vision tower kind", "mmgraft.towers", TowerKind.of_entry_point)
-"""What ``VisionSpec.kind`` may be; ``towers/registry.py`` fills it."""
+"""Values of ``VisionSpec.kind``; ``towers/registry.py`` adds them."""
 ProjectorSpec = MlpConfig
 """The public name of the usual projector's settings."""

@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StoredImage:
-    """Where an image's bytes lie; they are read when they are asked for.
+    """Place of an image's bytes, which are read on demand.
 
     Two are the same where their names are.
 

@@ -23,7 +23,7 @@ _BEGINS, _ENDS = rf"[<\[◁]\|?{_STEMS}\|?[>\]▷]", rf"[<\[◁]\|?(?:/|end){_ST
 
 @dataclass(frozen=True)
 class Answers:
-    """How answers of a template look.
+    """Describe how a template writes answers.
 
     Attributes:
         ends: Ids that end an answer.

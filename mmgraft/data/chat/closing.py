@@ -18,7 +18,7 @@ MARKER = "zqAnswerqz"
 
 @dataclass(frozen=True)
 class Closing:
-    """What a template writes after an answer up to its end of turn; empty if it writes none."""
+    """Text of a template between an answer and its end of turn; empty if it writes none."""
 
     last: str  # where the answer is the last turn
     inner: str  # where a user turn follows

@@ -143,7 +143,7 @@ def _found(transcript: Transcript, turns: Sequence[int]) -> tuple[list[int], lis
 
 
 class _Answers:
-    """Where answers start and end in the text of a conversation, by its characters.
+    """Start and end of answers in the text of a conversation, in characters.
 
     Prompts are written for the first and the last answer. What a prompt writes after the turn
     before the answer is looked up in the text for the answers between them.

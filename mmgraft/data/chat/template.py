@@ -27,7 +27,7 @@ _PROBE = "mmgraft probe"
 
 @dataclass(frozen=True)
 class Template:
-    """What a graft records of its template.
+    """Record of a graft's template.
 
     Attributes:
         kind: "chat" is the tokenizer's own, "plain" is the contents one after another, "file" is

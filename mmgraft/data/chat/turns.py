@@ -45,7 +45,7 @@ _ABOUT = re.compile(
 """Last words of keys that say something about a row, such as ``image_id``."""
 _COUNTS = ("num", "n", "has", "is")
 _ON = ("loss", "train", "trainable", "weight", "label", "supervised")
-"""Where 1 and true say what holds anyway: the turn is supervised, in full."""
+"""Keys whose values 1 and true are the rule here: the turn is supervised, in full."""
 
 
 def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) -> None:

@@ -24,7 +24,7 @@ from mmgraft.data.rows import Row
 
 
 class Facts(NamedTuple):
-    """What is known of rows without reading them.
+    """Facts of rows that are known without reading them.
 
     Attributes:
         characters: Number of characters of all texts, (n,) uint32.

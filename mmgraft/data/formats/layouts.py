@@ -21,23 +21,23 @@ from mmgraft.strict import StrictModel
 
 Format = Literal["auto", "messages", "swift", "llava", "alpaca", "cauldron", "trl", "vqa"]
 Column = Literal["id", "question", "answer", "answers", "options", "image"]
-"""What a row of a table has; ``columns`` says under which key."""
+"""Fields of a row of a table; ``columns`` names the key of each."""
 
 Record = Mapping[str, Any]
 Turn = dict[str, Any]
 
 
 class Vqa(StrictModel):
-    """How a row of a table becomes a question and an answer."""
+    """Settings that turn a row of a table into a question and an answer."""
 
-    prompt: str = Field(default="{question}", description="what is asked")
+    prompt: str = Field(default="{question}", description="template of the question")
     prompt_with_options: str = Field(
-        default="{question}\n{options}", description="what is asked where there are options"
+        default="{question}\n{options}", description="template of a question with options"
     )
     answer: Literal["first", "most_frequent", "sampled"] = Field(
-        default="first", description="which of several answers is supervised"
+        default="first", description="choice among several answers"
     )
-    seed: int = Field(default=0, description="of answers that are sampled")
+    seed: int = Field(default=0, description="seed for answers that are sampled")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a recipe says that rows are read.
+    """Settings of a recipe for reading rows.
 
     Attributes:
         format: A layout's name; "auto" tells the layout by the keys of each row.

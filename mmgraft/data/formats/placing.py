@@ -11,10 +11,10 @@ from mmgraft.data.chat.turns import role_of
 from mmgraft.errors import UsageError
 
 WORD = "<image>"
-"""What stands for an image in the texts of most layouts; beside parts of messages it is a text."""
+"""Placeholder of an image in the texts of most layouts; beside content parts it is plain text."""
 
 Words = Literal["never", "always", "first", "parts", "listed"]
-"""Whether ``WORD`` stands for an image. ``first``: always, and images without any word come before
+"""Rule by which ``WORD`` is an image. ``first``: always, and images without any word come before
 the first turn of a user; ``parts``: never where any part is an image, else ``first`` where images
 are listed; ``listed``: as ``parts``, but what may be either is refused."""
 

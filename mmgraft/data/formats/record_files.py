@@ -56,7 +56,7 @@ class RecordFile(Protocol):
     file: str
     """As errors name it."""
     unit: str
-    """What its numbers count: "line", "row" or "sample"."""
+    """Unit that its numbers count: "line", "row" or "sample"."""
 
     def scan(self) -> Iterator[Found]:
         """Yield all records in order.
@@ -98,7 +98,7 @@ def changed(file: str) -> UsageError:
 
 
 class StampedFile:
-    """What lines, lists and tars have in common: one file, whose change is noticed."""
+    """Base of readers of lines, lists and tars: one file, whose change is noticed."""
 
     def __init__(self, file: str) -> None:
         self.file = file

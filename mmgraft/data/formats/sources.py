@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 OnBad = Callable[[BadRow], None]
 
 ENDINGS = (".json", ".jsonl", ".parquet", ".tar")
-"""Of files that a folder of shards is made of."""
+"""Endings of the files in a folder of shards."""
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -118,7 +118,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Checks:
-    """What a row must be before it counts.
+    """Conditions that a row must meet.
 
     Attributes:
         images: Refuse a row whose image file is missing now, not when it is used.

@@ -32,7 +32,7 @@ from mmgraft.runs.results import FOLDER as RESULTS
 from mmgraft.runs.results import Results, SetResult
 
 MAX_NEW_TOKENS = 16
-"""Where a generated answer is cut."""
+"""Largest number of tokens of a generated answer."""
 
 
 def evaluate_iit(

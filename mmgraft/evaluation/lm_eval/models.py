@@ -27,7 +27,7 @@ logging.getLogger("lm_eval.models.huggingface").addFilter(
 )
 
 PLACEHOLDER = "<image>"
-"""What a task of lm-evaluation-harness writes where an image stands."""
+"""Placeholder of an image in a task of lm-evaluation-harness."""
 
 
 def plain_lm(base: PreTrainedModel, processor: GraftProcessor, batch_size: int) -> Any:

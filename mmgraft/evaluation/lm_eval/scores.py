@@ -18,7 +18,7 @@ from mmgraft.runs.results import Score
 Announce = Callable[[str], None]
 
 RESAMPLES = 200
-"""Of metrics that are no function of sums (BLEU, F1), computed anew for every sample."""
+"""Samples for metrics that are no function of sums (BLEU, F1), each computed anew."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mmgraft.runs.results import Score
 ANSWER_TOKENS: Mapping[Metric, int] = {
     "exact": 16, "vqa": 16, "vqa_v2": 16, "yes_no": 8, "caption": 64, "box": 48,
 }  # fmt: skip
-"""Where an answer is cut, unless the set says so."""
+"""Largest number of tokens of an answer, unless the set gives one."""
 
 BY: Mapping[str, By] = {
     "accuracy": "sum", "accuracy_per_token": "token", "accuracy_per_character": "character",

@@ -18,7 +18,7 @@ INTERVALS = (
 )
 SHOWN_DIGITS = 16
 EQUAL = "equal by identity"
-"""What a set's settings say where the base's scores were not measured a second time."""
+"""Setting of a set for which the base's scores were not measured a second time."""
 
 BLIND_NAMES = {"prior": "prior", "no_image": "no image"}
 

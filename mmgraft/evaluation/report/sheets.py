@@ -26,7 +26,7 @@ from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import FOLDER
 
 SHOWN = 12
-"""How many items a sheet shows."""
+"""Number of items on a sheet."""
 SEED = 0
 PRIVATE = "sheets"
 """Folder in a run's results for sheets whose images are not known to be free."""
@@ -50,7 +50,7 @@ _Corners = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model answered.
+    """Answers of one model.
 
     Attributes:
         model: Name of the model; empty where there is one alone.

@@ -25,7 +25,7 @@ from mmgraft.vision.towers.transformers import TransformersTower
 
 @dataclass(frozen=True)
 class Source:
-    """Which base layer, or which inserted one, a layer of the exported decoder is.
+    """Origin of a layer of the exported decoder: a base layer or an inserted one.
 
     Attributes:
         index: The base layer that it is, or that it follows.

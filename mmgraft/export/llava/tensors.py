@@ -89,7 +89,7 @@ class _LastPiece:
 
 
 class _Pieces:
-    """Where every tensor of the exported model comes from."""
+    """Source of every tensor of the exported model."""
 
     def __init__(
         self, made_of: Ingredients, model: LlavaForConditionalGeneration, reader: TensorReader

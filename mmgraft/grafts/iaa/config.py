@@ -21,7 +21,7 @@ GROUPS = {
 
 
 class IAAConfig(StrictModel):
-    """Which base layers are followed by an inserted layer, and what else the workflow owns.
+    """Settings of the inserted layers, and of what else the workflow owns.
 
     Source: Inner-Adaptor Architecture, arXiv 2408.12902. Structure ``c`` is the paper's final one;
     ``a`` and ``b`` are our reconstruction of what the paper says about them in prose.
@@ -51,7 +51,7 @@ class IAAConfig(StrictModel):
     )
     untie: Annotated[bool, Option("Two copies where the base ties embedding and head.")] = Field(
         False,
-        description="where the base ties embedding and head: two copies instead of one tied copy",
+        description="two copies instead of one tied copy where the base ties embedding and head",
     )
 
     @model_validator(mode="after")

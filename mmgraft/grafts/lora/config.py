@@ -21,7 +21,7 @@ GROUPS = {
 
 
 class LoraConfig(StrictModel):
-    """Which linear layers of the base get an adapter, how large, and where it acts.
+    """Settings of the adapters: linear layers of the base, rank, and gate.
 
     Source: Phi-4-multimodal, arXiv 2503.01743 (gate ``row``), and InternLM-XComposer2, arXiv
     2401.16420 (gate ``token``).
@@ -44,13 +44,13 @@ class LoraConfig(StrictModel):
     alpha: Annotated[float | None, Option("Scale of an adapter, times its rank.")] = Field(
         None, gt=0, description="an adapter's result is scaled by alpha / rank; None: 2 rank"
     )
-    gate: Annotated[Literal["row", "token"], Option("Where adapters act: row or token.")] = Field(
+    gate: Annotated[Literal["row", "token"], Option("Gate of the adapters: row or token.")] = Field(
         "row",
         description="row: every position of a row with an image (Phi-4-multimodal); token: image "
         "positions alone (InternLM-XComposer2)",
     )
     dropout: Annotated[float, Option("Dropout before an adapter.")] = Field(
-        0.0, ge=0, lt=1, description="of what enters an adapter, in training (XComposer2: 0.05)"
+        0.0, ge=0, lt=1, description="dropout of an adapter's input in training (XComposer2: 0.05)"
     )
 
     @property

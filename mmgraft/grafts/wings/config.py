@@ -25,7 +25,7 @@ GROUPS = {
 
 
 class WingsConfig(StrictModel):
-    """Which base layers get learners, of which kind and size, and how their outputs are weighed.
+    """Settings of the learners: base layers, kind, size, and the weights of their outputs.
 
     Source: Wings, arXiv 2406.03496.
     """
@@ -44,7 +44,7 @@ class WingsConfig(StrictModel):
         description="heads of a learner, dividing the hidden size; None: as many as the base has",
     )
     learners: Annotated[list[LearnerName], Option("Learners: visual,textual or one.")] = Field(
-        default=["visual", "textual"], description="which learners stand beside the attention"
+        default=["visual", "textual"], description="learners beside the attention"
     )
     router: bool = Field(
         True,
@@ -79,7 +79,7 @@ class WingsConfig(StrictModel):
 
 
 class WingsStage(StageSwitches):
-    """Which learners are in the path, and whether the router weighs them."""
+    """Choose the learners in the path, and the router."""
 
     learners: list[LearnerName] | None = Field(default=None, description="in the path")
     router: bool | None = Field(default=None, description="false adds a learner with weight 1")

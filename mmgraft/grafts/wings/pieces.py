@@ -41,7 +41,7 @@ class Segment:
 
 
 Plan = list[list[Segment]]
-"""Of every row of a batch."""
+"""Pieces of every row of a batch."""
 
 
 def plan_pieces(state: Pass, kind: int) -> Plan | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Spans = Sequence[Sequence[tuple[int, int]]]
-"""Of each row of a batch: where its causal pieces begin and end, in order."""
+"""Beginning and end of the causal pieces of each row of a batch, in order."""
 
 
 def causal_spans(mask: Tensor, padding: Tensor) -> Spans | None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mmgraft.basefiles import ModelFiles
 
 SEED = 0
-"""Of the new tensors that do not start as copies or zero, such as the projector's."""
+"""Seed of new tensors that do not start as copies or zero, such as the projector's."""
 
 
 _GIVEN: dict[str, tuple[Any, str]] = {

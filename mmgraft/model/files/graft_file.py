@@ -59,7 +59,7 @@ class ImageToken(_Strict):
 
 
 class TemplateChoice(_Strict):
-    """How conversations become text: the tokenizer's template, plain, or a file's text.
+    """Choice of a template: the tokenizer's, plain, or a file's text.
 
     Attributes:
         text: The file's; of kind "chat" the name of one of several templates, while it is chosen.

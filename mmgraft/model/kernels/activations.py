@@ -51,7 +51,7 @@ def activations_again(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @dataclass
 class _Again:
-    """How to make a tensor that was not kept."""
+    """Recipe for a tensor that was not kept."""
 
     function: Callable[[Tensor], Tensor]
     given: Tensor
@@ -62,7 +62,7 @@ class _Again:
 
 
 class _Made:
-    """What activation functions gave, as long as it is in use."""
+    """Outputs of activation functions, as long as they are in use."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], partial[_Again]]] = {}

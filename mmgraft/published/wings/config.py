@@ -31,7 +31,7 @@ PROMISES = Promises(
 
 
 class OfficialWingsConfig(StrictModel):
-    """Which base layers have which learners, and the lengths that the published code fixes.
+    """Settings of the learners, and the lengths that the published code fixes.
 
     Source: the published code of Wings, arXiv 2406.03496. It serves to load published checkpoints.
     """

@@ -19,7 +19,7 @@ from mmgraft.published.wings.learners import OfficialLearners, OfficialPlan, pla
 
 
 class OfficialWingsGraft(Graft):
-    """What the published code computes, so that published checkpoints load; not for training."""
+    """Wings as the published code computes it, to load published checkpoints; not for training."""
 
     method = "wings-official"
 

@@ -32,7 +32,7 @@ ROUTER_WIDTH = 4096
 
 @dataclass(frozen=True)
 class OfficialPlan:
-    """What the learners of every layer look at in one forward.
+    """Inputs of the learners of every layer in one forward.
 
     Attributes:
         image_features: (b, p, h) keys of the visual learner, or None when no image was given.

@@ -19,7 +19,7 @@ from mmgraft.training.stages import open_stage
 PROCESS = {"cuda": 0, "cpu": 100_000_000}
 """Bytes that a process takes beside its tensors once it trains: code that is read as it is used."""
 ALLOCATOR = {"cuda": 1.0, "cpu": 1.6}
-"""What a byte that comes and goes in a step takes of the machine.
+"""Bytes of the machine for each byte that comes and goes in a step.
 
 glibc gives no block back that lies between others that live, and what is kept lies between what
 comes and goes. Both numbers are measured, see benchmarks/estimate_memory.py; on CUDA they are in

@@ -27,7 +27,7 @@ _BLOCK = 256  # moments that share an fp32 constant
 
 @dataclass(frozen=True)
 class Groups:
-    """What FSDP2 gathers together.
+    """Tensors that FSDP2 gathers together.
 
     Attributes:
         layer: Bytes of the largest decoder layer with what grafts run there.

@@ -76,9 +76,9 @@ _WIDENED = {
     "expm1", "log", "log2", "log10", "log1p", "softplus", "cosine_similarity", "normalize", "tan",
     "cosh", "sinh", "dist", "renorm",
 }  # fmt: skip
-"""What CUDA's autocast computes in fp32 and a CPU's does not."""
+"""Operations that CUDA's autocast computes in fp32 and a CPU's does not."""
 _WIDE_RESULT = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod"}
-"""What it gives an fp32 result, and does not copy its input for."""
+"""Operations that it gives an fp32 result without a copy of their input."""
 
 
 class _CudaCasts(TorchFunctionMode):

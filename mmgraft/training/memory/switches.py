@@ -36,7 +36,7 @@ class Switch:
 
 @dataclass(frozen=True)
 class Saving:
-    """What a switch saves at the recipe's peak when it alone is set."""
+    """Bytes that a switch saves at the recipe's peak when it alone is set."""
 
     switch: str
     write: str
@@ -102,7 +102,7 @@ SWITCHES: tuple[Switch, ...] = (
 SEVERAL = Switch(
     "parallel: fsdp2", "weights that travel between the processes in every step", _in_pieces
 )
-"""What several processes have beside these; it is tried first."""
+"""Switch of several processes; it is tried first."""
 
 
 def switches_for(processes: int) -> tuple[Switch, ...]:

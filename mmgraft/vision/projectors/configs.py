@@ -11,7 +11,7 @@ from mmgraft.vision.plan import Plan
 
 
 class ProjectorConfig(StrictModel):
-    """What every projector's settings have.
+    """Settings of every projector.
 
     Attributes:
         kind: Name of the projector.

@@ -17,7 +17,7 @@ NAFLEX_TYPES = ("siglip2", "siglip2_vision_model")
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """How to read patch features out of one model's outputs at one image size.
+    """Rule to read patch features out of one model's outputs at one image size.
 
     Attributes:
         layer: The feature layer, as a spec names it.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TowerShape:
-    """What a projector and a processor must know of a tower.
+    """Facts of a tower that a projector and a processor need.
 
     Args:
         hidden_size: Width of a feature vector.
