@@ -182,9 +182,10 @@ def explanations(module: ast.Module) -> Iterator[str]:
         if getattr(node.func, "id", "") in ("option", "argument", "Option", "about", "given"):
             named |= {str(at): one for at, one in enumerate(node.args)}
         for name, value in named.items():
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                if name in ("description", "help") or (name.isdigit() and " " in value.value):
-                    yield value.value
+            text = value.value if isinstance(value, ast.Constant) else None
+            shown = name in ("description", "help") or name.isdigit()
+            if shown and isinstance(text, str) and " " in text:
+                yield text
 
 
 @every_source

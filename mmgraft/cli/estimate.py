@@ -27,7 +27,7 @@ _REQUEST = {
     "length": _rows(int, "Positions of a row, images included.", min=2),
     "data": _rows(list[str], "Rows to measure: FILE, or STAGE=FILE."),
     "images": _rows(str, "Folder that image paths start from."),
-    "device": given(str, "Where the training would run: cuda or cpu.", default="cuda"),
+    "device": given(str, "Device of the training: cuda or cpu.", default="cuda"),
     "processes": given(int, _PROCESSES, default=1, min=1),
 }
 """Options that ``read_request`` takes by these names."""

@@ -78,7 +78,7 @@ ImagesOption = Annotated[Path | None, option("--images", "Folder that image path
 
 ReadOption = Annotated[
     list[str] | None,
-    option("--read", "How rows are read, as in a recipe: format=swift, columns.question=q."),
+    option("--read", "Key of a recipe's data entry: format=swift, columns.question=q."),
 ]
 
 RunArgument = Annotated[
@@ -106,7 +106,7 @@ TemplateOption = Annotated[
 
 _LOADING = "How the model is loaded"
 BaseOption = Annotated[
-    str | None, option("--base", "Where the base lies, if it was moved.", panel=_LOADING)
+    str | None, option("--base", "Folder of the base, if it was moved.", panel=_LOADING)
 ]
 
 LOADING = {

@@ -37,13 +37,13 @@ class SetSpec(StrictModel):
     images: str | None = about("folder that image paths start from")
     train: str | None = about("file of training rows, whose answers give the prior score")
     columns: dict[str, str] = about("keys of the rows, where they have other names", dict)
-    prompt: str | None = about("what is asked, with {question} and {options}")
-    boxes: BoxFormat | None = about("how the model writes [x1,y1,x2,y2]; needed by `box`")
+    prompt: str | None = about("template of the prompt, with {question} and {options}")
+    boxes: BoxFormat | None = about("format of the model's boxes; needed by `box`")
     blind: list[Blind] = Field(default_factory=lambda: ["prior", "no_image"])
-    workflow: str | None = about("of rows with images; None: the graft's")
+    workflow: str | None = about("workflow of rows with images; None: the graft's")
     max_new_tokens: int | None = about("None: by the metric", ge=1)
     limit: int | None = about("draw so many items", ge=1)
-    seed: int = about("of that draw", 0)
+    seed: int = about("seed of that sample", 0)
 
     @model_validator(mode="before")
     @classmethod

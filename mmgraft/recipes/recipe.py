@@ -71,14 +71,14 @@ class DataEntry(StrictModel):
     images: str | None = about("folder that image paths start from")
     format: Format = about("layout of the rows, where keys do not tell", "auto")
     columns: dict[Column, str] = about(
-        "of a table with questions: {image: ..., question: ...}", dict
+        "columns of a table of questions: {image: ..., question: ...}", dict
     )
     vqa: Vqa | None = about("template and answers of such a table")
     weight: float = about(
         "2 shows every row twice an epoch, 0.5 every other", 1.0, gt=0, le=100_000
     )
     limit: int | None = about("use the first rows only", ge=1)
-    split: str = about("of a set of the Hub, or that datasets saved", "train")
+    split: str = about("split of a set of the Hub, or of one that datasets saved", "train")
     subset: str | None = about("configuration of a set of the Hub")
     revision: str | None = about("branch, tag or commit of that set")
 
@@ -153,7 +153,7 @@ class Stage(StageSwitches):
     )
     template: str | None = about("chat, plain or a jinja file; None: the graft's own")
     text_rows: TextRows | None = None
-    image_share: float | None = about("how much of the rows shown have an image", gt=0, lt=1)
+    image_share: float | None = about("share of rows with an image among those shown", gt=0, lt=1)
     precision: Precision | None = None
     seed: Seed | None = None
 
@@ -245,7 +245,7 @@ class Recipe(StrictModel):
     method: str
     description: str = ""
     graft: GraftDefaults = Field(default_factory=lambda: GraftDefaults())
-    workflow: WorkflowName | None = about("what is trained; None: the graft's")
+    workflow: WorkflowName | None = about("workflow that is trained; None: the graft's")
     base: Literal["frozen", "full"] = "frozen"
     quantization: Literal["nf4"] | None = about("4-bit weights of a frozen base")
     data: list[DataEntry] = Field(default_factory=list)
@@ -255,7 +255,7 @@ class Recipe(StrictModel):
         "variables of the chat template, such as enable_thinking: false", dict
     )
     text_rows: TextRows | None = None
-    image_share: float | None = about("how much of the rows shown have an image", gt=0, lt=1)
+    image_share: float | None = about("share of rows with an image among those shown", gt=0, lt=1)
     precision: Precision = "bf16"
     seed: Seed = 0
     tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -271,7 +271,7 @@ class Recipe(StrictModel):
         "kernel of the base's attention; None: the one transformers takes"
     )
     compile: bool = about("decoder layers through torch.compile", False)
-    parallel: Parallel = about("how several processes share a training: --processes N", "ddp")
+    parallel: Parallel = about("way of sharing a training among --processes N", "ddp")
     workers: int | None = about(
         "processes that load rows and images; None: 4 on CUDA (no more than there are "
         "cores), else 0",

@@ -25,7 +25,7 @@ class Score(MeasuredModel):
     low: float
     high: float
     count: int
-    groups: int | None = about("what is resampled for the interval; of one there is none")
+    groups: int | None = about("groups resampled for the interval; of one there is none")
 
     def __str__(self) -> str:
         """``0.823 (0.800 to 0.846)``."""
