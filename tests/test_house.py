@@ -178,7 +178,7 @@ def explanations(module: ast.Module) -> Iterator[str]:
             yield str(node.value.value)
         if not isinstance(node, ast.Call):
             continue
-        named = {one.arg: one.value for one in node.keywords}
+        named = {str(one.arg): one.value for one in node.keywords}
         if getattr(node.func, "id", "") in ("option", "argument", "Option", "about", "given"):
             named |= {str(at): one for at, one in enumerate(node.args)}
         for name, value in named.items():
