@@ -117,6 +117,12 @@ def test_no_file_and_no_function_is_too_long_to_read(path: Path) -> None:
     assert not long, f"longer than {FUNCTION} lines"
 
 
+def test_tests_and_benchmarks_are_no_longer_either() -> None:
+    files = [path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    lengths = {name_of(path): len(path.read_text("utf-8").splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > LINES} == {}
+
+
 def test_no_folder_has_too_many_files_to_find_one() -> None:
     count = Counter(path.parent for path in SOURCES if path.stem != "__init__")
     count.pop(ROOT / "mmgraft/cli")  # one thin file a command

@@ -2,5 +2,6 @@
 
 from hub_fixtures import hub
 from refusals import here, parts, refused, run
+from wires import called
 
-__all__ = ["here", "hub", "parts", "refused", "run"]
+__all__ = ["called", "here", "hub", "parts", "refused", "run"]
