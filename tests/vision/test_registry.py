@@ -12,7 +12,8 @@ import torch
 
 from mmgraft.errors import UsageError
 from mmgraft.vision import VisionSpec, load_tower, register_tower, tower_kinds
-from mmgraft.vision.towers.base import fingerprint_tensors
+from mmgraft.vision.projectors.base import Projector
+from mmgraft.vision.towers.base import VisionTower, fingerprint_tensors
 from mmgraft.vision.towers.registry import TowerShape, unregister_tower
 from tiny_towers import TinyTower, picture, shape_of, tiny_tower
 
@@ -117,3 +118,26 @@ def test_tiny_tower_of_the_tests_reloads() -> None:
     tower = tiny_tower(patches=2, hidden=8, seed=5)
     assert load_tower(tower.spec).fingerprint() == tower.fingerprint()
     assert tiny_tower(patches=2, hidden=8, seed=6).fingerprint() != tower.fingerprint()
+
+
+def test_a_tower_or_projector_without_a_part_says_which() -> None:
+    class Half(VisionTower):
+        def preprocess(self, images: object) -> torch.Tensor:
+            return torch.zeros(1, 3, 8, 8)
+
+    class Empty(Projector):
+        pass
+
+    with pytest.raises(TypeError, match=r"Half.*identity"):
+        Half()
+    with pytest.raises(TypeError, match=r"Empty.*forward"):
+        Empty(None, 4)
+
+    class Sizeless(Half):
+        def identity(self) -> dict[str, object]:
+            return {}
+
+    with pytest.raises(NotImplementedError, match="Sizeless has no fixed_plan: implement plan"):
+        Sizeless().plan((8, 8))
+    with pytest.raises(NotImplementedError, match="forward or encode of Sizeless"):
+        Sizeless()(torch.zeros(1, 3, 8, 8))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmgraft.vision.plan import Plan
 
 
-class Projector(nn.Module):
+class Projector(nn.Module, ABC):
     """From a tower's features to vectors of the base's embedding width.
 
     A subclass makes its modules from its settings, implements ``forward``, and has settings whose
@@ -44,7 +44,6 @@ class Projector(nn.Module):
         Returns:
             ``(sum of counts, out_features)``, image after image.
         """
-        raise NotImplementedError
 
     def counts(self, plan: Plan) -> int:
         """Return how many vectors it makes of one image."""

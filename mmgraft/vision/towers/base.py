@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ _EDGE_BYTES = 16 * 1024
 _SAMPLED = 32
 
 
-class VisionTower(nn.Module):
+class VisionTower(nn.Module, ABC):
     """A frozen image encoder.
 
     A subclass sets the attributes below and implements ``preprocess`` and ``identity``; one whose
@@ -60,7 +60,7 @@ class VisionTower(nn.Module):
     def plan(self, size: Size) -> Plan:
         """Return what becomes of an image of one size (width, height); no pixels are read."""
         if self.fixed_plan is None:
-            raise NotImplementedError
+            raise NotImplementedError(f"{type(self).__name__} has no fixed_plan: implement plan")
         return self.fixed_plan
 
     def entries(self, plan: Plan) -> int:
@@ -69,7 +69,7 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features of preprocessed images: (n, 3, H, W) -> (n, num_patches, hidden_size)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"implement forward or encode of {type(self).__name__}")
 
     def encode(self, pixels: Tensor, plans: Sequence[Plan]) -> Tensor:
         """Return the features of preprocessed images, image after image.
@@ -91,7 +91,6 @@ class VisionTower(nn.Module):
         (n, 3, H, W) of a tower with a fixed plan; of another one in a shape of its own, all images
         in one tensor.
         """
-        raise NotImplementedError
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -99,7 +98,6 @@ class VisionTower(nn.Module):
 
         Config, layer, preprocessing and, where plans are not fixed, the rule that makes them.
         """
-        raise NotImplementedError
 
     def save(self, folder: str | Path) -> VisionSpec:
         """Write into ``folder`` what is needed to load the tower without its source.
