@@ -20,6 +20,9 @@ from mmgraft.anatomy import Anatomy, examine, shrunken
 from mmgraft.basefiles.parts import quiet
 from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method
+from mmgraft.model.files.graft_file import BaseReference, TemplateChoice
+from mmgraft.model.files.make import make_workflow
+from mmgraft.model.files.parts import LoadedParts
 from mmgraft.vision.projectors.configs import MlpConfig
 
 _FAR = 1e-3  # of the logits' own size: rounding is below, a mistake above
@@ -93,7 +96,6 @@ def _grafted(method: Method, base: PreTrainedModel) -> Any:
     """Graft with the method's own settings on all layers that can carry; None where that cannot be
     tried.
     """
-    from mmgraft.model.files.create import make_on_loaded
     from mmgraft.model.files.load import finish
     from mmgraft.model.modeling import GraftedModel
 
@@ -110,7 +112,9 @@ def _grafted(method: Method, base: PreTrainedModel) -> Any:
     kept = method.promises(config)
     if any((kept.cache, kept.neighbours, kept.causal, kept.padding)):
         return None
-    made = make_on_loaded(base, anatomy, config, "mm", MlpConfig(), None, None, None, tried=True)
+    parts, copy = LoadedParts(base, anatomy), BaseReference(id="copy")
+    template = TemplateChoice()
+    made = make_workflow(config, anatomy, parts, "mm", MlpConfig(), None, copy, None, template)
     for parameter in made.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     finish(made, base, anatomy)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from pydantic import ConfigDict, Field
 
 from mmgraft.kinds import Kinds, Unfit
 from mmgraft.strict import StrictModel
 from mmgraft.vision.projectors.configs import MlpConfig
-
-if TYPE_CHECKING:
-    from mmgraft.vision.towers.base import VisionTower
-    from mmgraft.vision.towers.registry import TowerShape
 
 TRANSFORMERS_KIND = "transformers"
 
@@ -58,11 +54,17 @@ class VisionSpec(StrictModel):
 
 @dataclass(frozen=True)
 class TowerKind:
-    """One kind of tower: how to load it and, optionally, how to learn its shape without weights."""
+    """One kind of tower.
+
+    Attributes:
+        name: As ``VisionSpec.kind`` names it.
+        loader: Returns the ``VisionTower`` of a spec.
+        describe: Returns its ``TowerShape`` without its weights; None where that takes the tower.
+    """
 
     name: str
-    loader: Callable[[VisionSpec], VisionTower]
-    describe: Callable[[VisionSpec], TowerShape] | None = None
+    loader: Callable[[VisionSpec], Any]
+    describe: Callable[[VisionSpec], Any] | None = None
 
     @classmethod
     def of_entry_point(cls, name: str, value: Any, origin: str) -> TowerKind:
@@ -72,7 +74,7 @@ class TowerKind:
             Unfit: It is neither, or a kind of another name.
         """
         if not isinstance(value, cls) and callable(value):
-            value = cls(name, cast("Callable[[VisionSpec], VisionTower]", value))
+            value = cls(name, value)
         if not isinstance(value, cls) or not callable(value.loader):
             raise Unfit(f"a {type(value).__name__} is neither a loader nor an mmgraft TowerKind")
         if value.name != name:

@@ -10,38 +10,26 @@ from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mmgraft.anatomy import Anatomy
-from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template, check_template, resolve_template
 from mmgraft.errors import UsageError, brief
-from mmgraft.grafts.base import BaseParts, Graft
 from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method, methods
 from mmgraft.layers import parse_layers
-from mmgraft.model.files.graft_file import (
-    BaseReference,
-    GraftFile,
-    ImageToken,
-    SeenFeatures,
-    TemplateChoice,
-)
+from mmgraft.model.files.graft_file import BaseReference, GraftFile, TemplateChoice
+from mmgraft.model.files.make import make_workflow
 from mmgraft.model.files.parts import LoadedParts, ReadParts, check_layers
 from mmgraft.model.files.save import graft_tensors, write_graft
 from mmgraft.model.trial import refusal
 from mmgraft.model.workflow import Workflow
 from mmgraft.strict import StrictModel
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
-from mmgraft.vision.projectors.registry import build_projector
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import TowerShape, describe_tower
 
 if TYPE_CHECKING:
     from mmgraft.basefiles import ModelFiles
-
-SEED = 0
-"""Seed of new tensors that do not start as copies or zero, such as the projector's."""
-
 
 _GIVEN: dict[str, tuple[Any, str]] = {
     "base": (str | Path | torch.nn.Module, "a Hub id, a folder or a loaded causal LM"),
@@ -73,20 +61,20 @@ def make_on_loaded(
     template: TemplateChoice | None,
     tower: VisionTower | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    tried: bool = False,
 ) -> Workflow:
-    """Make a fresh workflow on a base in memory; ``tried``: the method was tried on its like."""
+    """Make a fresh workflow on a base in memory."""
     if getattr(base, "is_quantized", False):
         raise UsageError(
             "this base is held in 4-bit, so its exact tensors are gone: name the base by id "
             "or folder and give quantization='nf4'."
         )
     _copied_layers(config, anatomy)
-    if not tried:
-        _refuse(get_method(cast(Any, config).method), anatomy, base)
+    _refuse(get_method(cast(Any, config).method), anatomy, base)
     reference = BaseReference(id=base.config._name_or_path or "unknown")
     parts, chosen = LoadedParts(base, anatomy), template or TemplateChoice()
-    return _make(config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen)
+    return make_workflow(
+        config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen
+    )
 
 
 def create_graft(
@@ -191,7 +179,7 @@ def make_from_files(
         )
         owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
         parts = ReadParts(reader, base_config, indices, owns, anatomy)
-        return _make(
+        return make_workflow(
             config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen
         )
 
@@ -214,43 +202,6 @@ def _refuse(method: Method, anatomy: Anatomy, base: PreTrainedModel) -> None:
             f"method {method.name} cannot be used on this base: {reason}. Methods that can: "
             f"{', '.join(others) or 'none'}."
         )
-
-
-def _make(
-    config: Any,  # the method's settings
-    anatomy: Anatomy,
-    parts: BaseParts,
-    workflow: str,
-    spec: ProjectorConfig,
-    tower: VisionTower | TowerShape | None,
-    reference: BaseReference,
-    tokenizer: PreTrainedTokenizerBase | None,
-    template: TemplateChoice,
-) -> Workflow:
-    size = anatomy.embedding_size
-    width = size if tower is None else tower.hidden_size
-    with torch.random.fork_rng(devices=[]):  # the same graft twice, whatever was drawn before
-        torch.manual_seed(SEED)
-        # The projector first: the same one whatever the method, so that methods compare.
-        projector = build_projector(spec, width, size)
-        graft: Graft = get_method(config.method).load_graft()(config, anatomy, parts)
-    token, why = choose_placeholder(tokenizer, anatomy.vocab_size)
-    record = GraftFile(
-        method=config.method,
-        config=config.model_dump(mode="json"),
-        workflow=workflow,
-        base=reference,
-        vision=VisionSpec(),
-        projector=spec,
-        image_token=ImageToken(id=token, why=why),
-        template=template,
-    )
-    if tower is not None and not isinstance(tower, TowerShape):
-        record.vision, record.vision_fingerprint = tower.spec, tower.fingerprint()
-        record.vision_features = SeenFeatures(sample=tower.sample())
-    made = Workflow(workflow, projector, graft, record)
-    dtype = next((p.dtype for p in graft.parameters()), None)
-    return made if dtype is None else cast(Workflow, made.to(dtype))
 
 
 def _check_vocabulary(
