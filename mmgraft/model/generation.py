@@ -190,6 +190,8 @@ class WorkflowGeneration(GraftedCore):
             **kwargs,
         )
         given |= {name: kwargs[name] for name in _OWN_INPUTS if name in kwargs}
+        if getattr(given.get("attention_mask"), "ndim", 0) == 2:  # Bloom's may be padded already
+            given["attention_mask"] = attention_mask
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         length = ids.shape[1] if ids is not None else embeds.shape[1]
         continues = not is_first_iteration and kwargs.get("use_cache", True)
