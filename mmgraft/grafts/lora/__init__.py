@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters on the base's linear layers, for rows or positions that see."""
 
 from mmgraft.grafts.lora import config
-from mmgraft.grafts.method import Method
+from mmgraft.grafts.method import Method, without_linears
 
 METHOD = Method(
     name="lora",
@@ -12,7 +12,7 @@ METHOD = Method(
     recipe="lora.yaml",
     groups=config.GROUPS,
     stage=config.LoraStage,
-    refuses=config.refuses,
+    refuses=without_linears,
     promises=config.promises,
     as_decoder=config.as_decoder,
 )

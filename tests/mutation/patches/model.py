@@ -448,16 +448,16 @@ PATCHES = [
     ),
     Patch(
         "adapters act on rows of other workflows",
-        "grafts/lora/graft.py",
+        "grafts/on_linears.py",
         "            if gate is not None:\n",
         "            if False:\n",
         "grafts/lora -k may_mix",
     ),
     Patch(
         "adapters at image positions act on all positions",
-        "grafts/lora/graft.py",
-        "state.kinds == IMAGE if token else",
-        "state.kinds != IMAGE if token else",
+        "grafts/on_linears.py",
+        "state.kinds == IMAGE if self._tokens else",
+        "state.kinds != IMAGE if self._tokens else",
         "grafts/lora -k reference",
     ),
     Patch(
