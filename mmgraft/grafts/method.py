@@ -83,6 +83,14 @@ class StageSwitches(StrictModel):
         """
 
 
+class FrozenBase(StageSwitches):
+    """Nothing to switch; the base stays frozen in every stage."""
+
+    def check_switches(self, train: Sequence[str]) -> None:
+        if "base" in train:
+            raise ValueError("this method keeps its base frozen; take base out of train")
+
+
 def without_linears(anatomy: Anatomy) -> str | None:
     """Return the reason why a base cannot take a method that stands on its linear layers."""
     if not any(anatomy.linears.values()):

@@ -79,12 +79,11 @@ class OnLinears(Graft):
     ``attention.0.self_attn.q_proj``.
 
     Args:
-        config: The method's settings, with ``layers``.
+        config: The method's settings, with ``layers`` and ``rank`` (of adapters, or None).
         anatomy: The base.
         parts: Which of ``attention`` and ``feedforward``.
         option: The option that chooses them.
         make: Gives the modules of linear layers, by the same names.
-        rank: Of adapters, None where there are none.
         tokens: Only image positions are chosen, not all of a row that runs the graft.
     """
 
@@ -95,14 +94,13 @@ class OnLinears(Graft):
         parts: Collection[str],
         option: str,
         make: Callable[[Sizes], Mapping[str, nn.Module]],
-        rank: int | None,
         tokens: bool,
     ) -> None:
         super().__init__(config, anatomy)
-        if rank is not None and rank > anatomy.hidden_size:
+        if (config.rank or 0) > anatomy.hidden_size:
             raise UsageError(
-                f"rank {rank} is above the width {anatomy.hidden_size} of the base's layers, and "
-                "no linear layer in them has a higher rank than that: give a lower --rank."
+                f"rank {config.rank} is above the width {anatomy.hidden_size} of the layers, "
+                "and no linear layer of the base has a higher one: give a lower --rank."
             )
         self._tokens = tokens
         self.attention, self.feedforward = nn.Module(), nn.Module()

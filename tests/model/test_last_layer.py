@@ -58,6 +58,21 @@ def test_losses_and_gradients_are_the_same(
         torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("method", ["lora", "lora-token", "expert"])
+def test_linear_layers_in_the_last_feed_forward_see_whole_rows_of_a_mixed_batch(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, words = model_of("llama", CONFIGS[method]), ("tttttttttt", "ttiiiitttttt")
+    found = step(model, words)  # a row of text first: it would be taken for the one with the image
+    monkeypatch.setattr(modeling, "fed_at", lambda layer, wanted: nullcontext())
+    wanted = step(model, words)
+    last = [name for name in wanted if ".feedforward.3." in name]
+    assert last
+    assert all(wanted[name].abs().max() > 0 for name in last)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("structure", ["a", "b", "c"])
 def test_the_inserted_layer_at_the_end_is_the_last_one(structure: Any) -> None:
     model = model_of("llama", IAAConfig(layers=[1, 3], structure=structure))

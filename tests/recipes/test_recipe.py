@@ -95,7 +95,10 @@ def test_all_problems_are_told_at_once(recipe_file):
         ),
         (("method: iaa", "method: iaa\nprecision: fp16"), "fp16 is refused"),
         (("epochs: 2", "precision: fp16"), "fp16 is refused"),
-        (("train: [projector, layers]", "train: [projector, base]"), "IAA keeps its base frozen"),
+        (
+            ("train: [projector, layers]", "train: [projector, base]"),
+            "this method keeps its base frozen",
+        ),
         (("method: iaa", "method: wings\nbase: full\nquantization: nf4"), "trains it"),
         (("method: iaa", "method: llava\nbase: full"), "no stage trains it"),
         (("train: [projector, layers]", "train: [projector, layer]"), "did you mean 'layers'"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mmgraft.errors import UsageError
-from mmgraft.grafts.method import PlainDecoder, Promises, StageSwitches
+from mmgraft.grafts.method import PlainDecoder, Promises
 from mmgraft.strict import LayerChoice, Option, StrictModel
 
 GROUPS = {
@@ -36,7 +35,9 @@ class ExpertConfig(StrictModel):
         description="whose linear layers have an expert; of a mixture of experts, attention and "
         "shared experts",
     )
-    rank: Annotated[int | None, Option("Rank of W_expert - W; else whole copies.")] = Field(
+    rank: Annotated[
+        int | None, Option("Rank of what is added to the weights; whole copies when not given.")
+    ] = Field(
         None, ge=1, description="an expert is W + B A of this rank; None: a copy of the base's W"
     )
     image_positions: Annotated[
@@ -46,14 +47,6 @@ class ExpertConfig(StrictModel):
         description="each: every vector of an image has a position of its own; shared: all of an "
         "image have the same (CogVLM)",
     )
-
-
-class ExpertStage(StageSwitches):
-    """Nothing to switch; the base stays frozen."""
-
-    def check_switches(self, train: Sequence[str]) -> None:
-        if "base" in train:
-            raise ValueError("an expert keeps its base frozen in every stage; take base out")
 
 
 def promises(config: ExpertConfig) -> Promises:

@@ -39,7 +39,7 @@ class ExpertGraft(OnLinears):
                 f"image_positions: shared gives all of an image one position, and "
                 f"{anatomy.class_name} takes none: it reads distances alone. Choose each."
             )
-        super().__init__(config, anatomy, config.parts, "--parts", make, config.rank, tokens=True)
+        super().__init__(config, anatomy, config.parts, "--parts", make, tokens=True)
 
     @property
     def shares_positions(self) -> bool:

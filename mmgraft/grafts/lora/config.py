@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mmgraft.errors import UsageError
-from mmgraft.grafts.method import PlainDecoder, Promises, StageSwitches
+from mmgraft.grafts.method import PlainDecoder, Promises
 from mmgraft.strict import LayerChoice, Option, StrictModel
 
 GROUPS = {
@@ -55,14 +54,6 @@ class LoraConfig(StrictModel):
     def scale(self) -> float:
         """Return the factor of an adapter's result."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
-
-
-class LoraStage(StageSwitches):
-    """Nothing to switch; the base stays frozen."""
-
-    def check_switches(self, train: Sequence[str]) -> None:
-        if "base" in train:
-            raise ValueError("LoRA keeps its base frozen in every stage; take base out of train")
 
 
 def promises(config: LoraConfig) -> Promises:

@@ -25,6 +25,4 @@ class LoraGraft(OnLinears):
             return {name: Adapter(size, *rest) for name, size in sizes.items()}
 
         targets = list(GROUPS) if config.targets == "all" else [config.targets]
-        super().__init__(
-            config, anatomy, targets, "--targets", make, config.rank, config.gate == "token"
-        )
+        super().__init__(config, anatomy, targets, "--targets", make, config.gate == "token")
