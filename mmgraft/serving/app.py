@@ -112,24 +112,21 @@ def build_app(
 
 def _answer_errors(app: FastAPI) -> None:
     """Answer errors in OpenAI's form, without a traceback."""
-    from fastapi import HTTPException, Request
+    from fastapi import HTTPException
     from fastapi.exceptions import RequestValidationError
-    from starlette.exceptions import HTTPException as NotFound
 
-    async def refuse(request: Request, error: Exception) -> Any:
-        status = getattr(error, "status_code", 400)
-        return _error(str(getattr(error, "detail", error)), status)
+    async def refuse(_request: Any, error: Any) -> Any:
+        return _error(str(getattr(error, "detail", error)), getattr(error, "status_code", 400))
 
-    async def malformed(request: Request, error: Exception) -> Any:
+    async def malformed(_request: Any, _error_: Any) -> Any:
         return _error("the body is no JSON object; send one with 'model' and 'messages'", 400)
 
-    async def fail(request: Request, error: Exception) -> Any:
+    async def fail(_request: Any, error: Any) -> Any:
         return _error(f"the server failed at this request: {first_line(error)}", 500)
 
-    for kind in (UsageError, HTTPException, NotFound):
-        app.add_exception_handler(kind, refuse)
-    app.add_exception_handler(RequestValidationError, malformed)
-    app.add_exception_handler(Exception, fail)
+    refused = {kind: refuse for kind in (UsageError, HTTPException, 404, 405)}
+    for kind, answer in {**refused, RequestValidationError: malformed, Exception: fail}.items():
+        app.add_exception_handler(kind, answer)
 
 
 def _guard(app: FastAPI, key: str | None) -> None:

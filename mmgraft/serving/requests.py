@@ -1,4 +1,4 @@
-"""What a client may send: checked before a model sees it, and nothing of it left out silently.
+"""Requests of clients, checked before a model sees them; none is answered in part.
 
 Images come as data URLs; addresses and files of the server are refused unless they are allowed.
 """

@@ -81,6 +81,7 @@ class Served:
             kept["sequence_bias"] = {(token,): bias for token, bias in request.logit_bias.items()}
         settings = Settings(**kept)
         settings.seed, settings.stops = request.seed, request.stops
+        settings.stop_strings = [*answers.stops, *request.stops] or None
         return settings
 
     def generate(
@@ -95,10 +96,9 @@ class Served:
             )
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
-        stops = [*self.answerer.processor.answers.stops, *settings.stops]
         given: dict[str, Any] = {"generation_config": settings, "streamer": streamer}
-        if stops:
-            given |= {"stop_strings": stops, "tokenizer": self.answerer.processor.tokenizer}
+        if settings.stop_strings:
+            given["tokenizer"] = self.answerer.processor.tokenizer
         sees = "pixel_values" in inputs
         with torch.inference_mode(), self.answerer.generating({"do_sample": settings.do_sample}):
             workflow = self.workflow if sees else TEXT_WORKFLOW

@@ -1,4 +1,4 @@
-"""Adapters beside a stock LLaVA model: together they give the graft's image rows, apart the base."""
+"""Adapters beside a stock LLaVA model give the image rows of the graft, and apart the base."""
 
 from __future__ import annotations
 
