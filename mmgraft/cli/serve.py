@@ -50,7 +50,7 @@ def serve(
     listening = _listen(host, port)
     first, *others = runs or [str(find_run(None, announce=note))]
     answerer = load_answerer(first, show_reasoning=show_reasoning, **loading)
-    served = serve_names(answerer, others)
+    served = serve_names(answerer, others, loading["base"])
     import uvicorn
 
     server = uvicorn.Server(

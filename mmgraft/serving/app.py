@@ -45,7 +45,9 @@ def check_packages() -> None:
         )
 
 
-def serve_names(answerer: Answerer, others: Sequence[str | Path] = ()) -> dict[str, Served]:
+def serve_names(
+    answerer: Answerer, others: Sequence[str | Path] = (), base: str | None = None
+) -> dict[str, Served]:
     """Return what is served, by name: the base alone and every workflow.
 
     A workflow has its own name, or that of its folder where another workflow has it already.
@@ -53,14 +55,16 @@ def serve_names(answerer: Answerer, others: Sequence[str | Path] = ()) -> dict[s
     Args:
         answerer: The first graft.
         others: Folders or Hub ids of further grafts of the same base and tower.
+        base: Where the base lies, when not where their records say.
 
     Raises:
         UsageError: A graft of another base or tower, or two of one name.
     """
-    model = answerer.model
-    base = Path(model.workflow().record.base.id).name
-    found = {base: Served(base, answerer, TEXT_WORKFLOW)}
-    found[model.default_workflow] = Served(model.default_workflow, answerer, model.default_workflow)
+    model, first = answerer.model, answerer.model.default_workflow
+    alone = Path(model.workflow().record.base.id).name
+    if alone == first:
+        raise UsageError(f"base and workflow are both called {alone!r}; rename the base's folder")
+    found = {alone: Served(alone, answerer, TEXT_WORKFLOW), first: Served(first, answerer, first)}
     for source in others:
         folder = graft_folder(source)
         record = GraftFile.read(folder)
@@ -69,7 +73,7 @@ def serve_names(answerer: Answerer, others: Sequence[str | Path] = ()) -> dict[s
             raise UsageError(f"{source}: {name!r} is served already; name its folder otherwise")
         workflow = re.sub(r"\W", "_", name)
         model.add_workflow(workflow, folder)
-        files = base_files(record, folder)
+        files = base_files(record, folder, base)
         made = model.processor(files.path, workflow, answerer.processor.options)
         found[name] = Served(name, Answerer(model, made, answerer.reasoning), workflow)
     model.answers = None  # every request says what ends its answer

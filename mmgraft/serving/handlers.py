@@ -49,7 +49,7 @@ class Models(ModelManager):
     def get_model_modality(model: Any, processor: Any = None) -> Modality:
         return Modality.VLM
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """List the models."""
         entry = {"object": "model", "created": 0, "owned_by": "mmgraft"}
         return [{"id": name, **entry} for name in self.served]
@@ -135,7 +135,7 @@ class _Handler(BaseHandler):
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False
     ) -> Settings:
-        served = self.model_manager.load_model_and_processor(body["model"])[0]
+        served: Any = self.model_manager.load_model_and_processor(body["model"])[0]
         return served.settings(self._request.parse(body, "the request"))
 
 

@@ -333,9 +333,9 @@ def test_what_is_served_and_how(run: Path, parts: Path, cli, loaded, called, mon
         "uvicorn.Server", lambda _: SimpleNamespace(run=lambda sockets: seen(sockets))
     )
     seen = sockets.extend
-    ran = cli(*line)
+    ran = cli(*line, "--base", "elsewhere")
     assert ran.code == 0, ran.err
-    assert names[0] == {"answerer": answerer, "others": ["other"]}
+    assert names[0] == {"answerer": answerer, "others": ["other"], "base": "elsewhere"}
     assert answerer.reasoning
     allowed = built[0].pop("allowed")
     assert (allowed.urls, allowed.files) == (True, parts.resolve())
