@@ -24,7 +24,7 @@ PATCHES = [
         "data/batches/mixture.py",
         "round(len(part.rows) * part.weight)",
         "int(len(part.rows) * part.weight)",
-        "data/test_dataset.py",
+        "data/test_sources.py",
     ),
     Patch(
         "answers are learned without their end of turn",
