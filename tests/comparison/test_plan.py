@@ -10,7 +10,7 @@ import yaml
 
 from mmgraft.comparison.files import PhaseRecord, arm_folder, write_phase
 from mmgraft.comparison.plan import make_plan
-from mmgraft.comparison.spec import Comparison, load_comparison, with_settings
+from mmgraft.comparison.spec import Comparison, DialoguesSpec, load_comparison, with_settings
 from mmgraft.errors import UsageError
 
 
@@ -97,10 +97,13 @@ def test_limit_samples_fewer_items_never_more(write, tmp_path: Path) -> None:
         {"name": "all", "metric": "exact", "path": "rows.jsonl"},
     ]
     spec = load_comparison(write(evaluation=sets, laws={"path": "rows.jsonl"}))
-    found = make_plan(spec, tmp_path / "out", limit=10).comparison
-    assert [one.limit for one in found.evaluation] == [2, 10]
-    assert found.laws is not None
-    assert found.laws.limit == 10
+    spec = spec.model_copy(update={"iit": DialoguesSpec()})
+    for limit, laws, dialogues in ((10, 10, 10), (80, 64, 80), (200, 64, 100)):
+        found = make_plan(spec, tmp_path / "out", limit=limit).comparison
+        assert [one.limit for one in found.evaluation] == [2, limit]
+        assert found.laws is not None
+        assert found.iit is not None
+        assert (found.laws.limit, found.iit.count) == (laws, dialogues)
 
 
 @pytest.mark.parametrize(

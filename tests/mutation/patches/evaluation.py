@@ -45,7 +45,7 @@ PATCHES = [
         "evaluation/metrics/intervals.py",
         "LEVEL = 0.95",
         "LEVEL = 0.90",
-        "evaluation/test_estimate.py",
+        "evaluation/test_wiring.py -k interval",
     ),
     Patch(
         "kinds are resampled by item",
