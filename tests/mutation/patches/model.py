@@ -339,7 +339,7 @@ PATCHES = [
         "published/base.py",
         '            return f"tensor {name} has other values"\n    # A head',
         "            continue\n    # A head",
-        "published/test_published.py",
+        "published/test_official.py -k another_base",
     ),
     Patch(
         "a base's last bytes are not looked at",
