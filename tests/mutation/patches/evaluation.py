@@ -339,7 +339,7 @@ PATCHES = [
         "evaluation/kept.py",
         '"settings": {**settings, **self.numbers},',
         '"settings": {},',
-        "evaluation/test_asking.py evaluation/test_vision.py evaluation/test_predictions.py",
+        "evaluation/test_kept.py",
     ),
     Patch(
         "the base's answers are the graft's",
