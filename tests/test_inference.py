@@ -106,6 +106,25 @@ def test_a_dialogue_that_was_edited_is_read_anew(
     assert dialogue._cache is not before or before is None
 
 
+def test_an_image_is_shown_with_one_turn(answerer: Answerer, folder: Path) -> None:
+    dialogue = Dialogue(answerer)
+    names = [str(folder / name) for name in ("a.png", "b.png")]
+    for name in names:
+        dialogue.add_image(name)
+    dialogue.say("what are these", **SETTINGS)
+    dialogue.say("which colour", **SETTINGS)
+    dialogue.add_image(names[1])
+    dialogue.say("and this", **SETTINGS)
+    shown = [
+        [part["image"] for part in turn["content"] if part["type"] == "image"]
+        if isinstance(turn["content"], list)
+        else []
+        for turn in dialogue.messages[::2]
+    ]
+    assert shown == [names, [], names[1:]]
+    assert dialogue.waiting == []
+
+
 def test_text_turns_are_the_base_itself(answerer: Answerer, folder: Path) -> None:
     dialogue = Dialogue(answerer)
     dialogue.say("hello there", **SETTINGS)
