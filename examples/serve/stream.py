@@ -1,6 +1,6 @@
 """Ask a server of ``mmgraft serve`` a question, and print the answer as it comes.
 
-python examples/serve/stream.py http://127.0.0.1:8000/v1 SmolLM2-135M-Instruct "What is the capital of France?"
+python examples/serve/stream.py http://127.0.0.1:8000/v1 smollm2-135m-instruct "Why is it?"
 """
 
 from __future__ import annotations
