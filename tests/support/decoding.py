@@ -54,11 +54,11 @@ def placed(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
-def worst(model: Any, inputs: dict[str, Tensor]) -> float:
+def worst(model: Any, inputs: dict[str, Tensor], **options: Any) -> float:
     """Largest difference between cached decoding and the full forward at real positions."""
     real = inputs["attention_mask"].bool()
-    found = in_chunks(model, inputs)[real]
-    return distance(found, logits_of(model, placed(model, inputs))[real])
+    found = in_chunks(model, inputs, **options)[real]
+    return distance(found, logits_of(model, placed(model, inputs), **options)[real])
 
 
 def differences(model: Any, inputs: dict[str, Tensor]) -> Tensor:
