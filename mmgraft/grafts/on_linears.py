@@ -138,7 +138,7 @@ class OnLinears(Graft):
         out = original(x)
         if chosen is None:
             return out + module(x).to(out.dtype)
-        added = module(x.flatten(0, -2).index_select(0, chosen)).to(out.dtype)
+        added = module(by_position(x, state).index_select(0, chosen)).to(out.dtype)
         return out.flatten(0, -2).index_add(0, chosen, added).view(out.shape)
 
     def _chosen(self, state: Pass, gate: Tensor | None) -> Tensor | None:
@@ -163,6 +163,21 @@ class OnLinears(Graft):
     def layer_modules(self) -> Sequence[tuple[int, nn.Module]]:
         pairs = [*self.attention.named_children(), *self.feedforward.named_children()]
         return [(int(index), modules) for index, modules in pairs]
+
+
+def by_position(x: Tensor, state: Pass) -> Tensor:
+    """Return what a linear layer is given, ``(b s, h)``, where it is given each position once.
+
+    Raises:
+        UsageError: It is not, so that nobody can tell which of them are an image's.
+    """
+    flat = x.flatten(0, -2)
+    if len(flat) != state.kinds.numel():
+        raise UsageError(
+            f"a linear layer is given {len(flat)} vectors where there are {state.kinds.numel()} "
+            "positions: leave its layer or part out."
+        )
+    return flat
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

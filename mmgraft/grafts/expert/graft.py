@@ -17,7 +17,7 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.base import BaseParts, Pass
 from mmgraft.grafts.computing import is_flash
 from mmgraft.grafts.expert.config import ExpertConfig
-from mmgraft.grafts.on_linears import Adapter, OnLinears, Sizes
+from mmgraft.grafts.on_linears import Adapter, OnLinears, Sizes, by_position
 
 
 class ExpertGraft(OnLinears):
@@ -64,7 +64,7 @@ class ExpertGraft(OnLinears):
         if isinstance(module, Adapter):
             return super().instead(module, state, chosen, original, x)
         assert chosen is not None
-        flat = x.flatten(0, -2)
+        flat = by_position(x, state)
         own = module(flat.index_select(0, chosen))
         if torch.is_grad_enabled() and x.requires_grad:
             rest, back = self._split(state, chosen)

@@ -231,6 +231,16 @@ def test_a_forward_switches_no_gradient() -> None:
     assert not any(".feedforward." in name for name in trained)
 
 
+@pytest.mark.parametrize("config", [FORMS["full"], FORMS["rank"]])
+def test_vectors_that_are_no_positions_are_refused(config: ExpertConfig) -> None:
+    """As latents of all keys are, from a cache: image positions would be looked for among them."""
+    model = graft_on("llama", config)
+    norm = model.base.get_submodule("model.layers.1.post_attention_layernorm")
+    norm.register_forward_hook(lambda _, __, out: torch.stack([out, out]))
+    with pytest.raises(UsageError, match="given 16 vectors where there are 8 positions"):
+        logits_of(model, batch(rows("ttiiiitt")))
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
