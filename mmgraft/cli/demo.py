@@ -38,8 +38,6 @@ def demo(
     """
     target = out or Path(f"demo-{method}")
     # Everything below loads torch.
-    from transformers.utils import logging
-
     from mmgraft.demo.assets import check_packages
     from mmgraft.demo.run import DemoSettings, check_demo, run_demo
     from mmgraft.training.callbacks.progress import ProgressDisplay
@@ -51,11 +49,7 @@ def demo(
     if dry_run:
         _plan(settings, json)
         return
-    logging.disable_progress_bar()
-
-    report = run_demo(
-        settings, note, lambda one, at, of: [ProgressDisplay(one.name, at, of, stderr())]
-    )
+    report = run_demo(settings, ProgressDisplay.on(stderr()))
     if json:
         print_json(report.as_dict())
         return

@@ -74,7 +74,7 @@ def _evaluate(given: Any) -> None:
     from mmgraft.evaluation.evaluate import Evaluation, check
     from mmgraft.runs.find import find_run
 
-    folder = find_run(given.run, announce=note)
+    folder = find_run(given.run)
     named = {key: getattr(given, key) for key in _PASSED_ON}
     evaluation = Evaluation(
         folder, tuple(_specs(folder, given)), tasks=_listed(given.harness), **named
@@ -96,8 +96,8 @@ def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
     from mmgraft.progress import working
 
     folder = evaluation.run
-    with working("evaluating") as work:
-        measured = list(evaluate_run(answerer, evaluation, note, work))
+    with working("evaluating"):
+        measured = list(evaluate_run(answerer, evaluation))
     report = write_report(folder)
     if json:
         print_json(

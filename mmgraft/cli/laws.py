@@ -96,8 +96,6 @@ def _measure(
         workflow=given.workflow,
         batch_size=given.batch_size,
         settings={"limit": given.limit, "seed": given.seed},
-        announce=note,
-        progress=lambda done, total: note(f"{done} of {total} rows"),
     )
     plot = laws_plot({folder.resolve().name if Path(given.run).is_dir() else given.run: results})
     target.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def train(
     from mmgraft.cli import processes as launcher
 
     launcher.end_with_launcher()
-    folder = find_run(run, announce=note)
+    folder = find_run(run)
     if processes > 1:
         launcher.check_not_launched()
         if not dry_run:
@@ -87,9 +87,7 @@ def _train(plan: Plan, json: bool) -> None:
     if is_main_rank():
         for warned in filter(None, (warning(plan), slow_precision(plan.recipe, plan.device))):
             note(f"warning: {warned}")
-    results = train_run(
-        plan, note, lambda one, at, of: [ProgressDisplay(one.name, at, of, stderr())]
-    )
+    results = train_run(plan, display=ProgressDisplay.on(stderr()))
     if json and is_main_rank():
         stages = list(map(asdict, results))
         print_json({"run": str(plan.run), "device": plan.device, "stages": stages})

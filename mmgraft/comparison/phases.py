@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,14 @@ from mmgraft.evaluation.vision import evaluate_vision
 from mmgraft.inference import Answerer
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import local_tower
+from mmgraft.progress import say
 from mmgraft.runs.results import write_results
 from mmgraft.training.devices import default_workers
 from mmgraft.training.stage_data import StageData
 from mmgraft.vision.towers.registry import load_tower
 
-Announce = Callable[[str], None]
 
-
-def fill_features(arm: ArmPlan, device: str, announce: Announce) -> None:
+def fill_features(arm: ArmPlan, device: str) -> None:
     """Compute the tower's features of an arm's images, in the precision of its training.
 
     Arms share them, and no arm's training time contains them.
@@ -41,7 +39,6 @@ def fill_features(arm: ArmPlan, device: str, announce: Announce) -> None:
     Args:
         arm: Its recipe keeps features in a folder; its run holds a graft.
         device: Where to compute.
-        announce: Called with how many images there are.
 
     Raises:
         UsageError: An image that cannot be read, with its row, unless the recipe skips such rows.
@@ -58,9 +55,9 @@ def fill_features(arm: ArmPlan, device: str, announce: Announce) -> None:
     )
     bad = [] if recipe.on_bad_row == "skip" else None
     count = fill_cache(cache, tower, rows, bad=bad, workers=default_workers(device))
-    announce(f"{arm.name}: features of {count} images are in {cache.folder}")
+    say(f"{arm.name}: features of {count} images are in {cache.folder}")
     if left_out := len({row.key for row in [*reader.bad, *(bad or [])]}):
-        announce(f"{arm.name}: {left_out} rows cannot be used; its training leaves them out")
+        say(f"{arm.name}: {left_out} rows cannot be used; its training leaves them out")
 
 
 def evaluate(
@@ -73,8 +70,7 @@ def evaluate(
         answerer: The trained arm.
         plan: The comparison.
         arm: The arm.
-        **more: ``announce``, called with sentences about the progress, and ``batch_size``, unless
-            the evaluation chooses it.
+        **more: ``batch_size``, unless the evaluation chooses it.
 
     Raises:
         UsageError: A set that cannot be evaluated; nothing is written.
@@ -88,7 +84,7 @@ def evaluate(
         sets = [one for one in spec.evaluation if one.modality == "image"]
         results = evaluate_vision(answerer, run, sets, **more)
     elif phase == "iit":
-        folder = _dialogues(answerer, plan, more["announce"])
+        folder = _dialogues(answerer, plan)
         results = evaluate_iit(answerer, run, dialogues=folder, **more)
     else:
         assert spec.laws is not None
@@ -98,7 +94,7 @@ def evaluate(
             items,
             run,
             file=Path(spec.laws.path),
-            features=run_features(answerer.model, run, items, more["announce"]),
+            features=run_features(answerer.model, run, items),
             settings=spec.laws.model_dump(mode="json", exclude={"path", "images"}),
             **more,
         )
@@ -115,7 +111,7 @@ def dialogue_settings(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _dialogues(answerer: Answerer, plan: ComparisonPlan, announce: Announce) -> Path:
+def _dialogues(answerer: Answerer, plan: ComparisonPlan) -> Path:
     """Return the folder of the dialogues, which the first arm builds for all.
 
     Its name depends on their settings. Another arm, such as one with a trained base, would find
@@ -129,5 +125,5 @@ def _dialogues(answerer: Answerer, plan: ComparisonPlan, announce: Announce) -> 
     folder = plan.out / DIALOGUES / hashlib.sha256(text.encode()).hexdigest()[:12]
     if not folder.is_dir():
         own = spec.iit.model_dump(exclude={"path"})
-        build_iit(answerer, spec.choices, folder, announce=announce, **own)
+        build_iit(answerer, spec.choices, folder, **own)
     return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -34,6 +34,7 @@ from mmgraft.comparison.spec import dump_comparison
 from mmgraft.comparison.training import train_arm
 from mmgraft.errors import UsageError
 from mmgraft.inference import Answerer
+from mmgraft.progress import say
 from mmgraft.recipes.source import dump_recipe
 from mmgraft.runs.contents import RECIPE
 
@@ -64,7 +65,6 @@ def compare(
     *,
     train_only: bool = False,
     batch_size: int | None = None,
-    announce: Callable[[str], None] = lambda text: None,
 ) -> Compared:
     """Run what is left of a comparison and write its report.
 
@@ -75,7 +75,6 @@ def compare(
         plan: From ``make_plan``.
         train_only: Leave evaluation and report to a later call.
         batch_size: Questions a batch; None leaves it to each evaluation.
-        announce: Called with sentences about the progress.
 
     Raises:
         UsageError: Another process is at work there, or an arm was started with other settings.
@@ -90,8 +89,8 @@ def compare(
         atomic_text(plan.out / COMPARISON, dump_comparison(plan.comparison))
         for number, arm in enumerate(plan.arms, start=1):
             if arm.name in plan.chosen:
-                announce(f"arm {arm.name} ({number} of {len(plan.arms)})")
-                _Arm(plan, arm, batch_size, announce).run(train_only)
+                say(f"arm {arm.name} ({number} of {len(plan.arms)})")
+                _Arm(plan, arm, batch_size).run(train_only)
                 gc.collect()  # its model, before the next arm loads its own
         reports = [] if train_only else list(write_comparison_report(plan.out).values())
     return Compared(plan.out, {arm.name: phases_done(arm.run) for arm in plan.arms}, reports)
@@ -147,7 +146,6 @@ class _Arm:
     plan: ComparisonPlan
     arm: ArmPlan
     batch_size: int | None
-    announce: Callable[[str], None]
     _answerer: Answerer | None = None
 
     def run(self, train_only: bool) -> None:
@@ -168,7 +166,7 @@ class _Arm:
     def _prepare(self, phase: Phase) -> None:
         arm = self.arm
         if phase == "features":
-            fill_features(arm, self.plan.device, self.announce)
+            fill_features(arm, self.plan.device)
             return
         arm.run.mkdir(parents=True, exist_ok=True)
         make_graft(self.plan, arm.recipe, arm.run)
@@ -176,20 +174,20 @@ class _Arm:
 
     def _train(self, record: PhaseRecord) -> None:
         write_phase(self.arm.run, record)
-        record = train_arm(self.arm, record, self.plan.device, self.announce)
-        self.announce(f"{self.arm.name}: trained in {record.seconds:.0f} s")
+        record = train_arm(self.arm, record, self.plan.device)
+        say(f"{self.arm.name}: trained in {record.seconds:.0f} s")
 
     def _evaluate(self, phase: Phase, settings: dict[str, Any], record: PhaseRecord | None) -> None:
         name = self.arm.name
         if record is None or record.settings != settings:
             if record is not None and record.done:
-                self.announce(f"{name}: {phase} is evaluated anew, because its settings changed")
+                say(f"{name}: {phase} is evaluated anew, because its settings changed")
             record = PhaseRecord(phase=phase, settings=settings)
         with self._session(record):
-            self.announce(f"{name}: evaluating {phase}")
+            say(f"{name}: evaluating {phase}")
             more = {} if self.batch_size is None else {"batch_size": self.batch_size}
             answerer = self._loaded()
-            evaluate(phase, answerer, self.plan, self.arm, announce=self.announce, **more)
+            evaluate(phase, answerer, self.plan, self.arm, **more)
 
     def _loaded(self) -> Answerer:
         """Return the trained arm, loaded when the first evaluation needs it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mmgraft.errors import MMGraftError
 from mmgraft.evaluation.origin import described_record
 from mmgraft.evaluation.report.about_run import METRICS, read_metrics
 from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.progress import say
 from mmgraft.runs.results import Results, write_results
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import text_change
@@ -24,16 +25,13 @@ from mmgraft.version import __version__
 LOCK = ".training.lock"
 
 
-def train_arm(
-    arm: ArmPlan, record: PhaseRecord, device: str, announce: Callable[[str], None]
-) -> PhaseRecord:
+def train_arm(arm: ArmPlan, record: PhaseRecord, device: str) -> PhaseRecord:
     """Start or continue an arm's training, and record it as done.
 
     Args:
         arm: The arm; its run holds a graft and its recipe.
         record: The record of earlier sessions.
         device: Where it is trained.
-        announce: Called with sentences about the progress.
 
     Raises:
         MMGraftError: The training failed; its messages went to standard error.
@@ -41,7 +39,7 @@ def train_arm(
     """
 
     def wait() -> None:
-        announce(f"{arm.name}: a training of an earlier session still runs; waiting for its end")
+        say(f"{arm.name}: a training of an earlier session still runs; waiting for its end")
 
     def note(session: Session) -> None:
         write_phase(arm.run, record.after(session))
@@ -52,7 +50,7 @@ def train_arm(
             done = record.model_copy(update={"done": True})
         else:
             if "--resume" in command:
-                announce(f"{arm.name}: going on with a training that was stopped")
+                say(f"{arm.name}: going on with a training that was stopped")
             ended = measured(command, lock, note)
             note(ended.session)
             _check(arm, ended)

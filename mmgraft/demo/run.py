@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from mmgraft.inference import Answerer, Dialogue
 from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.model.files.load import base_files
+from mmgraft.progress import say
 from mmgraft.recipes.source import find_recipe, load_recipe, shipped_recipes
 from mmgraft.training.devices import pick_device
 from mmgraft.training.run import Display, StageResult, plan_training, train
@@ -83,7 +84,6 @@ class DemoSettings:
 
 def run_demo(
     settings: DemoSettings,
-    announce: Callable[[str], None] = lambda text: None,
     display: Display = lambda *_: (),
     models: DemoModels | None = None,
 ) -> DemoReport:
@@ -91,7 +91,6 @@ def run_demo(
 
     Args:
         settings: Method, folder and sizes.
-        announce: Called with a sentence at the end of each phase, with its time.
         display: Makes the callbacks that show a stage's progress; see ``mmgraft.training.run``.
         models: Used instead of the demo's own.
 
@@ -102,7 +101,7 @@ def run_demo(
         UsageError: An unknown method, a missing package, or a folder that is not empty.
         MMGraftError: A full disk, or the Hub cannot be reached.
     """
-    return _Demo(settings, announce, display).run(models)
+    return _Demo(settings, display).run(models)
 
 
 def demo_methods() -> list[str]:
@@ -128,12 +127,9 @@ def check_demo(settings: DemoSettings) -> None:
 
 
 class _Demo:
-    def __init__(
-        self, settings: DemoSettings, announce: Callable[[str], None], display: Display
-    ) -> None:
+    def __init__(self, settings: DemoSettings, display: Display) -> None:
         check_demo(settings)
         self.settings = settings
-        self.announce = announce
         self.display = display
         self.phases: list[Phase] = []
         self.device = pick_device(None)
@@ -149,7 +145,7 @@ class _Demo:
         tested = easy_vqa.draw(test_set, settings.questions, DRAW_SEED)
         prior = Prior((question.text, question.answer) for question in train_set)
         self._took("data")
-        models = models or demo_models(settings.hub, self.announce)
+        models = models or demo_models(settings.hub)
         self._took("models")
         data = self._write_rows(train_set)
         self._graft(models)
@@ -196,7 +192,7 @@ class _Demo:
         phase = Phase(name, now[0] - self._since[0], now[1] - self._since[1])
         self._since = now
         self.phases.append(phase)
-        self.announce(f"{name}: {phase.seconds:.0f} s")
+        say(f"{name}: {phase.seconds:.0f} s")
 
     def _write_rows(self, found: Sequence[Question]) -> dict[str, Path]:
         """Write the rows of both stages: captions to align by, questions to tune by."""
@@ -260,7 +256,7 @@ class _Demo:
                 self._took(f"training: {plan.stages[number - 2].name}")
             return self.display(stage, number, stages)
 
-        results = train(plan, announce=self.announce, display=display)
+        results = train(plan, display=display)
         self._took(f"training: {plan.stages[-1].name}")
         return results
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mmgraft.evaluation.origin import described_graft, section_of
 from mmgraft.evaluation.sets import EvaluatedSet, read_sets
 from mmgraft.inference import Answerer
 from mmgraft.model.workflow import TEXT_WORKFLOW
+from mmgraft.progress import say
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import Results, Score, SetResult
 
@@ -50,8 +51,6 @@ def evaluate_text(
     batch_size: int = BATCH_SIZE,
     untouched: str | Path | None = None,
     base_cache: Path | None = None,
-    announce: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Results:
     """Compare a graft's text with its base's: logits bit for bit, then sets of text.
 
@@ -66,8 +65,6 @@ def evaluate_text(
         batch_size: Items or windows a batch.
         untouched: Folder or Hub id of the base to compare with; see :func:`untouched_base`.
         base_cache: Folder that keeps the base's own scores for other grafts on it.
-        announce: Called with sentences about what is done.
-        progress: Called with how many items of a set are scored, and of how many.
 
     Returns:
         Section ``text``; not yet written.
@@ -81,9 +78,9 @@ def evaluate_text(
     base = untouched_base(model, run, untouched)
     graft = described_graft(model, run)
     prompts = [*PROMPTS, *(text for each in sets for text in _openings(each) if text.strip())]
-    identity = _identity(answerer, base, prompts, graft, announce)
+    identity = _identity(answerer, base, prompts, graft)
     same = identity is not None and identity["identical"] and not identity["base_trained"]
-    kept = Kept(model, processor, run, graft, batch_size, announce, progress, base, base_cache)
+    kept = Kept(model, processor, run, graft, batch_size, base, base_cache)
     measured = [_evaluate(kept, each, same) for each in sets]
     return section_of("text", graft, measured, identity=identity)
 
@@ -93,11 +90,10 @@ def _identity(
     base: Untouched | None,
     prompts: Sequence[str],
     graft: dict[str, str],
-    announce: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """Compare logits with the untouched base's; None without one."""
     if base is None:
-        announce(
+        say(
             "this graft's base was trained, and the one it was trained from is not there: text "
             "cannot be compared (name it as the untouched base)"
         )
@@ -105,7 +101,7 @@ def _identity(
     model = answerer.model
     report = text_identity(model, answerer.processor, base.model, base.tokenizer, prompts)
     where = f"{report.positions} positions of {report.prompts} prompts"
-    announce(
+    say(
         f"text: the base's logits bit for bit, at {where}"
         if report.identical
         else f"text is not the base's: logits differ by up to {report.max_difference:.3g} at "
@@ -118,7 +114,7 @@ def _identity(
         same = "the base's bit for bit" if found.identical else (
             f"not the base's bit for bit: off by up to {found.max_difference:.3g}"
         )  # fmt: skip
-        announce(f"{level}, text {WHERE[level]}: {same}, at {found.positions} positions")
+        say(f"{level}, text {WHERE[level]}: {same}, at {found.positions} positions")
     return {
         **asdict(report),
         "levels": {level: asdict(found) for level, found in levels.items()},
@@ -181,7 +177,7 @@ def _evaluate(kept: Kept, each: EvaluatedSet, same: bool) -> SetResult:
     shown = f"{result.main} {result.scores[result.main]}"
     if result.change:
         shown += f", less the base's {result.change[result.main]}"
-    kept.announce(f"{spec.name}: {shown}")
+    say(f"{spec.name}: {shown}")
     result.seconds = time.monotonic() - start
     return result
 

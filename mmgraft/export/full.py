@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from mmgraft.atomic import atomic_folder
@@ -12,7 +11,7 @@ from mmgraft.export.folder import Exported, copy_file, sizes_in
 from mmgraft.export.graft import write_files, write_record
 from mmgraft.model.files.graft_file import OWN_BASE, GraftFile
 from mmgraft.model.files.load import base_files, check_base, local_tower
-from mmgraft.progress import counted
+from mmgraft.progress import counted, say
 from mmgraft.runs.contents import belonging
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.registry import load_tower
@@ -40,7 +39,6 @@ def export_full(
     out: Path,
     base: str | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Copy base and tower beside the graft, and let its record name them there.
 
@@ -49,7 +47,6 @@ def export_full(
         out: See :func:`mmgraft.export.folder.check_folder`.
         base: Where the base lies, when not where the record says.
         dry_run: List the large files and write nothing.
-        say: Called with a sentence before each step.
 
     Raises:
         UsageError: A damaged graft, or a base that is not the one it was made for.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,11 @@ from mmgraft.export.folder import Exported, copy_file, sizes_in
 from mmgraft.hub.card import card_of, has_own_readme
 from mmgraft.hub.references import WHAT, local_references
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
-from mmgraft.progress import counted
+from mmgraft.progress import counted, say
 from mmgraft.runs.contents import README, UploadFile, belonging
 
 
-def export_graft(
-    run: Path, out: Path, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
-) -> Exported:
+def export_graft(run: Path, out: Path, dry_run: bool = False) -> Exported:
     """Write config, weights, recipe, results and card of a graft into a new folder.
 
     A base or tower that lies inside the run goes along; one that lies elsewhere on this machine is
@@ -27,7 +25,6 @@ def export_graft(
         run: The graft's folder.
         out: See :func:`mmgraft.export.folder.check_folder`.
         dry_run: List the files and write nothing.
-        say: Called with a sentence before each step.
 
     Raises:
         UsageError: A damaged graft.

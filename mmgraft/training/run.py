@@ -18,6 +18,7 @@ from mmgraft.data.formats.indexed import Joined
 from mmgraft.errors import MMGraftError, UsageError, is_out_of_memory
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor
+from mmgraft.progress import say
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import dump_recipe, load_recipe, with_data, with_max_steps
 from mmgraft.runs.packages import versions_of
@@ -127,7 +128,7 @@ def _read_rows(plan: Plan) -> None:
 
 
 def train(
-    plan: Plan, announce: Announce = lambda text: None, display: Display = lambda *_: ()
+    plan: Plan, announce: Announce = say, display: Display = lambda *_: ()
 ) -> list[StageResult]:
     """Train all stages that are left, saving the graft after each.
 

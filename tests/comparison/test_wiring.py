@@ -29,12 +29,11 @@ def test_an_arm_is_evaluated_as_the_comparison_says(
     monkeypatch.setattr(runner.Answerer, "load", load)
     plan: Any = SimpleNamespace(device="mps")
     arm: Any = SimpleNamespace(name="a", run=tmp_path)
-    say = lambda text: None  # noqa: E731
-    one = runner._Arm(plan, arm, batch_size, say)
+    one = runner._Arm(plan, arm, batch_size)
     one._evaluate("text", {}, None)
     one._evaluate("vision", {}, None)
     assert loaded == [(tmp_path, {"device": "mps"})]
-    more = {"announce": say} | ({} if batch_size is None else {"batch_size": 7})
+    more = {} if batch_size is None else {"batch_size": 7}
     assert asked == [((phase, "answerer", plan, arm), more) for phase in ("text", "vision")]
 
 
@@ -59,7 +58,7 @@ def test_each_part_has_its_sets_and_the_shared_base(
     plan: Any = SimpleNamespace(comparison=spec, out=tmp_path, base="the/base")
     arm: Any = SimpleNamespace(name="a", run=tmp_path / "run")
     answerer: Any = SimpleNamespace(model="m")
-    more = {"announce": print, "batch_size": 3}
+    more = {"batch_size": 3}
     for phase in ("text", "vision", "iit", "laws"):
         evaluate(phase, answerer, plan, arm, **more)
     first = (answerer, arm.run)

@@ -31,7 +31,6 @@ def answer(
     names: Sequence[str] | None = None,
     tools: Sequence[Any] | None = None,
     on_result: Callable[[Sequence[int], Sequence[str]], None] = lambda indices, texts: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Generate greedy answers without reasoning, in batches of rows of like length.
 
@@ -49,7 +48,6 @@ def answer(
         names: What errors call each conversation.
         tools: Of each conversation, for the chat template.
         on_result: Called with the indices and the answers of each batch as it ends.
-        progress: Called with how many are answered, and of how many.
 
     Raises:
         UsageError: An unreadable image, an unknown workflow, or a row that is refused or too long.
@@ -67,7 +65,6 @@ def answer(
             made = batch.answers(max_new_tokens, [names[at] for at in indices])
             texts.update(zip(indices, made, strict=True))
             on_result(indices, made)
-            progress(len(texts), len(encoded))
     return [texts[at] for at in range(len(encoded))]
 
 
