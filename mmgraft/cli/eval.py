@@ -167,7 +167,7 @@ def _show_plan(folder: Path, plan: dict[str, list[str]], json: bool) -> None:
 
 def _show(results: Results) -> None:
     """Show the main score of every set beside what it is compared with."""
-    from mmgraft.evaluation.levels import WHERE
+    from mmgraft.evaluation.report.score_tables import WHERE
 
     out = stdout()
     if results.identity is not None:

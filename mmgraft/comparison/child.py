@@ -19,6 +19,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from mmgraft.comparison.files import Session
 from mmgraft.errors import UsageError
 
@@ -152,9 +154,8 @@ def _peak(pid: int) -> list[float]:
 
 
 def _cpu(pid: int) -> float:
-    """Return the processor time of a living process in seconds; 0 where there is no /proc."""
-    with suppress(OSError, ValueError, IndexError):
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        fields = text.rpartition(")")[2].split()  # a name may contain spaces
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Return the processor time of a living process in seconds; 0 of one that has ended."""
+    with suppress(psutil.Error):
+        times = psutil.Process(pid).cpu_times()
+        return times.user + times.system
     return 0.0

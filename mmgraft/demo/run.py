@@ -10,15 +10,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from mmgraft.atomic import atomic_bytes, atomic_json, atomic_text
 from mmgraft.data.rows import Row
 from mmgraft.demo import easy_vqa
 from mmgraft.demo.assets import DemoModels, check_packages, demo_models
 from mmgraft.demo.draft import write_rows
+from mmgraft.demo.easy_vqa import Question
 from mmgraft.demo.report import DemoReport, Phase, Score, Turn
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.answers import answer
@@ -33,15 +35,10 @@ from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.model.files.load import base_files
 from mmgraft.progress import say
+from mmgraft.recipes.recipe import Stage
 from mmgraft.recipes.source import find_recipe, load_recipe, shipped_recipes
 from mmgraft.training.devices import pick_device
 from mmgraft.training.run import Display, StageResult, plan_training, train
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
-    from mmgraft.demo.easy_vqa import Question
-    from mmgraft.recipes.recipe import Stage
 
 QUESTIONS = 1000
 DRAW_SEED = 2026

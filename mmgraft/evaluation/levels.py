@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
 
-    from mmgraft.data.chat.processor import GraftProcessor
-    from mmgraft.model.modeling import GraftedModel
+from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.model.modeling import GraftedModel
 
-WHERE = {"E1": "beside a row with an image", "E2": "before an image in its row"}
 _BESIDE = 3  # rows of text in the batch that is compared
 
 
@@ -49,8 +49,6 @@ def prove_levels(
     Returns:
         The levels that the graft claims.
     """
-    import torch
-
     inputs = _batch(processor, prompts)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     mask = inputs["attention_mask"]
@@ -84,8 +82,6 @@ def prove_levels(
 
 def _batch(processor: GraftProcessor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Return a few texts, and behind them a row with an image between two texts."""
-    from PIL import Image
-
     texts = [{"type": "text", "text": text} for text in (prompts[0], prompts[1 % len(prompts)])]
     shown = {"type": "image", "image": Image.linear_gradient("L").convert("RGB")}
     rows: list[Any] = [*prompts[:_BESIDE], [texts[0], shown, texts[1]]]
@@ -94,8 +90,6 @@ def _batch(processor: GraftProcessor, prompts: Sequence[str]) -> dict[str, Tenso
 
 def _compared(pairs: Sequence[tuple[Tensor, Tensor]]) -> LevelReport:
     """Compare tensors, of which the first pair's first axis is positions."""
-    import torch
-
     same = all(torch.equal(one, other.to(one.device)) for one, other in pairs)
     apart = [one.float() - other.to(one.device).float() for one, other in pairs if one.numel()]
     largest = max((each.abs().max().item() for each in apart), default=0.0)

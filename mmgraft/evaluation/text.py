@@ -17,12 +17,13 @@ from mmgraft.evaluation.identity import (
 )
 from mmgraft.evaluation.items.files import TEXT_CHOICE_PROMPT
 from mmgraft.evaluation.kept import Kept
-from mmgraft.evaluation.levels import WHERE, prove_levels
+from mmgraft.evaluation.levels import prove_levels
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
 from mmgraft.evaluation.metrics.choice import shows_options
 from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.evaluation.metrics.scoring import groups_of, measure_choices, scores_by_kind
 from mmgraft.evaluation.origin import described_graft, section_of
+from mmgraft.evaluation.report.score_tables import EQUAL, KL, WHERE
 from mmgraft.evaluation.sets import EvaluatedSet, read_sets
 from mmgraft.inference import Answerer
 from mmgraft.model.workflow import TEXT_WORKFLOW
@@ -31,13 +32,10 @@ from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import Results, Score, SetResult
 
 BATCH_SIZE = 16
-EQUAL = "equal by identity"
-"""Setting for a base whose scores are the graft's own."""
 
 CHAT = "chat, through the graft's template"
 """Setting for a set that is not evaluated as plain text."""
 
-KL = "kl_to_base"
 _CHECKED = 4  # items of each set that both models read, whatever is known
 _CHARACTERS = 600  # of a text whose logits are compared bit for bit
 _ROUNDING = 1e-6  # nats: what equal weights elsewhere in memory may differ by

@@ -15,7 +15,7 @@ from mmgraft.basefiles.tensor_files import write_shards
 from mmgraft.errors import UsageError
 from mmgraft.progress import counted
 from mmgraft.published.names import Published
-from mmgraft.published.source import TOKENIZER_FILES, Source
+from mmgraft.published.source import TOWER_FILES, Source
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CONFIGS = {"LlamaForCausalLM": LlamaConfig, "Qwen2ForCausalLM": Qwen2Config}
@@ -100,9 +100,8 @@ def write_base(source: Source, published: Published, folder: Path) -> None:
             config.tie_word_embeddings = False
     write_shards(folder, "model", tensors)
     config.save_pretrained(folder)
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if name in source.files:
-            shutil.copyfile(source.files[name], folder / name)
+    for name in source.files.keys() - {"config.json", *TOWER_FILES}:
+        shutil.copyfile(source.files[name], folder / name)
 
 
 def base_bytes(source: Source, published: Published) -> int:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,14 +40,12 @@ from mmgraft.training.devices import is_main_rank
 from mmgraft.training.distributed.parallel import of_all_ranks, processes, way_on
 from mmgraft.training.distributed.sharding import shard
 from mmgraft.training.memory.subject import loaded_dtype
+from mmgraft.training.plan import Plan
 from mmgraft.training.row_order import arrange, check_packed_length
 from mmgraft.training.stage_data import with_template
 from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.trainer import GraftTrainer, describe, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
-
-if TYPE_CHECKING:
-    from mmgraft.training.plan import Plan
 
 WORKFLOWS = "workflows"
 """Folder of a run for the workflows beside its own."""

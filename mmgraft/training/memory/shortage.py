@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from mmgraft.errors import MMGraftError
@@ -34,27 +35,20 @@ def advice(recipe: Recipe, stage: Stage) -> str:
     return f"Set {first}{more}, for instance with --set; `mmgraft estimate` says what each saves."
 
 
-def free_memory(device: str) -> int | None:
+def free_memory(device: str) -> int:
     """Return the bytes that a training can have now: of the card on CUDA, else of main memory.
 
-    A container's own limit counts where it is lower. None where it cannot be known.
+    A container's own limit counts where it is lower.
     """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    free: int | None = None
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        return None
+    free = psutil.virtual_memory().available
     try:
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
+        return min(free, limit - int((group / "memory.current").read_text()))
     except (OSError, ValueError):  # no container, or no limit
         return free
-    return limit - used if free is None else min(free, limit - used)
 
 
 def warning(plan: Plan) -> str | None:
@@ -65,7 +59,7 @@ def warning(plan: Plan) -> str | None:
     from mmgraft.training.memory.request import estimator_of_plan
 
     free = free_memory(plan.device)
-    if free is None or plan.first >= len(plan.stages):
+    if plan.first >= len(plan.stages):
         return None
     try:
         stages = estimator_of_plan(plan).stages(first=plan.first)
