@@ -10,8 +10,7 @@ from mmgraft.cli.options import DryRunFlag, JsonFlag, option
 from mmgraft.grafts.registry import built_in
 
 if TYPE_CHECKING:
-    from mmgraft.demo.report import DemoReport
-    from mmgraft.demo.run import DemoSettings
+    from mmgraft.demo.run import DemoReport, DemoSettings
 
 BUDGET_MINUTES = 15
 

@@ -62,7 +62,7 @@ def _write(
 
         return export_graft(run, out, dry_run)
     if kind == "full":
-        from mmgraft.export.full import export_full
+        from mmgraft.export.graft import export_full
 
         return export_full(run, out, base, dry_run)
     from mmgraft.export.llava.export import export_llava

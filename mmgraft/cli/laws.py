@@ -84,7 +84,7 @@ def _measure(
     from mmgraft.cli.loading import load_answerer
     from mmgraft.evaluation.attention.laws import evaluate_laws
     from mmgraft.evaluation.report.plots import laws_plot
-    from mmgraft.runs.sections import put_aside
+    from mmgraft.runs.results import put_aside
 
     answerer = load_answerer(given.run, **given.loading)
     results = evaluate_laws(

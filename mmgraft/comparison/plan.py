@@ -16,7 +16,7 @@ from mmgraft.comparison.files import FEATURES, Phase, arm_folder, phases_done, r
 from mmgraft.comparison.spec import ALL_STAGES, Comparison, arm_recipe
 from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.dialogues.files import read_dialogues
+from mmgraft.evaluation.dialogues.dialogues import read_dialogues
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.sets import read_sets
 from mmgraft.grafts.registry import get_method

@@ -106,7 +106,7 @@ def _named(each: Any) -> str:
 
 def _read_dialogues(evaluation: Evaluation) -> list[str]:
     """Read what dialogues are built from, or saved ones, to refuse what is wrong with them."""
-    from mmgraft.evaluation.dialogues.files import read_dialogues
+    from mmgraft.evaluation.dialogues.dialogues import read_dialogues
     from mmgraft.evaluation.items.files import read_items
 
     if evaluation.dialogues is not None:
@@ -155,7 +155,7 @@ def evaluate_run(answerer: Answerer, evaluation: Evaluation) -> Iterator[Results
         UsageError: A set that cannot be evaluated, or a workflow that the graft does not have.
         MMGraftError: The disk is full; what was measured is kept.
     """
-    from mmgraft.runs.sections import put_aside, save_sets
+    from mmgraft.runs.results import put_aside, save_sets
 
     for results in _sections(answerer, evaluation):
         for path in put_aside(evaluation.run, results):

@@ -12,12 +12,12 @@ from mmgraft.evaluation.identity import (
     PROMPTS,
     Untouched,
     base_trained,
+    prove_levels,
     text_identity,
     untouched_base,
 )
 from mmgraft.evaluation.items.files import TEXT_CHOICE_PROMPT
 from mmgraft.evaluation.kept import Kept
-from mmgraft.evaluation.levels import prove_levels
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
 from mmgraft.evaluation.metrics.choice import shows_options
 from mmgraft.evaluation.metrics.intervals import Measured

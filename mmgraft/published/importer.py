@@ -30,10 +30,16 @@ from mmgraft.model.files.graft_file import (
     TemplateChoice,
 )
 from mmgraft.progress import say
-from mmgraft.published.base import base_bytes, differs_from, write_base
 from mmgraft.published.names import Published, PublishedGraft, read_published
+from mmgraft.published.parts import (
+    TowerPlan,
+    base_bytes,
+    differs_from,
+    plan_tower,
+    write_base,
+    write_tower,
+)
 from mmgraft.published.source import Source, open_source
-from mmgraft.published.tower import TowerPlan, plan_tower, write_tower
 from mmgraft.published.wings.config import OfficialWingsConfig
 
 OWN_TOWER = "tower"

@@ -12,10 +12,26 @@ from pydantic import ValidationError
 
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.registry import Method, methods
-from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import DataEntry, Recipe, Stage
 from mmgraft.strict import describe_item, dotted, listed
 from mmgraft.textfiles import read_text
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def recipe_dir() -> Path:
+    """Return the folder of the shipped recipes.
+
+    The wheel carries them inside the package; in a checkout they stand beside it.
+
+    Raises:
+        UsageError: When neither is there, which means a damaged installation.
+    """
+    for folder in (_PACKAGE / "shipped", _PACKAGE.parents[1] / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise UsageError(f"no recipes beside {_PACKAGE}; reinstall mmgraft")
+
 
 OTHER_NAMES = {
     "learning_rate": "lr",

@@ -22,7 +22,7 @@ from mmgraft.progress import say
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import dump_recipe, load_recipe, with_data, with_max_steps
 from mmgraft.runs.packages import versions_of
-from mmgraft.runs.sections import put_all_aside
+from mmgraft.runs.results import put_all_aside
 from mmgraft.training import checkpoint, stage_data
 from mmgraft.training.callbacks import metrics, text_change
 from mmgraft.training.callbacks.stopping import with_way_on

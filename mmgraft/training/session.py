@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.bad_rows import BadRow, BadRows
 from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset
 from mmgraft.data.batches.packing import PackCollator, examples_of
@@ -33,7 +33,6 @@ from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Stage
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
-from mmgraft.training.callbacks.bad_rows import BadRows
 from mmgraft.training.callbacks.finite import NotFinite, is_finite
 from mmgraft.training.callbacks.stopping import Stopper, TrainingStopped
 from mmgraft.training.devices import is_main_rank

@@ -18,7 +18,7 @@ from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks.finite import FiniteWatch, RandomState
-from mmgraft.training.callbacks.loss_log import EvalSum, LossSum, counted
+from mmgraft.training.callbacks.metrics import EvalSum, LossSum, counted
 from mmgraft.training.devices import memory_in_use
 from mmgraft.training.distributed import sharding
 from mmgraft.training.distributed.parallel import of_all_ranks

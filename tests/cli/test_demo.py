@@ -7,8 +7,7 @@ import pytest
 
 from mmgraft.demo import assets
 from mmgraft.demo import run as demo_run
-from mmgraft.demo.report import DemoReport, Phase, Score, Turn
-from mmgraft.demo.run import DemoSettings
+from mmgraft.demo.run import DemoReport, DemoSettings, Phase, Score, Turn
 from mmgraft.evaluation.identity import IdentityReport
 from mmgraft.progress import say
 from mmgraft.runs.results import Score as Interval

@@ -168,7 +168,7 @@ TABLE: list[tuple[list[str], str, dict[str, Any]]] = [
     ),
     (
         ["export", "run", "--to", "full", "--out", "o", "--base", "b"],
-        "mmgraft.export.full.export_full",
+        "mmgraft.export.graft.export_full",
         {"run": Path("run"), "out": Path("o"), "base": "b", "dry_run": False},
     ),
     (

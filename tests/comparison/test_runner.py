@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.comparison import phases, runner
-from mmgraft.comparison.child import locked
+from mmgraft.comparison import runner
 from mmgraft.comparison.files import (
     COMPARISON,
     Phase,
@@ -22,6 +21,7 @@ from mmgraft.comparison.files import (
 from mmgraft.comparison.plan import ArmPlan, ComparisonPlan, make_plan
 from mmgraft.comparison.runner import LOCK, compare, settings_of
 from mmgraft.comparison.spec import load_comparison
+from mmgraft.comparison.training import locked
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.runs.results import Results, read_results
 from tiny_runs import losses
@@ -31,6 +31,7 @@ SEEN = {"name": "seen", "metric": "exact", "path": "rows.jsonl"}
 READ = {"name": "read", "metric": "choice", "modality": "text", "path": "read.csv"}
 
 
+EVALUATE = runner.evaluate
 USUAL = {"shapes": None, "seed": 0}
 
 
@@ -222,12 +223,12 @@ def test_all_arms_have_the_dialogues_that_the_first_one_built(
         given.append((run.name, dialogues))
         return Results(section="iit", mmgraft_version="0")
 
-    monkeypatch.setattr(phases, "build_iit", build)
-    monkeypatch.setattr(phases, "evaluate_iit", evaluate)
+    monkeypatch.setattr(runner, "build_iit", build)
+    monkeypatch.setattr(runner, "evaluate_iit", evaluate)
 
     def evaluate_dialogues(phase: Phase, *rest, **more) -> None:
         if phase == "iit":
-            phases.evaluate(phase, *rest, **more)
+            EVALUATE(phase, *rest, **more)
 
     monkeypatch.setattr(runner, "evaluate", evaluate_dialogues)
     compare(plan(iit={"count": 2}))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mmgraft.comparison import phases, runner
-from mmgraft.comparison.phases import evaluate
+from mmgraft.comparison import runner
+from mmgraft.comparison.runner import evaluate
 from mmgraft.recipes.evaluation_set import SetSpec
 
 
@@ -43,12 +43,12 @@ def test_each_part_has_its_sets_and_the_shared_base(
     calls: dict[str, tuple[Any, Any]] = {}
     for name in ("evaluate_text", "evaluate_vision", "evaluate_iit", "evaluate_laws"):
         monkeypatch.setattr(
-            phases, name, lambda *args, _name=name, **more: calls.update({_name: (args, more)})
+            runner, name, lambda *args, _name=name, **more: calls.update({_name: (args, more)})
         )
-    monkeypatch.setattr(phases, "write_results", lambda *_: None)
-    monkeypatch.setattr(phases, "_dialogues", lambda *_: tmp_path / "dialogues")
-    monkeypatch.setattr(phases, "read_items", lambda spec: [spec])
-    monkeypatch.setattr(phases, "run_features", lambda *_: "features")
+    monkeypatch.setattr(runner, "write_results", lambda *_: None)
+    monkeypatch.setattr(runner, "_dialogues", lambda *_: tmp_path / "dialogues")
+    monkeypatch.setattr(runner, "read_items", lambda spec: [spec])
+    monkeypatch.setattr(runner, "run_features", lambda *_: "features")
     text = SetSpec(name="t", metric="choice", modality="text", path="t")
     seen = SetSpec(name="v", metric="exact", path="v")
     laws = SimpleNamespace(
@@ -62,7 +62,7 @@ def test_each_part_has_its_sets_and_the_shared_base(
     for phase in ("text", "vision", "iit", "laws"):
         evaluate(phase, answerer, plan, arm, **more)
     first = (answerer, arm.run)
-    shared = {"untouched": "the/base", "base_cache": tmp_path / phases.BASE}
+    shared = {"untouched": "the/base", "base_cache": tmp_path / runner.BASE}
     assert calls["evaluate_text"] == ((*first, [text]), {**more, **shared})
     assert calls["evaluate_vision"] == ((*first, [seen]), more)
     assert calls["evaluate_iit"] == (first, {**more, "dialogues": tmp_path / "dialogues"})

@@ -15,8 +15,7 @@ from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation import kept
 from mmgraft.evaluation.generate import answers as asking
-from mmgraft.evaluation.generate.answers import answer
-from mmgraft.evaluation.generate.shared_prefix import read_prefix
+from mmgraft.evaluation.generate.answers import answer, read_prefix
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import Kept, read_predictions
 from mmgraft.model.modeling import GraftedModel

@@ -10,8 +10,8 @@ import pytest
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation import kept
+from mmgraft.evaluation.dialogues.dialogues import read_dialogues
 from mmgraft.evaluation.dialogues.evaluate import evaluate_iit, measure_generated
-from mmgraft.evaluation.dialogues.files import read_dialogues
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.likelihood.choice import score_choices
 from mmgraft.evaluation.metrics.choice import ChoiceScore

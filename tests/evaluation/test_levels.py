@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from grafting import perturb
-from mmgraft.evaluation.identity import PROMPTS, load_untouched
-from mmgraft.evaluation.levels import prove_levels
+from mmgraft.evaluation.identity import PROMPTS, load_untouched, prove_levels
 from mmgraft.evaluation.text import evaluate_text
 from mmgraft.grafts import Promises
 from mmgraft.inference import Answerer

@@ -260,8 +260,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
             return []
 
         monkeypatch.setattr(target, spy)
-    monkeypatch.setattr("mmgraft.runs.sections.put_aside", lambda *_: [])
-    monkeypatch.setattr("mmgraft.runs.sections.save_sets", lambda *_: None)
+    monkeypatch.setattr("mmgraft.runs.results.put_aside", lambda *_: [])
+    monkeypatch.setattr("mmgraft.runs.results.save_sets", lambda *_: None)
     monkeypatch.setattr("mmgraft.evaluation.identity.base_trained", lambda model: True)
     untouched = lambda model, run, name: SimpleNamespace(model=f"model of {name}")  # noqa: E731
     monkeypatch.setattr("mmgraft.evaluation.identity.untouched_base", untouched)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mmgraft import GraftedModel
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.export import full
+from mmgraft.export import graft as full
 from mmgraft.export.folder import sizes_in
-from mmgraft.export.full import export_full
+from mmgraft.export.graft import export_full
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import load_processor
 from mmgraft.model.files.save import save_graft

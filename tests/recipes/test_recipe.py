@@ -14,12 +14,12 @@ import yaml
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.errors import UsageError
-from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import Recipe
 from mmgraft.recipes.source import (
     dump_recipe,
     find_recipe,
     load_recipe,
+    recipe_dir,
     shipped_recipes,
     with_data,
     with_max_steps,

@@ -22,9 +22,11 @@ from mmgraft.evaluation.dialogues.dialogues import (
     Candidate,
     build_dialogues,
     buildable,
+    is_made_of,
+    read_dialogues,
+    save_dialogues,
     title,
 )
-from mmgraft.evaluation.dialogues.files import is_made_of, read_dialogues, save_dialogues
 from mmgraft.evaluation.items.files import data_file, file_sha256, read_items
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.likelihood.likelihood import context_length
@@ -89,7 +91,7 @@ def build_iit(
     Args:
         answerer: The graft, whose base says which questions are alike.
         specs: Sets; those of ``choice`` are used, by their modality.
-        folder: Of the data set; see :mod:`mmgraft.evaluation.dialogues.files`.
+        folder: Of the data set; see :mod:`mmgraft.evaluation.dialogues.dialogues`.
         count: Dialogues a shape.
         shapes: See :data:`SHAPES`. Default: all that the sets give.
         seed: Of the sample.

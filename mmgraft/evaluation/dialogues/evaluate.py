@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmgraft.evaluation.dialogues.build import COUNT, build_iit
-from mmgraft.evaluation.dialogues.dialogues import title
-from mmgraft.evaluation.dialogues.files import ROWS, read_dialogues
+from mmgraft.evaluation.dialogues.dialogues import ROWS, read_dialogues, title
 from mmgraft.evaluation.generate.run_features import run_features
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import Kept

@@ -20,7 +20,7 @@ EQUAL = "equal by identity"
 """Setting of a set for which the base's scores were not measured a second time."""
 
 WHERE = {"E1": "beside a row with an image", "E2": "before an image in its row"}
-"""What text the levels are of."""
+"""The text that each level is of."""
 BLIND_NAMES = {"prior": "prior", "no_image": "no image"}
 
 
