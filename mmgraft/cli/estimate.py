@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.console import human_count, print_json, stdout, table
-from mmgraft.cli.options import JsonFlag, argument, given, with_options
+from mmgraft.cli.options import JsonFlag, ReadOption, argument, given, with_options
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _REQUEST = {
     "length": _rows(int, "Positions of a row, images included.", min=2),
     "data": _rows(list[str], "Rows to measure: FILE, or STAGE=FILE."),
     "images": _rows(str, "Folder that image paths start from."),
+    "read": (ReadOption, None),
     "device": given(str, "Device of the training: cuda or cpu.", default="cuda"),
     "processes": given(int, _PROCESSES, default=1, min=1),
 }

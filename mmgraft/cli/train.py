@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmgraft.cli.console import note, print_json, stderr, stdout, table
-from mmgraft.cli.options import DryRunFlag, JsonFlag, argument, given, option, with_options
+from mmgraft.cli.options import (
+    DryRunFlag,
+    JsonFlag,
+    ReadOption,
+    argument,
+    given,
+    option,
+    with_options,
+)
 from mmgraft.runs.find import find_run
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ _TRAINING = {
     "recipe": _plan(str, "Recipe: YAML file or shipped name."),
     "data": _plan(list[str], _DATA),
     "images": _plan(str, "Folder that image paths start from."),
+    "read": (ReadOption, None),
     "overrides": _plan(list[str], "--set", _SET),
     "max_steps": _plan(int, "Number of steps after which every stage ends.", min=1),
     "device": given(str, "Device: cuda, mps, cpu; else the first found."),

@@ -209,8 +209,7 @@ def make_graft(plan: ComparisonPlan, recipe: Recipe, run: Path, *, dry_run: bool
 
 def _recipe(recipe: Recipe, comparison: Comparison, out: Path, max_steps: int | None) -> Recipe:
     """Return an arm's recipe with the shared data, sets and tower features."""
-    if max_steps is not None:
-        recipe = with_max_steps(recipe, max_steps)
+    recipe = with_max_steps(recipe, max_steps)
     if comparison.data:
         stages = [_with_data(stage, comparison.data) for stage in recipe.stages]
         recipe = recipe.model_copy(update={"stages": stages, "data": []})

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgraft.atomic import free_name
+from mmgraft.data.chat.answers import CLEANED
 from mmgraft.data.chat.content import image_of
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import source_of
@@ -83,7 +84,7 @@ class Kept:
         features: Features | None = None,
     ) -> list[str]:
         """Return generated answers; see :func:`mmgraft.evaluation.generate.answers.answer`."""
-        settings = {"max_new_tokens": max_new_tokens}
+        settings = {"max_new_tokens": max_new_tokens, "cleaned": CLEANED}
         run = partial(
             _answer, self.model, workflow=workflow, max_new_tokens=max_new_tokens, features=features
         )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.items.files import data_file, file_sha256, read_items, read_training_answers
+from mmgraft.evaluation.items.files import data_file, read_items, read_training_answers, set_sha256
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Groups, Measured
 from mmgraft.evaluation.metrics.scoring import measure_answers, measure_prior
@@ -144,7 +144,7 @@ class EvaluatedSet:
             metric=self.spec.metric,
             main=measured.main,
             file=self.file.name,
-            sha256=file_sha256(self.file),
+            sha256=set_sha256(self.spec, self.file),
             items=len(self.items),
             scores=measured.scores(groups),
             settings={name: value for name, value in settings.items() if value is not None},

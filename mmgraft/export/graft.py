@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmgraft.atomic import atomic_folder, atomic_text
-from mmgraft.basefiles import ModelFiles, TensorReader, resolve
+from transformers import GenerationConfig
+
+from mmgraft.atomic import atomic_folder, atomic_json, atomic_text
+from mmgraft.basefiles import ModelFiles, TensorReader, find_tokenizer, load_config, resolve
 from mmgraft.errors import UsageError
 from mmgraft.export.folder import Exported, copy_file, sizes_in
 from mmgraft.hub.card import card_of, has_own_readme
 from mmgraft.hub.references import WHAT, local_references
 from mmgraft.model.files.graft_file import CONFIG_NAME, OWN_BASE, GraftFile
-from mmgraft.model.files.load import base_files, check_base, local_tower
+from mmgraft.model.files.load import base_files, check_base, load_processor, local_tower
 from mmgraft.progress import counted, say
 from mmgraft.runs.contents import README, UploadFile, belonging
+from mmgraft.textfiles import read_json
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.registry import load_tower
 
@@ -71,6 +74,7 @@ def export_full(
         say(f"copying the base, {len(copied)} files")
         for name, path in counted("copying the base, files", copied.items()):
             copy_file(path, folder / OWN_BASE / name)
+        _end_answers(record, files, folder / OWN_BASE)
         say(f"writing the vision tower {record.vision.name}")
         vision, seen = _write_tower(local_tower(record, run), folder)
         reference = record.base.model_copy(update={"id": f"./{OWN_BASE}", "revision": None})
@@ -115,6 +119,21 @@ def _files_of(files: ModelFiles) -> dict[str, Path]:
         found |= {entry.file for entry in entries if entry is not None}
         found |= set(files.path.glob("model.safetensors.index.json"))
     return {path.relative_to(files.path).as_posix(): path for path in sorted(found)}
+
+
+def _end_answers(record: GraftFile, files: ModelFiles, folder: Path) -> None:
+    """Let whatever loads the copied base end its answers where the graft's template ends them."""
+    if files.gguf is not None or find_tokenizer(files.path) is None:
+        return
+    path = folder / "generation_config.json"
+    if path.is_file():
+        settings = read_json(path, "fetch it again")
+    else:
+        settings = GenerationConfig.from_model_config(load_config(files)).to_diff_dict()
+    own = settings.get("eos_token_id")
+    ends = load_processor(record, files.path, None).answers.with_ends(own)
+    if ends != own:
+        atomic_json(path, {**settings, "eos_token_id": ends})
 
 
 def _write_tower(spec: VisionSpec, folder: Path) -> tuple[VisionSpec, str]:

@@ -251,6 +251,18 @@ def test_what_is_answered_is_not_asked_again(
     assert [row["id"] for row in read_predictions(path)][:2] == done
 
 
+def test_answers_cleaned_by_an_older_version_are_made_anew(
+    tmp_path: Path, asked, monkeypatch, said: list[str]
+) -> None:
+    model, processor, _ = asked
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "CLEANED", kept.CLEANED - 1)
+        ask(model, processor, questions(2), tmp_path)
+    assert not said
+    ask(model, processor, questions(2), tmp_path)
+    assert any("another" in one for one in said), said
+
+
 KILLED = """
 import signal, sys
 sys.path[:0] = {paths!r}

@@ -27,7 +27,7 @@ from mmgraft.evaluation.dialogues.dialogues import (
     save_dialogues,
     title,
 )
-from mmgraft.evaluation.items.files import data_file, file_sha256, read_items
+from mmgraft.evaluation.items.files import data_file, read_items, set_sha256
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.likelihood.likelihood import context_length
 from mmgraft.evaluation.metrics.choice import shows_options
@@ -178,7 +178,7 @@ def _source(spec: SetSpec) -> dict[str, Any]:
     file = data_file(spec)
     keys = {"name", "modality", "prompt", "columns", "limit", "seed"}
     images = None if spec.images is None else Path(spec.images).name
-    own = {"file": file.name, "sha256": file_sha256(file), "images": images}
+    own = {"file": file.name, "sha256": set_sha256(spec, file), "images": images}
     return {**spec.model_dump(include=keys), **own}
 
 

@@ -491,8 +491,8 @@ PATCHES = [
     Patch(
         "a set's columns are not for its training rows",
         "evaluation/items/files.py",
-        "    fields = Fields(spec.columns)\n",
-        "    fields = Fields({})\n",
+        "fields, source = Fields(spec.columns),",
+        "fields, source = Fields({}),",
         "evaluation/test_item_files.py evaluation/test_set_files.py",
     ),
     Patch(
