@@ -36,6 +36,7 @@ class Promises:
         neighbours: A row depends neither on its neighbours nor on padding.
         causal: No position sees a later one.
         padding: Rows of a batch may be padded on either side.
+        packing: Several rows may stand in one sequence.
         no_image: A row without an image may run the graft.
         training: Gradients of the graft are worth following.
     """
@@ -48,6 +49,7 @@ class Promises:
     neighbours: str = _promise("a row depends neither on its neighbours nor on padding")
     causal: str = _promise("no position sees a later one")
     padding: str = _promise("rows may be padded on either side")
+    packing: str = _promise("several rows may be packed into one sequence")
     no_image: str = _promise("a row without an image may run the graft")
     training: str = _promise("the graft can be trained")
 
@@ -81,6 +83,21 @@ class StageSwitches(StrictModel):
         """
 
 
+class FrozenBase(StageSwitches):
+    """Nothing to switch; the base stays frozen in every stage."""
+
+    def check_switches(self, train: Sequence[str]) -> None:
+        if "base" in train:
+            raise ValueError("this method keeps its base frozen; take base out of train")
+
+
+def without_linears(anatomy: Anatomy) -> str | None:
+    """Return the reason why a base cannot take a method that stands on its linear layers."""
+    if not any(anatomy.linears.values()):
+        return f"the layers of {anatomy.model_type} hold no linear layers outside of experts"
+    return None
+
+
 @dataclass(frozen=True)
 class PlainDecoder:
     """A graft as an ordinary decoder, whose layers follow one another without a gate.
@@ -89,11 +106,29 @@ class PlainDecoder:
         layers: Base layers that are followed by one of the graft's, in order; None for none.
         owns: Which of ``embedding``, ``norm`` and ``head`` are the graft's own.
         untie: Own embedding and own head are two tensors also where the base ties them.
+        lacks: What of the graft such a decoder has no place for, as a sentence for the user; rows
+            with an image are then what the projector alone gives.
     """
 
     layers: LayerChoice | None = None
     owns: frozenset[str] = frozenset()
     untie: bool = False
+    lacks: str = ""
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """A graft as a LoRA adapter of the ordinary kind, switched on for rows with an image.
+
+    Attributes:
+        rank, alpha: As PEFT has them.
+        tensors: Names of the graft's tensors, each with its name there below the decoder's layers:
+            ``0.self_attn.q_proj.lora_A.weight``.
+    """
+
+    rank: int
+    alpha: float
+    tensors: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -121,9 +156,10 @@ class Method:
             name in the graft; by default the name's first word.
         as_decoder: Gives a graft of these settings as a plain decoder, for exports; its second
             argument says whether the graft is in the path.
+        as_adapter: Gives a graft of these settings and tensors' names as a LoRA adapter.
         origin: The package that brought it, filled in by the registry.
 
-    ``as_decoder`` raises UsageError with the reason where the graft is none.
+    ``as_decoder`` and ``as_adapter`` raise UsageError with the reason where the graft is none.
     """
 
     name: str
@@ -139,6 +175,7 @@ class Method:
     unused: Callable[[Any], Sequence[str]] = lambda config: ()
     part_of: Callable[[str], str] = lambda tensor: tensor.split(".")[0]
     as_decoder: Callable[[Any, bool], PlainDecoder] | None = None
+    as_adapter: Callable[[Any, Sequence[str]], PlainAdapter] | None = None
     origin: str = "mmgraft"
 
     def levels(self) -> dict[str, list[str]]:

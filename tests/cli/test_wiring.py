@@ -15,6 +15,7 @@ import click
 import pytest
 
 from mmgraft.cli.app import COMMANDS, _real_command
+from mmgraft.grafts.expert.config import ExpertConfig
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.lora.config import LoraConfig
 from mmgraft.grafts.wings.config import WingsConfig
@@ -373,6 +374,10 @@ def test_graft_of_another_method(run: Path, cli, called) -> None:
     cli("graft", "x/b", "--method", "lora", "--targets", "feedforward", "--rank", "5", *more)
     wanted = {"targets": "feedforward", "rank": 5, "alpha": 7.5, "dropout": 0.25, "gate": "token"}
     assert made[3]["config"] == LoraConfig.model_validate({**wanted, "layers": "0,2"})
+    more = ("--parts", "feedforward", "--rank", "6", "--image-positions", "shared")
+    cli("graft", "x/b", "--method", "expert", "--layers", "every:4", *more)
+    wanted = {"parts": ["feedforward"], "rank": 6, "image_positions": "shared", "layers": "every:4"}
+    assert made[4]["config"] == ExpertConfig.model_validate(wanted)
 
 
 def test_graft_by_a_recipe(run: Path, cli, called) -> None:
@@ -497,7 +502,7 @@ def test_every_option_is_tried(name: str, command: click.Command) -> None:
     if name in ELSEWHERE:
         return
     shared = {"data check": READING, "data preview": READING, "graft": SPOKEN}.get(name, [])
-    if name in ("chat", "generate", "laws", "eval"):
+    if name in ("chat", "generate", "laws", "eval", "serve"):
         shared = LOADING if name == "laws" else [*LOADING, *SPOKEN]
     words = f'"{name.split()[-1]}"'
     sections = [part for part in text.split("\n\n\n") if words in part]

@@ -64,7 +64,7 @@ def of_rows(logits: Tensor, segments: Tensor) -> list[Tensor]:
 
 
 @every_architecture
-@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora", "lora-token"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora", "lora-token", "expert"])
 def test_each_row_is_what_it_is_alone(arch: str, method: str) -> None:
     """A mask that lets rows see one another, or positions that go on, change the later rows."""
     model, made = grafted(arch, method), rows(*WORDS)
@@ -73,6 +73,17 @@ def test_each_row_is_what_it_is_alone(arch: str, method: str) -> None:
         with pytest.raises(UsageError, match=BLOCKED[arch]):
             model(**inputs, workflow="mm")
         return
+    logits = of_rows(logits_of(model, inputs, workflow="mm"), inputs["segments"])
+    for at, found in zip([at for pack in PACKS for at in pack], logits, strict=True):
+        alone = logits_of(model, batch([made[at]]), workflow="mm")[0]
+        assert distance(found, alone) < 2e-5, WORDS[at]
+
+
+def test_each_row_is_what_it_is_alone_where_attention_is_watched() -> None:
+    """A watched graft reads the keys of all positions, by another mask than a training's."""
+    model, made = perturb(graft_on("llama", CONFIGS["wings"])), rows(*WORDS)
+    model.workflow().graft.watch = lambda *seen: None
+    inputs = packed(made)
     logits = of_rows(logits_of(model, inputs, workflow="mm"), inputs["segments"])
     for at, found in zip([at for pack in PACKS for at in pack], logits, strict=True):
         alone = logits_of(model, batch([made[at]]), workflow="mm")[0]
@@ -89,7 +100,7 @@ def trained(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> dict[str, 
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings", "llava", "lora", "lora-token"])
+@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings", "llava", "lora", "expert"])
 def test_loss_and_gradients_are_those_of_rows_apart(method: str, attention: str) -> None:
     """Also where layers are computed again in the backward pass."""
     model = perturb(graft_on("llama", CONFIGS[method], attention=attention))
