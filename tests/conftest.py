@@ -101,6 +101,32 @@ def clean() -> None:
     ctypes.CDLL(None).malloc_trim(0)  # only Linux says what is resident
 
 
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+    """What the library says while the test lasts, by ``mmgraft.progress.say``."""
+    texts: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    log, kept = logging.getLogger("mmgraft"), Kept(logging.INFO)
+    log.addHandler(kept)
+    with caplog.at_level(logging.INFO, "mmgraft"):
+        yield texts
+    log.removeHandler(kept)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How much of long work is done, and of how much, as a bar would show it."""
+    from mmgraft.progress import Work
+
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(Work, "__call__", lambda work, *at: seen.append(at))
+    return seen
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail the module at whose end this worker holds more than it may."""

@@ -84,7 +84,7 @@ def _measure(
     from mmgraft.cli.loading import load_answerer
     from mmgraft.evaluation.attention.laws import evaluate_laws
     from mmgraft.evaluation.report.plots import laws_plot
-    from mmgraft.runs.sections import put_aside
+    from mmgraft.runs.results import put_aside
 
     answerer = load_answerer(given.run, **given.loading)
     results = evaluate_laws(
@@ -96,8 +96,6 @@ def _measure(
         workflow=given.workflow,
         batch_size=given.batch_size,
         settings={"limit": given.limit, "seed": given.seed},
-        announce=note,
-        progress=lambda done, total: note(f"{done} of {total} rows"),
     )
     plot = laws_plot({folder.resolve().name if Path(given.run).is_dir() else given.run: results})
     target.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,7 @@ from mmgraft.basefiles.parts import quiet
 from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import BaseReference, TemplateChoice
-from mmgraft.model.files.make import make_workflow
-from mmgraft.model.files.parts import LoadedParts
+from mmgraft.model.files.parts import LoadedParts, make_workflow
 from mmgraft.vision.projectors.configs import MlpConfig
 
 _FAR = 1e-3  # of the logits' own size: rounding is below, a mistake above

@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.bad_rows import BadRow, BadRows
 from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset
 from mmgraft.data.batches.packing import PackCollator, examples_of
@@ -33,21 +33,18 @@ from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Stage
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
-from mmgraft.training.callbacks.bad_rows import BadRows
 from mmgraft.training.callbacks.finite import NotFinite, is_finite
 from mmgraft.training.callbacks.stopping import Stopper, TrainingStopped
 from mmgraft.training.devices import is_main_rank
 from mmgraft.training.distributed.parallel import of_all_ranks, processes, way_on
 from mmgraft.training.distributed.sharding import shard
 from mmgraft.training.memory.subject import loaded_dtype
+from mmgraft.training.plan import Plan
 from mmgraft.training.row_order import arrange, check_packed_length
 from mmgraft.training.stage_data import with_template
 from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.trainer import GraftTrainer, describe, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
-
-if TYPE_CHECKING:
-    from mmgraft.training.plan import Plan
 
 WORKFLOWS = "workflows"
 """Folder of a run for the workflows beside its own."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from mmgraft.errors import UsageError
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Stage
-
-if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,23 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mmgraft.data.bad_rows import BadRow
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks.finite import FiniteWatch, RandomState
-from mmgraft.training.callbacks.loss_log import EvalSum, LossSum, counted
+from mmgraft.training.callbacks.metrics import EvalSum, LossSum, counted
 from mmgraft.training.devices import memory_in_use
 from mmgraft.training.distributed import sharding
 from mmgraft.training.distributed.parallel import of_all_ranks
+from mmgraft.training.row_order import Order
 from mmgraft.training.stages import RateGroup
-
-if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
-    from mmgraft.training.row_order import Order
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit"}
 _ON_CUDA = {**_OPTIMIZERS, "adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}

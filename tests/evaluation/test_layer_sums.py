@@ -28,9 +28,13 @@ from grafting import (
 from mmgraft import GraftedModel, IAAConfig, WingsConfig
 from mmgraft.anatomy import decoder_layers
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.attention import attention_sums
-from mmgraft.evaluation.attention.attention_sums import AttentionSums
-from mmgraft.evaluation.attention.layer_sums import PROJECTOR_ONLY, layer_sums, side_columns
+from mmgraft.evaluation.attention import layer_sums as attention_sums
+from mmgraft.evaluation.attention.layer_sums import (
+    PROJECTOR_ONLY,
+    AttentionSums,
+    layer_sums,
+    side_columns,
+)
 from mmgraft.grafts.base import IMAGE, PADDING, TEXT
 from reference.decoder import rotate, split_heads
 from reference.wings_paper import low_rank, router_reference

@@ -273,7 +273,7 @@ PATCHES = [
     ),
     Patch(
         "an evaluation's loss is the mean of batches",
-        "training/callbacks/loss_log.py",
+        "training/callbacks/metrics.py",
         "self.total = self.total + mean * count",
         "self.total = self.total + mean * count.clamp(max=1)",
         "training/test_loss_log.py",
