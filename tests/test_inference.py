@@ -32,8 +32,9 @@ RUNS = {
     "wings": {"rank": 4},
     "lora": {"rank": 4, "gate": "token"},
     "llava": {},
+    "xattn": {"layers": [0, 2]},
 }
-GO_ON = ("lora", "llava")
+GO_ON = ("lora", "llava", "xattn")
 """What these do in a row with an image leaves the text before it alone."""
 
 

@@ -33,6 +33,7 @@ from mmgraft.comparison.report import write_comparison_report
 from mmgraft.comparison.spec import dump_comparison
 from mmgraft.comparison.training import train_arm
 from mmgraft.errors import UsageError
+from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer
 from mmgraft.recipes.source import dump_recipe
 from mmgraft.runs.contents import RECIPE
@@ -112,7 +113,8 @@ def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: Phase) -> dict[str, A
     if phase == "train":
         return {key: value for key, value in recipe.items() if key not in _NOT_OF_TRAINING}
     if phase == "laws":
-        return None if spec.laws is None else _plain(spec.laws)
+        beside = get_method(arm.recipe.method).memory  # which that attention does not reach
+        return None if spec.laws is None or beside else _plain(spec.laws)
     if phase == "iit":
         return None if spec.iit is None else dialogue_settings(spec)
     modality = "text" if phase == "text" else "image"

@@ -21,6 +21,7 @@ CLAIMS = {
     "llava": ({}, {"E1", "E2"}),
     "lora": ({}, {"E1"}),
     "lora-token": ({"gate": "token"}, {"E1", "E2"}),
+    "xattn": ({}, {"E1", "E2"}),
 }
 
 

@@ -58,7 +58,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         __import__("sys").modules.pop(name, None)
 
 
-BUILT_IN = ["iaa", "wings", "llava", "lora", "wings-official"]
+BUILT_IN = ["iaa", "wings", "llava", "lora", "xattn", "wings-official"]
 
 
 def test_four_are_built_in() -> None:
@@ -117,5 +117,5 @@ def test_a_graft_class_that_is_not_there_is_named(install) -> None:
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown method 'wing'; did you mean 'wings'"):
         get_method("wing")
-    with pytest.raises(UsageError, match="known: iaa, wings, llava, lora, wings-official"):
+    with pytest.raises(UsageError, match="known: iaa, wings, llava, lora, xattn, wings-official"):
         get_method("zebra")

@@ -41,6 +41,7 @@ def test_each_method_claims_what_it_is_granted() -> None:
         "llava": "E0 E1 E2",
         "lora": "E0 E1 E3",
         "lora-token": "E0 E1 E2 E3",
+        "xattn": "E0 E1 E2 E3",
     }
     assert {name: " ".join(sorted(levels(name))) for name in CONFIGS} == granted
     by_method = {one.name: one.levels() for one in built_in()}

@@ -287,6 +287,7 @@ EXPECTED = {
     "wings-pro-full wings-24gb demo-wings",
     "llava": "llava llava-full demo-llava",
     "lora": "lora lora-phi4 lora-xcomposer2 lora-24gb lora-cpu demo-lora",
+    "xattn": "xattn xattn-flamingo xattn-24gb xattn-cpu demo-xattn",
 }
 
 

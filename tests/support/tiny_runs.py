@@ -24,6 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "wings": {"rank": 4},
     "llava": {},
     "lora": {"rank": 4},
+    "xattn": {"layers": [0, 2]},
     "wings-official": {},
 }
 

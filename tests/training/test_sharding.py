@@ -28,6 +28,8 @@ needs_bitsandbytes = pytest.mark.skipif(
         ("llava", False, False),
         ("lora", False, False),
         ("lora", True, False),
+        ("xattn", False, False),
+        ("xattn", True, False),
         pytest.param("iaa", False, True, marks=needs_bitsandbytes),
     ],
 )
