@@ -134,7 +134,7 @@ class MemoryLayer(_Resident):
     """
 
     owner: Tensor
-    after: CacheLayerMixin
+    after: Any
 
     def append(self, keys: Tensor, values: Tensor, owner: Tensor, before: Tensor) -> None:
         """Write new images.

@@ -48,9 +48,9 @@ class CrossAttention(_Half):
         self.key = nn.Linear(anatomy.embedding_size, self.groups * self.width, bias=False)
         self.value = nn.Linear(anatomy.embedding_size, self.groups * self.width, bias=False)
         self.output = nn.Linear(self.heads * self.width, size, bias=False)
-        for name in ("query_norm", "key_norm"):
-            norm = nn.RMSNorm(self.width, eps=_EPS) if config.qk_norm else nn.Identity()
-            self.add_module(name, norm)
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(self.width, eps=_EPS) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of vectors ``(T, h)``, each ``(T, groups, width)``."""
