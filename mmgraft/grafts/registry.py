@@ -21,7 +21,12 @@ from mmgraft.grafts.method import Method
 from mmgraft.kinds import Broken, Kinds, Unfit
 
 _BUILT_IN = (
-    *("grafts.iaa", "grafts.wings", "grafts.llava", "grafts.lora", "grafts.xattn"),
+    "grafts.iaa",
+    "grafts.wings",
+    "grafts.llava",
+    "grafts.lora",
+    "grafts.expert",
+    "grafts.xattn",
     "published.wings",
 )
 _MOVED = {("wings", "variant", "official"): "wings-official"}

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmgraft import (
+    ExpertConfig,
     GraftedModel,
     IAAConfig,
     LlavaConfig,
@@ -42,6 +43,7 @@ CONFIGS: dict[str, BaseModel] = {
     "llava": LlavaConfig(),
     "lora": LoraConfig(rank=4, alpha=6.0),
     "lora-token": LoraConfig(rank=3, alpha=3.0, gate="token"),
+    "expert": ExpertConfig(),
     "xattn": XattnConfig(layers=[0, 2], gate_size="channel"),
 }
 """The methods of the matrix. Inserted layers follow sliding and full layers, the last one too."""

@@ -10,7 +10,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from grafting import graft_on
-from mmgraft import IAAConfig, LlavaConfig, LoraConfig, WingsConfig, XattnConfig
+from mmgraft import (
+    ExpertConfig,
+    IAAConfig,
+    LlavaConfig,
+    LoraConfig,
+    WingsConfig,
+    XattnConfig,
+)
 from mmgraft.errors import MMGraftError
 from mmgraft.model import loss
 from mmgraft.model.kernels import activations
@@ -29,6 +36,7 @@ CONFIGS = {
     "llava": LlavaConfig(),
     "lora": LoraConfig(rank=4),
     "lora-token": LoraConfig(rank=3, gate="token", targets="feedforward"),
+    "expert": ExpertConfig(layers=[0, 3]),
     "xattn": XattnConfig(layers=[0, 2]),
 }
 
