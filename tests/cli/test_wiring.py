@@ -19,6 +19,7 @@ from mmgraft.grafts.expert.config import ExpertConfig
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.lora.config import LoraConfig
 from mmgraft.grafts.wings.config import WingsConfig
+from mmgraft.grafts.xattn.config import XattnConfig
 from mmgraft.vision.projectors.configs import MlpConfig
 from wires import LOADING, READING, READS, SPEAKS, SPOKEN, Stop
 
@@ -378,6 +379,11 @@ def test_graft_of_another_method(run: Path, cli, called) -> None:
     cli("graft", "x/b", "--method", "expert", "--layers", "every:4", *more)
     wanted = {"parts": ["feedforward"], "rank": 6, "image_positions": "shared", "layers": "every:4"}
     assert made[4]["config"] == ExpertConfig.model_validate(wanted)
+    more = ("--attend", "all", "--feedforward", "none", "--heads", "2x8/1", "--gate", "linear")
+    cli("graft", "x/b", "--method", "xattn", "--preset", "flamingo", "--layers", "spread:2", *more)
+    wanted = {"attend": "all", "feedforward": "none", "heads": "2x8/1", "gate": "linear"}
+    flamingo = {"layers": "spread:2", "layer_norm": True, "qk_norm": False, "preset": "flamingo"}
+    assert made[5]["config"] == XattnConfig.model_validate({**flamingo, **wanted})
 
 
 def test_graft_by_a_recipe(run: Path, cli, called) -> None:
