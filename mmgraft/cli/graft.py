@@ -86,6 +86,10 @@ _TOWER = "Tower: Hub id, folder or registered name."
 _FEATURES = "Hidden state of the tower that is read; -2 when not given."
 _PROJECTOR = f"Projector: {', '.join(PROJECTORS.known)} or an installed one."
 _NORM = "--projector-norm/--no-projector-norm", "A norm before the projector."
+_ProjectorOption = Annotated[
+    list[str] | None,
+    option("--projector-option", "KEY=VALUE of the projector; may be repeated.", panel=_SEE),
+]
 _TEMPLATE = "Template: chat, plain or a jinja file."
 _TemplateOption = Annotated[
     list[str] | None,
@@ -105,6 +109,7 @@ def graft(
     feature_layer: Annotated[int | None, option(_FEATURES, panel=_SEE)] = None,
     projector: Annotated[str | None, option(_PROJECTOR, panel=_SEE)] = None,
     projector_norm: Annotated[bool | None, option(*_NORM, panel=_SEE)] = None,
+    projector_option: _ProjectorOption = None,
     template: Annotated[str | None, option(_TEMPLATE, panel=_SEE)] = None,
     template_option: _TemplateOption = None,
     workflow: Annotated[str | None, option("Name of the new workflow; else mm.")] = None,
@@ -137,7 +142,7 @@ def graft(
         config,
         target,
         workflow=workflow or (chosen and chosen.workflow) or "mm",
-        projector=_projector(defaults, projector, projector_norm),
+        projector=_projector(defaults, projector, projector_norm, projector_option or []),
         template=_template(template, template_options(template_option)),
         revision=revision,
         full_fingerprint=verify == "full",
@@ -218,17 +223,17 @@ def _config(
 
 
 def _projector(
-    defaults: GraftDefaults | None, name: str | None, norm: bool | None
+    defaults: GraftDefaults | None, name: str | None, norm: bool | None, options: list[str]
 ) -> ProjectorConfig:
     """Return the settings: the recipe's where it names the same projector, then the options."""
     config: ProjectorConfig = defaults.projector if defaults else MlpConfig()
     if name not in (None, config.kind):
-        config = find_projector(name).config_class.parse({}, f"settings of projector {name}")
-    if norm is None:
-        return config
-    if "norm" not in type(config).model_fields:
+        config = find_projector(name).config_class()
+    if norm is not None and "norm" not in type(config).model_fields:
         raise UsageError(f"--projector-norm is no setting of projector {config.kind}; leave it out")
-    return config.model_copy(update={"norm": norm})
+    given = dict(key_value(one, "--projector-option", "latents=16") for one in options)
+    values = config.model_dump() | given | ({} if norm is None else {"norm": norm})
+    return type(config).parse(values, f"settings of projector {config.kind}")
 
 
 def _template(spec: str | None, options: dict[str, Any]) -> TemplateChoice:
