@@ -32,7 +32,7 @@ from mmgraft.recipes.source import (
 )
 from mmgraft.strict import Option
 from mmgraft.textfiles import read_text
-from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
+from mmgraft.vision.projectors.configs import ProjectorConfig
 from mmgraft.vision.projectors.registry import PROJECTORS, find_projector
 
 if TYPE_CHECKING:
@@ -131,14 +131,13 @@ def graft(
     config = _config(method, {"layers": layers, **settings}, set_ or [], chosen)
     kind = get_method(config.method)
     target = out or Path(f"{_short(base)}-{kind.name}")
-    defaults = chosen.graft if chosen else None
-    tower = (defaults or GraftDefaults()).tower(vision, feature_layer)
+    defaults = chosen.graft if chosen else GraftDefaults()
     _check(target, force, verify)
     with uncollected():  # here torch is loaded
         from mmgraft.model.files.create import create_graft
     record = create_graft(
         resolve_alias(base),
-        tower,
+        defaults.tower(vision, feature_layer),
         config,
         target,
         workflow=workflow or (chosen and chosen.workflow) or "mm",
@@ -223,17 +222,17 @@ def _config(
 
 
 def _projector(
-    defaults: GraftDefaults | None, name: str | None, norm: bool | None, options: list[str]
+    defaults: GraftDefaults, name: str | None, norm: bool | None, options: list[str]
 ) -> ProjectorConfig:
     """Return the settings: the recipe's where it names the same projector, then the options."""
-    config: ProjectorConfig = defaults.projector if defaults else MlpConfig()
-    if name not in (None, config.kind):
-        config = find_projector(name).config_class()
-    if norm is not None and "norm" not in type(config).model_fields:
-        raise UsageError(f"--projector-norm is no setting of projector {config.kind}; leave it out")
-    given = dict(key_value(one, "--projector-option", "latents=16") for one in options)
-    values = config.model_dump() | given | ({} if norm is None else {"norm": norm})
-    return type(config).parse(values, f"settings of projector {config.kind}")
+    own = defaults.projector
+    name = name or own.kind
+    same, kind = name == own.kind, find_projector(name).config_class
+    if norm is not None and "norm" not in kind.model_fields:
+        raise UsageError(f"--projector-norm is no setting of projector {name}; leave it out")
+    values = {**(own.model_dump() if same else {}), **({} if norm is None else {"norm": norm})}
+    values |= dict(key_value(one, "--projector-option", "latents=16") for one in options)
+    return kind.parse(values, f"settings of projector {name}")
 
 
 def _template(spec: str | None, options: dict[str, Any]) -> TemplateChoice:

@@ -16,7 +16,7 @@ from mmgraft.vision.projectors.base import Resampler, draw_anew
 class PerceiverProjector(Resampler):
     """``latents`` vectors an image or a view; see ``PerceiverConfig``.
 
-    Latents are drawn, in both forms: equal ones, which Idefics2 starts from, would stay equal
+    Latents start at random in both forms: equal ones, as Idefics2 has them, would stay equal
     wherever no positions tell them apart.
     """
 
