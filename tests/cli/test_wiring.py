@@ -307,6 +307,10 @@ def test_graft(run: Path, cli, called) -> None:
         "--projector",
         "mlp",
         "--projector-norm",
+        "--projector-option",
+        "hidden=6",
+        "--projector-option",
+        "init_scale=0.5",
         "--template",
         "plain",
         *SPOKEN,
@@ -332,7 +336,7 @@ def test_graft(run: Path, cli, called) -> None:
         "config": config,
         "folder": Path("new"),
         "workflow": "see",
-        "projector": MlpConfig(norm=True),
+        "projector": MlpConfig(norm=True, hidden=6, init_scale=0.5),
         "revision": "v1",
         "full_fingerprint": True,
         "dry_run": False,
@@ -410,6 +414,8 @@ def test_graft_by_a_recipe(run: Path, cli, called) -> None:
         "--vision",
         "w",
         "--no-projector-norm",
+        "--projector-option",
+        "init_scale=0.5",
     )
     first, second = made
     assert first["config"] == IAAConfig(layers=[2], gate="scalar", structure="b")
@@ -420,7 +426,7 @@ def test_graft_by_a_recipe(run: Path, cli, called) -> None:
     assert second["workflow"] == "see"
     assert second["vision"].options == {}
     assert (second["vision"].name, second["vision"].feature_layer) == ("w", 1)
-    assert second["projector"] == MlpConfig(norm=False, hidden=7)
+    assert second["projector"] == MlpConfig(norm=False, hidden=7, init_scale=0.5)
 
 
 def test_graft_is_not_forced_by_default(run: Path, cli, called) -> None:

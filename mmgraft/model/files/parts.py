@@ -179,6 +179,7 @@ def make_workflow(
         torch.manual_seed(SEED)
         # The projector first: the same one whatever the method, so that methods compare.
         projector = build_projector(spec, width, size)
+        projector.fill()
         graft: Graft = get_method(config.method).load_graft()(config, anatomy, parts)
     token, why = choose_placeholder(tokenizer, anatomy.vocab_size)
     record = GraftFile(
@@ -187,7 +188,7 @@ def make_workflow(
         workflow=workflow,
         base=reference,
         vision=VisionSpec(),
-        projector=spec,
+        projector=projector.config,
         image_token=ImageToken(id=token, why=why),
         template=template,
     )
