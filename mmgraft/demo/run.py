@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mmgraft.atomic import atomic_bytes, atomic_json, atomic_text
 from mmgraft.data.rows import Row
 from mmgraft.demo import easy_vqa
@@ -219,9 +217,13 @@ class _Demo:
         recipe = load_recipe(file, method=settings.method)
         kind = get_method(settings.method)
         config = kind.config_class.parse(recipe.graft.config, f"settings of {recipe.name}")
-        torch.manual_seed(settings.seed)
         create_graft(
-            models.base, models.vision, config, settings.out, projector=recipe.graft.projector
+            models.base,
+            models.vision,
+            config,
+            settings.out,
+            projector=recipe.graft.projector,
+            seed=settings.seed,
         )
         atomic_text(settings.out / "recipe.yaml", file.read_text(encoding="utf-8"))
 

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from mmgraft.comparison.files import PhaseRecord, arm_folder, write_phase
-from mmgraft.comparison.plan import make_plan
+from mmgraft.comparison.plan import make_graft, make_plan
 from mmgraft.comparison.spec import Comparison, load_comparison, with_settings
 from mmgraft.errors import UsageError
 
@@ -238,3 +240,29 @@ def test_a_bad_row_is_refused_or_left_out_as_each_arm_says(write, parts, tmp_pat
     spec = with_settings(spec, ["on_bad_row=error"])
     with pytest.raises(UsageError, match=r"arm 'llava': .*bad\.jsonl, line 1.*gone\.png"):
         make_plan(spec, tmp_path / "out")
+
+
+def test_an_arm_with_several_seeds_is_chosen_whole_or_by_one(write, tmp_path: Path) -> None:
+    spec = load_comparison(write(seed=[0, 5]))
+    for only, chosen in (
+        (["iaa"], ("iaa.seed0", "iaa.seed5")),
+        (["iaa.seed5", "llava.seed0"], ("iaa.seed5", "llava.seed0")),
+    ):
+        assert make_plan(spec, tmp_path / "out", only=only, device="cpu").chosen == chosen
+    with pytest.raises(UsageError, match="no arm 'wings'"):
+        make_plan(spec, tmp_path / "out", only=["wings"])
+
+
+def test_a_seed_is_of_the_grafts_first_values_too(write, tmp_path: Path) -> None:
+    spec = load_comparison(write(seed=[0, 5]))
+    plan = make_plan(spec, tmp_path / "out", device="cpu")
+    files = {}
+    for arm in plan.arms:
+        make_graft(plan, arm.recipe, tmp_path / arm.name)
+        tensors = load_file(tmp_path / arm.name / "graft.safetensors")
+        files[arm.name] = {name: one for name, one in tensors.items() if "projector" in name}
+    weight = next(name for name, one in files["llava.seed0"].items() if one.dim() == 2)
+    first = {name: tensors[weight] for name, tensors in files.items()}
+    assert torch.equal(first["llava.seed0"], first["iaa.seed0"]), "one start for all methods"
+    assert torch.equal(first["llava.seed5"], first["iaa.seed5"])
+    assert not torch.equal(first["llava.seed0"], first["llava.seed5"])
