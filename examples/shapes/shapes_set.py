@@ -2,8 +2,9 @@
 
     python examples/shapes/shapes_set.py --out shapes
 
-align.jsonl (what is where, as a caption) and tune.jsonl (several questions about one image) train,
-as messages. train.jsonl and test.jsonl have one question a row: for priors, and to evaluate on.
+align.jsonl (what is where, as a caption) and tune.jsonl (questions about one image, and at last
+what is where) train, as messages. train.jsonl and test.jsonl have one question a row: for priors,
+and to evaluate on.
 Every kind of question has its answers about equally often, and no set of things (such as a red
 circle with a blue square) is in both parts, wherever the things stand.
 """
@@ -42,7 +43,8 @@ COLUMNS, ROWS = ("left", "middle", "right"), ("top", "middle", "bottom")
 COUNTS = ("zero", "one", "two", "three", "four")
 TEST_SHARE = 0.2
 """Share of the sets of things that are kept for the test."""
-TURNS = 6
+TURNS = 5
+DESCRIBE = "what is where?"
 SLACK = 2
 """Largest lead of an answer over the rarest of its kind."""
 ANSWERS = {
@@ -235,16 +237,15 @@ def draft(settings: ShapesSettings) -> Draft:
     for part, drawn in scenes.items():
         taken: Counter[tuple[str, str]] = Counter()
         about[part] = [choose(scene, taken, rng) for scene in drawn]
-    asked = list(enumerate(about["train"]))
+    captions = [caption(scene) for scene in scenes["train"]]
     rows = {
         "align.jsonl": [
-            _messages("train", number, [("", caption(scene))])
-            for number, scene in enumerate(scenes["train"])
+            _messages("train", number, [("", text)]) for number, text in enumerate(captions)
         ],
         "tune.jsonl": [
-            _messages("train", number, [(one.text, one.answer) for one in few])
-            for number, few in asked
-            if few
+            # Last, so that no question can be answered from the words instead of the image.
+            _messages("train", number, [*((one.text, one.answer) for one in few), (DESCRIBE, text)])
+            for number, (few, text) in enumerate(zip(about["train"], captions, strict=True))
         ],
         "train.jsonl": _singles("train", about["train"]),
         "test.jsonl": _singles("test", about["test"]),

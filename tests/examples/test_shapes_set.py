@@ -120,13 +120,15 @@ def test_rows_to_train_on_ask_the_same_and_captions_name_what_is_seen(made: Path
     single = defaultdict(list)
     for one in items(made, "train"):
         single[one.id.rsplit("-", 1)[0]].append((one.question, one.answers[0]))
+    captions = {row.id: row.messages[1]["content"] for row in read_rows(made / "align.jsonl")}
     for row in read_rows(made / "tune.jsonl"):
-        turns = row.messages
-        texts = [one["content"][-1]["text"] for one in turns[::2]]
-        assert [*zip(texts, (one["content"] for one in turns[1::2]), strict=True)] == single[row.id]
+        texts = [one["content"][-1]["text"] for one in row.messages[::2]]
+        *pairs, last = zip(texts, (one["content"] for one in row.messages[1::2]), strict=True)
+        assert pairs == single[row.id]
+        assert last == ("what is where?", captions[row.id])
     for row in read_rows(made / "align.jsonl"):
         things = seen(Path(row.messages[0]["content"][0]["image"]))
-        told = re.findall(r"\w+ \w+: (\w+) (\w+) (\w+)", row.messages[1]["content"])
+        told = re.findall(r"\w+ \w+: (\w+) (\w+) (\w+)", captions[row.id])
         assert sorted(one[1:] for one in told) == sorted((t["color"], t["shape"]) for t in things)
         assert {one[0] == "big" for one in told} == {one["width"] > 38 for one in things}
 
