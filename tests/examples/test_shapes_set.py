@@ -57,7 +57,10 @@ def seen(path: Path) -> list[Seen]:
             drawn = (cell != 255).any(-1)
             if not drawn.any():
                 continue
-            (color,) = {PALETTE[tuple(map(int, one))] for one in np.unique(cell[drawn], axis=0)}
+            (color,) = {
+                PALETTE[(int(one[0]), int(one[1]), int(one[2]))]
+                for one in np.unique(cell[drawn], axis=0)
+            }
             ys, xs = np.nonzero(drawn)
             width = int(np.ptp(xs)) + 1
             filled = drawn.sum() / (width * (np.ptp(ys) + 1))
