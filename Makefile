@@ -61,7 +61,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt demo-packages.txt
 	@$(PYTHON) -c 'import sys; sys.exit("mmgraft needs Python 3.10 or newer; set PYTHON=" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[dev,4bit,gguf,eval,data]'
+	$(PIP) install -q -c constraints.txt -e '.[dev,4bit,gguf,eval,data,serve]'
 	$(PIP) install -q --no-deps -r demo-packages.txt
 	@touch $@
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -182,7 +182,7 @@ class Dialogue:
         elif self._caches(workflow):
             inputs["past_key_values"] = cache = DynamicCache(config=model.base.config)
         if on_text is not None:
-            inputs["streamer"] = _Streamer(self.answerer, on_text)
+            inputs["streamer"] = AnswerStreamer(self.answerer, on_text)
         with torch.inference_mode(), self.answerer.generating(settings):
             out = model.generate(**inputs, workflow=workflow, **self.answerer.settings(**settings))
         ids = out[0].tolist()
@@ -212,11 +212,20 @@ class Dialogue:
         return self._cache if longer and same and same_images else None
 
 
-class _Streamer(TextStreamer):
-    """Hands pieces of the answer on, without the prompt and without reasoning."""
+class AnswerStreamer(TextStreamer):
+    """Hands pieces of the answer on, without the prompt, without reasoning and without its end.
 
-    def __init__(self, answerer: Answerer, on_text: Callable[[str], None]) -> None:
-        self._answers, self._raw = answerer.processor.answers, answerer.reasoning
+    Args:
+        answerer: Its processor knows how answers look.
+        on_text: Called with each piece.
+        stops: Texts that end this answer, beside the template's.
+    """
+
+    def __init__(
+        self, answerer: Answerer, on_text: Callable[[str], None], stops: Sequence[str] = ()
+    ) -> None:
+        own = answerer.processor.answers
+        self._answers, self._raw = replace(own, stops=(*own.stops, *stops)), answerer.reasoning
         self._special = None if self._raw else self._answers.special
         tokenizer = answerer.processor.tokenizer
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=self._special is None)
@@ -228,6 +237,8 @@ class _Streamer(TextStreamer):
         shown = self._text if self._raw else self._answers.shown(self._text)
         if self._special is not None:
             shown = self._special.sub("", shown)
+        if not stream_end:  # the beginning of what may become a stop waits
+            shown = shown[: len(shown) - self._answers.begun(shown)]
         if len(shown) > len(self._sent):
             self._on_text(shown[len(self._sent) :])
             self._sent = shown

@@ -83,6 +83,48 @@ def test_a_dialogue_of_text_goes_on_with_an_image_where_text_stays(
     assert (dialogue._cache is before) == (answerer.model.workflow().graft.method in GO_ON)
 
 
+@pytest.mark.parametrize("edited", ["image", "question", "answer", "taken back"])
+def test_a_dialogue_that_was_edited_is_read_anew(
+    answerer: Answerer, folder: Path, edited: str
+) -> None:
+    """Another image takes the same positions, so that ids and kinds stay what they were."""
+    dialogue = Dialogue(answerer)
+    dialogue.add_image(str(folder / "a.png"))
+    dialogue.say("what is it", **SETTINGS)
+    dialogue.say("which colour", **SETTINGS)
+    before = dialogue._cache
+    if edited == "image":
+        dialogue.messages[0]["content"][0]["image"] = str(folder / "b.png")
+    elif edited == "question":
+        dialogue.messages[0]["content"][1]["text"] = "what is he"
+    elif edited == "answer":
+        dialogue.messages[1]["content"] = "a word"
+    else:
+        del dialogue.messages[2:]
+    dialogue.say("go on" if edited != "taken back" else "which", **SETTINGS)
+    assert dialogue.messages[-1]["content"] == fresh(answerer, dialogue)
+    assert dialogue._cache is not before or before is None
+
+
+def test_an_image_is_shown_with_one_turn(answerer: Answerer, folder: Path) -> None:
+    dialogue = Dialogue(answerer)
+    names = [str(folder / name) for name in ("a.png", "b.png")]
+    for name in names:
+        dialogue.add_image(name)
+    dialogue.say("what are these", **SETTINGS)
+    dialogue.say("which colour", **SETTINGS)
+    dialogue.add_image(names[1])
+    dialogue.say("and this", **SETTINGS)
+    shown = [
+        [part["image"] for part in turn["content"] if part["type"] == "image"]
+        if isinstance(turn["content"], list)
+        else []
+        for turn in dialogue.messages[::2]
+    ]
+    assert shown == [names, [], names[1:]]
+    assert dialogue.waiting == []
+
+
 def test_text_turns_are_the_base_itself(answerer: Answerer, folder: Path) -> None:
     dialogue = Dialogue(answerer)
     dialogue.say("hello there", **SETTINGS)

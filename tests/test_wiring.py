@@ -75,6 +75,10 @@ a `partial` that is called later."""
 
 
 OF_BASE_CLASSES = {
+    "_build_generation_config.use_cb",
+    "get_gen_models.cache_dir",
+    "get_manager.use_cb",
+    "get_model_modality.processor",
     "_get_train_sampler.train_dataset",
     "_load_from_checkpoint.model",
     "_model_call.attn_mask",

@@ -81,6 +81,11 @@ COMMANDS: dict[str, Command] = {
         "Answer a file of rows in batches: jsonl in, jsonl out.",
         "generate qwen2-7b-iaa rows.jsonl --out answers.jsonl",
     ),
+    "serve": Command(
+        _USE,
+        "Serve grafts of one base behind OpenAI's API.",
+        "serve qwen2-7b-iaa --port 8000",
+    ),
     "export": Command(
         _SHARE,
         "Write a graft for use elsewhere: stock LLaVA, one full folder.",

@@ -14,10 +14,12 @@ from mmgraft.runs.find import find_run
 if TYPE_CHECKING:
     from mmgraft.export.folder import Exported, Kind
 
-_KINDS = ("graft", "full", "llava")
+_KINDS = ("graft", "full", "llava", "peft")
 
 
-_TO = "What to write: graft, alone; full, with base and tower; llava, a stock model."
+_TO = (
+    "What to write: graft, alone; full, with base and tower; llava, a stock model; peft, adapters."
+)
 _WORKFLOW = "Workflow to export, where an import wrote several."
 _DTYPE = "Dtype of a llava export: bfloat16, float32, float16; default: the base's."
 
@@ -37,7 +39,8 @@ def export(
 
     To graft: the small adapter. To full: base, tower and graft in one folder that loads offline.
     To llava: an ordinary model of transformers, for grafts that are a plain decoder with a
-    projector; it is compared with the graft before it is kept.
+    projector; it is compared with the graft before it is kept. To peft: adapters of a lora graft
+    with gate row, to be switched on beside its llava export for rows with an image.
     """
     _check(to, dtype)
     kind = cast("Kind", to)
@@ -65,6 +68,10 @@ def _write(
         from mmgraft.export.full import export_full
 
         return export_full(run, out, base, dry_run, note)
+    if kind == "peft":
+        from mmgraft.export.peft import export_peft
+
+        return export_peft(run, out, base, dry_run, note)
     from mmgraft.export.llava.export import export_llava
 
     return export_llava(run, out, base, dtype, dry_run, note)

@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError, safe_open
+
 from mmgraft.errors import UsageError
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 
-Kind = Literal["graft", "full", "llava"]
+Kind = Literal["graft", "full", "llava", "peft"]
 
 NOTE_KEY = "mmgraft"
 """Key of an exported ``config.json`` that says what the model was made of."""
+
+ADAPTER = "adapter_model.safetensors"
 
 _OF_A_RUN = ("checkpoints", "metrics.jsonl")
 
@@ -100,8 +104,11 @@ def _is_export(folder: Path) -> bool:
     if (folder / CONFIG_NAME).is_file():
         return not any((folder / name).exists() for name in _OF_A_RUN)
     try:
+        if (folder / ADAPTER).is_file():
+            with safe_open(folder / ADAPTER, framework="pt") as file:
+                return NOTE_KEY in (file.metadata() or {})
         return NOTE_KEY in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, SafetensorError):
         return False
 
 

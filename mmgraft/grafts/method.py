@@ -89,11 +89,29 @@ class PlainDecoder:
         layers: Base layers that are followed by one of the graft's, in order; None for none.
         owns: Which of ``embedding``, ``norm`` and ``head`` are the graft's own.
         untie: Own embedding and own head are two tensors also where the base ties them.
+        lacks: What of the graft such a decoder has no place for, as a sentence for the user; rows
+            with an image are then what the projector alone gives.
     """
 
     layers: LayerChoice | None = None
     owns: frozenset[str] = frozenset()
     untie: bool = False
+    lacks: str = ""
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """A graft as a LoRA adapter of the ordinary kind, switched on for rows with an image.
+
+    Attributes:
+        rank, alpha: As PEFT has them.
+        tensors: Names of the graft's tensors, each with its name there below the decoder's layers:
+            ``0.self_attn.q_proj.lora_A.weight``.
+    """
+
+    rank: int
+    alpha: float
+    tensors: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -121,9 +139,10 @@ class Method:
             name in the graft; by default the name's first word.
         as_decoder: Gives a graft of these settings as a plain decoder, for exports; its second
             argument says whether the graft is in the path.
+        as_adapter: Gives a graft of these settings and tensors' names as a LoRA adapter.
         origin: The package that brought it, filled in by the registry.
 
-    ``as_decoder`` raises UsageError with the reason where the graft is none.
+    ``as_decoder`` and ``as_adapter`` raise UsageError with the reason where the graft is none.
     """
 
     name: str
@@ -139,6 +158,7 @@ class Method:
     unused: Callable[[Any], Sequence[str]] = lambda config: ()
     part_of: Callable[[str], str] = lambda tensor: tensor.split(".")[0]
     as_decoder: Callable[[Any, bool], PlainDecoder] | None = None
+    as_adapter: Callable[[Any, Sequence[str]], PlainAdapter] | None = None
     origin: str = "mmgraft"
 
     def levels(self) -> dict[str, list[str]]:

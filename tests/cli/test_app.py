@@ -15,7 +15,7 @@ from mmgraft.cli.app import COMMANDS, run
 from mmgraft.errors import MMGraftError, UsageError
 
 ISSUE_COMMANDS = {
-    *("graft", "train", "chat", "generate", "export", "push", "import"),
+    *("graft", "train", "chat", "generate", "serve", "export", "push", "import"),
     *(
         "inspect",
         "recipes",

@@ -491,7 +491,7 @@ def test_every_option_is_tried(name: str, command: click.Command) -> None:
     if name in ELSEWHERE:
         return
     shared = {"data check": READING, "data preview": READING, "graft": SPOKEN}.get(name, [])
-    if name in ("chat", "generate", "laws", "eval"):
+    if name in ("chat", "generate", "laws", "eval", "serve"):
         shared = LOADING if name == "laws" else [*LOADING, *SPOKEN]
     words = f'"{name.split()[-1]}"'
     sections = [part for part in text.split("\n\n\n") if words in part]

@@ -300,3 +300,50 @@ def test_laws(run: Path, parts: Path, cli, called, fake: Fake) -> None:
     chosen = called("mmgraft.evaluation.sets.choose_sets", Stop("that far"))
     cli("laws", "run", "--set", "b")
     assert chosen[0]["only"] == ["b"]
+
+
+# -- serve -------------------------------------------------------------------------------------
+
+
+def test_what_is_served_and_how(run: Path, parts: Path, cli, loaded, called, monkeypatch) -> None:
+    """Every option of "serve" off its default."""
+    options = ["--show-reasoning", "--cors", "--allow-urls", "--allow-files", str(parts)]
+    line = [
+        "serve",
+        "run",
+        "other",
+        "--host",
+        "127.0.0.2",
+        "--port",
+        "0",
+        "--api-key",
+        "k",
+        *options,
+    ]
+    ran = cli(*line, "--revision", "v1", *LOADING, "--template-option", "a=1")
+    assert loaded, ran.err
+    assert {**LOADED, "revision": "v1", "options": {"a": 1}}.items() <= loaded[0].items()
+    answerer = SimpleNamespace(reasoning=False)
+    monkeypatch.setattr("mmgraft.inference.Answerer.load", lambda *_, **__: answerer)
+    names = called("mmgraft.serving.app.serve_names", {"mm": None})
+    built = called("mmgraft.serving.app.build_app", object())
+    monkeypatch.setattr("uvicorn.Config", lambda app, log_level: app)
+    sockets: list[Any] = []
+    monkeypatch.setattr(
+        "uvicorn.Server", lambda _: SimpleNamespace(run=lambda sockets: seen(sockets))
+    )
+    seen = sockets.extend
+    ran = cli(*line, "--base", "elsewhere")
+    assert ran.code == 0, ran.err
+    assert names[0] == {"answerer": answerer, "others": ["other"], "base": "elsewhere"}
+    assert answerer.reasoning
+    allowed = built[0].pop("allowed")
+    assert (allowed.urls, allowed.files) == (True, parts.resolve())
+    assert built[0] == {"served": {"mm": None}, "key": "k", "cors": True}
+    assert sockets[0].getsockname()[0] == "127.0.0.2"
+    assert sockets[0].getsockname()[1] != 0
+    sockets[0].close()
+    monkeypatch.setenv("MMGRAFT_API_KEY", "kept")
+    assert cli("serve", "run", "--port", "0").code == 0
+    assert built[1]["key"] == "kept"
+    sockets[1].close()

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from mmgraft.comparison import plan as planning
 from mmgraft.comparison.files import PhaseRecord, arm_folder, write_phase
 from mmgraft.comparison.plan import make_graft, make_plan
-from mmgraft.comparison.spec import Comparison, load_comparison, with_settings
+from mmgraft.comparison.spec import Comparison, DialoguesSpec, load_comparison, with_settings
 from mmgraft.errors import UsageError
+from mmgraft.grafts.iaa.config import IAAConfig
+from mmgraft.model.files.graft_file import TemplateChoice
+from mmgraft.recipes.source import load_recipe
+from mmgraft.vision.projectors.configs import MlpConfig
 
 
 def test_arms_share_base_tower_data_and_seed(write, parts: Path, tmp_path: Path) -> None:
@@ -93,16 +100,58 @@ def test_packed_rows_are_not_counted_as_if_each_stood_alone(
     assert (stage.steps, stage.rows_a_step) == (1, None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, {"layer": -4, "template": None}),
+        ({"vision": {"id": "some/tower", "feature_layer": 0}}, {"layer": 0, "template": None}),
+        ({"template": "plain"}, {"layer": -4, "template": TemplateChoice(kind="plain")}),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_graft_is_made_as_its_recipe_says(
+    write, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes, wanted, dry_run
+) -> None:
+    """Every setting of it off its default, and what the comparison settles for all."""
+    made: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(planning, "create_graft", lambda *args, **more: made.append((args, more)))
+    recipe = {
+        "name": "own", "method": "iaa", "workflow": "see", "seed": 7,
+        "graft": {
+            "config": {"layers": [2], "structure": "b"},
+            "feature_layer": -4, "projector": {"kind": "mlp", "norm": True, "hidden": 7},
+        },
+        "stages": [{"name": "tune", "train": ["projector"], "lr": 1.0, "batch_size": 1}],
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    arms = {"own": {"recipe": str(tmp_path / "own.yaml")}}
+    spec = load_comparison(write(arms=arms, base="x/base", **changes))
+    plan: Any = SimpleNamespace(base="x/base", vision=spec.vision, comparison=spec)
+    make_graft(plan, load_recipe(tmp_path / "own.yaml"), tmp_path / "run", dry_run=dry_run)
+    (args, more), *others = made
+    base, vision, config, run = args
+    assert (base, run, others) == ("x/base", tmp_path / "run", [])
+    assert (vision.id, vision.feature_layer) == (spec.vision.id, wanted["layer"])
+    assert config == IAAConfig(layers=[2], structure="b")
+    assert more == {
+        "workflow": "see", "projector": MlpConfig(norm=True, hidden=7),
+        "template": wanted["template"], "seed": 7, "dry_run": dry_run,
+    }  # fmt: skip
+
+
 def test_limit_samples_fewer_items_never_more(write, tmp_path: Path) -> None:
     sets = [
         {"name": "few", "metric": "exact", "path": "rows.jsonl", "limit": 2},
         {"name": "all", "metric": "exact", "path": "rows.jsonl"},
     ]
     spec = load_comparison(write(evaluation=sets, laws={"path": "rows.jsonl"}))
-    found = make_plan(spec, tmp_path / "out", limit=10).comparison
-    assert [one.limit for one in found.evaluation] == [2, 10]
-    assert found.laws is not None
-    assert found.laws.limit == 10
+    spec = spec.model_copy(update={"iit": DialoguesSpec()})
+    for limit, laws, dialogues in ((10, 10, 10), (80, 64, 80), (200, 64, 100)):
+        found = make_plan(spec, tmp_path / "out", limit=limit).comparison
+        assert [one.limit for one in found.evaluation] == [2, limit]
+        assert found.laws is not None
+        assert found.iit is not None
+        assert (found.laws.limit, found.iit.count) == (laws, dialogues)
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,14 @@ from mmgraft.comparison.files import PHASES, read_comparison
 from mmgraft.comparison.measured import SetAnswers, read_answers, read_arms
 from mmgraft.comparison.report import ComparisonReport, answer_sheet, write_comparison_report
 from mmgraft.comparison.spec import dump_comparison
+from mmgraft.comparison.tables import main_table
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import file_sha256, read_items
 from mmgraft.evaluation.metrics.boxes import format_box
-from mmgraft.evaluation.report import sheets
+from mmgraft.evaluation.report import sheets, words
 from mmgraft.evaluation.report.words import change_with_interval, verdict
 from mmgraft.recipes.evaluation_set import SetSpec
-from mmgraft.runs.results import write_results
+from mmgraft.runs.results import Score, write_results
 from report_example import iit_section
 
 
@@ -97,6 +98,23 @@ def test_the_table_has_the_base_and_every_arm(whole: Path) -> None:
     assert full.endswith("| 12,352 | 17 min | 3.1 GB |")
     assert "**1.000** (1.000 to 1.000)" in lines_of(text, "| iaa | bit for bit | E0 E1 |")[0]
     assert lines_of(text, "| late | - |")[0].replace("-", "").replace("|", "").strip() == "late"
+
+
+def test_every_column_is_of_its_own_score(changed: Path) -> None:
+    """Blind scores that differ from each other, by arm and by name."""
+    arms = read_arms(changed, read_comparison(changed))[:3]
+    wanted = {}
+    for at, arm in enumerate(arms):
+        (seen,) = arm.sections["vision"].sets
+        for place, (name, title) in enumerate([("prior", "prior"), ("no_image", "no image")]):
+            value = (1 + at + 4 * place) / 10
+            score = Score(value=value, low=value - 0.05, high=value + 0.05, count=40, groups=40)
+            seen.blind[name] = {"other": score.model_copy(update={"value": 0.99}), seen.main: score}
+            wanted[arm.name, title] = words.with_interval(score)
+    table = main_table(arms)
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert {at: rows[at[0]][at[1]] for at in wanted} == wanted
+    assert len(set(wanted.values())) == 6
 
 
 def test_worse_text_is_marked_in_the_page(whole: Path) -> None:
@@ -368,8 +386,8 @@ def repeated(tmp_path: Path) -> Path:
     (out / "comparison.yaml").write_text(
         dump_comparison(comparison.model_copy(update={"arms": arms, "seed": [0, 1, 2]}))
     )
-    for name, words in said.items():
-        for seed, word in enumerate(words):
+    for name, told in said.items():
+        for seed, word in enumerate(told):
             run = add_arm(out, name, spec)
             vision = vision_of(run, spec, lambda item, at, word=word: word or item.answers[0])
             (run / "results" / "vision.json").write_text(vision.model_dump_json())

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mmgraft.comparison import phases, runner
 from mmgraft.comparison.phases import evaluate
@@ -73,3 +74,63 @@ def test_each_part_has_its_sets_and_the_shared_base(
         **more, "file": Path("l"), "features": "features",
         "settings": {"without": {"path", "images"}},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("base", "precisions", "dtype"),
+    [
+        ("frozen", ["bf16", "bf16"], torch.bfloat16),
+        ("frozen", ["bf16", "fp32"], torch.float32),
+        ("frozen", ["fp32", "bf16"], torch.float32),
+        ("full", ["bf16", "bf16"], torch.float32),
+    ],
+)
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_features_are_as_precise_as_the_training_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base, precisions, dtype, on_bad_row
+) -> None:
+    seen: dict[str, Any] = {}
+    read: list[Any] = []
+
+    class Reader:
+        def __init__(self, on_bad: str) -> None:
+            assert on_bad == on_bad_row
+            self.bad: list[Any] = []
+
+        def rows(self, data: Any, seed: int, share: Any) -> list[Any]:
+            read.append((data, seed, share))
+            return []
+
+    def load_tower(spec: Any, **more: Any) -> str:
+        seen["tower"] = (spec, more)
+        return "tower"
+
+    def fill_cache(*args: Any, **more: Any) -> int:
+        seen["filled"] = (args, more)
+        return 3
+
+    monkeypatch.setattr(phases, "StageData", Reader)
+    monkeypatch.setattr(phases, "GraftFile", SimpleNamespace(read=lambda run: "record"))
+    monkeypatch.setattr(phases, "local_tower", lambda record, run: (record, run))
+    monkeypatch.setattr(phases, "load_tower", load_tower)
+    monkeypatch.setattr(phases, "open_cache", lambda *args: SimpleNamespace(folder=args))
+    monkeypatch.setattr(phases, "Joined", lambda parts: parts)
+    monkeypatch.setattr(phases, "fill_cache", fill_cache)
+    monkeypatch.setattr(phases, "default_workers", lambda device: f"workers on {device}")
+    stages = [
+        SimpleNamespace(precision=one, data=[one], image_share=at / 4)
+        for at, one in enumerate(precisions)
+    ]
+    recipe = SimpleNamespace(
+        base=base, stages=stages, feature_cache=str(tmp_path), on_bad_row=on_bad_row, seed=5
+    )
+    said: list[str] = []
+    arm: Any = SimpleNamespace(name="a", run="run", recipe=recipe)
+    phases.fill_features(arm, "mps", said.append)
+    assert seen["tower"] == (("record", "run"), {"dtype": dtype, "device": "mps"})
+    args, more = seen["filled"]
+    assert args[0].folder == ("tower", tmp_path)
+    assert args[1] == "tower"
+    assert more == {"workers": "workers on mps", "bad": [] if on_bad_row == "skip" else None}
+    assert read == [([one], 5, at / 4) for at, one in enumerate(precisions)]
+    assert len(said) == 1

@@ -369,6 +369,17 @@ def test_an_answer_that_is_an_object_is_shown_as_it_is(folder: Path) -> None:
         _read(folder, [row])
 
 
+def test_training_answers_are_in_the_sets_own_columns(folder: Path) -> None:
+    rows = [
+        {"asks": "Size?", "says": "big", "question": "no", "answer": "never"},
+        {"asks": "Size?", "from": ["big", "small"], "says": "small", "answer": "never"},
+    ]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"question": "asks", "answer": "says", "options": "from"}
+    spec = _spec("exact", train="train.jsonl", columns=columns)
+    assert read_training_answers(spec) == [("Size?", "big"), ("Size?", "small")]
+
+
 def test_training_answers_of_every_kind_of_row(folder: Path) -> None:
     rows = [
         {

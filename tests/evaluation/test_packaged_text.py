@@ -53,6 +53,13 @@ def test_passages_beside_many_questions_count_once(package: Path) -> None:
     assert [item.question for item in read_items(_spec("boolq-passages"))] == ["p", "q"]
 
 
+def test_columns_of_ones_own_go_before_the_packages(package: Path) -> None:
+    assert PACKAGED["xsum"].columns == {"text": "document"}
+    own = read_items(_spec("xsum", columns={"text": "passage"}))
+    assert [own[0].question, own[-1].question] == ["p1", "p105"]
+    assert read_items(_spec("xsum"))[0].question == "d1"
+
+
 def test_a_file_of_ones_own_goes_before(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

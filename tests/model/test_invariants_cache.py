@@ -45,6 +45,14 @@ def test_other_forms_of_the_classes(arch: str) -> None:
         assert worst(model, inputs) < 1e-5, method
 
 
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_rows_without_any_image_that_run_a_workflow(arch: str, method: str) -> None:
+    """The textual learner of Wings is alone there, with its own share of two."""
+    inputs = text_of(batch(rows("t" * 19, "t" * 13), "left"))
+    assert worst(grafted(arch, method), inputs, workflow="mm") < 1e-5
+
+
 def _no_norm() -> Any:
     return CONFIGS["iaa-c"].model_copy(update={"norm": False})
 

@@ -62,6 +62,26 @@ def test_rows_with_an_image_run_the_default_workflow_and_others_text() -> None:
     assert sort(mask=longer) == ["mm", "text"]
 
 
+def test_an_image_position_that_is_padding_is_none() -> None:
+    """A mask of images made by token id marks padding too where the pad token is the image's."""
+    padding = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]])
+    found = [
+        sort_rows((2, 4), MASK, None, ["mm"], "mm", EMPTY, real)
+        for real in (
+            padding,
+            torch.cat([1 - padding, padding], dim=1),  # of what is cached, too: the end counts
+            torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1]]),
+            torch.zeros(2, 1, 4, 4),  # a mask of its own says nothing about padding
+        )
+    ]
+    assert [one.images for one in found] == [[1, 0], [1, 0], [0, 0], [2, 0]]
+    assert [one.names[0] for one in found] == ["mm", "mm", "text", "mm"]
+    kinds = kinds_of((2, 4), MASK, padding, torch.device("cpu"))
+    assert kinds.tolist() == [[TEXT, IMAGE, PADDING, TEXT], [TEXT] * 4]
+    later = kinds_of((2, 2), MASK, padding, torch.device("cpu"))
+    assert later.tolist() == [[PADDING, TEXT], [TEXT] * 2]
+
+
 def test_what_was_asked_for_is_run() -> None:
     assert sort("grounding") == ["grounding", "grounding"]
     assert sort(["grounding", "mm"]) == ["grounding", "mm"]

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from crashes import Killed, every_step, full_at, killed_at
+from grafting import CONFIGS, fresh
 from mmgraft.basefiles import TensorReader
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.model.files.graft_file import BaseReference, GraftFile, ImageToken
 from mmgraft.model.files.load import base_files, check_base, read_tensors
-from mmgraft.model.files.save import save_graft, write_graft
+from mmgraft.model.files.save import graft_tensors, save_graft, write_graft
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.vision.spec import VisionSpec
 from tiny_runs import make_parts, make_run
@@ -160,6 +161,18 @@ def test_a_trained_base_and_its_graft_stay_together(parts: Path, tmp_path: Path,
     assert set(found) == {1.0, 2.0}
     save_graft(model, run)
     assert float(GraftedModel.from_pretrained(run).base.get_input_embeddings().weight[0, 0]) == 2.0
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_every_tensor_is_saved_once(arch: str, method: str) -> None:
+    """Qwen2's head is its embedding: so is that of what IAA copies of it."""
+    workflow = fresh(arch, method).workflow()
+    found, wanted = graft_tensors(workflow), workflow.state_dict()
+    repeated = {"graft.head.weight"} if (arch, method[:3]) == ("qwen2", "iaa") else set()
+    assert found.keys() == wanted.keys() - repeated
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert len({tensor.data_ptr() for tensor in found.values()}) == len(found)
 
 
 def test_a_trained_base_brings_its_tokenizer(parts: Path, tmp_path: Path) -> None:

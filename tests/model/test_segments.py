@@ -79,6 +79,17 @@ def test_each_row_is_what_it_is_alone(arch: str, method: str) -> None:
         assert distance(found, alone) < 2e-5, WORDS[at]
 
 
+def test_each_row_is_what_it_is_alone_where_attention_is_watched() -> None:
+    """A watched graft reads the keys of all positions, by another mask than a training's."""
+    model, made = perturb(graft_on("llama", CONFIGS["wings"])), rows(*WORDS)
+    model.workflow().graft.watch = lambda *seen: None
+    inputs = packed(made)
+    logits = of_rows(logits_of(model, inputs, workflow="mm"), inputs["segments"])
+    for at, found in zip([at for pack in PACKS for at in pack], logits, strict=True):
+        alone = logits_of(model, batch([made[at]]), workflow="mm")[0]
+        assert distance(found, alone) < 2e-5, WORDS[at]
+
+
 def trained(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
     """The loss and every gradient of a step."""
     model.zero_grad()

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_tests(tree: str, tests: Sequence[str], log: str) -> None:
     """Run tests of a tree in this process, and end it with their exit code."""
+    os.setsid()  # what it starts can be found, and ended with it
     os.chdir(tree)
     os.environ["PYTHONPATH"] = tree
     sys.path[:] = [tree, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]

@@ -269,6 +269,35 @@ def test_data_from_the_command_line(recipe_file):
         with_data(recipe, ["tunes=b.json"], None)
 
 
+def test_images_alone_are_the_folder_of_the_recipes_own_rows():
+    shared = [{"path": "a.json", "images": "x", "weight": 2.0}, {"path": "b.json", "limit": 5}]
+    own = [{"path": "c.json", "images": "y", "format": "swift"}, {"path": "d.json"}]
+    stages = [
+        {"name": "align", "train": ["projector"], "lr": 1.0},
+        {"name": "tune", "train": ["projector"], "lr": 1.0, "data": own},
+    ]
+    recipe = Recipe.model_validate(
+        {"name": "r", "method": "llava", "data": shared, "stages": stages}
+    )
+
+    def rows_of(data, images):
+        found = with_data(recipe, data, images).resolved()
+        return [
+            [entry.model_dump(exclude_defaults=True) for entry in stage.data]
+            for stage in found.stages
+        ]
+
+    moved = [[{**entry, "images": "pics"} for entry in each] for each in (shared, own)]
+    assert rows_of(None, "pics") == moved
+    assert rows_of(None, None) == [shared, own]
+    assert rows_of(["tune=e.json", "tune=f.json"], "pics") == [
+        shared,  # a folder that goes with files is of these files
+        [{"path": "e.json", "images": "pics"}, {"path": "f.json", "images": "pics"}],
+    ]
+    assert rows_of(["align=e.json"], "pics") == [[{"path": "e.json", "images": "pics"}], own]
+    assert rows_of(["align=e.json", "f.json"], None) == [[{"path": "e.json"}], [{"path": "f.json"}]]
+
+
 def test_max_steps_ends_every_stage(recipe_file):
     recipe = with_max_steps(load_recipe(recipe_file(SMALL)), 2).resolved()
     assert [(s.max_steps, s.epochs) for s in recipe.stages] == [(2, None), (2, None)]

@@ -17,7 +17,11 @@ CHUNKS = (12, 16, 17, 18, 19)  # three columns of text, a chunk of one image, th
 
 @torch.no_grad()
 def in_chunks(
-    model: Any, inputs: dict[str, Tensor], ends: tuple[int, ...] = CHUNKS, cache: Any = None
+    model: Any,
+    inputs: dict[str, Tensor],
+    ends: tuple[int, ...] = CHUNKS,
+    cache: Any = None,
+    **options: Any,
 ) -> Tensor:
     """Logits of all positions, from one cache that is filled chunk by chunk."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -36,7 +40,7 @@ def in_chunks(
         if not isinstance(model, GraftedModel):
             positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)
             given["position_ids"] = positions[:, start:]
-        out = model(**given, past_key_values=cached, use_cache=True)
+        out = model(**given, past_key_values=cached, use_cache=True, **options)
         cached = out.past_key_values
         logits.append(out.logits)
         start = end
@@ -50,11 +54,11 @@ def placed(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
-def worst(model: Any, inputs: dict[str, Tensor]) -> float:
+def worst(model: Any, inputs: dict[str, Tensor], **options: Any) -> float:
     """Largest difference between cached decoding and the full forward at real positions."""
     real = inputs["attention_mask"].bool()
-    found = in_chunks(model, inputs)[real]
-    return distance(found, logits_of(model, placed(model, inputs))[real])
+    found = in_chunks(model, inputs, **options)[real]
+    return distance(found, logits_of(model, placed(model, inputs), **options)[real])
 
 
 def differences(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTED = ("mmgraft", "plugins", "examples")
-LIMIT = 28_630
-"""Largest number of lines of code in mmgraft/; 27,400 was meant without LoRA, caches and levels."""
+LIMIT = 29_200
+"""Largest number of lines of code in mmgraft/."""
 
 
 def lines_of_code(text: str) -> int:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import TrainerCallback
 
 from mmgraft.training import checkpoint
-from mmgraft.training.callbacks.finite import FiniteWatch, NotFinite, RandomState, named
+from mmgraft.training.callbacks.finite import FiniteWatch, NotFinite, RandomState, is_finite, named
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.trainer import GraftTrainer
 from tiny_runs import losses, make_run, write_recipe
@@ -166,8 +167,30 @@ def test_only_the_batches_that_are_odd_are_named() -> None:
         watch.check_step(7, torch.tensor(NAN), 1)
     watch.note(["a"], torch.tensor(1.0))
     watch.check_step(8, 3.0, 1)  # nothing is left of the step before
-    with pytest.raises(NotFinite, match="gradient"):
-        watch.check_step(9, NAN, 1)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_every_kind_of_a_number_that_is_not_finite_is_seen(value) -> None:
+    watch = FiniteWatch("s", torch.device("cpu"))
+    for norm in (value, torch.tensor(value)):
+        for rows in ([], ["a"]):  # read alone, or in one wait with the losses
+            if rows:
+                watch.note(rows, torch.tensor(1.0))
+            with pytest.raises(NotFinite, match=f"gradient of stage 's' became {value} in step 9"):
+                watch.check_step(9, norm, 1)
+    watch.note(["b"], torch.tensor(value))
+    with pytest.raises(NotFinite, match=f"loss of stage 's' became {value} .* on 1 row:\n  b$"):
+        watch.check_step(9, 1.0, 1)
+    watch.note_evaluated(["c"], torch.tensor(1.0))
+    watch.note_evaluated(["d"], torch.tensor(value))
+    with pytest.raises(NotFinite, match=f"eval_data became {value} .* on 1 row:\n  d$"):
+        watch.check_evaluation(9, value, 1)
+    model = nn.Linear(2, 1)
+    assert is_finite(model)
+    model.bias.data.fill_(value)
+    assert not is_finite(model)
+    model.bias.requires_grad_(False)
+    assert is_finite(model)  # what a base has itself is none of the training's
 
 
 def test_many_rows_are_counted_not_listed() -> None:

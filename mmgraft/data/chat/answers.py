@@ -63,6 +63,11 @@ class Answers:
             return ""
         return text.removeprefix(self.lead.strip()) if self.lead.strip() else text
 
+    def begun(self, text: str) -> int:
+        """Return how many characters at the end of a text may be the beginning of a stop."""
+        lengths = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(lengths, default=0)
+
     def with_ends(self, own: int | Sequence[int] | None) -> int | list[int] | None:
         """Return ids that end a generation: a base's own, and those that end an answer."""
         known = [own] if isinstance(own, int) else list(own or ())

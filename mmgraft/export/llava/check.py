@@ -51,6 +51,8 @@ def take_samples(made_of: Ingredients, processor: GraftProcessor, base: str | No
         UsageError: The graft's files do not fit its record.
     """
     model = GraftedModel.from_pretrained(made_of.run, dtype=made_of.dtype, verify="off", base=base)
+    if made_of.lacks:
+        model.workflow().graft.active = False
     samples = []
     for messages in _conversations():
         inputs = processor(messages)

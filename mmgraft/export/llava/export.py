@@ -110,7 +110,7 @@ def _plan(made_of: Ingredients) -> _Plan:
 
 def _notes(plan: _Plan) -> list[str]:
     made_of, processor = plan.made_of, plan.processor
-    notes = [made_of.text_note]
+    notes = [made_of.text_note, *filter(None, [made_of.lacks])]
     token = processor.processor.image_token
     if processor.new_rows:
         more = len(processor.new_rows)

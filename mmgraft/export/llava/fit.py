@@ -52,6 +52,7 @@ class Ingredients:
         owns: Which of ``embedding``, ``norm`` and ``head`` the graft has.
         tied_own: Own embedding and own head are one tensor.
         untied: Write the head by itself also where it is the embedding.
+        lacks: What of the graft is not in it; see ``PlainDecoder``.
     """
 
     run: Path
@@ -65,6 +66,7 @@ class Ingredients:
     owns: frozenset[str] = field(default_factory=frozenset)
     tied_own: bool = False
     untied: bool = False
+    lacks: str = ""
 
     @property
     def inserted(self) -> list[int]:
@@ -130,6 +132,7 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
         dtype=_dtype(dtype, config, files),
         layers=_order(anatomy.num_layers, after),
         owns=graft.owns,
+        lacks=graft.lacks,
         tied_own=anatomy.tied and {"embedding", "head"} <= graft.owns and not graft.untie,
     )
 

@@ -67,8 +67,14 @@ def llava_tensors(
             empty = {name: wanted[name] for name in piece.names}
             for name, tensor in revert_weight_conversion(model, empty).items():
                 read = partial(last.tensor, piece, name)
-                tensors[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, read)
+                tensors[_published(name)] = LazyTensor(tuple(tensor.shape), tensor.dtype, read)
         yield tensors
+
+
+def _published(name: str) -> str:
+    """Return a tensor's name as published LLaVA models have it, which vLLM insists on."""
+    tower, own, rest = name.partition("vision_tower.")
+    return f"{tower}{own}vision_model.{rest.removeprefix('vision_model.')}" if own else name
 
 
 class _LastPiece:

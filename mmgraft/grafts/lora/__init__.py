@@ -15,4 +15,5 @@ METHOD = Method(
     refuses=config.refuses,
     promises=config.promises,
     as_decoder=config.as_decoder,
+    as_adapter=config.as_adapter,
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from mmgraft.errors import UsageError
-from mmgraft.grafts.method import PlainDecoder, Promises, StageSwitches
+from mmgraft.grafts.method import PlainAdapter, PlainDecoder, Promises, StageSwitches
 from mmgraft.strict import LayerChoice, Option, StrictModel
 
 if TYPE_CHECKING:
@@ -107,10 +107,29 @@ def promises(config: LoraConfig) -> Promises:
 
 
 def as_decoder(config: LoraConfig, active: bool) -> PlainDecoder:
-    """Refuse: an ordinary decoder has no gate."""
+    """Return the base itself: behind the gate ``row`` the adapters may stand beside it."""
     if not active:
         return PlainDecoder()
-    raise UsageError(
-        "LoRA's adapters act behind a gate and are never merged into the base; an ordinary decoder "
-        "has no gate"
+    _refuse_token(config)
+    return PlainDecoder(
+        lacks="it lacks the adapters, which rows with an image need: mmgraft export --to peft "
+        "writes them, and docs/export.md says how to serve both"
     )
+
+
+def as_adapter(config: LoraConfig, names: Sequence[str]) -> PlainAdapter:
+    """Return the adapters as PEFT names them: ``A`` goes down to the rank, ``B`` up again."""
+    _refuse_token(config)
+    tensors: dict[str, str] = {}
+    for name in names:
+        path, _, matrix = name.partition(".")[2].removesuffix(".weight").rpartition(".")
+        tensors[name] = f"{path}.lora_{'A' if matrix == 'down' else 'B'}.weight"
+    return PlainAdapter(config.rank, config.scale * config.rank, tensors)
+
+
+def _refuse_token(config: LoraConfig) -> None:
+    if config.gate == "token":
+        raise UsageError(
+            "its adapters act at image positions alone (gate token), and others switch an adapter "
+            "on for whole rows; only a graft with gate row can be written so"
+        )

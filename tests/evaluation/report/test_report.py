@@ -15,8 +15,9 @@ from PIL import Image
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.report.about_run import last_losses
 from mmgraft.evaluation.report.report import RunReport, write_report
+from mmgraft.evaluation.report.words import change_with_interval, with_interval
 from mmgraft.model.files.graft_file import BaseReference, GraftFile
-from mmgraft.runs.results import Results
+from mmgraft.runs.results import Results, Score
 from report_example import (
     a_set,
     example_run,
@@ -116,6 +117,34 @@ def test_blind_scores_stand_beside_every_number(tmp_path: Path) -> None:
     assert "| - | 0.100 (0.080 to 0.120) |" in lines_of(text, "| stamps | precision")[0]
     assert lines_of(text, "| color |") == ["| color | 300 | 0.950 (0.930 to 0.970) |"]
     assert "stamps, by kind" not in text
+
+
+def test_every_score_has_its_own_numbers_beside_it(tmp_path: Path) -> None:
+    """Two scores of one set of which no number is like another."""
+    names = ("accuracy", "malformed")
+
+    def numbers(first: float) -> dict[str, Score]:
+        return {name: score(first + 0.05 * place, 0.01) for place, name in enumerate(names)}
+
+    blind = {"prior": numbers(0.3), "no_image": numbers(0.2)}
+    one = a_set(
+        "odd", "exact", "accuracy", scores=numbers(0.8), base=numbers(0.6), change=numbers(0.1),
+        blind=blind,
+    )  # fmt: skip
+    text = markdown(example_run(tmp_path / "run", section("vision", [one])))
+    for place, name in enumerate(names):
+        wanted = [
+            show(first[name])
+            for show, first in (
+                (with_interval, numbers(0.8)),
+                (with_interval, numbers(0.6)),
+                (change_with_interval, numbers(0.1)),
+                (with_interval, blind["prior"]),
+                (with_interval, blind["no_image"]),
+            )
+        ]
+        line = f"| odd | {name} | {' | '.join(wanted)} |"
+        assert line in text, place
 
 
 def test_what_was_trained_on_what(tmp_path: Path) -> None:

@@ -79,9 +79,17 @@ def test_a_difference_comes_to_a_word(
     assert verdict(found(*change), name) == word
 
 
-def test_directions() -> None:
-    assert direction("kl_to_base") == direction("shift_all_layers") == -1
-    assert direction("precision_at_0.5") == direction("cider") == 1
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        (-1, "word_perplexity kl_to_base loss nll bits_per_byte shift_all_layers malformed unread"),
+        (0, "yes_ratio kept"),
+        (1, "accuracy precision_at_0.5 recall f1 cider mean_iou exact_match"),
+    ],
+)
+def test_directions(wanted: int, names: str) -> None:
+    found = {name: direction(name) for name in (*names.split(), *names.upper().split())}
+    assert found == dict.fromkeys(found, wanted)
 
 
 @given(st.floats(-1e9, 1e9), st.floats(0, 1e3))

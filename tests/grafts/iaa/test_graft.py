@@ -139,6 +139,17 @@ def test_a_new_workflow_owns_copies(arch: str) -> None:
     assert graft.shares() == ({"head.weight"} if tied else set())
 
 
+@pytest.mark.parametrize("gate", ["linear", "scalar"])
+@pytest.mark.parametrize("structure", ["a", "b"])
+def test_every_gate_starts_shut(structure: str, gate: str) -> None:
+    config = IAAConfig(layers=[0, 2], structure=structure, gate=gate)
+    graft = graft_on("llama", config).workflow().graft
+    assert len(graft.gates) == 2
+    for one in graft.gates:
+        assert list(one.parameters())
+        assert not one(torch.randn(3, graft.anatomy.hidden_size)).any()
+
+
 @pytest.mark.parametrize(
     ("arch", "settings", "own"),
     [

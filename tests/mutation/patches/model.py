@@ -192,7 +192,7 @@ PATCHES = [
         "grafts/wings/decoding.py",
         'chosen[0 if names[0] == "visual" else 1]',
         'chosen[1 if names[0] == "visual" else 0]',
-        "grafts/wings model/test_invariants_cache.py",
+        "model/test_invariants_cache.py -k without_any_image",
     ),
     Patch(
         "low-rank stacks are kept for another prompt",
@@ -234,7 +234,7 @@ PATCHES = [
         "vision/projectors/built_in.py",
         "ceil_mode=True, count_include_pad=False",
         "ceil_mode=True, count_include_pad=True",
-        "vision/test_projector.py",
+        "vision/test_plans.py",
     ),
     Patch(
         "the projector's own width is ignored",
@@ -262,7 +262,7 @@ PATCHES = [
         "grafts/base.py",
         "                mask = mask & (self.segments[:, :, None] == self.segments[:, None, :])\n",
         "                pass\n",
-        "model/test_segments.py grafts/wings/test_packed.py",
+        "model/test_segments.py -k watched",
     ),
     Patch(
         "keys after a query are seen by it",
@@ -339,7 +339,7 @@ PATCHES = [
         "published/base.py",
         '            return f"tensor {name} has other values"\n    # A head',
         "            continue\n    # A head",
-        "published/test_published.py",
+        "published/test_official.py -k another_base",
     ),
     Patch(
         "a base's last bytes are not looked at",

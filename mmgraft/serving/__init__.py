@@ -1,0 +1,1 @@
+"""Grafts behind OpenAI's API, served by the application of transformers' own server."""
