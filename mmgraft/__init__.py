@@ -12,6 +12,7 @@ from mmgraft.version import __version__
 
 if TYPE_CHECKING:
     from mmgraft.errors import MMGraftError, UsageError
+    from mmgraft.grafts.expert.config import ExpertConfig
     from mmgraft.grafts.iaa.config import IAAConfig
     from mmgraft.grafts.llava.config import LlavaConfig
     from mmgraft.grafts.lora.config import LoraConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     load = GraftedModel.from_pretrained
 
 _HOMES = {
+    "ExpertConfig": "mmgraft.grafts.expert.config",
     "GraftedModel": "mmgraft.model.modeling",
     "IAAConfig": "mmgraft.grafts.iaa.config",
     "LlavaConfig": "mmgraft.grafts.llava.config",
@@ -31,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ExpertConfig",
     "GraftedModel",
     "IAAConfig",
     "LlavaConfig",

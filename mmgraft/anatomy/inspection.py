@@ -97,6 +97,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
         vocab_size=embedding.weight.shape[0],
         max_positions=getattr(config, "max_position_embeddings", None),
         position_table=position_table(model, config),
+        takes_positions=_takes_positions(model, layers_path),
         layer_types=layer_types,
         sliding_window=_window(config) if set(layer_types) != {"full_attention"} else None,
         rope_theta=_rope_theta(config),
@@ -313,6 +314,11 @@ def position_table(model: PreTrainedModel, config: PreTrainedConfig) -> int | No
         most = getattr(config, "max_seq_len", None)
         return most if isinstance(most, int) else None
     return stated if stated in set(_table_sizes(model)) else None
+
+
+def _takes_positions(model: PreTrainedModel, layers_path: str) -> bool:
+    trunk = model.get_submodule(layers_path.rpartition(".")[0])
+    return "position_ids" in inspect.signature(type(trunk).forward).parameters
 
 
 def _table_sizes(model: PreTrainedModel) -> Iterator[int]:

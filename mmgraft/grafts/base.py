@@ -52,6 +52,20 @@ class Packed:
         return Packed(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
+def image_numbers(kinds: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the number of the image that each position belongs to ``(b, s)``; -1 at others.
+
+    Args:
+        kinds: ``(b, s)``.
+        lengths: Positions of each image ``(images,)``; None where there is none.
+    """
+    found = torch.full_like(kinds, -1)
+    if lengths is None:
+        return found
+    numbers = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return found.masked_scatter(kinds == IMAGE, numbers.to(found))
+
+
 @dataclass
 class Pass:
     """One forward pass over new positions ``s``, with all positions so far ``S`` as keys."""
@@ -106,11 +120,7 @@ class Pass:
     @cached_property
     def ordinals(self) -> Tensor:
         """Number of the image that each new position belongs to ``(b, s)``; -1 at others."""
-        found = torch.full_like(self.kinds, -1)
-        if self.image_lengths is None:
-            return found
-        numbers = torch.arange(len(self.image_lengths)).repeat_interleave(self.image_lengths)
-        return found.masked_scatter(self.kinds == IMAGE, numbers.to(found))
+        return image_numbers(self.kinds, self.image_lengths)
 
     def visible(self, kind: int) -> tuple[Tensor, Tensor]:
         """Keys of one kind at or before each query.
@@ -168,6 +178,7 @@ class BaseParts(Protocol):
     def embedding(self) -> nn.Module: ...
     def norm(self) -> nn.Module: ...
     def head(self) -> nn.Module: ...
+    def modules(self, paths: Sequence[str]) -> list[nn.Module]: ...
 
 
 Watch = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -219,6 +230,15 @@ class Graft(nn.Module):
         It does where text before an image has the base's own keys and values (level E2).
         """
         return not (self.active and self.promises.before)
+
+    @property
+    def shares_positions(self) -> bool:
+        """Return whether all positions of an image have one number, which text after goes on from.
+
+        The base is then always given a mask: without one transformers reads repeated numbers as the
+        beginnings of packed rows.
+        """
+        return False
 
     # -- what runs ------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ class Promises:
         neighbours: A row depends neither on its neighbours nor on padding.
         causal: No position sees a later one.
         padding: Rows of a batch may be padded on either side.
+        packing: Several rows may stand in one sequence.
         no_image: A row without an image may run the graft.
         training: Gradients of the graft are worth following.
     """
@@ -48,6 +49,7 @@ class Promises:
     neighbours: str = _promise("a row depends neither on its neighbours nor on padding")
     causal: str = _promise("no position sees a later one")
     padding: str = _promise("rows may be padded on either side")
+    packing: str = _promise("several rows may be packed into one sequence")
     no_image: str = _promise("a row without an image may run the graft")
     training: str = _promise("the graft can be trained")
 
@@ -79,6 +81,21 @@ class StageSwitches(StrictModel):
         Raises:
             ValueError: Says what is wrong; the stage's name is put before it.
         """
+
+
+class FrozenBase(StageSwitches):
+    """Nothing to switch; the base stays frozen in every stage."""
+
+    def check_switches(self, train: Sequence[str]) -> None:
+        if "base" in train:
+            raise ValueError("this method keeps its base frozen; take base out of train")
+
+
+def without_linears(anatomy: Anatomy) -> str | None:
+    """Return the reason why a base cannot take a method that stands on its linear layers."""
+    if not any(anatomy.linears.values()):
+        return f"the layers of {anatomy.model_type} hold no linear layers outside of experts"
+    return None
 
 
 @dataclass(frozen=True)

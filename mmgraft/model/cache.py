@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 
 from mmgraft.anatomy import keeps_keys
 from mmgraft.errors import UsageError
-from mmgraft.grafts.base import FULL_ATTENTION
+from mmgraft.grafts.base import FULL_ATTENTION, PADDING
 
 _SLACK = 64
 """Positions of room at least; an eighth of what is there where that is more."""
@@ -143,6 +143,15 @@ class RowSlot:
         if len(set(numbers)) == 1 and not layer.went_on:  # rows in another order, repeated, fewer
             return [numbers[0]] * layer.keys.shape[0]
         return layer.keys[:, 0, -1, 0].tolist()
+
+    def spared(self) -> Tensor | int:
+        """Return how many numbers fewer than positions each row has used so far, ``(b, 1)``."""
+        if not self.filled:
+            return 0
+        kinds, positions = self._layer.values[:, 0].unbind(-1)  # (b, S) each
+        real = kinds != PADDING
+        last = positions.masked_fill(~real, -1).amax(1)
+        return (real.sum(1) - 1 - last)[:, None]
 
     def write(
         self, kinds: Tensor, positions: Tensor, workflows: Sequence[int], image: bool

@@ -103,7 +103,8 @@ def _grafted(method: Method, base: PreTrainedModel) -> Any:
     free = [index for index in range(anatomy.num_layers) if index not in anatomy.blocked]
     # A copy is narrower than its base.
     settings = {"layers": free, "norm": anatomy.norm_path is not None, "rank": 4}
-    given: dict[str, Any] = {name: value for name, value in settings.items() if name in fields}
+    own = {name for name, one in fields.items() if one.default is not None}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if name in own}
     needed = {name for name, one in fields.items() if one.is_required()}
     too_long = 0 < (anatomy.max_positions or 0) < 2 * _LENGTH
     if needed - given.keys() or too_long or not given.get("layers", True):

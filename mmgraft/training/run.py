@@ -270,6 +270,12 @@ def _check_graft(run: Path, record: GraftFile, recipe: Recipe) -> None:
     why = record.promises.training
     if why:
         raise UsageError(f"{record.method} is not trained: {why}")
+    packed = next((one.name for one in recipe.stages if one.packing and one.graft_active), None)
+    if packed is not None and (why := record.promises.packing):
+        raise UsageError(
+            f"stage {packed!r}: this {record.method} cannot hold several rows in one sequence: "
+            f"{why}. Leave packing out; group_by: length saves padding too."
+        )
     if recipe.template_options:  # of which the template must know each
         load_processor(record, base_files(record, run).path, None, recipe.template_options)
     if record.base_trained and recipe.quantization is not None:

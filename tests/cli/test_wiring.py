@@ -15,6 +15,7 @@ import click
 import pytest
 
 from mmgraft.cli.app import COMMANDS, _real_command
+from mmgraft.grafts.expert.config import ExpertConfig
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.lora.config import LoraConfig
 from mmgraft.grafts.wings.config import WingsConfig
@@ -367,6 +368,10 @@ def test_graft_of_another_method(run: Path, cli, called) -> None:
     cli("graft", "x/b", "--method", "lora", "--targets", "feedforward", "--rank", "5", *more)
     wanted = {"targets": "feedforward", "rank": 5, "alpha": 7.5, "dropout": 0.25, "gate": "token"}
     assert made[3]["config"] == LoraConfig.model_validate({**wanted, "layers": "0,2"})
+    more = ("--parts", "feedforward", "--rank", "6", "--image-positions", "shared")
+    cli("graft", "x/b", "--method", "expert", "--layers", "every:4", *more)
+    wanted = {"parts": ["feedforward"], "rank": 6, "image_positions": "shared", "layers": "every:4"}
+    assert made[4]["config"] == ExpertConfig.model_validate(wanted)
 
 
 def test_graft_by_a_recipe(run: Path, cli, called) -> None:

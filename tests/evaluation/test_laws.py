@@ -70,6 +70,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "wings": {"rank": 4},
     "llava": {},
     "lora": {"rank": 4},
+    "expert": {"layers": [1, 3]},
 }
 
 
@@ -111,6 +112,7 @@ def measure(run: Path, samples: Any, parts: Path, **options: Any) -> Any:
         ("iaa", ["base_with_projector", "base_layers", "all_layers"]),
         ("wings", ["base_with_projector", "main", "main_and_learners"]),
         ("lora", ["base_with_projector", "main"]),
+        ("expert", ["base_with_projector", "main"]),
     ],
 )
 def test_a_section_of_a_run(

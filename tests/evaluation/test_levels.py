@@ -21,6 +21,8 @@ CLAIMS = {
     "llava": ({}, {"E1", "E2"}),
     "lora": ({}, {"E1"}),
     "lora-token": ({"gate": "token"}, {"E1", "E2"}),
+    "expert": ({}, {"E1", "E2"}),
+    "expert-shared": ({"image_positions": "shared"}, {"E1", "E2"}),
 }
 
 

@@ -23,6 +23,8 @@ from mmgraft import GraftedModel, IAAConfig
 from mmgraft.grafts.registry import get_method
 
 WORDS = ("ttiiiitttttttt", "iiiittiiiittt", "tttttttttiiii")
+NEAR = 1e-5
+"""What does the same by another product gives what rounding makes of it: it claims no more."""
 CLAIMED = {name: not get_method(one.method).promises(one).fresh for name, one in CONFIGS.items()}
 
 
@@ -58,13 +60,16 @@ def test_the_methods_that_begin_silent() -> None:
 
 @every_architecture
 def test_a_fresh_graft_is_silent(arch: str) -> None:
-    """Level E3, bit for bit; what does not claim it speaks from the start."""
+    """Level E3, bit for bit; what does not claim it speaks from the start, or rounds."""
     given = inputs()
     for method in [name for name in CONFIGS if name != "llava"]:
         model = fresh(arch, method)
         expected = logits_of(llava(arch, model.workflow().projector), given)
         found = logits_of(model, given)
-        assert torch.equal(found, expected) == CLAIMED[method], method
+        if method == "expert":
+            assert distance(found, expected) < NEAR
+        else:
+            assert torch.equal(found, expected) == CLAIMED[method], method
 
 
 @pytest.mark.parametrize("structure", ["a", "b"])

@@ -27,7 +27,8 @@ from mmgraft.errors import UsageError
 
 WORD, TEXT = "ttttttttttiiiittttiiiitt", 10
 PIECES = [(0, 7), (7, 8), (8, 9), (9, 10), (10, 17), (17, 18), (18, 24)]
-GO_ON, BEGIN_ANEW = ["llava", "lora-token"], ["iaa-a", "iaa-b", "iaa-c", "wings", "lora"]
+GO_ON = ["llava", "lora-token", "expert"]
+BEGIN_ANEW = ["iaa-a", "iaa-b", "iaa-c", "wings", "lora"]
 
 
 @torch.no_grad()

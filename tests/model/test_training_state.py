@@ -34,6 +34,7 @@ GROUPS = {
     "llava": set(),
     "lora": {"attention", "feedforward"},
     "lora-token": {"attention", "feedforward"},
+    "expert": {"attention", "feedforward"},
 }
 
 
@@ -66,6 +67,7 @@ def test_groups_cover_the_graft_and_do_not_overlap(method: str) -> None:
         ("wings", ["learners.visual", "projector"], ["graft.layers.*.visual.", "projector."]),
         ("wings", ["router"], ["graft.layers.*.router."]),
         ("lora", ["attention", "projector"], ["graft.attention.", "projector."]),
+        ("expert", ["feedforward"], ["graft.feedforward."]),
         ("llava", ["base"], ["base."]),
     ],
 )

@@ -95,7 +95,10 @@ def test_all_problems_are_told_at_once(recipe_file):
         ),
         (("method: iaa", "method: iaa\nprecision: fp16"), "fp16 is refused"),
         (("epochs: 2", "precision: fp16"), "fp16 is refused"),
-        (("train: [projector, layers]", "train: [projector, base]"), "IAA keeps its base frozen"),
+        (
+            ("train: [projector, layers]", "train: [projector, base]"),
+            "this method keeps its base frozen",
+        ),
         (("method: iaa", "method: wings\nbase: full\nquantization: nf4"), "trains it"),
         (("method: iaa", "method: llava\nbase: full"), "no stage trains it"),
         (("train: [projector, layers]", "train: [projector, layer]"), "did you mean 'layers'"),
@@ -316,6 +319,7 @@ EXPECTED = {
     "wings-pro-full wings-24gb demo-wings",
     "llava": "llava llava-full demo-llava",
     "lora": "lora lora-phi4 lora-xcomposer2 lora-24gb lora-cpu demo-lora",
+    "expert": "expert expert-24gb expert-cpu demo-expert",
 }
 
 

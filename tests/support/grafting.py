@@ -19,7 +19,14 @@ from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmgraft import GraftedModel, IAAConfig, LlavaConfig, LoraConfig, WingsConfig
+from mmgraft import (
+    ExpertConfig,
+    GraftedModel,
+    IAAConfig,
+    LlavaConfig,
+    LoraConfig,
+    WingsConfig,
+)
 from mmgraft.model.loss import supervised
 from mmgraft.vision.plan import Plan
 from tiny import ARCHITECTURES, HIDDEN, tiny_model
@@ -35,6 +42,7 @@ CONFIGS: dict[str, BaseModel] = {
     "llava": LlavaConfig(),
     "lora": LoraConfig(rank=4, alpha=6.0),
     "lora-token": LoraConfig(rank=3, alpha=3.0, gate="token"),
+    "expert": ExpertConfig(),
 }
 """The methods of the matrix. Inserted layers follow sliding and full layers, the last one too."""
 

@@ -28,6 +28,7 @@ needs_bitsandbytes = pytest.mark.skipif(
         ("llava", False, False),
         ("lora", False, False),
         ("lora", True, False),
+        ("expert", True, False),
         pytest.param("iaa", False, True, marks=needs_bitsandbytes),
     ],
 )

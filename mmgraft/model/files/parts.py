@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmgraft.anatomy import Anatomy, get_path, skeleton
-from mmgraft.basefiles import TensorReader, read_layers
+from mmgraft.basefiles import TensorReader, read_layers, read_modules
 from mmgraft.errors import UsageError
 
 
@@ -43,6 +43,10 @@ class LoadedParts:
     def head(self) -> nn.Module:
         return self._at(self.anatomy.head_path)
 
+    def modules(self, paths: Sequence[str]) -> list[nn.Module]:
+        """Return modules by their dotted names from the model itself."""
+        return [self._at(path) for path in paths]
+
 
 class ReadParts(LoadedParts):
     """Modules of a base's files, read all at once when a method asks for the first of them.
@@ -67,6 +71,7 @@ class ReadParts(LoadedParts):
     ) -> None:
         self.anatomy = anatomy
         self._read = partial(read_layers, reader, config, indices, owns, anatomy)
+        self._read_modules = partial(read_modules, reader, config)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -75,6 +80,10 @@ class ReadParts(LoadedParts):
 
     def _at(self, path: str) -> nn.Module:
         return get_path(self.model, path)
+
+    def modules(self, paths: Sequence[str]) -> list[nn.Module]:
+        model = self._read_modules(paths)
+        return [get_path(model, path) for path in paths]
 
 
 def shape_parts(base: PreTrainedModel, anatomy: Anatomy) -> LoadedParts:

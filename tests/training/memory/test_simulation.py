@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from grafting import graft_on
-from mmgraft import IAAConfig, LlavaConfig, LoraConfig, WingsConfig
+from mmgraft import ExpertConfig, IAAConfig, LlavaConfig, LoraConfig, WingsConfig
 from mmgraft.errors import MMGraftError
 from mmgraft.model import loss
 from mmgraft.model.kernels import activations
@@ -29,6 +29,7 @@ CONFIGS = {
     "llava": LlavaConfig(),
     "lora": LoraConfig(rank=4),
     "lora-token": LoraConfig(rank=3, gate="token", targets="feedforward"),
+    "expert": ExpertConfig(layers=[0, 3]),
 }
 
 
