@@ -221,7 +221,7 @@ def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: Phase) -> dict[str, A
     if phase == "graft":
         vision = {"base": plan.base, "vision": _plain(plan.vision), "template": spec.template}
         return vision | {
-            key: recipe[key] for key in ("method", "workflow", "graft") if key in recipe
+            key: recipe[key] for key in ("method", "workflow", "graft", "seed") if key in recipe
         }
     if phase == "features":
         shared = arm.recipe.feature_cache == str(plan.out.resolve() / FEATURES)

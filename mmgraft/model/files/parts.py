@@ -145,10 +145,6 @@ def check_layers(indices: Sequence[int], anatomy: Anatomy) -> None:
             )
 
 
-SEED = 0
-"""Seed of new tensors that do not start as copies or zero, such as the projector's."""
-
-
 def make_workflow(
     config: Any,
     anatomy: Anatomy,
@@ -159,6 +155,7 @@ def make_workflow(
     reference: BaseReference,
     tokenizer: PreTrainedTokenizerBase | None,
     template: TemplateChoice,
+    seed: int = 0,
 ) -> Workflow:
     """Make the projector, the graft and the record of a fresh workflow.
 
@@ -172,11 +169,12 @@ def make_workflow(
         reference: Where the base is found again.
         tokenizer: The base's, for the token that stands for an image.
         template: The way from conversations to text.
+        seed: Of new tensors that do not start as copies or zero, such as the projector's.
     """
     size = anatomy.embedding_size
     width = size if tower is None else tower.hidden_size
     with torch.random.fork_rng(devices=[]):  # the same graft twice, whatever was drawn before
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         # The projector first: the same one whatever the method, so that methods compare.
         projector = build_projector(spec, width, size)
         projector.fill()
