@@ -81,7 +81,7 @@ def _kinds(info: FieldInfo) -> tuple[Any, ...]:
     return info.annotation, *get_args(info.annotation)
 
 
-_LAYERS = "Base layers to graft: 22,24 or 0-31:5, every:4, last:8, all."
+_LAYERS = "Base layers to graft: 22,24, 0-31:5, every:4, last:8, spread:8, all."
 _TOWER = "Tower: Hub id, folder or registered name."
 _FEATURES = "Hidden state of the tower that is read; -2 when not given."
 _PROJECTOR = f"Projector: {', '.join(PROJECTORS.known)} or an installed one."

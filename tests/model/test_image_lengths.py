@@ -54,7 +54,7 @@ def made(method: str = "iaa-c", projector: Any = None, tower: Any = None) -> Ans
     projector = projector or MlpConfig()
     tower = tower or sized_tower()
     model = GraftedModel.graft(tiny_model("llama"), tower, CONFIGS[method], projector=projector)
-    positions = TowerShape.of(tower).positions(projector)
+    positions = model.workflow().record.positions(TowerShape.of(tower))
     processor = GraftProcessor(tiny_tokenizer(), positions, 5, "chat", tower.preprocess)
     return Answerer(perturb(model), processor)
 
