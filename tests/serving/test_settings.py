@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from mmgraft.serving import handlers
-from mmgraft.serving.requests import ChatRequest, CompletionRequest, Sampling
+from mmgraft.errors import UsageError
+from mmgraft.serving import handlers, requests
+from mmgraft.serving.requests import Allowed, ChatRequest, CompletionRequest, Sampling
 from mmgraft.serving.served import Served, Settings
 
 BASE = {"do_sample": True, "temperature": 0.5, "top_p": 0.75, "top_k": 7, "eos_token_id": 2}
@@ -88,3 +90,39 @@ def test_nothing_goes_on_for_a_client_that_went_away() -> None:
     with pytest.raises(handlers._Cancelled):
         streamer.put(torch.zeros(1))
     assert (handed, streamer.total_tokens) == ([5, 1, 1], 2)
+
+
+def asks(url: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+@pytest.mark.parametrize("url", ["http://e.org/a.png", "HTTPS://e.org/a.png"])
+def test_an_address_is_fetched_with_leave_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(requests, "_fetch", lambda url, where: fetched.append(url) or "an image")
+    for closed in (Allowed(), Allowed(files=Path("/"))):
+        with pytest.raises(UsageError, match="--allow-urls"):
+            closed.conversation(asks(url))
+    assert fetched == []
+    (turn,) = Allowed(urls=True).conversation(asks(url))
+    assert turn == {"role": "user", "content": [{"type": "image", "image": "an image"}]}
+    assert fetched == [url]
+
+
+def test_a_file_is_opened_from_its_folder_alone(tmp_path: Path) -> None:
+    folder = (tmp_path / "open").resolve()
+    folder.mkdir()
+    inside, outside = folder / "a.png", tmp_path / "open-not" / "a.png"
+    allowed = Allowed(urls=True, files=folder)
+    (turn,) = allowed.conversation(asks(f"file://{inside}"))
+    assert turn["content"] == [{"type": "image", "image": str(inside)}]
+    for url in (
+        str(inside),
+        f"file://{outside}",
+        f"file://{folder}/../open-not/a.png",
+        "ftp://e/a",
+    ):
+        with pytest.raises(UsageError, match="--allow-files"):
+            allowed.conversation(asks(url))
+    with pytest.raises(UsageError, match="--allow-files"):
+        Allowed(urls=True).conversation(asks(f"file://{inside}"))

@@ -430,14 +430,14 @@ PATCHES = [
         "serving/requests.py",
         'scheme == "file" and self.files is not None and path.is_relative_to(self.files)',
         'scheme == "file" and self.files is not None',
-        "serving/test_serve.py",
+        "serving/test_settings.py",
     ),
     Patch(
         "addresses are fetched without leave",
         "serving/requests.py",
         'if scheme in ("http", "https") and self.urls:',
         'if scheme in ("http", "https"):',
-        "serving/test_serve.py",
+        "serving/test_settings.py",
     ),
     Patch(
         "an API key is not asked for",
@@ -451,7 +451,7 @@ PATCHES = [
         "serving/served.py",
         "workflow = self.workflow if sees else TEXT_WORKFLOW",
         "workflow = None if sees else TEXT_WORKFLOW",
-        "serving/test_serve.py",
+        "serving/test_serve.py -k models_own",
     ),
     Patch(
         "a client that went away is answered on",

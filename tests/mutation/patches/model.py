@@ -467,4 +467,25 @@ PATCHES = [
         "if wide:",
         "model/test_invariants_levels.py -k 'wings and llama'",
     ),
+    Patch(
+        "a tower stays where it was loaded",
+        "vision/towers/registry.py",
+        "return tower.to(device=device, dtype=dtype)",
+        "return tower.to(dtype=dtype)",
+        "vision/test_registry.py",
+    ),
+    Patch(
+        "a tower's dtype is not the base's",
+        "model/modeling.py",
+        "load_tower(local_tower(record, folder), dtype=loaded.dtype, device",
+        "load_tower(local_tower(record, folder), device",
+        "model/test_loading.py",
+    ),
+    Patch(
+        "a share of images adds rows of text",
+        "data/batches/mixture.py",
+        '("without an image", ~with_image, len(indices) - images)',
+        '("without an image", ~with_image, len(indices))',
+        "data/test_indexed.py",
+    ),
 ]
