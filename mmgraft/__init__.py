@@ -12,15 +12,18 @@ from mmgraft.version import __version__
 
 if TYPE_CHECKING:
     from mmgraft.errors import MMGraftError, UsageError
+    from mmgraft.grafts.expert.config import ExpertConfig
     from mmgraft.grafts.iaa.config import IAAConfig
     from mmgraft.grafts.llava.config import LlavaConfig
     from mmgraft.grafts.lora.config import LoraConfig
     from mmgraft.grafts.wings.config import WingsConfig
+    from mmgraft.grafts.xattn.config import XattnConfig
     from mmgraft.model.modeling import GraftedModel
 
     load = GraftedModel.from_pretrained
 
 _HOMES = {
+    "ExpertConfig": "mmgraft.grafts.expert.config",
     "GraftedModel": "mmgraft.model.modeling",
     "IAAConfig": "mmgraft.grafts.iaa.config",
     "LlavaConfig": "mmgraft.grafts.llava.config",
@@ -28,9 +31,11 @@ _HOMES = {
     "MMGraftError": "mmgraft.errors",
     "UsageError": "mmgraft.errors",
     "WingsConfig": "mmgraft.grafts.wings.config",
+    "XattnConfig": "mmgraft.grafts.xattn.config",
 }
 
 __all__ = [
+    "ExpertConfig",
     "GraftedModel",
     "IAAConfig",
     "LlavaConfig",
@@ -38,6 +43,7 @@ __all__ = [
     "MMGraftError",
     "UsageError",
     "WingsConfig",
+    "XattnConfig",
     "__version__",
     "load",
 ]

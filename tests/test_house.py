@@ -285,8 +285,8 @@ def test_entries_of_a_docstring_are_found(text: str, entries: list[str]) -> None
 
 # Methods
 
-NAMES = "|".join({method.name for method in built_in()} - {"llava", "lora"})
-"""Methods by name; ``llava`` and ``lora`` name formats of files too, their classes do not."""
+NAMES = "|".join({method.name for method in built_in()} - {"expert", "llava", "lora"})
+"""Methods by name; these three are words for formats of files and for parts of a base too."""
 CLASSES = {method.config_class.__name__ for method in built_in()}
 HOMES = {".".join(method.config_class.__module__.split(".")[:3]) for method in built_in()}
 MAY_NAME = (

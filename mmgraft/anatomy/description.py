@@ -31,6 +31,7 @@ class Anatomy:
             table (GPT-2, OPT); None where they are computed.
         layer_types: One of ``full_attention``, ``sliding_attention``, ... a layer, as its cache is.
         sliding_window: Positions that a sliding layer sees; None without such layers.
+        takes_positions: Positions can be given to it (``position_ids``).
         rope_theta: Base of the rotary frequencies (of the full layers where they differ by layer
             type); None without rotary positions.
         tied: The head's weight is the embedding's.
@@ -73,6 +74,7 @@ class Anatomy:
     tied: bool
     parallel_block: bool = False
     position_table: int | None = None
+    takes_positions: bool = True
     residual_scale: float = 1.0
     branch_norm: str | None = None
     attention_in_registry: bool = True

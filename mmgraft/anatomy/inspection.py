@@ -97,11 +97,11 @@ def examine(model: PreTrainedModel) -> Anatomy:
         vocab_size=embedding.weight.shape[0],
         max_positions=getattr(config, "max_position_embeddings", None),
         position_table=position_table(model, config),
+        takes_positions=_takes_positions(model, layers_path),
         layer_types=layer_types,
         sliding_window=_window(config) if set(layer_types) != {"full_attention"} else None,
         rope_theta=_rope_theta(config),
         tied=getattr(head, "weight", None) is embedding.weight,
-        attention_in_registry=in_registry(attention),
         explicit_weights=explicit_weights_reason(model, attention),
         **_inside(layers),
         blocked=blocked,
@@ -280,6 +280,7 @@ def _heads(attention: nn.Module, config: PreTrainedConfig) -> dict[str, Any]:
         return default
 
     return {
+        "attention_in_registry": in_registry(attention),
         "num_heads": heads,
         "num_kv_heads": size("num_kv_heads", "num_key_value_heads", default=heads),
         "head_dim": size("head_dim", "head_size", default=config.hidden_size // heads),
@@ -313,6 +314,11 @@ def position_table(model: PreTrainedModel, config: PreTrainedConfig) -> int | No
         most = getattr(config, "max_seq_len", None)
         return most if isinstance(most, int) else None
     return stated if stated in set(_table_sizes(model)) else None
+
+
+def _takes_positions(model: PreTrainedModel, layers_path: str) -> bool:
+    trunk = model.get_submodule(layers_path.rpartition(".")[0])
+    return "position_ids" in inspect.signature(type(trunk).forward).parameters
 
 
 def _table_sizes(model: PreTrainedModel) -> Iterator[int]:

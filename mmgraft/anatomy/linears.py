@@ -9,8 +9,9 @@ from transformers.pytorch_utils import Conv1D
 def leaf_linears(layer: nn.Module) -> dict[str, tuple[int, int]]:
     """Find the linear layers that are given each position of a row by itself, in its place.
 
-    A part that holds experts is left out whole: they are stacked tensors, or are called with the
-    tokens of all rows sorted by expert, and a router among them is no part of the network's width.
+    Of a part that holds experts only the shared ones are found: the others are stacked tensors, or
+    are called with the tokens of all rows sorted by expert, and a router is no part of the
+    network's width.
 
     Args:
         layer: A decoder layer, on any device, quantised or not.
@@ -18,13 +19,20 @@ def leaf_linears(layer: nn.Module) -> dict[str, tuple[int, int]]:
     Returns:
         The widths of what goes in and comes out, by dotted name.
     """
-    experts = tuple(f"{name}." for name, part in layer.named_children() if _holds_experts(part))
-    sizes = {name: _sizes(part) for name, part in layer.named_modules()}
-    return {
-        name: size
-        for name, size in sizes.items()
-        if size is not None and not name.startswith(experts)
-    }
+    routed: set[nn.Module] = set()
+    for part in filter(_holds_experts, layer.children()):
+        shared = [
+            m for name, one in part.named_children() if "shared" in name for m in _network(one)
+        ]
+        routed |= {*part.modules()} - {*shared}
+    sizes = {name: _sizes(part) for name, part in layer.named_modules() if part not in routed}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _network(part: nn.Module) -> list[nn.Module]:
+    """Return the modules of a network of several linear layers; none of a gate, which has one."""
+    modules = list(part.modules())
+    return modules if len([m for m in modules if _sizes(m)]) > 1 else []
 
 
 def _holds_experts(part: nn.Module) -> bool:

@@ -186,6 +186,6 @@ def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:
     method = _method(config)
     if method not in (None, "mxfp4"):
         raise UsageError(
-            f"the weights of {name} are stored quantised ({method}), and an inserted layer must "
-            "not be; give the base with its full weights"
+            f"the weights of {name} are stored quantised ({method}), and what a graft copies "
+            "must not be; give the base with its full weights"
         )

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.comparison.files import FEATURES, Phase, arm_folder, phases_done, read_phase
-from mmgraft.comparison.spec import ALL_STAGES, Comparison, arm_recipe
+from mmgraft.comparison.spec import ALL_STAGES, Comparison, arm_recipe, named_arms
 from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.dialogues.files import read_dialogues
+from mmgraft.evaluation.dialogues.dialogues import read_dialogues
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.sets import read_sets
 from mmgraft.grafts.registry import get_method
@@ -136,7 +136,7 @@ def make_plan(
     """
     arms = comparison.all_arms()
     for name in only:
-        if name not in arms:
+        if not named_arms(arms, name):
             raise UsageError(f"no arm {name!r} in {comparison.name}; {did_you_mean(name, arms)}")
     chosen_device = pick_device(device)
     base, vision = resolve_alias(comparison.base), comparison.vision
@@ -156,7 +156,8 @@ def make_plan(
     settled = settled.model_copy(
         update={"arms": arms, "grid": {}, "base": base, "vision": vision, "recipe": None, "set": {}}
     )
-    plan = ComparisonPlan(out, settled, base, vision, chosen_device, tuple(only) or tuple(arms))
+    chosen = tuple(one for name in only for one in named_arms(arms, name)) or tuple(arms)
+    plan = ComparisonPlan(out, settled, base, vision, chosen_device, chosen)
     return replace(plan, arms=_plan_arms(plan, recipes))
 
 
@@ -203,14 +204,14 @@ def make_graft(plan: ComparisonPlan, recipe: Recipe, run: Path, *, dry_run: bool
         workflow=recipe.workflow or WORKFLOW,
         projector=recipe.graft.projector,
         template=TemplateChoice(kind="plain") if plain else None,
+        seed=recipe.seed,
         dry_run=dry_run,
     )
 
 
 def _recipe(recipe: Recipe, comparison: Comparison, out: Path, max_steps: int | None) -> Recipe:
     """Return an arm's recipe with the shared data, sets and tower features."""
-    if max_steps is not None:
-        recipe = with_max_steps(recipe, max_steps)
+    recipe = with_max_steps(recipe, max_steps)
     if comparison.data:
         stages = [_with_data(stage, comparison.data) for stage in recipe.stages]
         recipe = recipe.model_copy(update={"stages": stages, "data": []})

@@ -36,6 +36,7 @@ class Promises:
         neighbours: A row depends neither on its neighbours nor on padding.
         causal: No position sees a later one.
         padding: Rows of a batch may be padded on either side.
+        packing: Several rows may stand in one sequence.
         no_image: A row without an image may run the graft.
         training: Gradients of the graft are worth following.
     """
@@ -48,6 +49,7 @@ class Promises:
     neighbours: str = _promise("a row depends neither on its neighbours nor on padding")
     causal: str = _promise("no position sees a later one")
     padding: str = _promise("rows may be padded on either side")
+    packing: str = _promise("several rows may be packed into one sequence")
     no_image: str = _promise("a row without an image may run the graft")
     training: str = _promise("the graft can be trained")
 
@@ -79,6 +81,21 @@ class StageSwitches(StrictModel):
         Raises:
             ValueError: Says what is wrong; the stage's name is put before it.
         """
+
+
+class FrozenBase(StageSwitches):
+    """Nothing to switch; the base stays frozen in every stage."""
+
+    def check_switches(self, train: Sequence[str]) -> None:
+        if "base" in train:
+            raise ValueError("this method keeps its base frozen; take base out of train")
+
+
+def without_linears(anatomy: Anatomy) -> str | None:
+    """Return the reason why a base cannot take a method that stands on its linear layers."""
+    if not any(anatomy.linears.values()):
+        return f"the layers of {anatomy.model_type} hold no linear layers outside of experts"
+    return None
 
 
 @dataclass(frozen=True)
@@ -140,6 +157,8 @@ class Method:
         as_decoder: Gives a graft of these settings as a plain decoder, for exports; its second
             argument says whether the graft is in the path.
         as_adapter: Gives a graft of these settings and tensors' names as a LoRA adapter.
+        memory: An image's vectors stand beside the sequence, in which it has one position.
+        rates: Learning rates of groups, where a stage's ``lr`` names none for them.
         origin: The package that brought it, filled in by the registry.
 
     ``as_decoder`` and ``as_adapter`` raise UsageError with the reason where the graft is none.
@@ -159,7 +178,15 @@ class Method:
     part_of: Callable[[str], str] = lambda tensor: tensor.split(".")[0]
     as_decoder: Callable[[Any, bool], PlainDecoder] | None = None
     as_adapter: Callable[[Any, Sequence[str]], PlainAdapter] | None = None
+    memory: bool = False
+    rates: Mapping[str, float] = field(default_factory=dict)
     origin: str = "mmgraft"
+
+    def positions(self, vectors: int) -> int:
+        """Return how many positions an image takes in its row, of which there are so many vectors
+        from the projector.
+        """
+        return 1 if self.memory else vectors
 
     def levels(self) -> dict[str, list[str]]:
         """Return the levels of unchanged text that it keeps; see :class:`Promises`.

@@ -20,7 +20,15 @@ from typing import Any
 from mmgraft.grafts.method import Method
 from mmgraft.kinds import Broken, Kinds, Unfit
 
-_BUILT_IN = ("grafts.iaa", "grafts.wings", "grafts.llava", "grafts.lora", "published.wings")
+_BUILT_IN = (
+    "grafts.iaa",
+    "grafts.wings",
+    "grafts.llava",
+    "grafts.lora",
+    "grafts.expert",
+    "grafts.xattn",
+    "published.wings",
+)
 _MOVED = {("wings", "variant", "official"): "wings-official"}
 """Settings of a method that have become a method of their own, with the other settings."""
 

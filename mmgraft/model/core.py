@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from typing_extensions import Self
 
-from mmgraft.anatomy import Anatomy, examine, get_path
+from mmgraft.anatomy import Anatomy, examine
 from mmgraft.data.chat.answers import Answers
 from mmgraft.errors import UsageError
 from mmgraft.model.cache import extend
@@ -77,8 +76,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         self.anatomy: Anatomy = examine(base) if anatomy is None else anatomy
         self.workflows = nn.ModuleDict()
         self.default_workflow = workflows[0].name if workflows else "mm"
-        trunk = type(get_path(base, self.anatomy.trunk_path))
-        self._takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+        self._takes_positions = self.anatomy.takes_positions
         self._packs: dict[tuple[str, int], str | None] = {}  # why rows cannot be packed
         self.gradient_checkpointing = False
         self.in_step = False  # see mmgraft.model.sharded.in_step
@@ -189,7 +187,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         def counts(row: int, plan: Plan) -> int:
             if names[row] == TEXT_WORKFLOW:
                 raise UsageError(f"row {row} runs the text workflow, which takes no images.")
-            return self.workflow(names[row]).projector.counts(plan)
+            return self.workflow(names[row]).positions(plan)
 
         images = given.image_features
         if not isinstance(images, Images):
@@ -210,6 +208,8 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
                 )
             images = Images(features, plans, rows, lengths)
         images.check(positions, counts)
+        pairs = zip(images.rows, images.plans, strict=True)
+        images.counts = [self.workflow(names[n]).projector.counts(plan) for n, plan in pairs]
         return images
 
     # -- what is trained ------------------------------------------------------------------------

@@ -36,7 +36,8 @@ class Inputs:
     Attributes:
         input_ids: ``(b, s)``; at image positions any id of the vocabulary.
         attention_mask: ``(b, past + s)``, 0 at padding on either side.
-        position_ids: ``(b, s)``; by default each token's own position, padding not counted.
+        position_ids: ``(b, s)``; by default each token's own position, padding not counted. Every
+            position of an image counts, also where a graft gives all of them one number.
         past_key_values: A cache; it also remembers each row's workflow.
         inputs_embeds: ``(b, s, h)`` instead of ``input_ids``.
         labels: ``(b, s)``, -100 where nothing is supervised. The loss runs the head on supervised

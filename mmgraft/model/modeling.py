@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmgraft.anatomy import decoder_layers, examine, get_path
 from mmgraft.basefiles import resolve
 from mmgraft.errors import UsageError
-from mmgraft.grafts.base import IMAGE, Graft, Pass, select
+from mmgraft.grafts.base import IMAGE, Graft, Pass, image_numbers, select
 from mmgraft.model.cache import RowSlot
 from mmgraft.model.files.create import check_given, make_from_files, make_on_loaded
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
@@ -44,7 +44,7 @@ from mmgraft.model.kernels.quantization import assert_unquantized
 from mmgraft.model.last_layer import fed_at, last_layer
 from mmgraft.model.loss import chunked_loss, supervised
 from mmgraft.model.packing import packing_blocked
-from mmgraft.model.rows import TEXT_NUMBER, Rows, kinds_of, sort_rows
+from mmgraft.model.rows import TEXT_NUMBER, Rows, kinds_of, shared_positions, sort_rows
 from mmgraft.model.sharded.in_step import join, outside_layers
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.strict import StrictModel, known_keywords
@@ -322,7 +322,7 @@ class GraftedModel(WorkflowGeneration):
             given.real, self._continuing,
         )  # fmt: skip
         if given.segments is not None:
-            self.check_packing(given.batch[0])
+            self.check_packing(given.batch[0], rows.names)
             given.number_rows()
         if rows.text_only and not (self.in_step and given.labels is not None):
             return self._run_text(given, slot)
@@ -333,10 +333,11 @@ class GraftedModel(WorkflowGeneration):
         images = self.images_in(given.images, rows.names, rows.images)
         embeds, projected = self._merge(embeds, rows, kinds == IMAGE, images)
         embeds = self._joined(embeds, first=True)
-        state = self._state(rows, embeds, kinds, given, slot)
+        lengths = None if images is None else torch.tensor(images.lengths)
+        positions = self._positions(given, slot, active, image_numbers(kinds, lengths))
+        state = self._state(rows, embeds, kinds, positions, given, slot)
         if images is not None:
-            state.images = projected
-            state.image_lengths = torch.tensor(images.lengths)
+            state.images, state.image_lengths = projected, lengths
             state.image_counts = torch.tensor(images.counts)
             state.image_rows = torch.tensor(images.rows)
         return self._run_layers(given, rows, active, state)
@@ -345,10 +346,12 @@ class GraftedModel(WorkflowGeneration):
         self, given: Inputs, rows: Rows, active: list[Active], state: Pass
     ) -> CausalLMOutputWithPast:
         """Run the base with the grafts in its path, up to logits or loss."""
-        cache, labels = given.past_key_values, given.labels
+        cache, labels, mask = given.past_key_values, given.labels, given.attention_mask
+        if mask is None and any(item.graft.shares_positions for item in active):
+            mask = torch.ones_like(state.key_kinds)
         inputs = {
             "inputs_embeds": state.features,
-            "attention_mask": self._static_mask(given.attention_mask, cache),
+            "attention_mask": self._static_mask(mask, cache),
             "past_key_values": cache, "use_cache": given.use_cache, **given.options,
         }  # fmt: skip
         if self._takes_positions:
@@ -408,11 +411,12 @@ class GraftedModel(WorkflowGeneration):
             return mask
         return F.pad(mask, (0, max(0, max(sizes) - mask.shape[1])))
 
-    def check_packing(self, sequences: int = 1) -> None:
+    def check_packing(self, sequences: int = 1, names: Sequence[str] | None = None) -> None:
         """Try, once for each kernel of attention, whether the base keeps rows of a sequence apart.
 
         Args:
             sequences: Of a batch.
+            names: Workflows of the rows; None: all.
 
         Raises:
             UsageError: It does not, with the reason.
@@ -422,10 +426,13 @@ class GraftedModel(WorkflowGeneration):
         if case not in self._packs:
             takes = self._takes_positions
             self._packs[case] = packing_blocked(self.base, self.anatomy, takes, case[1])
-        why = self._packs[case]
+        why, who = self._packs[case], self.anatomy.class_name
+        for graft in [w.graft for w in self._workflow_list() if names is None or w.name in names]:
+            if graft.active and graft.promises.packing:
+                why, who = graft.promises.packing, f"this {graft.method}"
         if why is not None:
             raise UsageError(
-                f"{self.anatomy.class_name} cannot hold several rows in one sequence: {why}. Leave "
+                f"{who} cannot hold several rows in one sequence: {why}. Leave "
                 "packing out; group_by: length saves padding too."
             )
 
@@ -450,16 +457,17 @@ class GraftedModel(WorkflowGeneration):
     def _merge(
         self, embeds: Tensor, rows: Rows, shown: Tensor, images: Images | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Projected image features at the image positions ``(b, s, h)``, and by themselves."""
+        """Return embeddings with what stands at image positions, and projected features."""
         if images is None:
             return embeds, None
         projected = self._project(images, rows).to(embeds)  # (sum of counts, h)
         placed = projected
         if not any(images.lengths):
             return embeds, projected
-        if 0 in images.lengths:
-            pieces = projected.split(images.counts)
-            placed = torch.cat([p for p, n in zip(pieces, images.lengths, strict=True) if n])
+        grafts = [self.workflow(rows.names[row]).graft for row in images.rows]
+        if 0 in images.lengths or any(type(one).placed is not Graft.placed for one in grafts):
+            pieces = zip(grafts, projected.split(images.counts), images.lengths, strict=True)
+            placed = torch.cat([one.placed(vectors) for one, vectors, n in pieces if n])
         return embeds.masked_scatter(shown[..., None].to(embeds.device), placed), projected
 
     def _project(self, images: Images, rows: Rows) -> Tensor:
@@ -475,13 +483,24 @@ class GraftedModel(WorkflowGeneration):
             found.update(zip(mine, made.split(chosen.counts), strict=True))
         return torch.cat([found[number] for number in range(len(names))])
 
+    def _positions(
+        self, given: Inputs, slot: RowSlot, active: list[Active], images: Tensor
+    ) -> Tensor:
+        """Position of each new token ``(b, s)``; ``images`` is the number of its image or -1."""
+        found = given.position_ids
+        if found is None:
+            found = _positions(given.attention_mask, slot.past, images.shape[1], images.device)
+        found = found.to(images.device).expand(images.shape[0], -1)
+        for item in active:
+            if item.graft.shares_positions:
+                found = select(item.gate, shared_positions(found, images, slot), found)
+        return found
+
     def _state(
-        self, rows: Rows, embeds: Tensor, kinds: Tensor, given: Inputs, slot: RowSlot
-    ) -> Pass:
-        cache, past, position_ids = given.past_key_values, slot.past, given.position_ids
-        if position_ids is None:
-            position_ids = _positions(given.attention_mask, past, embeds.shape[1], embeds.device)
-        positions = position_ids.to(embeds.device).expand(embeds.shape[0], -1)
+        self, rows: Rows, embeds: Tensor, kinds: Tensor, positions: Tensor, given: Inputs,
+        slot: RowSlot,
+    ) -> Pass:  # fmt: skip
+        cache, past = given.past_key_values, slot.past
         if cache is not None:
             self._extend(cache)
         self._check_lengths(rows, positions)  # before anything is written to the cache

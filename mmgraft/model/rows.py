@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, PADDING, TEXT
@@ -135,6 +136,18 @@ def _by_row(
                 f"{', '.join([TEXT_WORKFLOW, *known])}."
             )
     return names
+
+
+def shared_positions(positions: Tensor, images: Tensor, slot: RowSlot) -> Tensor:
+    """Give all positions of an image the number of its first, and let text go on from it.
+
+    Args:
+        positions: Each token's own ``(b, s)``.
+        images: Number of the image at each, -1 at others, ``(b, s)``.
+        slot: The rows so far.
+    """
+    again = (images[:, 1:] == images[:, :-1]) & (images[:, 1:] >= 0)
+    return (positions - F.pad(again, (1, 0)).cumsum(1) - slot.spared()).clamp(min=0)
 
 
 def kinds_of(

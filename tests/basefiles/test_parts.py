@@ -126,6 +126,24 @@ def test_only_what_is_asked_for_is_read(name: str, tmp_path: Path) -> None:
     assert reads("head") == {embedding if tied else "lm_head.weight"}
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gpt_oss", "mixtral", "qwen2_moe"])
+def test_linear_layers_are_read_without_the_rest_of_their_layer(name: str, tmp_path: Path) -> None:
+    save_base(tmp_path, name, dtype=torch.bfloat16, tokenizer=False)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    anatomy = examine(base)
+    paths = [f"{anatomy.layers_path}.{i}.{linear}" for i in (3, 1) for linear in anatomy.linears[i]]
+    reader = WatchedReader(tmp_path)
+    model = read_modules(reader, load_config(reader.files), paths)
+    for path in paths:
+        same(get_path(model, path), get_path(base, path))
+    owners = {key.rpartition(".")[0].removeprefix("transformer.") for key in reader.read}
+    wanted = {path.removeprefix("transformer.") for path in paths}
+    assert wanted <= owners
+    around = owners - wanted  # gpt-oss's attention has sinks of its own
+    assert all(any(path.startswith(f"{one}.") for path in wanted) for one in around)
+    assert not any("expert" in one and "shared" not in one for one in owners)
+
+
 def test_the_dtype_is_the_bases_own_unless_given(tmp_path: Path) -> None:
     save_base(tmp_path, "llama", dtype=torch.bfloat16, tokenizer=False)
     for wanted, expected in [(None, torch.bfloat16), (torch.float32, torch.float32)]:

@@ -148,6 +148,9 @@ def test_learners_and_router_are_parts(cli, tmp_path: Path) -> None:
     [
         ({"method": "llava", "config": {"method": "llava"}}, 1),  # its positions are new
         ({"method": "lora", "config": {"method": "lora"}}, 0),
+        ({"method": "expert", "config": {"method": "expert"}}, 1),  # rounding
+        ({"method": "expert", "config": {"method": "expert", "rank": 2}}, 0),
+        ({"method": "expert", "config": {"method": "expert", "image_positions": "shared"}}, 2),
         ({}, 1),  # iaa c starts as a deeper decoder
         ({"config": {"method": "iaa", "layers": [1], "structure": "b"}}, 0),
         ({"base_trained": True}, 2),

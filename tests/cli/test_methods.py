@@ -11,7 +11,7 @@ def test_the_table_names_methods_and_papers(cli) -> None:
     ran = cli("methods")
     assert ran.code == 0
     papers = {"iaa": "2408.12902", "wings": "2406.03496", "llava": "2304.08485"}
-    for words in {**papers, "lora": "2503.01743"}.items():
+    for words in {**papers, "lora": "2503.01743", "expert": "2311.03079"}.items():
         assert any(all(word in line for word in words) for line in ran.out.splitlines())
     (lora,) = (line for line in ran.out.splitlines() if line.startswith("lora"))
     assert "E0 E1 E2 (gate token) E3" in lora

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from mmgraft.errors import UsageError
+from mmgraft.grafts.expert.config import ExpertConfig
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.llava.config import LlavaConfig
 from mmgraft.grafts.lora.config import LoraConfig
@@ -39,11 +40,20 @@ def test_the_defaults_are_the_papers() -> None:
     assert (lora.layers, lora.targets, lora.rank, lora.gate) == ("all", "all", 64, "row")
     assert (lora.scale, lora.dropout) == (2.0, 0.0)
     assert LoraConfig(rank=256, alpha=256).scale == 1.0
+    expert = ExpertConfig()
+    assert (expert.layers, expert.parts) == ("all", ["attention", "feedforward"])
+    assert (expert.rank, expert.image_positions) == (None, "each")
 
 
 @pytest.mark.parametrize(
     "config",
-    [IAAConfig(layers="0-31:5"), WingsConfig(rank=8), LlavaConfig(), LoraConfig(alpha=3)],
+    [
+        IAAConfig(layers="0-31:5"),
+        WingsConfig(rank=8),
+        LlavaConfig(),
+        LoraConfig(alpha=3),
+        ExpertConfig(parts=["attention"]),
+    ],
 )
 def test_a_config_survives_json(config: StrictModel) -> None:
     assert type(config).model_validate_json(config.model_dump_json()) == config

@@ -6,22 +6,28 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from hub_fixtures import contents, make_record, make_run
 from hub_server import HubServer
 from hub_store import Blob
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.grafts.registry import get_method
 from mmgraft.hub.card import MARKER
 from mmgraft.hub.push import find_target, plan_push, send
 from mmgraft.model.files.graft_file import BaseReference, GraftFile
 from mmgraft.model.files.summary import graft_parts
 from mmgraft.runs.contents import UploadFile
 from mmgraft.runs.results import write_results
+from mmgraft.vision.projectors.configs import QFormerConfig
 from mmgraft.vision.spec import VisionSpec
 from report_example import text_section, vision_section
+from tiny_exports import make_graft
 
 SENT = [
     "README.md",
@@ -351,11 +357,14 @@ def test_folders_of_the_recipe_stay_at_home(hub: HubServer, run: Path, folder: s
         "evaluation": [{"name": "s", "train": f"{folder}train.jsonl", "prompt": "yes/no: {q} /"}],
         "feature_cache": f"{folder}features",
     }
-    (run / "graft_config.json").write_text(make_record(recipe=recipe).dump())
+    began = QFormerConfig(weights=f"{folder}blip2", features=16)
+    record = make_record(recipe=recipe, projector=began)
+    (run / "graft_config.json").write_text(record.dump())
     (run / "recipe.yaml").write_text("# kept\n" + yaml.safe_dump(recipe))
     assert plan_push(run).warnings == []
     push(run)
     repo = hub.repos["tester/my-iaa"]
+    assert json.loads(repo.read("graft_config.json"))["projector"]["weights"] == "blip2"
     sent = json.loads(repo.read("graft_config.json"))["recipe"]
     assert sent["data"] == [{"path": "rows.jsonl", "images": "images"}]
     assert sent["stages"] == [{"name": "a", "data": None, "template": "chat.jinja", "lr": 1e-3}]
@@ -423,6 +432,41 @@ def test_the_plan_tells_of_folders_in_the_results(run: Path) -> None:
 def test_parts_of_a_graft_are_counted_by_name(run: Path) -> None:
     sizes = {row.part: row.parameters for row in graft_parts(run, "iaa")}
     assert sizes == {"projector": 64 * 64 + 64, "inserted layers": 128 * 64, "norm": 64}
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "parts"),
+    [
+        ("lora", {"rank": 4, "gate": "token"}, {"attention", "feedforward", "projector"}),
+        ("lora", {"rank": 4, "targets": "attention"}, {"attention", "projector"}),
+        ("expert", {"layers": [1]}, {"attention", "feedforward", "projector"}),
+        ("expert", {"parts": ["feedforward"], "rank": 3}, {"feedforward", "projector"}),
+    ],
+)
+def test_what_is_pushed_loads_and_computes_the_same(
+    hub: HubServer, tmp_path: Path, method: str, config: dict[str, Any], parts: set[str]
+) -> None:
+    made = make_graft(tmp_path, method=method, **config)
+    push(made, "tester/again", base_id="acme/tiny", vision_id="acme/eyes")
+    repo = hub.repos["tester/again"]
+    card = repo.read("README.md").decode()
+    assert f"| method | `{method}`: {get_method(method).title}" in card
+    assert {
+        row for row in ("attention", "feedforward", "projector") if f"| {row} |" in card
+    } == parts
+    for key, value in config.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        assert f"{key}: {shown}" in card or f"{key}: {value}" in card
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    for name in ("graft_config.json", "graft.safetensors"):
+        (fetched / name).write_bytes(repo.read(name))
+    sent, own = load_file(fetched / "graft.safetensors"), load_file(made / "graft.safetensors")
+    assert sent.keys() == own.keys()
+    assert all(torch.equal(sent[key], own[key]) for key in own)
+    record = GraftFile.read(fetched)
+    assert (record.base.id, record.vision.id) == ("acme/tiny", "acme/eyes")
+    assert record.settings == GraftFile.read(made).settings
 
 
 def test_sizes_are_those_of_the_files(run: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from grafting import CONFIGS, batch, graft_on, logits_of, rows, text_of
-from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
+from mmgraft import ExpertConfig, GraftedModel, IAAConfig, LlavaConfig, WingsConfig
 from mmgraft.basefiles import TensorReader
 from mmgraft.errors import UsageError
 from mmgraft.model.files.create import create_graft
@@ -77,6 +77,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         ),
         (IAAConfig(layers=[2], embedding=False, head=False), {"model.norm.weight"}),
         (IAAConfig(layers=[2], embedding=False, norm=False, head=False), set()),
+        (ExpertConfig(layers=[2]), set()),
+        (ExpertConfig(rank=2), None),
         (CONFIGS["wings"], None),
         (CONFIGS["llava"], None),
     ],
@@ -92,7 +94,7 @@ def test_only_what_is_copied_is_read(parts: Path, read: set[str], config: Any, o
 
 def test_a_graft_from_files_equals_one_on_the_loaded_base(parts: Path) -> None:
     """The copies are exact; what is drawn is drawn from one seed."""
-    for method in ("iaa-c", "iaa-a", "wings"):
+    for method in ("iaa-c", "iaa-a", "wings", "expert"):
         tensors = make(parts, CONFIGS[method], method)
         model = GraftedModel.graft(str(parts / "base"), str(parts / "tower"), CONFIGS[method])
         mine = model.workflow().state_dict()

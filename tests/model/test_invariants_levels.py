@@ -41,11 +41,14 @@ def test_each_method_claims_what_it_is_granted() -> None:
         "llava": "E0 E1 E2",
         "lora": "E0 E1 E3",
         "lora-token": "E0 E1 E2 E3",
+        "expert": "E0 E1 E2",
+        "xattn": "E0 E1 E2 E3",
     }
     assert {name: " ".join(sorted(levels(name))) for name in CONFIGS} == granted
     by_method = {one.name: one.levels() for one in built_in()}
     assert by_method["iaa"] == {"E0": [], "E1": [], "E3": ["structure: a", "structure: b"]}
     assert by_method["lora"] == {"E0": [], "E1": [], "E2": ["gate: token"], "E3": []}
+    assert by_method["expert"] == {"E0": [], "E1": [], "E2": []}
     assert by_method["wings-official"] == {}
 
 

@@ -45,7 +45,7 @@ def fed(module: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt_neox", "falcon", "cohere", "qwen3_moe"])
-@pytest.mark.parametrize("method", ["llava", "iaa-b", "iaa-c", "wings", "lora", "lora-token"])
+@pytest.mark.parametrize("method", ["llava", "iaa-b", "iaa-c", "wings", "lora", "expert", "xattn"])
 def test_losses_and_gradients_are_the_same(
     arch: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,6 +54,21 @@ def test_losses_and_gradients_are_the_same(
     monkeypatch.setattr(modeling, "fed_at", lambda layer, wanted: nullcontext())
     wanted = step(model)
     assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-token", "expert"])
+def test_linear_layers_in_the_last_feed_forward_see_whole_rows_of_a_mixed_batch(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, words = model_of("llama", CONFIGS[method]), ("tttttttttt", "ttiiiitttttt")
+    found = step(model, words)  # a row of text first: it would be taken for the one with the image
+    monkeypatch.setattr(modeling, "fed_at", lambda layer, wanted: nullcontext())
+    wanted = step(model, words)
+    last = [name for name in wanted if ".feedforward.3." in name]
+    assert last
+    assert all(wanted[name].abs().max() > 0 for name in last)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=1e-4, msg=name)
 

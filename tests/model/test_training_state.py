@@ -34,6 +34,8 @@ GROUPS = {
     "llava": set(),
     "lora": {"attention", "feedforward"},
     "lora-token": {"attention", "feedforward"},
+    "expert": {"attention", "feedforward"},
+    "xattn": {"attention", "feedforward", "gates", "marker"},
 }
 
 
@@ -66,6 +68,8 @@ def test_groups_cover_the_graft_and_do_not_overlap(method: str) -> None:
         ("wings", ["learners.visual", "projector"], ["graft.layers.*.visual.", "projector."]),
         ("wings", ["router"], ["graft.layers.*.router."]),
         ("lora", ["attention", "projector"], ["graft.attention.", "projector."]),
+        ("expert", ["feedforward"], ["graft.feedforward."]),
+        ("xattn", ["gates", "marker"], ["graft.blocks.*.gate", "graft.marker"]),
         ("llava", ["base"], ["base."]),
     ],
 )

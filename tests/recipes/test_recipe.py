@@ -14,12 +14,12 @@ import yaml
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.errors import UsageError
-from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import Recipe
 from mmgraft.recipes.source import (
     dump_recipe,
     find_recipe,
     load_recipe,
+    recipe_dir,
     shipped_recipes,
     with_data,
     with_max_steps,
@@ -95,7 +95,10 @@ def test_all_problems_are_told_at_once(recipe_file):
         ),
         (("method: iaa", "method: iaa\nprecision: fp16"), "fp16 is refused"),
         (("epochs: 2", "precision: fp16"), "fp16 is refused"),
-        (("train: [projector, layers]", "train: [projector, base]"), "IAA keeps its base frozen"),
+        (
+            ("train: [projector, layers]", "train: [projector, base]"),
+            "this method keeps its base frozen",
+        ),
         (("method: iaa", "method: wings\nbase: full\nquantization: nf4"), "trains it"),
         (("method: iaa", "method: llava\nbase: full"), "no stage trains it"),
         (("train: [projector, layers]", "train: [projector, layer]"), "did you mean 'layers'"),
@@ -262,7 +265,9 @@ def test_data_from_the_command_line(recipe_file):
     assert [stage.data[0].path for stage in both.stages] == ["a.json", "a.json"]
     assert both.stages[0].data[0].images == "pics"
     assert both.data_to_set() == []
-    one = with_data(recipe, ["tune=b.json"], None)
+    one = with_data(recipe, ["tune=b.json"], None, ["format=vqa", "vqa.answer=sampled"])
+    assert one.stages[1].data[0].format == "vqa"
+    assert one.stages[1].data[0].vqa.answer == "sampled"
     assert one.stages[0].data is None
     assert one.data_to_set() == ["data[0].path"]
     with pytest.raises(UsageError, match="did you mean 'tune'"):
@@ -316,6 +321,8 @@ EXPECTED = {
     "wings-pro-full wings-24gb demo-wings",
     "llava": "llava llava-full demo-llava",
     "lora": "lora lora-phi4 lora-xcomposer2 lora-24gb lora-cpu demo-lora",
+    "expert": "expert expert-24gb expert-cpu demo-expert",
+    "xattn": "xattn xattn-flamingo xattn-24gb xattn-cpu demo-xattn",
 }
 
 

@@ -195,6 +195,10 @@ VARIANTS: dict[str, TinyArch] = {
     ),
     "falcon_alibi": TinyArch("falcon", {**_FALCON, "alibi": True}),
     "cohere_qk_norm": TinyArch("cohere", _sizes(use_qk_norm=True, logit_scale=0.4)),
+    "qwen2_moe": TinyArch(
+        "qwen2_moe",
+        _sizes(moe_intermediate_size=24, shared_expert_intermediate_size=20, **_MOE),
+    ),
     "qwen3_moe_mixed": TinyArch(
         "qwen3_moe",
         _sizes(head_dim=12, moe_intermediate_size=24, mlp_only_layers=[0, 2], **_MOE),

@@ -24,6 +24,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "wings": {"rank": 4},
     "llava": {},
     "lora": {"rank": 4},
+    "expert": {"layers": [1, 3]},
+    "xattn": {"layers": [0, 2]},
     "wings-official": {},
 }
 

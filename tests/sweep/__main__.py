@@ -24,6 +24,7 @@ for folder in (ROOT, ROOT / "tests" / "support", ROOT / "tests", ROOT / "tests" 
     sys.path.insert(0, str(folder))
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
+METHODS = ("iaa", "wings", "llava", "lora", "expert")
 SECONDS, GIBIBYTES = 120, 6
 """Processor time and memory of one type."""
 
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     every = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     known = {} if not options.results.is_file() else read(options.results)
-    wanted = options.types or [kind for kind in every if kind not in known]
+    methods = options.methods
+    new = [kind for kind in every if not set(methods) <= known.get(kind, {}).keys()]
+    wanted = options.types or new
     unknown = sorted(set(wanted) - set(every))
     if unknown:
         raise SystemExit(f"no causal LM of transformers: {', '.join(unknown)}")
@@ -50,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         tower = Path(folder) / "tower"
         save_tower(tower, "clip", image_size=16)
-        for verdict in judged(wanted, options.jobs, tower):
-            known[verdict["type"]] = verdict
+        for verdict in judged(wanted, options.jobs, tower, methods):
+            known[verdict["type"]] = {**known.get(verdict["type"], {}), **verdict}
             with options.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(verdict) + "\n")
             print(line(verdict), flush=True)
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     reader = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__)
     reader.add_argument("--types", nargs="*", help="these alone, judged anew")
+    reader.add_argument("--methods", nargs="*", default=METHODS, help="these alone")
     reader.add_argument("--jobs", type=int, default=1, help="processes at a time")
     reader.add_argument("--results", type=Path, default=ROOT / ".sweep.jsonl")
     reader.add_argument("--page", action="store_true", help="write docs/architectures.md")
@@ -73,12 +77,15 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the last verdict on each type."""
+    """Return the last verdict on each type and method."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    return {verdict["type"]: verdict for verdict in map(json.loads, lines)}
+    found: dict[str, dict[str, Any]] = {}
+    for verdict in map(json.loads, lines):
+        found.setdefault(verdict["type"], {}).update(verdict)
+    return found
 
 
-def judged(kinds: Sequence[str], jobs: int, tower: Path) -> Any:
+def judged(kinds: Sequence[str], jobs: int, tower: Path, methods: Sequence[str]) -> Any:
     """Yield the verdicts as they come, each from a process of its own."""
     from judging import share_tower
 
@@ -91,7 +98,7 @@ def judged(kinds: Sequence[str], jobs: int, tower: Path) -> Any:
             child = os.fork()
             if child == 0:
                 os.close(reading)
-                alone(kind, tower, writing)
+                alone(kind, tower, writing, methods)
             os.close(writing)
             running[child] = (kind, reading)
         for child, (kind, reading) in list(running.items()):
@@ -100,11 +107,11 @@ def judged(kinds: Sequence[str], jobs: int, tower: Path) -> Any:
                 del running[child]
                 with os.fdopen(reading, encoding="utf-8") as pipe:
                     text = pipe.read()
-                yield json.loads(text) if text else ended(kind, status)
+                yield json.loads(text) if text else ended(kind, status, methods)
         time.sleep(0.05)
 
 
-def alone(kind: str, tower: Path, writing: int) -> None:
+def alone(kind: str, tower: Path, writing: int, methods: Sequence[str]) -> None:
     """Judge one type in this process, and end it."""
     from judging import judge
 
@@ -114,7 +121,7 @@ def alone(kind: str, tower: Path, writing: int) -> None:
     code = 1
     try:
         with tempfile.TemporaryDirectory() as folder:
-            verdict = judge(kind, tower, Path(folder))
+            verdict = judge(kind, tower, Path(folder), methods)
         with os.fdopen(writing, "w", encoding="utf-8") as pipe:
             pipe.write(json.dumps(verdict))
         code = 0
@@ -122,12 +129,10 @@ def alone(kind: str, tower: Path, writing: int) -> None:
         os._exit(code)
 
 
-def ended(kind: str, status: int) -> dict[str, Any]:
+def ended(kind: str, status: int, methods: Sequence[str]) -> dict[str, Any]:
     """Return the verdict on a type whose process was ended, by time or by memory."""
-    from judging import METHODS
-
     why = f"the process ended with {os.waitstatus_to_exitcode(status)}"
-    return {"type": kind, **{name: {"fails": why} for name in METHODS}}
+    return {"type": kind, **{name: {"fails": why} for name in methods}}
 
 
 def methods_of(verdict: dict[str, Any]) -> dict[str, dict[str, str]]:

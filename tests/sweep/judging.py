@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ from transformers import (
 )
 
 from grafting import perturb
-from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
+from mmgraft import (
+    ExpertConfig,
+    GraftedModel,
+    IAAConfig,
+    LlavaConfig,
+    LoraConfig,
+    WingsConfig,
+)
 from mmgraft.anatomy import shrunken, text_config
 from mmgraft.basefiles import ModelFiles
 from mmgraft.errors import UsageError
@@ -35,7 +43,7 @@ from mmgraft.vision.spec import VisionSpec
 from mmgraft.vision.towers.registry import describe_tower, load_tower
 from tiny import randomise
 
-METHODS = ("iaa", "wings", "llava")
+METHODS = ("iaa", "wings", "llava", "lora", "expert")
 TOWER_WIDTH = 16
 
 INDEXER = {
@@ -98,7 +106,7 @@ def share_tower(tower: Path) -> None:
     create.describe_tower = lambda _: shape
 
 
-def judge(kind: str, tower: Path, folder: Path) -> dict[str, Any]:
+def judge(kind: str, tower: Path, folder: Path, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     """Return the verdict on every method: works, refused with the reason, or fails with what.
 
     What fails is judged again with other weights: rounding sends a token to another expert, or out
@@ -107,7 +115,7 @@ def judge(kind: str, tower: Path, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     verdicts: dict[str, dict[str, str]] = {}
     for seed in (0, 1):
-        wanted = [name for name in METHODS if "fails" in verdicts.get(name, {"fails": ""})]
+        wanted = [name for name in methods if "fails" in verdicts.get(name, {"fails": ""})]
         verdicts |= judge_once(kind, tower, folder / str(seed), wanted, seed) if wanted else {}
     for found in verdicts.values():
         for word, reason in found.items():
@@ -206,6 +214,8 @@ def graft(
         "iaa": IAAConfig(layers=layers, norm=norm),
         "wings": WingsConfig(rank=4, layers=layers),
         "llava": LlavaConfig(),
+        "lora": LoraConfig(rank=4, layers=layers),
+        "expert": ExpertConfig(layers=layers),
     }
     spec, plain = VisionSpec(id=str(tower)), TemplateChoice(kind="plain")
     create.create_graft(str(base), spec, configs[name], folder / "graft", template=plain)

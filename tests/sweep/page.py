@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 
-METHODS = ("iaa", "wings", "llava")
+METHODS = ("iaa", "wings", "llava", "lora", "expert")
 HEAD = """# Every causal LM
 
 mmgraft has no table of models: it examines what it gets. This page says what came of it for each
@@ -37,25 +37,29 @@ expert once in a while.
 
 {counts}
 
-| type | iaa | wings | llava |
-|---|---|---|---|
+| type | {methods} |
+|---|{lines}|
 """
 
 
-def cell(found: dict[str, str]) -> str:
+def cell(found: dict[str, str] | None) -> str:
+    if found is None:
+        return "not judged"
     word = "fails" if "fails" in found else next(iter(found))
     return "works" if word == "works" else f"{word}: {found[word]}".replace("|", "\\|")
 
 
 def verdict_of(verdict: dict[str, Any]) -> str:
-    words = ["fails" if "fails" in verdict[name] else next(iter(verdict[name])) for name in METHODS]
+    words = [
+        "fails" if "fails" in verdict[name] else next(iter(verdict[name]))
+        for name in METHODS
+        if name in verdict
+    ]
     if "fails" in words:
         return "fails"
     if set(words) == {"works"}:
-        return "works with all three methods"
-    return (
-        "refused with all three" if "works" not in words else "works with some, refused with others"
-    )
+        return "works with all methods"
+    return "refused with all" if "works" not in words else "works with some, refused with others"
 
 
 def counts(known: dict[str, dict[str, Any]], every: list[str]) -> str:
@@ -68,11 +72,17 @@ def counts(known: dict[str, dict[str, Any]], every: list[str]) -> str:
 def write_page(path: Path, known: dict[str, dict[str, Any]], every: list[str]) -> None:
     """Write the page."""
     day = datetime.now(UTC).strftime("%-d %B %Y")
-    text = HEAD.format(version=transformers.__version__, day=day, counts=counts(known, every))
+    text = HEAD.format(
+        version=transformers.__version__,
+        day=day,
+        counts=counts(known, every),
+        methods=" | ".join(METHODS),
+        lines="|".join(["---"] * len(METHODS)),
+    )
     for kind in every:
         if kind in known:
-            cells = [cell(known[kind][name]) for name in METHODS]
+            cells = [cell(known[kind].get(name)) for name in METHODS]
             if len(set(cells)) == 1 and cells[0] != "works":
-                cells[1:] = ["the same", "the same"]
+                cells[1:] = ["the same"] * (len(cells) - 1)
             text += f"| `{kind}` | {' | '.join(cells)} |\n"
     path.write_text(text, encoding="utf-8")

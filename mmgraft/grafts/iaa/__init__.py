@@ -1,7 +1,7 @@
 """IAA: decoder layers inserted after chosen base layers, each a trained copy (arXiv 2408.12902)."""
 
 from mmgraft.grafts.iaa import config
-from mmgraft.grafts.method import Method
+from mmgraft.grafts.method import FrozenBase, Method
 
 METHOD = Method(
     name="iaa",
@@ -11,7 +11,7 @@ METHOD = Method(
     graft="mmgraft.grafts.iaa.graft:IAAGraft",
     recipe="iaa.yaml",
     groups=config.GROUPS,
-    stage=config.IAAStage,
+    stage=FrozenBase,
     promises=config.promises,
     unused=config.unused,
     part_of=config.part_of,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mmgraft.errors import UsageError
-from mmgraft.grafts.method import PlainDecoder, Promises, StageSwitches
+from mmgraft.grafts.method import PlainDecoder, Promises
 from mmgraft.strict import LayerChoice, Option, StrictModel
 
 GROUPS = {
@@ -63,14 +62,6 @@ class IAAConfig(StrictModel):
                 f"so there is only one; set {missing}: true or untie: false"
             )
         return self
-
-
-class IAAStage(StageSwitches):
-    """Nothing to switch; the base stays frozen."""
-
-    def check_switches(self, train: Sequence[str]) -> None:
-        if "base" in train:
-            raise ValueError("IAA keeps its base frozen in every stage; take base out of train")
 
 
 def promises(config: IAAConfig) -> Promises:

@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters on the base's linear layers, for rows or positions that see."""
 
 from mmgraft.grafts.lora import config
-from mmgraft.grafts.method import Method
+from mmgraft.grafts.method import FrozenBase, Method, without_linears
 
 METHOD = Method(
     name="lora",
@@ -11,8 +11,8 @@ METHOD = Method(
     graft="mmgraft.grafts.lora.graft:LoraGraft",
     recipe="lora.yaml",
     groups=config.GROUPS,
-    stage=config.LoraStage,
-    refuses=config.refuses,
+    stage=FrozenBase,
+    refuses=without_linears,
     promises=config.promises,
     as_decoder=config.as_decoder,
     as_adapter=config.as_adapter,

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mmgraft.errors import UsageError
-from mmgraft.grafts.method import PlainAdapter, PlainDecoder, Promises, StageSwitches
+from mmgraft.grafts.method import PlainAdapter, PlainDecoder, Promises
 from mmgraft.strict import LayerChoice, Option, StrictModel
-
-if TYPE_CHECKING:
-    from mmgraft.anatomy import Anatomy
 
 GROUPS = {
     "attention": "adapters of the attention's linear layers",
@@ -36,7 +33,8 @@ class LoraConfig(StrictModel):
         Option("Adapted linear layers: all, attention or feedforward."),
     ] = Field(
         "all",
-        description="linear layers with an adapter; of a mixture of experts all means attention",
+        description="linear layers with an adapter; of a mixture of experts, attention and shared "
+        "experts",
     )
     rank: Annotated[int, Option("Rank of the adapters.")] = Field(
         64, ge=1, description="rank of every adapter (256 in both published models)"
@@ -57,46 +55,6 @@ class LoraConfig(StrictModel):
     def scale(self) -> float:
         """Return the factor of an adapter's result."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
-
-
-class LoraStage(StageSwitches):
-    """Nothing to switch; the base stays frozen."""
-
-    def check_switches(self, train: Sequence[str]) -> None:
-        if "base" in train:
-            raise ValueError("LoRA keeps its base frozen in every stage; take base out of train")
-
-
-def refuses(anatomy: Anatomy) -> str | None:
-    """Return the reason why a base cannot take adapters."""
-    if not any(anatomy.linears.values()):
-        return f"the layers of {anatomy.model_type} hold no linear layers outside of experts"
-    return None
-
-
-def chosen_linears(
-    config: LoraConfig, anatomy: Anatomy, index: int
-) -> dict[str, dict[str, tuple[int, int]]]:
-    """Return the linear layers of one base layer that get an adapter, by group.
-
-    Raises:
-        UsageError: There is none of a kind that is asked for.
-    """
-    found: dict[str, dict[str, tuple[int, int]]] = {"attention": {}, "feedforward": {}}
-    for name, size in anatomy.linears[index].items():
-        inside = name.startswith(f"{anatomy.attention_name}.")
-        found["attention" if inside else "feedforward"][name] = size
-    if config.targets != "all":
-        found = {config.targets: found[config.targets]}
-    if not any(found.values()):
-        has = [i for i, names in anatomy.linears.items() if names]
-        raise UsageError(
-            f"layer {index} of {anatomy.class_name} has no linear layer for an adapter "
-            f"(targets: {config.targets}): experts of a mixture take tokens out of their rows, "
-            f"where no adapter finds them. Choose --targets attention, or --layers among "
-            f"{', '.join(map(str, has))}."
-        )
-    return found
 
 
 def promises(config: LoraConfig) -> Promises:

@@ -28,7 +28,7 @@ from grafting import (
 from mmgraft import GraftedModel, LoraConfig
 from mmgraft.anatomy import examine_config
 from mmgraft.errors import UsageError
-from mmgraft.grafts.lora.graft import Adapter
+from mmgraft.grafts.on_linears import Adapter
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.create import create_graft
 from reference.lora import lora_reference
@@ -216,7 +216,7 @@ def test_a_forward_switches_no_gradient(method: str) -> None:
 def test_a_fresh_adapter_starts_as_published_code_meant() -> None:
     """Trap: XComposer2's own start asks for other names, and leaves B as it was drawn."""
     torch.manual_seed(0)
-    adapter = Adapter((64, 8), LoraConfig(rank=16))
+    adapter = Adapter((64, 8), rank=16)
     assert not adapter.up.weight.any()
     bound = adapter.down.weight.abs().max().item()
     assert 0.9 * 64**-0.5 < bound <= 64**-0.5  # Kaiming uniform with a = sqrt(5)

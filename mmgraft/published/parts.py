@@ -1,0 +1,245 @@
+"""The parts beside the grafts of a published checkpoint: its base and its vision tower.
+
+The base is compared with the original, or written as its own; the tower is inside it, or named.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from mmgraft.anatomy import skeleton
+from mmgraft.basefiles import ModelFiles, TensorReader, load_config
+from mmgraft.basefiles.tensor_files import write_shards
+from mmgraft.errors import UsageError
+from mmgraft.progress import counted
+from mmgraft.published.names import Published
+from mmgraft.published.source import TOWER_FILES, Source
+from mmgraft.vision.preprocessing import stored_processor
+from mmgraft.vision.spec import VisionSpec
+
+_CLASSES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
+_PROCESSOR = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    """Reference of an imported graft to its tower.
+
+    Attributes:
+        spec: What loads it; its id is a placeholder where it is written beside the graft.
+        config: Config of a tower that is written.
+        processor: Image processor of a tower that is written.
+        notes: What the user should know.
+    """
+
+    spec: VisionSpec
+    config: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_tower(source: Source, published: Published, named: str | None) -> TowerPlan:
+    """Decide where the tower comes from.
+
+    Args:
+        source: The checkpoint.
+        published: What is in it.
+        named: Hub id or folder to use instead of the one that the checkpoint names.
+
+    Raises:
+        UsageError: When config or weights of the tower cannot be found.
+    """
+    spec = VisionSpec(id=named or published.tower_id, feature_layer=published.feature_layer)
+    if not published.tower_tensors:
+        if spec.id is None or not _findable(spec.id):
+            raise UsageError(
+                f"the checkpoint has no vision tower inside and names {spec.id!r}, which is no "
+                "folder here and no Hub id; give the tower it was trained with by --tower"
+            )
+        return TowerPlan(spec)
+    config = source.read_json("vision_config.json") or _config_of(spec.id)
+    if config is None or config.get("model_type") not in _CLASSES:
+        kind = "no vision_config.json" if config is None else repr(config.get("model_type"))
+        raise UsageError(
+            f"the checkpoint's vision tower has {kind}, and {spec.id!r} gives no CLIP or SigLIP "
+            "config; name the tower it was made from by --tower (a Hub id or a folder)"
+        )
+    width = source.tensors["model.mm_projector.0.weight"].shape[1]
+    if config["hidden_size"] != width:
+        raise UsageError(
+            f"the tower's config says {config['hidden_size']} features and the checkpoint's "
+            f"projector takes {width}; name the right tower by --tower"
+        )
+    notes: list[str] = []
+    processor = source.read_json(_PROCESSOR) or _processor_of(spec.id)
+    if processor is None:
+        processor = _default_processor(config)
+        notes.append(
+            f"no image processor came with the checkpoint; the tower has {config['model_type']}'s "
+            "own means and sizes"
+        )
+    if source.config.get("image_aspect_ratio") == "pad":
+        notes.append(
+            "the published code pads an image to a square before the image processor resizes it, "
+            "which mmgraft does not do: pad images beforehand to see them as it did"
+        )
+    return TowerPlan(spec, _plain_config(config), processor, notes)
+
+
+def write_tower(source: Source, published: Published, plan: TowerPlan, folder: Path) -> None:
+    """Write the tower inside the checkpoint as an ordinary transformers folder."""
+    tensors = {ours: source.tensors[name] for ours, name in published.tower_tensors.items()}
+    write_shards(folder, "model", tensors)
+    for name, data in (("config.json", plan.config), (_PROCESSOR, plan.processor)):
+        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _findable(name: str) -> bool:
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return is_id or Path(name).expanduser().is_dir()
+
+
+def _config_of(name: str | None) -> dict[str, Any] | None:
+    """Return the vision config of a model on the Hub or in a folder, or None."""
+    if name is None or not _findable(name):
+        return None
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    return getattr(config, "vision_config", config).to_dict()
+
+
+def _processor_of(name: str | None) -> dict[str, Any] | None:
+    """Return the image processor's settings of a model on the Hub or in a folder, or None."""
+    found = name is not None and _findable(name)
+    return stored_processor(Path(name).expanduser()) if found and name else None
+
+
+def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with the fields alone that its class has today."""
+    known = CONFIG_MAPPING[config["model_type"]]().to_dict()
+    dropped = ("_name_or_path", "transformers_version", "id2label", "label2id", "dtype")
+    kept = {key: config[key] for key in known if key in config and key not in dropped}
+    return {**kept, "architectures": [_CLASSES[config["model_type"]]]}
+
+
+def _default_processor(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what CLIP and SigLIP were trained with; sources: their papers' released processors."""
+    size = config["image_size"]
+    square = {"height": size, "width": size}
+    siglip = config["model_type"] == "siglip_vision_model"
+    crop = {} if siglip else {"do_center_crop": True, "crop_size": square}
+    return {
+        "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
+        "size": square if siglip else {"shortest_edge": size},
+        **crop,
+        "image_mean": [0.5] * 3 if siglip else [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.5] * 3 if siglip else [0.26862954, 0.26130258, 0.27577711],
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "resample": 3,
+    }
+
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_CONFIGS = {"LlamaForCausalLM": LlamaConfig, "Qwen2ForCausalLM": Qwen2Config}
+_DECIDING = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
+    *("use_sliding_window", "attention_bias", "mlp_bias"),
+)
+
+
+def base_config(source: Source, published: Published) -> PreTrainedConfig:
+    """Return the config of the checkpoint's base, as of a plain model.
+
+    Raises:
+        UsageError: When the base's tensors are not those of its config.
+    """
+    dtype = source.tensors[_EMBEDDING].dtype if _EMBEDDING in source.tensors else torch.float32
+    config = _CONFIGS[published.base_class](
+        **published.base_config, architectures=[published.base_class], dtype=dtype
+    )
+    wanted = {name: tuple(t.shape) for name, t in skeleton(config).state_dict().items()}
+    found = {name: source.tensors[name].shape for name in published.base_tensors}
+    if config.tie_word_embeddings:
+        wanted.pop(_HEAD, None)
+    for name in sorted(wanted.keys() | (found.keys() - {_HEAD})):
+        if found.get(name) != wanted.get(name):
+            raise UsageError(
+                f"{source.name} is no whole {published.base_class}: tensor {name} has shape "
+                f"{found.get(name, 'none')} and its config says {wanted.get(name, 'none')}; "
+                "the download may be incomplete: fetch it again"
+            )
+    return config
+
+
+def differs_from(source: Source, published: Published, files: ModelFiles) -> str | None:
+    """Return the first difference between the checkpoint's base and another model, in words.
+
+    Tensors stored in another dtype are equal when casting the other model's to the checkpoint's
+    dtype gives the checkpoint's, bit for bit.
+    """
+    ours, theirs = base_config(source, published), load_config(files)
+    if theirs.model_type != ours.model_type:
+        return f"it is a {theirs.model_type} model, and the checkpoint's base is {ours.model_type}"
+    for name in _DECIDING:
+        one, other = getattr(ours, name, None), getattr(theirs, name, None)
+        if one != other:
+            return f"config field {name} is {other}, and {one} in the checkpoint"
+    with TensorReader(files) as reader:
+        return _tensor_difference(source, published, reader)
+
+
+def _tensor_difference(source: Source, published: Published, reader: TensorReader) -> str | None:
+    names = set(reader.keys())
+    for name in counted("comparing tensors of the base", published.base_tensors):
+        other = _EMBEDDING if name == _HEAD and name not in names else name
+        if other not in names:
+            return f"it has no tensor {name}"
+        if tuple(reader.shape(other)) != source.tensors[name].shape:
+            shapes = tuple(reader.shape(other)), source.tensors[name].shape
+            return f"tensor {name} has shape {shapes[0]}, and {shapes[1]} in the checkpoint"
+        if not _same(reader.get(other), source.tensors[name].read()):
+            return f"tensor {name} has other values"
+    # A head that the checkpoint leaves to its embedding.
+    if _HEAD in names and _HEAD not in published.base_tensors:
+        same = _same(reader.get(_HEAD), source.tensors[_EMBEDDING].read())
+        return None if same else f"tensor {_HEAD} has other values"
+    return None
+
+
+def _same(theirs: Tensor, ours: Tensor) -> bool:
+    return torch.equal(theirs.to(ours.dtype), ours)
+
+
+def write_base(source: Source, published: Published, folder: Path) -> None:
+    """Write the checkpoint's base as an ordinary model folder, tokenizer included."""
+    config = base_config(source, published)
+    tensors = {name: source.tensors[name] for name in published.base_tensors}
+    if config.tie_word_embeddings and _HEAD in tensors:
+        if torch.equal(tensors[_HEAD].read(), tensors[_EMBEDDING].read()):
+            del tensors[_HEAD]
+        else:
+            config.tie_word_embeddings = False
+    write_shards(folder, "model", tensors)
+    config.save_pretrained(folder)
+    for name in source.files.keys() - {"config.json", *TOWER_FILES}:
+        shutil.copyfile(source.files[name], folder / name)
+
+
+def base_bytes(source: Source, published: Published) -> int:
+    """Size of the base's tensors."""
+    return sum(source.tensors[name].nbytes for name in published.base_tensors)
