@@ -316,8 +316,8 @@ PATCHES = [
     Patch(
         "a static cache's mask is as long as the prompt",
         "model/modeling.py",
-        "self._static_mask(given.attention_mask, cache)",
-        "given.attention_mask",
+        "self._static_mask(mask, cache)",
+        "mask",
         "model/test_generation.py -k 'greedy and bloom'",
     ),
     Patch(
