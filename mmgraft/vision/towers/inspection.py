@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from mmgraft.errors import UsageError
+from mmgraft.errors import UsageError, first_line
 
 NAFLEX_TYPES = ("siglip2", "siglip2_vision_model")
 
@@ -79,7 +79,7 @@ def skeleton(config: PreTrainedConfig, name: str) -> PreTrainedModel:
         with torch.device("meta"):
             model = _made(config)
     except Exception as error:  # whatever a foreign __init__ may raise over its configuration
-        raise _refusal(name, config, error) from error
+        raise _refusal(name, config, first_line(error)) from error
     if "pixel_values" not in inspect.signature(model.forward).parameters:
         raise _refusal(name, config, "it takes no images")
     return model.eval()
