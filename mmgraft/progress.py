@@ -1,10 +1,11 @@
-"""Show how far long work is: a bar on a terminal, a line every ten seconds in a log.
+"""Say what is done, and show how far long work is: a bar on a terminal, lines in a log.
 
-A library says nothing; the command line calls ``show_on``.
+A library says nothing: the command line shows the logger ``mmgraft``, and calls ``show_on``.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -21,8 +22,14 @@ EVERY = 10.0
 _SOON = 1.0
 """Seconds after which work is long enough for a bar."""
 
+_log = logging.getLogger("mmgraft")
 _works: list[Work] = []  # the innermost last, which is the one shown
 _console: Callable[[], Console] | None = None
+
+
+def say(text: str) -> None:
+    """Say what is done or was found, to the logger ``mmgraft`` at the level of information."""
+    _log.info("%s", text)
 
 
 class Work:

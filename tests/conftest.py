@@ -72,6 +72,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _positions_of_an_image(request: pytest.FixtureRequest) -> None:
+    """Make rows of ``grafting`` as the method takes them that a test is parametrized with."""
+    if "grafting" in sys.modules:
+        given = getattr(request.node, "callspec", None)
+        method = given.params.get("method") if given else None
+        sys.modules["grafting"].takes(method if isinstance(method, str) else None)
+
+
 LIMIT, CLEANED_FROM, GROWN = 2.0e9, 1.2e9, 1.0e8
 """Bytes that a worker may hold at the end of a module; from which it is cleaned, and again when it
 has grown by so many."""
@@ -99,6 +108,32 @@ def clean() -> None:
     if "pyarrow" in sys.modules:
         sys.modules["pyarrow"].default_memory_pool().release_unused()
     ctypes.CDLL(None).malloc_trim(0)  # only Linux says what is resident
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+    """What the library says while the test lasts, by ``mmgraft.progress.say``."""
+    texts: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    log, kept = logging.getLogger("mmgraft"), Kept(logging.INFO)
+    log.addHandler(kept)
+    with caplog.at_level(logging.INFO, "mmgraft"):
+        yield texts
+    log.removeHandler(kept)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How much of long work is done, and of how much, as a bar would show it."""
+    from mmgraft.progress import Work
+
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(Work, "__call__", lambda work, *at: seen.append(at))
+    return seen
 
 
 @pytest.fixture(scope="module", autouse=True)

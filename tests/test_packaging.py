@@ -103,7 +103,7 @@ def test_the_wheel_carries_its_data(installed: Path) -> None:
 
 def test_the_wheel_runs_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
     code = (
-        "import mmgraft.aliases, mmgraft.recipes.files as r\n"
+        "import mmgraft.aliases, mmgraft.recipes.source as r\n"
         "print(r.recipe_dir()); print(mmgraft.aliases.default_tower())"
     )
     ran = subprocess.run(

@@ -25,7 +25,6 @@ GIVEN_BY_OTHERS = {
     "_copy.processor": "in the place of score_choices",
     "_handle.frame": "of signal",
     "_handle.number": "of signal",
-    "_text_set.announce": "in the place of _image_set",
     "_offers.path": "the key of a cache",
     "of_entry_point.origin": "called as those of other kinds",
     "pass_on.frame": "of signal",

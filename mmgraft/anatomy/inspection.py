@@ -102,7 +102,6 @@ def examine(model: PreTrainedModel) -> Anatomy:
         sliding_window=_window(config) if set(layer_types) != {"full_attention"} else None,
         rope_theta=_rope_theta(config),
         tied=getattr(head, "weight", None) is embedding.weight,
-        attention_in_registry=in_registry(attention),
         explicit_weights=explicit_weights_reason(model, attention),
         **_inside(layers),
         blocked=blocked,
@@ -281,6 +280,7 @@ def _heads(attention: nn.Module, config: PreTrainedConfig) -> dict[str, Any]:
         return default
 
     return {
+        "attention_in_registry": in_registry(attention),
         "num_heads": heads,
         "num_kv_heads": size("num_kv_heads", "num_key_value_heads", default=heads),
         "head_dim": size("head_dim", "head_size", default=config.hidden_size // heads),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -252,33 +253,19 @@ def write_shards(
         Names of the files written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _split(tensors, max_bytes)
-    if len(shards) == 1:
-        name = f"{stem}.safetensors"
-        write_tensors(folder / name, shards[0], metadata)
-        return [name]
-    names = [
-        f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    weight_map: dict[str, str] = {}
-    for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard, metadata)
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum(lazy.nbytes for lazy in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda lazy: lazy.nbytes,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        write_tensors(folder / name, {key: tensors[key] for key in keys}, metadata)
+    names = list(split.filename_to_tensors)
+    if not split.is_sharded:
+        return names
+    weight_map = dict(sorted(split.tensor_to_filename.items()))
+    index = {"metadata": split.metadata, "weight_map": weight_map}
     index_name = f"{stem}.safetensors.index.json"
     (folder / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [*names, index_name]
-
-
-def _split(tensors: Mapping[str, LazyTensor], max_bytes: int) -> list[dict[str, LazyTensor]]:
-    shards: list[dict[str, LazyTensor]] = [{}]
-    size = 0
-    for name, lazy in tensors.items():
-        if shards[-1] and size + lazy.nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = lazy
-        size += lazy.nbytes
-    return shards

@@ -185,8 +185,8 @@ def build_app() -> typer.Typer:
     return app
 
 
-class _Warnings(logging.Handler):
-    """Show what the library warns of where a command's notes stand."""
+class _Notes(logging.Handler):
+    """Show what the library says and warns of where a command's notes stand."""
 
     def emit(self, record: logging.LogRecord) -> None:
         note(record.getMessage())
@@ -203,10 +203,11 @@ def run(args: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # It looks for a faster kernel on the Hub, does without, and says so as if it had failed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    if os.environ.get("RANK", "0") == "0":
-        show_on(stderr)
-    warned = _Warnings(logging.WARNING)
-    logging.getLogger("mmgraft").addHandler(warned)
+    log, main = logging.getLogger("mmgraft"), os.environ.get("RANK", "0") == "0"
+    show_on(stderr if main else None)
+    notes, level = _Notes(), log.level
+    log.addHandler(notes)
+    log.setLevel(logging.INFO if main else logging.WARNING)
     try:
         typer.main.get_command(build_app()).main(
             args=None if args is None else list(args), prog_name="mmgraft"
@@ -224,7 +225,8 @@ def run(args: Sequence[str] | None = None) -> int:
         return code
     finally:
         show_on(None)
-        logging.getLogger("mmgraft").removeHandler(warned)
+        log.removeHandler(notes)
+        log.setLevel(level)
     return 0
 
 

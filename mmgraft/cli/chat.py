@@ -90,9 +90,9 @@ def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
     if run is not None and prompt is None and not Path(run).expanduser().exists():
         words = run.strip().split()
         if len(words) != 1 or run.count("/") != 1:
-            return str(find_run(None, announce=note)), run
+            return str(find_run()), run
     if run is None:
-        return str(find_run(None, announce=note)), prompt
+        return str(find_run()), prompt
     return run, prompt
 
 

@@ -73,7 +73,7 @@ def _run(plan: ComparisonPlan, train_only: bool, batch_size: int | None, json: b
 
     if not json:
         show(plan)
-    done = runner.compare(plan, train_only=train_only, batch_size=batch_size, announce=note)
+    done = runner.compare(plan, train_only=train_only, batch_size=batch_size)
     if json:
         print_json(
             {

@@ -84,7 +84,6 @@ def prepare(
         seed=seed,
         force=force,
         dry_run=dry_run,
-        announce=note,
     )
     if json:
         print_json(done.as_dict())
@@ -179,7 +178,7 @@ def preview(
 
     settled = is_graft(target) or any(reads.get(name) for name in ("run", "base", "recipe"))
     if not settled and is_there(str(target)):
-        reads["run"] = find_run(None, announce=note)
+        reads["run"] = find_run()
     chosen = Selection(target, **reads)
     shown: list[tuple[View, Preview]] = []
     for view in views(chosen):

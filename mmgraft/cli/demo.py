@@ -10,8 +10,7 @@ from mmgraft.cli.options import DryRunFlag, JsonFlag, option
 from mmgraft.grafts.registry import built_in
 
 if TYPE_CHECKING:
-    from mmgraft.demo.report import DemoReport
-    from mmgraft.demo.run import DemoSettings
+    from mmgraft.demo.run import DemoReport, DemoSettings
 
 BUDGET_MINUTES = 15
 
@@ -38,8 +37,6 @@ def demo(
     """
     target = out or Path(f"demo-{method}")
     # Everything below loads torch.
-    from transformers.utils import logging
-
     from mmgraft.demo.assets import check_packages
     from mmgraft.demo.run import DemoSettings, check_demo, run_demo
     from mmgraft.training.callbacks.progress import ProgressDisplay
@@ -51,11 +48,7 @@ def demo(
     if dry_run:
         _plan(settings, json)
         return
-    logging.disable_progress_bar()
-
-    report = run_demo(
-        settings, note, lambda one, at, of: [ProgressDisplay(one.name, at, of, stderr())]
-    )
+    report = run_demo(settings, ProgressDisplay.on(stderr()))
     if json:
         print_json(report.as_dict())
         return

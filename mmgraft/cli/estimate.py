@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.console import human_count, print_json, stdout, table
-from mmgraft.cli.options import JsonFlag, argument, given, with_options
+from mmgraft.cli.options import JsonFlag, ReadOption, argument, given, with_options
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _REQUEST = {
     "length": _rows(int, "Positions of a row, images included.", min=2),
     "data": _rows(list[str], "Rows to measure: FILE, or STAGE=FILE."),
     "images": _rows(str, "Folder that image paths start from."),
+    "read": (ReadOption, None),
     "device": given(str, "Device of the training: cuda or cpu.", default="cuda"),
     "processes": given(int, _PROCESSES, default=1, min=1),
 }
@@ -55,7 +56,7 @@ def estimate(target: _Target, json: JsonFlag = False, **request: Any) -> None:
 def _found(estimator: Estimator) -> dict[str, Any]:
     from mmgraft.training.memory.cards import reserve, smallest
     from mmgraft.training.memory.estimate import not_counted
-    from mmgraft.training.memory.switches import peak_of, savings
+    from mmgraft.training.memory.shortage import peak_of, savings
 
     recipe, subject = estimator.recipe, estimator.subject
     stages = estimator.stages()

@@ -37,7 +37,9 @@ def evaluate(
     sets: Annotated[str | None, _sets("YAML with `evaluation:`; else the run's recipe.")] = None,
     only: Annotated[list[str] | None, _sets("Evaluate this set; may be repeated.")] = None,
     limit: Annotated[int | None, _sets("Sample so many items of each set.", min=1)] = None,
-    data: Annotated[str | None, _one("File of items, or a packaged set.")] = None,
+    data: Annotated[
+        str | None, _one("Items: a file, shards, hub:OWNER/NAME, a packaged set.")
+    ] = None,
     metric: Annotated[
         str | None, _one("Metric: exact, vqa, vqa_v2, choice, yes_no, caption, box or perplexity.")
     ] = None,
@@ -49,6 +51,7 @@ def evaluate(
         str | None, _one("Boxes in answers: unit, thousand, ten, pixel, cogvlm or qwen.")
     ] = None,
     column: Annotated[list[str] | None, _one("FIELD=KEY of the rows; may be repeated.")] = None,
+    read: Annotated[list[str] | None, _one("Key of a set: split=test; may be repeated.")] = None,
     include_path: Annotated[Path | None, option("Folder of harness tasks of your own.")] = None,
     dialogues: Annotated[Path | None, option("Dialogues that were saved before.")] = None,
     dialogue_count: Annotated[int | None, option("Dialogues of each shape.", min=1)] = None,
@@ -74,7 +77,7 @@ def _evaluate(given: Any) -> None:
     from mmgraft.evaluation.evaluate import Evaluation, check
     from mmgraft.runs.find import find_run
 
-    folder = find_run(given.run, announce=note)
+    folder = find_run(given.run)
     named = {key: getattr(given, key) for key in _PASSED_ON}
     evaluation = Evaluation(
         folder, tuple(_specs(folder, given)), tasks=_listed(given.harness), **named
@@ -96,8 +99,8 @@ def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
     from mmgraft.progress import working
 
     folder = evaluation.run
-    with working("evaluating") as work:
-        measured = list(evaluate_run(answerer, evaluation, note, work))
+    with working("evaluating"):
+        measured = list(evaluate_run(answerer, evaluation))
     report = write_report(folder)
     if json:
         print_json(
@@ -121,16 +124,18 @@ def _specs(run: Path, given: Any) -> list[SetSpec]:
     """Return the set of ``--data``, else sets of a file or of the run's recipe."""
     from mmgraft.evaluation.items.packaged_text import PACKAGED
     from mmgraft.evaluation.sets import choose_sets, given_set, load_sets, run_sets
+    from mmgraft.recipes.source import key_value
 
     keys = ("images", "train", "name", "prompt", "boxes", "metric")
     one: dict[str, Any] = {key: getattr(given, key) for key in keys}
     one["columns"] = _columns(given.column)
+    one |= dict(key_value(text, "--read", "split=test") for text in given.read or ())
     only = given.only or ()
     if given.data is None:
         if any(value is not None for value in one.values()):
             raise UsageError(
-                "--metric, --images, --train, --name, --prompt, --boxes and --column are of a set "
-                "named by --data FILE; give it, or write them into a file for --sets"
+                "--metric, --images, --train, --name, --prompt, --boxes, --column and --read are "
+                "of a set named by --data FILE; give it, or write them into a file for --sets"
             )
         sets = run_sets(run) if given.sets is None else load_sets(given.sets)
         return choose_sets(sets, only, given.limit)
@@ -167,7 +172,7 @@ def _show_plan(folder: Path, plan: dict[str, list[str]], json: bool) -> None:
 
 def _show(results: Results) -> None:
     """Show the main score of every set beside what it is compared with."""
-    from mmgraft.evaluation.levels import WHERE
+    from mmgraft.evaluation.report.score_tables import WHERE
 
     out = stdout()
     if results.identity is not None:

@@ -63,18 +63,18 @@ def _write(
     if kind == "graft":
         from mmgraft.export.graft import export_graft
 
-        return export_graft(run, out, dry_run, note)
+        return export_graft(run, out, dry_run)
     if kind == "full":
-        from mmgraft.export.full import export_full
+        from mmgraft.export.graft import export_full
 
-        return export_full(run, out, base, dry_run, note)
+        return export_full(run, out, base, dry_run)
     if kind == "peft":
         from mmgraft.export.peft import export_peft
 
-        return export_peft(run, out, base, dry_run, note)
+        return export_peft(run, out, base, dry_run)
     from mmgraft.export.llava.export import export_llava
 
-    return export_llava(run, out, base, dtype, dry_run, note)
+    return export_llava(run, out, base, dtype, dry_run)
 
 
 def _check(to: str, dtype: str | None) -> None:
@@ -93,7 +93,7 @@ def _check(to: str, dtype: str | None) -> None:
 
 def _find(run: str | None) -> Path:
     if run is None or Path(run).expanduser().exists() or run.count("/") != 1:
-        return find_run(run, announce=note)
+        return find_run(run)
     from mmgraft.model.files.load import graft_folder
 
     return graft_folder(run)

@@ -50,7 +50,6 @@ def import_checkpoint(
         revision=revision,
         force=force,
         dry_run=dry_run,
-        say=note,
     )
     if json:
         print_json({**asdict(report), "dry_run": dry_run})

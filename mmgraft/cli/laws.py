@@ -58,6 +58,7 @@ def laws(
 
 def _laws(given: Any) -> None:
     """Check what was given, load the graft and measure it."""
+    from mmgraft.evaluation.attention.laws import refuse_memory
     from mmgraft.model.files.graft_file import GraftFile
     from mmgraft.model.files.load import graft_folder
 
@@ -68,7 +69,9 @@ def _laws(given: Any) -> None:
     folder, local = graft_folder(given.run, given.loading["revision"]), Path(given.run).is_dir()
     if given.out is None and not local:
         raise UsageError(f"{given.run} is on the Hub, where nothing is written; give --out FOLDER")
-    GraftFile.read(folder)
+    record = GraftFile.read(folder)
+    if given.workflow in (None, record.workflow):
+        refuse_memory(record)
     name, file, samples = _samples(folder, given)
     target = given.out or folder / "results"
     if given.dry_run:
@@ -84,7 +87,7 @@ def _measure(
     from mmgraft.cli.loading import load_answerer
     from mmgraft.evaluation.attention.laws import evaluate_laws
     from mmgraft.evaluation.report.plots import laws_plot
-    from mmgraft.runs.sections import put_aside
+    from mmgraft.runs.results import put_aside
 
     answerer = load_answerer(given.run, **given.loading)
     results = evaluate_laws(
@@ -96,8 +99,6 @@ def _measure(
         workflow=given.workflow,
         batch_size=given.batch_size,
         settings={"limit": given.limit, "seed": given.seed},
-        announce=note,
-        progress=lambda done, total: note(f"{done} of {total} rows"),
     )
     plot = laws_plot({folder.resolve().name if Path(given.run).is_dir() else given.run: results})
     target.mkdir(parents=True, exist_ok=True)

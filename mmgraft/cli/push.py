@@ -40,7 +40,7 @@ def push(
     """
     from mmgraft.hub.push import default_name, find_target, plan_push, send
 
-    folder = find_run(run, announce=note)
+    folder = find_run(run)
     plan = plan_push(folder, base_id, vision_id, license)
     if dry_run:
         _list(plan, repo_id or default_name(folder), private, json)

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmgraft.cli.console import note, print_json, stderr, stdout, table
-from mmgraft.cli.options import DryRunFlag, JsonFlag, argument, given, option, with_options
+from mmgraft.cli.options import (
+    DryRunFlag,
+    JsonFlag,
+    ReadOption,
+    argument,
+    given,
+    option,
+    with_options,
+)
 from mmgraft.runs.find import find_run
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ _TRAINING = {
     "recipe": _plan(str, "Recipe: YAML file or shipped name."),
     "data": _plan(list[str], _DATA),
     "images": _plan(str, "Folder that image paths start from."),
+    "read": (ReadOption, None),
     "overrides": _plan(list[str], "--set", _SET),
     "max_steps": _plan(int, "Number of steps after which every stage ends.", min=1),
     "device": given(str, "Device: cuda, mps, cpu; else the first found."),
@@ -55,7 +64,7 @@ def train(
     from mmgraft.cli import processes as launcher
 
     launcher.end_with_launcher()
-    folder = find_run(run, announce=note)
+    folder = find_run(run)
     if processes > 1:
         launcher.check_not_launched()
         if not dry_run:
@@ -87,9 +96,7 @@ def _train(plan: Plan, json: bool) -> None:
     if is_main_rank():
         for warned in filter(None, (warning(plan), slow_precision(plan.recipe, plan.device))):
             note(f"warning: {warned}")
-    results = train_run(
-        plan, note, lambda one, at, of: [ProgressDisplay(one.name, at, of, stderr())]
-    )
+    results = train_run(plan, display=ProgressDisplay.on(stderr()))
     if json and is_main_rank():
         stages = list(map(asdict, results))
         print_json({"run": str(plan.run), "device": plan.device, "stages": stages})

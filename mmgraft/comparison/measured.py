@@ -15,7 +15,7 @@ from typing import Any
 from mmgraft.comparison.files import Phase, arm_folder, phases_done
 from mmgraft.comparison.spec import Comparison
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.items.files import data_file, file_sha256, read_items, read_training_answers
+from mmgraft.evaluation.items.files import data_file, read_items, read_training_answers, set_sha256
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import read_choice_row, read_predictions, read_text_row
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
@@ -229,7 +229,7 @@ def read_answers(spec: SetSpec, arms: Sequence[MeasuredArm]) -> SetAnswers | Non
     if not any(one is not None and one.predictions for _, one in results):
         return None
     items = read_items(spec)
-    sha256 = file_sha256(data_file(spec))
+    sha256 = set_sha256(spec, data_file(spec))
     repeats = {arm.name: arm.repeats for arm in arms if arm.repeats is not None}
     found = SetAnswers(spec, items, prior=_prior(spec, items), repeats=repeats)
     for arm, one in results:

@@ -16,7 +16,7 @@ from mmgraft.comparison.files import FEATURES, Phase, arm_folder, phases_done, r
 from mmgraft.comparison.spec import ALL_STAGES, Comparison, arm_recipe, named_arms
 from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.dialogues.files import read_dialogues
+from mmgraft.evaluation.dialogues.dialogues import read_dialogues
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.sets import read_sets
 from mmgraft.grafts.registry import get_method
@@ -211,8 +211,7 @@ def make_graft(plan: ComparisonPlan, recipe: Recipe, run: Path, *, dry_run: bool
 
 def _recipe(recipe: Recipe, comparison: Comparison, out: Path, max_steps: int | None) -> Recipe:
     """Return an arm's recipe with the shared data, sets and tower features."""
-    if max_steps is not None:
-        recipe = with_max_steps(recipe, max_steps)
+    recipe = with_max_steps(recipe, max_steps)
     if comparison.data:
         stages = [_with_data(stage, comparison.data) for stage in recipe.stages]
         recipe = recipe.model_copy(update={"stages": stages, "data": []})

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 from mmgraft.atomic import atomic_text
-from mmgraft.comparison.child import check_platform, locked
 from mmgraft.comparison.files import (
+    BASE,
     COMPARISON,
+    DIALOGUES,
     FEATURES,
     PHASES,
     Phase,
@@ -27,15 +31,130 @@ from mmgraft.comparison.files import (
     read_phase,
     write_phase,
 )
-from mmgraft.comparison.phases import dialogue_settings, evaluate, fill_features
 from mmgraft.comparison.plan import ArmPlan, ComparisonPlan, make_graft
 from mmgraft.comparison.report import write_comparison_report
-from mmgraft.comparison.spec import dump_comparison
-from mmgraft.comparison.training import train_arm
+from mmgraft.comparison.spec import Comparison, dump_comparison
+from mmgraft.comparison.training import check_platform, locked, train_arm
+from mmgraft.data.features import fill_cache, open_cache
+from mmgraft.data.formats.indexed import Joined
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.attention.laws import evaluate_laws
+from mmgraft.evaluation.dialogues.build import build_iit
+from mmgraft.evaluation.dialogues.evaluate import evaluate_iit
+from mmgraft.evaluation.generate.run_features import run_features
+from mmgraft.evaluation.items.files import read_items
+from mmgraft.evaluation.text import evaluate_text
+from mmgraft.evaluation.vision import evaluate_vision
+from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.model.files.load import local_tower
+from mmgraft.progress import say
 from mmgraft.recipes.source import dump_recipe
 from mmgraft.runs.contents import RECIPE
+from mmgraft.runs.results import write_results
+from mmgraft.training.devices import default_workers
+from mmgraft.training.stage_data import StageData
+from mmgraft.vision.towers.registry import load_tower
+
+
+def fill_features(arm: ArmPlan, device: str) -> None:
+    """Compute the tower's features of an arm's images, in the precision of its training.
+
+    Arms share them, and no arm's training time contains them.
+
+    Args:
+        arm: Its recipe keeps features in a folder; its run holds a graft.
+        device: Where to compute.
+
+    Raises:
+        UsageError: An image that cannot be read, with its row, unless the recipe skips such rows.
+    """
+    recipe = arm.recipe
+    assert isinstance(recipe.feature_cache, str)
+    full = recipe.base == "full" or any(stage.precision == "fp32" for stage in recipe.stages)
+    dtype = torch.float32 if full else torch.bfloat16
+    tower = load_tower(local_tower(GraftFile.read(arm.run), arm.run), dtype=dtype, device=device)
+    cache = open_cache(tower, Path(recipe.feature_cache))
+    reader = StageData(recipe.on_bad_row)
+    rows = Joined(
+        [reader.rows(one.data or [], recipe.seed, one.image_share) for one in recipe.stages]
+    )
+    bad = [] if recipe.on_bad_row == "skip" else None
+    count = fill_cache(cache, tower, rows, bad=bad, workers=default_workers(device))
+    say(f"{arm.name}: features of {count} images are in {cache.folder}")
+    if left_out := len({row.key for row in [*reader.bad, *(bad or [])]}):
+        say(f"{arm.name}: {left_out} rows cannot be used; its training leaves them out")
+
+
+def evaluate(
+    phase: Phase, answerer: Answerer, plan: ComparisonPlan, arm: ArmPlan, **more: Any
+) -> None:
+    """Evaluate one section of an arm and write it into its results.
+
+    Args:
+        phase: ``text``, ``vision``, ``iit`` or ``laws``.
+        answerer: The trained arm.
+        plan: The comparison.
+        arm: The arm.
+        **more: ``batch_size``, unless the evaluation chooses it.
+
+    Raises:
+        UsageError: A set that cannot be evaluated; nothing is written.
+    """
+    spec, run = plan.comparison, arm.run
+    if phase == "text":
+        sets = [one for one in spec.evaluation if one.modality == "text"]
+        shared = plan.out / BASE
+        results = evaluate_text(answerer, run, sets, untouched=plan.base, base_cache=shared, **more)
+    elif phase == "vision":
+        sets = [one for one in spec.evaluation if one.modality == "image"]
+        results = evaluate_vision(answerer, run, sets, **more)
+    elif phase == "iit":
+        folder = _dialogues(answerer, plan)
+        results = evaluate_iit(answerer, run, dialogues=folder, **more)
+    else:
+        assert spec.laws is not None
+        items = read_items(spec.laws.items())
+        results = evaluate_laws(
+            answerer,
+            items,
+            run,
+            file=Path(spec.laws.path),
+            features=run_features(answerer.model, run, items),
+            settings=spec.laws.model_dump(mode="json", exclude={"path", "images"}),
+            **more,
+        )
+    write_results(run, results)
+
+
+def dialogue_settings(comparison: Comparison) -> dict[str, Any]:
+    """Return what the dialogues of a comparison depend on, as plain data."""
+    assert comparison.iit is not None
+    sets = [] if comparison.iit.path is not None else comparison.choices
+    return {
+        "iit": comparison.iit.model_dump(mode="json"),
+        "sets": [one.model_dump(mode="json", exclude_defaults=True) for one in sets],
+    }
+
+
+def _dialogues(answerer: Answerer, plan: ComparisonPlan) -> Path:
+    """Return the folder of the dialogues, which the first arm builds for all.
+
+    Its name depends on their settings. Another arm, such as one with a trained base, would find
+    other questions alike and build other dialogues.
+    """
+    spec = plan.comparison
+    assert spec.iit is not None
+    if spec.iit.path is not None:
+        return Path(spec.iit.path)
+    text = json.dumps(dialogue_settings(spec), sort_keys=True)
+    folder = plan.out / DIALOGUES / hashlib.sha256(text.encode()).hexdigest()[:12]
+    if not folder.is_dir():
+        own = spec.iit.model_dump(exclude={"path"})
+        build_iit(answerer, spec.choices, folder, **own)
+    return folder
+
 
 LOCK = ".comparison.lock"
 _NOT_OF_TRAINING = frozenset(
@@ -64,7 +183,6 @@ def compare(
     *,
     train_only: bool = False,
     batch_size: int | None = None,
-    announce: Callable[[str], None] = lambda text: None,
 ) -> Compared:
     """Run what is left of a comparison and write its report.
 
@@ -75,7 +193,6 @@ def compare(
         plan: From ``make_plan``.
         train_only: Leave evaluation and report to a later call.
         batch_size: Questions a batch; None leaves it to each evaluation.
-        announce: Called with sentences about the progress.
 
     Raises:
         UsageError: Another process is at work there, or an arm was started with other settings.
@@ -90,8 +207,8 @@ def compare(
         atomic_text(plan.out / COMPARISON, dump_comparison(plan.comparison))
         for number, arm in enumerate(plan.arms, start=1):
             if arm.name in plan.chosen:
-                announce(f"arm {arm.name} ({number} of {len(plan.arms)})")
-                _Arm(plan, arm, batch_size, announce).run(train_only)
+                say(f"arm {arm.name} ({number} of {len(plan.arms)})")
+                _Arm(plan, arm, batch_size).run(train_only)
                 gc.collect()  # its model, before the next arm loads its own
         reports = [] if train_only else list(write_comparison_report(plan.out).values())
     return Compared(plan.out, {arm.name: phases_done(arm.run) for arm in plan.arms}, reports)
@@ -112,7 +229,8 @@ def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: Phase) -> dict[str, A
     if phase == "train":
         return {key: value for key, value in recipe.items() if key not in _NOT_OF_TRAINING}
     if phase == "laws":
-        return None if spec.laws is None else _plain(spec.laws)
+        beside = get_method(arm.recipe.method).memory  # which that attention does not reach
+        return None if spec.laws is None or beside else _plain(spec.laws)
     if phase == "iit":
         return None if spec.iit is None else dialogue_settings(spec)
     modality = "text" if phase == "text" else "image"
@@ -147,7 +265,6 @@ class _Arm:
     plan: ComparisonPlan
     arm: ArmPlan
     batch_size: int | None
-    announce: Callable[[str], None]
     _answerer: Answerer | None = None
 
     def run(self, train_only: bool) -> None:
@@ -168,7 +285,7 @@ class _Arm:
     def _prepare(self, phase: Phase) -> None:
         arm = self.arm
         if phase == "features":
-            fill_features(arm, self.plan.device, self.announce)
+            fill_features(arm, self.plan.device)
             return
         arm.run.mkdir(parents=True, exist_ok=True)
         make_graft(self.plan, arm.recipe, arm.run)
@@ -176,20 +293,20 @@ class _Arm:
 
     def _train(self, record: PhaseRecord) -> None:
         write_phase(self.arm.run, record)
-        record = train_arm(self.arm, record, self.plan.device, self.announce)
-        self.announce(f"{self.arm.name}: trained in {record.seconds:.0f} s")
+        record = train_arm(self.arm, record, self.plan.device)
+        say(f"{self.arm.name}: trained in {record.seconds:.0f} s")
 
     def _evaluate(self, phase: Phase, settings: dict[str, Any], record: PhaseRecord | None) -> None:
         name = self.arm.name
         if record is None or record.settings != settings:
             if record is not None and record.done:
-                self.announce(f"{name}: {phase} is evaluated anew, because its settings changed")
+                say(f"{name}: {phase} is evaluated anew, because its settings changed")
             record = PhaseRecord(phase=phase, settings=settings)
         with self._session(record):
-            self.announce(f"{name}: evaluating {phase}")
+            say(f"{name}: evaluating {phase}")
             more = {} if self.batch_size is None else {"batch_size": self.batch_size}
             answerer = self._loaded()
-            evaluate(phase, answerer, self.plan, self.arm, announce=self.announce, **more)
+            evaluate(phase, answerer, self.plan, self.arm, **more)
 
     def _loaded(self) -> Answerer:
         """Return the trained arm, loaded when the first evaluation needs it."""

@@ -205,7 +205,7 @@ class Comparison(StrictModel):
         }
         images = {"image": self.images}
         evaluation = [
-            moved(one, images.get(one.modality), Path.is_file, "path", "train")
+            moved(one, images.get(one.modality), _is_data, "path", "train")
             for one in self.evaluation
         ]
         iit = self.iit and self.iit.model_copy(update={"path": at(self.iit.path)})

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.progress import say, working
 from mmgraft.runs.packages import Package
 from mmgraft.vision.spec import VisionSpec
-
-Announce = Callable[[str], None]
 
 IMAGE_SIZE = 96
 """Side in pixels that the demo's images are resized to: 3 x 3 image positions."""
@@ -59,12 +58,11 @@ def cache_folder() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "mmgraft"
 
 
-def demo_models(hub: bool = False, announce: Announce = lambda text: None) -> DemoModels:
+def demo_models(hub: bool = False) -> DemoModels:
     """Return the demo's language model and vision tower, ready to be grafted.
 
     Args:
         hub: Take both from the Hub instead of installed packages.
-        announce: Called with a sentence before what takes time.
 
     Raises:
         UsageError: A package is missing; the message has the lines that install it.
@@ -75,7 +73,7 @@ def demo_models(hub: bool = False, announce: Announce = lambda text: None) -> De
         return DemoModels(HUB_BASE, VisionSpec(id=HUB_VISION, options=options))
     require([LANGUAGE, *VISION], _OTHERWISE)
     vision = VisionSpec(kind="efficientnet-lite2", options=options)
-    return DemoModels(str(smollm2(announce=announce)), vision)
+    return DemoModels(str(smollm2()), vision)
 
 
 def check_packages(hub: bool = False) -> None:
@@ -113,13 +111,10 @@ def require(packages: Sequence[Package], otherwise: str = "") -> None:
     raise UsageError("\n".join([first, *missing, *([otherwise] if otherwise else [])]))
 
 
-def smollm2(announce: Announce = lambda text: None) -> Path:
+def smollm2() -> Path:
     """Return SmolLM2-135M-Instruct as an ordinary folder, converted from its package once.
 
     Its weights are stored in bfloat16, in which the demo computes.
-
-    Args:
-        announce: Called when a conversion begins and ends.
 
     Raises:
         UsageError: The package, or gguf, is missing.
@@ -130,18 +125,15 @@ def smollm2(announce: Announce = lambda text: None) -> Path:
     source = LANGUAGE.folder
     assert source is not None
     if not _is_converted(folder, stamp):
-        _convert(source / SMOLLM2_GGUF, folder, stamp, announce)
+        _convert(source / SMOLLM2_GGUF, folder, stamp)
     return folder
 
 
-def gemma3_270m(announce: Announce = lambda text: None) -> Path:
+def gemma3_270m() -> Path:
     """Return Gemma-3-270M (the base model) as an ordinary folder, for tests and trials.
 
     Its weights are under the Gemma terms of use (https://ai.google.dev/gemma/terms): they stay in
     the cache of this machine and may not be put into a repository or a card.
-
-    Args:
-        announce: Called when a conversion begins and ends.
 
     Raises:
         UsageError: One of its five packages, or gguf, is missing.
@@ -157,7 +149,7 @@ def gemma3_270m(announce: Announce = lambda text: None) -> Path:
     try:
         # This package depends on nothing: it joins the parts and checks their SHA-256.
         importlib.import_module(GEMMA[0].module).assemble(joined)
-        _convert(joined, folder, stamp, announce)
+        _convert(joined, folder, stamp)
     except (OSError, ValueError) as error:
         raise MMGraftError(
             f"could not join the parts of Gemma-3-270M ({error}); make room, or install "
@@ -170,11 +162,11 @@ def gemma3_270m(announce: Announce = lambda text: None) -> Path:
     return folder
 
 
-def _convert(gguf: Path, folder: Path, stamp: str, announce: Announce) -> None:
+def _convert(gguf: Path, folder: Path, stamp: str) -> None:
     from mmgraft.atomic import atomic_folder, atomic_text
     from mmgraft.demo.gguf_files import write_folder
 
-    announce(f"converting {gguf.name} to safetensors, once")
+    say(f"converting {gguf.name} to safetensors, once")
     began = time.monotonic()
 
     def fill(temporary: Path) -> None:
@@ -182,8 +174,9 @@ def _convert(gguf: Path, folder: Path, stamp: str, announce: Announce) -> None:
         atomic_text(temporary / _STAMP, stamp)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    atomic_folder(folder, fill)
-    announce(f"{folder} is written ({time.monotonic() - began:.0f} s)")
+    with working(f"converting {gguf.name}"):
+        atomic_folder(folder, fill)
+    say(f"{folder} is written ({time.monotonic() - began:.0f} s)")
 
 
 _STAMP = "mmgraft_source.txt"

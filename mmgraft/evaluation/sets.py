@@ -5,7 +5,7 @@ Free of torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.items.files import data_file, file_sha256, read_items, read_training_answers
+from mmgraft.evaluation.items.files import data_file, read_items, read_training_answers, set_sha256
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Groups, Measured
 from mmgraft.evaluation.metrics.scoring import measure_answers, measure_prior
+from mmgraft.progress import say
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.recipes.source import find_recipe, read_yaml
 from mmgraft.runs.results import SetResult
@@ -143,7 +144,7 @@ class EvaluatedSet:
             metric=self.spec.metric,
             main=measured.main,
             file=self.file.name,
-            sha256=file_sha256(self.file),
+            sha256=set_sha256(self.spec, self.file),
             items=len(self.items),
             scores=measured.scores(groups),
             settings={name: value for name, value in settings.items() if value is not None},
@@ -154,14 +155,12 @@ class EvaluatedSet:
 def read_sets(
     specs: Sequence[SetSpec],
     modality: Literal["text", "image"],
-    announce: Callable[[str], None] = lambda text: None,
 ) -> list[EvaluatedSet]:
     """Read and check sets of text, or those with images, before a model is loaded.
 
     Args:
         specs: The sets.
         modality: What they have to be of.
-        announce: Called where a set gets no prior score.
 
     Raises:
         UsageError: Two sets of one name, no set with images, one of the other modality, or one
@@ -179,10 +178,10 @@ def read_sets(
             found, flag = ("is of text", "--text") if is_text else ("has images", "--vision")
             raise UsageError(f"set {spec.name!r} {found}; evaluate it with {flag}")
     read = _text_set if modality == "text" else _image_set
-    return [read(spec, read_items(spec), announce) for spec in specs]
+    return [read(spec, read_items(spec)) for spec in specs]
 
 
-def _text_set(spec: SetSpec, items: list[Item], announce: Callable[[str], None]) -> EvaluatedSet:
+def _text_set(spec: SetSpec, items: list[Item]) -> EvaluatedSet:
     for item in items:
         if not spec.chat and len(item.messages) > 1:
             raise UsageError(
@@ -192,12 +191,12 @@ def _text_set(spec: SetSpec, items: list[Item], announce: Callable[[str], None])
     return EvaluatedSet(spec, data_file(spec), items)
 
 
-def _image_set(spec: SetSpec, items: list[Item], announce: Callable[[str], None]) -> EvaluatedSet:
+def _image_set(spec: SetSpec, items: list[Item]) -> EvaluatedSet:
     if spec.metric != "choice":
         measure_answers(spec, items, [""] * len(items))  # refuses what it could not score
     prior = None
     if "prior" in spec.blind and spec.train is not None:
         prior = measure_prior(spec, items, read_training_answers(spec))
     elif "prior" in spec.blind:
-        announce(f"{spec.name}: no training rows (train: FILE), so no prior score")
+        say(f"{spec.name}: no training rows (train: FILE), so no prior score")
     return EvaluatedSet(spec, data_file(spec), items, prior)

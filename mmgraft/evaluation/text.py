@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,30 @@ from mmgraft.evaluation.identity import (
     PROMPTS,
     Untouched,
     base_trained,
+    prove_levels,
     text_identity,
     untouched_base,
 )
 from mmgraft.evaluation.items.files import TEXT_CHOICE_PROMPT
 from mmgraft.evaluation.kept import Kept
-from mmgraft.evaluation.levels import WHERE, prove_levels
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
 from mmgraft.evaluation.metrics.choice import shows_options
 from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.evaluation.metrics.scoring import groups_of, measure_choices, scores_by_kind
 from mmgraft.evaluation.origin import described_graft, section_of
+from mmgraft.evaluation.report.score_tables import EQUAL, KL, WHERE
 from mmgraft.evaluation.sets import EvaluatedSet, read_sets
 from mmgraft.inference import Answerer
 from mmgraft.model.workflow import TEXT_WORKFLOW
+from mmgraft.progress import say
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import Results, Score, SetResult
 
 BATCH_SIZE = 16
-EQUAL = "equal by identity"
-"""Setting for a base whose scores are the graft's own."""
 
 CHAT = "chat, through the graft's template"
 """Setting for a set that is not evaluated as plain text."""
 
-KL = "kl_to_base"
 _CHECKED = 4  # items of each set that both models read, whatever is known
 _CHARACTERS = 600  # of a text whose logits are compared bit for bit
 _ROUNDING = 1e-6  # nats: what equal weights elsewhere in memory may differ by
@@ -50,8 +49,6 @@ def evaluate_text(
     batch_size: int = BATCH_SIZE,
     untouched: str | Path | None = None,
     base_cache: Path | None = None,
-    announce: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Results:
     """Compare a graft's text with its base's: logits bit for bit, then sets of text.
 
@@ -66,8 +63,6 @@ def evaluate_text(
         batch_size: Items or windows a batch.
         untouched: Folder or Hub id of the base to compare with; see :func:`untouched_base`.
         base_cache: Folder that keeps the base's own scores for other grafts on it.
-        announce: Called with sentences about what is done.
-        progress: Called with how many items of a set are scored, and of how many.
 
     Returns:
         Section ``text``; not yet written.
@@ -81,9 +76,9 @@ def evaluate_text(
     base = untouched_base(model, run, untouched)
     graft = described_graft(model, run)
     prompts = [*PROMPTS, *(text for each in sets for text in _openings(each) if text.strip())]
-    identity = _identity(answerer, base, prompts, graft, announce)
+    identity = _identity(answerer, base, prompts, graft)
     same = identity is not None and identity["identical"] and not identity["base_trained"]
-    kept = Kept(model, processor, run, graft, batch_size, announce, progress, base, base_cache)
+    kept = Kept(model, processor, run, graft, batch_size, base, base_cache)
     measured = [_evaluate(kept, each, same) for each in sets]
     return section_of("text", graft, measured, identity=identity)
 
@@ -93,11 +88,10 @@ def _identity(
     base: Untouched | None,
     prompts: Sequence[str],
     graft: dict[str, str],
-    announce: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """Compare logits with the untouched base's; None without one."""
     if base is None:
-        announce(
+        say(
             "this graft's base was trained, and the one it was trained from is not there: text "
             "cannot be compared (name it as the untouched base)"
         )
@@ -105,7 +99,7 @@ def _identity(
     model = answerer.model
     report = text_identity(model, answerer.processor, base.model, base.tokenizer, prompts)
     where = f"{report.positions} positions of {report.prompts} prompts"
-    announce(
+    say(
         f"text: the base's logits bit for bit, at {where}"
         if report.identical
         else f"text is not the base's: logits differ by up to {report.max_difference:.3g} at "
@@ -118,7 +112,7 @@ def _identity(
         same = "the base's bit for bit" if found.identical else (
             f"not the base's bit for bit: off by up to {found.max_difference:.3g}"
         )  # fmt: skip
-        announce(f"{level}, text {WHERE[level]}: {same}, at {found.positions} positions")
+        say(f"{level}, text {WHERE[level]}: {same}, at {found.positions} positions")
     return {
         **asdict(report),
         "levels": {level: asdict(found) for level, found in levels.items()},
@@ -181,7 +175,7 @@ def _evaluate(kept: Kept, each: EvaluatedSet, same: bool) -> SetResult:
     shown = f"{result.main} {result.scores[result.main]}"
     if result.change:
         shown += f", less the base's {result.change[result.main]}"
-    kept.announce(f"{spec.name}: {shown}")
+    say(f"{spec.name}: {shown}")
     result.seconds = time.monotonic() - start
     return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mmgraft.evaluation.sets import EvaluatedSet, read_sets
 from mmgraft.inference import Answerer
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
+from mmgraft.progress import say
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import Results, SetResult
 
@@ -41,8 +42,6 @@ def evaluate_vision(
     *,
     workflow: str | None = None,
     batch_size: int = BATCH_SIZE,
-    announce: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Results:
     """Evaluate sets with images by each set's metric.
 
@@ -55,8 +54,6 @@ def evaluate_vision(
         specs: The sets.
         workflow: Of all rows with images, unless a set names its own; default: the graft's.
         batch_size: Questions a batch.
-        announce: Called with sentences about what is done.
-        progress: Called with how many questions of a set are answered, and of how many.
 
     Returns:
         Section ``vision``; not yet written.
@@ -66,12 +63,12 @@ def evaluate_vision(
         MMGraftError: The disk is full; what was answered is kept.
     """
     model = answerer.model
-    sets = read_sets(specs, "image", announce)
+    sets = read_sets(specs, "image")
     workflows = [
         seeing_workflow(each.spec, workflow, model.default_workflow, model.names) for each in sets
     ]
     graft = described_graft(model, run, workflow)
-    kept = Kept(model, answerer.processor, run, graft, batch_size, announce, progress)
+    kept = Kept(model, answerer.processor, run, graft, batch_size)
     measured = [_evaluate(kept, each, name) for each, name in zip(sets, workflows, strict=True)]
     return section_of("vision", graft, measured)
 
@@ -121,8 +118,8 @@ def seeing_workflow(spec: SetSpec, given: str | None, default: str, names: Seque
 def _evaluate(kept: Kept, each: EvaluatedSet, workflow: str) -> SetResult:
     spec, items = each.spec, each.items
     start = time.monotonic()
-    features = run_features(kept.model, kept.run, items, kept.announce)
-    kept.announce(f"{spec.name}: {len(items)} questions")
+    features = run_features(kept.model, kept.run, items)
+    say(f"{spec.name}: {len(items)} questions")
     measured = measure_set(kept, each, workflow, features)
     groups = groups_of(items)
     blind = {}
@@ -130,7 +127,7 @@ def _evaluate(kept: Kept, each: EvaluatedSet, workflow: str) -> SetResult:
         blind["prior"] = each.prior.scores(groups)
     blindly = blind_workflow(kept.model, workflow)
     if NO_IMAGE in spec.blind:
-        kept.announce(f"{spec.name}: the same questions without their images")
+        say(f"{spec.name}: the same questions without their images")
         blind[NO_IMAGE] = measure_set(kept, each, blindly, blind=True).scores(groups)
     settings = {
         "workflow": workflow,

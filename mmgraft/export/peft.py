@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,6 +15,7 @@ from mmgraft.grafts.method import PlainAdapter
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import read_tensors
+from mmgraft.progress import say
 from mmgraft.version import __version__
 
 _PREFIX, _WRAPPED = "graft.", "base_model.model."
@@ -26,7 +26,6 @@ def export_peft(
     out: Path,
     base: str | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write the adapters that a server switches on for requests with an image.
 
@@ -35,7 +34,6 @@ def export_peft(
         out: See :func:`mmgraft.export.folder.check_folder`.
         base: Where the base lies, when not where the record says.
         dry_run: Return the size and write nothing.
-        say: Called with a sentence before each step.
 
     Raises:
         UsageError: The graft is no adapter of the ordinary kind, or does not fit a LLaVA model.

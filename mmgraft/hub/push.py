@@ -1,18 +1,20 @@
-"""Put a graft on the Hub: one commit with what belongs to it, or nothing."""
+"""Put a graft on the Hub: one commit with what belongs to it, or nothing.
+
+What the Hub's client raises becomes an error that says what to do next.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.atomic import atomic_text
-from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.errors import MMGraftError, UsageError, first_line
 from mmgraft.evaluation.report.about_run import settings_without_folders, without_folders
 from mmgraft.hub.card import card_of, has_own_readme
-from mmgraft.hub.client_errors import LOGIN, hub_errors
 from mmgraft.hub.references import confirm_references, is_repo_id, make_portable
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.progress import working
@@ -21,6 +23,58 @@ from mmgraft.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+
+LOGIN = "log in with `hf auth login` (the token needs write access), or set HF_TOKEN"
+
+
+@contextmanager
+def hub_errors(doing: str) -> Iterator[None]:
+    """While the block lasts, raise :class:`MMGraftError` where the Hub's client raises its own.
+
+    Args:
+        doing: What is being done, for the message: "pushing to me/x".
+
+    Raises:
+        UsageError: No or a refused token, no right to write, offline mode, a card that the Hub
+            cannot read.
+        MMGraftError: Everything else, foremost a network that went away.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except MMGraftError:
+        raise
+    except OfflineModeIsEnabled as error:
+        raise UsageError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from error
+    except HfHubHTTPError as error:
+        raise _refused(doing, error) from error
+    except Exception as error:  # httpx, Xet and plain RuntimeErrors: all mean that it did not work
+        if isinstance(error, ValueError) and README in str(error):
+            raise UsageError(f"the Hub refuses {README}: {error}; mend its front matter") from error
+        raise MMGraftError(
+            f"{doing} failed: {first_line(error)}\nYour files are whole and the repository has "
+            "its previous commit. Check the network and run the same command again."
+        ) from error
+
+
+def _refused(doing: str, error: Any) -> MMGraftError:
+    status = getattr(error.response, "status_code", 0)
+    if status == 401:
+        return UsageError(f"the Hub refuses the token ({first_line(error)}); {LOGIN}")
+    if status == 403:
+        return UsageError(
+            f"{doing} is not allowed with this token: {first_line(error)}\n"
+            "Push under your own name, or take a token with write access: "
+            "https://huggingface.co/settings/tokens"
+        )
+    again = "somebody pushed at the same time" if status == 412 else first_line(error)
+    return MMGraftError(
+        f"{doing} failed: {again}\nYour files are whole and the repository has its previous "
+        "commit. Run the same command again."
+    )
+
 
 _NOT_A_MODEL = (".gitattributes", README)
 
@@ -93,7 +147,12 @@ def plan_push(
     """
     portable = make_portable(GraftFile.read(run), run, base_id, vision_id)
     record = portable.record
-    record = record.model_copy(update={"recipe": settings_without_folders(record.recipe)})
+    projector = settings_without_folders(record.projector.model_dump())
+    update = {
+        "recipe": settings_without_folders(record.recipe),
+        "projector": record.projector.model_copy(update=projector),
+    }
+    record = record.model_copy(update=update)
     files = [_without_folders(file) for file in belonging(run, portable.folders)]
     own = has_own_readme(run)
     warnings = list(_doubts(own, files))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from typing import Any, cast
 
@@ -23,6 +23,24 @@ _IMAGE_INPUTS = tuple(one.name for one in fields(GivenImages))
 _OWN_INPUTS = (*_IMAGE_INPUTS, "mm_token_type_ids", "workflow")
 _NEUTRAL = ("eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "cache_implementation")
 """Settings of a generation config that have no say in which token is the likeliest."""
+
+
+@contextmanager
+def neutral(*models: Any) -> Iterator[None]:
+    """While the block lasts, no generation config changes a token's likelihood.
+
+    Penalties, temperature, beams, and suppressed or forced tokens of the first model's
+    ``generation_config.json`` are left out; what is given to ``generate`` itself holds.
+    """
+    before = [model.generation_config for model in models]
+    kept = {name: getattr(before[0], name, None) for name in _NEUTRAL}
+    for model in models:
+        model.generation_config = GenerationConfig(**kept)
+    try:
+        yield
+    finally:
+        for model, config in zip(models, before, strict=True):
+            model.generation_config = config
 
 
 class WorkflowGeneration(GraftedCore):
@@ -77,23 +95,9 @@ class WorkflowGeneration(GraftedCore):
             kwargs["input_ids"] = ids
         return cast(Any, super()).generate(**kwargs)
 
-    @contextmanager
-    def greedy(self) -> Iterator[None]:
-        """While the block lasts, the base's generation config changes no token's likelihood.
-
-        Penalties, beams, and suppressed or forced tokens of ``generation_config.json`` are left
-        out; what is given to ``generate`` itself holds.
-        """
-        models: tuple[Any, ...] = (self, self.base)
-        before = [model.generation_config for model in models]
-        kept = {name: getattr(before[1], name, None) for name in _NEUTRAL}
-        for model in models:
-            model.generation_config = GenerationConfig(**kept)
-        try:
-            yield
-        finally:
-            for model, config in zip(models, before, strict=True):
-                model.generation_config = config
+    def greedy(self) -> AbstractContextManager[None]:
+        """While the block lasts, the base's generation config changes no token's likelihood."""
+        return neutral(self.base, self)
 
     def _turn_ends(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return what ends an answer by the template, where the caller does not say what does."""

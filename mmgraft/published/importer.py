@@ -11,7 +11,7 @@ Tensors go from the checkpoint to the new files one at a time.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,17 @@ from mmgraft.model.files.graft_file import (
     SeenFeatures,
     TemplateChoice,
 )
-from mmgraft.published.base import base_bytes, differs_from, write_base
+from mmgraft.progress import say
 from mmgraft.published.names import Published, PublishedGraft, read_published
+from mmgraft.published.parts import (
+    TowerPlan,
+    base_bytes,
+    differs_from,
+    plan_tower,
+    write_base,
+    write_tower,
+)
 from mmgraft.published.source import Source, open_source
-from mmgraft.published.tower import TowerPlan, plan_tower, write_tower
 from mmgraft.published.wings.config import OfficialWingsConfig
 
 OWN_TOWER = "tower"
@@ -100,7 +107,6 @@ def import_checkpoint(
     revision: str | None = None,
     force: bool = False,
     dry_run: bool = False,
-    say: Callable[[str], None] | None = None,
 ) -> ImportReport:
     """Import a published checkpoint.
 
@@ -115,13 +121,11 @@ def import_checkpoint(
         revision: Of the checkpoint on the Hub.
         force: Write into a folder that is not empty.
         dry_run: Write nothing; of a Hub id fetch names and shapes only.
-        say: Called with what is being done.
 
     Raises:
         UsageError: For a checkpoint of another kind, missing files, and an ``out_dir`` in use.
         MMGraftError: When the disk is full; ``out_dir`` is as it was.
     """
-    say = say or (lambda text: None)
     out = Path(out_dir).expanduser()
     if not force and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; choose another folder, or add --force")
@@ -138,7 +142,7 @@ def import_checkpoint(
     notes += _other_notes(opened, published)
     todo = _Import(opened, published, plan, None if difference else reference, difference, notes)
     if not dry_run:
-        _write(todo, out, say)
+        _write(todo, out)
     return _report(todo, str(source), out)
 
 
@@ -203,7 +207,7 @@ def _folder_of(graft: PublishedGraft, published: Published, out: Path) -> Path:
     return out if graft is published.grafts[0] else out / graft.workflow
 
 
-def _write(todo: _Import, out: Path, say: Callable[[str], None]) -> None:
+def _write(todo: _Import, out: Path) -> None:
     """Write everything beside ``out``, then move it there."""
     out = out.resolve()
     building = out.with_name(f".{out.name}.importing")

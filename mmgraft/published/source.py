@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,24 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from mmgraft.basefiles import resolve
+from mmgraft.basefiles import fetch, resolve
+from mmgraft.basefiles.files import SMALL
 from mmgraft.basefiles.tensor_files import DTYPES, LazyTensor, open_tensors
 from mmgraft.errors import UsageError
 from mmgraft.textfiles import read_json
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_TOWER_FILES = ("preprocessor_config.json", "vision_config.json")
-_SMALL_FILES = (*TOKENIZER_FILES, *_TOWER_FILES, "config.json", "generation_config.json")
+TOWER_FILES = ["preprocessor_config.json", "vision_config.json"]
+_SMALL = [*SMALL, *TOWER_FILES]
 
 
 @dataclass(frozen=True)
@@ -83,24 +73,13 @@ def open_source(name: str, revision: str | None = None, headers_only: bool = Fal
     if headers_only and on_hub:
         return _from_headers(name, revision)
     found = resolve(name, revision)
-    files = {file: found.path / file for file in _SMALL_FILES if (found.path / file).is_file()}
     if on_hub:  # no base has such files, so they were not fetched with it
-        files |= _fetch_small(name, found.revision, _TOWER_FILES)
-    return Source(name, open_tensors(found.path), files)
+        fetch(name, found.revision, TOWER_FILES)
+    return Source(name, open_tensors(found.path), _small_files(found.path))
 
 
-def _fetch_small(name: str, revision: str | None, wanted: Iterable[str]) -> dict[str, Path]:
-    """Return those of the wanted files that a Hub repository has."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    files: dict[str, Path] = {}
-    for file in wanted:
-        try:
-            files[file] = Path(hf_hub_download(name, file, revision=revision))
-        except EntryNotFoundError:
-            continue
-    return files
+def _small_files(folder: Path) -> dict[str, Path]:
+    return {path.name: path for pattern in _SMALL for path in folder.glob(pattern)}
 
 
 def _from_headers(name: str, revision: str | None) -> Source:
@@ -123,5 +102,5 @@ def _from_headers(name: str, revision: str | None) -> Source:
         for file in metadata.files_metadata.values()
         for tensor, info in file.tensors.items()
     }
-    files = _fetch_small(name, revision, _SMALL_FILES)
+    files = _small_files(fetch(name, revision, _SMALL))
     return Source(name, tensors, files, readable=False)

@@ -30,7 +30,12 @@ class SetSpec(StrictModel):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    path: str | None = about("file of items, or a packaged set's name")
+    path: str | None = about(
+        "file of items, folder or pattern of shards, hub:OWNER/NAME, or a packaged set's name"
+    )
+    split: str | None = about("split of a set of the Hub; None: test")
+    subset: str | None = about("configuration of a set of the Hub")
+    revision: str | None = about("branch, tag or commit of that set")
     metric: Metric
     modality: Literal["text", "image"] = "image"
     chat: bool = about("ask a set of text through the chat template, not as plain text", False)

@@ -12,10 +12,26 @@ from pydantic import ValidationError
 
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.registry import Method, methods
-from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import DataEntry, Recipe, Stage
 from mmgraft.strict import describe_item, dotted, listed
 from mmgraft.textfiles import read_text
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def recipe_dir() -> Path:
+    """Return the folder of the shipped recipes.
+
+    The wheel carries them inside the package; in a checkout they stand beside it.
+
+    Raises:
+        UsageError: When neither is there, which means a damaged installation.
+    """
+    for folder in (_PACKAGE / "shipped", _PACKAGE.parents[1] / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise UsageError(f"no recipes beside {_PACKAGE}; reinstall mmgraft")
+
 
 OTHER_NAMES = {
     "learning_rate": "lr",
@@ -145,7 +161,9 @@ def dump_recipe(recipe: Recipe) -> str:
     )
 
 
-def entry_of(path: str, images: Path | None = None, read: Sequence[str] | None = None) -> DataEntry:
+def entry_of(
+    path: str, images: str | Path | None = None, read: Sequence[str] | None = None
+) -> DataEntry:
     """Return the entry of a file from the command line.
 
     Args:
@@ -163,17 +181,25 @@ def entry_of(path: str, images: Path | None = None, read: Sequence[str] | None =
     return DataEntry.parse({"path": path, **folder, **data}, "--read")
 
 
-def with_data(recipe: Recipe, data: Sequence[str] | None, images: str | None) -> Recipe:
+def with_data(
+    recipe: Recipe,
+    data: Sequence[str] | None,
+    images: str | None,
+    read: Sequence[str] | None = None,
+) -> Recipe:
     """Return the recipe with its data replaced by files from the command line.
 
     Args:
         recipe: What was loaded.
         data: ``FILE`` for every stage, or ``STAGE=FILE`` for one. Several add up.
         images: Folder of the images of all these files; alone, of the recipe's own entries.
+        read: ``KEY=VALUE`` of the entries of these files, such as ``format=swift``.
 
     Raises:
-        UsageError: For an unknown stage.
+        UsageError: For an unknown stage, and ``read`` without ``data``.
     """
+    if read and not data:
+        raise UsageError("--read is of files that --data names; give them, or change the recipe")
     names = [stage.name for stage in recipe.stages]
     chosen: dict[str | None, list[DataEntry]] = {}
     for item in data or ():
@@ -182,7 +208,7 @@ def with_data(recipe: Recipe, data: Sequence[str] | None, images: str | None) ->
             stage, path = None, item
         elif stage not in names:
             raise UsageError(f"--data {item}: no stage {stage!r}; {did_you_mean(stage, names)}")
-        chosen.setdefault(stage, []).append(DataEntry(path=path, images=images))
+        chosen.setdefault(stage, []).append(entry_of(path, images, read))
     stages = []
     for stage in recipe.stages:
         entries = chosen.get(stage.name) or chosen.get(None)
@@ -195,8 +221,10 @@ def with_data(recipe: Recipe, data: Sequence[str] | None, images: str | None) ->
     return recipe.model_copy(update=update)
 
 
-def with_max_steps(recipe: Recipe, max_steps: int) -> Recipe:
-    """Return the recipe with every stage ending after ``max_steps`` steps."""
+def with_max_steps(recipe: Recipe, max_steps: int | None) -> Recipe:
+    """Return the recipe with every stage ending after ``max_steps`` steps; None: as it is."""
+    if max_steps is None:
+        return recipe
     stages = [s.model_copy(update={"max_steps": max_steps, "epochs": None}) for s in recipe.stages]
     return recipe.model_copy(update={"stages": stages})
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import prod
 from pathlib import Path
 
 from mmgraft.errors import UsageError
@@ -76,12 +75,12 @@ def weight_files(run: Path) -> list[Path]:
     """
     files = files_of_weights(run, "graft", ".safetensors") or [run / WEIGHTS_NAME]
     for file in files:
-        tensor_sizes(file)
+        check_whole(file)
     return files
 
 
-def tensor_sizes(file: Path) -> dict[str, int]:
-    """Count the numbers in each tensor of a safetensors file, from its header alone.
+def check_whole(file: Path) -> None:
+    """Check a safetensors file against its header; no tensor is read.
 
     Raises:
         UsageError: When the file is missing, cut short or no safetensors file.
@@ -89,10 +88,15 @@ def tensor_sizes(file: Path) -> dict[str, int]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="np") as tensors:
-            return {name: prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        with safe_open(file, framework="np"):
+            pass
     except (SafetensorError, OSError) as error:
-        raise _unreadable(file, error) from error
+        missing = isinstance(error, FileNotFoundError)
+        why = "it is missing" if missing else f"it is damaged: {error}"
+        raise UsageError(
+            f"{file} cannot be read ({why}); nothing was pushed. "
+            "Restore it from the run's checkpoints, or train or graft again"
+        ) from error
 
 
 def folder_named(file: UploadFile) -> str | None:
@@ -124,17 +128,9 @@ def _model_folder(run: Path, folder: str) -> list[str]:
         if path.is_file() and not unwanted:
             names.append(path.relative_to(run).as_posix())
             if path.suffix == ".safetensors":
-                tensor_sizes(path)
+                check_whole(path)
     return names
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _unreadable(file: Path, error: Exception) -> UsageError:
-    why = "it is missing" if isinstance(error, FileNotFoundError) else f"it is damaged: {error}"
-    return UsageError(
-        f"{file} cannot be read ({why}); nothing was pushed. "
-        "Restore it from the run's checkpoints, or train or graft again"
-    )

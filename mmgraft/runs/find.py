@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from mmgraft.errors import UsageError
+from mmgraft.progress import say
 
 GRAFT_CONFIG = "graft_config.json"
 """The file that makes a folder a graft."""
@@ -17,15 +18,12 @@ _DEEPEST = 3
 _SKIPPED = frozenset(["checkpoints", "base", "node_modules", "__pycache__", "site-packages"])
 
 
-def find_run(
-    path: str | Path | None = None, announce: Callable[[str], None] = lambda text: None
-) -> Path:
+def find_run(path: str | Path | None = None) -> Path:
     """Find the folder of the graft that is meant.
 
     Args:
         path: What the user named. None takes the current folder if it is a graft, else the only
             graft up to three folders below it.
-        announce: Is called with a sentence that says which graft was taken, when none was named.
 
     Raises:
         UsageError: When ``path`` is no graft; when there is no graft, or more than one, to take.
@@ -34,7 +32,7 @@ def find_run(
         return _named(Path(path).expanduser())
     here = Path.cwd()
     if is_graft(here):
-        announce(f"taking the graft in the current folder, {here.name}")
+        say(f"taking the graft in the current folder, {here.name}")
         return here
     found = sorted(grafts_below(here))
     if not found:
@@ -45,7 +43,7 @@ def find_run(
     if len(found) > 1:
         listed = "\n".join(f"  {name}" for name in names)
         raise UsageError(f"there are {len(found)} grafts below {here}; name one of:\n{listed}")
-    announce(f"taking the only graft here, {names[0]}")
+    say(f"taking the only graft here, {names[0]}")
     return found[0]
 
 

@@ -18,10 +18,11 @@ from mmgraft.data.formats.indexed import Joined
 from mmgraft.errors import MMGraftError, UsageError, is_out_of_memory
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor
+from mmgraft.progress import say
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import dump_recipe, load_recipe, with_data, with_max_steps
 from mmgraft.runs.packages import versions_of
-from mmgraft.runs.sections import put_all_aside
+from mmgraft.runs.results import put_all_aside
 from mmgraft.training import checkpoint, stage_data
 from mmgraft.training.callbacks import metrics, text_change
 from mmgraft.training.callbacks.stopping import with_way_on
@@ -62,6 +63,7 @@ def plan_training(
     recipe: str | Path | None = None,
     data: Sequence[str] | None = None,
     images: str | None = None,
+    read: Sequence[str] | None = None,
     overrides: Sequence[str] | None = None,
     resume: bool = False,
     restart: bool = False,
@@ -75,7 +77,7 @@ def plan_training(
         run: The folder of a graft.
         recipe: A path or the name of a shipped recipe; default: the run's own.
         data: ``FILE`` for all stages or ``STAGE=FILE``, instead of the recipe's data.
-        images: Folder that image paths start from.
+        images, read: Folder of the images, and ``KEY=VALUE`` of the entries, of these files.
         overrides: ``key=value`` texts.
         resume: Go on with the recipe that the run was begun with.
         restart: Train a run that was trained before, from its graft as it is now.
@@ -92,9 +94,8 @@ def plan_training(
         _check_resume(run, restart, changes=bool(recipe or overrides or max_steps))
     progress = None if restart else checkpoint.read_progress(run)
     file = _check_progress(run, progress, resume) or recipe_file(run, record, recipe)
-    loaded = with_data(load_recipe(file, method=record.method, overrides=overrides), data, images)
-    if max_steps is not None:
-        loaded = with_max_steps(loaded, max_steps)
+    loaded = load_recipe(file, method=record.method, overrides=overrides)
+    loaded = with_max_steps(with_data(loaded, data, images, read), max_steps)
     stage_data.check_data_is_set(loaded, run, file)
     loaded, device = with_workers(loaded, pick_device(device))
     plan = Plan(run, record, loaded.resolved(record.workflow), device, resume=resume)
@@ -127,7 +128,7 @@ def _read_rows(plan: Plan) -> None:
 
 
 def train(
-    plan: Plan, announce: Announce = lambda text: None, display: Display = lambda *_: ()
+    plan: Plan, announce: Announce = say, display: Display = lambda *_: ()
 ) -> list[StageResult]:
     """Train all stages that are left, saving the graft after each.
 

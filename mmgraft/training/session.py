@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.bad_rows import BadRow, BadRows
 from mmgraft.data.batches.collate import Collator
 from mmgraft.data.batches.dataset import RowDataset
 from mmgraft.data.batches.packing import PackCollator, examples_of
@@ -33,21 +33,18 @@ from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Stage
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
-from mmgraft.training.callbacks.bad_rows import BadRows
 from mmgraft.training.callbacks.finite import NotFinite, is_finite
 from mmgraft.training.callbacks.stopping import Stopper, TrainingStopped
 from mmgraft.training.devices import is_main_rank
 from mmgraft.training.distributed.parallel import of_all_ranks, processes, way_on
 from mmgraft.training.distributed.sharding import shard
 from mmgraft.training.memory.subject import loaded_dtype
+from mmgraft.training.plan import Plan
 from mmgraft.training.row_order import arrange, check_packed_length
 from mmgraft.training.stage_data import with_template
 from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.trainer import GraftTrainer, describe, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
-
-if TYPE_CHECKING:
-    from mmgraft.training.plan import Plan
 
 WORKFLOWS = "workflows"
 """Folder of a run for the workflows beside its own."""
@@ -122,6 +119,7 @@ class Session:
             taken, steps = 0, checkpoint.step_of(last)
         else:
             taken, steps = self._train(trainer, stage, last)
+            self._remark(trainer, stage)
             tensors = checkpoint.trained_tensors(model, is_main_rank())
             if is_main_rank():
                 checkpoint.write_final(tensors, folder, trainer.state)
@@ -161,6 +159,13 @@ class Session:
         if done < wanted:
             raise self.stopped(f"in stage {stage.name!r} after step {done} of {wanted}")
         return done - before, done
+
+    def _remark(self, trainer: GraftTrainer, stage: Stage) -> None:
+        """Say, behind the last stage, what the graft has to say of how its training left it."""
+        graft = self.model.workflow(stage.workflow).graft
+        remark = graft.remark(trainer.readings) if stage is self.plan.stages[-1] else None
+        if remark is not None:
+            self.announce(remark)
 
     def _kept(self, trainer: GraftTrainer, stage: Stage, before: int) -> str:
         """Save the steps that were taken before a row failed, and say how to go on."""

@@ -23,8 +23,8 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.progress import counted
 from mmgraft.recipes.evaluation_set import SetSpec
-from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import DataEntry, Recipe
+from mmgraft.recipes.source import recipe_dir
 
 
 def check_data_is_set(recipe: Recipe, run: Path, recipe_file: Path) -> None:

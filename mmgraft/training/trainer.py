@@ -7,25 +7,24 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mmgraft.data.bad_rows import BadRow
+from mmgraft.model.modeling import GraftedModel
+from mmgraft.model.sharded.gathering import gathered
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks.finite import FiniteWatch, RandomState
-from mmgraft.training.callbacks.loss_log import EvalSum, LossSum, counted
+from mmgraft.training.callbacks.metrics import EvalSum, LossSum, counted
 from mmgraft.training.devices import memory_in_use
 from mmgraft.training.distributed import sharding
 from mmgraft.training.distributed.parallel import of_all_ranks
+from mmgraft.training.row_order import Order
 from mmgraft.training.stages import RateGroup
-
-if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
-    from mmgraft.training.row_order import Order
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit"}
 _ON_CUDA = {**_OPTIMIZERS, "adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -124,6 +123,7 @@ class GraftTrainer(Trainer):
         self._tokens = 0
         self._since = time.perf_counter()
         self.rates: dict[str, float] = {}
+        self.readings: dict[str, float] = {}  # the graft's, at the last log
         self._watch = FiniteWatch(stage.name, args.device)
         self._losses = LossSum()
         self._evaluated = EvalSum()
@@ -151,13 +151,17 @@ class GraftTrainer(Trainer):
     # -- parameters -----------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW with a parameter group for every rate; norms and biases do not decay."""
+        """Make AdamW with a parameter group for every rate; of what decays, matrices alone do."""
         if self.optimizer is None:
             decays = set(self.get_decay_parameter_names(self.grafted))
             parts: list[dict[str, Any]] = []
             for group in self.groups:
                 for decay in (True, False):
-                    chosen = [p for n, p in group.parameters.items() if (n in decays) == decay]
+                    chosen = [
+                        parameter
+                        for name, parameter in group.parameters.items()
+                        if (name in decays and parameter.dim() > 1) == decay
+                    ]
                     if chosen:
                         weight = self.args.weight_decay if decay else 0.0
                         parts.append(
@@ -302,7 +306,18 @@ class GraftTrainer(Trainer):
                 logs["memory_gb"] = memory / 1e9
             logs.pop("learning_rate", None)
             logs.update({f"lr/{name}": rate for name, rate in self.rates.items()})
+            logs.update({f"graft/{name}": value for name, value in self._read().items()})
         super().log(logs, start_time)
+
+    def _read(self) -> dict[str, float]:
+        """Return what the graft has to say of itself, the largest of several numbers."""
+        graft = self.grafted.workflow(self.stage.workflow).graft
+        with torch.no_grad():
+            whole = gathered(graft.readings())
+            largest = {name: one.flatten()[one.abs().argmax()] for name, one in whole.items()}
+            found = torch.stack(list(largest.values())).tolist() if largest else []
+        self.readings = dict(zip(largest, found, strict=True))
+        return self.readings
 
     def _mean_loss(self) -> float:
         """Average the steps since the last log, over all ranks and over sessions."""

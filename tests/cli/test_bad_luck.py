@@ -29,7 +29,7 @@ import os, resource, signal, sys
 sys.dont_write_bytecode = True  # it would be cut short, too
 import torch, transformers
 from mmgraft.cli.app import run
-import mmgraft.export.full, mmgraft.export.llava.export, mmgraft.training.session
+import mmgraft.export.graft, mmgraft.export.llava.export, mmgraft.training.session
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
 base, tower, rows, images = sys.argv[1:]
@@ -137,7 +137,7 @@ def test_an_export_that_is_killed_leaves_the_old_one(cli: Any, run: Path, here: 
     shutil.copytree(here / "out", here / "kept")
     script = """
 import os, signal, sys
-import mmgraft.export.full as full
+import mmgraft.export.graft as full
 from mmgraft.cli.app import run
 original = full.atomic_folder
 def killed(path, writer):

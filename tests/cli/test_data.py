@@ -18,7 +18,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "cache"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    monkeypatch.setattr(assets, "smollm2", lambda announce: folder)
+    monkeypatch.setattr(assets, "smollm2", lambda: folder)
     monkeypatch.setattr(
         Package, "folder", property(lambda self: None if self.name == "easy-vqa" else folder)
     )

@@ -7,9 +7,9 @@ import pytest
 
 from mmgraft.demo import assets
 from mmgraft.demo import run as demo_run
-from mmgraft.demo.report import DemoReport, Phase, Score, Turn
-from mmgraft.demo.run import DemoSettings
+from mmgraft.demo.run import DemoReport, DemoSettings, Phase, Score, Turn
 from mmgraft.evaluation.identity import IdentityReport
+from mmgraft.progress import say
 from mmgraft.runs.results import Score as Interval
 
 
@@ -47,9 +47,9 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[DemoSettings]:
     """The demo itself is not run; what it was asked for is kept."""
     seen: list[DemoSettings] = []
 
-    def run(settings, announce, display):
+    def run(settings, display):
         seen.append(settings)
-        announce("graft: 5 s")
+        say("graft: 5 s")
         return make_report()
 
     monkeypatch.setattr(demo_run, "run_demo", run)
@@ -111,7 +111,7 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(cli, ran, tmp_path: 
 def test_wrong_use_ends_with_2_and_says_what_to_do(cli, ran, tmp_path: Path) -> None:
     code, _, err = cli("demo", "--method", "peft")
     assert code == 2
-    assert "choose expert, iaa, llava, lora, wings" in err
+    assert "choose expert, iaa, llava, lora, wings, xattn" in err
     (tmp_path / "demo-iaa").mkdir()
     (tmp_path / "demo-iaa/file").write_text("")
     code, _, err = cli("demo")

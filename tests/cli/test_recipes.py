@@ -9,8 +9,7 @@ import pytest
 
 from mmgraft.cli.app import run
 from mmgraft.comparison.spec import FOLDER, shipped_comparisons
-from mmgraft.recipes.files import recipe_dir
-from mmgraft.recipes.source import shipped_recipes
+from mmgraft.recipes.source import recipe_dir, shipped_recipes
 
 
 def test_ls_lists_every_recipe(capsys):

@@ -76,6 +76,8 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(here, capsys):
         (["--recipe", "lava"], "did you mean 'llava"),
         (["--set", "stages.align.learning_rate=1"], "'lr'"),
         (["--data", "nowhere.json"], "nowhere.json"),
+        (["--read", "format=vqa"], "--data"),
+        (["--data", "x.json", "--read", "layout=vqa"], "layout"),
         (["--resume"], "no training to go on with"),
         (["--set", "data.0.path=null"], "`data[0].path`"),
     ],

@@ -256,6 +256,8 @@ def test_eval(run: Path, cli, called, tmp_path: Path) -> None:
         "ten",
         "--column",
         "box=where",
+        "--read",
+        "subset=small",
         "--limit",
         "4",
     )
@@ -269,6 +271,7 @@ def test_eval(run: Path, cli, called, tmp_path: Path) -> None:
             prompt="{question}?",
             boxes="ten",
             columns={"box": "where"},
+            subset="small",
             limit=4,
         )
     ]

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.comparison import phases, runner
-from mmgraft.comparison.child import locked
+from mmgraft.comparison import runner
 from mmgraft.comparison.files import (
     COMPARISON,
     Phase,
@@ -22,6 +21,7 @@ from mmgraft.comparison.files import (
 from mmgraft.comparison.plan import ArmPlan, ComparisonPlan, make_plan
 from mmgraft.comparison.runner import LOCK, compare, settings_of
 from mmgraft.comparison.spec import load_comparison
+from mmgraft.comparison.training import locked
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.runs.results import Results, read_results
 from tiny_runs import losses
@@ -31,6 +31,7 @@ SEEN = {"name": "seen", "metric": "exact", "path": "rows.jsonl"}
 READ = {"name": "read", "metric": "choice", "modality": "text", "path": "read.csv"}
 
 
+EVALUATE = runner.evaluate
 USUAL = {"shapes": None, "seed": 0}
 
 
@@ -55,7 +56,7 @@ class Steps:
     def _graft(self, run: Path) -> None:
         self._note(run.name, "graft")
 
-    def _train(self, arm: ArmPlan, record: PhaseRecord, device: str, announce) -> PhaseRecord:
+    def _train(self, arm: ArmPlan, record: PhaseRecord, device: str) -> PhaseRecord:
         self._note(arm.name, "train")
         record = record.model_copy(update={"done": True})
         write_phase(arm.run, record)
@@ -90,14 +91,15 @@ def plan(write, tmp_path: Path):
 ALL = ["graft", "train", "text", "vision", "laws"]
 
 
-def test_arms_go_one_after_another_and_nothing_is_done_twice(plan, steps: Steps) -> None:
+def test_arms_go_one_after_another_and_nothing_is_done_twice(
+    plan, steps: Steps, said: list[str]
+) -> None:
     laws = {"path": "rows.jsonl"}
-    told: list[str] = []
-    done = compare(plan(laws=laws), announce=told.append)
+    done = compare(plan(laws=laws))
     assert steps.taken() == [(arm, phase) for arm in ("llava", "iaa") for phase in ALL]
     assert done.arms == {"llava": ALL, "iaa": ALL}
     assert done.reports == [plan(laws=laws).out / "report.md"]
-    assert "arm iaa (2 of 2)" in told
+    assert "arm iaa (2 of 2)" in said
     compare(plan(laws=laws))
     assert steps.taken() == []
     assert steps.reports == 2
@@ -172,14 +174,15 @@ def test_what_changes_no_training_may_change(plan, steps: Steps) -> None:
     assert steps.taken() == []
 
 
-def test_sets_that_changed_are_evaluated_again_and_no_others(plan, steps: Steps) -> None:
+def test_sets_that_changed_are_evaluated_again_and_no_others(
+    plan, steps: Steps, said: list[str]
+) -> None:
     compare(plan(only=("iaa",)))
     steps.taken()
-    told: list[str] = []
     more = [{**SEEN, "limit": 3}, READ]
-    compare(plan(only=("iaa",), evaluation=more), announce=told.append)
+    compare(plan(only=("iaa",), evaluation=more))
     assert steps.taken() == [("iaa", "vision")]
-    assert any("vision is evaluated anew" in text for text in told)
+    assert any("vision is evaluated anew" in text for text in said)
 
 
 def test_a_set_that_is_added_later_trains_nothing_anew(plan, steps: Steps) -> None:
@@ -212,7 +215,7 @@ def test_all_arms_have_the_dialogues_that_the_first_one_built(
 
     def build(answerer, specs, folder: Path, **settings) -> None:
         assert [one.name for one in specs] == ["read"]
-        assert settings == {"announce": settings["announce"], "count": 3 if built else 2, **USUAL}
+        assert settings == {"count": 3 if built else 2, **USUAL}
         folder.mkdir(parents=True)
         built.append(folder)
 
@@ -220,12 +223,12 @@ def test_all_arms_have_the_dialogues_that_the_first_one_built(
         given.append((run.name, dialogues))
         return Results(section="iit", mmgraft_version="0")
 
-    monkeypatch.setattr(phases, "build_iit", build)
-    monkeypatch.setattr(phases, "evaluate_iit", evaluate)
+    monkeypatch.setattr(runner, "build_iit", build)
+    monkeypatch.setattr(runner, "evaluate_iit", evaluate)
 
     def evaluate_dialogues(phase: Phase, *rest, **more) -> None:
         if phase == "iit":
-            phases.evaluate(phase, *rest, **more)
+            EVALUATE(phase, *rest, **more)
 
     monkeypatch.setattr(runner, "evaluate", evaluate_dialogues)
     compare(plan(iit={"count": 2}))

@@ -11,8 +11,7 @@ import yaml
 
 from mmgraft.comparison.spec import FOLDER, arm_recipe, load_comparison, shipped_comparisons
 from mmgraft.evaluation.items.packaged_text import PACKAGED
-from mmgraft.recipes.files import recipe_dir
-from mmgraft.recipes.source import shipped_recipes
+from mmgraft.recipes.source import recipe_dir, shipped_recipes
 
 NAMES = shipped_comparisons()
 PREPARED = {"align.jsonl", "tune.jsonl", "train.jsonl", "test.jsonl"}

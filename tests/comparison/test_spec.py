@@ -23,7 +23,7 @@ from mmgraft.comparison.spec import (
     with_settings,
 )
 from mmgraft.errors import UsageError
-from mmgraft.recipes.files import recipe_dir
+from mmgraft.recipes.source import recipe_dir
 
 SMALL = {"name": "x", "base": "b", "vision": "v", "recipe": "demo-iaa"}
 

@@ -50,9 +50,8 @@ def test_the_command_goes_on_where_there_is_something_to_go_on_with(tmp_path: Pa
     assert training_command(tmp_path, "cpu") is None
 
 
-def test_an_arm_is_trained_and_what_it_cost_is_recorded(arm: ArmPlan) -> None:
-    told: list[str] = []
-    record = train_arm(arm, PhaseRecord(phase="train", sessions=[EARLIER]), "cpu", told.append)
+def test_an_arm_is_trained_and_what_it_cost_is_recorded(arm: ArmPlan, said: list[str]) -> None:
+    record = train_arm(arm, PhaseRecord(phase="train", sessions=[EARLIER]), "cpu")
     assert record.done
     assert read_phase(arm.run, "train") == record
     assert len(losses(arm.run)) == 2
@@ -72,10 +71,10 @@ def test_an_arm_is_trained_and_what_it_cost_is_recorded(arm: ArmPlan) -> None:
     assert details["trained_parameters"] == projector_size(arm.run)
     assert section.graft["method"] == "llava"
     # Killed after the last stage was saved and before that was noted: nothing is trained again.
-    again = train_arm(arm, record.model_copy(update={"done": False}), "cpu", told.append)
+    again = train_arm(arm, record.model_copy(update={"done": False}), "cpu")
     assert again == record
     assert len(losses(arm.run)) == 2
-    assert not told
+    assert not said
 
 
 def projector_size(run: Path) -> int:
@@ -95,13 +94,13 @@ def test_a_failed_training_says_so_and_its_time_counts(arm: ArmPlan, monkeypatch
 
     monkeypatch.setattr(training, "training_command", command)
     with pytest.raises(MMGraftError, match=r"'llava' ended with code 3.*same command goes on"):
-        train_arm(arm, PhaseRecord(phase="train"), "cpu", lambda text: None)
+        train_arm(arm, PhaseRecord(phase="train"), "cpu")
     record = read_phase(arm.run, "train")
     assert record is not None
     assert not record.done
     assert len(record.sessions) == 1
     with pytest.raises(MMGraftError, match="killed by signal 9"):
-        train_arm(arm, record, "cpu", lambda text: None)
+        train_arm(arm, record, "cpu")
     after = read_phase(arm.run, "train")
     assert after is not None
     assert len(after.sessions) == 2
@@ -135,7 +134,9 @@ sys.exit(run(sys.argv[1:]))
 """A training that is killed when its first checkpoint is written."""
 
 
-def test_a_killed_training_goes_on_from_its_checkpoint(write, tmp_path: Path, monkeypatch) -> None:
+def test_a_killed_training_goes_on_from_its_checkpoint(
+    write, tmp_path: Path, monkeypatch, said: list[str]
+) -> None:
     spec = load_comparison(write(set={"stages.tune.max_steps": 60, "save_every": 10}))
     plan = make_plan(spec, tmp_path / "out", only=["llava"], device="cpu")
     arm = plan.arms[0]
@@ -148,9 +149,8 @@ def test_a_killed_training_goes_on_from_its_checkpoint(write, tmp_path: Path, mo
     first = subprocess.run([sys.executable, "-c", KILLED, *rest], stdout=subprocess.DEVNULL)
     assert first.returncode == -signal.SIGKILL
     write_phase(arm.run, PhaseRecord(phase="train", sessions=[EARLIER]))
-    told: list[str] = []
-    train_arm(arm, PhaseRecord(phase="train", sessions=[EARLIER]), "cpu", told.append)
-    assert told == ["llava: going on with a training that was stopped"]
+    train_arm(arm, PhaseRecord(phase="train", sessions=[EARLIER]), "cpu")
+    assert said == ["llava: going on with a training that was stopped"]
     assert [step for _, step, _ in losses(arm.run)] == list(range(1, 61))
 
 
@@ -161,7 +161,7 @@ def test_steps_of_packed_rows_are_told_when_they_were_taken(write, tmp_path: Pat
     arm = plan.arms[0]
     make_graft(plan, arm.recipe, arm.run)
     (arm.run / "recipe.yaml").write_text(dump_recipe(arm.recipe))
-    train_arm(arm, PhaseRecord(phase="train"), "cpu", lambda text: None)
+    train_arm(arm, PhaseRecord(phase="train"), "cpu")
     progress = checkpoint.read_progress(arm.run)
     assert progress is not None
     steps = progress["steps"]["tune"]

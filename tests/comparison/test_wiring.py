@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmgraft.comparison import phases, runner
-from mmgraft.comparison.phases import evaluate
+from mmgraft.comparison import runner
+from mmgraft.comparison.runner import evaluate
 from mmgraft.recipes.evaluation_set import SetSpec
 
 
@@ -30,12 +30,11 @@ def test_an_arm_is_evaluated_as_the_comparison_says(
     monkeypatch.setattr(runner.Answerer, "load", load)
     plan: Any = SimpleNamespace(device="mps")
     arm: Any = SimpleNamespace(name="a", run=tmp_path)
-    say = lambda text: None  # noqa: E731
-    one = runner._Arm(plan, arm, batch_size, say)
+    one = runner._Arm(plan, arm, batch_size)
     one._evaluate("text", {}, None)
     one._evaluate("vision", {}, None)
     assert loaded == [(tmp_path, {"device": "mps"})]
-    more = {"announce": say} | ({} if batch_size is None else {"batch_size": 7})
+    more = {} if batch_size is None else {"batch_size": 7}
     assert asked == [((phase, "answerer", plan, arm), more) for phase in ("text", "vision")]
 
 
@@ -45,12 +44,12 @@ def test_each_part_has_its_sets_and_the_shared_base(
     calls: dict[str, tuple[Any, Any]] = {}
     for name in ("evaluate_text", "evaluate_vision", "evaluate_iit", "evaluate_laws"):
         monkeypatch.setattr(
-            phases, name, lambda *args, _name=name, **more: calls.update({_name: (args, more)})
+            runner, name, lambda *args, _name=name, **more: calls.update({_name: (args, more)})
         )
-    monkeypatch.setattr(phases, "write_results", lambda *_: None)
-    monkeypatch.setattr(phases, "_dialogues", lambda *_: tmp_path / "dialogues")
-    monkeypatch.setattr(phases, "read_items", lambda spec: [spec])
-    monkeypatch.setattr(phases, "run_features", lambda *_: "features")
+    monkeypatch.setattr(runner, "write_results", lambda *_: None)
+    monkeypatch.setattr(runner, "_dialogues", lambda *_: tmp_path / "dialogues")
+    monkeypatch.setattr(runner, "read_items", lambda spec: [spec])
+    monkeypatch.setattr(runner, "run_features", lambda *_: "features")
     text = SetSpec(name="t", metric="choice", modality="text", path="t")
     seen = SetSpec(name="v", metric="exact", path="v")
     laws = SimpleNamespace(
@@ -60,11 +59,11 @@ def test_each_part_has_its_sets_and_the_shared_base(
     plan: Any = SimpleNamespace(comparison=spec, out=tmp_path, base="the/base")
     arm: Any = SimpleNamespace(name="a", run=tmp_path / "run")
     answerer: Any = SimpleNamespace(model="m")
-    more = {"announce": print, "batch_size": 3}
+    more = {"batch_size": 3}
     for phase in ("text", "vision", "iit", "laws"):
         evaluate(phase, answerer, plan, arm, **more)
     first = (answerer, arm.run)
-    shared = {"untouched": "the/base", "base_cache": tmp_path / phases.BASE}
+    shared = {"untouched": "the/base", "base_cache": tmp_path / runner.BASE}
     assert calls["evaluate_text"] == ((*first, [text]), {**more, **shared})
     assert calls["evaluate_vision"] == ((*first, [seen]), more)
     assert calls["evaluate_iit"] == (first, {**more, "dialogues": tmp_path / "dialogues"})
@@ -87,7 +86,13 @@ def test_each_part_has_its_sets_and_the_shared_base(
 )
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
 def test_features_are_as_precise_as_the_training_wants(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base, precisions, dtype, on_bad_row
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: list[str],
+    base,
+    precisions,
+    dtype,
+    on_bad_row,
 ) -> None:
     seen: dict[str, Any] = {}
     read: list[Any] = []
@@ -109,14 +114,14 @@ def test_features_are_as_precise_as_the_training_wants(
         seen["filled"] = (args, more)
         return 3
 
-    monkeypatch.setattr(phases, "StageData", Reader)
-    monkeypatch.setattr(phases, "GraftFile", SimpleNamespace(read=lambda run: "record"))
-    monkeypatch.setattr(phases, "local_tower", lambda record, run: (record, run))
-    monkeypatch.setattr(phases, "load_tower", load_tower)
-    monkeypatch.setattr(phases, "open_cache", lambda *args: SimpleNamespace(folder=args))
-    monkeypatch.setattr(phases, "Joined", lambda parts: parts)
-    monkeypatch.setattr(phases, "fill_cache", fill_cache)
-    monkeypatch.setattr(phases, "default_workers", lambda device: f"workers on {device}")
+    monkeypatch.setattr(runner, "StageData", Reader)
+    monkeypatch.setattr(runner, "GraftFile", SimpleNamespace(read=lambda run: "record"))
+    monkeypatch.setattr(runner, "local_tower", lambda record, run: (record, run))
+    monkeypatch.setattr(runner, "load_tower", load_tower)
+    monkeypatch.setattr(runner, "open_cache", lambda *args: SimpleNamespace(folder=args))
+    monkeypatch.setattr(runner, "Joined", lambda parts: parts)
+    monkeypatch.setattr(runner, "fill_cache", fill_cache)
+    monkeypatch.setattr(runner, "default_workers", lambda device: f"workers on {device}")
     stages = [
         SimpleNamespace(precision=one, data=[one], image_share=at / 4)
         for at, one in enumerate(precisions)
@@ -124,9 +129,8 @@ def test_features_are_as_precise_as_the_training_wants(
     recipe = SimpleNamespace(
         base=base, stages=stages, feature_cache=str(tmp_path), on_bad_row=on_bad_row, seed=5
     )
-    said: list[str] = []
     arm: Any = SimpleNamespace(name="a", run="run", recipe=recipe)
-    phases.fill_features(arm, "mps", said.append)
+    runner.fill_features(arm, "mps")
     assert seen["tower"] == (("record", "run"), {"dtype": dtype, "device": "mps"})
     args, more = seen["filled"]
     assert args[0].folder == ("tower", tmp_path)

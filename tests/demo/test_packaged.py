@@ -28,7 +28,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (folder / name).write_text(f"cached {name}")
-    monkeypatch.setattr(assets, "smollm2", lambda announce: folder)
+    monkeypatch.setattr(assets, "smollm2", lambda: folder)
     return folder
 
 

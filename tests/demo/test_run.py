@@ -24,13 +24,14 @@ def settings(tmp_path: Path, tiny_recipe: Path, tiny_data: Path) -> DemoSettings
     return DemoSettings("iaa", tmp_path / "out", questions=16, recipe=tiny_recipe)
 
 
-def test_the_whole_job(settings: DemoSettings, tiny_models, tiny_data: Path, monkeypatch) -> None:
-    said: list[str] = []
+def test_the_whole_job(
+    settings: DemoSettings, tiny_models, tiny_data: Path, said: list[str], monkeypatch
+) -> None:
     asked_with: list[float] = []
     monkeypatch.setattr(demo_run, "answer", _spy(demo_run.answer, asked_with))
     clock = itertools.count().__next__
     monkeypatch.setattr(demo_run, "time", SimpleNamespace(monotonic=clock, process_time=clock))
-    report = run_demo(settings, announce=said.append, models=tiny_models)
+    report = run_demo(settings, models=tiny_models)
 
     # What was asked before training was the fresh graft, and after it the trained one.
     assert asked_with[0] != asked_with[1]
@@ -146,6 +147,6 @@ def test_a_folder_that_is_not_empty_is_left_alone(settings: DemoSettings, tiny_m
 
 
 def test_an_unknown_method_is_refused_before_anything_is_written(settings: DemoSettings) -> None:
-    with pytest.raises(UsageError, match="choose expert, iaa, llava, lora, wings"):
+    with pytest.raises(UsageError, match="choose expert, iaa, llava, lora, wings, xattn"):
         run_demo(replace(settings, method="peft"))
     assert not settings.out.exists()

@@ -15,7 +15,7 @@ from mmgraft.demo.run import DemoSettings, _Demo, _score
 @pytest.fixture
 def demo(tmp_path: Path) -> _Demo:
     settings = DemoSettings("iaa", tmp_path / "out", seed=7, images=3, max_steps=5)
-    return _Demo(settings, lambda text: None, lambda *_: ())
+    return _Demo(settings, lambda *_: ())
 
 
 def test_the_training_has_the_demos_seed_and_steps(

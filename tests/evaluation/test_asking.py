@@ -15,8 +15,7 @@ from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation import kept
 from mmgraft.evaluation.generate import answers as asking
-from mmgraft.evaluation.generate.answers import answer
-from mmgraft.evaluation.generate.shared_prefix import read_prefix
+from mmgraft.evaluation.generate.answers import answer, read_prefix
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import Kept, read_predictions
 from mmgraft.model.modeling import GraftedModel
@@ -64,7 +63,7 @@ def test_an_answer_is_the_one_that_a_question_gets_alone(asked, arch: str, metho
     model, processor = made(arch, method)
     alone = [answer(model, processor, [one], max_new_tokens=6)[0] for one in chats]
     assert len(set(alone)) > 2, "equal answers could not show a mistaken order"
-    steps: list[tuple[int, int]] = []
+    given: list[int] = []
     for size in (2, 3, 16):
         together = answer(
             model,
@@ -72,10 +71,10 @@ def test_an_answer_is_the_one_that_a_question_gets_alone(asked, arch: str, metho
             chats,
             max_new_tokens=6,
             batch_size=size,
-            progress=lambda *at: steps.append(at),
+            on_result=lambda indices, _: given.append(len(indices)),
         )
         assert together == alone
-    assert steps[:4] == [(2, 7), (4, 7), (6, 7), (7, 7)]  # six see, one does not
+    assert given[:4] == [2, 2, 2, 1]  # six see, one does not
 
 
 @pytest.mark.parametrize(("arch", "method"), [*METHODS, *LEARNED, *ALIBI])
@@ -224,7 +223,9 @@ def questions(count: int) -> list[Item]:
     ]
 
 
-def test_what_is_answered_is_not_asked_again(tmp_path: Path, asked, monkeypatch) -> None:
+def test_what_is_answered_is_not_asked_again(
+    tmp_path: Path, asked, monkeypatch, steps: list[tuple[int, int]]
+) -> None:
     model, processor, _ = asked
     items = questions(5)
     whole = ask(model, processor, items, tmp_path / "whole")
@@ -242,27 +243,41 @@ def test_what_is_answered_is_not_asked_again(tmp_path: Path, asked, monkeypatch)
         return original(model, processor, conversations, **rest)
 
     monkeypatch.setattr(kept, "answer", counted)
-    steps: list[tuple[int, int]] = []
-    again = ask(model, processor, items, run, progress=lambda *at: steps.append(at))
+    steps.clear()
+    again = ask(model, processor, items, run)
     assert given == [3]
-    assert steps == [(2, 5), (4, 5), (5, 5)]
+    assert steps == [(4, 5), (5, 5)]
     assert again == whole
     assert [row["id"] for row in read_predictions(path)][:2] == done
+
+
+def test_answers_cleaned_by_an_older_version_are_made_anew(
+    tmp_path: Path, asked, monkeypatch, said: list[str]
+) -> None:
+    model, processor, _ = asked
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "CLEANED", kept.CLEANED - 1)
+        ask(model, processor, questions(2), tmp_path)
+    assert not said
+    ask(model, processor, questions(2), tmp_path)
+    assert any("another" in one for one in said), said
 
 
 KILLED = """
 import signal, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
+from mmgraft.progress import Work
 from test_asking import ask, made, questions
 
-def slow(done, total):
+def slow(work, done, total):
     print(done, flush=True)
     if done >= 10:
         signal.pause()  # until it is killed
 
+Work.__call__ = slow
 model, processor = made()
-ask(model, processor, questions(40), Path({run!r}), progress=slow)
+ask(model, processor, questions(40), Path({run!r}))
 """
 
 

@@ -22,7 +22,7 @@ from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.lm_eval import harness
 from mmgraft.evaluation.lm_eval.harness import evaluate_harness
-from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM
+from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM, plain_lm
 from mmgraft.inference import Answerer
 from tiny import save_base, tiny_clip_dir
 from tiny_runs import make_run
@@ -108,6 +108,27 @@ def test_text_says_exactly_what_the_plain_base_says(
     assert [one.name for one in sets] == TEXT_TASKS
     assert [one.items for one in sets] == [len(QUESTIONS), len(TEXTS), len(QUESTIONS)]
     assert [one.main for one in sets] == ["acc", "word_perplexity", "right"]
+
+
+def test_the_bases_own_settings_do_not_change_greedy_answers(
+    answerer: Answerer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    asked = [Instance("generate_until", {}, ("Who answers?", {"max_gen_toks": 12}), 0)]
+    seeing = ImageLM(answerer, "mm", 1)
+    chat = seeing.apply_chat_template([{"role": "user", "content": "<image>What?"}])
+    given = (chat, {"max_gen_toks": 12}, {"visual": [picture(30, 20)]})
+    models = [
+        (plain_lm(base, answerer.processor, 1), asked),
+        (TextLM(answerer, "text", 1), asked),
+        (seeing, [Instance("generate_until", {}, given, 0)]),
+    ]
+    before = [lm.generate_until(requests) for lm, requests in models]
+    for model in (base, answerer.model, answerer.model.base):
+        config = copy.deepcopy(model.generation_config)
+        config.update(repetition_penalty=9.0, no_repeat_ngram_size=1, temperature=5.0, num_beams=3)
+        monkeypatch.setattr(model, "generation_config", config)
+    assert [lm.generate_until(requests) for lm, requests in models] == before
 
 
 def test_text_can_be_asked_in_a_workflow_that_sees(answerer: Answerer, folder: Path) -> None:

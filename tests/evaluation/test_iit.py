@@ -10,8 +10,8 @@ import pytest
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation import kept
+from mmgraft.evaluation.dialogues.dialogues import read_dialogues
 from mmgraft.evaluation.dialogues.evaluate import evaluate_iit, measure_generated
-from mmgraft.evaluation.dialogues.files import read_dialogues
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.likelihood.choice import score_choices
 from mmgraft.evaluation.metrics.choice import ChoiceScore
@@ -84,9 +84,11 @@ def evaluate(parts: Path, run: Path, specs=(), **settings):
     return evaluate_iit(Answerer.load(made), made, specs, **settings)
 
 
-def test_a_run_is_scored_shape_by_shape(parts: Path, tmp_path: Path) -> None:
-    run, steps = tmp_path / "run", []
-    results = evaluate(parts, run, choice_sets(tmp_path), progress=lambda *at: steps.append(at))
+def test_a_run_is_scored_shape_by_shape(
+    parts: Path, tmp_path: Path, steps: list[tuple[int, int]]
+) -> None:
+    run = tmp_path / "run"
+    results = evaluate(parts, run, choice_sets(tmp_path))
     assert [one.name for one in results.sets] == [
         "(T)", "(T,T)", "(T,T,T)", "(T,T,V)", "(T,V)", "(V)"
     ]  # fmt: skip

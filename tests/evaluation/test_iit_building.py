@@ -115,15 +115,15 @@ def test_each_set_is_asked_as_it_asks_and_letters_answer_where_they_are_shown(
 
 
 def test_questions_too_long_for_a_dialogue_are_left_out(
-    answerer, by_letters, tmp_path: Path
+    answerer, by_letters, tmp_path: Path, said: list[str]
 ) -> None:
     """Three with their answers must fit into the 128 positions that the base reads."""
-    specs, told = choice_sets(tmp_path), []
+    specs = choice_sets(tmp_path)
     long = {"id": "long", "question": "w" * 60, "options": ["a", "b"], "answer": 0}
     with (tmp_path / "text.jsonl").open("a") as file:
         file.write(json.dumps(long) + "\n")
-    build_iit(answerer, specs, tmp_path / "iit", count=3, announce=told.append)
-    assert told[0].endswith(
+    build_iit(answerer, specs, tmp_path / "iit", count=3)
+    assert said[0].endswith(
         "text.jsonl: 1 of 10 questions are left out, which are longer than 42 positions, a "
         "dialogue's part of what the base reads"
     )
@@ -136,13 +136,12 @@ def test_questions_too_long_for_a_dialogue_are_left_out(
 
 
 def test_shapes_that_the_sets_do_not_give_are_announced(
-    answerer, by_letters, tmp_path: Path
+    answerer, by_letters, tmp_path: Path, said: list[str]
 ) -> None:
-    told: list[str] = []
-    found = build_iit(answerer, choice_sets(tmp_path)[:1], tmp_path / "iit", announce=told.append)
+    found = build_iit(answerer, choice_sets(tmp_path)[:1], tmp_path / "iit")
     assert list(found) == ["T", "TT", "TTT"]
-    assert told[0] == ("no dialogues (T,T,V), (T,V), (V): there are 9 text and 0 visual questions")
-    assert told[1].startswith("built 9 dialogues in ")
+    assert said[0] == ("no dialogues (T,T,V), (T,V), (V): there are 9 text and 0 visual questions")
+    assert said[1].startswith("built 9 dialogues in ")
     with pytest.raises(UsageError, match=r"\(V\) has 1 visual questions, and there are 0"):
         build_iit(answerer, choice_sets(tmp_path)[:1], tmp_path / "x", shapes=["V"])
     assert not (tmp_path / "x").exists()

@@ -9,8 +9,13 @@ import pytest
 from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.formats.sources import read_rows
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.dialogues.dialogues import Candidate, build_dialogues
-from mmgraft.evaluation.dialogues.files import is_made_of, read_dialogues, save_dialogues
+from mmgraft.evaluation.dialogues.dialogues import (
+    Candidate,
+    build_dialogues,
+    is_made_of,
+    read_dialogues,
+    save_dialogues,
+)
 from mmgraft.evaluation.items.files import read_items
 from tiny_choice import choice_sets
 

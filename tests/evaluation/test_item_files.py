@@ -3,21 +3,26 @@ from __future__ import annotations
 import base64
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.formats.fields import fill_prompt, gold_of, lettered_lines
+from mmgraft.data.images import size_of
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import (
     data_file,
     file_sha256,
     read_items,
     read_training_answers,
+    set_sha256,
 )
 from mmgraft.evaluation.items.item import Item
 from mmgraft.recipes.evaluation_set import SetSpec
@@ -408,6 +413,67 @@ def test_training_answers_of_every_kind_of_row(folder: Path) -> None:
         read_training_answers(spec)
     with pytest.raises(UsageError, match="no training rows"):
         read_training_answers(_spec("exact"))
+
+
+def test_shards_are_one_set(folder: Path) -> None:
+    """Of a folder or a pattern: each with its own places, ids and pictures."""
+    (folder / "shards").mkdir()
+    for shard, sizes in enumerate(((3, 4), (5,))):
+        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as file:
+            for size in sizes:
+                picture = io.BytesIO()
+                Image.new("RGB", (size, size)).save(picture, "PNG")
+                row = json.dumps({"question": f"{size}?", "answer": "a"}).encode()
+                for ending, held in (("png", picture.getvalue()), ("json", row)):
+                    info = tarfile.TarInfo(f"{size}.{ending}")
+                    info.size = len(held)
+                    file.addfile(info, io.BytesIO(held))
+    for path in ("shards", "shards/{0..1}.tar"):
+        spec = _spec("exact", path=path)
+        items = read_items(spec)
+        assert [item.question for item in items] == ["3?", "4?", "5?"]
+        assert [item.id for item in items] == ["3", "4", "5"]
+        places = ["0.tar sample 1", "0.tar sample 2", "1.tar sample 1"]
+        assert [item.place for item in items] == places
+        widths = [size_of(next(images_of_all(item.messages)), "x")[0] for item in items]
+        assert widths == [3, 4, 5]
+    (folder / "lines").mkdir()
+    for shard in "ab":
+        row = {"question": "x?", "answer": "y", "options": ["y", "z"]}
+        (folder / "lines" / f"{shard}.jsonl").write_text(json.dumps(row))
+    lines = read_items(_spec(path="lines"))
+    assert [item.id for item in lines] == ["a.jsonl-1", "b.jsonl-1"]
+    sha256 = set_sha256(spec, data_file(spec))
+    (folder / "shards" / "1.tar").unlink()
+    spec = _spec("exact", path="shards")
+    assert set_sha256(spec, data_file(spec)) != sha256
+    with pytest.raises(UsageError, match=r"no data file shards/\*\.json"):
+        read_items(_spec("exact", path="shards/*.json"))
+
+
+def test_a_set_of_the_hub_is_read_by_its_test_split(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    held = {"question": ["a?"], "answer": ["b"], "image": [Image.new("RGB", (9, 9))]}
+    table = datasets.Dataset.from_dict(held)
+
+    def load(*args: Any, **more: Any) -> Any:
+        asked.append((*args, more["split"], more["revision"]))
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    spec = _spec("exact", path="hub:me/set", subset="small", revision="v1", train="hub:me/set")
+    (item,) = read_items(spec)
+    assert (item.id, item.question, item.answers, item.has_image) == ("1", "a?", ("b",), True)
+    assert read_training_answers(spec) == [("a?", "b")]
+    assert asked == [("me/set", "small", split, "v1") for split in ("test", "train")]
+    sha256 = set_sha256(spec, data_file(spec))
+    assert sha256 == set_sha256(spec, data_file(spec))
+    table = datasets.Dataset.from_dict({**held, "image": [Image.new("RGB", (8, 9))]})
+    assert sha256 != set_sha256(spec, data_file(spec)), "another picture is another set"
+    read_items(spec.model_copy(update={"split": "validation"}))
+    assert asked[-1][2] == "validation"
 
 
 def test_the_sha_is_the_files(folder: Path) -> None:

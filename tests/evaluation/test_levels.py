@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from grafting import perturb
-from mmgraft.evaluation.identity import PROMPTS, load_untouched
-from mmgraft.evaluation.levels import prove_levels
+from mmgraft.evaluation.identity import PROMPTS, load_untouched, prove_levels
 from mmgraft.evaluation.text import evaluate_text
 from mmgraft.grafts import Promises
 from mmgraft.inference import Answerer
@@ -23,6 +22,7 @@ CLAIMS = {
     "lora-token": ({"gate": "token"}, {"E1", "E2"}),
     "expert": ({}, {"E1", "E2"}),
     "expert-shared": ({"image_positions": "shared"}, {"E1", "E2"}),
+    "xattn": ({}, {"E1", "E2"}),
 }
 
 
@@ -69,14 +69,14 @@ def test_a_touched_base_is_found_out_at_every_level(parts: Path, tmp_path: Path)
     assert not any(one.identical for one in found.values())
 
 
-def test_the_text_section_says_so(parts: Path, tmp_path: Path) -> None:
-    made, told = answerer_of(parts, tmp_path / "run", "lora-token"), []
-    results = evaluate_text(made, tmp_path / "run", announce=told.append)
+def test_the_text_section_says_so(parts: Path, tmp_path: Path, said: list[str]) -> None:
+    made = answerer_of(parts, tmp_path / "run", "lora-token")
+    results = evaluate_text(made, tmp_path / "run")
     assert results.identity is not None
     assert {level: one["identical"] for level, one in results.identity["levels"].items()} == {
         "E1": True,
         "E2": True,
     }
     assert any(
-        one.startswith("E2, text before an image in its row: the base's bit") for one in told
+        one.startswith("E2, text before an image in its row: the base's bit") for one in said
     )

@@ -78,9 +78,10 @@ def _evaluate(run: Path, specs: list[SetSpec], **settings: Any) -> Any:
     return evaluate_text(Answerer.load(run), run, specs, **settings)
 
 
-def test_a_frozen_base_is_proved_and_measured_once(frozen: Path, parts: Path) -> None:
-    said: list[str] = []
-    results = _evaluate(frozen, _sets(parts), announce=said.append)
+def test_a_frozen_base_is_proved_and_measured_once(
+    frozen: Path, parts: Path, said: list[str]
+) -> None:
+    results = _evaluate(frozen, _sets(parts))
     identity = results.identity
     assert identity["identical"] is True
     assert identity["prompts"] == len(PROMPTS) + 4 + 2
@@ -117,9 +118,10 @@ def test_the_numbers_are_those_of_the_items(frozen: Path, parts: Path) -> None:
     assert by_id["1"]["answer"] == items[0].options[found[0].prediction()]
 
 
-def test_a_trained_base_is_compared_with_what_it_was(trained: Path, parts: Path) -> None:
-    said: list[str] = []
-    results = _evaluate(trained, _sets(parts), announce=said.append)
+def test_a_trained_base_is_compared_with_what_it_was(
+    trained: Path, parts: Path, said: list[str]
+) -> None:
+    results = _evaluate(trained, _sets(parts))
     assert results.identity["identical"] is False
     assert results.identity["base_trained"] is True
     assert results.identity["max_difference"] > 0
@@ -143,14 +145,13 @@ def test_a_trained_base_is_compared_with_what_it_was(trained: Path, parts: Path)
 
 
 def test_a_trained_base_whose_original_is_gone_is_measured_alone(
-    trained: Path, parts: Path, tmp_path: Path
+    trained: Path, parts: Path, tmp_path: Path, said: list[str]
 ) -> None:
     run = tmp_path / "run"
     answerer = Answerer.load(trained)
     answerer.model.workflow().record.trained_from = None
     save_graft(answerer.model, run)
-    said: list[str] = []
-    results = _evaluate(run, _sets(parts), announce=said.append)
+    results = _evaluate(run, _sets(parts))
     assert results.identity is None
     assert any("cannot be compared" in one for one in said)
     for found in results.sets:
@@ -309,12 +310,9 @@ def test_a_half_written_file_is_gone_on_from(frozen: Path, parts: Path) -> None:
             assert score.value == pytest.approx(other.scores[name].value, abs=1e-5)
 
 
-def test_another_prompt_is_asked_anew(frozen: Path, parts: Path) -> None:
+def test_another_prompt_is_asked_anew(frozen: Path, parts: Path, said: list[str]) -> None:
     _evaluate(frozen, _sets(parts))
-    said: list[str] = []
-    shown = _evaluate(
-        frozen, _sets(parts, prompt="{question}\n{options}\nAnswer:"), announce=said.append
-    ).sets[0]
+    shown = _evaluate(frozen, _sets(parts, prompt="{question}\n{options}\nAnswer:")).sets[0]
     assert any("stale" in one for one in said)
     assert shown.settings["scored"] == "letters"
     line = read_predictions(frozen / shown.predictions)[0]

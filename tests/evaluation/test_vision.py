@@ -26,7 +26,7 @@ COLOURS = ("red", "green", "blue")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a tower, a run of each method, and sets of six questions on three pictures."""
     parts = make_parts(tmp_path_factory.mktemp("vision"))
-    for method in ("iaa", "wings", "llava", "lora", "expert"):
+    for method in ("iaa", "wings", "llava", "lora", "expert", "xattn"):
         make_run(parts, parts / method, method)
     rows = []
     for number in range(6):
@@ -56,13 +56,12 @@ def evaluate(run: Path, *specs: SetSpec, **more: Any) -> Results:
     return evaluate_vision(Answerer.load(run), run, specs, **more)
 
 
-@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert"])
+@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert", "xattn"])
 def test_a_set_is_asked_with_and_without_its_pictures(
-    folder: Path, tmp_path: Path, method: str
+    folder: Path, tmp_path: Path, said: list[str], method: str
 ) -> None:
     run = Path(shutil.copytree(folder / method, tmp_path / "run"))
-    told: list[str] = []
-    results = evaluate(run, spec(folder), announce=told.append)
+    results = evaluate(run, spec(folder))
     (found,) = results.sets
     assert results.section == "vision"
     assert results.graft["method"] == method
@@ -80,7 +79,7 @@ def test_a_set_is_asked_with_and_without_its_pictures(
     ]
     assert {row["id"]: row["answer"] for row in seen} != {row["id"]: row["answer"] for row in blind}
     assert not (run / "results" / "vision.json").exists(), "the caller writes it"
-    assert any("without" in text for text in told)
+    assert any("without" in text for text in said)
 
 
 def test_a_finished_set_is_scored_again_without_asking(
@@ -100,16 +99,15 @@ def test_a_finished_set_is_scored_again_without_asking(
         assert one.blind == other.blind
 
 
-def test_answers_of_other_weights_are_asked_again(folder: Path, run: Path) -> None:
+def test_answers_of_other_weights_are_asked_again(folder: Path, run: Path, said: list[str]) -> None:
     evaluate(run, spec(folder))
     file = run / "results" / "predictions" / "exact.jsonl"
     before = file.read_bytes()
     weights = load_file(run / "graft.safetensors")
     save_file({name: tensor + 0.5 for name, tensor in weights.items()}, run / "graft.safetensors")
-    told: list[str] = []
-    evaluate(run, spec(folder), announce=told.append)
+    evaluate(run, spec(folder))
     assert file.with_name("exact.stale-1.jsonl").read_bytes() == before
-    assert any("exact.stale-1.jsonl" in text for text in told)
+    assert any("exact.stale-1.jsonl" in text for text in said)
     assert len(read_predictions(file)) == 6
 
 
@@ -144,12 +142,13 @@ def test_features_come_from_the_runs_cache(folder: Path, run: Path, monkeypatch)
     assert list((run / "features").glob("*/*.safetensors"))
 
 
-def test_without_training_rows_the_prior_is_left_out_and_said(folder: Path, run: Path) -> None:
-    told: list[str] = []
+def test_without_training_rows_the_prior_is_left_out_and_said(
+    folder: Path, run: Path, said: list[str]
+) -> None:
     one = spec(folder, train=None)
-    (found,) = evaluate(run, one, announce=told.append).sets
+    (found,) = evaluate(run, one).sets
     assert set(found.blind) == {"no_image"}
-    assert any("no training rows" in text for text in told)
+    assert any("no training rows" in text for text in said)
 
 
 def test_no_blind_score_is_asked_for_where_none_is_wanted(folder: Path, run: Path) -> None:

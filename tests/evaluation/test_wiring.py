@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,8 +260,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
             return []
 
         monkeypatch.setattr(target, spy)
-    monkeypatch.setattr("mmgraft.runs.sections.put_aside", lambda *_: [])
-    monkeypatch.setattr("mmgraft.runs.sections.save_sets", lambda *_: None)
+    monkeypatch.setattr("mmgraft.runs.results.put_aside", lambda *_: [])
+    monkeypatch.setattr("mmgraft.runs.results.save_sets", lambda *_: None)
     monkeypatch.setattr("mmgraft.evaluation.identity.base_trained", lambda model: True)
     untouched = lambda model, run, name: SimpleNamespace(model=f"model of {name}")  # noqa: E731
     monkeypatch.setattr("mmgraft.evaluation.identity.untouched_base", untouched)
@@ -274,8 +273,6 @@ def test_every_setting_reaches_its_part(called, tmp_path: Path) -> None:
     seen = SetSpec(name="seen", metric="choice", path="s.jsonl")
     text = SetSpec(name="text", metric="choice", modality="text", path="t.jsonl")
     exact = SetSpec(name="exact", metric="exact", path="e.jsonl")
-    say: Callable[[str], None] = lambda text: None  # noqa: E731
-    progress: Callable[[int, int], None] = lambda done, total: None  # noqa: E731
     whole = Evaluation(
         run=tmp_path, specs=[seen, text, exact], text=True, vision=True, iit=True,
         tasks=("piqa", "boolq"), workflow="see", batch_size=3, limit=5,
@@ -283,20 +280,19 @@ def test_every_setting_reaches_its_part(called, tmp_path: Path) -> None:
         untouched="old",
     )  # fmt: skip
     answerer: Any = SimpleNamespace(model="m", processor="p")
-    list(evaluate_run(answerer, whole, say, progress))
-    shared = {"answerer": answerer, "run": tmp_path, "batch_size": 3, "announce": say}
-    known = {**shared, "progress": progress}
-    assert called["text"] == {**known, "specs": [text], "untouched": "old"}
-    assert called["vision"] == {**known, "specs": [seen, exact], "workflow": "see"}
+    list(evaluate_run(answerer, whole))
+    shared = {"answerer": answerer, "run": tmp_path, "batch_size": 3}
+    assert called["text"] == {**shared, "specs": [text], "untouched": "old"}
+    assert called["vision"] == {**shared, "specs": [seen, exact], "workflow": "see"}
     assert called["iit"] == {
-        **known, "specs": [seen, text], "workflow": "see", "count": 9,
+        **shared, "specs": [seen, text], "workflow": "see", "count": 9,
         "dialogues": tmp_path / "saved",
     }  # fmt: skip
     harness = called["tasks"]
     assert harness.pop("untouched") == "model of old"
     assert harness == {
         "answerer": answerer, "tasks": ["piqa", "boolq"], "workflow": "see", "limit": 5,
-        "include_path": tmp_path / "tasks", "batch_size": 3, "announce": say,
+        "include_path": tmp_path / "tasks"  , "batch_size": 3,
     }  # fmt: skip
 
 

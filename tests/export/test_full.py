@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from mmgraft import GraftedModel
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.export import full
+from mmgraft.export import graft as full
 from mmgraft.export.folder import sizes_in
-from mmgraft.export.full import export_full
+from mmgraft.export.graft import export_full
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import load_processor
 from mmgraft.model.files.save import save_graft
@@ -40,7 +41,7 @@ def moved_away(tmp_path: Path, *names: str) -> None:
         shutil.rmtree(tmp_path / name)
 
 
-@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert"])
+@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert", "xattn"])
 def test_it_loads_alone_and_elsewhere(tmp_path: Path, method: str) -> None:
     pictures = save_pictures(tmp_path)
     run = make_graft(tmp_path, "qwen3", method=method)
@@ -75,10 +76,34 @@ def test_an_untrained_base_is_copied_as_it_is(tmp_path: Path) -> None:
     copied = tmp_path / "out" / "base"
     assert {path.name for path in copied.iterdir()} == kept
     assert len([name for name in kept if name.endswith(".safetensors")]) > 1
-    for name in kept:
+    for name in kept - {"generation_config.json"}:
         assert (copied / name).read_bytes() == (base / name).read_bytes()
         assert not (copied / name).is_symlink()
     assert any("one workflow, mm" in note for note in made.notes)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_what_loads_the_copied_base_ends_answers_as_the_template_does(
+    tmp_path: Path, written: bool
+) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    settings = base / "generation_config.json"
+    config = GenerationConfig(eos_token_id=2, temperature=0.6, do_sample=True)
+    config.save_pretrained(base)
+    if not written:
+        settings.unlink()
+    run = make_graft(tmp_path, base=base)
+    export_full(run, tmp_path / "out")
+    model = GraftedModel.from_pretrained(tmp_path / "out")
+    copied = GenerationConfig.from_pretrained(tmp_path / "out" / "base")
+    ends = load_processor(GraftFile.read(run), base, None).answers.with_ends(
+        2 if written else model.base.config.eos_token_id
+    )
+    assert copied.eos_token_id == ends
+    assert isinstance(ends, list)
+    if written:
+        assert (copied.temperature, copied.do_sample) == (0.6, True)
+        assert GenerationConfig.from_pretrained(base).eos_token_id == 2
 
 
 def test_a_trained_base_goes_along_as_it_was_trained(tmp_path: Path) -> None:

@@ -263,9 +263,8 @@ def test_other_towers_with_a_class_token(tmp_path: Path, tower: str) -> None:
     assert config_of(tmp_path / "out")["vision_feature_select_strategy"] == "default"
 
 
-def test_it_says_what_it_is(tmp_path: Path) -> None:
-    said: list[str] = []
-    made = export_llava(make_graft(tmp_path), tmp_path / "small", say=said.append)
+def test_it_says_what_it_is(tmp_path: Path, said: list[str]) -> None:
+    made = export_llava(make_graft(tmp_path), tmp_path / "small")
     told = "it carries one workflow, mm, and its text answers are no longer the base's"
     assert made.notes[0].startswith(told)
     assert "<image> literally" in made.notes[1]

@@ -24,6 +24,7 @@ from mmgraft.model.files.graft_file import BaseReference, GraftFile
 from mmgraft.model.files.summary import graft_parts
 from mmgraft.runs.contents import UploadFile
 from mmgraft.runs.results import write_results
+from mmgraft.vision.projectors.configs import QFormerConfig
 from mmgraft.vision.spec import VisionSpec
 from report_example import text_section, vision_section
 from tiny_exports import make_graft
@@ -356,11 +357,14 @@ def test_folders_of_the_recipe_stay_at_home(hub: HubServer, run: Path, folder: s
         "evaluation": [{"name": "s", "train": f"{folder}train.jsonl", "prompt": "yes/no: {q} /"}],
         "feature_cache": f"{folder}features",
     }
-    (run / "graft_config.json").write_text(make_record(recipe=recipe).dump())
+    began = QFormerConfig(weights=f"{folder}blip2", features=16)
+    record = make_record(recipe=recipe, projector=began)
+    (run / "graft_config.json").write_text(record.dump())
     (run / "recipe.yaml").write_text("# kept\n" + yaml.safe_dump(recipe))
     assert plan_push(run).warnings == []
     push(run)
     repo = hub.repos["tester/my-iaa"]
+    assert json.loads(repo.read("graft_config.json"))["projector"]["weights"] == "blip2"
     sent = json.loads(repo.read("graft_config.json"))["recipe"]
     assert sent["data"] == [{"path": "rows.jsonl", "images": "images"}]
     assert sent["stages"] == [{"name": "a", "data": None, "template": "chat.jinja", "lr": 1e-3}]

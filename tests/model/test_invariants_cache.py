@@ -20,6 +20,7 @@ from grafting import (
     perturb,
     plain,
     rows,
+    takes,
     text_of,
 )
 from tiny import VARIANTS
@@ -81,6 +82,7 @@ def test_in_bf16_it_is_as_close_as_the_bases_own_cache(arch: str) -> None:
     allowed = max(2 * own, torch.cat(rounding).median())
     assert allowed < 0.1
     for method in CONFIGS:
+        takes(method)
         model = grafted(arch, method, torch.bfloat16)
         found = torch.cat([differences(model, each) for each in batches()])
         assert found.median() <= allowed, method

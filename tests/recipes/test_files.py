@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import mmgraft.recipes.files
+import mmgraft.recipes.source
 from mmgraft.errors import UsageError
-from mmgraft.recipes.files import recipe_dir
+from mmgraft.recipes.source import recipe_dir
 
 
 def test_the_checkout_has_recipes_for_every_built_in_method() -> None:
@@ -18,7 +18,7 @@ def test_the_checkout_has_recipes_for_every_built_in_method() -> None:
 
 
 def test_an_installed_package_uses_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mmgraft.recipes.files, "_PACKAGE", tmp_path / "mmgraft" / "recipes")
+    monkeypatch.setattr(mmgraft.recipes.source, "_PACKAGE", tmp_path / "mmgraft" / "recipes")
     with pytest.raises(UsageError, match="reinstall mmgraft"):
         recipe_dir()
     (tmp_path / "recipes").mkdir()

@@ -14,12 +14,12 @@ import yaml
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.errors import UsageError
-from mmgraft.recipes.files import recipe_dir
 from mmgraft.recipes.recipe import Recipe
 from mmgraft.recipes.source import (
     dump_recipe,
     find_recipe,
     load_recipe,
+    recipe_dir,
     shipped_recipes,
     with_data,
     with_max_steps,
@@ -265,7 +265,9 @@ def test_data_from_the_command_line(recipe_file):
     assert [stage.data[0].path for stage in both.stages] == ["a.json", "a.json"]
     assert both.stages[0].data[0].images == "pics"
     assert both.data_to_set() == []
-    one = with_data(recipe, ["tune=b.json"], None)
+    one = with_data(recipe, ["tune=b.json"], None, ["format=vqa", "vqa.answer=sampled"])
+    assert one.stages[1].data[0].format == "vqa"
+    assert one.stages[1].data[0].vqa.answer == "sampled"
     assert one.stages[0].data is None
     assert one.data_to_set() == ["data[0].path"]
     with pytest.raises(UsageError, match="did you mean 'tune'"):
@@ -320,6 +322,7 @@ EXPECTED = {
     "llava": "llava llava-full demo-llava",
     "lora": "lora lora-phi4 lora-xcomposer2 lora-24gb lora-cpu demo-lora",
     "expert": "expert expert-24gb expert-cpu demo-expert",
+    "xattn": "xattn xattn-flamingo xattn-24gb xattn-cpu demo-xattn",
 }
 
 

@@ -23,19 +23,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_current_folder_wins_over_those_below(here: Path) -> None:
+def test_current_folder_wins_over_those_below(here: Path, said: list[str]) -> None:
     make(str(here))
     make("below")
-    said: list[str] = []
-    assert find_run(None, said.append) == here
+    assert find_run() == here
     assert said == [f"taking the graft in the current folder, {here.name}"]
 
 
-def test_the_only_one_below_is_taken_and_named(here: Path) -> None:
+def test_the_only_one_below_is_taken_and_named(here: Path, said: list[str]) -> None:
     make("runs", "deep", "qwen")
     (here / "other").mkdir()
-    said: list[str] = []
-    assert find_run(None, said.append) == here / "runs" / "deep" / "qwen"
+    assert find_run() == here / "runs" / "deep" / "qwen"
     assert said == ["taking the only graft here, runs/deep/qwen"]
 
 
@@ -64,11 +62,10 @@ def test_copies_and_caches_are_not_grafts_to_take(hidden: str) -> None:
             find_run()
 
 
-def test_a_named_folder_is_taken_as_it_is(here: Path) -> None:
+def test_a_named_folder_is_taken_as_it_is(here: Path, said: list[str]) -> None:
     one = make("one")
     make("two")
-    said: list[str] = []
-    assert find_run("one", said.append) == Path("one")
+    assert find_run("one") == Path("one")
     assert find_run(one / "graft_config.json") == one
     assert said == []
 

@@ -6,8 +6,16 @@ from typing import Any
 import pytest
 
 from mmgraft.errors import UsageError
-from mmgraft.runs.results import Results, Score, SetResult, read_results, results_file
-from mmgraft.runs.sections import put_all_aside, put_aside, save_sets
+from mmgraft.runs.results import (
+    Results,
+    Score,
+    SetResult,
+    put_all_aside,
+    put_aside,
+    read_results,
+    results_file,
+    save_sets,
+)
 
 
 def a_set(name: str, value: float = 0.5) -> SetResult:

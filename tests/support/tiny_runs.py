@@ -25,6 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llava": {},
     "lora": {"rank": 4},
     "expert": {"layers": [1, 3]},
+    "xattn": {"layers": [0, 2]},
     "wings-official": {},
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmgraft.training.callbacks.loss_log import EvalSum, LossSum, counted
+from mmgraft.training.callbacks.metrics import EvalSum, LossSum, counted
 
 CPU = torch.device("cpu")
 

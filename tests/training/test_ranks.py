@@ -29,6 +29,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
     "wings": [{"name": "tune", "train": ["projector", "graft"], "max_steps": 200}],  # fsdp2: 30
     "lora": [{"name": "tune", "train": ["projector", "graft"], "max_steps": 30}],
     "expert": [{"name": "tune", "train": ["projector", "graft"], "max_steps": 30}],
+    "xattn": [{"name": "tune", "train": ["projector", "graft"], "max_steps": 30}],
     "llava": [
         {"name": "align", "train": ["projector"], "text_rows": "graft", "max_steps": 10},
         {"name": "tune", "train": ["projector", "base"], "text_rows": "base", "max_steps": 20},
@@ -65,7 +66,7 @@ def stored(run: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert"])
+@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert", "xattn"])
 def test_two_ranks_are_one(
     parts: Path,
     rows: tuple[Path, list[bool]],

@@ -29,6 +29,8 @@ needs_bitsandbytes = pytest.mark.skipif(
         ("lora", False, False),
         ("lora", True, False),
         ("expert", True, False),
+        ("xattn", False, False),
+        ("xattn", True, False),
         pytest.param("iaa", False, True, marks=needs_bitsandbytes),
     ],
 )
@@ -40,6 +42,7 @@ def test_pieces_compute_what_the_whole_does(
     if method == "iaa" and not four_bit:
         own = {"embedding": True, "head": True}
     own = {**own, "structure": "a"} if own and checkpointing else own  # what a layer hands on
+    own = {"gate_init": 0.5} if method == "xattn" else own  # so that all of a block learns
     run = make_run(parts, tmp_path / "run", method, **own)
     saved = tmp_path / "saved"
     found = on_ranks(sharded_steps, str(run), checkpointing, four_bit, str(saved))

@@ -221,7 +221,7 @@ def _with_images(rows: Sequence[Row]) -> Sequence[Row]:
             "set text_rows: graft"
         )
     if dropped := len(rows) - len(kept):
-        _log.info(
+        _log.debug(
             "%d of %d rows have no image and are left out (text_rows: skip)", dropped, len(rows)
         )
     return kept

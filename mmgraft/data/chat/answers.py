@@ -21,6 +21,10 @@ _BEGINS, _ENDS = rf"[<\[◁]\|?{_STEMS}\|?[>\]▷]", rf"[<\[◁]\|?(?:/|end){_ST
 """Forms in use: <think>, <seed:think>, [THINK], <|begin_of_thought|>, <|START_THINKING|>."""
 
 
+CLEANED = 2
+"""Version of what :meth:`Answers.shown` leaves of a text: answers kept by another are made anew."""
+
+
 @dataclass(frozen=True)
 class Answers:
     """Describe how a template writes answers.

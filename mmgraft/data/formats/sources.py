@@ -230,17 +230,19 @@ def row_at(sources: Sequence[Source], number: int) -> Row:
     )
 
 
-def records(path: Path) -> Iterator[tuple[str, Record]]:
-    """Yield every record of a file and its place.
+def records(source: Source) -> Iterator[tuple[str, Record]]:
+    """Yield every record and its place; of one of several files the file's name stands first.
 
     Raises:
-        UsageError: Something in it cannot be read.
+        UsageError: A file that cannot be read, or a record in it; names file and place.
     """
-    file = Source(str(path)).open(str(path))
-    for found in file.scan():
-        if isinstance(found.record, UsageError):
-            raise found.record
-        yield f"{file.unit} {found.number}", found.record
+    files = source.files()
+    for name in files:
+        file, shard = source.open(name), f"{os.path.basename(name)} " if len(files) > 1 else ""
+        for found in file.scan():
+            if isinstance(found.record, UsageError):
+                raise found.record
+            yield f"{shard}{file.unit} {found.number}", found.record
 
 
 def _opened(source: Source) -> Iterator[tuple[RecordFile, str | None]]:

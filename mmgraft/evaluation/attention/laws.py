@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ from mmgraft.evaluation.items.files import file_sha256, sampled
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Measured, paired
 from mmgraft.evaluation.origin import described_graft, section_of
+from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer
+from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.progress import counted, say
 from mmgraft.runs.results import Results, Score, SetResult
 
 LEFT_OUT = ("no_image", "no_text_before", "no_text_after", "no_variance")
@@ -90,8 +93,6 @@ def evaluate_laws(
     batch_size: int = 8,
     features: Features | None = None,
     settings: Mapping[str, Any] | None = None,
-    announce: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Results:
     """Measure attention by layer (in ``details``), and its shift, of images between text.
 
@@ -105,17 +106,15 @@ def evaluate_laws(
         batch_size: Samples a batch, of like length.
         features: The tower's features of image files.
         settings: Noted in the result.
-        announce: Called with a sentence about what is done.
-        progress: Called with how many samples are done, and of how many.
 
     Raises:
         UsageError: No sample is left, an unreadable image, or an attention without weights.
     """
     began, file = time.monotonic(), _file(samples, file)
-    workflow = answerer.model.workflow(workflow).name
+    workflow = refuse_memory(answerer.model.workflow(workflow).record)
     batches = _Batches(answerer, samples, workflow, features)
-    announce(f"attention of {len(batches.order)} of {len(samples)} samples by layer")
-    measured = _Shifts(batches, batches.sums(batch_size, progress))
+    say(f"attention of {len(batches.order)} of {len(samples)} samples by layer")
+    measured = _Shifts(batches, batches.sums(batch_size))
     measured.refuse_empty(file)
     result = SetResult(
         name=name,
@@ -129,6 +128,24 @@ def evaluate_laws(
     )
     graft = described_graft(answerer.model, run, workflow)
     return section_of("laws", graft, [result], details={name: measured.details()})
+
+
+def refuse_memory(record: GraftFile) -> str:
+    """Refuse a method whose images the attention of the base does not reach.
+
+    Returns:
+        The name of the graft's workflow.
+
+    Raises:
+        UsageError: It keeps images beside the sequence.
+    """
+    if get_method(record.method).memory:
+        raise UsageError(
+            f"laws sums what the base's attention gives to an image and to the text around it, and "
+            f"method {record.method} keeps an image's vectors beside the sequence, where that "
+            "attention does not reach: there is nothing to sum"
+        )
+    return record.workflow
 
 
 def _file(samples: Sequence[Sample], file: Path | None) -> Path:
@@ -160,14 +177,14 @@ class _Batches:
         kept = [at for at, reason in enumerate(reasons) if reason is None]
         self.order = sorted(kept, key=lambda at: len(self.encoded[at]))
 
-    def sums(self, batch_size: int, progress: Callable[[int, int], None]) -> dict[str, LayerSums]:
+    def sums(self, batch_size: int) -> dict[str, LayerSums]:
         """Return every series of the samples, in order of length."""
         found: dict[str, list[LayerSums]] = {}
-        for start in range(0, len(self.order), batch_size):
+        starts = range(0, len(self.order), batch_size)
+        for start in counted("measuring attention, batches", starts):
             chosen = self.order[start : start + batch_size]
             for series, sums in layer_sums(self.model, self._inputs(chosen), self.workflow).items():
                 found.setdefault(series, []).append(sums)
-            progress(start + len(chosen), len(self.order))
         return {
             series: LayerSums(parts[0].layers, np.concatenate([part.sums for part in parts]))
             for series, parts in found.items()

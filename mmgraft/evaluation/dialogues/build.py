@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -22,14 +22,17 @@ from mmgraft.evaluation.dialogues.dialogues import (
     Candidate,
     build_dialogues,
     buildable,
+    is_made_of,
+    read_dialogues,
+    save_dialogues,
     title,
 )
-from mmgraft.evaluation.dialogues.files import is_made_of, read_dialogues, save_dialogues
-from mmgraft.evaluation.items.files import data_file, file_sha256, read_items
+from mmgraft.evaluation.items.files import data_file, read_items, set_sha256
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.likelihood.likelihood import context_length
 from mmgraft.evaluation.metrics.choice import shows_options
 from mmgraft.inference import Answerer
+from mmgraft.progress import counted, say
 from mmgraft.recipes.evaluation_set import SetSpec
 
 EMBEDDING = "mean of the base's last hidden states"
@@ -58,7 +61,7 @@ def question_vectors(answerer: Answerer, questions: Sequence[str]) -> np.ndarray
     trunk = get_path(model.base, model.anatomy.trunk_path)
     order = sorted(range(len(ids)), key=lambda at: len(ids[at]))
     vectors: list[np.ndarray] = [np.empty(0)] * len(ids)
-    for start in range(0, len(order), _BATCH):
+    for start in counted("reading questions, batches", range(0, len(order), _BATCH)):
         indices = order[start : start + _BATCH]
         rows = pad([ids[at] for at in indices], processor.pad_id, "right").to(model.device)
         mask = pad([[1] * len(ids[at]) for at in indices], 0, "right").to(model.device)
@@ -79,7 +82,6 @@ def build_iit(
     count: int = COUNT,
     shapes: Sequence[str] | None = None,
     seed: int = 0,
-    announce: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[Item]]:
     """Return the dialogues of a folder by shape, built and saved there where they are missing.
 
@@ -89,11 +91,10 @@ def build_iit(
     Args:
         answerer: The graft, whose base says which questions are alike.
         specs: Sets; those of ``choice`` are used, by their modality.
-        folder: Of the data set; see :mod:`mmgraft.evaluation.dialogues.files`.
+        folder: Of the data set; see :mod:`mmgraft.evaluation.dialogues.dialogues`.
         count: Dialogues a shape.
         shapes: See :data:`SHAPES`. Default: all that the sets give.
         seed: Of the sample.
-        announce: Called with sentences about what is done.
 
     Raises:
         UsageError: No multiple-choice set, sets too small for a shape, or changed rows.
@@ -114,22 +115,20 @@ def build_iit(
     }
     if not is_made_of(folder, made_of):
         longest = max(map(len, shapes or SHAPES))
-        pools = _pools(answerer, chosen, longest, announce)
-        possible = list(shapes) if shapes is not None else _possible(pools, announce)
+        pools = _pools(answerer, chosen, longest)
+        possible = list(shapes) if shapes is not None else _possible(pools)
         built = build_dialogues(pools, count, possible, seed)
         save_dialogues(folder, built, made_of)
-        announce(f"built {sum(map(len, built.values()))} dialogues in {folder}")
+        say(f"built {sum(map(len, built.values()))} dialogues in {folder}")
     return read_dialogues(folder)
 
 
-def _possible(
-    pools: Mapping[str, Sequence[Candidate]], announce: Callable[[str], None]
-) -> list[str]:
+def _possible(pools: Mapping[str, Sequence[Candidate]]) -> list[str]:
     """Return the shapes that the sets give."""
     sizes = {letter: len(pool) for letter, pool in pools.items()}
     possible = buildable(sizes)
     if left := [title(shape) for shape in SHAPES if shape not in possible]:
-        announce(
+        say(
             f"no dialogues {', '.join(left)}: there are {sizes['T']} text and {sizes['V']} "
             "visual questions"
         )
@@ -143,33 +142,29 @@ def _answerable(spec: SetSpec, items: Sequence[Item]) -> list[Item]:
     return [replace(item, options=tuple(ascii_uppercase[: len(item.options)])) for item in items]
 
 
-def _short(
-    answerer: Answerer, items: Sequence[Item], parts: int, announce: Callable[[str], None]
-) -> list[Item]:
+def _short(answerer: Answerer, items: Sequence[Item], parts: int) -> list[Item]:
     """Return items of which so many fit into what the base reads, each with its longest answer."""
     processor = answerer.processor
     most = context_length(answerer.model.base.config, processor.tokenizer) // parts
     kept = []
-    for item in items:
+    for item in counted("tokenising questions", items):
         answer = {"role": "assistant", "content": max(item.options, key=len)}
         encoded = processor.encode([*item.messages, answer], False, item.tools, item.where)
         if len(encoded) <= most:
             kept.append(item)
     if len(kept) < len(items):
-        announce(
+        say(
             f"{items[0].file}: {len(items) - len(kept)} of {len(items)} questions are left out, "
             f"which are longer than {most} positions, a dialogue's part of what the base reads"
         )
     return kept
 
 
-def _pools(
-    answerer: Answerer, specs: Sequence[SetSpec], parts: int, announce: Callable[[str], None]
-) -> dict[str, list[Candidate]]:
+def _pools(answerer: Answerer, specs: Sequence[SetSpec], parts: int) -> dict[str, list[Candidate]]:
     """Return candidates by letter, with vectors of length 1."""
     pools: dict[str, list[Candidate]] = {letter: [] for letter in WORDS}
     read = [(spec.name, _answerable(spec, read_items(spec))) for spec in specs]
-    for name, items in [(name, _short(answerer, items, parts, announce)) for name, items in read]:
+    for name, items in [(name, _short(answerer, items, parts)) for name, items in read]:
         if not items:
             continue
         vectors = question_vectors(answerer, [item.question for item in items]).astype(np.float64)
@@ -183,7 +178,7 @@ def _source(spec: SetSpec) -> dict[str, Any]:
     file = data_file(spec)
     keys = {"name", "modality", "prompt", "columns", "limit", "seed"}
     images = None if spec.images is None else Path(spec.images).name
-    own = {"file": file.name, "sha256": file_sha256(file), "images": images}
+    own = {"file": file.name, "sha256": set_sha256(spec, file), "images": images}
     return {**spec.model_dump(include=keys), **own}
 
 

@@ -7,15 +7,14 @@ Source: the IIT benchmark of Wings (arXiv 2406.03496): dialogues in the shapes (
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmgraft.evaluation.dialogues.build import COUNT, build_iit
-from mmgraft.evaluation.dialogues.dialogues import title
-from mmgraft.evaluation.dialogues.files import ROWS, read_dialogues
+from mmgraft.evaluation.dialogues.dialogues import ROWS, read_dialogues, title
 from mmgraft.evaluation.generate.run_features import run_features
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import Kept
@@ -27,6 +26,7 @@ from mmgraft.evaluation.sets import EvaluatedSet
 from mmgraft.evaluation.vision import NO_IMAGE, blind_workflow, measure_set
 from mmgraft.inference import Answerer
 from mmgraft.model.workflow import TEXT_WORKFLOW
+from mmgraft.progress import say
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import FOLDER as RESULTS
 from mmgraft.runs.results import Results, SetResult
@@ -44,8 +44,6 @@ def evaluate_iit(
     count: int = COUNT,
     workflow: str | None = None,
     batch_size: int = 16,
-    announce: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Results:
     """Score the last question of every dialogue, by log-probability and by a generated answer.
 
@@ -60,8 +58,6 @@ def evaluate_iit(
         count: See :func:`build_iit`.
         workflow: Of dialogues with an image; by default the graft's. Others run ``text``.
         batch_size: Dialogues a batch.
-        announce: Called with sentences about what is done.
-        progress: Called with how many dialogues are scored or answered, and of how many.
 
     Returns:
         Section ``iit``, a set a shape; not yet written.
@@ -74,12 +70,12 @@ def evaluate_iit(
     if dialogues is not None:
         found = read_dialogues(folder)
     else:
-        found = build_iit(answerer, specs, folder, count=count, announce=announce)
-    kept = Kept(answerer.model, answerer.processor, run, graft, batch_size, announce, progress)
+        found = build_iit(answerer, specs, folder, count=count)
+    kept = Kept(answerer.model, answerer.processor, run, graft, batch_size)
     measured: dict[str, Measured] = {}
     sets: list[SetResult] = []
     for shape, items in found.items():
-        announce(f"{len(items)} dialogues {title(shape)}")
+        say(f"{len(items)} dialogues {title(shape)}")
         spec = SetSpec(name=f"iit.{shape}", metric="choice")
         measured[shape], result = _evaluate(kept, shape, EvaluatedSet(spec, folder / ROWS, items))
         sets.append(result)
@@ -91,7 +87,7 @@ def _evaluate(kept: Kept, shape: str, each: EvaluatedSet) -> tuple[Measured, Set
     """Evaluate the dialogues of one shape."""
     start, name, items = time.monotonic(), each.spec.name, each.items
     workflow = kept.graft["workflow"] if "V" in shape else TEXT_WORKFLOW
-    features = run_features(kept.model, kept.run, items, kept.announce)
+    features = run_features(kept.model, kept.run, items)
     chosen = measure_set(kept, each, workflow, features)
     answers = kept.answers(f"{name}.answers", items, workflow, MAX_NEW_TOKENS, features)
     measured, groups = chosen.beside(measure_generated(items, answers)), groups_of(items)

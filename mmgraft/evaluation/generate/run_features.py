@@ -13,6 +13,7 @@ from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.features import Shown, fill_cache, open_cache
 from mmgraft.data.images import is_data_uri, open_images, size_of
 from mmgraft.model.modeling import GraftedModel
+from mmgraft.progress import say
 from mmgraft.training.devices import default_workers
 from mmgraft.vision.feature_cache import TowerFeatures
 from mmgraft.vision.towers.base import VisionTower
@@ -58,7 +59,6 @@ def run_features(
     model: GraftedModel,
     run: Path,
     items: Sequence[Shown],
-    announce: Callable[[str], None] = lambda text: None,
 ) -> Features | None:
     """Return features of image files ``(sum of entries, tower width)``, each computed once.
 
@@ -66,7 +66,6 @@ def run_features(
         model: With its tower.
         run: Whose cache is used: the recipe's folder of features, else one in the run.
         items: Whose images are computed now.
-        announce: Called with where they are kept.
 
     Returns:
         None where images are no files, or more than the cache holds: then each is computed when
@@ -89,7 +88,7 @@ def run_features(
     if _vectors(tower, items) * vector_bytes > cache.max_bytes:
         return None
     count = fill_cache(cache, tower, items, workers=default_workers(tower.device.type))
-    announce(f"features of {count} images are in {cache.folder}")
+    say(f"features of {count} images are in {cache.folder}")
     compute = TowerFeatures(tower)
     return lambda paths: torch.cat(cache.get_many(paths, compute))
 

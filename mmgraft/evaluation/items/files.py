@@ -1,30 +1,115 @@
-"""Read items from files, whatever is evaluated."""
+"""Read items from files, whatever is evaluated: JSON, lines of JSON, CSV or plain text."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmgraft.data.bad_rows import HUB
 from mmgraft.data.chat.content import images_of_all, is_image
 from mmgraft.data.chat.turns import refuse_unread
 from mmgraft.data.formats.fields import Fields, fill_prompt, gold_of
 from mmgraft.data.formats.layouts import Reading, told
 from mmgraft.data.formats.reader import RowReader
 from mmgraft.data.formats.record_files import Record
+from mmgraft.data.formats.sources import Source, is_there, records
 from mmgraft.data.images import check_image, size_of
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.items.boxes import box_of
-from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.items.item import Box, Item
 from mmgraft.evaluation.items.packaged_text import PACKAGED, packaged_file
-from mmgraft.evaluation.items.records import item_records
-from mmgraft.evaluation.metrics.yes_no import truth_of
+from mmgraft.evaluation.metrics.vqa import truth_of
 from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.textfiles import read_text
+from mmgraft.vision.stored import StoredImage
+
+STRUCTURED = (".json", ".jsonl", ".parquet", ".tar", ".csv", ".tsv")
+"""Endings of files that hold records; any other file is one text."""
+
+_HEADINGS = frozenset({"question", "answer"})
+
+
+def item_records(source: Source, known: Sequence[str] = ()) -> list[tuple[str, Record]]:
+    """Read every record, and its place: "line 12" or "row 12", counted from 1.
+
+    A CSV file has a heading when its first line names a ``question``, an ``answer`` or one of
+    ``known``; one without is read as MMLU's: question, options, and the right one's letter.
+
+    Args:
+        source: A file, shards of one set, or a set of the Hub.
+        known: Further names that a heading may have.
+
+    Raises:
+        UsageError: There is no such file, or it cannot be read; names the place.
+    """
+    path = Path(source.path)
+    if not is_there(source.path):
+        raise UsageError(f"no data file {path}; give a jsonl, json or csv of items")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        found = [(place, Record(data)) for place, data in _table(path, known)]
+    elif path.suffix.lower() in STRUCTURED or not path.is_file():
+        found = list(records(source))
+    else:
+        found = [("line 1", Record({"text": read_text(path)}))]
+    for place, record in found:
+        if not isinstance(record.data, dict):
+            raise UsageError(
+                f"{path}, {place}: {str(record.data)[:40]!r} is no object; write one for each item"
+            )
+    if not found:
+        raise UsageError(f"{path} has no items; give a file with at least one")
+    return found
+
+
+def _table(path: Path, known: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
+    heading: list[str] | None = None
+    width = 0
+    while True:
+        begin = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UsageError(f"{path}, line {begin}: not CSV ({error}); correct it") from error
+        if not any(cell.strip() for cell in cells):
+            continue
+        if not width:
+            width = len(cells)
+            names = [cell.strip() for cell in cells]
+            if {name.lower() for name in names} & _HEADINGS or set(names) & set(known):
+                heading = names
+                continue
+        place = f"line {begin}"
+        if len(cells) != width:
+            raise UsageError(
+                f"{path}, {place}: {len(cells)} columns, and {width} in the first line; put a text "
+                "with a comma or a line break in double quotes"
+            )
+        yield place, _record(path, place, cells, heading)
+
+
+def _record(path: Path, place: str, cells: list[str], heading: list[str] | None) -> dict[str, Any]:
+    if heading is not None:
+        return dict(zip(heading, cells, strict=True))
+    if len(cells) < 4:
+        raise UsageError(
+            f"{path}, {place}: {len(cells)} columns and no heading; write question, at least two "
+            "options and the letter of the right one, or a first line that names the columns"
+        )
+    return {"question": cells[0], "options": cells[1:-1], "answer": cells[-1]}
+
 
 TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
 """The prompt of multiple choice of text where a set has no ``prompt``: that of lm-eval's PIQA."""
@@ -37,7 +122,7 @@ T = TypeVar("T")
 
 
 def data_file(spec: SetSpec) -> Path:
-    """Return the file of a set's items: its ``path``, else the packaged set of that name.
+    """Return where a set's items lie: its ``path``, else the packaged set of that name.
 
     Args:
         spec: The set. Without a ``path`` its name is that of a packaged set.
@@ -47,7 +132,7 @@ def data_file(spec: SetSpec) -> Path:
     """
     named = spec.path or spec.name
     path = _path(named)
-    if path.is_file():
+    if is_there(str(path)):
         return path
     if named in PACKAGED:
         return packaged_file(named)
@@ -57,9 +142,30 @@ def data_file(spec: SetSpec) -> Path:
             + ", ".join(PACKAGED)
         )
     raise UsageError(
-        f"set {spec.name!r}: no data file {path}; give a jsonl, json or csv of items, or one of "
-        + ", ".join(PACKAGED)
+        f"set {spec.name!r}: no data file {path}; give a jsonl, json or csv of items, a folder of "
+        "shards, hub:OWNER/NAME, or one of " + ", ".join(PACKAGED)
     )
+
+
+def source_of(spec: SetSpec, path: Path) -> Source:
+    """Return how the items of a set are read that lie there; of the Hub its test split."""
+    split = spec.split or ("test" if str(path).startswith(HUB) else "train")
+    images = spec.images and str(_path(spec.images))
+    return Source(str(path), images, Reading(), None, split, spec.subset, spec.revision)
+
+
+def set_sha256(spec: SetSpec, path: Path) -> str:
+    """Return the SHA-256 of a set's file; of several files, or of the Hub's rows, that of all."""
+    if path.is_file():
+        return file_sha256(path)
+    source, digest = source_of(spec, path), hashlib.sha256()
+    for file in source.files():
+        if os.path.isfile(file):
+            digest.update(file_sha256(Path(file)).encode())
+            continue
+        for _, record in records(source):  # the one table that is no file
+            digest.update(json.dumps(record.data, default=StoredImage.digest).encode())
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -98,8 +204,9 @@ def read_items(spec: SetSpec) -> list[Item]:
     named = spec.path or spec.name
     packaged = None if path == _path(named) else PACKAGED.get(named)
     columns = {**(packaged.columns if packaged else {}), **spec.columns}
-    reader = _ItemReader(spec, path, Fields(columns), _image_folder(spec, path))
-    found = item_records(path, list(columns.values()))
+    source = source_of(spec, path)
+    reader = _ItemReader(spec, path, Fields(columns), source.folder(source.files()[0]))
+    found = item_records(source, list(columns.values()))
     if packaged is not None:
         damaged = {f"line {number}" for number in packaged.without}
         found = [(place, record) for place, record in found if place not in damaged]
@@ -140,10 +247,10 @@ def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:
             "leave prior out of blind"
         )
     path = _path(spec.train)
-    fields = Fields(spec.columns)
-    rows = RowReader(str(path), _image_folder(spec, path), Reading(), check_images=False)
+    fields, source = Fields(spec.columns), replace(source_of(spec, path), split="train")
+    rows = RowReader(str(path), source.folder(source.files()[0]), Reading(), check_images=False)
     pairs: list[tuple[str, str]] = []
-    for place, found in item_records(path, list(spec.columns.values())):
+    for place, found in item_records(source, list(spec.columns.values())):
         where, record, rows.images = f"{path}, {place}", found.data, found.images
         if told(record) and "question" not in spec.columns:
             pairs += _pairs(rows.row(place, fields.others(record)).messages)
@@ -164,7 +271,7 @@ def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:
 class _ItemReader:
     """Makes items of the records of one file."""
 
-    def __init__(self, spec: SetSpec, path: Path, fields: Fields, images: str) -> None:
+    def __init__(self, spec: SetSpec, path: Path, fields: Fields, images: str | None) -> None:
         self.spec, self.file, self.fields = spec, str(path), fields
         self.rows = RowReader(self.file, images, Reading(), check_images=True)
         self.prompt = spec.prompt
@@ -183,7 +290,8 @@ class _ItemReader:
         chosen = []
         for place, record in found:
             own = self.fields.get(record.data, "id")
-            index = place.split()[-1] if own is None else str(own)
+            words = place.split()  # of shards the name of the file stands first
+            index = "-".join([*words[:-2], words[-1]]) if own is None else str(own)
             if index in known:
                 raise UsageError(
                     f"{self.file}, {place}: the id {index!r} stands at {known[index]} already; "
@@ -242,7 +350,7 @@ class _ItemReader:
         size = box = None
         if self.spec.metric == "box":
             size = self._size(images, where)
-            box = box_of(self.fields.get(record, "box"), size, where)
+            box = _box_of(self.fields.get(record, "box"), size, where)
         if group is None:
             group = "|".join(map(str, images)) or self.fields.passage(record) or index
         return Item(
@@ -346,11 +454,32 @@ def _path(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def _image_folder(spec: SetSpec, path: Path) -> str:
-    folder = path.parent if spec.images is None else _path(spec.images)
-    if not folder.is_dir():
+def _box_of(value: Any, size: tuple[int, int], where: str) -> Box:
+    """Return a box ``(x1, y1, x2, y2)`` in pixels, checked against its image.
+
+    Args:
+        value: Four numbers.
+        size: ``(width, height)`` of the image; a box may pass its edge by a rounding pixel.
+        where: Names the row in errors.
+
+    Raises:
+        UsageError: Not four numbers, not in order, or outside of the image.
+    """
+    numbers = value if isinstance(value, list | tuple) else []
+    if len(numbers) != 4 or any(
+        isinstance(one, bool) or not isinstance(one, int | float) for one in numbers
+    ):
+        raise UsageError(f"{where}: a box {value!r}; write [x1, y1, x2, y2] in pixels")
+    x1, y1, x2, y2 = map(float, numbers)
+    if not (x1 < x2 and y1 < y2):
         raise UsageError(
-            f"set {spec.name!r}: no image folder {folder}; give the folder that image paths start "
-            "from"
+            f"{where}: the box {list(numbers)} has no area; write [x1, y1, x2, y2], the corner at "
+            "the top left before that at the bottom right"
         )
-    return os.path.abspath(folder)
+    width, height = size
+    if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:
+        raise UsageError(
+            f"{where}: the box {list(numbers)} leaves its image of {width} x {height} pixels; "
+            "write [x1, y1, x2, y2] in pixels, not [x, y, width, height]"
+        )
+    return x1, y1, x2, y2

@@ -62,7 +62,9 @@ def _read(file: Path) -> dict[str, Any]:
 def _of(sources: Sequence[dict[str, Any]], file: Path | None = None) -> set[str | None]:
     """Return their licences; None where there is none, or none of them names the file."""
     found: set[str | None] = {source.get("licence") for source in sources}
-    if file is not None:
+    if file is not None and not file.is_file():  # shards, or a set of the Hub
+        found.add(None)
+    elif file is not None:
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         sums = [source.get("sha256") for source in sources]
         if not any(isinstance(one, dict) and one.get(file.name) == sha256 for one in sums):

@@ -30,7 +30,6 @@ def score_choices(
     batch_size: int = 16,
     features: Features | None = None,
     on_result: Callable[[Sequence[int], Sequence[ChoiceScore]], None] = lambda at, scores: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ChoiceScore]:
     """Compute log-probabilities of every option of every item, in order.
 
@@ -44,7 +43,6 @@ def score_choices(
         batch_size: Items a batch, of like length.
         features: The tower's features of image files; by default the tower computes them.
         on_result: Called with the indices and the scores of each batch as it ends.
-        progress: Called with how many items are scored, and of how many.
 
     Raises:
         UsageError: An item that cannot be written so; an unknown workflow.
@@ -65,7 +63,6 @@ def score_choices(
                 characters = tuple(map(len, options[at]))
                 found[at] = ChoiceScore(items[at].id, tuple(one), tokens, characters)
             on_result(indices, [found[at] for at in indices])
-            progress(len(found), len(items))
     return [found[at] for at in range(len(items))]
 
 

@@ -145,7 +145,6 @@ def score_texts(
     batch_size: int = 16,
     chat: bool = False,
     on_result: Callable[[Sequence[int], Sequence[TextScore]], None] = lambda at, scores: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TextScore]:
     """Compute the log-likelihood of texts, and in the same pass KL(base || model) of all tokens.
 
@@ -157,7 +156,6 @@ def score_texts(
         batch_size: Windows a batch; fewer where their logits would be many.
         chat: Items are questions whose answers are predicted.
         on_result: Called with the index and the score of each text when it is whole.
-        progress: Called with how many texts are scored, and of how many.
 
     Raises:
         UsageError: See :func:`answer_window`.
@@ -182,7 +180,6 @@ def score_texts(
         for at in dict.fromkeys(at for at, _ in chosen):
             if all((at, number) in found for number in range(len(cut[at]))):
                 end(at)
-        progress(len(whole), len(items))
     for at in [at for at, windows in enumerate(cut) if not windows]:
         end(at)  # nothing that the tokenizer knows
     return [whole[at] for at in range(len(items))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.evaluation.lm_eval.scores import Leaf, change_of, grouped, score_leaf
 from mmgraft.model.workflow import TEXT_WORKFLOW
+from mmgraft.progress import say
 from mmgraft.runs.results import Score, SetResult
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from mmgraft.inference import Answerer
 
-Announce = Callable[[str], None]
 _NEAR = 5
 
 
@@ -51,7 +51,6 @@ def evaluate_harness(
     limit: int | None = None,
     include_path: str | Path | None = None,
     untouched: PreTrainedModel | None = None,
-    announce: Announce = lambda message: None,
 ) -> list[SetResult]:
     """Run tasks by name.
 
@@ -67,7 +66,6 @@ def evaluate_harness(
         limit: First documents of each task.
         include_path: Folder of further task files, found at any depth.
         untouched: The base without a graft, which text tasks are run on, too.
-        announce: Called with sentences about what is done.
 
     Raises:
         UsageError: The extra is missing; a task is unknown, cannot run, or is refused.
@@ -80,7 +78,7 @@ def evaluate_harness(
     loaded = [_task(answerer, name, _load(manager, name), workflow) for name in names]
     results: list[SetResult] = []
     for task in loaded:
-        announce(f"lm-eval: {task.name}, workflow {task.workflow}")
+        say(f"lm-eval: {task.name}, workflow {task.workflow}")
         started = time.monotonic()
         given = {"limit": limit, "apply_chat_template": task.images, "task_manager": manager}
         after = _run(_model(answerer, task, batch_size), task, given)
@@ -89,7 +87,7 @@ def evaluate_harness(
             before = _run(_model(answerer, task, batch_size, untouched), task, given)
         seconds = time.monotonic() - started
         settings = {"batch_size": batch_size, "limit": limit}
-        sets = _sets(task, after, before, settings, announce)
+        sets = _sets(task, after, before, settings)
         results += [one.model_copy(update={"seconds": seconds / len(sets)}) for one in sets]
     return results
 
@@ -268,7 +266,6 @@ def _sets(
     after: dict[str, Any],
     before: dict[str, Any] | None,
     settings: dict[str, Any],
-    announce: Announce,
 ) -> list[SetResult]:
     settings = {
         "harness": f"lm-eval {version('lm-eval')}",
@@ -280,19 +277,19 @@ def _sets(
     bases = None if before is None else [Leaf.of(one, before) for one in task.leaves]
     group = task.loaded
     if not isinstance(group, list) and group.has_aggregation:
-        scores = grouped(group, leaves, after, announce)
+        scores = grouped(group, leaves, after)
         compared: dict[str, dict[str, Score]] = {}
         if bases is not None and before is not None:
-            compared["base"] = grouped(group, bases, before, announce)
+            compared["base"] = grouped(group, bases, before)
             compared["change"] = change_of(leaves, bases, group)
-        kinds = {leaf.name: score_leaf(leaf, announce) for leaf in leaves}
+        kinds = {leaf.name: score_leaf(leaf) for leaf in leaves}
         if scores:
             return [_result(task.name, leaves, after, settings, scores, kinds=kinds, **compared)]
     results = []
     for number, leaf in enumerate(leaves):
-        scores, compared = score_leaf(leaf, announce), {}
+        scores, compared = score_leaf(leaf), {}
         if bases is not None:
-            compared["base"] = score_leaf(bases[number], announce)
+            compared["base"] = score_leaf(bases[number])
             compared["change"] = change_of([leaf], [bases[number]])
         results.append(_result(leaf.name, [leaf], after, settings, scores, **compared))
     return results

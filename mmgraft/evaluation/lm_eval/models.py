@@ -17,6 +17,7 @@ from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.run_features import image_inputs
 from mmgraft.inference import Answerer
+from mmgraft.model.generation import neutral
 
 HFLM: Any = huggingface.HFLM  # their decorators hide what these classes are
 HFMultimodalLM: Any = hf_vlms.HFMultimodalLM
@@ -32,7 +33,15 @@ PLACEHOLDER = "<image>"
 
 def plain_lm(base: PreTrainedModel, processor: GraftProcessor, batch_size: int) -> Any:
     """Return the harness's own ``hf`` model of a base, prompted as the graft's text workflow is."""
-    return HFLM(**_settings(base, processor, batch_size))
+    return PlainLM(**_settings(base, processor, batch_size))
+
+
+class PlainLM(HFLM):
+    """The harness's ``hf`` model, without what the base's own generation config says."""
+
+    def _model_generate(self, *args: Any, **generation_kwargs: Any) -> Tensor:
+        with neutral(self.model):
+            return super()._model_generate(*args, **generation_kwargs)
 
 
 class TextLM(HFLM):
@@ -65,7 +74,8 @@ class TextLM(HFLM):
         generation_kwargs["workflow"] = self._workflow
         # Plain text ends where the base ends it, not where a template's turn does.
         generation_kwargs["eos_token_id"] = self.model.generation_config.eos_token_id
-        return super()._model_generate(context, max_length, stop, **generation_kwargs)
+        with self.model.greedy():
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
 
 class ImageLM(HFMultimodalLM):
@@ -90,6 +100,10 @@ class ImageLM(HFMultimodalLM):
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *_: Any, **__: Any) -> None:
         self.tokenizer, self.processor = tokenizer, self._graft_processor
+
+    def _model_multimodal_generate(self, *args: Any, **generation_kwargs: Any) -> Tensor:
+        with self.model.greedy():
+            return super()._model_multimodal_generate(*args, **generation_kwargs)
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         if skip_special_tokens and isinstance(tokens, list):

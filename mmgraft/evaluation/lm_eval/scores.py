@@ -13,9 +13,8 @@ import numpy as np
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.metrics.intervals import Statistic, estimate, interval_of, paired, ratio
+from mmgraft.progress import say
 from mmgraft.runs.results import Score
-
-Announce = Callable[[str], None]
 
 RESAMPLES = 200
 """Samples for metrics that are no function of sums (BLEU, F1), each computed anew."""
@@ -69,12 +68,12 @@ class Leaf:
         return cls(name, _file(task), digest.hexdigest(), items, numbers, values, aggregates)
 
 
-def score_leaf(leaf: Leaf, announce: Announce) -> dict[str, Score]:
+def score_leaf(leaf: Leaf) -> dict[str, Score]:
     """Return a task's numbers with their intervals, those that are finite."""
     scores: dict[str, Score] = {}
     for key, number in leaf.numbers.items():
         if not _is_number(number):
-            announce(f"{leaf.name}: {key} is {number}, not a number, and left out")
+            say(f"{leaf.name}: {key} is {number}, not a number, and left out")
             continue
         sums = _sums(leaf, key)
         if sums:
@@ -83,13 +82,11 @@ def score_leaf(leaf: Leaf, announce: Announce) -> dict[str, Score]:
             count, (low, high) = len(leaf.values[key]), ends
             scores[key] = Score(value=float(number), low=low, high=high, count=count, groups=count)
         else:
-            announce(f"{leaf.name}: {key} has no interval and is left out")
+            say(f"{leaf.name}: {key} has no interval and is left out")
     return scores
 
 
-def grouped(
-    group: Any, leaves: Sequence[Leaf], found: dict[str, Any], announce: Announce
-) -> dict[str, Score]:
+def grouped(group: Any, leaves: Sequence[Leaf], found: dict[str, Any]) -> dict[str, Score]:
     """Return a group's numbers: means over its tasks, weighted where it says so."""
     scores: dict[str, Score] = {}
     for key, weighted in _group_keys(group, leaves):
@@ -97,7 +94,7 @@ def grouped(
         number = found["results"][group.name].get(f"{metric},{filtered if comma else 'none'}")
         sums = _group_sums(leaves, key, weighted)
         if sums is None or not _is_number(number):
-            announce(f"{group.name}: {key} is no mean over documents; see its tasks")
+            say(f"{group.name}: {key} is no mean over documents; see its tasks")
             continue
         scores[key] = _with_value(number, *sums)
     return scores

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mmgraft.evaluation.levels import WHERE
 from mmgraft.evaluation.report import words
 from mmgraft.evaluation.report.markdown import as_code, plain
 from mmgraft.runs.results import Score, SetResult
@@ -20,6 +19,8 @@ SHOWN_DIGITS = 16
 EQUAL = "equal by identity"
 """Setting of a set for which the base's scores were not measured a second time."""
 
+WHERE = {"E1": "beside a row with an image", "E2": "before an image in its row"}
+"""The text that each level is of."""
 BLIND_NAMES = {"prior": "prior", "no_image": "no image"}
 
 

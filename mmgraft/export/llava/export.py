@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mmgraft.export.llava.config import empty_llava, llava_config
 from mmgraft.export.llava.fit import Ingredients, gather
 from mmgraft.export.llava.processor import StockProcessor, stock_processor
 from mmgraft.export.llava.tensors import llava_tensors
+from mmgraft.progress import say
 from mmgraft.runs.contents import README
 
 
@@ -37,7 +37,6 @@ def export_llava(
     base: str | None = None,
     dtype: str | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write a graft as a ``LlavaForConditionalGeneration`` folder, and prove that it is the same.
 
@@ -51,7 +50,6 @@ def export_llava(
         base: Where the base lies, when not where the record says.
         dtype: Of all weights, such as ``"bfloat16"``; default: the base's.
         dry_run: Refuse what cannot be expressed, return the size, and write nothing.
-        say: Called with a sentence before each step.
 
     Raises:
         UsageError: The format cannot express the graft; it is damaged; its base is another one.

@@ -27,6 +27,9 @@ _TEXT, _TOWER, _PROJECTOR, _HEAD = (
     "lm_head.",
 )
 
+_VISION_MODELS = ("clip_vision_model", "siglip_vision_model")
+"""Towers of published LLaVA models, whose tensors begin with ``vision_model.``."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -63,11 +66,13 @@ def llava_tensors(
         _check_complete(pieces, wanted)
         last = _LastPiece(model, wanted)
         tensors: dict[str, LazyTensor] = {}
+        tower = model.config.vision_config.model_type
         for piece in pieces:
             empty = {name: wanted[name] for name in piece.names}
             for name, tensor in revert_weight_conversion(model, empty).items():
                 read = partial(last.tensor, piece, name)
-                tensors[_published(name)] = LazyTensor(tuple(tensor.shape), tensor.dtype, read)
+                saved = _published(name) if tower in _VISION_MODELS else name
+                tensors[saved] = LazyTensor(tuple(tensor.shape), tensor.dtype, read)
         yield tensors
 
 

@@ -16,9 +16,12 @@ from mmgraft.errors import UsageError, brief
 from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method, methods
 from mmgraft.layers import parse_layers
-from mmgraft.model.files.graft_file import BaseReference, GraftFile, TemplateChoice
-from mmgraft.model.files.make import make_workflow
-from mmgraft.model.files.parts import LoadedParts, ReadParts, check_layers
+from mmgraft.model.files.graft_file import (
+    BaseReference,
+    GraftFile,
+    TemplateChoice,
+)
+from mmgraft.model.files.parts import LoadedParts, ReadParts, check_layers, make_workflow
 from mmgraft.model.files.save import graft_tensors, write_graft
 from mmgraft.model.trial import refusal
 from mmgraft.model.workflow import Workflow
@@ -30,6 +33,7 @@ from mmgraft.vision.towers.registry import TowerShape, describe_tower
 
 if TYPE_CHECKING:
     from mmgraft.basefiles import ModelFiles
+
 
 _GIVEN: dict[str, tuple[Any, str]] = {
     "base": (str | Path | torch.nn.Module, "a Hub id, a folder or a loaded causal LM"),

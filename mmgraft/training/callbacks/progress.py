@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from typing_extensions import Self
+
+from mmgraft.recipes.recipe import Stage
 
 
 class ProgressDisplay(TrainerCallback):
@@ -28,6 +32,11 @@ class ProgressDisplay(TrainerCallback):
         self._task: Any = None
         self._began = time.monotonic()
         self._first_step = 0
+
+    @classmethod
+    def on(cls, console: Console) -> Callable[[Stage, int, int], list[Self]]:
+        """Return what makes the display of each stage on a console; see ``training.run.train``."""
+        return lambda stage, number, stages: [cls(stage.name, number, stages, console)]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()

@@ -14,17 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmgraft.anatomy import decoder_layers
 from mmgraft.errors import MMGraftError
+from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.sharded.gathering import gathered, is_piece, like
-
-if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
 
 
 def shard(model: GraftedModel, device: str) -> None:

@@ -14,8 +14,7 @@ from mmgraft.model.files.load import load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import find_recipe, load_recipe, with_data
 from mmgraft.training.distributed import parallel
-from mmgraft.training.memory.estimate import Estimator
-from mmgraft.training.memory.rows import RowSizes, assumed, measured
+from mmgraft.training.memory.estimate import Estimator, RowSizes, assumed, measured
 from mmgraft.training.memory.subject import Subject, subject_of_recipe, subject_of_run
 from mmgraft.training.plan import RECIPE, USED_RECIPE, Plan, recipe_file
 from mmgraft.training.stage_data import StageData, check_rows, with_template
@@ -29,6 +28,7 @@ def read_request(
     vision: str | None = None,
     data: Sequence[str] | None = None,
     images: str | None = None,
+    read: Sequence[str] | None = None,
     overrides: Sequence[str] | None = None,
     length: int | None = None,
     device: str = "cuda",
@@ -43,6 +43,7 @@ def read_request(
         vision: A tower, likewise.
         data: ``FILE`` or ``STAGE=FILE``, instead of the recipe's.
         images: Folder that image paths start from.
+        read: ``KEY=VALUE`` of the entries of the files in ``data``.
         overrides: ``key=value`` texts for the recipe.
         length: Positions of a row, images counted; then no data are read.
         device: ``cuda`` or ``cpu``.
@@ -63,7 +64,7 @@ def read_request(
             raise UsageError(f"{target} is a recipe itself; leave --recipe out, or name a run")
         loaded = load_recipe(find_recipe(target), overrides=overrides)
         subject = subject_of_recipe(loaded, base, vision)
-    resolved = with_data(loaded, data, images).resolved(subject.record.workflow)
+    resolved = with_data(loaded, data, images, read).resolved(subject.record.workflow)
     reader = _Reader(subject, resolved)
     rows = [reader.sizes(stage, length, resolved.seed) for stage in resolved.stages]
     return Estimator(resolved, subject, rows, device, processes)

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from mmgraft.anatomy import decoder_layers
+from mmgraft.model.modeling import GraftedModel
+from mmgraft.recipes.recipe import Optimizer, Parallel
 from mmgraft.training.distributed.sharding import pieces_at
 from mmgraft.training.memory.stand_in import weights_of
-
-if TYPE_CHECKING:
-    from mmgraft.model.modeling import GraftedModel
-    from mmgraft.recipes.recipe import Optimizer, Parallel
 
 _WHOLE = 4096  # bitsandbytes keeps the state of smaller tensors in 32 bits
 _PAGED = 100_000  # and pages only that of larger ones

@@ -1,19 +1,140 @@
-"""Too little memory: a warning before a training begins, and the error that ends one."""
+"""Too little memory: a warning before a training begins, the error that ends one, what saves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from mmgraft.errors import MMGraftError
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training.distributed.parallel import processes, processes_here
-from mmgraft.training.memory.switches import peak_of, switches_for
 
 if TYPE_CHECKING:
+    from mmgraft.training.memory.estimate import Estimator, StageEstimate
     from mmgraft.training.plan import Plan
+
+
+_WORTH = 0.01  # a saving under this share of the peak is none
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One setting.
+
+    Attributes:
+        text: What to write.
+        costs: What is lost by it, in words.
+        change: The recipe with it set; the same recipe where it is set already or cannot be.
+    """
+
+    text: str
+    costs: str
+    change: Callable[[Recipe], Recipe]
+
+    @property
+    def name(self) -> str:
+        """The key of the recipe."""
+        return self.text.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Bytes that a switch saves at the recipe's peak when it alone is set."""
+
+    switch: str
+    write: str
+    costs: str
+    saves: int
+    peak: int
+
+
+def _every_stage(change: Callable[[Stage], dict[str, object]]) -> Callable[[Recipe], Recipe]:
+    def changed(recipe: Recipe) -> Recipe:
+        stages = [stage.model_copy(update=change(stage)) for stage in recipe.stages]
+        return recipe.model_copy(update={"stages": stages})
+
+    return changed
+
+
+def _one_row(stage: Stage) -> dict[str, object]:
+    return {"batch_size": 1, "accumulate": stage.accumulate * stage.batch_size}
+
+
+def _in_8bit(recipe: Recipe) -> Recipe:
+    if recipe.parallel != "ddp":
+        return recipe  # refused together
+    return _every_stage(
+        lambda stage: {"optimizer": "adamw_8bit"} if stage.optimizer == "adamw" else {}
+    )(recipe)
+
+
+def _cached(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"feature_cache": recipe.feature_cache or True})
+
+
+def _in_4bit(recipe: Recipe) -> Recipe:
+    if recipe.base == "full":
+        return recipe
+    return recipe.model_copy(update={"quantization": "nf4"})
+
+
+def _in_pieces(recipe: Recipe) -> Recipe:
+    plain = all(stage.optimizer == "adamw" for stage in recipe.stages) and not recipe.compile
+    if recipe.parallel != "ddp" or recipe.quantization is not None or not plain:
+        return recipe  # refused together, or on some devices
+    return recipe.model_copy(update={"parallel": "fsdp2"})
+
+
+SWITCHES: tuple[Switch, ...] = (
+    Switch("feature_cache: true", "disk space for the features", _cached),
+    Switch(
+        "gradient_checkpointing: true",
+        "a second forward pass of every layer",
+        _every_stage(lambda stage: {"gradient_checkpointing": True}),
+    ),
+    Switch(
+        "batch_size: 1, with accumulate times the batch_size of now",
+        "speed; the steps stay the same",
+        _every_stage(_one_row),
+    ),
+    Switch("optimizer: adamw_8bit", "rounded moments; needs bitsandbytes", _in_8bit),
+    Switch("quantization: nf4", "a base with rounded weights; needs bitsandbytes", _in_4bit),
+)
+"""In the order in which they are tried: what changes least first."""
+
+SEVERAL = Switch(
+    "parallel: fsdp2", "weights that travel between the processes in every step", _in_pieces
+)
+"""Switch of several processes; it is tried first."""
+
+
+def switches_for(processes: int) -> tuple[Switch, ...]:
+    """Return the switches that so many processes have."""
+    return (SEVERAL, *SWITCHES) if processes > 1 else SWITCHES
+
+
+def peak_of(stages: Sequence[StageEstimate]) -> int:
+    """Return the recipe's peak: its largest stage's."""
+    return max(stage.peak for stage in stages)
+
+
+def savings(estimator: Estimator) -> list[Saving]:
+    """Find what each switch saves by itself, the largest saving first, without those of nothing."""
+    recipe, before = estimator.recipe, peak_of(estimator.stages())
+    found: list[Saving] = []
+    for switch in switches_for(estimator.processes):
+        changed = switch.change(recipe)
+        if changed == recipe:
+            continue
+        peak = peak_of(estimator.stages(changed))
+        if before - peak > _WORTH * before:
+            found.append(Saving(switch.name, switch.text, switch.costs, before - peak, peak))
+    return sorted(found, key=lambda saving: -saving.saves)
 
 
 def out_of_memory(recipe: Recipe, stage: Stage, error: BaseException) -> MMGraftError:
@@ -34,27 +155,20 @@ def advice(recipe: Recipe, stage: Stage) -> str:
     return f"Set {first}{more}, for instance with --set; `mmgraft estimate` says what each saves."
 
 
-def free_memory(device: str) -> int | None:
+def free_memory(device: str) -> int:
     """Return the bytes that a training can have now: of the card on CUDA, else of main memory.
 
-    A container's own limit counts where it is lower. None where it cannot be known.
+    A container's own limit counts where it is lower.
     """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    free: int | None = None
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        return None
+    free = psutil.virtual_memory().available
     try:
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
+        return min(free, limit - int((group / "memory.current").read_text()))
     except (OSError, ValueError):  # no container, or no limit
         return free
-    return limit - used if free is None else min(free, limit - used)
 
 
 def warning(plan: Plan) -> str | None:
@@ -65,7 +179,7 @@ def warning(plan: Plan) -> str | None:
     from mmgraft.training.memory.request import estimator_of_plan
 
     free = free_memory(plan.device)
-    if free is None or plan.first >= len(plan.stages):
+    if plan.first >= len(plan.stages):
         return None
     try:
         stages = estimator_of_plan(plan).stages(first=plan.first)

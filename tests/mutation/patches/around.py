@@ -91,14 +91,14 @@ PATCHES = [
     ),
     Patch(
         "a full export refers to the old base",
-        "export/full.py",
+        "export/graft.py",
         'update={"base": reference, "vision": vision,',
         'update={"vision": vision,',
         "export/test_full.py",
     ),
     Patch(
         "--base reaches no full export",
-        "export/full.py",
+        "export/graft.py",
         "    files = base_files(record, run, base)\n",
         "    files = base_files(record, run)\n",
         "export/test_full.py",
@@ -224,14 +224,14 @@ PATCHES = [
     ),
     Patch(
         "sections of another graft stand beside new ones",
-        "runs/sections.py",
+        "runs/results.py",
         '    if before is None or before.graft.get("sha256") != results.graft.get("sha256"):\n',
         "    if before is None:\n",
         "runs/test_sections.py",
     ),
     Patch(
         "sets that were measured anew stand twice",
-        "runs/sections.py",
+        "runs/results.py",
         "fresh.pop(_called(one), one)",
         "fresh.get(_called(one), one)",
         "runs/test_sections.py",
@@ -316,8 +316,8 @@ PATCHES = [
     Patch(
         "a dry run of an export writes",
         "export/graft.py",
-        "    if dry_run:\n",
-        "    if False:\n",
+        "    if dry_run:\n        listed = {CONFIG_NAME",
+        "    if False:\n        listed = {CONFIG_NAME",
         "export/test_graft.py cli/test_export.py",
     ),
     Patch(

@@ -84,14 +84,14 @@ PATCHES = [
     ),
     Patch(
         "an unread yes-or-no answer counts as a no",
-        "evaluation/metrics/yes_no.py",
+        "evaluation/metrics/vqa.py",
         "yes = said is not False",
         "yes = said is True",
         "evaluation/test_yes_no.py",
     ),
     Patch(
         "precision is recall",
-        "evaluation/metrics/yes_no.py",
+        "evaluation/metrics/vqa.py",
         '"precision": share(0, 1)',
         '"precision": share(0, 2)',
         "evaluation/test_yes_no.py",
@@ -141,8 +141,8 @@ PATCHES = [
     Patch(
         "the batch size of an evaluation reaches nothing",
         "evaluation/evaluate.py",
-        '        shared["batch_size"] = evaluation.batch_size\n',
-        "        pass\n",
+        'return {} if self.batch_size is None else {"batch_size": self.batch_size}',
+        "return {}",
         "evaluation/test_wiring.py -k reaches_its_part",
     ),
     Patch(
@@ -357,14 +357,14 @@ PATCHES = [
     ),
     Patch(
         "Ctrl-C is not passed on to a comparison",
-        "comparison/child.py",
+        "comparison/training.py",
         "            interrupted = True  # the child got it too: it finishes its step and saves\n",
         "            break\n",
         "comparison/test_child.py",
     ),
     Patch(
         "peak memory of a child is the first",
-        "comparison/child.py",
+        "comparison/training.py",
         "peak = time.monotonic() - since, max(peaks, default=None)",
         "peak = time.monotonic() - since, next(iter(peaks), None)",
         "comparison/test_child.py",
@@ -448,28 +448,28 @@ PATCHES = [
     ),
     Patch(
         "text of an arm is compared with its own base",
-        "comparison/phases.py",
+        "comparison/runner.py",
         "untouched=plan.base, base_cache=shared, **more)",
         "base_cache=shared, **more)",
         "comparison/test_wiring.py",
     ),
     Patch(
         "the base's scores are measured for each arm",
-        "comparison/phases.py",
+        "comparison/runner.py",
         "untouched=plan.base, base_cache=shared, **more)",
         "untouched=plan.base, **more)",
         "comparison/test_wiring.py",
     ),
     Patch(
         "dialogues of a comparison are built for each arm",
-        "comparison/phases.py",
+        "comparison/runner.py",
         "results = evaluate_iit(answerer, run, dialogues=folder, **more)",
         "results = evaluate_iit(answerer, run, spec.choices, **more)",
         "comparison/test_wiring.py",
     ),
     Patch(
         "features of a comparison are in half precision",
-        "comparison/phases.py",
+        "comparison/runner.py",
         'full = recipe.base == "full" or any(stage.precision == "fp32" for stage in recipe.stages)',
         'full = recipe.base == "full"',
         "comparison/test_wiring.py",
@@ -491,8 +491,8 @@ PATCHES = [
     Patch(
         "a set's columns are not for its training rows",
         "evaluation/items/files.py",
-        "    fields = Fields(spec.columns)\n",
-        "    fields = Fields({})\n",
+        "fields, source = Fields(spec.columns),",
+        "fields, source = Fields({}),",
         "evaluation/test_item_files.py evaluation/test_set_files.py",
     ),
     Patch(

@@ -336,7 +336,7 @@ PATCHES = [
     ),
     Patch(
         "an imported base with other values is taken as equal",
-        "published/base.py",
+        "published/parts.py",
         '            return f"tensor {name} has other values"\n    # A head',
         "            continue\n    # A head",
         "published/test_official.py -k another_base",
@@ -487,6 +487,34 @@ PATCHES = [
         ".index_copy(0, chosen,",
         ".index_add(0, chosen,",
         "grafts/expert -k reference",
+    ),
+    Patch(
+        "a block acts where no image is seen",
+        "grafts/xattn/block.py",
+        "return torch.where(seen, y.to(x.dtype), x)",
+        "return y.to(x.dtype)",
+        "grafts/xattn -k nothing_acts",
+    ),
+    Patch(
+        "every position reads the last image",
+        "grafts/xattn/graft.py",
+        " & (owner[:, None] <= last[..., None])",
+        "",
+        "grafts/xattn -k later_image",
+    ),
+    Patch(
+        "the image of a marker that was cut off stays",
+        "model/cache.py",
+        "torch.where(self.owner > before[:, None], 0, self.owner)",
+        "self.owner",
+        "grafts/xattn -k cut_off",
+    ),
+    Patch(
+        "gates decay",
+        "training/trainer.py",
+        "(name in decays and parameter.dim() > 1) == decay",
+        "(name in decays) == decay",
+        "grafts/xattn -k decay",
     ),
     Patch(
         "any method goes on from a cache of text",

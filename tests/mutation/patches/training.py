@@ -8,8 +8,8 @@ PATCHES = [
     Patch(
         "weight decay on norms and biases",
         "training/trainer.py",
-        "if (n in decays) == decay]",
-        "if decay]",
+        "if (name in decays and parameter.dim() > 1) == decay",
+        "if decay",
         "training/test_wiring.py -k decay",
     ),
     Patch(
@@ -273,7 +273,7 @@ PATCHES = [
     ),
     Patch(
         "an evaluation's loss is the mean of batches",
-        "training/callbacks/loss_log.py",
+        "training/callbacks/metrics.py",
         "self.total = self.total + mean * count",
         "self.total = self.total + mean * count.clamp(max=1)",
         "training/test_loss_log.py",

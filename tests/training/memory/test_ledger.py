@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from mmgraft.training.memory.ledger import Ledger
+from mmgraft.training.memory.simulation import Ledger
 
 KB = 1000  # of 4 bytes each below: tensors of 250 fp32 numbers
 

@@ -9,7 +9,7 @@ from mmgraft.data.batches.dataset import RowDataset, longest_first
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
-from mmgraft.training.memory.rows import TOKENISED, assumed, measured
+from mmgraft.training.memory.estimate import TOKENISED, assumed, measured
 from mmgraft.vision.plan import ImagePositions
 from mmgraft.vision.projectors.configs import MlpConfig
 from sized_tower import plan

@@ -82,13 +82,11 @@ def test_a_training_that_is_too_large_is_warned_of_and_one_that_fits_not(run, mo
     assert "gradient_checkpointing: true" in warned
     monkeypatch.setattr(shortage, "free_memory", lambda device: 10**15)
     assert shortage.warning(plan) is None
-    monkeypatch.setattr(shortage, "free_memory", lambda device: None)
-    assert shortage.warning(plan) is None
 
 
 def test_free_memory_is_some_of_this_machine():
     free = shortage.free_memory("cpu")
-    assert free is None or free > 1_000_000
+    assert free > 1_000_000
 
 
 def test_on_a_cpu_all_processes_of_the_machine_count(run, monkeypatch):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.training.memory.switches import SEVERAL, SWITCHES, peak_of, savings
+from mmgraft.training.memory.shortage import SEVERAL, SWITCHES, peak_of, savings
 
 
 @dataclass
