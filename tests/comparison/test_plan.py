@@ -71,6 +71,15 @@ def test_epochs_become_steps_and_max_steps_ends_them(write, parts: Path, tmp_pat
     assert stage.steps == 1
 
 
+def test_steps_are_counted_as_a_training_takes_them(write, tmp_path: Path) -> None:
+    """9 rows are 5 batches of 2, which are 3 steps of 2; one and a half epochs are 5."""
+    stage = {"max_steps": None, "epochs": 1.5, "batch_size": 2, "accumulate": 2}
+    spec = load_comparison(write(set={f"stages.tune.{key}": one for key, one in stage.items()}))
+    (found,) = make_plan(spec, tmp_path / "out").arms[0].stages
+    assert (found.rows, found.steps, found.rows_a_step) == (9, 5, 4)
+    assert (found.sequences_a_step, found.epochs, found.packed) == (4, 1.5, None)
+
+
 def test_packed_rows_are_not_counted_as_if_each_stood_alone(
     write, parts: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from decoding import WORDS, differences, in_chunks, placed, worst
 from grafting import (
     CONFIGS,
     batch,
+    distance,
     every_architecture,
     every_pair,
     graft_on,
@@ -52,6 +53,18 @@ def test_rows_without_any_image_that_run_a_workflow(arch: str, method: str) -> N
     """The textual learner of Wings is alone there, with its own share of two."""
     inputs = text_of(batch(rows("t" * 19, "t" * 13), "left"))
     assert worst(grafted(arch, method), inputs, workflow="mm") < 1e-5
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_weights_that_change_between_two_prompts_are_seen(method: str) -> None:
+    """Wings puts matrices side by side once a generation."""
+    model, inputs = perturb(graft_on("llama", CONFIGS[method])), batch(rows(*WORDS), "left")
+    before = in_chunks(model, inputs)
+    perturb(model, seed=2)
+    after = in_chunks(model, inputs)
+    real = inputs["attention_mask"].bool()
+    assert distance(after[real], logits_of(model, inputs)[real]) < 1e-5
+    assert distance(after[real], before[real]) > 1e-3
 
 
 def _no_norm() -> Any:
