@@ -97,13 +97,12 @@ def examine(model: PreTrainedModel) -> Anatomy:
         vocab_size=embedding.weight.shape[0],
         max_positions=getattr(config, "max_position_embeddings", None),
         position_table=position_table(model, config),
-        takes_positions=_takes_positions(model, layers_path),
         layer_types=layer_types,
         sliding_window=_window(config) if set(layer_types) != {"full_attention"} else None,
         rope_theta=_rope_theta(config),
         tied=getattr(head, "weight", None) is embedding.weight,
         explicit_weights=explicit_weights_reason(model, attention),
-        **_inside(layers),
+        **_inside(layers, model.get_submodule(layers_path.rpartition(".")[0])),
         blocked=blocked,
         **_branch([layers[i] for i in carriers], attention_name),
         **_logits(model, head_path, layers_path),
@@ -245,9 +244,12 @@ def _cache_layers(config: PreTrainedConfig, count: int) -> Sequence[Any]:
     return [*layers, *[None] * count]
 
 
-def _inside(layers: nn.ModuleList) -> dict[str, Any]:
-    linears = {index: leaf_linears(layer) for index, layer in enumerate(layers)}
-    return {"linears": linears, "layer_numbers": _layer_numbers(layers)}
+def _inside(layers: nn.ModuleList, trunk: nn.Module) -> dict[str, Any]:
+    return {
+        "linears": {index: leaf_linears(layer) for index, layer in enumerate(layers)},
+        "layer_numbers": _layer_numbers(layers),
+        "takes_positions": "position_ids" in inspect.signature(type(trunk).forward).parameters,
+    }
 
 
 def _layer_numbers(layers: nn.ModuleList) -> frozenset[str]:
@@ -314,11 +316,6 @@ def position_table(model: PreTrainedModel, config: PreTrainedConfig) -> int | No
         most = getattr(config, "max_seq_len", None)
         return most if isinstance(most, int) else None
     return stated if stated in set(_table_sizes(model)) else None
-
-
-def _takes_positions(model: PreTrainedModel, layers_path: str) -> bool:
-    trunk = model.get_submodule(layers_path.rpartition(".")[0])
-    return "position_ids" in inspect.signature(type(trunk).forward).parameters
 
 
 def _table_sizes(model: PreTrainedModel) -> Iterator[int]:

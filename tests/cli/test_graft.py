@@ -104,7 +104,7 @@ def test_a_projectors_settings_are_options(cli, parts: Path, here: Path) -> None
         ("perceiver", ["latents=[1"], "not a YAML value"),
         ("perceiver", ["kind=pool"], "'kind'"),
         ("mlp", ["latents=4"], "unknown key 'latents'"),
-        ("qformer", ["weights=nowhere/at/all"], "nowhere/at/all"),
+        ("qformer", ["weights=nowhere/at/all"], "no folder 'nowhere/at/all' here"),
         ("qformer", [f"weights={parts / 'clip'}"], "BLIP-2"),
     ):
         flags = [word for one in options for word in ("--projector-option", one)]

@@ -447,7 +447,10 @@ def test_what_is_pushed_loads_and_computes_the_same(
     hub: HubServer, tmp_path: Path, method: str, config: dict[str, Any], parts: set[str]
 ) -> None:
     made = make_graft(tmp_path, method=method, **config)
-    push(made, "tester/again", base_id="acme/tiny", vision_id="acme/eyes")
+    base, vision = GraftFile.read(made).base.id, GraftFile.read(made).vision.id
+    for name, folder in (("tester/tiny", base), ("tester/eyes", str(vision))):
+        hub.add_model(name, Path(folder))
+    push(made, "tester/again", base_id="tester/tiny", vision_id="tester/eyes")
     repo = hub.repos["tester/again"]
     card = repo.read("README.md").decode()
     assert f"| method | `{method}`: {get_method(method).title}" in card
@@ -465,7 +468,7 @@ def test_what_is_pushed_loads_and_computes_the_same(
     assert sent.keys() == own.keys()
     assert all(torch.equal(sent[key], own[key]) for key in own)
     record = GraftFile.read(fetched)
-    assert (record.base.id, record.vision.id) == ("acme/tiny", "acme/eyes")
+    assert (record.base.id, record.vision.id) == ("tester/tiny", "tester/eyes")
     assert record.settings == GraftFile.read(made).settings
 
 

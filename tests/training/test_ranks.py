@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from mmgraft.data.batches.sampler import EpochSampler
 from mmgraft.training.run import plan_training, train
+from mmgraft.vision.projectors.configs import PerceiverConfig
 from rank_work import apart, train_runs
 from ranks import on_ranks
 from tiny_runs import losses, make_run, write_recipe
@@ -35,6 +36,9 @@ STAGES: dict[str, list[dict[str, Any]]] = {
         {"name": "tune", "train": ["projector", "base"], "text_rows": "base", "max_steps": 20},
     ],
 }
+
+PROJECTORS = {"lora": PerceiverConfig(latents=4, layers=1, heads=2, head_dim=4)}
+"""That of the others is ``mlp``."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,7 @@ def test_two_ranks_are_one(
     own = {"embedding": True, "head": True} if method == "iaa" else {}
     runs = {}
     for name in ("one", "ddp", "fsdp2"):
-        runs[name] = make_run(parts, tmp_path / name, method, **own)
+        runs[name] = make_run(parts, tmp_path / name, method, PROJECTORS.get(method), **own)
         stages = [
             {
                 "text_rows": "graft",

@@ -37,8 +37,10 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.grafts.xattn.block import CrossAttention, FeedForward
 from mmgraft.model.files.create import create_graft
+from mmgraft.vision.plan import Plan
+from mmgraft.vision.projectors.configs import PerceiverConfig
 from reference.xattn import xattn_reference
-from tiny import VARIANTS, save_base, tiny_clip_dir
+from tiny import VARIANTS, save_base, tiny_clip_dir, tiny_model, tiny_tower
 
 WORD = "ttittttitt"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -315,6 +317,26 @@ def cached(model: GraftedModel, inputs: dict[str, Tensor], workflows: list[str])
         }
         found.append(model(**step, past_key_values=out.past_key_values).logits)
     return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("form", ["flamingo", "idefics2"])
+def test_vectors_of_a_resampler_stay_apart(form: Any) -> None:
+    """Trap: beside the sequence no position tells equal latents apart, for ever."""
+    shape = PerceiverConfig(form=form, latents=3, layers=1, heads=2, head_dim=4, kv_heads=1)
+    config = XattnConfig(**SETTINGS["llama"], gate_init=0.5)
+    model = GraftedModel.graft(tiny_model("llama"), tiny_tower(), config, projector=shape)
+    model.set_trainable(["projector"])
+    inputs = batch([row("ttitttit", width=16)])
+    projector = model.workflow().projector
+    parameters = list(projector.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    model.train()(**inputs, labels=text_labels(inputs)).loss.backward()
+    optimizer.step()
+    plans = [Plan.of_count(grafting.PATCHES)] * 2
+    made = projector(inputs["image_features"].flatten(0, 1), plans).unflatten(0, (2, 3))
+    apart = (made[:, :, None] - made[:, None]).abs().amax(-1)  # (images, 3, 3)
+    assert apart[:, ~torch.eye(3).bool()].min() > 1e-2
+    assert model.workflow().positions(plans[0]) == 1
 
 
 def test_the_groups_are_the_graft() -> None:
