@@ -545,20 +545,6 @@ PATCHES = [
         "data/test_indexed.py",
     ),
     Patch(
-        "rows of an expert come back in the wrong order while it trains",
-        "grafts/expert/graft.py",
-        "state.shared[key] = rest, order.argsort()",
-        "state.shared[key] = rest, order",
-        "grafts/expert/test_graft.py",
-    ),
-    Patch(
-        "text before an image reads it in cross-attention",
-        "grafts/xattn/graft.py",
-        "(owner[:, None] > first[..., None]) & (owner[:, None] <= last[..., None])",
-        "owner[:, None] > first[..., None]",
-        "grafts/xattn/test_graft.py",
-    ),
-    Patch(
         "attend latest reads all images",
         "grafts/xattn/graft.py",
         '            if self.config.attend == "latest":\n',
