@@ -3,9 +3,10 @@
     python benchmarks/text_cache.py [--pairs 10] [--tokens 2000] [--method lora]
 
 A dialogue of `--tokens` positions of text lies in a cache that the text workflow filled; then comes
-a turn with an image of 576 positions and 32 of text. The base has SmolLM2's shape, in fp32; the
-graft is LLaVA's projector, or adapters of rank 64 at image positions. Timed is the forward pass to
-the logits of the next token, the copy of the cache left out.
+a turn with an image of 576 vectors and 32 positions of text. The base has SmolLM2's shape, in fp32;
+the graft is LLaVA's projector, adapters of rank 64 at image positions, or 8 blocks that read the
+image beside the sequence. Timed is the forward pass to the logits of the next token, the copy of
+the cache left out.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import torch
 from pairs import Row, alternate, clock, options, show
 from transformers.cache_utils import DynamicCache
 
-from mmgraft import LlavaConfig, LoraConfig
+from mmgraft import LlavaConfig, LoraConfig, XattnConfig
+from mmgraft.vision.plan import Plan
 
 TURN = 32
-METHODS = {"llava": LlavaConfig(), "lora": LoraConfig(gate="token")}
+METHODS = {"llava": LlavaConfig(), "lora": LoraConfig(gate="token"), "xattn": XattnConfig()}
 
 
 def main() -> int:
@@ -43,10 +45,11 @@ def measured(name: str, chosen: Any) -> Row:
     """One method's row of the table."""
     model = models.grafted(models.base(num_hidden_layers=chosen.layers), METHODS[name])
     generator = torch.Generator().manual_seed(1)
-    new = models.IMAGE_TOKENS + TURN
+    taken = model.workflow().positions(Plan.of_count(models.IMAGE_TOKENS))
+    new = taken + TURN
     ids = torch.randint(3, 20_000, (1, chosen.tokens + new), generator=generator)
     kinds = torch.zeros_like(ids)
-    kinds[:, chosen.tokens : chosen.tokens + models.IMAGE_TOKENS] = 1
+    kinds[:, chosen.tokens : chosen.tokens + taken] = 1
     width = model.base.config.hidden_size
     shown = torch.randn(1, models.IMAGE_TOKENS, width, generator=generator)
     whole = {"input_ids": ids, "mm_token_type_ids": kinds, "image_features": shown}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mmgraft.grafts.llava.config import LlavaConfig
     from mmgraft.grafts.lora.config import LoraConfig
     from mmgraft.grafts.wings.config import WingsConfig
+    from mmgraft.grafts.xattn.config import XattnConfig
     from mmgraft.model.modeling import GraftedModel
 
     load = GraftedModel.from_pretrained
@@ -30,6 +31,7 @@ _HOMES = {
     "MMGraftError": "mmgraft.errors",
     "UsageError": "mmgraft.errors",
     "WingsConfig": "mmgraft.grafts.wings.config",
+    "XattnConfig": "mmgraft.grafts.xattn.config",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "MMGraftError",
     "UsageError",
     "WingsConfig",
+    "XattnConfig",
     "__version__",
     "load",
 ]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from mmgraft.errors import UsageError
 
-_FORMS = "write for example 22,24 or 0-31:5 or every:4 or last:8 or all"
+_FORMS = "write for example 22,24 or 0-31:5 or every:4 or last:8 or spread:8 or all"
 _NUMBER = re.compile(r"\d+")
 _RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
-_WORD = re.compile(r"(every|last):(\d+)")
+_WORD = re.compile(r"(every|last|spread):(\d+)")
 
 _MOST_LAYERS = 1 << 20  # a larger number is a slip of the keyboard; the limit bounds the work
 
@@ -28,6 +28,7 @@ def parse_layers(text: str | Sequence[int], num_layers: int) -> list[int]:
     - ``0-11:5`` every fifth from 0: 0, 5, 10,
     - ``every:4`` the last of every 4: 3, 7, 11,
     - ``last:2`` 10, 11,
+    - ``spread:3`` the last but one of each of 3 parts: 2, 6, 10; fewer of a base with few layers,
     - ``all`` 0 to 11.
 
     Args:
@@ -106,6 +107,9 @@ def _expand(part: str, num_layers: int) -> list[int]:
 
 
 def _expand_word(word: str, count: int, num_layers: int) -> list[int]:
+    if word == "spread" and count:
+        ends = (-(-number * num_layers // count) for number in range(1, count + 1))
+        return sorted({max(0, end - 2) for end in ends})
     if not 1 <= count <= num_layers:
         raise UsageError(
             f"layers '{word}:{count}': the number must lie between 1 and the base's "

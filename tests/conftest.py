@@ -72,6 +72,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _positions_of_an_image(request: pytest.FixtureRequest) -> None:
+    """Make rows of ``grafting`` as the method takes them that a test is parametrized with."""
+    if "grafting" in sys.modules:
+        given = getattr(request.node, "callspec", None)
+        method = given.params.get("method") if given else None
+        sys.modules["grafting"].takes(method if isinstance(method, str) else None)
+
+
 LIMIT, CLEANED_FROM, GROWN = 2.0e9, 1.2e9, 1.0e8
 """Bytes that a worker may hold at the end of a module; from which it is cleaned, and again when it
 has grown by so many."""

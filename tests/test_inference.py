@@ -33,8 +33,9 @@ RUNS = {
     "lora": {"rank": 4, "gate": "token"},
     "expert": {"layers": [0, 2], "image_positions": "shared"},
     "llava": {},
+    "xattn": {"layers": [0, 2]},
 }
-GO_ON = ("lora", "expert", "llava")
+GO_ON = ("lora", "expert", "llava", "xattn")
 """What these do in a row with an image leaves the text before it alone."""
 
 

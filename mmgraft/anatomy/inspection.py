@@ -1,7 +1,4 @@
-"""Examine a causal LM: finds its parts by their roles and reads its sizes.
-
-Linear layers are found fused, turned (GPT-2's) and packed alike.
-"""
+"""Examine a causal LM: finds its parts by their roles and reads its sizes."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.pytorch_utils import Conv1D
 
 from mmgraft.anatomy.blocked import blocked_layer, explicit_weights_reason, in_registry
 from mmgraft.anatomy.branch import BranchUnknown, examine_branch, is_norm
 from mmgraft.anatomy.description import Anatomy
+from mmgraft.anatomy.linears import leaf_linears
 from mmgraft.anatomy.logits import LogitsUnknown, examine_logits
 from mmgraft.errors import UsageError
 
@@ -100,13 +97,12 @@ def examine(model: PreTrainedModel) -> Anatomy:
         vocab_size=embedding.weight.shape[0],
         max_positions=getattr(config, "max_position_embeddings", None),
         position_table=position_table(model, config),
-        takes_positions=_takes_positions(model, layers_path),
         layer_types=layer_types,
         sliding_window=_window(config) if set(layer_types) != {"full_attention"} else None,
         rope_theta=_rope_theta(config),
         tied=getattr(head, "weight", None) is embedding.weight,
         explicit_weights=explicit_weights_reason(model, attention),
-        **_inside(layers),
+        **_inside(layers, model.get_submodule(layers_path.rpartition(".")[0])),
         blocked=blocked,
         **_branch([layers[i] for i in carriers], attention_name),
         **_logits(model, head_path, layers_path),
@@ -248,9 +244,12 @@ def _cache_layers(config: PreTrainedConfig, count: int) -> Sequence[Any]:
     return [*layers, *[None] * count]
 
 
-def _inside(layers: nn.ModuleList) -> dict[str, Any]:
-    linears = {index: leaf_linears(layer) for index, layer in enumerate(layers)}
-    return {"linears": linears, "layer_numbers": _layer_numbers(layers)}
+def _inside(layers: nn.ModuleList, trunk: nn.Module) -> dict[str, Any]:
+    return {
+        "linears": {index: leaf_linears(layer) for index, layer in enumerate(layers)},
+        "layer_numbers": _layer_numbers(layers),
+        "takes_positions": "position_ids" in inspect.signature(type(trunk).forward).parameters,
+    }
 
 
 def _layer_numbers(layers: nn.ModuleList) -> frozenset[str]:
@@ -319,11 +318,6 @@ def position_table(model: PreTrainedModel, config: PreTrainedConfig) -> int | No
     return stated if stated in set(_table_sizes(model)) else None
 
 
-def _takes_positions(model: PreTrainedModel, layers_path: str) -> bool:
-    trunk = model.get_submodule(layers_path.rpartition(".")[0])
-    return "position_ids" in inspect.signature(type(trunk).forward).parameters
-
-
 def _table_sizes(model: PreTrainedModel) -> Iterator[int]:
     """Yield sizes of all that might be a table of positions."""
     tokens = model.get_input_embeddings()
@@ -336,45 +330,3 @@ def _table_sizes(model: PreTrainedModel) -> Iterator[int]:
         for tensor in held.values():
             if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
                 yield from tensor.shape[:1] if tensor.dim() == 2 else ()
-
-
-def leaf_linears(layer: nn.Module) -> dict[str, tuple[int, int]]:
-    """Find the linear layers that are given each position of a row by itself, in its place.
-
-    Of a part that holds experts only the shared ones are found: the others are stacked tensors, or
-    are called with the tokens of all rows sorted by expert, and a router is no part of the
-    network's width.
-
-    Args:
-        layer: A decoder layer, on any device, quantised or not.
-
-    Returns:
-        The widths of what goes in and comes out, by dotted name.
-    """
-    routed: set[nn.Module] = set()
-    for part in filter(_holds_experts, layer.children()):
-        shared = [
-            m for name, one in part.named_children() if "shared" in name for m in _network(one)
-        ]
-        routed |= {*part.modules()} - {*shared}
-    sizes = {name: _sizes(part) for name, part in layer.named_modules() if part not in routed}
-    return {name: size for name, size in sizes.items() if size is not None}
-
-
-def _network(part: nn.Module) -> list[nn.Module]:
-    """Return the modules of a network of several linear layers; none of a gate, which has one."""
-    modules = list(part.modules())
-    return modules if len([m for m in modules if _sizes(m)]) > 1 else []
-
-
-def _holds_experts(part: nn.Module) -> bool:
-    stacked = any(parameter.dim() > 2 for parameter in part.parameters())
-    lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
-    return stacked or any(_sizes(one) is not None for each in lists for one in each.modules())
-
-
-def _sizes(part: nn.Module) -> tuple[int, int] | None:
-    if isinstance(part, Conv1D):
-        return part.nx, part.nf
-    sizes = getattr(part, "in_features", None), getattr(part, "out_features", None)
-    return sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]

@@ -182,7 +182,7 @@ def _refusal(name: str, revision: str | None, error: Exception) -> str | None:
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no revision {revision!r}; check it on its Hub page"
     if isinstance(error, HFValidationError):
-        return f"{name!r} is no Hub id; give one such as Qwen/Qwen2-7B-Instruct"
+        return f"no folder {name!r} here, and it is no Hub id such as Qwen/Qwen2-7B-Instruct"
     if isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
         return (
             f"{name} is neither a folder here nor in the Hub cache, and HF_HUB_OFFLINE forbids to "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -121,8 +122,14 @@ def _reduced(base_class: type[PreTrainedModel], wanted: set[str]) -> type[PreTra
         base_class.__init__(self, config)
         _take_out(self, wanted, "")
 
+    def _init_weights(self: PreTrainedModel, module: nn.Module) -> None:
+        with suppress(AttributeError):  # of a part that is taken out
+            base_class._init_weights(self, module)
+
     # transformers finds its weight conversions by the name of the class.
-    names = {"__init__": __init__, "__module__": base_class.__module__}
+    names = {
+        "__init__": __init__, "_init_weights": _init_weights, "__module__": base_class.__module__
+    }  # fmt: skip
     return type(base_class.__name__, (base_class,), names)
 
 

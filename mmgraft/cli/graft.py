@@ -32,7 +32,7 @@ from mmgraft.recipes.source import (
 )
 from mmgraft.strict import Option
 from mmgraft.textfiles import read_text
-from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
+from mmgraft.vision.projectors.configs import ProjectorConfig
 from mmgraft.vision.projectors.registry import PROJECTORS, find_projector
 
 if TYPE_CHECKING:
@@ -81,11 +81,15 @@ def _kinds(info: FieldInfo) -> tuple[Any, ...]:
     return info.annotation, *get_args(info.annotation)
 
 
-_LAYERS = "Base layers to graft: 22,24 or 0-31:5, every:4, last:8, all."
+_LAYERS = "Base layers to graft: 22,24, 0-31:5, every:4, last:8, spread:8, all."
 _TOWER = "Tower: Hub id, folder or registered name."
 _FEATURES = "Hidden state of the tower that is read; -2 when not given."
 _PROJECTOR = f"Projector: {', '.join(PROJECTORS.known)} or an installed one."
 _NORM = "--projector-norm/--no-projector-norm", "A norm before the projector."
+_ProjectorOption = Annotated[
+    list[str] | None,
+    option("--projector-option", "KEY=VALUE of the projector; may be repeated.", panel=_SEE),
+]
 _TEMPLATE = "Template: chat, plain or a jinja file."
 _TemplateOption = Annotated[
     list[str] | None,
@@ -105,6 +109,7 @@ def graft(
     feature_layer: Annotated[int | None, option(_FEATURES, panel=_SEE)] = None,
     projector: Annotated[str | None, option(_PROJECTOR, panel=_SEE)] = None,
     projector_norm: Annotated[bool | None, option(*_NORM, panel=_SEE)] = None,
+    projector_option: _ProjectorOption = None,
     template: Annotated[str | None, option(_TEMPLATE, panel=_SEE)] = None,
     template_option: _TemplateOption = None,
     workflow: Annotated[str | None, option("Name of the new workflow; else mm.")] = None,
@@ -126,18 +131,17 @@ def graft(
     config = _config(method, {"layers": layers, **settings}, set_ or [], chosen)
     kind = get_method(config.method)
     target = out or Path(f"{_short(base)}-{kind.name}")
-    defaults = chosen.graft if chosen else None
-    tower = (defaults or GraftDefaults()).tower(vision, feature_layer)
+    defaults = chosen.graft if chosen else GraftDefaults()
     _check(target, force, verify)
     with uncollected():  # here torch is loaded
         from mmgraft.model.files.create import create_graft
     record = create_graft(
         resolve_alias(base),
-        tower,
+        defaults.tower(vision, feature_layer),
         config,
         target,
         workflow=workflow or (chosen and chosen.workflow) or "mm",
-        projector=_projector(defaults, projector, projector_norm),
+        projector=_projector(defaults, projector, projector_norm, projector_option or []),
         template=_template(template, template_options(template_option)),
         revision=revision,
         full_fingerprint=verify == "full",
@@ -218,17 +222,17 @@ def _config(
 
 
 def _projector(
-    defaults: GraftDefaults | None, name: str | None, norm: bool | None
+    defaults: GraftDefaults, name: str | None, norm: bool | None, options: list[str]
 ) -> ProjectorConfig:
     """Return the settings: the recipe's where it names the same projector, then the options."""
-    config: ProjectorConfig = defaults.projector if defaults else MlpConfig()
-    if name not in (None, config.kind):
-        config = find_projector(name).config_class.parse({}, f"settings of projector {name}")
-    if norm is None:
-        return config
-    if "norm" not in type(config).model_fields:
-        raise UsageError(f"--projector-norm is no setting of projector {config.kind}; leave it out")
-    return config.model_copy(update={"norm": norm})
+    own = defaults.projector
+    name = name or own.kind
+    same, kind = name == own.kind, find_projector(name).config_class
+    if norm is not None and "norm" not in kind.model_fields:
+        raise UsageError(f"--projector-norm is no setting of projector {name}; leave it out")
+    values = {**(own.model_dump() if same else {}), **({} if norm is None else {"norm": norm})}
+    values |= dict(key_value(one, "--projector-option", "latents=16") for one in options)
+    return kind.parse(values, f"settings of projector {name}")
 
 
 def _template(spec: str | None, options: dict[str, Any]) -> TemplateChoice:

@@ -58,6 +58,7 @@ def laws(
 
 def _laws(given: Any) -> None:
     """Check what was given, load the graft and measure it."""
+    from mmgraft.evaluation.attention.laws import refuse_memory
     from mmgraft.model.files.graft_file import GraftFile
     from mmgraft.model.files.load import graft_folder
 
@@ -68,7 +69,9 @@ def _laws(given: Any) -> None:
     folder, local = graft_folder(given.run, given.loading["revision"]), Path(given.run).is_dir()
     if given.out is None and not local:
         raise UsageError(f"{given.run} is on the Hub, where nothing is written; give --out FOLDER")
-    GraftFile.read(folder)
+    record = GraftFile.read(folder)
+    if given.workflow in (None, record.workflow):
+        refuse_memory(record)
     name, file, samples = _samples(folder, given)
     target = given.out or folder / "results"
     if given.dry_run:

@@ -65,7 +65,8 @@ def list_recipes(
     if comparisons:
         out.print()
         rows = [
-            [name, ", ".join(one.all_arms()), one.description] for name, one in comparisons.items()
+            [name, ", ".join(one.arms or one.all_arms()), one.description]
+            for name, one in comparisons.items()
         ]
         out.print(table(["comparison", "arms", "what it is"], rows))
 

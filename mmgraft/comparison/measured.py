@@ -19,7 +19,7 @@ from mmgraft.evaluation.items.files import data_file, read_items, read_training_
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import read_choice_row, read_predictions, read_text_row
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
-from mmgraft.evaluation.metrics.intervals import Measured
+from mmgraft.evaluation.metrics.intervals import Measured, over_seeds
 from mmgraft.evaluation.metrics.scoring import (
     groups_of,
     measure_answers,
@@ -53,6 +53,7 @@ class MeasuredArm:
         record: What the graft is; None where the arm was not started.
         sections: What was measured, by section.
         done: Phases that are done.
+        repeats: The arm that it repeats with another seed, if any.
     """
 
     name: str
@@ -61,11 +62,19 @@ class MeasuredArm:
     record: GraftFile | None
     sections: dict[Section, Results]
     done: list[Phase]
+    repeats: str | None = None
 
     @property
     def base_trained(self) -> bool:
         """Return whether text may have changed."""
         return self.record is not None and self.record.base_trained
+
+    @property
+    def levels(self) -> str:
+        """The levels of unchanged text that its method promises, such as ``E0 E1``."""
+        promised = {} if self.record is None else self.record.promises.levels
+        kept = [level for level, reason in promised.items() if not reason]
+        return "-" if self.base_trained else " ".join(kept) or "-"
 
     @property
     def training(self) -> dict[str, Any]:
@@ -100,7 +109,8 @@ def read_arms(out: Path, comparison: Comparison) -> list[MeasuredArm]:
         run = arm_folder(out, name)
         record = GraftFile.read(run) if is_graft(run) else None
         sections: dict[Section, Results] = {one.section: one for one in measured(run)}
-        arms.append(MeasuredArm(name, arm.description, run, record, sections, phases_done(run)))
+        done = phases_done(run)
+        arms.append(MeasuredArm(name, arm.description, run, record, sections, done, arm.repeats))
     return arms
 
 
@@ -122,6 +132,7 @@ class SetAnswers:
         no_image: The same without the image, of arms that were evaluated so.
         prior: The most frequent training answers, scored.
         missing: Why an arm is not among them.
+        repeats: What an arm repeats with another seed, of arms that do.
     """
 
     spec: SetSpec
@@ -132,6 +143,15 @@ class SetAnswers:
     no_image: dict[str, Measured] = field(default_factory=dict)
     prior: Measured | None = None
     missing: dict[str, str] = field(default_factory=dict)
+    repeats: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def seeds(self) -> dict[str, list[str]]:
+        """The arms that answered, by what they repeat; one that repeats none is by itself."""
+        found: dict[str, list[str]] = {}
+        for arm in self.measured:
+            found.setdefault(self.repeats.get(arm, arm), []).append(arm)
+        return found
 
     @property
     def main(self) -> str:
@@ -148,37 +168,50 @@ class SetAnswers:
     def differences(self) -> list[tuple[str, str, Score]]:
         """First arm, second arm, and the first one's main score minus the second's.
 
-        They are the later arm minus the earlier, or of many arms each minus the best.
+        They are the later arm minus the earlier, or of many arms each minus the best. All seeds
+        of an arm are taken together.
         """
-        names = list(self.measured)
+        names = list(self.seeds)
         pairs = [(second, first) for first, second in itertools.combinations(names, 2)]
         if len(names) > ALL_PAIRS:
             sense = direction(self.main) or 1
-            best = max(names, key=lambda name: sense * self.measured[name].values()[self.main])
+            best = max(names, key=lambda name: sense * self.over_seeds(name).value)
             pairs = [(name, best) for name in names if name != best]
-        return [(a, b, self._change(self.measured[a], self.measured[b])) for a, b in pairs]
+        return [(a, b, self.over_seeds(a, self._all(b))) for a, b in pairs]
 
     @cached_property
     def over_blind(self) -> list[tuple[str, str, Score]]:
         """Arm, blind score, and the arm's main score minus it, on the same items."""
         return [
-            (arm, name, self._change(own, blind))
-            for arm, own in self.measured.items()
-            for name, blind in ((PRIOR, self.prior), (NO_IMAGE, self.no_image.get(arm)))
-            if blind is not None and self.main in blind.statistics
+            (arm, name, self.over_seeds(arm, blind))
+            for arm, runs in self.seeds.items()
+            for name, blind in (
+                (PRIOR, [] if self.prior is None else [self.prior]),
+                (NO_IMAGE, [self.no_image[one] for one in runs if one in self.no_image]),
+            )
+            if blind and self.main in blind[0].statistics
         ]
 
-    def _change(self, after: Measured, before: Measured) -> Score:
-        """Return the change of the main score; blind answers may have fewer scores and columns."""
-        one, two = (
-            Measured(each.columns, {self.main: each.statistics[self.main]}, self.main)
-            for each in (after, before)
-        )
-        if one.columns.shape != two.columns.shape:
-            one, two = (
-                Measured.means(**{self.main: each.columns[:, 0].tolist()}) for each in (one, two)
-            )
-        return one.change(two, self.groups)[self.main]
+    @cached_property
+    def kinds(self) -> dict[str, list[int]]:
+        """The items of each kind, by index, kinds sorted."""
+        named = sorted({one.kind for one in self.items if one.kind is not None})
+        return {
+            kind: [at for at, one in enumerate(self.items) if one.kind == kind] for kind in named
+        }
+
+    def over_seeds(self, arm: str, before: Sequence[Measured] = ()) -> Score:
+        """Return an arm's main score over its seeds, or how it differs from others'."""
+        return over_seeds(self._all(arm), before, self.groups)
+
+    def of_kind(self, arm: str, kind: str) -> Score:
+        """Return the same of the items of a kind."""
+        chosen = self.kinds[kind]
+        runs = [one.of(chosen) for one in self._all(arm)]
+        return over_seeds(runs, groups=[self.groups[at] for at in chosen])
+
+    def _all(self, arm: str) -> list[Measured]:
+        return [self.measured[one] for one in self.seeds[arm]]
 
 
 def read_answers(spec: SetSpec, arms: Sequence[MeasuredArm]) -> SetAnswers | None:
@@ -197,7 +230,8 @@ def read_answers(spec: SetSpec, arms: Sequence[MeasuredArm]) -> SetAnswers | Non
         return None
     items = read_items(spec)
     sha256 = set_sha256(spec, data_file(spec))
-    found = SetAnswers(spec, items, prior=_prior(spec, items))
+    repeats = {arm.name: arm.repeats for arm in arms if arm.repeats is not None}
+    found = SetAnswers(spec, items, prior=_prior(spec, items), repeats=repeats)
     for arm, one in results:
         why = _why_missing(one, sha256)
         if one is None or one.predictions is None or why:

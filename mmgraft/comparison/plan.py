@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.comparison.files import FEATURES, Phase, arm_folder, phases_done, read_phase
-from mmgraft.comparison.spec import ALL_STAGES, Comparison, arm_recipe
+from mmgraft.comparison.spec import ALL_STAGES, Comparison, arm_recipe, named_arms
 from mmgraft.data.bad_rows import OnBadRow
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.dialogues.dialogues import read_dialogues
@@ -136,7 +136,7 @@ def make_plan(
     """
     arms = comparison.all_arms()
     for name in only:
-        if name not in arms:
+        if not named_arms(arms, name):
             raise UsageError(f"no arm {name!r} in {comparison.name}; {did_you_mean(name, arms)}")
     chosen_device = pick_device(device)
     base, vision = resolve_alias(comparison.base), comparison.vision
@@ -156,7 +156,8 @@ def make_plan(
     settled = settled.model_copy(
         update={"arms": arms, "grid": {}, "base": base, "vision": vision, "recipe": None, "set": {}}
     )
-    plan = ComparisonPlan(out, settled, base, vision, chosen_device, tuple(only) or tuple(arms))
+    chosen = tuple(one for name in only for one in named_arms(arms, name)) or tuple(arms)
+    plan = ComparisonPlan(out, settled, base, vision, chosen_device, chosen)
     return replace(plan, arms=_plan_arms(plan, recipes))
 
 
@@ -203,6 +204,7 @@ def make_graft(plan: ComparisonPlan, recipe: Recipe, run: Path, *, dry_run: bool
         workflow=recipe.workflow or WORKFLOW,
         projector=recipe.graft.projector,
         template=TemplateChoice(kind="plain") if plain else None,
+        seed=recipe.seed,
         dry_run=dry_run,
     )
 

@@ -56,7 +56,7 @@ class ComparisonReport(MeasuredModel):
     description: str
     base: str
     vision: str
-    seed: int
+    seed: int | list[int]
     arms: dict[str, ArmReport]
     differences: list[Difference]
     notes: list[str] = Field(description="sets that could not be compared, and the reasons")

@@ -45,6 +45,7 @@ from mmgraft.evaluation.generate.run_features import run_features
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.text import evaluate_text
 from mmgraft.evaluation.vision import evaluate_vision
+from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import local_tower
@@ -220,7 +221,7 @@ def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: Phase) -> dict[str, A
     if phase == "graft":
         vision = {"base": plan.base, "vision": _plain(plan.vision), "template": spec.template}
         return vision | {
-            key: recipe[key] for key in ("method", "workflow", "graft") if key in recipe
+            key: recipe[key] for key in ("method", "workflow", "graft", "seed") if key in recipe
         }
     if phase == "features":
         shared = arm.recipe.feature_cache == str(plan.out.resolve() / FEATURES)
@@ -228,7 +229,8 @@ def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: Phase) -> dict[str, A
     if phase == "train":
         return {key: value for key, value in recipe.items() if key not in _NOT_OF_TRAINING}
     if phase == "laws":
-        return None if spec.laws is None else _plain(spec.laws)
+        beside = get_method(arm.recipe.method).memory  # which that attention does not reach
+        return None if spec.laws is None or beside else _plain(spec.laws)
     if phase == "iit":
         return None if spec.iit is None else dialogue_settings(spec)
     modality = "text" if phase == "text" else "image"

@@ -43,6 +43,7 @@ class Arm(StrictModel):
     set: dict[str, Any] = Field(
         default_factory=dict, description="keys of the recipe, such as stages.tune.lr"
     )
+    repeats: str | None = Field(default=None, description="the arm that several seeds repeat")
 
 
 class LawsSpec(StrictModel):
@@ -82,7 +83,7 @@ class Comparison(StrictModel):
     base: str = Field(description="folder, alias or Hub id")
     vision: str | VisionSpec = Field(description="Hub id, folder or registered tower, or its spec")
     template: Literal["chat", "plain"] = "chat"
-    seed: int = 0
+    seed: int | list[int] = Field(default=0, description="or several: each arm once with each")
     root: str | None = Field(default=None, description="folder that paths start from")
     images: str | None = Field(default=None, description="folder of images; None: of each file")
     data: dict[str, list[DataEntry]] = Field(
@@ -131,6 +132,12 @@ class Comparison(StrictModel):
 
     @model_validator(mode="after")
     def _check_sets(self) -> Self:
+        seeds = self.seed if isinstance(self.seed, list) else [self.seed]
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise ValueError(f"seed: {seeds} names no seed, or one twice; list each once")
+        own = [name for name, arm in self.arms.items() if "seed" in arm.set and not arm.repeats]
+        if isinstance(self.seed, list) and own:
+            raise ValueError(f"arm {own[0]!r} sets its own seed; leave it out beside seed: {seeds}")
         names = [one.name for one in self.evaluation]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -148,17 +155,25 @@ class Comparison(StrictModel):
         return dialogue_sets(self.evaluation)
 
     def all_arms(self) -> dict[str, Arm]:
-        """Return the arms in order, a grid's expanded, each with its recipe and all settings."""
-        shared = {"seed": self.seed, **self.set}
+        """Return the arms in order, a grid's expanded, each with its recipe and all settings.
+
+        Of several seeds each has arms of its own, ``ARM.seed0``, all those of a seed together.
+        """
         arms = self.arms or dict(self._grid_arms())
-        return {
-            name: Arm(
-                recipe=arm.recipe or self.recipe,
-                description=arm.description,
-                set=_merged(shared, arm.set),
-            )
-            for name, arm in arms.items()
-        }
+        found = {}
+        for seed in self.seed if isinstance(self.seed, list) else [None]:
+            for name, arm in arms.items():
+                if seed is None or arm.repeats is not None:
+                    shared, repeats, own = {"seed": self.seed}, arm.repeats, name
+                else:
+                    shared, repeats, own = {"seed": seed}, name, f"{name}.seed{seed}"
+                found[own] = Arm(
+                    recipe=arm.recipe or self.recipe,
+                    description=arm.description,
+                    set=_merged({**shared, **self.set}, arm.set),
+                    repeats=repeats,
+                )
+        return found
 
     def _grid_arms(self) -> Iterator[tuple[str, Arm]]:
         labels = _labels(list(self.grid))
@@ -307,12 +322,17 @@ def with_settings(comparison: Comparison, settings: Sequence[str]) -> Comparison
     for text in settings:
         where, value = key_value(text, "--set", "seed=1 (ARM:seed=1 for one arm)")
         arm, colon, key = where.rpartition(":")
-        if colon and arm not in arms:
+        if colon and not named_arms(arms, arm):
             raise UsageError(f"--set {text}: no arm {arm!r}; {did_you_mean(arm, arms)}")
-        for name in [arm] if colon else list(arms):
+        for name in named_arms(arms, arm) if colon else list(arms):
             update = {"set": _merged(arms[name].set, {key: value})}
             arms[name] = arms[name].model_copy(update=update)
     return comparison.model_copy(update={"arms": arms, "grid": {}})
+
+
+def named_arms(arms: Mapping[str, Arm], name: str) -> list[str]:
+    """Return the arm of a name, or those that repeat it with several seeds; else none."""
+    return [one for one, arm in arms.items() if name in (one, arm.repeats)]
 
 
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmgraft.comparison.measured import MeasuredArm, set_names
+from mmgraft.comparison.measured import MeasuredArm, SetAnswers, set_names
 from mmgraft.evaluation.report import words
 from mmgraft.evaluation.report.markdown import Table, plain, score_title
 from mmgraft.evaluation.report.score_tables import INTERVALS, KL, blind_of, blind_score, set_verdict
@@ -24,8 +24,8 @@ def main_table(arms: Sequence[MeasuredArm]) -> Table:
     """Return the table: text before and after, vision and blind, parameters, time and memory."""
     text = {name: results(arms, "text", name) for name in set_names(arms, "text")}
     vision = {name: results(arms, "vision", name) for name in set_names(arms, "vision")}
-    columns, rows = ["arm", "identity"], [[UNTOUCHED, "-"]]
-    rows += [[plain(arm.name), _identity(arm)] for arm in arms]
+    columns, rows = ["arm", "identity", "text kept"], [[UNTOUCHED, "-", "-"]]
+    rows += [[plain(arm.name), _identity(arm), arm.levels] for arm in arms]
 
     def add(title: str, base: str, cells: Sequence[str]) -> None:
         columns.append(title)
@@ -45,16 +45,32 @@ def main_table(arms: Sequence[MeasuredArm]) -> Table:
     for title, (key, show) in COSTS.items():
         add(title, "-", [cost(arm, key, show) for arm in arms])
     note = (
-        "Identity: whether every logit of text is the base's. Text marked better or worse is so "
+        "Identity: whether every logit of text is the base's. Text kept: what the method promises, "
+        "as `mmgraft methods` has it. Text marked better or worse is so "
         "beside the untouched base, the paired difference being resolved. The columns after a "
         f"vision set are its blind scores. {INTERVALS}"
     )
     return Table("What each arm keeps, sees and costs", columns, rows, note)
 
 
+def seeds_table(answers: SetAnswers) -> Table:
+    """Return a set's main score over the seeds of each arm; no rows where none was repeated."""
+    rows = []
+    for arm, runs in answers.seeds.items() if answers.repeats else ():
+        each = (words.number(answers.measured[one].values()[answers.main], 3) for one in runs)
+        over = [answers.over_seeds(arm), *(answers.of_kind(arm, kind) for kind in answers.kinds)]
+        cells = [words.with_interval(one, strong=at == 0) for at, one in enumerate(over)]
+        rows.append([plain(arm), str(len(runs)), *cells[:1], ", ".join(each), *cells[1:]])
+    kinds = [f"{plain(kind)} ({len(found):,})" for kind, found in answers.kinds.items()]
+    main = score_title(answers.main)
+    note = f"Seeds and items are resampled together; three seeds say little. {INTERVALS}"
+    columns = ["arm", "seeds", main, "by seed", *kinds]
+    return Table(f"{plain(answers.spec.name)}: {main} over seeds", columns, rows, note)
+
+
 def kinds_table(arms: Sequence[MeasuredArm], name: str) -> Table:
     """Return a set's main score by kind of question, arms across."""
-    found = {arm.name: arm.set_named("vision", name) for arm in arms}
+    found = {arm.name: arm.set_named("vision", name) for arm in arms if arm.repeats is None}
     sets = {arm: one for arm, one in found.items() if one is not None and one.kinds}
     kinds = sorted({kind for one in sets.values() for kind in one.kinds})
     rows = []

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 from transformers import TrainerCallback
 
@@ -309,9 +308,13 @@ class _Demo:
         recipe = load_recipe(file, method=settings.method)
         kind = get_method(settings.method)
         config = kind.config_class.parse(recipe.graft.config, f"settings of {recipe.name}")
-        torch.manual_seed(settings.seed)
         create_graft(
-            models.base, models.vision, config, settings.out, projector=recipe.graft.projector
+            models.base,
+            models.vision,
+            config,
+            settings.out,
+            projector=recipe.graft.projector,
+            seed=settings.seed,
         )
         atomic_text(settings.out / "recipe.yaml", file.read_text(encoding="utf-8"))
 

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from mmgraft.grafts.base import (
         FULL_ATTENTION,
         IMAGE,
+        MEMORY,
         PADDING,
         TEXT,
         BaseParts,
         Graft,
+        Memory,
         Packed,
         Pass,
         select,
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "mmgraft.anatomy": ("Anatomy",),
     "mmgraft.grafts.base": (
-        *("FULL_ATTENTION", "IMAGE", "PADDING", "TEXT"),
-        *("BaseParts", "Graft", "Packed", "Pass", "select"),
+        *("FULL_ATTENTION", "IMAGE", "MEMORY", "PADDING", "TEXT"),
+        *("BaseParts", "Graft", "Memory", "Packed", "Pass", "select"),
     ),
     "mmgraft.grafts.lowrank": ("LowRank",),
     "mmgraft.patching": ("patched_forward",),
@@ -41,6 +43,7 @@ _HOMES = {
 __all__ = [
     "FULL_ATTENTION",
     "IMAGE",
+    "MEMORY",
     "PADDING",
     "TEXT",
     "Anatomy",
@@ -48,6 +51,7 @@ __all__ = [
     "Graft",
     "LayerChoice",
     "LowRank",
+    "Memory",
     "Method",
     "Option",
     "Packed",

@@ -8,7 +8,7 @@ what follows it (:meth:`Graft.after_layer`, for inserted layers).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,6 +32,27 @@ MASK_WIDTH = 8
 
 FULL_ATTENTION = -1
 """In :meth:`Graft.slot_layers`: a slot that keeps every position, whatever the base's layers do."""
+
+MEMORY = -2
+"""In :meth:`Graft.slot_layers`: a slot of images beside the sequence,
+:class:`mmgraft.model.cache.MemoryLayer`."""
+
+
+@dataclass
+class Memory:
+    """Images beside the sequence, and which of them each new position sees.
+
+    The images of a row are numbered from 1 in their order. A position sees those with
+    ``first < number <= last``: the ones that stand at or before it in its row, and in a sequence of
+    several rows in its own one.
+    """
+
+    features: Tensor | None  # (T, h) vectors of the new images, one after another; None without one
+    index: Tensor  # (b, K) which of the T belong to a row
+    owner: Tensor  # (b, K) number of the image that each is of, 0 where a row has fewer than K
+    before: Tensor  # (b,) images in the row before the new positions
+    first: Tensor  # (b, s)
+    last: Tensor  # (b, s)
 
 
 @dataclass
@@ -121,6 +142,42 @@ class Pass:
     def ordinals(self) -> Tensor:
         """Number of the image that each new position belongs to ``(b, s)``; -1 at others."""
         return image_numbers(self.kinds, self.image_lengths)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Images beside the sequence, for grafts of which an image takes one position.
+
+        Take it before the first layer, as :meth:`pack`.
+        """
+        images = (self.key_kinds == IMAGE).cumsum(-1)  # (b, S) at or before each key
+        counts = nn.functional.pad(images, (1, 0))  # (b, S + 1) before each key
+        first = torch.zeros_like(self.kinds)
+        if self.segments is not None:
+            begins = self.segments.diff(dim=1, prepend=self.segments[:, :1]) != 0
+            starts = torch.where(begins, self.columns, 0).cummax(-1).values  # of each one's segment
+            first = counts.gather(1, starts)
+        index = owner = torch.zeros_like(self.kinds[:, :0])
+        before = counts[:, self.start]
+        if self.images is not None:
+            index, owner = self._of_rows()
+            owner = torch.where(owner > 0, owner + before[:, None], 0)
+        return Memory(self.images, index, owner, before, first, images[:, self.start :])
+
+    def _of_rows(self) -> tuple[Tensor, Tensor]:
+        """Return which vectors of the new images are of which row, and of its which image."""
+        assert self.image_rows is not None
+        assert self.image_counts is not None
+        assert self.image_lengths is not None
+        placed = self.image_lengths > 0  # others stand nowhere, so that nobody sees them
+        same = self.image_rows[:, None] == self.image_rows
+        numbers = (same & placed).tril().sum(-1) * placed  # (images,)
+        rows, numbers = (
+            one.repeat_interleave(self.image_counts) for one in (self.image_rows, numbers)
+        )
+        mine = [(rows == row).nonzero().squeeze(1) for row in range(len(self.kinds))]
+        pair = mine, [numbers[one] for one in mine]
+        index, owner = (nn.utils.rnn.pad_sequence(one, batch_first=True) for one in pair)
+        return index.to(self.kinds.device), owner.to(self.kinds.device)
 
     def visible(self, kind: int) -> tuple[Tensor, Tensor]:
         """Keys of one kind at or before each query.
@@ -270,7 +327,25 @@ class Graft(nn.Module):
             UsageError: This graft does not have what is wanted; the stage's name is put before it.
         """
 
+    def readings(self) -> dict[str, Tensor]:
+        """Return what is worth following in training, by the name under which it is logged; of
+        several numbers the largest in size is.
+        """
+        return {}
+
+    def remark(self, readings: Mapping[str, float]) -> str | None:
+        """Return what a user must know at the end of a training, from its last readings; None for
+        nothing.
+        """
+        return None
+
     # -- the forward ----------------------------------------------------------------------------
+
+    def placed(self, vectors: Tensor) -> Tensor:
+        """Return what stands at the positions of an image, of which the projector made
+        ``vectors (count, h)``; as many as :meth:`Method.positions` says.
+        """
+        return vectors
 
     def check_length(self, length: int) -> None:
         """Refuse a row of ``length`` positions that the graft cannot represent."""
@@ -343,7 +418,9 @@ class Graft(nn.Module):
     # -- the cache ------------------------------------------------------------------------------
 
     def slot_layers(self) -> list[int]:
-        """Return an entry for each extra cache slot: the base layer whose cache type it takes."""
+        """Return an entry for each extra cache slot: the base layer whose cache type it takes, or
+        :data:`FULL_ATTENTION` or :data:`MEMORY`.
+        """
         return []
 
     def assign_slots(self, first: int) -> None:

@@ -157,6 +157,8 @@ class Method:
         as_decoder: Gives a graft of these settings as a plain decoder, for exports; its second
             argument says whether the graft is in the path.
         as_adapter: Gives a graft of these settings and tensors' names as a LoRA adapter.
+        memory: An image's vectors stand beside the sequence, in which it has one position.
+        rates: Learning rates of groups, where a stage's ``lr`` names none for them.
         origin: The package that brought it, filled in by the registry.
 
     ``as_decoder`` and ``as_adapter`` raise UsageError with the reason where the graft is none.
@@ -176,7 +178,15 @@ class Method:
     part_of: Callable[[str], str] = lambda tensor: tensor.split(".")[0]
     as_decoder: Callable[[Any, bool], PlainDecoder] | None = None
     as_adapter: Callable[[Any, Sequence[str]], PlainAdapter] | None = None
+    memory: bool = False
+    rates: Mapping[str, float] = field(default_factory=dict)
     origin: str = "mmgraft"
+
+    def positions(self, vectors: int) -> int:
+        """Return how many positions an image takes in its row, of which there are so many vectors
+        from the projector.
+        """
+        return 1 if self.memory else vectors
 
     def levels(self) -> dict[str, list[str]]:
         """Return the levels of unchanged text that it keeps; see :class:`Promises`.

@@ -26,6 +26,7 @@ _BUILT_IN = (
     "grafts.llava",
     "grafts.lora",
     "grafts.expert",
+    "grafts.xattn",
     "published.wings",
 )
 _MOVED = {("wings", "variant", "official"): "wings-official"}

@@ -147,7 +147,12 @@ def plan_push(
     """
     portable = make_portable(GraftFile.read(run), run, base_id, vision_id)
     record = portable.record
-    record = record.model_copy(update={"recipe": settings_without_folders(record.recipe)})
+    projector = settings_without_folders(record.projector.model_dump())
+    update = {
+        "recipe": settings_without_folders(record.recipe),
+        "projector": record.projector.model_copy(update=projector),
+    }
+    record = record.model_copy(update=update)
     files = [_without_folders(file) for file in belonging(run, portable.folders)]
     own = has_own_readme(run)
     warnings = list(_doubts(own, files))

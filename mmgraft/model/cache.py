@@ -8,7 +8,7 @@ position and the row's workflow), then the slots of every workflow in order of t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 
 from mmgraft.anatomy import keeps_keys
 from mmgraft.errors import UsageError
-from mmgraft.grafts.base import FULL_ATTENTION, PADDING
+from mmgraft.grafts.base import FULL_ATTENTION, MEMORY, PADDING
 
 _SLACK = 64
 """Positions of room at least; an eighth of what is there where that is more."""
@@ -34,7 +34,8 @@ def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
     Args:
         cache: A dynamic, static or offloaded cache made for the base; extended once.
         num_layers: Layers of the base.
-        slot_layers: The base layer whose cache type each slot takes, or ``FULL_ATTENTION``.
+        slot_layers: The base layer whose cache type each slot takes, ``FULL_ATTENTION`` or
+            ``MEMORY``.
 
     Raises:
         UsageError: The cache cannot hold exact states (quantized, or of an unknown type).
@@ -54,7 +55,11 @@ def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
             cache.layers.append(grows())
         if len(cache.layers) == num_layers:
             cache.layers.append(RowLayer())
-        return  # the slots behind it are made when they are first written to
+        missing = slot_layers[len(cache.layers) - num_layers - 1 :]
+        if MEMORY in missing:  # or the cache makes them when they are first written to
+            cache.layers += [MemoryLayer() if one == MEMORY else grows() for one in missing]
+            _link(cache)
+        return
     wanted = num_layers + 1 + len(slot_layers)
     if len(cache.layers) > num_layers:
         if len(cache.layers) < wanted:
@@ -63,10 +68,17 @@ def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:
             )
         return
     cache.layers.append(RowLayer())
+    own = {FULL_ATTENTION: PreallocatedLayer, MEMORY: MemoryLayer}
     for index in slot_layers:
-        cache.layers.append(
-            PreallocatedLayer() if index == FULL_ATTENTION else _like(cache.layers[index])
-        )
+        cache.layers.append(own[index]() if index in own else _like(cache.layers[index]))
+    _link(cache)
+
+
+def _link(cache: Cache) -> None:
+    """Tell slots that are never fetched which one is, behind them and around."""
+    for layer, after in zip(cache.layers, [*cache.layers[1:], cache.layers[0]], strict=True):
+        if isinstance(layer, MemoryLayer):
+            layer.after = after
 
 
 def _like(layer: Any) -> CacheLayerMixin:
@@ -86,8 +98,18 @@ def _like(layer: Any) -> CacheLayerMixin:
     return copy
 
 
-class RowLayer(DynamicLayer):
-    """The cache layer of a row slot. It is small, and stays where it is when a cache is offloaded.
+class _Resident(DynamicLayer):
+    """A cache layer that is small, and stays where it is when a cache is offloaded."""
+
+    def offload(self) -> None:
+        pass
+
+    def prefetch(self) -> None:
+        pass
+
+
+class RowLayer(_Resident):
+    """The cache layer of a row slot.
 
     Attributes:
         written: The keys as they were written last, and the workflow numbers in them: what the host
@@ -100,11 +122,57 @@ class RowLayer(DynamicLayer):
     went_on: bool = False
     any_image: bool = False
 
-    def offload(self) -> None:
-        pass
+
+class MemoryLayer(_Resident):
+    """A cache layer of images beside the sequence, written once an image.
+
+    Keys and values are ``(b, n, T, d)``, as long as the row with the most needs them.
+
+    Attributes:
+        owner: The image of its row that each is of, ``(b, T)``, counted from 1; 0 at padding.
+        after: The slot that is used after it, which an offloaded cache fetches in its stead.
+    """
+
+    owner: Tensor
+    after: Any
+
+    def append(self, keys: Tensor, values: Tensor, owner: Tensor, before: Tensor) -> None:
+        """Write new images.
+
+        Args:
+            keys: ``(b, n, K, d)``.
+            values: Likewise.
+            owner: ``(b, K)``.
+            before: Images that each row has had, ``(b,)``: of later ones, whose positions were cut
+                off since, nothing is left.
+        """
+        if self.is_initialized:
+            kept = torch.where(self.owner > before[:, None], 0, self.owner)
+            owner = torch.cat([kept, owner], dim=1)
+        self.update(keys, values)
+        self.owner = owner
 
     def prefetch(self) -> None:
-        pass
+        self.after.prefetch()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Leave all as it is: no position of the sequence stands here."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+        self._choose(lambda owner: owner.index_select(0, beam_idx.to(owner.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._choose(lambda owner: owner.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._choose(lambda owner: owner[indices])
+
+    def _choose(self, rows: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self.owner = rows(self.owner)
 
 
 class RowSlot:

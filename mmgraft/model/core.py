@@ -187,7 +187,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         def counts(row: int, plan: Plan) -> int:
             if names[row] == TEXT_WORKFLOW:
                 raise UsageError(f"row {row} runs the text workflow, which takes no images.")
-            return self.workflow(names[row]).projector.counts(plan)
+            return self.workflow(names[row]).positions(plan)
 
         images = given.image_features
         if not isinstance(images, Images):
@@ -208,6 +208,8 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
                 )
             images = Images(features, plans, rows, lengths)
         images.check(positions, counts)
+        pairs = zip(images.rows, images.plans, strict=True)
+        images.counts = [self.workflow(names[n]).projector.counts(plan) for n, plan in pairs]
         return images
 
     # -- what is trained ------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Images:
         plans: Of each image.
         rows: The row of each image.
         lengths: Positions of each image in its row; 0 for an image that only the graft sees.
-        counts: Vectors that its row's projector makes of each image; filled by ``check``.
+        counts: Vectors that its row's projector makes of each image; filled when they are checked.
     """
 
     features: Tensor
@@ -97,14 +97,12 @@ class Images:
         """
         if self.rows != sorted(self.rows):
             raise UsageError(f"image_rows {self.rows}: give images row after row.")
-        self.counts = [counts(row, plan) for row, plan in zip(self.rows, self.plans, strict=True)]
-        for number, wanted in enumerate(self.counts):
-            row, length = self.rows[number], self.lengths[number]
+        for number, (row, plan) in enumerate(zip(self.rows, self.plans, strict=True)):
+            wanted, length = counts(row, plan), self.lengths[number]
             if length not in (0, wanted):
                 raise UsageError(
-                    f"image {number} (row {row}) has {length} positions in its row, and its "
-                    f"projector makes {wanted} vectors of it: make the batch with the processor of "
-                    "this model."
+                    f"image {number} (row {row}) has {length} positions in its row, and takes "
+                    f"{wanted} with its workflow: make the batch with the processor of this model."
                 )
         for row, held in enumerate(positions):
             taken = sum(self.lengths[number] for number in self.of_row(row))

@@ -457,16 +457,17 @@ class GraftedModel(WorkflowGeneration):
     def _merge(
         self, embeds: Tensor, rows: Rows, shown: Tensor, images: Images | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Projected image features at the image positions ``(b, s, h)``, and by themselves."""
+        """Return embeddings with what stands at image positions, and projected features."""
         if images is None:
             return embeds, None
         projected = self._project(images, rows).to(embeds)  # (sum of counts, h)
         placed = projected
         if not any(images.lengths):
             return embeds, projected
-        if 0 in images.lengths:
-            pieces = projected.split(images.counts)
-            placed = torch.cat([p for p, n in zip(pieces, images.lengths, strict=True) if n])
+        grafts = [self.workflow(rows.names[row]).graft for row in images.rows]
+        if 0 in images.lengths or any(type(one).placed is not Graft.placed for one in grafts):
+            pieces = zip(grafts, projected.split(images.counts), images.lengths, strict=True)
+            placed = torch.cat([one.placed(vectors) for one, vectors, n in pieces if n])
         return embeds.masked_scatter(shown[..., None].to(embeds.device), placed), projected
 
     def _project(self, images: Images, rows: Rows) -> Tensor:

@@ -22,6 +22,7 @@ from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import BaseReference, TemplateChoice
 from mmgraft.model.files.parts import LoadedParts, make_workflow
+from mmgraft.vision.plan import Plan
 from mmgraft.vision.projectors.configs import MlpConfig
 
 _FAR = 1e-3  # of the logits' own size: rounding is below, a mistake above
@@ -132,8 +133,7 @@ class _Trial:
         self.base, self.what = base, "a graft on it fails"
         most = len(cast(nn.Embedding, base.get_input_embeddings()).weight)
         ids = torch.arange(_LENGTH)[None] * 7 % min(most, 200)
-        kinds = F.pad(torch.ones_like(ids[:, :4]), (2, _LENGTH - 6))
-        self.image = {"input_ids": ids, "attention_mask": ids * 0 + 1, "mm_token_type_ids": kinds}
+        self.image = {"input_ids": ids, "attention_mask": ids * 0 + 1}
         self.text = torch.arange(_LENGTH + _PAD)[None] * 5 % min(most, 200)
 
     def both(self, before: int, after: int) -> dict[str, Tensor]:
@@ -151,7 +151,10 @@ class _Trial:
         self.model = _grafted(method, self.base)
         if self.model is None:
             return
-        self.features = torch.randn(1, 4, self.model.workflow().projector.in_features)
+        workflow = self.model.workflow()
+        self.features = torch.randn(1, 4, workflow.projector.in_features)
+        shown = torch.ones(1, workflow.positions(Plan.of_count(4)), dtype=torch.long)
+        self.image["mm_token_type_ids"] = F.pad(shown, (2, _LENGTH - 2 - shown.shape[1]))
         self.what = "it reads token ids beside embeddings, and an image has none"
         text = self.base(input_ids=self.text, use_cache=False).logits
         embeds = self.base.get_input_embeddings()(self.text)

@@ -9,7 +9,9 @@ from torch import nn
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import Graft
+from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import GraftFile
+from mmgraft.vision.plan import Plan
 from mmgraft.vision.projectors.base import Projector
 
 TEXT_WORKFLOW = "text"
@@ -31,6 +33,10 @@ class Workflow(nn.Module):
         self.graft = graft
         self.record = record
         self.origin: Path | None = None  # the folder that it was loaded from
+
+    def positions(self, plan: Plan) -> int:
+        """Positions of an image in its row."""
+        return get_method(self.record.method).positions(self.projector.counts(plan))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names that a recipe's stages train."""

@@ -119,6 +119,7 @@ class Session:
             taken, steps = 0, checkpoint.step_of(last)
         else:
             taken, steps = self._train(trainer, stage, last)
+            self._remark(trainer, stage)
             tensors = checkpoint.trained_tensors(model, is_main_rank())
             if is_main_rank():
                 checkpoint.write_final(tensors, folder, trainer.state)
@@ -158,6 +159,13 @@ class Session:
         if done < wanted:
             raise self.stopped(f"in stage {stage.name!r} after step {done} of {wanted}")
         return done - before, done
+
+    def _remark(self, trainer: GraftTrainer, stage: Stage) -> None:
+        """Say, behind the last stage, what the graft has to say of how its training left it."""
+        graft = self.model.workflow(stage.workflow).graft
+        remark = graft.remark(trainer.readings) if stage is self.plan.stages[-1] else None
+        if remark is not None:
+            self.announce(remark)
 
     def _kept(self, trainer: GraftTrainer, stage: Stage, before: int) -> str:
         """Save the steps that were taken before a row failed, and say how to go on."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmgraft.errors import UsageError
+from mmgraft.grafts.registry import get_method
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Stage
 
@@ -48,7 +49,8 @@ def open_stage(model: GraftedModel, stage: Stage) -> list[RateGroup]:
 def rate_groups(model: GraftedModel, stage: Stage) -> list[RateGroup]:
     """Sort every trained parameter under the rate of the smallest named group that holds it."""
     known = model.groups(stage.workflow)
-    rates = stage.lr if isinstance(stage.lr, dict) else {}
+    given = stage.lr if isinstance(stage.lr, dict) else {}
+    rates = {**get_method(model.workflow(stage.workflow).record.method).rates, **given}
     default = stage.lr if isinstance(stage.lr, float) else rates.get("default")
     named = [name for name in rates if name != "default"]
     members = {

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mmgraft.data.bad_rows import BadRow
 from mmgraft.model.modeling import GraftedModel
+from mmgraft.model.sharded.gathering import gathered
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks.finite import FiniteWatch, RandomState
@@ -122,6 +123,7 @@ class GraftTrainer(Trainer):
         self._tokens = 0
         self._since = time.perf_counter()
         self.rates: dict[str, float] = {}
+        self.readings: dict[str, float] = {}  # the graft's, at the last log
         self._watch = FiniteWatch(stage.name, args.device)
         self._losses = LossSum()
         self._evaluated = EvalSum()
@@ -149,13 +151,17 @@ class GraftTrainer(Trainer):
     # -- parameters -----------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW with a parameter group for every rate; norms and biases do not decay."""
+        """Make AdamW with a parameter group for every rate; of what decays, matrices alone do."""
         if self.optimizer is None:
             decays = set(self.get_decay_parameter_names(self.grafted))
             parts: list[dict[str, Any]] = []
             for group in self.groups:
                 for decay in (True, False):
-                    chosen = [p for n, p in group.parameters.items() if (n in decays) == decay]
+                    chosen = [
+                        parameter
+                        for name, parameter in group.parameters.items()
+                        if (name in decays and parameter.dim() > 1) == decay
+                    ]
                     if chosen:
                         weight = self.args.weight_decay if decay else 0.0
                         parts.append(
@@ -300,7 +306,18 @@ class GraftTrainer(Trainer):
                 logs["memory_gb"] = memory / 1e9
             logs.pop("learning_rate", None)
             logs.update({f"lr/{name}": rate for name, rate in self.rates.items()})
+            logs.update({f"graft/{name}": value for name, value in self._read().items()})
         super().log(logs, start_time)
+
+    def _read(self) -> dict[str, float]:
+        """Return what the graft has to say of itself, the largest of several numbers."""
+        graft = self.grafted.workflow(self.stage.workflow).graft
+        with torch.no_grad():
+            whole = gathered(graft.readings())
+            largest = {name: one.flatten()[one.abs().argmax()] for name, one in whole.items()}
+            found = torch.stack(list(largest.values())).tolist() if largest else []
+        self.readings = dict(zip(largest, found, strict=True))
+        return self.readings
 
     def _mean_loss(self) -> float:
         """Average the steps since the last log, over all ranks and over sessions."""

@@ -16,6 +16,7 @@ from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.formats.sources import is_there
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor, local_tower
 from mmgraft.recipes.recipe import DataEntry, GraftDefaults, Recipe
@@ -168,7 +169,8 @@ def _of_names(chosen: Selection) -> _Readers:
         raise UsageError(f"the base {base.id} has no tokenizer; put its files beside its weights")
     template = resolve_template(chosen.template, tokenizer)
     filler, _ = choose_placeholder(tokenizer, len(tokenizer))
-    positions = describe_tower(vision).positions(graft.projector)
+    takes = recipe and get_method(recipe.method).positions
+    positions = describe_tower(vision).positions(graft.projector, takes)
     options = template_options(chosen.template_option)
     options = {**(recipe.template_options if recipe else {}), **options}
     rows = vocabulary(base.path)

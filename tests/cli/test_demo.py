@@ -111,7 +111,7 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(cli, ran, tmp_path: 
 def test_wrong_use_ends_with_2_and_says_what_to_do(cli, ran, tmp_path: Path) -> None:
     code, _, err = cli("demo", "--method", "peft")
     assert code == 2
-    assert "choose expert, iaa, llava, lora, wings" in err
+    assert "choose expert, iaa, llava, lora, wings, xattn" in err
     (tmp_path / "demo-iaa").mkdir()
     (tmp_path / "demo-iaa/file").write_text("")
     code, _, err = cli("demo")

@@ -69,6 +69,51 @@ def test_a_projector_is_chosen_by_name(cli, parts: Path, here: Path) -> None:
     assert not (here / "other").exists()
 
 
+def test_a_projectors_settings_are_options(cli, parts: Path, here: Path) -> None:
+    graft = ("graft", parts / "Base-Llama", "--method", "llava", "--vision", parts / "clip")
+    recipe = here / "own.yaml"
+    recipe.write_text(
+        "name: own\nmethod: llava\ngraft:\n  projector: {kind: perceiver, latents: 9, layers: 2}\n"
+        "stages:\n- {name: a, train: [projector], lr: 1e-3}\n"
+    )
+    given = (
+        "--recipe",
+        recipe,
+        "--projector-option",
+        "form=idefics2",
+        "--projector-option",
+        "heads=2",
+        "--projector-option",
+        "kv_heads=1",
+        "--projector-option",
+        "latents=16",
+    )
+    ran = cli(*graft, *given, "--out", "run")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert json.loads((here / "run" / "graft_config.json").read_text())["projector"] == {
+        "kind": "perceiver", "form": "idefics2", "per": "view", "latents": 16, "layers": 2,
+        "heads": 2, "kv_heads": 1, "head_dim": 96, "hidden": None, "init_scale": 1.0,
+    }  # fmt: skip
+    tensors = load_file(here / "run" / "graft.safetensors")
+    assert tensors["projector.latents"].shape == (16, 32)
+    for projector, options, says in (
+        ("perceiver", ["latents=0"], "latents"),
+        ("perceiver", ["latent=4"], "did you mean 'latents'"),
+        ("perceiver", ["form=idefics2", "heads=6"], "4 kv_heads do not divide 6 heads"),
+        ("perceiver", ["latents"], "--projector-option latents: write key=value"),
+        ("perceiver", ["latents=[1"], "not a YAML value"),
+        ("perceiver", ["kind=pool"], "'kind'"),
+        ("mlp", ["latents=4"], "unknown key 'latents'"),
+        ("qformer", ["weights=nowhere/at/all"], "no folder 'nowhere/at/all' here"),
+        ("qformer", [f"weights={parts / 'clip'}"], "BLIP-2"),
+    ):
+        flags = [word for one in options for word in ("--projector-option", one)]
+        wrong = cli(*graft, "--projector", projector, *flags, "--out", "other")
+        assert wrong.code == 2, options
+        assert says in " ".join(wrong.err.split()), wrong.err
+        assert not (here / "other").exists()
+
+
 def test_dry_run_writes_nothing(cli, parts: Path, here: Path) -> None:
     ran = cli("graft", parts / "Base-Llama", "--method", "llava", "--vision", parts / "clip",
               "--dry-run")  # fmt: skip

@@ -19,6 +19,7 @@ from mmgraft.grafts.expert.config import ExpertConfig
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.lora.config import LoraConfig
 from mmgraft.grafts.wings.config import WingsConfig
+from mmgraft.grafts.xattn.config import XattnConfig
 from mmgraft.vision.projectors.configs import MlpConfig
 from wires import LOADING, READING, READS, SPEAKS, SPOKEN, Stop
 
@@ -306,6 +307,10 @@ def test_graft(run: Path, cli, called) -> None:
         "--projector",
         "mlp",
         "--projector-norm",
+        "--projector-option",
+        "hidden=6",
+        "--projector-option",
+        "init_scale=0.5",
         "--template",
         "plain",
         *SPOKEN,
@@ -331,7 +336,7 @@ def test_graft(run: Path, cli, called) -> None:
         "config": config,
         "folder": Path("new"),
         "workflow": "see",
-        "projector": MlpConfig(norm=True),
+        "projector": MlpConfig(norm=True, hidden=6, init_scale=0.5),
         "revision": "v1",
         "full_fingerprint": True,
         "dry_run": False,
@@ -378,6 +383,11 @@ def test_graft_of_another_method(run: Path, cli, called) -> None:
     cli("graft", "x/b", "--method", "expert", "--layers", "every:4", *more)
     wanted = {"parts": ["feedforward"], "rank": 6, "image_positions": "shared", "layers": "every:4"}
     assert made[4]["config"] == ExpertConfig.model_validate(wanted)
+    more = ("--attend", "all", "--feedforward", "none", "--heads", "2x8/1", "--gate", "linear")
+    cli("graft", "x/b", "--method", "xattn", "--preset", "flamingo", "--layers", "spread:2", *more)
+    wanted = {"attend": "all", "feedforward": "none", "heads": "2x8/1", "gate": "linear"}
+    flamingo = {"layers": "spread:2", "layer_norm": True, "qk_norm": False, "preset": "flamingo"}
+    assert made[5]["config"] == XattnConfig.model_validate({**flamingo, **wanted})
 
 
 def test_graft_by_a_recipe(run: Path, cli, called) -> None:
@@ -404,6 +414,8 @@ def test_graft_by_a_recipe(run: Path, cli, called) -> None:
         "--vision",
         "w",
         "--no-projector-norm",
+        "--projector-option",
+        "init_scale=0.5",
     )
     first, second = made
     assert first["config"] == IAAConfig(layers=[2], gate="scalar", structure="b")
@@ -414,7 +426,7 @@ def test_graft_by_a_recipe(run: Path, cli, called) -> None:
     assert second["workflow"] == "see"
     assert second["vision"].options == {}
     assert (second["vision"].name, second["vision"].feature_layer) == ("w", 1)
-    assert second["projector"] == MlpConfig(norm=False, hidden=7)
+    assert second["projector"] == MlpConfig(norm=False, hidden=7, init_scale=0.5)
 
 
 def test_graft_is_not_forced_by_default(run: Path, cli, called) -> None:

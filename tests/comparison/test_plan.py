@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from mmgraft.comparison import plan as planning
 from mmgraft.comparison.files import PhaseRecord, arm_folder, write_phase
@@ -69,6 +71,15 @@ def test_epochs_become_steps_and_max_steps_ends_them(write, parts: Path, tmp_pat
     assert stage.steps == 1
 
 
+def test_steps_are_counted_as_a_training_takes_them(write, tmp_path: Path) -> None:
+    """9 rows are 5 batches of 2, which are 3 steps of 2; one and a half epochs are 5."""
+    stage = {"max_steps": None, "epochs": 1.5, "batch_size": 2, "accumulate": 2}
+    spec = load_comparison(write(set={f"stages.tune.{key}": one for key, one in stage.items()}))
+    (found,) = make_plan(spec, tmp_path / "out").arms[0].stages
+    assert (found.rows, found.steps, found.rows_a_step) == (9, 5, 4)
+    assert (found.sequences_a_step, found.epochs, found.packed) == (4, 1.5, None)
+
+
 def test_packed_rows_are_not_counted_as_if_each_stood_alone(
     write, parts: Path, tmp_path: Path
 ) -> None:
@@ -114,7 +125,7 @@ def test_a_graft_is_made_as_its_recipe_says(
     made: list[tuple[Any, Any]] = []
     monkeypatch.setattr(planning, "create_graft", lambda *args, **more: made.append((args, more)))
     recipe = {
-        "name": "own", "method": "iaa", "workflow": "see",
+        "name": "own", "method": "iaa", "workflow": "see", "seed": 7,
         "graft": {
             "config": {"layers": [2], "structure": "b"},
             "feature_layer": -4, "projector": {"kind": "mlp", "norm": True, "hidden": 7},
@@ -133,7 +144,7 @@ def test_a_graft_is_made_as_its_recipe_says(
     assert config == IAAConfig(layers=[2], structure="b")
     assert more == {
         "workflow": "see", "projector": MlpConfig(norm=True, hidden=7),
-        "template": wanted["template"], "dry_run": dry_run,
+        "template": wanted["template"], "seed": 7, "dry_run": dry_run,
     }  # fmt: skip
 
 
@@ -287,3 +298,29 @@ def test_a_bad_row_is_refused_or_left_out_as_each_arm_says(write, parts, tmp_pat
     spec = with_settings(spec, ["on_bad_row=error"])
     with pytest.raises(UsageError, match=r"arm 'llava': .*bad\.jsonl, line 1.*gone\.png"):
         make_plan(spec, tmp_path / "out")
+
+
+def test_an_arm_with_several_seeds_is_chosen_whole_or_by_one(write, tmp_path: Path) -> None:
+    spec = load_comparison(write(seed=[0, 5]))
+    for only, chosen in (
+        (["iaa"], ("iaa.seed0", "iaa.seed5")),
+        (["iaa.seed5", "llava.seed0"], ("iaa.seed5", "llava.seed0")),
+    ):
+        assert make_plan(spec, tmp_path / "out", only=only, device="cpu").chosen == chosen
+    with pytest.raises(UsageError, match="no arm 'wings'"):
+        make_plan(spec, tmp_path / "out", only=["wings"])
+
+
+def test_a_seed_is_of_the_grafts_first_values_too(write, tmp_path: Path) -> None:
+    spec = load_comparison(write(seed=[0, 5]))
+    plan = make_plan(spec, tmp_path / "out", device="cpu")
+    files = {}
+    for arm in plan.arms:
+        make_graft(plan, arm.recipe, tmp_path / arm.name)
+        tensors = load_file(tmp_path / arm.name / "graft.safetensors")
+        files[arm.name] = {name: one for name, one in tensors.items() if "projector" in name}
+    weight = next(name for name, one in files["llava.seed0"].items() if one.dim() == 2)
+    first = {name: tensors[weight] for name, tensors in files.items()}
+    assert torch.equal(first["llava.seed0"], first["iaa.seed0"]), "one start for all methods"
+    assert torch.equal(first["llava.seed5"], first["iaa.seed5"])
+    assert not torch.equal(first["llava.seed0"], first["llava.seed5"])

@@ -16,16 +16,19 @@ from PIL import Image
 
 from box_example import BOX, GPL, SIZE, make_boxes
 from comparison_example import (
+    COLOURS,
     SAID,
     add_arm,
     example_comparison,
     keep_answers,
     make_spec,
+    vision_of,
     write_questions,
 )
 from mmgraft.comparison.files import PHASES, read_comparison
 from mmgraft.comparison.measured import SetAnswers, read_answers, read_arms
 from mmgraft.comparison.report import ComparisonReport, answer_sheet, write_comparison_report
+from mmgraft.comparison.spec import dump_comparison
 from mmgraft.comparison.tables import main_table
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import file_sha256, read_items
@@ -82,16 +85,18 @@ def test_the_table_has_the_base_and_every_arm(whole: Path) -> None:
     text = markdown(whole)
     (header,) = lines_of(text, "| arm | identity")
     assert header == (
-        "| arm | identity | wiki, perplexity | mmlu, accuracy | KL, wiki | "
+        "| arm | identity | text kept | wiki, perplexity | mmlu, accuracy | KL, wiki | "
         "colours, accuracy | prior | no image | parameters trained | training | peak memory |"
     )
     (base,) = lines_of(text, "| the base, untouched |")
-    assert base.startswith("| the base, untouched | - | **28.40** (27.60 to 29.20) | **0.281** (")
-    full = lines_of(text, "| llava-full | no: trained |")[0]
+    assert base.startswith(
+        "| the base, untouched | - | - | **28.40** (27.60 to 29.20) | **0.281** ("
+    )
+    full = lines_of(text, "| llava-full | no: trained | - |")[0]
     assert "| **31.50** (30.60 to 32.40; worse) | **0.270** (0.250 to 0.290) |" in full
     assert "| 0.210 (0.200 to 0.220) | **0.950** (" in full
     assert full.endswith("| 12,352 | 17 min | 3.1 GB |")
-    assert "**1.000** (1.000 to 1.000)" in lines_of(text, "| iaa | bit for bit |")[0]
+    assert "**1.000** (1.000 to 1.000)" in lines_of(text, "| iaa | bit for bit | E0 E1 |")[0]
     assert lines_of(text, "| late | - |")[0].replace("-", "").replace("|", "").strip() == "late"
 
 
@@ -365,3 +370,52 @@ def test_dialogues_stand_shape_by_shape_with_arms_across(changed: Path) -> None:
     assert lines_of(text, "| shape | dialogues | llava | iaa |")
     (line,) = lines_of(text, "| (T,T,V) |")
     assert line.startswith("| (T,T,V) | 120 | 0.350 (0.260 to 0.440) | 0.350 (")
+
+
+@pytest.fixture
+def repeated(tmp_path: Path) -> Path:
+    """Two arms with three seeds each, of which the last one's third was not begun."""
+    out = example_comparison(tmp_path / "out", arms=())
+    spec = make_spec(tmp_path / "questions")
+    said = {
+        "llava": ["red", "red", "green"],
+        "iaa": [None, "blue"],
+    }
+    comparison = read_comparison(out)
+    arms = {name: comparison.arms[name] for name in said}
+    (out / "comparison.yaml").write_text(
+        dump_comparison(comparison.model_copy(update={"arms": arms, "seed": [0, 1, 2]}))
+    )
+    for name, told in said.items():
+        for seed, word in enumerate(told):
+            run = add_arm(out, name, spec)
+            vision = vision_of(run, spec, lambda item, at, word=word: word or item.answers[0])
+            (run / "results" / "vision.json").write_text(vision.model_dump_json())
+            run.rename(run.with_name(f"{name}.seed{seed}"))
+    return out
+
+
+def test_seeds_are_taken_together_and_what_was_not_run_is_named(repeated: Path) -> None:
+    write_comparison_report(repeated)
+    text = markdown(repeated)
+    items = read_items(read_comparison(repeated).evaluation[0])
+    share = {word: sum(one.answers[0] == word for one in items) / len(items) for word in COLOURS}
+    (header,) = lines_of(text, "| arm | seeds |")
+    assert header == "| arm | seeds | accuracy | by seed | far (20) | near (20) |"
+    (llava,) = lines_of(text, "| llava | 3 |")
+    mean = (2 * share["red"] + share["green"]) / 3
+    assert f"| **{mean:.3f}** (" in llava
+    assert f"| {share['red']:.3f}, {share['red']:.3f}, {share['green']:.3f} |" in llava
+    (iaa,) = lines_of(text, "| iaa | 2 |")
+    assert f"| **{(1 + share['blue']) / 2:.3f}** (" in iaa
+    assert "iaa.seed2 is left out of these: it was not evaluated" in text
+    assert "seed 0, 1, 2, the same data" in text
+    report = json.loads((repeated / "report.json").read_text())
+    pairs = [(one["first"], one["second"]) for one in report["differences"]]
+    assert pairs[0] == ("iaa", "llava"), "arms, not each seed with each"
+    assert ("llava", "prior") in pairs
+    assert not [names for names in pairs if "seed" in "".join(names)]
+
+
+def test_without_several_seeds_there_is_no_table_of_them(whole: Path) -> None:
+    assert "by seed" not in markdown(whole)

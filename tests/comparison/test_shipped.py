@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ PREPARED = {"align.jsonl", "tune.jsonl", "train.jsonl", "test.jsonl"}
 def test_all_are_there_and_no_recipe_has_their_names() -> None:
     assert set(NAMES) >= {
         *("easy-vqa", "iaa-structures", "iaa-layers", "iaa-stages", "wings-learners", "wings-lr"),
+        *("harder", "easy-vqa-variants"),
     }
     assert not set(NAMES) & set(shipped_recipes())
 
@@ -79,7 +81,13 @@ def test_every_value_has_its_source(name: str) -> None:
 def test_the_commands_at_the_top_are_about_this_comparison(name: str) -> None:
     text = (recipe_dir() / FOLDER / f"{name}.yaml").read_text().split("\n#\n")[0]
     prepare, compare = (shlex.split(line.removeprefix("# ")) for line in text.splitlines())
-    assert prepare == ["mmgraft", "data", "prepare", load_comparison(name).root]
+    root = str(load_comparison(name).root)
+    if prepare[0] == "python":
+        script = Path(__file__).parents[2] / prepare[1]
+        assert script.is_file()
+        assert prepare[2:] == ["--out", root] == ["--out", script.parent.name]
+    else:
+        assert prepare == ["mmgraft", "data", "prepare", root]
     assert compare == ["mmgraft", "compare", name, "--out", f"compare-{name}"]
 
 

@@ -262,3 +262,43 @@ def test_comparisons_load_without_torch() -> None:
         "load_comparison('easy-vqa'); assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_several_seeds_give_each_arm_one_of_each_by_seed() -> None:
+    own = {"one": {}, "two": {"recipe": "demo-llava"}}
+    spec = small(seed=[3, 0], set={"log_every": 5}, arms=own)
+    arms = spec.all_arms()
+    assert [*arms] == ["one.seed3", "two.seed3", "one.seed0", "two.seed0"]
+    assert [arm.repeats for arm in arms.values()] == ["one", "two"] * 2
+    assert [arm_recipe(name, arm).seed for name, arm in arms.items()] == [3, 3, 0, 0]
+    assert arms["two.seed0"].recipe == "demo-llava"
+    assert {arm.set["log_every"] for arm in arms.values()} == {5}
+    grid = small(seed=[1], grid={"log_every": [2, 3]}).all_arms()
+    assert [*grid] == ["log_every-2.seed1", "log_every-3.seed1"]
+
+
+def test_written_down_several_seeds_stay_the_same_arms() -> None:
+    spec = small(seed=[3, 0], arms={"one": {}})
+    named = spec.model_copy(update={"arms": spec.all_arms()})
+    again = Comparison.parse(yaml.safe_load(dump_comparison(named)), "again")
+    assert again.all_arms() == spec.all_arms()
+
+
+def test_a_setting_for_an_arm_is_for_all_its_seeds() -> None:
+    spec = small(seed=[3, 0], arms={"one": {}, "two": {}})
+    told = with_settings(spec, ["one:log_every=9", "two.seed0:log_every=7"]).all_arms()
+    found = [arm.set.get("log_every") for arm in told.values()]
+    assert found == [9, None, 9, 7]
+    assert [arm.repeats for arm in told.values()] == ["one", "two"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": [1, 2, 1], "arms": {"a": {}}}, "one twice"),
+        ({"seed": [], "arms": {"a": {}}}, "no seed"),
+        ({"seed": [1, 2], "arms": {"a": {"set": {"seed": 4}}}}, "arm 'a' sets its own seed"),
+    ],
+)
+def test_seeds_that_say_nothing_clear_are_refused(changes, says: str) -> None:
+    assert says in refusal(**changes)

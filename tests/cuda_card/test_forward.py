@@ -17,9 +17,11 @@ from mmgraft.model.cache import RowSlot, extend
 from pretend_cuda import CARD, Card, pretend_cuda
 from tiny_runs import make_parts, make_run
 
-MIXED = rows("ttiiiitt", "ttttt", "tiiiiiiiit")  # an image, none, two
+MIXED = ("ttiiiitt", "ttttt", "tiiiiiiiit")  # an image, none, two
 FORWARD = [("llama", method) for method in CONFIGS] + [("gemma3", "wings"), ("gpt2", "iaa-c")]
-DECODING = [("llama", one) for one in ("iaa-c", "llava", "wings", "lora")] + [("gemma3", "wings")]
+DECODING = [("llama", one) for one in ("iaa-c", "llava", "wings", "lora", "xattn")] + [
+    ("gemma3", "wings")
+]
 MODES = {"greedy": {}, "beams": {"num_beams": 2}, "static": {"cache_implementation": "static"}}
 
 
@@ -45,9 +47,9 @@ def compare(plain: GraftedModel, moved: GraftedModel, inputs: dict[str, Tensor],
 def test_forward(card: Card, arch: str, method: str) -> None:
     plain, moved = both(arch, method)
     for chosen, side in ((MIXED[:1], "right"), (MIXED, "left"), (MIXED, "right")):
-        compare(plain, moved, batch(chosen, side))
-    compare(plain, moved, text_of(batch(MIXED[1:2])))
-    compare(plain, moved, batch(MIXED[1:]), workflow="mm")
+        compare(plain, moved, batch(rows(*chosen), side))
+    compare(plain, moved, text_of(batch(rows(*MIXED[1:2]))))
+    compare(plain, moved, batch(rows(*MIXED[1:])), workflow="mm")
 
 
 def test_rows_of_two_workflows(card: Card) -> None:
@@ -59,13 +61,13 @@ def test_rows_of_two_workflows(card: Card) -> None:
         for _ in range(2)
     )
     moved.to(CARD)
-    compare(plain, moved, batch(MIXED, "left"), workflow=["one", "text", "two"])
+    compare(plain, moved, batch(rows(*MIXED), "left"), workflow=["one", "text", "two"])
 
 
 @pytest.mark.parametrize(("arch", "method"), DECODING)
 def test_generation(card: Card, arch: str, method: str) -> None:
     plain, moved = both(arch, method)
-    inputs = batch(MIXED, "left")
+    inputs = batch(rows(*MIXED), "left")
     length = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     for mode in MODES.values():
         made = moved.generate(**there(inputs), **length, **mode)
@@ -75,7 +77,7 @@ def test_generation(card: Card, arch: str, method: str) -> None:
 def test_an_offloaded_cache(card: Card) -> None:
     """Its row slot, a few numbers, stays on the card."""
     plain, moved = both("llama", "wings")
-    inputs = batch(MIXED, "left")
+    inputs = batch(rows(*MIXED), "left")
     length = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     made = moved.generate(**there(inputs), **length, cache_implementation="offloaded")
     assert torch.equal(made.cpu(), plain.generate(**inputs, **length))
@@ -100,13 +102,13 @@ def test_masks_of_a_kind_have_a_width_that_kernels_take(card: Card) -> None:
         assert state.packed[IMAGE].mask[1, 0, -1].sum() == 11
 
 
-@pytest.mark.parametrize("method", ["iaa", "llava", "wings", "lora"])
+@pytest.mark.parametrize("method", ["iaa", "llava", "wings", "lora", "xattn"])
 def test_two_cards(tmp_path: Path, method: str) -> None:
     run = make_run(make_parts(tmp_path), tmp_path / "run", method)
     layers = {f"model.layers.{index}": f"cuda:{index // 2}" for index in range(4)}
     first, last = ("model.embed_tokens", "model.rotary_emb"), ("model.norm", "lm_head")
     placed = {**dict.fromkeys(first, "cuda:0"), **layers, **dict.fromkeys(last, "cuda:1")}
-    inputs = batch(MIXED, "left")
+    inputs = batch(rows(*MIXED), "left")
     inputs["image_features"] = inputs["image_features"][..., :16]  # the tower's width
     length = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     plain = perturb(GraftedModel.from_pretrained(run))

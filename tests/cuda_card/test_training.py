@@ -17,7 +17,7 @@ from pretend_flash import pretend_flash
 from tiny_runs import losses, make_parts, make_run, write_recipe
 
 BOTH = ["projector", "graft"]
-TRAINED = {"llava": ["projector"], "iaa": BOTH, "wings": BOTH, "lora": BOTH}
+TRAINED = {"llava": ["projector"], "iaa": BOTH, "wings": BOTH, "lora": BOTH, "xattn": BOTH}
 
 # method, what the stage switches, what the recipe does, how near the losses are
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {

@@ -23,7 +23,7 @@ from mmgraft.training.session import Session
 from pretend_cuda import CARD, Card
 from tiny_runs import make_parts, make_run, write_recipe
 
-ROWS = {"even": rows("ttiiiitt", "tiiiittt"), "mixed": rows("ttiiiitt", "ttttt")}
+ROWS = {"even": ("ttiiiitt", "tiiiittt"), "mixed": ("ttiiiitt", "ttttt")}
 CEILINGS = {  # waits of a decoded token and of a training forward
     ("llava", "even"): (1, 6),
     ("iaa-c", "even"): (1, 6),
@@ -34,8 +34,10 @@ CEILINGS = {  # waits of a decoded token and of a training forward
     ("iaa-c", "mixed"): (3, 9),
     ("wings", "mixed"): (4, 12),
     ("lora", "mixed"): (4, 10),
+    ("xattn", "even"): (1, 8),
+    ("xattn", "mixed"): (3, 11),
 }
-OF_A_STEP = {"llava": 8, "iaa": 8, "wings": 11, "lora": 8}
+OF_A_STEP = {"llava": 8, "iaa": 8, "wings": 11, "lora": 8, "xattn": 10}
 
 
 def there(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -50,7 +52,7 @@ def generated(card: Card, model: GraftedModel, side: str, tokens: int) -> Card:
     length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     with card.counting() as seen:
         model.generate(
-            **there(batch(ROWS[side], "left")), **length, do_sample=False, pad_token_id=0
+            **there(batch(rows(*ROWS[side]), "left")), **length, do_sample=False, pad_token_id=0
         )
     return seen
 
@@ -62,7 +64,7 @@ def test_waits_of_a_token_and_of_a_training_pass(card: Card, method: str, side: 
     few, many = (generated(card, model, side, tokens).waits for tokens in (2, 4))
     assert (many - few).total() <= 2 * of_token, many - few
     model.set_trainable(trained_groups(method))
-    inputs = batch(ROWS[side])
+    inputs = batch(rows(*ROWS[side]))
     labels, inputs = text_labels(inputs).to(CARD), there(inputs)
     with card.counting() as forward, torch.autocast("cuda", dtype=torch.bfloat16):
         loss = model.train()(**inputs, labels=labels).loss

@@ -147,6 +147,6 @@ def test_a_folder_that_is_not_empty_is_left_alone(settings: DemoSettings, tiny_m
 
 
 def test_an_unknown_method_is_refused_before_anything_is_written(settings: DemoSettings) -> None:
-    with pytest.raises(UsageError, match="choose expert, iaa, llava, lora, wings"):
+    with pytest.raises(UsageError, match="choose expert, iaa, llava, lora, wings, xattn"):
         run_demo(replace(settings, method="peft"))
     assert not settings.out.exists()

@@ -22,6 +22,7 @@ CLAIMS = {
     "lora-token": ({"gate": "token"}, {"E1", "E2"}),
     "expert": ({}, {"E1", "E2"}),
     "expert-shared": ({"image_positions": "shared"}, {"E1", "E2"}),
+    "xattn": ({}, {"E1", "E2"}),
 }
 
 

@@ -26,7 +26,7 @@ COLOURS = ("red", "green", "blue")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a tower, a run of each method, and sets of six questions on three pictures."""
     parts = make_parts(tmp_path_factory.mktemp("vision"))
-    for method in ("iaa", "wings", "llava", "lora", "expert"):
+    for method in ("iaa", "wings", "llava", "lora", "expert", "xattn"):
         make_run(parts, parts / method, method)
     rows = []
     for number in range(6):
@@ -56,7 +56,7 @@ def evaluate(run: Path, *specs: SetSpec, **more: Any) -> Results:
     return evaluate_vision(Answerer.load(run), run, specs, **more)
 
 
-@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert"])
+@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert", "xattn"])
 def test_a_set_is_asked_with_and_without_its_pictures(
     folder: Path, tmp_path: Path, said: list[str], method: str
 ) -> None:

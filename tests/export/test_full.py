@@ -41,7 +41,7 @@ def moved_away(tmp_path: Path, *names: str) -> None:
         shutil.rmtree(tmp_path / name)
 
 
-@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert"])
+@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert", "xattn"])
 def test_it_loads_alone_and_elsewhere(tmp_path: Path, method: str) -> None:
     pictures = save_pictures(tmp_path)
     run = make_graft(tmp_path, "qwen3", method=method)

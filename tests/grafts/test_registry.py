@@ -58,7 +58,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         __import__("sys").modules.pop(name, None)
 
 
-BUILT_IN = ["iaa", "wings", "llava", "lora", "expert", "wings-official"]
+BUILT_IN = ["iaa", "wings", "llava", "lora", "expert", "xattn", "wings-official"]
 
 
 def test_what_is_built_in() -> None:
@@ -117,5 +117,7 @@ def test_a_graft_class_that_is_not_there_is_named(install) -> None:
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown method 'wing'; did you mean 'wings'"):
         get_method("wing")
-    with pytest.raises(UsageError, match="known: iaa, wings, llava, lora, expert, wings-official"):
+    with pytest.raises(
+        UsageError, match="known: iaa, wings, llava, lora, expert, xattn, wings-official"
+    ):
         get_method("zebra")

@@ -12,6 +12,7 @@ from hub_fixtures import RECIPE, make_record
 from mmgraft.hub.card import MARKER, is_ours, render_card
 from mmgraft.model.files.graft_file import BaseReference
 from mmgraft.runs.results import Results
+from mmgraft.vision.projectors.configs import QFormerConfig
 from mmgraft.vision.spec import VisionSpec
 from report_example import (
     a_set,
@@ -92,6 +93,16 @@ def test_structure_c_is_not_said_to_have_a_gate() -> None:
 def test_a_tower_without_an_id_is_called_by_its_kind() -> None:
     text = card(vision=VisionSpec(kind="efficientnet-lite2"))
     assert "| vision tower | `efficientnet-lite2` |" in text
+
+
+def test_published_weights_of_a_projector_are_named_with_their_licence() -> None:
+    published = {"weights": "acme/blip2", "revision": "b" * 40, "features": 16}
+    text = card(projector=QFormerConfig(**published))
+    link = "[acme/blip2](https://huggingface.co/acme/blip2) at `" + "b" * 40 + "`"
+    assert f"| projector | `qformer`, which began as the weights of {link}; their licence" in text
+    local = card(projector=QFormerConfig(weights="blip2", features=16))
+    assert "weights of a folder of the machine that it was made on; their licence" in local
+    assert "| projector | `mlp` |" in card()
 
 
 def test_what_is_kept_of_text() -> None:

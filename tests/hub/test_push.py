@@ -24,6 +24,7 @@ from mmgraft.model.files.graft_file import BaseReference, GraftFile
 from mmgraft.model.files.summary import graft_parts
 from mmgraft.runs.contents import UploadFile
 from mmgraft.runs.results import write_results
+from mmgraft.vision.projectors.configs import QFormerConfig
 from mmgraft.vision.spec import VisionSpec
 from report_example import text_section, vision_section
 from tiny_exports import make_graft
@@ -356,11 +357,14 @@ def test_folders_of_the_recipe_stay_at_home(hub: HubServer, run: Path, folder: s
         "evaluation": [{"name": "s", "train": f"{folder}train.jsonl", "prompt": "yes/no: {q} /"}],
         "feature_cache": f"{folder}features",
     }
-    (run / "graft_config.json").write_text(make_record(recipe=recipe).dump())
+    began = QFormerConfig(weights=f"{folder}blip2", features=16)
+    record = make_record(recipe=recipe, projector=began)
+    (run / "graft_config.json").write_text(record.dump())
     (run / "recipe.yaml").write_text("# kept\n" + yaml.safe_dump(recipe))
     assert plan_push(run).warnings == []
     push(run)
     repo = hub.repos["tester/my-iaa"]
+    assert json.loads(repo.read("graft_config.json"))["projector"]["weights"] == "blip2"
     sent = json.loads(repo.read("graft_config.json"))["recipe"]
     assert sent["data"] == [{"path": "rows.jsonl", "images": "images"}]
     assert sent["stages"] == [{"name": "a", "data": None, "template": "chat.jinja", "lr": 1e-3}]
@@ -443,7 +447,10 @@ def test_what_is_pushed_loads_and_computes_the_same(
     hub: HubServer, tmp_path: Path, method: str, config: dict[str, Any], parts: set[str]
 ) -> None:
     made = make_graft(tmp_path, method=method, **config)
-    push(made, "tester/again", base_id="acme/tiny", vision_id="acme/eyes")
+    base, vision = GraftFile.read(made).base.id, GraftFile.read(made).vision.id
+    for name, folder in (("tester/tiny", base), ("tester/eyes", str(vision))):
+        hub.add_model(name, Path(folder))
+    push(made, "tester/again", base_id="tester/tiny", vision_id="tester/eyes")
     repo = hub.repos["tester/again"]
     card = repo.read("README.md").decode()
     assert f"| method | `{method}`: {get_method(method).title}" in card
@@ -461,7 +468,7 @@ def test_what_is_pushed_loads_and_computes_the_same(
     assert sent.keys() == own.keys()
     assert all(torch.equal(sent[key], own[key]) for key in own)
     record = GraftFile.read(fetched)
-    assert (record.base.id, record.vision.id) == ("acme/tiny", "acme/eyes")
+    assert (record.base.id, record.vision.id) == ("tester/tiny", "tester/eyes")
     assert record.settings == GraftFile.read(made).settings
 
 

@@ -35,7 +35,7 @@ from mmgraft.grafts.base import FULL_ATTENTION
 from mmgraft.model.cache import PreallocatedLayer, RowLayer, RowSlot, extend
 from tiny import LAYERS, WINDOW, tiny_config
 
-both = pytest.mark.parametrize("method", ["iaa-c", "wings", "lora-token"])
+both = pytest.mark.parametrize("method", ["iaa-c", "wings", "lora-token", "xattn"])
 
 
 @torch.no_grad()

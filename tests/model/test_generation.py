@@ -18,6 +18,7 @@ from grafting import (
     every_pair,
     graft_on,
     grafted,
+    image_count,
     logits_of,
     perturb,
     plain,
@@ -86,7 +87,7 @@ def test_greedy(arch: str, method: str) -> None:
 
 
 @every_architecture
-@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora", "xattn"])
 @pytest.mark.usefixtures("assistants")
 def test_every_other_mode(arch: str, method: str) -> None:
     model, inputs = grafted(arch, method), mixed()
@@ -108,7 +109,7 @@ def test_every_other_mode(arch: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings", "lora"])
+@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings", "lora", "xattn"])
 @pytest.mark.usefixtures("assistants")
 def test_a_graft_drafts_for_a_graft(arch: str, method: str) -> None:
     """Drafts that are mostly right, so that the caches of both are cropped and go on."""
@@ -170,13 +171,14 @@ def test_pixels_and_embeddings_instead_of_ids(method: str) -> None:
 
     model = perturb(GraftedModel.graft(tiny_model("llama"), tiny_tower(), CONFIGS[method]))
     inputs = batch(rows("ttiiiittt", "iiiittiiiitt"), "left")
-    pixels = torch.randn(3, 3, *model.vision_tower.image_size)
+    count = image_count(inputs["mm_token_type_ids"])
+    pixels = torch.randn(count, 3, *model.vision_tower.image_size)
     with torch.no_grad():
         inputs["image_features"] = model.vision_tower(pixels)
     expected = by_hand(model, inputs)
     seen = {k: v for k, v in inputs.items() if k != "image_features"}
     assert torch.equal(model.generate(**seen, pixel_values=pixels, **GREEDY), expected)
-    if method in ("wings", "llava", "lora"):  # IAA's own embedding is not the base's
+    if method in ("wings", "llava", "lora", "xattn"):  # IAA's own embedding is not the base's
         ids = inputs.pop("input_ids")
         embeds = model.get_input_embeddings()(ids).detach()
         new = model.generate(inputs_embeds=embeds, **inputs, **GREEDY)
@@ -184,7 +186,7 @@ def test_pixels_and_embeddings_instead_of_ids(method: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt_oss", "bloom"])
-@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora", "xattn"])
 def test_a_dialogue_goes_on_from_its_cache(arch: str, method: str) -> None:
     """Three turns, a second image in the second one; each equals a run from scratch."""
     model = grafted(arch, method)
@@ -209,7 +211,7 @@ def test_a_dialogue_goes_on_from_its_cache(arch: str, method: str) -> None:
         kinds = torch.nn.functional.pad(kinds, (0, ids.shape[1] - kinds.shape[1]))
 
 
-@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora", "xattn"])
 def test_caches_that_the_caller_made(method: str) -> None:
     model, inputs = grafted("llama", method), mixed()
     expected = by_hand(model, inputs)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from grafting import batch, distance, logits_of, own, perturb, plain, rows, text
 from mmgraft import GraftedModel, IAAConfig
 from mmgraft.evaluation.vision import evaluate_vision
 from mmgraft.inference import Answerer
+from mmgraft.model import modeling
 from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.save import save_graft
 from mmgraft.recipes.source import find_recipe, load_recipe
@@ -75,6 +78,25 @@ def test_each_workflow_beside_the_other_is_itself_alone(parts: Path, both: Graft
     assert distance(found["mm"], found["grounding"]) > 1e-2
     assert both.names == ["mm", "grounding"]
     assert torch.equal(logits_of(both, seen), found["mm"]), "the first one is the default"
+
+
+def test_each_workflow_has_its_own_processor(
+    both: GraftedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load_processor(record: Any, folder: Any, tower: Any, options: Any) -> Any:
+        asked.append((record, folder, tower, options))
+        return SimpleNamespace(answers=record.workflow)
+
+    monkeypatch.setattr(modeling, "load_processor", load_processor)
+    monkeypatch.setattr(both, "answers", None)
+    for name in (None, "grounding", "mm"):
+        both.processor("a/folder", workflow=name, options={"brief": True})
+        chosen = both.workflow(name or "mm")
+        assert asked[-1] == (chosen.record, "a/folder", both.vision_tower, {"brief": True})
+        assert both.answers == chosen.record.workflow
+    assert asked[0] != asked[1]
 
 
 def test_text_is_the_bases_bit_for_bit(both: GraftedModel) -> None:

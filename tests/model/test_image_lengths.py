@@ -21,7 +21,13 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate import answers as answering
 from mmgraft.inference import Answerer, Dialogue
-from mmgraft.vision.projectors.configs import MlpConfig, PixelShuffleConfig, PoolConfig
+from mmgraft.vision.projectors.configs import (
+    MlpConfig,
+    PerceiverConfig,
+    PixelShuffleConfig,
+    PoolConfig,
+    QFormerConfig,
+)
 from mmgraft.vision.towers.registry import TowerShape
 from sized_tower import plan, sized_tower
 from tiny import tiny_model
@@ -29,6 +35,13 @@ from tiny_tokenizer import tiny_tokenizer
 from tiny_towers import picture, tiny_tower
 
 SIZES = [(40, 24), (8, 8), (17, 30), (64, 9)]
+PROJECTORS = [
+    MlpConfig(),
+    PixelShuffleConfig(),
+    PerceiverConfig(latents=3, layers=2, heads=2, head_dim=4, per="view"),
+    PerceiverConfig(form="idefics2", latents=2, layers=1, heads=2, kv_heads=1, per="image"),
+    QFormerConfig(queries=2, width=8, layers=2, heads=2, hidden=8),
+]
 ANSWER = {"role": "assistant", "content": "yes"}
 
 
@@ -41,7 +54,7 @@ def made(method: str = "iaa-c", projector: Any = None, tower: Any = None) -> Ans
     projector = projector or MlpConfig()
     tower = tower or sized_tower()
     model = GraftedModel.graft(tiny_model("llama"), tower, CONFIGS[method], projector=projector)
-    positions = TowerShape.of(tower).positions(projector)
+    positions = model.workflow().record.positions(TowerShape.of(tower))
     processor = GraftProcessor(tiny_tokenizer(), positions, 5, "chat", tower.preprocess)
     return Answerer(perturb(model), processor)
 
@@ -76,7 +89,7 @@ def test_the_batch_says_how_long_each_image_is(answerer: Answerer) -> None:
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("projector", [MlpConfig(), PixelShuffleConfig()], ids=lambda p: p.kind)
+@pytest.mark.parametrize("projector", PROJECTORS, ids=lambda p: p.kind)
 def test_a_row_is_the_same_alone_and_beside_others(method: str, projector: Any) -> None:
     answerer = made(method, projector)
     for row, messages in zip(logits(answerer, CHATS), CHATS, strict=True):
@@ -273,3 +286,16 @@ def test_a_preview_counts_each_images_positions(answerer: Answerer) -> None:
     pieces = preview_row(answerer.processor, rows()[1]).pieces
     found = [piece.positions for piece in pieces if piece.kind == "image"]
     assert found == [plan(size).entries for size in SIZES[1:3]]
+
+
+@pytest.mark.parametrize("projector", PROJECTORS[2:], ids=lambda p: p.kind)
+def test_a_preview_and_a_batch_count_what_a_resampler_makes(projector: Any) -> None:
+    answerer = made("llava", projector)
+    views = [len(plan(size).views) for size in SIZES[1:3]]
+    each = {"perceiver": getattr(projector, "latents", 0), "qformer": 2}[projector.kind]
+    wanted = [each * (1 if projector.per == "image" else n) for n in views]
+    pieces = preview_row(answerer.processor, rows()[1]).pieces
+    assert [piece.positions for piece in pieces if piece.kind == "image"] == wanted
+    inputs = answerer.processor(CHATS[1:2])
+    assert inputs["image_lengths"].tolist() == wanted
+    assert int(inputs["mm_token_type_ids"].sum()) == sum(wanted)

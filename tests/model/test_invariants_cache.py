@@ -12,6 +12,7 @@ from decoding import WORDS, differences, in_chunks, placed, worst
 from grafting import (
     CONFIGS,
     batch,
+    distance,
     every_architecture,
     every_pair,
     graft_on,
@@ -20,6 +21,7 @@ from grafting import (
     perturb,
     plain,
     rows,
+    takes,
     text_of,
 )
 from tiny import VARIANTS
@@ -53,6 +55,18 @@ def test_rows_without_any_image_that_run_a_workflow(arch: str, method: str) -> N
     assert worst(grafted(arch, method), inputs, workflow="mm") < 1e-5
 
 
+@pytest.mark.parametrize("method", CONFIGS)
+def test_weights_that_change_between_two_prompts_are_seen(method: str) -> None:
+    """Wings puts matrices side by side once a generation."""
+    model, inputs = perturb(graft_on("llama", CONFIGS[method])), batch(rows(*WORDS), "left")
+    before = in_chunks(model, inputs)
+    perturb(model, seed=2)
+    after = in_chunks(model, inputs)
+    real = inputs["attention_mask"].bool()
+    assert distance(after[real], logits_of(model, inputs)[real]) < 1e-5
+    assert distance(after[real], before[real]) > 1e-3
+
+
 def _no_norm() -> Any:
     return CONFIGS["iaa-c"].model_copy(update={"norm": False})
 
@@ -81,6 +95,7 @@ def test_in_bf16_it_is_as_close_as_the_bases_own_cache(arch: str) -> None:
     allowed = max(2 * own, torch.cat(rounding).median())
     assert allowed < 0.1
     for method in CONFIGS:
+        takes(method)
         model = grafted(arch, method, torch.bfloat16)
         found = torch.cat([differences(model, each) for each in batches()])
         assert found.median() <= allowed, method

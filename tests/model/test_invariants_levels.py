@@ -42,6 +42,7 @@ def test_each_method_claims_what_it_is_granted() -> None:
         "lora": "E0 E1 E3",
         "lora-token": "E0 E1 E2 E3",
         "expert": "E0 E1 E2",
+        "xattn": "E0 E1 E2 E3",
     }
     assert {name: " ".join(sorted(levels(name))) for name in CONFIGS} == granted
     by_method = {one.name: one.levels() for one in built_in()}

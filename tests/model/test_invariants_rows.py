@@ -76,7 +76,7 @@ def test_rows_of_several_workflows_and_text_share_a_batch(arch: str) -> None:
     assert distance(other[0], expected[0]) > 1e-2
 
 
-@pytest.mark.parametrize("method", ["iaa-c", "wings"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "xattn"])
 def test_the_content_of_padding_does_not_matter(method: str) -> None:
     model = grafted("llama", method)
     for side in ("left", "right"):
@@ -88,7 +88,7 @@ def test_the_content_of_padding_does_not_matter(method: str) -> None:
             assert distance(mine, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["iaa-c", "wings", "llava", "lora-token"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "llava", "lora-token", "xattn"])
 def test_ids_at_image_positions_do_not_matter(method: str) -> None:
     model = grafted("llama", method)
     inputs = batch(rows("ttiiiitttt"))

@@ -15,7 +15,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grafting import CONFIGS, HIDDEN, PATCHES, every_method, graft_on, trained_groups
+from grafting import (
+    CONFIGS,
+    HIDDEN,
+    PATCHES,
+    every_method,
+    graft_on,
+    image_count,
+    trained_groups,
+)
 from mmgraft import GraftedModel
 from mmgraft.anatomy import Anatomy
 from mmgraft.grafts import Promises
@@ -41,7 +49,7 @@ def noise(places: list[str], each: int, seed: int) -> dict[str, Tensor]:
     words = [[int(letter == "i") for letter in PLACES[place]] for place in places]
     kinds = torch.tensor(words).repeat_interleave(each, dim=0)
     ids = torch.randint(0, IDS, kinds.shape, generator=generator)
-    images = int(kinds.sum()) // PATCHES
+    images = image_count(kinds)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -45,7 +45,7 @@ def fed(module: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt_neox", "falcon", "cohere", "qwen3_moe"])
-@pytest.mark.parametrize("method", ["llava", "iaa-b", "iaa-c", "wings", "lora", "expert"])
+@pytest.mark.parametrize("method", ["llava", "iaa-b", "iaa-c", "wings", "lora", "expert", "xattn"])
 def test_losses_and_gradients_are_the_same(
     arch: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,9 @@ def test_join_leaves_alone_what_asks_for_nothing():
         assert join(x, [nn.Parameter(torch.ones(1))]) is x
 
 
-@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings", "llava", "lora-token", "expert"])
+@pytest.mark.parametrize(
+    "method", ["iaa-a", "iaa-c", "wings", "llava", "lora-token", "expert", "xattn"]
+)
 @pytest.mark.parametrize("words", [("tiiiitt", "tttt"), ("ttt", "ttttt")], ids=["mixed", "text"])
 def test_every_trained_part_gets_a_gradient_and_the_loss_is_the_same(
     method: str, words: tuple[str, ...]

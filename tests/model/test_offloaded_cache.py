@@ -42,7 +42,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return moves
 
 
-@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings", "llava", "lora"])
+@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings", "llava", "lora", "xattn"])
 def test_every_slot_is_fetched_before_it_is_used(method: str, played: list[int]) -> None:
     model = grafted("llama", method)
     inputs = batch(rows("ttiiiitt", "tiiiittt"), "left")

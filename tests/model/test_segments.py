@@ -64,7 +64,7 @@ def of_rows(logits: Tensor, segments: Tensor) -> list[Tensor]:
 
 
 @every_architecture
-@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora", "lora-token", "expert"])
+@pytest.mark.parametrize("method", ["iaa-c", "wings", "lora", "lora-token", "expert", "xattn"])
 def test_each_row_is_what_it_is_alone(arch: str, method: str) -> None:
     """A mask that lets rows see one another, or positions that go on, change the later rows."""
     model, made = grafted(arch, method), rows(*WORDS)
@@ -100,7 +100,7 @@ def trained(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> dict[str, 
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings", "llava", "lora", "expert"])
+@pytest.mark.parametrize("method", ["iaa-a", "iaa-c", "wings", "llava", "lora", "expert", "xattn"])
 def test_loss_and_gradients_are_those_of_rows_apart(method: str, attention: str) -> None:
     """Also where layers are computed again in the backward pass."""
     model = perturb(graft_on("llama", CONFIGS[method], attention=attention))

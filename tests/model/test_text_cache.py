@@ -17,6 +17,7 @@ from grafting import (
     every_architecture,
     graft_on,
     grafted,
+    image_count,
     logits_of,
     perturb,
     plain,
@@ -27,7 +28,7 @@ from mmgraft.errors import UsageError
 
 WORD, TEXT = "ttttttttttiiiittttiiiitt", 10
 PIECES = [(0, 7), (7, 8), (8, 9), (9, 10), (10, 17), (17, 18), (18, 24)]
-GO_ON = ["llava", "lora-token", "expert"]
+GO_ON = ["llava", "lora-token", "expert", "xattn"]
 BEGIN_ANEW = ["iaa-a", "iaa-b", "iaa-c", "wings", "lora"]
 
 
@@ -44,7 +45,7 @@ def in_pieces(
             "attention_mask": inputs["attention_mask"][:, :end],
             "past_key_values": cache,
         }
-        images = int(kinds[:, start:end].sum()) // 4
+        images = image_count(kinds[:, start:end])
         if images:
             given["mm_token_type_ids"] = kinds[:, start:end]
             given["image_features"] = inputs["image_features"][shown : shown + images]

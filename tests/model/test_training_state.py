@@ -35,6 +35,7 @@ GROUPS = {
     "lora": {"attention", "feedforward"},
     "lora-token": {"attention", "feedforward"},
     "expert": {"attention", "feedforward"},
+    "xattn": {"attention", "feedforward", "gates", "marker"},
 }
 
 
@@ -68,6 +69,7 @@ def test_groups_cover_the_graft_and_do_not_overlap(method: str) -> None:
         ("wings", ["router"], ["graft.layers.*.router."]),
         ("lora", ["attention", "projector"], ["graft.attention.", "projector."]),
         ("expert", ["feedforward"], ["graft.feedforward."]),
+        ("xattn", ["gates", "marker"], ["graft.blocks.*.gate", "graft.marker"]),
         ("llava", ["base"], ["base."]),
     ],
 )

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from grafting import CONFIGS, batch, distance, graft_on, logits_of, perturb, rows
 from mmgraft import GraftedModel
+from mmgraft.basefiles import resolve
 from mmgraft.model import modeling
 from mmgraft.model.files import create, load
 from mmgraft.model.files.load import base_files, load_base
+from tiny import save_base
 
 
 class Stop(BaseException):
@@ -77,6 +79,13 @@ def test_a_base_in_4_bit_computes_in_what_was_wanted(
     assert found.load_in_4bit
     assert found.bnb_4bit_compute_dtype == computes
     assert found.bnb_4bit_quant_storage == torch.bfloat16
+
+
+def test_a_base_is_loaded_frozen(tmp_path: Path) -> None:
+    base = load_base(resolve(save_base(tmp_path / "base", "llama", tokenizer=False)))
+    assert list(base.parameters())
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+    assert not any(module.training for module in base.modules())
 
 
 def test_where_a_base_lies(called) -> None:

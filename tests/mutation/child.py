@@ -30,10 +30,6 @@ def run_tests(tree: str, tests: Sequence[str], log: str) -> None:
 
 
 def tests_of(words: Sequence[str]) -> list[str]:
-    """The words for pytest, files of tests with their folder."""
-    return [
-        f"tests/{word}"
-        if word.partition("::")[0].endswith(".py") or (ROOT / "tests" / word).is_dir()
-        else word
-        for word in words
-    ]
+    """The words for pytest, files and folders of tests with where they lie."""
+    options = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
+    return [*(f"tests/{word}" for word in words[:options]), *words[options:]]

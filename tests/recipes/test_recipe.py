@@ -322,6 +322,7 @@ EXPECTED = {
     "llava": "llava llava-full demo-llava",
     "lora": "lora lora-phi4 lora-xcomposer2 lora-24gb lora-cpu demo-lora",
     "expert": "expert expert-24gb expert-cpu demo-expert",
+    "xattn": "xattn xattn-flamingo xattn-24gb xattn-cpu demo-xattn",
 }
 
 

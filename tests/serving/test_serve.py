@@ -77,7 +77,7 @@ def address(parts: Path, served: dict[str, Served]) -> Iterator[str]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
+    server.should_exit = server.force_exit = True  # a test that failed left its connection open
     thread.join()
 
 

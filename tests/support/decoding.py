@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grafting import PATCHES, distance, logits_of
+from grafting import distance, image_count, logits_of, taken
 from mmgraft import GraftedModel
 
 # Left-padded to 19: two images, the second one in the second chunk; one image; no image at all.
@@ -30,7 +30,7 @@ def in_chunks(
     owners: list[tuple[int, int]] = []  # row and last column of each image
     if kinds is not None:
         for number, line in enumerate(kinds):
-            owners += [(number, int(at)) for at in line.nonzero().flatten()[PATCHES - 1 :: PATCHES]]
+            owners += [(number, int(at)) for at in line.nonzero().flatten()[taken() - 1 :: taken()]]
     for end in ends:
         given = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end]}
         if kinds is not None and kinds[:, start:end].any():
@@ -75,8 +75,8 @@ def changed_at(inputs: dict[str, Tensor], column: int) -> dict[str, Tensor]:
     for number, line in enumerate(kinds):
         if line[column]:
             patch = int(line[:column].sum())
-            features[first + patch // PATCHES, patch % PATCHES] += 1.0
+            features[first + patch // taken(), patch % taken()] += 1.0
         else:
             ids[number, column] = 6 + (int(ids[number, column]) - 6 + 17) % 290
-        first += int(line.sum()) // PATCHES
+        first += image_count(line)
     return {**inputs, "input_ids": ids, "image_features": features}

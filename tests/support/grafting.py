@@ -26,13 +26,14 @@ from mmgraft import (
     LlavaConfig,
     LoraConfig,
     WingsConfig,
+    XattnConfig,
 )
 from mmgraft.model.loss import supervised
 from mmgraft.vision.plan import Plan
 from tiny import ARCHITECTURES, HIDDEN, tiny_model
 
 PATCHES = 4
-"""Positions of one image."""
+"""Vectors of one image, and its positions but for :data:`BESIDE`."""
 
 CONFIGS: dict[str, BaseModel] = {
     "iaa-a": IAAConfig(layers=[0, 2], structure="a"),
@@ -43,8 +44,30 @@ CONFIGS: dict[str, BaseModel] = {
     "lora": LoraConfig(rank=4, alpha=6.0),
     "lora-token": LoraConfig(rank=3, alpha=3.0, gate="token"),
     "expert": ExpertConfig(),
+    "xattn": XattnConfig(layers=[0, 2], gate_size="channel"),
 }
 """The methods of the matrix. Inserted layers follow sliding and full layers, the last one too."""
+
+BESIDE = {"xattn"}
+"""Methods of which an image takes one position: in their tests every i of a word is an image."""
+
+_takes = [PATCHES]
+
+
+def takes(method: str | None) -> None:
+    """Rows are made for this method from now on; conftest.py says so for tests of a method."""
+    _takes[0] = 1 if method in BESIDE else PATCHES
+
+
+def taken() -> int:
+    """Positions of an image."""
+    return _takes[0]
+
+
+def image_count(kinds: Tensor) -> int:
+    """Images that stand at these positions."""
+    return int((kinds == 1).sum()) // taken()
+
 
 MATRIX = [(arch, method) for arch in ARCHITECTURES for method in CONFIGS]
 
@@ -102,7 +125,8 @@ def perturb(model: GraftedModel, size: float = 0.1, seed: int = 1) -> GraftedMod
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.workflows.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        scale = 1.0 if "router" in name else size * (3 if ".up." in name else 1)
+        wide = "router" in name or name.endswith(".gate")
+        scale = 1.0 if wide else size * (3 if ".up." in name else 1)
         parameter.add_((noise * scale).to(parameter))
     return model
 
@@ -129,8 +153,8 @@ def row(word: str, seed: int = 0, vocab: int = 300, width: int = HIDDEN) -> Row:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{word}/{seed}".encode()))
     kinds = torch.tensor([int(letter == "i") for letter in word])
     ids = torch.randint(6, vocab, kinds.shape, generator=generator)
-    images, rest = divmod(int(kinds.sum()), PATCHES)
-    assert not rest, f"an image has {PATCHES} positions"
+    images, rest = divmod(int(kinds.sum()), taken())
+    assert not rest, f"an image has {taken()} positions"
     return Row(kinds, ids, torch.randn(images, PATCHES, width, generator=generator))
 
 

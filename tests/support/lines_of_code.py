@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTED = ("mmgraft", "plugins", "examples")
-LIMIT = 29_200
-"""Largest number of lines of code in mmgraft/."""
+LIMIT = 30_150
+"""Largest number of lines in mmgraft/; 29,600 is the aim once all engines are built."""
 
 
 def lines_of_code(text: str) -> int:

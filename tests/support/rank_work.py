@@ -22,7 +22,7 @@ BATCHES = [(True, True), (True, False), (False, True), (False, False)]
 """Whether a rank's rows have an image, step by step."""
 
 
-def batch(seed: int, image: bool) -> dict[str, Any]:
+def batch(seed: int, image: bool, taken: int) -> dict[str, Any]:
     """Two rows for a tower of 4 patches; the second is shorter."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 60, (2, 12), generator=draw)
@@ -33,7 +33,7 @@ def batch(seed: int, image: bool) -> dict[str, Any]:
     if not image:
         return {**given, "workflow": ["text", "text"]}
     kinds = torch.zeros_like(ids)
-    kinds[:, 2:6] = 1
+    kinds[:, 2 : 2 + taken] = 1
     pixels = torch.randn(2, 3, 16, 16, generator=draw)
     return {**given, "mm_token_type_ids": kinds, "pixel_values": pixels, "workflow": ["mm", "mm"]}
 
@@ -43,6 +43,7 @@ def sharded_steps(run: str, checkpointing: bool, four_bit: bool, saved: str) -> 
     torch.set_num_threads(1)
     rank, ranks = start()
     plain, pieces = (_fresh(run, checkpointing, four_bit) for _ in range(2))
+    taken = plain.workflow().positions(plain.vision_tower.fixed_plan)
     shard(pieces, "cpu")
     trained = {name: p for name, p in pieces.named_parameters() if p.requires_grad}
     found: dict[str, Any] = {
@@ -57,7 +58,7 @@ def sharded_steps(run: str, checkpointing: bool, four_bit: bool, saved: str) -> 
         for model in (plain, pieces)
     ]
     for step, images in enumerate(BATCHES):
-        batches = [batch(10 * step + one, images[one]) for one in range(ranks)]
+        batches = [batch(10 * step + one, images[one], taken) for one in range(ranks)]
         counts = [int((b["labels"][:, 1:] != -100).sum()) for b in batches]
         learned = max(1, sum(n for n, image in zip(counts, images, strict=True) if image))
         total = torch.zeros(())
@@ -75,7 +76,7 @@ def sharded_steps(run: str, checkpointing: bool, four_bit: bool, saved: str) -> 
             optimizer.step()
             optimizer.zero_grad()
     with torch.no_grad():
-        pieces.eval()(**batch(99, True))
+        pieces.eval()(**batch(99, True, taken))
     rest(pieces)
     from mmgraft.model.files.save import save_graft
 

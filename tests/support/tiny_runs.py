@@ -25,6 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llava": {},
     "lora": {"rank": 4},
     "expert": {"layers": [1, 3]},
+    "xattn": {"layers": [0, 2]},
     "wings-official": {},
 }
 
@@ -37,12 +38,14 @@ def make_parts(folder: Path, arch: str = "llama") -> Path:
     return folder
 
 
-def make_run(parts: Path, run: Path, method: str, **config: Any) -> Path:
+def make_run(parts: Path, run: Path, method: str, projector: Any = None, **config: Any) -> Path:
     """A fresh graft on the shared base, the same every time."""
     torch.manual_seed(0)
     settings = get_method(method).config_class.model_validate({**CONFIGS[method], **config})
     vision = VisionSpec(id=str(parts / "tower"))
-    create_graft(str(parts / "base"), vision, settings, run, projector=ProjectorSpec(norm=True))
+    create_graft(
+        str(parts / "base"), vision, settings, run, projector=projector or ProjectorSpec(norm=True)
+    )
     return run
 
 

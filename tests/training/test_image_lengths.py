@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from mmgraft.data.checking import Checker
 from mmgraft.data.formats.sources import read_rows
@@ -16,15 +21,29 @@ from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer
 from mmgraft.model.files.create import create_graft
 from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.training.callbacks.stopping import TrainingStopped
 from mmgraft.training.memory.request import read_request
 from mmgraft.training.run import plan_training, train
-from mmgraft.vision.projectors.configs import MlpConfig, PoolConfig
+from mmgraft.vision.projectors.configs import (
+    MlpConfig,
+    PerceiverConfig,
+    PoolConfig,
+    QFormerConfig,
+)
 from sized_tower import plan, sized_tower
 from tiny import save_base
 from tiny_runs import CONFIGS, losses, write_recipe
 from tiny_towers import picture
 
 SIZES = [(40, 24), (9, 60), (8, 8), (24, 40)]
+RESAMPLERS = [
+    PerceiverConfig(latents=3, layers=2, heads=2, head_dim=4, per="view"),
+    PerceiverConfig(form="idefics2", latents=2, layers=1, heads=2, kv_heads=1),
+    QFormerConfig(queries=2, width=8, layers=2, heads=2, hidden=8),
+]
+every_resampler = pytest.mark.parametrize(
+    "projector", RESAMPLERS, ids=["flamingo", "idefics2", "qformer"]
+)
 STAGE = {"name": "tune", "train": ["projector", "graft"], "lr": 1e-2, "batch_size": 2}
 
 
@@ -71,21 +90,71 @@ def test_a_feature_cache_changes_no_loss(parts: Path, tmp_path: Path) -> None:
     assert cached == pytest.approx(plain, abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["iaa", "wings"])
-def test_packing_learns_what_padding_learns(parts: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "projector"),
+    [("iaa", None), ("wings", None), ("lora", RESAMPLERS[0]), ("iaa", RESAMPLERS[1])],
+    ids=str,
+)
+def test_packing_learns_what_padding_learns(
+    parts: Path, tmp_path: Path, method: str, projector: Any
+) -> None:
     """All four rows in one step: in sequences of two, or of two rows each."""
     whole = {"batch_size": 4, "max_steps": 1}
     packed = {"batch_size": 4, "max_steps": 1, "packing": True, "max_length": 96}
-    one = run_losses(make(parts, tmp_path / "padded", method, stage=whole))
-    other = run_losses(make(parts, tmp_path / "packed", method, stage=packed))
+    one = run_losses(make(parts, tmp_path / "padded", method, projector, stage=whole))
+    other = run_losses(make(parts, tmp_path / "packed", method, projector, stage=packed))
     assert other == pytest.approx(one, abs=1e-5)
 
 
-def test_rows_are_checked_and_estimated_by_their_own_lengths(parts: Path, tmp_path: Path) -> None:
-    run = make(parts, tmp_path / "run", projector=PoolConfig())
+@pytest.mark.parametrize("method", ["llava", "iaa", "wings", "lora"])
+@every_resampler
+def test_every_tensor_of_a_resampler_learns_with_every_method(
+    parts: Path, tmp_path: Path, method: str, projector: Any
+) -> None:
+    stage = {"train": ["projector"], "gradient_checkpointing": True, "max_steps": 2}
+    run = make(parts, tmp_path / "run", method, projector, stage=stage)
+    fresh = load_file(run / "graft.safetensors")
+    train(plan_training(run))
+    for name, tensor in load_file(run / "graft.safetensors").items():
+        learned = name.startswith("projector.") and not name.endswith(
+            "key.bias"
+        )  # softmax drops it
+        assert learned != torch.equal(tensor, fresh[name]) or name.endswith("key.bias"), name
+
+
+class CtrlC(TrainerCallback):
+    """Presses it in the third step."""
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@every_resampler
+def test_a_stopped_run_of_a_resampler_goes_on_to_the_bit(
+    parts: Path, tmp_path: Path, projector: Any
+) -> None:
+    whole, stopped = (
+        make(parts, tmp_path / name, "lora", projector, stage={"max_steps": 5}, save_every=1)
+        for name in ("whole", "stopped")
+    )
+    train(plan_training(whole))
+    with pytest.raises(TrainingStopped):
+        train(plan_training(stopped), display=lambda *_: [CtrlC()])
+    train(plan_training(stopped, resume=True))
+    assert losses(stopped) == losses(whole)
+    one, other = (load_file(run / "graft.safetensors") for run in (whole, stopped))
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("projector", [PoolConfig(), *RESAMPLERS], ids=lambda one: one.kind)
+def test_rows_are_checked_and_estimated_by_their_own_lengths(
+    parts: Path, tmp_path: Path, projector: Any
+) -> None:
+    run = make(parts, tmp_path / "run", projector=projector)
     processor = Answerer.load(run).processor
     rows = read_rows(parts / "rows.jsonl", parts / "images")
-    counts = [PoolConfig().counts(plan(size)) for size in SIZES]
+    counts = [projector.counts(plan(size)) for size in SIZES]
     wanted = counts[0] + counts[1] + counts[2] + counts[2] + counts[3] + counts[0]
     report = Checker(processor).check(rows)
     assert not report.bad
@@ -93,6 +162,8 @@ def test_rows_are_checked_and_estimated_by_their_own_lengths(parts: Path, tmp_pa
     request = read_request(run, device="cpu")
     (estimate,) = request.stages()
     assert estimate.rows.sizes == (SIZES[3], SIZES[0])
+    stored = load_file(run / "graft.safetensors").values()
+    assert estimate.trained == sum(tensor.numel() for tensor in stored)
     assert estimate.activations > 0
 
 

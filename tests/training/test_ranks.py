@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from mmgraft.data.batches.sampler import EpochSampler
 from mmgraft.training.run import plan_training, train
+from mmgraft.vision.projectors.configs import PerceiverConfig
 from rank_work import apart, train_runs
 from ranks import on_ranks
 from tiny_runs import losses, make_run, write_recipe
@@ -29,11 +30,15 @@ STAGES: dict[str, list[dict[str, Any]]] = {
     "wings": [{"name": "tune", "train": ["projector", "graft"], "max_steps": 200}],  # fsdp2: 30
     "lora": [{"name": "tune", "train": ["projector", "graft"], "max_steps": 30}],
     "expert": [{"name": "tune", "train": ["projector", "graft"], "max_steps": 30}],
+    "xattn": [{"name": "tune", "train": ["projector", "graft"], "max_steps": 30}],
     "llava": [
         {"name": "align", "train": ["projector"], "text_rows": "graft", "max_steps": 10},
         {"name": "tune", "train": ["projector", "base"], "text_rows": "base", "max_steps": 20},
     ],
 }
+
+PROJECTORS = {"lora": PerceiverConfig(latents=4, layers=1, heads=2, head_dim=4)}
+"""That of the others is ``mlp``."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def stored(run: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert"])
+@pytest.mark.parametrize("method", ["iaa", "wings", "llava", "lora", "expert", "xattn"])
 def test_two_ranks_are_one(
     parts: Path,
     rows: tuple[Path, list[bool]],
@@ -77,7 +82,7 @@ def test_two_ranks_are_one(
     own = {"embedding": True, "head": True} if method == "iaa" else {}
     runs = {}
     for name in ("one", "ddp", "fsdp2"):
-        runs[name] = make_run(parts, tmp_path / name, method, **own)
+        runs[name] = make_run(parts, tmp_path / name, method, PROJECTORS.get(method), **own)
         stages = [
             {
                 "text_rows": "graft",

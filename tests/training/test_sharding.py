@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmgraft.vision.projectors.configs import PerceiverConfig, ProjectorConfig, QFormerConfig
 from rank_work import sharded_steps, stop_and_go_on, tensors_of
 from ranks import on_ranks
 from tiny_runs import losses, make_run, write_recipe
@@ -28,7 +29,8 @@ needs_bitsandbytes = pytest.mark.skipif(
         ("llava", False, False),
         ("lora", False, False),
         ("lora", True, False),
-        ("expert", True, False),
+        ("xattn", False, False),
+        ("xattn", True, False),
         pytest.param("iaa", False, True, marks=needs_bitsandbytes),
     ],
 )
@@ -40,8 +42,34 @@ def test_pieces_compute_what_the_whole_does(
     if method == "iaa" and not four_bit:
         own = {"embedding": True, "head": True}
     own = {**own, "structure": "a"} if own and checkpointing else own  # what a layer hands on
+    own = {"gate_init": 0.5} if method == "xattn" else own  # so that all of a block learns
     run = make_run(parts, tmp_path / "run", method, **own)
-    saved = tmp_path / "saved"
+    pieces_are_the_whole(run, tmp_path / "saved", checkpointing, four_bit)
+
+
+PERCEIVER = PerceiverConfig(
+    form="idefics2", latents=4, layers=2, heads=4, kv_heads=2, head_dim=4, per="image"
+)
+QFORMER = QFormerConfig(queries=4, width=8, layers=2, heads=2, hidden=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("projector", "four_bit"),
+    [
+        pytest.param(PERCEIVER, True, marks=needs_bitsandbytes),
+        (QFORMER, False),
+    ],
+    ids=lambda one: getattr(one, "kind", None),
+)
+def test_pieces_of_a_resampler_compute_what_the_whole_does(
+    parts: Path, tmp_path: Path, projector: ProjectorConfig, four_bit: bool
+):
+    run = make_run(parts, tmp_path / "run", "llava", projector)
+    pieces_are_the_whole(run, tmp_path / "saved", False, four_bit)
+
+
+def pieces_are_the_whole(run: Path, saved: Path, checkpointing: bool, four_bit: bool) -> None:
     found = on_ranks(sharded_steps, str(run), checkpointing, four_bit, str(saved))
     for one in found:
         assert one["whole"] == []

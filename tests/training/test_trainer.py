@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 from mmgraft.errors import MMGraftError
 from mmgraft.training.run import plan_training
 from mmgraft.training.session import Session
+from mmgraft.training.trainer import GraftTrainer
 from tiny_runs import losses, make_run, write_recipe
 
 TUNE = {"name": "tune", "train": ["projector", "graft"], "lr": 1e-3, "batch_size": 2}
@@ -90,6 +92,17 @@ def test_one_step_is_the_mean_over_all_supervised_tokens(parts, tmp_path, text_r
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text_rows", "wanted"),
+    [("skip", ["see", "text", "see"]), ("graft", ["see", "see", "see"])],
+)
+def test_each_row_trains_its_workflow(text_rows, wanted):
+    """LLaVA's graft does nothing to a row of text, so that no gradient tells these apart."""
+    stage = SimpleNamespace(workflow="see", text_rows=text_rows)
+    trainer: Any = SimpleNamespace(stage=stage, _about={"with_image": [True, False, True]})
+    assert GraftTrainer._workflows(trainer) == wanted
 
 
 def test_text_rows_of_a_trained_base_train_it(parts, tmp_path):

@@ -24,9 +24,11 @@ from mmgraft.vision.plan import ImagePositions, Plan, View
 from mmgraft.vision.projectors.configs import (
     LinearConfig,
     MlpConfig,
+    PerceiverConfig,
     PixelShuffleConfig,
     PoolConfig,
     ProjectorConfig,
+    QFormerConfig,
 )
 from mmgraft.vision.projectors.registry import (
     AnyProjector,
@@ -47,6 +49,10 @@ CONFIGS = [
     PixelShuffleConfig(k=3),
     PoolConfig(),
     PoolConfig(k=4, norm=True),
+    PerceiverConfig(latents=5, layers=2, heads=3, head_dim=2),
+    PerceiverConfig(form="idefics2", latents=2, layers=1, heads=4, kv_heads=2, head_dim=3),
+    PerceiverConfig(latents=3, layers=1, heads=1, per="view"),
+    QFormerConfig(queries=4, width=8, layers=2, heads=2, hidden=9, per="image"),
 ]
 ids = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.kind}{getattr(c, 'k', '')}")
 WIDTH, HIDDEN = 6, 10

@@ -35,6 +35,9 @@ def test_registered_tower_is_frozen_cast_and_described(kind: str) -> None:
         return tower
 
     register_tower(kind, thawed)
+    elsewhere = load_tower(kind, dtype=torch.bfloat16, device="meta")
+    placed = {(one.device.type, one.dtype) for one in elsewhere.parameters()}
+    assert placed == {("meta", torch.bfloat16)}
     tower = load_tower(kind, dtype=torch.bfloat16)
     assert not any(parameter.requires_grad for parameter in tower.parameters())
     assert tower(tower.preprocess([picture()])).shape == (1, 3, 8)

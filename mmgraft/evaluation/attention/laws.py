@@ -33,7 +33,9 @@ from mmgraft.evaluation.items.files import file_sha256, sampled
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Measured, paired
 from mmgraft.evaluation.origin import described_graft, section_of
+from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer
+from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.progress import counted, say
 from mmgraft.runs.results import Results, Score, SetResult
 
@@ -109,7 +111,7 @@ def evaluate_laws(
         UsageError: No sample is left, an unreadable image, or an attention without weights.
     """
     began, file = time.monotonic(), _file(samples, file)
-    workflow = answerer.model.workflow(workflow).name
+    workflow = refuse_memory(answerer.model.workflow(workflow).record)
     batches = _Batches(answerer, samples, workflow, features)
     say(f"attention of {len(batches.order)} of {len(samples)} samples by layer")
     measured = _Shifts(batches, batches.sums(batch_size))
@@ -126,6 +128,24 @@ def evaluate_laws(
     )
     graft = described_graft(answerer.model, run, workflow)
     return section_of("laws", graft, [result], details={name: measured.details()})
+
+
+def refuse_memory(record: GraftFile) -> str:
+    """Refuse a method whose images the attention of the base does not reach.
+
+    Returns:
+        The name of the graft's workflow.
+
+    Raises:
+        UsageError: It keeps images beside the sequence.
+    """
+    if get_method(record.method).memory:
+        raise UsageError(
+            f"laws sums what the base's attention gives to an image and to the text around it, and "
+            f"method {record.method} keeps an image's vectors beside the sequence, where that "
+            "attention does not reach: there is nothing to sum"
+        )
+    return record.workflow
 
 
 def _file(samples: Sequence[Sample], file: Path | None) -> Path:

@@ -68,7 +68,8 @@ class ExpertGraft(OnLinears):
         own = module(flat.index_select(0, chosen))
         if torch.is_grad_enabled() and x.requires_grad:
             rest, back = self._split(state, chosen)
-            both = torch.cat([original(flat.index_select(0, rest)).to(own.dtype), own])
+            out = original(flat.index_select(0, rest))
+            both = torch.cat([out, own.to(out.dtype)])
             return both.index_select(0, back).view(*x.shape[:-1], -1)
         out = original(x)
         return out.flatten(0, -2).index_copy(0, chosen, own.to(out.dtype)).view(out.shape)

@@ -92,6 +92,7 @@ def create_graft(
     template: TemplateChoice | None = None,
     revision: str | None = None,
     full_fingerprint: bool = False,
+    seed: int = 0,
     dry_run: bool = False,
 ) -> GraftFile:
     """Write a fresh graft; of the base only the tensors that the graft copies are read.
@@ -106,6 +107,7 @@ def create_graft(
         template: How conversations become text.
         revision: Of the base on the Hub.
         full_fingerprint: Hash every byte of the base, so that ``verify="full"`` can compare.
+        seed: Of new tensors that do not start as copies or zero.
         dry_run: Check everything and write nothing.
 
     Returns:
@@ -121,7 +123,7 @@ def create_graft(
     spec = _pinned(spec)
     shape = describe_tower(spec)
     files = resolve(base, revision)
-    made = make_from_files(files, config, workflow, projector or MlpConfig(), template, shape)
+    made = make_from_files(files, config, workflow, projector or MlpConfig(), template, shape, seed)
     if full_fingerprint:
         made.record.base.fingerprint = fingerprint(files, full=True)
     made.record.vision = spec
@@ -150,6 +152,7 @@ def make_from_files(
     projector: ProjectorConfig,
     template: TemplateChoice | None,
     tower: VisionTower | TowerShape | None,
+    seed: int = 0,
 ) -> Workflow:
     """Make a fresh workflow from a base's files, of which it reads what it copies.
 
@@ -160,6 +163,7 @@ def make_from_files(
         projector: Its shape and start.
         template: How conversations become text.
         tower: The tower, or its shape, which leaves the record to name it.
+        seed: Of new tensors that do not start as copies or zero.
     """
     from mmgraft.basefiles import (
         TensorReader,
@@ -184,7 +188,7 @@ def make_from_files(
         owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
         parts = ReadParts(reader, base_config, indices, owns, anatomy)
         return make_workflow(
-            config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen
+            config, anatomy, parts, workflow, projector, tower, reference, tokenizer, chosen, seed
         )
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,6 +20,10 @@ from mmgraft.version import __version__
 from mmgraft.vision.projectors.configs import MlpConfig
 from mmgraft.vision.projectors.registry import AnyProjector
 from mmgraft.vision.spec import VisionSpec
+
+if TYPE_CHECKING:
+    from mmgraft.vision.plan import ImagePositions
+    from mmgraft.vision.towers.registry import TowerShape
 
 _log = logging.getLogger(__name__)
 
@@ -118,6 +122,11 @@ class GraftFile(_Strict):
         """Return what the method promises of this graft; all, where the method is not installed."""
         method = methods().get(self.method)
         return Promises() if method is None else method.promises(self.settings)
+
+    def positions(self, shape: TowerShape) -> ImagePositions:
+        """Return how many positions an image takes, of a tower of this shape."""
+        method = methods().get(self.method)
+        return shape.positions(self.projector, method and method.positions)
 
     def dump(self) -> str:
         """Return the file's text."""

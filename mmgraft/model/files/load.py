@@ -213,7 +213,7 @@ def load_processor(
         )
     template = Template(record.template.kind, record.template.text)
     shape = tower if isinstance(tower, TowerShape) else tower and TowerShape.of(tower)
-    positions = 1 if shape is None else shape.positions(record.projector)
+    positions = 1 if shape is None else record.positions(shape)
     preprocess = getattr(tower, "preprocess", None)
     options = {**record.template.options, **(options or {})}
     return GraftProcessor(
@@ -283,11 +283,14 @@ def finish(workflow: Workflow, base: PreTrainedModel, anatomy: Anatomy) -> None:
     """
     share_config(workflow.graft, base)
     layers = decoder_layers(base, anatomy)
+    embedding = base.get_input_embeddings()
+    placed: set[nn.Module | None] = set()
     for index, module in workflow.graft.layer_modules():
         _fill_buffers(module, layers[index])
         _to_device_of(module, layers[index])
+        placed.add(module)
     twins = {
-        "embedding": base.get_input_embeddings(),
+        "embedding": embedding,
         "norm": get_path(base, anatomy.norm_path) if anatomy.norm_path else None,
         "head": base.get_output_embeddings(),
     }
@@ -296,7 +299,10 @@ def finish(workflow: Workflow, base: PreTrainedModel, anatomy: Anatomy) -> None:
         if module is not None and twin is not None:
             _fill_buffers(module, twin)
             _to_device_of(module, twin)
-    _to_device_of(workflow.projector, base.get_input_embeddings())
+        placed.add(module)
+    for part in (*workflow.graft.children(), workflow.projector):
+        if placed.isdisjoint(part.modules()):  # it stands before the first layer
+            _to_device_of(part, embedding)
     for name, tensor in workflow.state_dict().items():
         if tensor.is_meta:
             raise MMGraftError(f"{workflow.name}.{name} was not saved by its method: no value.")

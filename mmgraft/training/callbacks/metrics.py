@@ -115,7 +115,7 @@ FILE = "metrics.jsonl"
 
 
 class MetricsFile(TrainerCallback):
-    """Appends step, loss, rates by group, speed and memory of one stage.
+    """Appends step, loss, rates by group, speed, memory and the graft's readings of one stage.
 
     Args:
         run: The run folder.
@@ -139,6 +139,8 @@ class MetricsFile(TrainerCallback):
             for key in ("grad_norm", "tokens_per_second", "memory_gb", "epoch"):
                 if key in logs:
                     line[key] = logs[key]
+            if own := {k[6:]: v for k, v in logs.items() if k.startswith("graft/")}:
+                line["graft"] = own
             self.last = line
         elif "eval_loss" in logs:
             line["eval_loss"] = logs["eval_loss"]

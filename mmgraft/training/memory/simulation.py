@@ -264,8 +264,7 @@ def _watch(
 
 def _loss(model: GraftedModel, load: Load) -> Tensor:
     shape = (load.rows, load.length)
-    projector = model.workflow().projector
-    lengths = [projector.counts(plan) for plan in load.plans]
+    lengths = [model.workflow().positions(plan) for plan in load.plans]
     shown = sum(lengths)
     real = torch.ones(shape, dtype=torch.long)
     if load.padded:

@@ -45,7 +45,7 @@ class Subject:
     @property
     def positions(self) -> ImagePositions:
         """Positions of an image."""
-        return self.shape.positions(self.record.projector)
+        return self.record.positions(self.shape)
 
     def plan(self, size: Size | None) -> Plan:
         """Return the plan of an image of a size; of every image where the size is None."""

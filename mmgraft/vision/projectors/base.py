@@ -31,7 +31,10 @@ class Projector(nn.Module, ABC):
 
     def __init__(self, config: Any, in_features: int) -> None:
         super().__init__()
-        self.config, self.in_features = config, in_features
+        self.config, self.in_features = config.settled(), in_features
+
+    def fill(self) -> None:
+        """Take the published weights that the settings name; called once, where it is made."""
 
     @abstractmethod
     def forward(self, features: Tensor, plans: Sequence[Plan]) -> Tensor:
@@ -73,14 +76,45 @@ def by_grid(
     Returns:
         The vectors of all grids row by row, in the order of the views.
     """
-    features = features.flatten(0, -2)
+    grids = [grid for own in views(features, plans) for grid in own]
+    return alike(grids, lambda x: compress(x).flatten(1, 2))
+
+
+def views(features: Tensor, plans: Sequence[Plan]) -> list[list[Tensor]]:
+    """Return the views of each image, ``(rows, columns, width)``."""
     grids = [view.grid for plan in plans for view in plan.views]
-    if len(set(grids)) == 1:
-        return compress(features.unflatten(0, (len(grids), *grids[0]))).flatten(0, 2)
-    pieces = features.split([rows * columns for rows, columns in grids])
+    pieces = iter(features.flatten(0, -2).split([rows * columns for rows, columns in grids]))
+    return [[next(pieces).unflatten(0, view.grid) for view in plan.views] for plan in plans]
+
+
+def alike(pieces: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of batches to tensors, those of one shape together.
+
+    Returns:
+        What it made of each, one after another in the order of the tensors.
+    """
     made: dict[int, Tensor] = {}
-    for grid in dict.fromkeys(grids):
-        at = [index for index, other in enumerate(grids) if other == grid]
-        alike = torch.stack([pieces[index].unflatten(0, grid) for index in at])
-        made.update(zip(at, compress(alike).flatten(1, 2), strict=True))
-    return torch.cat([made[index] for index in range(len(grids))])
+    for shape in dict.fromkeys(piece.shape for piece in pieces):
+        at = [index for index, piece in enumerate(pieces) if piece.shape == shape]
+        made.update(zip(at, function(torch.stack([pieces[n] for n in at])), strict=True))
+    return torch.cat([made[index] for index in range(len(pieces))])
+
+
+class Resampler(Projector):
+    """A projector that makes one number of vectors of each view, or of each image.
+
+    A subclass implements ``resample``. Vectors that are padding of a view are left out, and pieces
+    of one length are run together, so that no mask is needed.
+    """
+
+    def forward(self, features: Tensor, plans: Sequence[Plan]) -> Tensor:
+        pieces: list[Tensor] = []
+        for plan, grids in zip(plans, views(features, plans), strict=True):
+            valid = [view.valid or view.grid for view in plan.views]
+            own = [x[:r, :c].flatten(0, 1) for x, (r, c) in zip(grids, valid, strict=True)]
+            pieces += own if self.config.per == "view" else [torch.cat(own)]
+        return alike(pieces, self.resample)
+
+    @abstractmethod
+    def resample(self, features: Tensor) -> Tensor:
+        """Make ``(pieces, vectors, out_features)`` of ``(pieces, entries, in_features)``."""

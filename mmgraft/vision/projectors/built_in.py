@@ -44,15 +44,11 @@ class MlpProjector(Projector):
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out_features)
         )
-        self.reset_parameters()
+        draw_anew([self.norm, *self.mlp], config.init_scale)
 
     def width_in(self, in_features: int) -> int:
         """Return the width of what the first linear layer takes."""
         return in_features
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, the last layer scaled by ``config.init_scale``."""
-        draw_anew([self.norm, *self.mlp], self.config.init_scale)
 
     def forward(self, features: Tensor, plans: Sequence[Plan]) -> Tensor:
         first = cast(nn.Linear, self.mlp[0])

@@ -15,9 +15,11 @@ from mmgraft.strict import describe
 from mmgraft.vision.projectors.configs import (
     LinearConfig,
     MlpConfig,
+    PerceiverConfig,
     PixelShuffleConfig,
     PoolConfig,
     ProjectorConfig,
+    QFormerConfig,
 )
 
 if TYPE_CHECKING:
@@ -43,9 +45,10 @@ class ProjectorKind:
     origin: str = "mmgraft"
 
 
-def _built_in(name: str, title: str, config: type[ProjectorConfig], module: str) -> ProjectorKind:
+def _built_in(name: str, title: str, config: type[ProjectorConfig], place: str) -> ProjectorKind:
     def load() -> type[Projector]:
-        return getattr(import_module("mmgraft.vision.projectors.built_in"), module)
+        file, _, projector = place.partition(".")
+        return getattr(import_module(f"mmgraft.vision.projectors.{file}"), projector)
 
     return ProjectorKind(name, title, config, load)
 
@@ -65,12 +68,16 @@ def _of_package(name: str, kind: Any, origin: str) -> ProjectorKind:
 
 _SHUFFLE = "k x k neighbours side by side, then two linear layers"
 _POOL = "the mean of k x k neighbours, then two linear layers"
+_PERCEIVER = "latents that read the features, as Flamingo or Idefics2 has them"
+_QFORMER = "BLIP-2's Q-Former, with its published weights"
 PROJECTORS: Kinds[ProjectorKind] = Kinds("projector", "mmgraft.projectors", _of_package)
 for _kind in (
-    _built_in("mlp", "two linear layers", MlpConfig, "MlpProjector"),
-    _built_in("linear", "one linear layer", LinearConfig, "LinearProjector"),
-    _built_in("pixel_shuffle", _SHUFFLE, PixelShuffleConfig, "PixelShuffleProjector"),
-    _built_in("pool", _POOL, PoolConfig, "PoolProjector"),
+    _built_in("mlp", "two linear layers", MlpConfig, "built_in.MlpProjector"),
+    _built_in("linear", "one linear layer", LinearConfig, "built_in.LinearProjector"),
+    _built_in("pixel_shuffle", _SHUFFLE, PixelShuffleConfig, "built_in.PixelShuffleProjector"),
+    _built_in("pool", _POOL, PoolConfig, "built_in.PoolProjector"),
+    _built_in("perceiver", _PERCEIVER, PerceiverConfig, "perceiver.PerceiverProjector"),
+    _built_in("qformer", _QFORMER, QFormerConfig, "qformer.QFormerProjector"),
 ):
     PROJECTORS.register(_kind.name, _kind)
 projectors, find_projector = PROJECTORS.names, PROJECTORS.find

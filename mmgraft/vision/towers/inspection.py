@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from mmgraft.errors import UsageError
 
@@ -76,12 +77,26 @@ def skeleton(config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=False)
+            model = _made(config)
     except Exception as error:  # whatever a foreign __init__ may raise over its configuration
         raise _refusal(name, config, error) from error
     if "pixel_values" not in inspect.signature(model.forward).parameters:
         raise _refusal(name, config, "it takes no images")
     return model.eval()
+
+
+def is_part(config: PreTrainedConfig) -> bool:
+    """Tell whether AutoModel has no class for the vision part of a model alone, as of BLIP-2's."""
+    return type(config) not in MODEL_MAPPING
+
+
+def _made(config: PreTrainedConfig) -> PreTrainedModel:
+    if is_part(config):
+        module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        for kind in vars(module).values():
+            if getattr(kind, "config_class", None) is type(config):
+                return kind(config)
+    return AutoModel.from_config(config, trust_remote_code=False)
 
 
 def examine(

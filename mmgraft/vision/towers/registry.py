@@ -39,9 +39,18 @@ class TowerShape:
         """Return the shape of a loaded tower."""
         return cls(tower.hidden_size, tower.fixed_plan or tower.plan)
 
-    def positions(self, projector: ProjectorConfig) -> ImagePositions:
-        """Return how many positions an image takes with a projector."""
-        return ImagePositions(projector.counts, self.plan)
+    def positions(
+        self, projector: ProjectorConfig, takes: Callable[[int], int] | None = None
+    ) -> ImagePositions:
+        """Return how many positions an image takes with a projector.
+
+        Args:
+            projector: Its settings.
+            takes: Positions of so many vectors, where they are not as many: ``Method.positions``.
+        """
+        if takes is None:
+            return ImagePositions(projector.counts, self.plan)
+        return ImagePositions(lambda plan: takes(projector.counts(plan)), self.plan)
 
 
 Loader = Callable[[VisionSpec], "VisionTower"]

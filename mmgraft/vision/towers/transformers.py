@@ -31,7 +31,7 @@ from mmgraft.vision.preprocessing import (
 )
 from mmgraft.vision.spec import VisionSpec
 from mmgraft.vision.towers.base import VisionTower
-from mmgraft.vision.towers.inspection import FeatureMap, examine, skeleton, vision_config
+from mmgraft.vision.towers.inspection import FeatureMap, examine, is_part, skeleton, vision_config
 from mmgraft.vision.towers.registry import TowerShape
 
 _SMALL = ["config.json", "preprocessor_config.json", "processor_config.json"]
@@ -144,10 +144,11 @@ def load(spec: VisionSpec) -> TransformersTower:
         if not any(folder.glob(_SAFETENSORS[0])):
             fetch(spec.id, revision, _PICKLES)
     spec = spec.model_copy(update={"revision": revision, "feature_layer": feature_map.layer})
+    options = {"key_mapping": {r"^vision_model\.": ""}} if is_part(config) else {}
     try:
         with working(f"loading {spec.name}") as work, quiet(work):
             loaded: Any = type(empty).from_pretrained(
-                folder, config=config, dtype="auto", output_loading_info=True
+                folder, config=config, dtype="auto", output_loading_info=True, **options
             )
     except Exception as error:  # whatever a foreign file may raise
         if is_out_of_memory(error):

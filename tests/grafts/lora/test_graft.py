@@ -132,7 +132,7 @@ class Experts(nn.Module):
 
 
 def test_experts_in_a_list_are_no_linear_layers_of_their_rows() -> None:
-    from mmgraft.anatomy.inspection import leaf_linears
+    from mmgraft.anatomy.linears import leaf_linears
 
     layer = nn.Module()
     layer.mlp, layer.out = Experts(), nn.Linear(4, 3)
@@ -280,13 +280,13 @@ def test_a_stage_cannot_train_the_base() -> None:
         stage.check_switches(["projector", "base"])
 
 
-@torch.no_grad()
-def test_it_is_no_plain_decoder(tmp_path: Path) -> None:
+def test_a_plain_decoder_lacks_its_adapters() -> None:
     method = get_method("lora")
     assert method.as_decoder is not None
-    assert method.as_decoder(LoraConfig(), False).layers is None
-    with pytest.raises(UsageError, match="never merged"):
-        method.as_decoder(LoraConfig(), True)
+    assert method.as_decoder(LoraConfig(), False).lacks == ""
+    assert "lacks the adapters" in method.as_decoder(LoraConfig(), True).lacks
+    with pytest.raises(UsageError, match="image positions alone"):
+        method.as_decoder(LoraConfig(gate="token"), True)
 
 
 def test_it_is_saved_and_loaded_by_the_names_of_the_linear_layers(tmp_path: Path) -> None:

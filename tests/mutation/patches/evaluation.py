@@ -295,8 +295,8 @@ PATCHES = [
     Patch(
         "differences between arms have the wrong order",
         "comparison/measured.py",
-        "return [(a, b, self._change(",
-        "return [(b, a, self._change(",
+        "return [(a, b, self.over_seeds(",
+        "return [(b, a, self.over_seeds(",
         "comparison/test_report.py",
     ),
     Patch(
@@ -428,7 +428,7 @@ PATCHES = [
     Patch(
         "a setting of one arm goes to all",
         "comparison/spec.py",
-        "for name in [arm] if colon else list(arms):",
+        "for name in named_arms(arms, arm) if colon else list(arms):",
         "for name in list(arms):",
         "comparison/test_spec.py comparison/test_plan.py",
     ),

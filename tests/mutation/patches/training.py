@@ -8,8 +8,8 @@ PATCHES = [
     Patch(
         "weight decay on norms and biases",
         "training/trainer.py",
-        "if (n in decays) == decay]",
-        "if decay]",
+        "if (name in decays and parameter.dim() > 1) == decay",
+        "if decay",
         "training/test_wiring.py -k decay",
     ),
     Patch(

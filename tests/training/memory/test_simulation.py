@@ -10,7 +10,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from grafting import graft_on
-from mmgraft import ExpertConfig, IAAConfig, LlavaConfig, LoraConfig, WingsConfig
+from mmgraft import (
+    ExpertConfig,
+    IAAConfig,
+    LlavaConfig,
+    LoraConfig,
+    WingsConfig,
+    XattnConfig,
+)
 from mmgraft.errors import MMGraftError
 from mmgraft.model import loss
 from mmgraft.model.kernels import activations
@@ -30,6 +37,7 @@ CONFIGS = {
     "lora": LoraConfig(rank=4),
     "lora-token": LoraConfig(rank=3, gate="token", targets="feedforward"),
     "expert": ExpertConfig(layers=[0, 3]),
+    "xattn": XattnConfig(layers=[0, 2]),
 }
 
 
@@ -89,7 +97,7 @@ def earnest(method: str, monkeypatch: pytest.MonkeyPatch, padded: bool = False) 
     monkeypatch.setattr(activations._Made, "pack", inside)
     monkeypatch.setattr(activations, "_is_handled", lambda: False)
     kinds = torch.zeros(2, LENGTH, dtype=torch.long)
-    kinds[:, :PATCHES] = 1
+    kinds[:, : model.workflow().positions(Plan.of_count(PATCHES))] = 1
     labels = torch.full((2, LENGTH), -100)
     labels[:, LENGTH - LEARNED :] = 0
     real = torch.ones(2, LENGTH, dtype=torch.long)
