@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,16 +122,18 @@ def _reduced(base_class: type[PreTrainedModel], wanted: set[str]) -> type[PreTra
     def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:
         base_class.__init__(self, config)
         _take_out(self, wanted, "")
-
-    def _init_weights(self: PreTrainedModel, module: nn.Module) -> None:
-        with suppress(AttributeError):  # of a part that is taken out
-            base_class._init_weights(self, module)
+        for part in self.modules():
+            if isinstance(part, PreTrainedModel):
+                vars(part)["_init_weights"] = partial(_initialise, part._init_weights)
 
     # transformers finds its weight conversions by the name of the class.
-    names = {
-        "__init__": __init__, "_init_weights": _init_weights, "__module__": base_class.__module__
-    }  # fmt: skip
+    names = {"__init__": __init__, "__module__": base_class.__module__}
     return type(base_class.__name__, (base_class,), names)
+
+
+def _initialise(original: Callable[[nn.Module], None], module: nn.Module) -> None:
+    with suppress(AttributeError):  # of a part that is taken out
+        original(module)
 
 
 def _take_out(module: nn.Module, wanted: set[str], prefix: str) -> None:

@@ -54,9 +54,8 @@ def estimate(target: _Target, json: JsonFlag = False, **request: Any) -> None:
 
 
 def _found(estimator: Estimator) -> dict[str, Any]:
-    from mmgraft.training.memory.cards import reserve, smallest
     from mmgraft.training.memory.estimate import not_counted
-    from mmgraft.training.memory.shortage import peak_of, savings
+    from mmgraft.training.memory.shortage import peak_of, reserve, savings, smallest
 
     recipe, subject = estimator.recipe, estimator.subject
     stages = estimator.stages()

@@ -48,7 +48,7 @@ def serve(
     check_packages()
     allowed = Allowed(allow_urls, _folder(allow_files))
     listening = _listen(host, port)
-    first, *others = runs or [str(find_run(None, announce=note))]
+    first, *others = runs or [str(find_run(None))]
     answerer = load_answerer(first, show_reasoning=show_reasoning, **loading)
     served = serve_names(answerer, others, loading["base"])
     import uvicorn

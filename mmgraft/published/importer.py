@@ -32,14 +32,15 @@ from mmgraft.model.files.graft_file import (
 from mmgraft.progress import say
 from mmgraft.published.names import Published, PublishedGraft, read_published
 from mmgraft.published.parts import (
+    Source,
     TowerPlan,
     base_bytes,
     differs_from,
+    open_source,
     plan_tower,
     write_base,
     write_tower,
 )
-from mmgraft.published.source import Source, open_source
 from mmgraft.published.wings.config import OfficialWingsConfig
 
 OWN_TOWER = "tower"

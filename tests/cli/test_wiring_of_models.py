@@ -347,6 +347,7 @@ def test_what_is_served_and_how(run: Path, parts: Path, cli, loaded, called, mon
     assert sockets[0].getsockname()[1] != 0
     sockets[0].close()
     monkeypatch.setenv("MMGRAFT_API_KEY", "kept")
-    assert cli("serve", "run", "--port", "0").code == 0
+    monkeypatch.setattr("mmgraft.cli.serve.find_run", lambda given: run)
+    assert cli("serve", "--port", "0").code == 0, "the only graft here"
     assert built[1]["key"] == "kept"
     sockets[1].close()

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import tarfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -455,7 +456,12 @@ def test_a_set_of_the_hub_is_read_by_its_test_split(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    held = {"question": ["a?"], "answer": ["b"], "image": [Image.new("RGB", (9, 9))]}
+    held: dict[str, Any] = {
+        "question": ["a?"],
+        "answer": ["b"],
+        "image": [Image.new("RGB", (9, 9))],
+    }
+    held |= {"image": [Image.new("RGB", (9, 9))], "asked": [datetime(2026, 1, 1)]}
     table = datasets.Dataset.from_dict(held)
 
     def load(*args: Any, **more: Any) -> Any:

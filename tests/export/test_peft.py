@@ -15,6 +15,7 @@ from mmgraft.errors import UsageError
 from mmgraft.export.folder import check_folder
 from mmgraft.export.llava.export import export_llava
 from mmgraft.export.peft import export_peft
+from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.modeling import GraftedModel
 from tiny_exports import make_graft
 from tiny_towers import picture
@@ -93,3 +94,13 @@ def test_dry_run_and_what_is_replaced(tmp_path: Path) -> None:
     (out / "adapter_model.safetensors").write_bytes(b"mine")
     with pytest.raises(UsageError, match="something else than an earlier export"):
         check_folder(out, run, force=True)
+
+
+def test_a_base_that_moved_is_named(tmp_path: Path) -> None:
+    run = make_graft(tmp_path, "llama", method="lora", rank=4)
+    Path(GraftFile.read(run).base.id).rename(tmp_path / "moved")
+    with pytest.raises(UsageError):
+        export_peft(run, tmp_path / "none")
+    made = export_peft(run, tmp_path / "out", base=str(tmp_path / "moved"))
+    assert sorted(made.files) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert not (tmp_path / "none").exists()

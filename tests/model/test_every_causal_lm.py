@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from grafting import perturb
 from mmgraft import GraftedModel, IAAConfig, LlavaConfig, WingsConfig
 from mmgraft.anatomy import examine
+from mmgraft.basefiles import TensorReader, load_config, read_modules, resolve
 from mmgraft.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sweep"))
@@ -107,3 +110,22 @@ def test_each_method_works_or_is_refused_with_the_reason(kind: str) -> None:
             continue
         model = grafted(base, method)
         assert broken(Case(plain, model, model.anatomy.embedding_size), IN_MEMORY) == {}, method
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "modernbert-decoder"])
+def test_linear_layers_are_read_where_a_class_reaches_into_what_is_left_out(
+    kind: str, tmp_path: Path
+) -> None:
+    """As it starts a part, it looks for the weights of another, which is not read."""
+    small_base(kind).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    anatomy = examine(base)
+    paths = [
+        f"{anatomy.layers_path}.{i}.{name}" for i, of in anatomy.linears.items() for name in of
+    ]
+    with TensorReader(resolve(str(tmp_path))) as reader:
+        found = read_modules(reader, load_config(reader.files), paths)
+    for path in paths:
+        read, whole = (model.get_submodule(path).state_dict() for model in (found, base))
+        assert read.keys() == whole.keys()
+        assert all(torch.equal(read[name], whole[name]) for name in whole), path

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from grafting import batch, distance, graft_on, logits_of, perturb, rows
 from mmgraft import IAAConfig, LlavaConfig
-from mmgraft.model.kernels.flat_head import flat_heads
+from mmgraft.evaluation.generate.answers import flat_heads
 
 WORDS = ("ttiiiitt", "tiiiittt", "ttttiiii")
 

@@ -29,7 +29,6 @@ needs_bitsandbytes = pytest.mark.skipif(
         ("llava", False, False),
         ("lora", False, False),
         ("lora", True, False),
-        ("expert", True, False),
         ("xattn", False, False),
         ("xattn", True, False),
         pytest.param("iaa", False, True, marks=needs_bitsandbytes),

@@ -1,11 +1,13 @@
 """Greedy answers of a model to questions, in batches of rows of like length.
 
 The prefix that rows of a batch share is read once: a system prompt, and each image.
+Heads read positions as one matrix, which torch multiplies without copying the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +15,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mmgraft.anatomy import get_path
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.images import open_images
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.run_features import Features, image_inputs
-from mmgraft.model.kernels.flat_head import flat_heads
+from mmgraft.evaluation.likelihood.likelihood import PLAIN_LAYERS
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
+from mmgraft.patching import patched_forward
 
-_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 _SHORTEST = 4
 
 
@@ -127,7 +130,7 @@ def _exact(model: GraftedModel, workflow: str, length: int) -> bool:
         return False
     # A window counts columns, those of padding between prefix and rest too.
     window = model.anatomy.sliding_window
-    plain = _PLAIN_LAYERS.issuperset(model.anatomy.layer_types)
+    plain = PLAIN_LAYERS.issuperset(model.anatomy.layer_types)
     return plain and (window is None or length < window)
 
 
@@ -297,3 +300,26 @@ def _batches(
             made.append([])
         made[-1].append(at)
     return made
+
+
+@contextmanager
+def flat_heads(model: GraftedModel) -> Iterator[None]:
+    """Give every head ``(b * s, h)`` for ``(b, s, h)`` while the block lasts.
+
+    ``generate`` hands a head the last position of each row, which is a view with gaps. torch then
+    repeats the head's weight for every row of the batch before it multiplies: with a vocabulary of
+    49,152 that is most of the time of a batch. The same products are made either way; sums may
+    round differently, so this is not for proofs of identity.
+    """
+    heads = [get_path(model.base, model.anatomy.head_path)]
+    heads += [one.graft.head for one in model._workflow_list() if one.graft.head is not None]
+    with ExitStack() as stack:
+        for head in heads:
+            stack.enter_context(patched_forward(head, _flat_head))
+        yield
+
+
+def _flat_head(original: Any, hidden: Tensor) -> Tensor:
+    if hidden.dim() != 3:
+        return original(hidden)
+    return original(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])

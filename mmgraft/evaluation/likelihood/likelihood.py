@@ -22,7 +22,8 @@ DEFAULT_LENGTH = 2048
 
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 _UNSET = 1e29  # transformers' own word for a tokenizer without a length
-_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+"""Types of layers that go on from a cache as if all were read at once."""
 LOGITS_AT_ONCE = 1 << 27
 """Logits that one pass may give; a batch is made smaller until it fits."""
 
@@ -220,7 +221,7 @@ def positions_at_once(config: Any) -> int:
 def can_go_on(config: Any) -> bool:
     """Return whether a base that goes on from a cache gives what a full pass gives."""
     types = getattr(config.get_text_config(), "layer_types", None)
-    return types is None or _PLAIN_LAYERS.issuperset(types)
+    return types is None or PLAIN_LAYERS.issuperset(types)
 
 
 def context_length(config: Any, tokenizer: Any = None) -> int:

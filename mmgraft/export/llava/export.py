@@ -1,17 +1,18 @@
-"""A graft as an ordinary LLaVA model, which transformers loads without mmgraft."""
+"""A graft as an ordinary LLaVA model, which transformers loads without mmgraft, and its card."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mmgraft.atomic import atomic_folder
 from mmgraft.basefiles.tensor_files import write_shards
 from mmgraft.errors import UsageError
+from mmgraft.evaluation.report.markdown import render
 from mmgraft.export.folder import Exported, copy_file, sizes_in
-from mmgraft.export.llava.card import llava_card
 from mmgraft.export.llava.check import compare, take_samples
 from mmgraft.export.llava.config import empty_llava, llava_config
 from mmgraft.export.llava.fit import Ingredients, gather
@@ -19,6 +20,7 @@ from mmgraft.export.llava.processor import StockProcessor, stock_processor
 from mmgraft.export.llava.tensors import llava_tensors
 from mmgraft.progress import say
 from mmgraft.runs.contents import README
+from mmgraft.version import __version__
 
 
 @dataclass(frozen=True)
@@ -138,3 +140,36 @@ def _generation_config(plan: _Plan) -> GenerationConfig:
     if plan.processor.new_rows:  # tokens that the base does not have, so never says
         config.suppress_tokens = [*(config.suppress_tokens or []), *plan.processor.new_rows]
     return config
+
+
+_HUB = "https://huggingface.co/"
+
+
+def llava_card(made_of: Ingredients, title: str, image_token: str, difference: float) -> str:
+    """Write the card as Markdown with its front matter.
+
+    Args:
+        made_of: The parts.
+        title: Name of the folder.
+        image_token: Text of the image token.
+        difference: Largest difference of a logit from the graft's, as measured.
+    """
+    record = made_of.record
+    local = record.base.id.startswith((".", "/"))
+    front = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    if not local:
+        front["base_model"] = record.base.id
+    tags = ["mmgraft", "llava", record.method, "vision-language", "multimodal"]
+    note = made_of.text_note
+    return render(
+        "export/llava/card.md.jinja",
+        front=yaml.safe_dump({**front, "tags": tags}, sort_keys=False),
+        title=title,
+        base="in a local folder" if local else f"[{record.base.id}]({_HUB}{record.base.id})",
+        note=note[0].upper() + note[1:],
+        made_of=made_of,
+        dtype=str(made_of.dtype).removeprefix("torch."),
+        difference=f"{difference:.1e}",
+        version=__version__,
+        token=image_token,
+    )

@@ -37,7 +37,7 @@ class ExpertGraft(OnLinears):
         if config.image_positions == "shared" and not _by_number(anatomy):
             raise UsageError(
                 f"image_positions: shared gives all of an image one position, and "
-                f"{anatomy.class_name} takes none: it reads distances alone. Choose each."
+                f"{anatomy.class_name} takes none (neither rotary ones nor a table). Choose each."
             )
         super().__init__(config, anatomy, config.parts, "--parts", make, tokens=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -171,12 +171,11 @@ def make_workflow(
         template: The way from conversations to text.
         seed: Of new tensors that do not start as copies or zero, such as the projector's.
     """
-    size = anatomy.embedding_size
-    width = size if tower is None else tower.hidden_size
+    width = anatomy.embedding_size if tower is None else tower.hidden_size
     with torch.random.fork_rng(devices=[]):  # the same graft twice, whatever was drawn before
         torch.manual_seed(seed)
         # The projector first: the same one whatever the method, so that methods compare.
-        projector = build_projector(spec, width, size)
+        projector = build_projector(spec, width, anatomy.embedding_size)
         projector.fill()
         graft: Graft = get_method(config.method).load_graft()(config, anatomy, parts)
     token, why = choose_placeholder(tokenizer, anatomy.vocab_size)
@@ -193,6 +192,6 @@ def make_workflow(
     if tower is not None and not isinstance(tower, TowerShape):
         record.vision, record.vision_fingerprint = tower.spec, tower.fingerprint()
         record.vision_features = SeenFeatures(sample=tower.sample())
-    made = Workflow(workflow, projector, graft, record)
+    made: Any = Workflow(workflow, projector, graft, record)
     dtype = next((p.dtype for p in graft.parameters()), None)
-    return made if dtype is None else cast(Workflow, made.to(dtype))
+    return made if dtype is None else made.to(dtype)

@@ -1,4 +1,7 @@
-"""Too little memory: a warning before a training begins, the error that ends one, what saves."""
+"""Too little memory: a warning before a training begins, the error that ends one, what saves.
+
+Common cards stand in ``cards.yaml``, with what of their memory a training can have.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
+import yaml
 
 from mmgraft.errors import MMGraftError
 from mmgraft.recipes.recipe import Recipe, Stage
@@ -17,6 +21,44 @@ from mmgraft.training.distributed.parallel import processes, processes_here
 if TYPE_CHECKING:
     from mmgraft.training.memory.estimate import Estimator, StageEstimate
     from mmgraft.training.plan import Plan
+
+
+@dataclass(frozen=True)
+class Card:
+    """A size of card.
+
+    Attributes:
+        gb: Its memory in 1e9 bytes, as it is sold.
+        such_as: Cards of that size.
+        usable: Bytes that a training can have.
+    """
+
+    gb: int
+    such_as: str
+    usable: int
+
+
+_CARDS = yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text(encoding="utf-8"))
+
+
+def cards() -> list[Card]:
+    """Return all sizes, the smallest first."""
+    fixed, share = _CARDS["reserve"]["fixed_gb"], _CARDS["reserve"]["share"]
+    made = [
+        Card(one["gb"], one["such_as"], round((one["gb"] * (1 - share) - fixed) * 1e9))
+        for one in _CARDS["cards"]
+    ]
+    return sorted(made, key=lambda card: card.gb)
+
+
+def reserve() -> str:
+    """Say what is left free on every card."""
+    return f"{_CARDS['reserve']['fixed_gb']:g} GB and {_CARDS['reserve']['share']:.0%} of a card"
+
+
+def smallest(needed: int) -> Card | None:
+    """Find the smallest card that has so many bytes to give; None where none has."""
+    return next((card for card in cards() if card.usable >= needed), None)
 
 
 _WORTH = 0.01  # a saving under this share of the peak is none

@@ -460,4 +460,18 @@ PATCHES = [
         "            pass\n",
         "serving/test_settings.py",
     ),
+    Patch(
+        "a PEFT adapter's alpha is its rank",
+        "export/peft.py",
+        '"lora_alpha": adapter.alpha',
+        '"lora_alpha": adapter.rank',
+        "export/test_peft.py",
+    ),
+    Patch(
+        "--base reaches no PEFT export",
+        "export/peft.py",
+        "gather(run, base).anatomy",
+        "gather(run).anatomy",
+        "export/test_peft.py",
+    ),
 ]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmgraft.training.memory.cards import cards, reserve, smallest
+from mmgraft.training.memory.shortage import cards, reserve, smallest
 
 
 def test_the_sizes_are_the_common_ones():
