@@ -226,7 +226,7 @@ def _projector(
 ) -> ProjectorConfig:
     """Return the settings: the recipe's where it names the same projector, then the options."""
     own = defaults.projector
-    name = name or own.kind
+    name = name or str(own.kind)
     same, kind = name == own.kind, find_projector(name).config_class
     if norm is not None and "norm" not in kind.model_fields:
         raise UsageError(f"--projector-norm is no setting of projector {name}; leave it out")

@@ -66,7 +66,7 @@ def llava_tensors(
         _check_complete(pieces, wanted)
         last = _LastPiece(model, wanted)
         tensors: dict[str, LazyTensor] = {}
-        tower = model.config.vision_config.model_type
+        tower = getattr(model.config.vision_config, "model_type", None)
         for piece in pieces:
             empty = {name: wanted[name] for name in piece.names}
             for name, tensor in revert_weight_conversion(model, empty).items():

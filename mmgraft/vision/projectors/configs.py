@@ -181,7 +181,7 @@ class QFormerConfig(_Resampled):
 
     _number: ClassVar[str] = "queries"
     kind: Literal["qformer"] = "qformer"
-    per: Literal["image", "view"] = "view"
+    per: Literal["image", "view"] = "view"  # pyright: ignore[reportIncompatibleVariableOverride]
     weights: str | None = None
     revision: str | None = None
     queries: int | None = Field(default=None, ge=1)

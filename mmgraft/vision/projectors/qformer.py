@@ -44,8 +44,8 @@ class QFormerProjector(Resampler):
                 f"gives width {in_features}; name the tower that it was trained with, or another "
                 "Q-Former"
             )
-        settings = {theirs: getattr(c, ours) for ours, theirs in _NAMES.items()}
-        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        settings: dict[str, Any] = {theirs: getattr(c, ours) for ours, theirs in _NAMES.items()}
+        dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         shape = Blip2QFormerConfig(**settings, **dropout, encoder_hidden_size=in_features)
         self.post_layernorm = nn.LayerNorm(in_features, eps=c.norm_eps)
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, c.queries, c.width))
@@ -94,7 +94,7 @@ def published(name: str | None, revision: str | None) -> dict[str, Any]:
             folder = fetch(name, revision, ["config.json"])
             found |= {"weights": name, "revision": folder.name}
         config = read_config(folder, name)
-        if not isinstance(config, Blip2Config):
+        if config.model_type != Blip2Config.model_type:
             raise UsageError(
                 f"{name} is of type {config.model_type}; weights of qformer are those of a BLIP-2 "
                 "checkpoint (type blip-2), whose Q-Former reads an image alone"

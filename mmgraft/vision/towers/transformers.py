@@ -144,7 +144,7 @@ def load(spec: VisionSpec) -> TransformersTower:
         if not any(folder.glob(_SAFETENSORS[0])):
             fetch(spec.id, revision, _PICKLES)
     spec = spec.model_copy(update={"revision": revision, "feature_layer": feature_map.layer})
-    options = {"key_mapping": {r"^vision_model\.": ""}} if is_part(config) else {}
+    options: dict[str, Any] = {"key_mapping": {r"^vision_model\.": ""}} if is_part(config) else {}
     try:
         with working(f"loading {spec.name}") as work, quiet(work):
             loaded: Any = type(empty).from_pretrained(
