@@ -334,7 +334,7 @@ class GraftedModel(WorkflowGeneration):
         embeds, projected = self._merge(embeds, rows, kinds == IMAGE, images)
         embeds = self._joined(embeds, first=True)
         lengths = None if images is None else torch.tensor(images.lengths)
-        positions = self._positions(given, slot, active, image_numbers(kinds, lengths))
+        positions = self._positions(given, slot, active, kinds, lengths)
         state = self._state(rows, embeds, kinds, positions, given, slot)
         if images is not None:
             state.images, state.image_lengths = projected, lengths
@@ -484,16 +484,18 @@ class GraftedModel(WorkflowGeneration):
         return torch.cat([found[number] for number in range(len(names))])
 
     def _positions(
-        self, given: Inputs, slot: RowSlot, active: list[Active], images: Tensor
-    ) -> Tensor:
-        """Position of each new token ``(b, s)``; ``images`` is the number of its image or -1."""
+        self, given: Inputs, slot: RowSlot, active: list[Active], kinds: Tensor,
+        lengths: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Position of each new token ``(b, s)``; ``lengths`` are the positions of each image."""
         found = given.position_ids
         if found is None:
-            found = _positions(given.attention_mask, slot.past, images.shape[1], images.device)
-        found = found.to(images.device).expand(images.shape[0], -1)
+            found = _positions(given.attention_mask, slot.past, kinds.shape[1], kinds.device)
+        found = found.to(kinds.device).expand(kinds.shape[0], -1)
         for item in active:
             if item.graft.shares_positions:
-                found = select(item.gate, shared_positions(found, images, slot), found)
+                shared = shared_positions(found, image_numbers(kinds, lengths), slot)
+                found = select(item.gate, shared, found)
         return found
 
     def _state(
