@@ -36,6 +36,9 @@ for folder in (HERE, HERE / "support"):
         sys.path.insert(0, str(folder))
 
 
+_MMAP_THRESHOLD = -3  # of malloc.h
+
+
 class _RefuseDeprecated(logging.Handler):
     """Fails the test in which transformers logs that something it was asked for is deprecated."""
 
@@ -48,6 +51,8 @@ class _RefuseDeprecated(logging.Handler):
 def pytest_configure(config: pytest.Config) -> None:
     """Watch transformers' log, which is where most of its deprecations are announced."""
     logging.getLogger("transformers").addHandler(_RefuseDeprecated())
+    if sys.platform == "linux":  # memory of large tensors goes back at once, and leaves no holes
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
