@@ -158,7 +158,7 @@ def test_wrong_lengths_are_refused_with_row_image_and_numbers(answerer: Answerer
     lengths = answerer.processor(CHATS)["image_lengths"]
     wrong = lengths.clone()
     wrong[2] += 1
-    words = f"image 2 .row 1. has {wrong[2]} positions in its row, and its projector makes"
+    words = f"image 2 .row 1. has {wrong[2]} positions in its row, and takes"
     with pytest.raises(UsageError, match=f"{words} {lengths[2]} "):
         logits(answerer, CHATS, image_lengths=wrong)
     with pytest.raises(UsageError, match=f"row 1 has {lengths[1:3].sum()} image positions, and"):
