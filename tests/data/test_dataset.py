@@ -70,7 +70,7 @@ def test_rows_without_an_image_are_skipped_and_counted(
     processor: GraftProcessor, row: Callable[..., Row], caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [row("1"), row("2", (5,)), row("3")]
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG, "mmgraft"):
         dataset = RowDataset(rows, processor)
     assert [r.id for r in dataset.rows] == ["2"]
     assert dataset.dropped_text_rows == 2

@@ -58,12 +58,13 @@ def test_rows_without_any_image_that_run_a_workflow(arch: str, method: str) -> N
 @pytest.mark.parametrize("method", CONFIGS)
 def test_weights_that_change_between_two_prompts_are_seen(method: str) -> None:
     """Wings puts matrices side by side once a generation."""
-    model, inputs = perturb(graft_on("llama", CONFIGS[method])), batch(rows(*WORDS), "left")
+    model = perturb(graft_on("llama", CONFIGS[method])).double()
+    inputs = batch(rows(*WORDS), "left")
     before = in_chunks(model, inputs)
     perturb(model, seed=2)
     after = in_chunks(model, inputs)
     real = inputs["attention_mask"].bool()
-    assert distance(after[real], logits_of(model, inputs)[real]) < 1e-5
+    assert distance(after[real], logits_of(model, inputs)[real]) < 1e-6  # Wings' router is fp32
     assert distance(after[real], before[real]) > 1e-3
 
 

@@ -38,7 +38,7 @@ def make_parts(folder: Path, arch: str = "llama") -> Path:
     return folder
 
 
-def make_run(parts: Path, run: Path, method: str, projector: Any = None, **config: Any) -> Path:
+def make_run(parts: Path, run: Path, method: str, /, projector: Any = None, **config: Any) -> Path:
     """A fresh graft on the shared base, the same every time."""
     torch.manual_seed(0)
     settings = get_method(method).config_class.model_validate({**CONFIGS[method], **config})
