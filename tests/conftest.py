@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Watch transformers' log, which is where most of its deprecations are announced."""
     logging.getLogger("transformers").addHandler(_RefuseDeprecated())
     if sys.platform == "linux":  # memory of large tensors goes back at once, and leaves no holes
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 4 * 2**20)
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
