@@ -117,7 +117,7 @@ def clean() -> None:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
-    """What the library says while the test lasts, by ``mmgraft.progress.say``."""
+    """Collect the messages of ``mmgraft.progress.say`` while the test lasts."""
     texts: list[str] = []
 
     class Kept(logging.Handler):
@@ -133,7 +133,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """How much of long work is done, and of how much, as a bar would show it."""
+    """Collect pairs of steps done and steps in all, as a progress bar gets them."""
     from mmgraft.progress import Work
 
     seen: list[tuple[int, int]] = []
@@ -171,7 +171,7 @@ def golden() -> Path:
 
 
 class Ran(NamedTuple):
-    """How a command ended: its exit code and what it printed."""
+    """Result of a command: its exit code and what it printed."""
 
     code: int
     out: str

@@ -196,6 +196,19 @@ def test_explanations_say_what_a_thing_is_without_riddles(path: Path) -> None:
     assert not found, "begin with a verb or with the thing itself"
 
 
+def test_docstrings_of_tests_have_none_either() -> None:
+    paths = [path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    found = [
+        f"{name_of(path)}: {text.splitlines()[0][:60]}"
+        for path in paths
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Module | ast.ClassDef | Function)
+        for text in [ast.get_docstring(node) or "it has none"]
+        if text.split(maxsplit=1)[0].lower() in RIDDLES
+    ]
+    assert found == [], "begin with a verb or with the thing itself"
+
+
 def test_a_riddle_is_found() -> None:
     text = "X = 1\n'Of the learners.'\nY = option('How many rows.')\nZ = Field(description='of it')"
     assert [one.split()[0] for one in explanations(ast.parse(text))] == ["Of", "How", "of"]
@@ -301,7 +314,7 @@ _EXAMPLES = re.compile(r"(--method|estimate|recipes show) iaa\b|AIDC-AI/Wings-[\
 
 
 def knows_methods(module: ast.Module) -> list[str]:
-    """What a module knows of single methods: strings with a name, imports, classes of settings.
+    """Find what a module knows of single methods: names, imports, classes of settings.
 
     Docstrings may say which paper something comes from.
     """

@@ -61,7 +61,7 @@ def test_this_process_has_the_transformers_that_it_was_started_for() -> None:
 
 
 def recipe(target: str) -> str:
-    """What `make TARGET` would run, the environments being there."""
+    """Return what `make TARGET` would run, the environments being there."""
     made = (".venv/.installed", ".venv-oldest/.installed", ".venv/.test-installed")
     old = [word for file in made for word in ("-o", file)]
     command = ["make", "-n", "-C", str(ROOT), "--no-print-directory", *old, target]

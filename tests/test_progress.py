@@ -1,4 +1,4 @@
-"""How far long work is: lines in a log, a bar on a terminal, nothing from the library."""
+"""Show how far long work is: lines in a log, a bar on a terminal, nothing from the library."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def until(done: Callable[[], object]) -> None:
 
 @pytest.fixture
 def console(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Console]:
-    """Where work is shown at once, and every hundredth of a second."""
+    """Show work at once, and every hundredth of a second."""
     monkeypatch.setattr(progress, "EVERY", 0.01)
     monkeypatch.setattr(progress, "_SOON", 0.01)
     terminal = getattr(request, "param", False)

@@ -1,4 +1,4 @@
-"""What is handed to a function is used by it, and what it can be handed is handed to it.
+"""Check that a function uses what it is handed, and is handed what it can take.
 
 Two rules that see a wire that was cut anywhere: a parameter that its function does not read, and
 one with a default that no caller sets.
@@ -181,7 +181,7 @@ def unset(tree: ast.Module, called: dict[str, list[tuple[int, set[str | None]]]]
 
 
 def test_every_default_is_set_somewhere() -> None:
-    """Of commands see tests/cli/test_wiring.py; of what another library calls it is not known."""
+    """Find defaults that no call sets, but those of commands and of what another library calls."""
     called, found = calls(), set()
     for path in SOURCES:
         if path.parent.name != "cli":

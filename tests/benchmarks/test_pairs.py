@@ -1,4 +1,4 @@
-"""What the benchmarks share: pairs in turn, an interval that says what it can, a child's memory."""
+"""Check what the benchmarks share: pairs in turn, an honest interval, a child's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be given wrongly, line by line: a message, exit code 2, nothing written or lost.
+"""Give wrong input, line by line: a message, exit code 2, nothing written or lost.
 
 Rows and recipes are in test_bad_rows.py, damaged grafts in test_damaged_grafts.py, and what no one
 is to blame for (a full disk, a kill) in test_bad_luck.py.

@@ -1,4 +1,4 @@
-"""What no one is to blame for: exit code 1, and what was there before is whole.
+"""Meet failures that no one is to blame for: exit code 1, and what was there before is whole.
 
 A full disk is played by the largest size that a file may have, and by an error of its number. The
 network that goes away in the middle of a push is in test_hub_verbatim.py, kills at every step of a

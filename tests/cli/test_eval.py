@@ -79,7 +79,7 @@ def test_a_second_call_adds_its_set_and_asks_nothing_twice(cli, run: Path, sets:
 
 
 def test_dialogues_are_built_and_scored(cli, run: Path, sets: Path) -> None:
-    """Of short questions: the tiny base reads 128 positions, and a dialogue has three of them."""
+    """Ask short questions: the tiny base reads 128 positions, and a dialogue has three of them."""
     for name, shown in (("seen", {"image": "0.png"}), ("facts", {})):
         rows = [
             {"id": str(n), "question": f"{n}?", "options": ["x", "y"], "answer": "x", **shown}

@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def words(command: str) -> list[str]:
-    """What stands after `mmgraft` on a command line."""
+    """Return what stands after `mmgraft` on a command line."""
     name, *rest = shlex.split(command)
     assert name == "mmgraft"
     return rest
@@ -226,7 +226,7 @@ def logits(source: str | Path, picture: str | Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def fresh(journey: Journey) -> tuple[str, dict[str, torch.Tensor]]:
-    """What a process with an empty home finds under the id: what it printed, and its logits."""
+    """Load the id in a process with an empty home: what it printed, and its logits."""
     place = journey.root / "elsewhere"
     place.mkdir()
     here = Path(__file__).parent

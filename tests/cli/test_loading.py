@@ -1,4 +1,4 @@
-"""What loading for a command does beside loading."""
+"""Check what loading for a command does beside loading."""
 
 from __future__ import annotations
 

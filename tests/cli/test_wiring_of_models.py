@@ -16,7 +16,7 @@ from wires import CPU, LOADED, LOADING, SPEAKS, SPOKEN, Stop
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, called) -> list[dict[str, Any]]:
-    """What the loader of a model is called with; the device is seen to be picked."""
+    """Record the arguments of the loader of a model, and mark the device as picked."""
     monkeypatch.setattr("mmgraft.training.devices.pick_device", lambda name: f"on {name}")
     return called("mmgraft.inference.Answerer.load", Stop("that far"))
 

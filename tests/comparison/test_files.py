@@ -1,4 +1,4 @@
-"""What a comparison's folder remembers: phases, their sessions and their settings."""
+"""Check what a comparison's folder remembers: phases, their sessions and their settings."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ USUAL = {"shapes": None, "seed": 0}
 
 
 class Steps:
-    """What the comparison did, with stand-ins for trainings and evaluations."""
+    """Record of a comparison, with stand-ins for trainings and evaluations."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""What a comparison says of an arm's evaluation reaches what evaluates it."""
+"""Check that settings of an arm's evaluation reach what evaluates it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many kernels a decoded token starts, and the copies of matrices that keep them few."""
+"""Check how many kernels a decoded token starts, and the copies of matrices that keep them few."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training is set to on a card."""
+"""Check what a training is set to on a card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often the host waits for the card.
+"""Check how often the host waits for the card.
 
 Each wait empties the card's queue, so a new ``.item()`` or boolean mask in a pass costs time that
 no CPU test sees. Counted are all waits of a pass, transformers' own too: one a decoded token, and

@@ -1,4 +1,4 @@
-"""What is learnt of a conversation, under the templates of real models."""
+"""Check what is learnt of a conversation, under the templates of real models."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def shown(found: list[Any]) -> list[Any]:
 @readers
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_that_cannot_be_used(folder: Path, read: Any, name: str) -> None:
-    """Where its bytes are read, at the latest: nothing computes with it, and memory stays free."""
+    """Refuse it where its bytes are read, at the latest; memory stays free."""
 
     def use() -> None:
         warnings.simplefilter("ignore")  # a warning alone would let it pass

@@ -112,7 +112,7 @@ def test_draw_is_fixed_by_its_seed(two_pictures) -> None:
 
 
 def test_a_prompt_is_the_first_turn_of_a_row(two_pictures) -> None:
-    """What is asked in the test has the form of what was trained."""
+    """Ask test questions in the form of those that were trained."""
     row = question_rows(two_pictures[:1], turns=1)[0]
     assert prompt(two_pictures[0]) == row["messages"][:1]
     there = prompt(two_pictures[0], Path("/data"))[0]["content"][0]["image"]

@@ -1,4 +1,4 @@
-"""What the demo is told reaches its rows, its training and its intervals."""
+"""Check that the demo's settings reach its rows, its training and its intervals."""
 
 from __future__ import annotations
 

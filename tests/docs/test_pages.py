@@ -1,4 +1,4 @@
-"""What can be checked of the pages without running them: links, names, the command reference."""
+"""Check the pages without running them: links, names, the command reference."""
 
 from __future__ import annotations
 

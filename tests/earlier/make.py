@@ -1,4 +1,4 @@
-"""How the kept grafts were made: by the code of commit 8074945, the last before the rebuild.
+"""Make the kept grafts: by the code of commit 8074945, the last before the rebuild.
 
 `python tests/earlier/make.py` made them once. It is kept to be read: made again by later code they
 would be later grafts. A new kind is added beside them, never in their place.

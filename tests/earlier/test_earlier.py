@@ -1,4 +1,4 @@
-"""What earlier versions wrote still loads, computes, goes on and is exported.
+"""Load, compute, go on with and export what earlier versions wrote.
 
 The kept folders are as commit 8074945 wrote them (`make.py`). A rebuild that reads a key otherwise,
 fills a default that was another, or goes on from a checkpoint at another row shows here.

@@ -52,7 +52,7 @@ def _pairs(items: Sequence[Item]) -> list[tuple[str, str]]:
 
 
 def _harness(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], **settings: Any):
-    """What lm-evaluation-harness itself says of contexts and continuations."""
+    """Return what lm-evaluation-harness itself says of contexts and continuations."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

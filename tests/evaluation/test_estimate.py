@@ -67,7 +67,7 @@ def test_no_items_are_refused() -> None:
 
 
 def test_one_group_has_no_interval_and_resolves_nothing() -> None:
-    """Of one group each draw is the whole set: a width of zero would pass for certainty."""
+    """Refuse an interval of one group: each draw is the whole set, and width 0 is no certainty."""
     before = np.stack([np.zeros(9), np.ones(9)], axis=1)
     after = before + np.array([0.1, 0.0])
     several = paired(after, before, groups=[at // 3 for at in range(9)])

@@ -152,7 +152,7 @@ def test_text_can_be_asked_in_a_workflow_that_sees(answerer: Answerer, folder: P
 
 
 def conversation(folder: Path, number: int) -> list[dict[str, Any]]:
-    """What `tiny_seen` asks, as messages."""
+    """Return what `tiny_seen` asks, as messages."""
     prompt, count = SEEN[number]
     pieces = prompt.split("<image>")
     parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []

@@ -417,7 +417,7 @@ def test_training_answers_of_every_kind_of_row(folder: Path) -> None:
 
 
 def test_shards_are_one_set(folder: Path) -> None:
-    """Of a folder or a pattern: each with its own places, ids and pictures."""
+    """Read a folder or a pattern: each file with its own places, ids and pictures."""
     (folder / "shards").mkdir()
     for shard, sizes in enumerate(((3, 4), (5,))):
         with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as file:

@@ -1,4 +1,4 @@
-"""What is kept is taken for the same question alone: every part of what was asked, one by one."""
+"""Use kept answers for the same question alone: every part of a question is changed, one by one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GRAFT: dict[str, Any] = {
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many items a model was asked, call by call."""
+    """Record the number of items in each call of a model."""
     calls: list[int] = []
 
     def stub(make: Callable[[Any], Any]) -> Callable[..., None]:

@@ -68,7 +68,7 @@ def model_of(arch: str, method: str, attention: str | None = None) -> GraftedMod
 
 @contextmanager
 def explicit(model: GraftedModel) -> Iterator[dict[str, Any]]:
-    """What every attention of an eager model hands back, and what enters every base layer."""
+    """Return the output of every attention of an eager model, and every base layer's input."""
     layers = decoder_layers(model.base, model.anatomy)
     inserted = getattr(model.workflow().graft, "layer_indices", [])
     found: dict[str, Any] = {}
@@ -103,7 +103,7 @@ def side_sums(weights: Tensor, word: str) -> Tensor:
 
 
 def learner_sums(model: GraftedModel, found: dict[str, Any], index: int, word: str, inputs: Any):
-    """What the learners of one layer give to the sides, query by query and head by head."""
+    """Return what the learners of one layer give to the sides, query by query and head by head."""
     graft: Any = model.workflow().graft
     total = torch.zeros(len(word), len(word))
     if not graft.acts_on(index):

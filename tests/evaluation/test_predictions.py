@@ -92,7 +92,7 @@ def item(text: str, image: Path | None = None, **more: object) -> Item:
 
 
 def test_a_fingerprint_is_of_what_is_asked(tmp_path: Path) -> None:
-    """Of words, options and pixels; neither of where a picture lies nor of what is right."""
+    """Hash words, options and pixels; neither where a picture lies nor what is right."""
     a, b = tmp_path / "a.png", tmp_path / "b.png"
     picture().save(a)
     picture().save(b)

@@ -322,7 +322,7 @@ def test_another_prompt_is_asked_anew(frozen: Path, parts: Path, said: list[str]
 def test_a_base_that_is_not_quite_equal_is_measured(
     frozen: Path, parts: Path, monkeypatch: Any
 ) -> None:
-    """Where equal prompts hide unequal texts, the set is asked of both."""
+    """Ask a set of both models where equal prompts hide unequal texts."""
     real = kept.Kept.compared
 
     def off(self: Any, items: Any, chat: bool) -> Any:

@@ -1,4 +1,4 @@
-"""What a set, a run and a command line say of an evaluation reaches the place that it is for."""
+"""Check that settings of a set, a run and a command line reach the evaluation."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_questions_about_one_image_are_drawn_together(folder: Path, run: Path, m
 
 
 def test_questions_on_one_passage_are_drawn_together(run: Path, tmp_path: Path) -> None:
-    """Of text: those with one passage, or one `group`."""
+    """Items of text with one passage, or with one `group`."""
     rows = [
         {"id": str(n), "passage": f"On {n // 3}.", "question": f"is it {n}?", "options": ["a", "b"],
          "answer": "a", "kind": "x"}
@@ -184,7 +184,7 @@ def test_what_is_asked_blind_has_no_image(
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
-    """What the two ways of asking are called with."""
+    """Return what the two ways of asking are called with."""
     calls: dict[str, list[dict[str, Any]]] = {"answers": [], "choices": []}
     for name, calls_ in calls.items():
         real = getattr(Kept, name)
@@ -249,7 +249,7 @@ PARTS = {
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
-    """What each part of an evaluation is called with; nothing is evaluated."""
+    """Return what each part of an evaluation is called with; nothing is evaluated."""
     calls: dict[str, dict[str, Any]] = {}
     for name, target in PARTS.items():
         module, _, function = target.rpartition(".")

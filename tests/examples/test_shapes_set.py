@@ -71,7 +71,7 @@ def seen(path: Path) -> list[Seen]:
 
 
 def beside(one: Seen, side: str, other: Seen, cell: float) -> bool:
-    """Whether one thing is by more than half a cell to that side of another."""
+    """Tell whether one thing is to that side of another by more than half a cell."""
     axis, sign = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1),
                   "below": ("y", 1)}[side]  # fmt: skip
     return sign * (one[axis] - other[axis]) > cell / 2

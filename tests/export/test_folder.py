@@ -1,4 +1,4 @@
-"""Which folder an export may write, and which graft it is of."""
+"""Check which folder an export may write, and which graft it is of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export to stock LLaVA writes, keeps, and throws away."""
+"""Check what an export to stock LLaVA writes, keeps, and throws away."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_a_base_in_a_pickle(tmp_path: Path) -> None:
 
 
 def test_unpacked_experts_are_not_called_packed(tmp_path: Path) -> None:
-    """Of gpt-oss the experts are published in MXFP4, and written in full."""
+    """Write gpt-oss's experts, which are published in MXFP4, in full."""
     made_of = gather(make_graft(tmp_path))
     made_of.base_config.quantization_config = {"quant_method": "mxfp4"}
     config = llava_config.llava_config(made_of, 5, 320)

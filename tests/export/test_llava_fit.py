@@ -1,4 +1,4 @@
-"""What stock LLaVA cannot express is refused with the reason, before anything is written."""
+"""Refuse what stock LLaVA cannot express with the reason, before anything is written."""
 
 from __future__ import annotations
 

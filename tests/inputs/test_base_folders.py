@@ -1,4 +1,4 @@
-"""What may stand in the folder of a base, and what `graft` makes of it.
+"""Check what may stand in the folder of a base, and what `graft` makes of it.
 
 Each row of a table spoils a good folder. It is refused by name, with exit code 2 and nothing
 written, or read as transformers reads it; never a traceback.

@@ -1,4 +1,4 @@
-"""What may come through a chat template: how answers end, reasoning, tools, what it leaves out."""
+"""Check chat templates: how answers end, reasoning, tools, what is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may stand in a base's generation config, and what of it a greedy answer may follow."""
+"""Check what may stand in a base's generation config, and what of it a greedy answer may follow."""
 
 from __future__ import annotations
 

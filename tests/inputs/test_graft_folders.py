@@ -1,4 +1,4 @@
-"""What may stand in the folder of a graft or a run: used as it says, or refused by name."""
+"""Check what may stand in the folder of a graft or a run: used as it says, or refused by name."""
 
 from __future__ import annotations
 

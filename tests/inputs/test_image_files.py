@@ -1,4 +1,4 @@
-"""What an image file may hold, and what is made of it wherever an image enters."""
+"""Check what an image file may hold, and what is made of it wherever an image enters."""
 
 from __future__ import annotations
 

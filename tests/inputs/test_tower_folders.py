@@ -1,4 +1,4 @@
-"""What may stand in the folder of a vision tower: used as it says, or refused by name."""
+"""Check what may stand in the folder of a vision tower: used as it says, or refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may stand in a row and in its turns: each entry is read, or refused by its name."""
+"""Check what may stand in a row and in its turns: each entry is read, or refused by its name."""
 
 from __future__ import annotations
 

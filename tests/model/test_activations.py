@@ -1,4 +1,4 @@
-"""What activation functions give is made again for the backward pass: same bits, less kept."""
+"""Make activations again for the backward pass: same bits, less kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = ("ttiiiitttttt", "iiiitttttt")
 
 
 class Counted:
-    """How often a tensor was made again."""
+    """Counter of tensors that were made again."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0

@@ -41,7 +41,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     lazy = TensorReader.lazy
 
     class Watched:
-        """What `lazy` gives; indexing it reads."""
+        """Stand-in for what `lazy` gives; indexing it reads."""
 
         def __init__(self, inner: Any, key: str) -> None:
             self.inner, self.key = inner, key

@@ -1,4 +1,4 @@
-"""What a model refuses among its inputs, and text rows that train the base."""
+"""Check what a model refuses among its inputs, and text rows that train the base."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ WORDS = ("iiiitttttttttttt", "ttttttiiiitttttt", "ttttttttttttiiii", "ttiiiitttt
 
 
 def leak(model, column: int) -> tuple[float, float]:
-    """How far logits before a changed column move, and the least that a row moves from it on."""
+    """Measure how far logits before a changed column move, and the least move from it on."""
     inputs = batch(rows(*WORDS))
     moved = (logits_of(model, inputs) - logits_of(model, changed_at(inputs, column))).abs()
     return moved[:, :column].max().item(), moved[:, column:].amax(dim=(1, 2)).min().item()

@@ -104,7 +104,7 @@ def test_the_projector_stage_is_the_llava_path(method: str) -> None:
 
 @every_architecture
 def test_grafts_that_were_trained_speak(arch: str) -> None:
-    """What the other tests rely on: every method of the matrix changes image rows visibly."""
+    """Check what the other tests rely on: every method of the matrix changes image rows visibly."""
     for method in IN_THE_SEQUENCE:
         model = grafted(arch, method)
         silent = logits_of(llava(arch, model.workflow().projector), inputs())

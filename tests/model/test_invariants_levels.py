@@ -53,7 +53,7 @@ def test_each_method_claims_what_it_is_granted() -> None:
 
 
 def both(arch: str, method: str, side: str) -> tuple[Any, Any, dict[str, Tensor]]:
-    """What a graft and its base give for one padded batch, the base for any ids where images are.
+    """Return logits of a graft and its base for one padded batch, with any ids at images.
 
     Positions are given, as no base counts them from the mask by itself but Bloom and OPT.
     """

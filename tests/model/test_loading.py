@@ -1,4 +1,4 @@
-"""What was saved comes back bit for bit; what does not belong together is refused."""
+"""Load what was saved bit for bit; refuse what does not belong together."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_a_base_elsewhere_is_as_good(graft, parts: Path, tmp_path: Path) -> None
 
 
 def test_a_full_check_sees_the_middle_of_a_large_tensor(graft, parts, tmp_path: Path) -> None:
-    """Of a tensor over 32 KiB the fast check reads the edges alone."""
+    """Read the edges alone of a tensor over 32 KiB in the fast check."""
     quick, thorough = graft(), graft(name="thorough", full_fingerprint=True)
     middle = 320 * 32 // 2
     other = str(tuned(parts / "base", tmp_path / "tuned", EMBEDDING, middle))

@@ -136,7 +136,7 @@ def test_the_lean_cross_entropy_is_torchs(
 def test_the_loss_holds_two_tensors_of_a_chunk_and_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the size of a chunk's logits: they themselves and their gradient, whatever the rows."""
+    """Count tensors of the size of a chunk's logits: they and their gradient, whatever the rows."""
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 50_000)
     monkeypatch.setattr(loss_module, "BLOCK_LOGITS", 1_000)
     hidden = torch.randn(400, 4, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What a method may copy of a base: read from its files when it asks, whichever method it is."""
+"""Check the modules that a method may copy of a base: read from its files when it asks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which workflow a row runs, what kind a position is, and what is refused."""
+"""Check which workflow a row runs, what kind a position is, and what is refused."""
 
 from __future__ import annotations
 

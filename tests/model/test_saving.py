@@ -1,4 +1,4 @@
-"""What a save leaves behind: weights, config and a trained base are all old or all new."""
+"""Check what a save leaves behind: weights, config and a trained base are all old or all new."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained, in which precision and mode, and the gradients that reach it."""
+"""Check what is trained, in which precision and mode, and the gradients that reach it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a caller asks of loading, grafting and saving is handed on to what does it."""
+"""Check that requests for loading, grafting and saving are handed on to what does them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, *args: Any) -> dict[str, Any]:
-    """What transformers is asked for when a base is loaded."""
+    """Return what transformers is asked for when a base is loaded."""
     seen: dict[str, Any] = {}
 
     def instead(path: Path, **options: Any) -> Any:

@@ -63,7 +63,7 @@ LOADED = [
 
 
 class Ended(NamedTuple):
-    """How a run of tests ended: found, hangs, not found or broken; what failed; its time."""
+    """End of a run of tests: found, hangs, not found or broken; what failed; its time."""
 
     word: str
     by: str
@@ -159,7 +159,7 @@ class Trees:
 
 
 class Results:
-    """What earlier runs ended with, in a file of one line a bug.
+    """Results of earlier runs, in a file of one line a bug.
 
     Args:
         file: Where it stands; without, nothing is kept.
@@ -199,7 +199,7 @@ def by_turns(patches: Iterable[Patch]) -> list[Patch]:
 
 
 def table(chosen: Iterable[Patch], known: dict[Patch, Ended]) -> str:
-    """How many were found of every package."""
+    """Count the found ones of every package."""
     counts: dict[str, Counter[str]] = {}
     for one in chosen:
         word = known[one].word if one in known else "not run"

@@ -1,4 +1,4 @@
-"""What a forked process does: run tests of another tree, and end with their exit code."""
+"""Run tests of another tree in a forked process, which ends with their exit code."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def learners_of(case: GoldenCase, layer: int) -> OfficialLearners:
 
 
 def scores_of(learners: OfficialLearners, attention: Tensor) -> Tensor | None:
-    """What the router sees of explicit weights (b, n, s, s): the sum over heads of A W^T."""
+    """Return what the router sees of explicit weights (b, n, s, s): the sum over heads of A W^T."""
     if learners.router is None:
         return None
     columns = learners.router.weight[:, : attention.shape[-1]].to(attention.dtype)

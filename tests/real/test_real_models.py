@@ -50,7 +50,7 @@ def check_text(real: Any, method: str, dtype: str) -> None:
 
 
 def answers(real: Any, method: str, dtype: str, chat: list[dict[str, Any]], tokens: int = 8) -> str:
-    """What the graft answers to text, which must be what the untouched base answers."""
+    """Return what the graft answers to text, which must be what the untouched base answers."""
     settings = {"max_new_tokens": tokens, "do_sample": False}
     ours = real.answerer(method, dtype).answers([chat], **settings)
     tokenizer = real.tokenizer

@@ -52,7 +52,7 @@ def read(
     kv_heads: int,
     norm: Callable[[Vector, Weights, str], Vector],
 ) -> list[Vector]:
-    """What attention adds to each latent; features and latents are its keys."""
+    """Return what attention adds to each latent; features and latents are its keys."""
     own = [norm(x, w, f"{name}.norm_latents") for x in latents]
     keys = [*(norm(x, w, f"{name}.norm_features") for x in features), *own]
     size = len(w[f"{name}.q.weight"]) // heads

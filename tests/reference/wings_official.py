@@ -36,7 +36,7 @@ class WingsOutput:
 
 @dataclass(frozen=True)
 class LearnerKeys:
-    """What a row's learners look at: features (k, h) and their positions (k,)."""
+    """Keys of a row's learners: features (k, h) and their positions (k,)."""
 
     features: Tensor
     positions: Tensor

@@ -106,7 +106,7 @@ def wings_layer_reference(
     heads: int,
     theta: float | None,
 ) -> Tensor:
-    """What Wings adds to a layer's attention output, for one row without padding.
+    """Return what Wings adds to a layer's attention output, for one row without padding.
 
     Args:
         x: (s, h) the state that enters the layer, not normalised.

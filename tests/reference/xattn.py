@@ -28,7 +28,7 @@ def norm(block: State, name: str, x: Tensor) -> Tensor:
 
 
 def read(block: State, x: Tensor, vectors: Sequence[Tensor], width: int) -> Tensor:
-    """What one position (h,) reads of vectors, each (h,): query heads share key heads evenly."""
+    """Return what one position (h,) reads of vectors (h,); query heads share key heads evenly."""
     query = block["attention.query.weight"] @ norm(block, "attention.norm", x)
     keys = [block["attention.key.weight"] @ vector for vector in vectors]
     values = [block["attention.value.weight"] @ vector for vector in vectors]

@@ -1,4 +1,4 @@
-"""Which files of a run go along: one name for every pattern, that no other pattern has."""
+"""Check which files of a run go along: one name for every pattern, that no other pattern has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which graft a command takes when none, one or several could be meant."""
+"""Check which graft a command takes when none, one or several could be meant."""
 
 from __future__ import annotations
 

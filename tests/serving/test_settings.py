@@ -1,4 +1,4 @@
-"""What a request asks for reaches the generation, field by field; without a model."""
+"""Check field by field that a request's settings reach the generation, without a model."""
 
 from __future__ import annotations
 

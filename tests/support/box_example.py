@@ -38,7 +38,7 @@ def make_boxes(folder: Path, licence: str | None = None, count: int = 3) -> SetS
 
 
 def state_licence(folder: Path, licence: str, name: str = "made") -> None:
-    """What `mmgraft data prepare` writes beside its files."""
+    """Return what `mmgraft data prepare` writes beside its files."""
     sums = {"boxes.jsonl": hashlib.sha256((folder / "boxes.jsonl").read_bytes()).hexdigest()}
     source = {"name": name, "licence": licence, "sha256": sums}
     (folder / f"{name}.source.json").write_text(json.dumps(source))

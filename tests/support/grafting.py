@@ -192,7 +192,7 @@ def project(model: GraftedModel, features: Tensor, workflow: str | None = None) 
 
 
 def text_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a base takes of a batch."""
+    """Return what a base takes of a batch."""
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 

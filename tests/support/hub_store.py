@@ -1,4 +1,4 @@
-"""What the loopback Hub keeps: repositories, their commits, and the bytes of their files."""
+"""Store of the loopback Hub: repositories, their commits, and the bytes of their files."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Blob:
 
 
 def is_lfs(name: str, size: int) -> bool:
-    """Whether the Hub would keep such a file in large storage. Empty files never are."""
+    """Tell whether the Hub would keep such a file in large storage. Empty files never are."""
     return size > 0 and (size > LFS_ABOVE or Path(name).suffix in LFS_SUFFIXES)
 
 
@@ -123,7 +123,7 @@ class Repo:
 
 
 def file_entry(name: str, blob: Blob) -> dict[str, Any]:
-    """What `tree` and `paths-info` tell about a file."""
+    """Return what `tree` and `paths-info` tell about a file."""
     entry: dict[str, Any] = {"type": "file", "path": name, "size": blob.size, "oid": blob.git_oid}
     if blob.is_lfs(name):
         entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 134}

@@ -1,4 +1,4 @@
-"""What ranks do in tests; each function runs in a process of its own, on every rank."""
+"""Work of ranks in tests; each function runs in a process of its own, on every rank."""
 
 from __future__ import annotations
 

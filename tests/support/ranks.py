@@ -13,7 +13,7 @@ PRELOADED = ["transformers", "accelerate", "mmgraft.training.session", "tiny_run
 
 
 def on_ranks(work: Callable[..., Any], *arguments: Any, count: int = 2, timeout: float = 600):
-    """What ``work(*arguments)`` gives on every rank.
+    """Return what ``work(*arguments)`` gives on every rank.
 
     `work` must be importable by name (a function of tests/support), for each rank is a process. It
     finds ``RANK`` and the like in its environment.

@@ -142,7 +142,7 @@ def laws_section(layers: int = 30) -> Results:
 
 
 def training_section(seconds: float = 4000.0) -> Results:
-    """What the training cost."""
+    """Return what the training cost."""
     details = {
         "seconds": seconds,
         "cpu_seconds": 2 * seconds,

@@ -1,4 +1,4 @@
-"""Whether two trainings ended alike: weights, losses and files, to the bit."""
+"""Compare two trainings: weights, losses and files, to the bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """What was logged, but for speed and memory."""
+    """Return what was logged, but for speed and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     speed = ("tokens_per_second", "memory_gb")
     return [{key: value for key, value in line.items() if key not in speed} for line in lines]

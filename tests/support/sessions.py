@@ -26,7 +26,7 @@ WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
 
 
 class Kill(NamedTuple):
-    """When a session is killed.
+    """Moment at which a session is killed.
 
     Attributes:
         stage: From this stage on, counted from 0,

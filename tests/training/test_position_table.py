@@ -33,7 +33,7 @@ def run(parts: Path, tmp_path: Path) -> Path:
 
 
 def refused(run: Path) -> str:
-    """What is said, and that the metrics of an earlier training are still where they were."""
+    """Check the message, and that an earlier training's metrics are still there."""
     (run / "metrics.jsonl").write_text('{"earlier": true}\n')
     before = sorted(run.rglob("*"))
     plan = plan_training(run, restart=True)

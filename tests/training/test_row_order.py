@@ -100,7 +100,7 @@ def test_rows_of_a_batch_are_alike_in_length() -> None:
 
 
 def test_rows_with_and_without_an_image_stand_apart() -> None:
-    """What fills no batch comes last, so that it moves no other batch's border."""
+    """Put what fills no batch last, so that it moves no other batch's border."""
     kinds = (torch.arange(51) % 3 == 0).long()  # 17 and 34
     rows = torch.tensor(order(GroupSampler(kinds, 4, sort=False), 0))
     batches = kinds[rows[:48]].view(-1, 4)

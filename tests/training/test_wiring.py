@@ -232,7 +232,7 @@ def test_a_logged_loss_is_the_mean_of_the_steps_since_the_last(parts: Path, tmp_
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What each Trainer is made with."""
+    """Return what each Trainer is made with."""
     seen: list[dict[str, Any]] = []
     real = GraftTrainer.__init__
 

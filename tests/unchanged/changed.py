@@ -41,7 +41,7 @@ When everything is recorded anew this is emptied.
 
 
 def compared(name: str, content: Any, recorded: Any = None) -> Any:
-    """What of a file is compared: None where its hash alone was recorded of what has changed."""
+    """Return what of a file is compared; None where a hash alone was recorded of a change."""
     keys = {key for file, keys in CHANGED_FILES.items() if fnmatchcase(name, file) for key in keys}
     if isinstance(recorded, dict):  # a value that was recorded by its hash may be shorter now
         keys |= {key.removesuffix(" sha256") for key in keys & recorded.keys()}

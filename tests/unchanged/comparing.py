@@ -1,4 +1,4 @@
-"""What of a recording is no longer so: in words, to the bit or within a tolerance."""
+"""Say in words what differs from a recording, to the bit or within a tolerance."""
 
 from __future__ import annotations
 

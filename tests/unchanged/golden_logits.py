@@ -25,7 +25,7 @@ SHOWN = 8
 
 
 def there() -> bool:
-    """Whether the golden checkpoints are here."""
+    """Tell whether the golden checkpoints are here."""
     return golden_root() is not None
 
 

@@ -1,4 +1,4 @@
-"""What the recorded grafts are made of: tiny bases, one tower, mixed rows, and runs on them."""
+"""Parts of the recorded grafts: tiny bases, one tower, mixed rows, and runs on them."""
 
 from __future__ import annotations
 

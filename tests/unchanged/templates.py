@@ -98,7 +98,7 @@ def record(case: str) -> dict[str, Any]:
 def _row(
     case: str, kind: str, messages: list[dict[str, Any]], tools: list[Any] | None
 ) -> dict[str, Any]:
-    """What is trained on, and the prompt for the last turn; or where it is refused."""
+    """Return what is trained on, and the prompt for the last turn; or where it is refused."""
     processor = _processor(case, kind)
     asked = messages if messages[-1]["role"] == "user" else messages[:-1]
     found: dict[str, Any] = {}

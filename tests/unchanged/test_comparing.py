@@ -1,4 +1,4 @@
-"""What a comparison tells: a recording that hides a difference would hold nothing to it."""
+"""Check what a comparison tells: a recording that hides a difference would hold nothing to it."""
 
 from __future__ import annotations
 

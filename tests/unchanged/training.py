@@ -63,7 +63,7 @@ def record(parts: Path, folder: Path, case: str) -> dict[str, Any]:
 
 
 def tolerance(way: str) -> float:
-    """Of the numbers of a way, under other conditions than those of the recording."""
+    """Compare the numbers of a way under other conditions than those of the recording."""
     return _COARSE.get(way, TOLERANCE)
 
 
@@ -73,7 +73,7 @@ def train(run: Path) -> None:
 
 
 def train_as_rank(run: str) -> None:
-    """What each process of `mmgraft train --processes` does."""
+    """Train as each process of `mmgraft train --processes` does."""
     with one_thread():
         train(Path(run))
 
@@ -93,7 +93,7 @@ def _recipe(parts: Path, way: str) -> dict[str, Any]:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Of every step loss, norm of the gradient and rates; evaluations; the tensors at the end."""
+    """Return each step's loss, gradient norm and rates, the evaluations, and the last tensors."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     tensors = dict(sorted(load_file(run / "graft.safetensors").items()))
@@ -109,5 +109,5 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def _mean_size(tensor: Tensor) -> float:
-    """What is compared of a tensor under other conditions."""
+    """Return what is compared of a tensor under other conditions."""
     return tensor.double().abs().mean().item()

@@ -24,7 +24,7 @@ _HUB = {"base": "tester/base", "tower": "tester/tower"}
 
 
 def record(parts: Path, folder: Path, case: str) -> Files:
-    """What a case's commands write in `folder`, by command."""
+    """Return what a case's commands write in `folder`, by command."""
     here = folder / case
     here.mkdir(parents=True)
     lister = Lister({"parts": parts, "here": here})
@@ -54,7 +54,7 @@ def _whole_way(method: str) -> Callable[[Path, Path, Lister], Files]:
 
 
 def _pushed(run: Path, parts: Path, here: Path, base: str, lister: Lister) -> Files:
-    """What a repository holds after a push."""
+    """Return what a repository holds after a push."""
     options = ["--base-id", _HUB["base"], "--vision-id", _HUB["tower"], "--license", "mit"]
     with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
         talk_to(hub, here / "home", patch)

@@ -46,7 +46,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 def inked(image: np.ndarray, colour: str) -> np.ndarray:
-    """Where an image has very nearly a colour such as #1f77b4."""
+    """Find where an image has very nearly a colour such as #1f77b4."""
     wanted = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
     return abs(image - wanted).max(-1) < 12
 

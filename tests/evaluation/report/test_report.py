@@ -33,7 +33,7 @@ from report_example import (
 
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was asked to be plotted; the plots have tests of their own."""
+    """Return what was asked to be plotted; the plots have tests of their own."""
     asked: list[Any] = []
     data = io.BytesIO()
     Image.new("RGB", (4, 3)).save(data, "PNG")

@@ -85,7 +85,7 @@ def test_loss_and_gradients_are_the_references(form: str) -> None:
 
 @every_architecture
 def test_every_expert_is_a_copy(arch: str) -> None:
-    """Of its bias too, in memory of its own; lora's tests hear every one of these layers."""
+    """Copy the bias too, in memory of its own; lora's tests hear every one of these layers."""
     model = fresh(arch, "expert")
     found, base = experts_of(model), model.base.state_dict()
     assert len(found) >= 4 * 2

@@ -45,7 +45,7 @@ def hooked(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
 
 
 def plain_forward(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """What the module's class computes, without anything that was put in its way."""
+    """Return what the module's class computes, without anything that was put in its way."""
     return type(module).forward(module, *args, **kwargs)
 
 

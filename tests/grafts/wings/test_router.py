@@ -78,7 +78,7 @@ def test_fused_and_explicit_routing_agree(arch: str) -> None:
 
 
 def test_heads_too_wide_for_a_card_take_two_calls_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where only the path is asked about, as an estimate of memory does, too; and without gradients
+    """Choose by the path alone, as an estimate of memory does, and without gradients
     everywhere, so that what the base's attention gives is its own to the bit.
     """
     monkeypatch.setattr(router_module, "_WIDEST_FUSED", 8)
@@ -189,7 +189,7 @@ def test_weights_of_a_fused_kernel_written_out(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["none", "padding", "bool", "by head", "added", "added by head"])
 def test_a_single_query_sees_what_its_mask_shows(form: str) -> None:
-    """Of grouped heads, against the softmax written out; keys behind the mask are the largest."""
+    """Compare grouped heads with the softmax written out; keys behind the mask are the largest."""
     generator = torch.Generator().manual_seed(0)
     query, key, columns = (
         torch.randn(size, generator=generator) for size in ((2, 6, 1, 8), (2, 3, 7, 8), (2, 7, 2))

@@ -1,4 +1,4 @@
-"""Where the host waits for a make-believe card, and which kernels its attention would take."""
+"""Find where the host waits for a make-believe card, and the kernels its attention would take."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PACKAGE = "mmgraft/"
 
 @dataclass
 class Card:
-    """What was seen of the make-believe cards.
+    """Record of the make-believe cards.
 
     Attributes:
         waits: How often the host waited, by reason and line of code.
@@ -58,7 +58,7 @@ class Card:
 
     @property
     def count(self) -> int:
-        """How often the host waited."""
+        """Count how often the host waited."""
         return sum(self.waits.values())
 
     @contextmanager

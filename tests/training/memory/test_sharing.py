@@ -1,4 +1,4 @@
-"""What one of several processes holds, against numbers that were worked out by hand."""
+"""Check what one of several processes holds, against numbers that were worked out by hand."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_what_is_kept_is_what_autograd_saves_in_earnest(method, monkeypatch):
 
 @pytest.fixture
 def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What torch's attention is called with: shapes of queries and keys, causal, masked."""
+    """Return what torch's attention is called with: shapes of queries and keys, causal, masked."""
     calls: list[tuple[Any, ...]] = []
     original = F.scaled_dot_product_attention
 

@@ -1,4 +1,4 @@
-"""What switches save."""
+"""Check the memory that switches save."""
 
 from __future__ import annotations
 
