@@ -5,13 +5,15 @@ a reader can hold each line against the equations. Nothing of mmgraft or transfo
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 State = Mapping[str, Tensor]
+Product = Callable[[State, str, Tensor], Tensor]
+"""Computes a linear layer from the checkpoint, the layer's name and ``x (s, in)``."""
 
 
 def linear(state: State, name: str, x: Tensor) -> Tensor:
@@ -60,8 +62,9 @@ def causal_mask(length: int, real: int | None = None) -> Tensor:
 
 
 def self_attention(
-    state: State, prefix: str, x: Tensor, config: Mapping, seen: Tensor
-) -> tuple[Tensor, Tensor]:
+    state: State, prefix: str, x: Tensor, config: Mapping, seen: Tensor,
+    positions: Tensor | None = None, product: Product = linear,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The base's attention on one row, with grouped KV heads.
 
     Args:
@@ -70,35 +73,53 @@ def self_attention(
         x: (s, h) normalised input.
         config: the model's config.
         seen: (s, s) booleans, which key each query sees.
+        positions: (s,) what queries and keys are rotated by; counted from 0 where not given.
+        product: computes a linear layer.
 
     Returns:
         The output (s, h) and the attention probabilities (n, s, s).
     """
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    positions, theta = torch.arange(x.shape[0]), config["rope_theta"]
-    query = rotate(split_heads(linear(state, f"{prefix}.q_proj", x), heads), positions, theta)
-    key = rotate(split_heads(linear(state, f"{prefix}.k_proj", x), groups), positions, theta)
-    value = split_heads(linear(state, f"{prefix}.v_proj", x), groups)
+    theta = config["rope_theta"]
+    positions = torch.arange(x.shape[0]) if positions is None else positions
+    query = rotate(split_heads(product(state, f"{prefix}.q_proj", x), heads), positions, theta)
+    key = rotate(split_heads(product(state, f"{prefix}.k_proj", x), groups), positions, theta)
+    value = split_heads(product(state, f"{prefix}.v_proj", x), groups)
     key = key.repeat_interleave(heads // groups, dim=0)
     value = value.repeat_interleave(heads // groups, dim=0)
     scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])  # (n, s, s)
     weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-    return linear(state, f"{prefix}.o_proj", merge_heads(weights @ value)), weights
+    return product(state, f"{prefix}.o_proj", merge_heads(weights @ value)), weights
 
 
-def mlp(state: State, prefix: str, x: Tensor) -> Tensor:
+def mlp(state: State, prefix: str, x: Tensor, product: Product = linear) -> Tensor:
     """Gated MLP with SiLU."""
-    gate = functional.silu(linear(state, f"{prefix}.gate_proj", x))
-    return linear(state, f"{prefix}.down_proj", gate * linear(state, f"{prefix}.up_proj", x))
+    gate = functional.silu(product(state, f"{prefix}.gate_proj", x))
+    return product(state, f"{prefix}.down_proj", gate * product(state, f"{prefix}.up_proj", x))
 
 
-def decoder_layer(state: State, prefix: str, x: Tensor, config: Mapping, seen: Tensor) -> Tensor:
-    """A whole pre-norm decoder layer: (s, h) -> (s, h)."""
+def decoder_layer(
+    state: State, prefix: str, x: Tensor, config: Mapping, seen: Tensor,
+    positions: Tensor | None = None, product: Product = linear,
+) -> Tensor:  # fmt: skip
+    """A whole pre-norm decoder layer: (s, h) -> (s, h); see ``self_attention``."""
     eps = config["rms_norm_eps"]
     normed = rms_norm(x, state[f"{prefix}.input_layernorm.weight"], eps)
-    x = x + self_attention(state, f"{prefix}.self_attn", normed, config, seen)[0]
+    attention = f"{prefix}.self_attn"
+    x = x + self_attention(state, attention, normed, config, seen, positions, product)[0]
     normed = rms_norm(x, state[f"{prefix}.post_attention_layernorm.weight"], eps)
-    return x + mlp(state, f"{prefix}.mlp", normed)
+    return x + mlp(state, f"{prefix}.mlp", normed, product)
+
+
+def llama_logits(
+    state: State, config: Mapping, x: Tensor, positions: Tensor | None, product: Product
+) -> Tensor:
+    """Logits (s, vocab) of embeddings (s, h) of one unpadded row; see ``self_attention``."""
+    seen = causal_mask(len(x))
+    for index in range(config["num_hidden_layers"]):
+        x = decoder_layer(state, f"model.layers.{index}", x, config, seen, positions, product)
+    normed = rms_norm(x, state["model.norm.weight"], config["rms_norm_eps"])
+    return normed @ state["lm_head.weight"].T
 
 
 def clip_features(state: State, prefix: str, config: Mapping, pixels: Tensor, layer: int) -> Tensor:

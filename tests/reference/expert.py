@@ -4,14 +4,12 @@ An image position is multiplied by the expert's weights, any other by the base's
 look at keys of both. Nothing of mmgraft or transformers is used.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from reference.decoder import State, causal_mask, merge_heads, rms_norm, rotate, split_heads
+from reference.decoder import State, llama_logits
 
 Experts = Mapping[str, tuple[Tensor, Tensor | None]]
 """Name of a linear layer in the base -> weight ``(out, in)`` and bias of its expert."""
@@ -49,25 +47,8 @@ def expert_reference(
         image: (s,) true at image positions.
         positions: (s,) what queries and keys are rotated by.
     """
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    theta, seen, eps = config["rope_theta"], causal_mask(len(x)), config["rms_norm_eps"]
 
-    def linear(name: str, given: Tensor) -> Tensor:
+    def product(state: State, name: str, given: Tensor) -> Tensor:
         return by_kind(state, experts, name, given, image)
 
-    for index in range(config["num_hidden_layers"]):
-        at = f"model.layers.{index}"
-        normed = rms_norm(x, state[f"{at}.input_layernorm.weight"], eps)
-        query, key, value = (linear(f"{at}.self_attn.{part}_proj", normed) for part in "qkv")
-        query = rotate(split_heads(query, heads), positions, theta)
-        key = rotate(split_heads(key, groups), positions, theta).repeat_interleave(
-            heads // groups, dim=0
-        )
-        value = split_heads(value, groups).repeat_interleave(heads // groups, dim=0)
-        scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
-        mixed = scores.masked_fill(~seen, -math.inf).softmax(-1) @ value
-        x = x + linear(f"{at}.self_attn.o_proj", merge_heads(mixed))
-        normed = rms_norm(x, state[f"{at}.post_attention_layernorm.weight"], eps)
-        inner = functional.silu(linear(f"{at}.mlp.gate_proj", normed))
-        x = x + linear(f"{at}.mlp.down_proj", inner * linear(f"{at}.mlp.up_proj", normed))
-    return rms_norm(x, state["model.norm.weight"], eps) @ state["lm_head.weight"].T
+    return llama_logits(state, config, x, positions, product)
