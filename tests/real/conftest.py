@@ -82,6 +82,8 @@ class Real:
         """Free the memory: the next models are large, too."""
         self._stock.clear()
         self._grafted.clear()
+        self._processor = None  # a vocabulary of 262,144 entries, and copies of it
+        self.__dict__.pop("tokenizer", None)
         gc.collect()
 
     def _make_room(self, loaded: dict) -> None:
