@@ -113,13 +113,18 @@ def test_names_of_shards_do_not_pile_up(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path, number, shards=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
         "graft-00001-of-00002.safetensors",
         "graft-00002-of-00002.safetensors",
         "graft.safetensors.index.json",
         "graft_config.json",
     ]
     write(tmp_path, 9)
-    assert {path.name for path in tmp_path.iterdir()} == {"graft.safetensors", "graft_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "graft.safetensors",
+        "graft_config.json",
+    }
     assert (tmp_path / "graft.safetensors").stat().st_mode & 0o044 == 0o044  # others may read it
 
 
