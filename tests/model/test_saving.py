@@ -196,6 +196,19 @@ def test_a_trained_base_brings_its_tokenizer(parts: Path, tmp_path: Path) -> Non
     assert GraftFile.read(tmp_path / "again").trained_from == record.trained_from
 
 
+@pytest.mark.parametrize("method", ["iaa", "wings", "llava"])
+def test_what_of_a_graft_runs_is_saved(parts: Path, tmp_path: Path, method: str) -> None:
+    model = GraftedModel.from_pretrained(make_run(parts, tmp_path / "run", method))
+    graft = model.workflow().graft
+    before = graft.state()
+    graft.set_state({**before, "active": False})
+    assert graft.state() != before
+    save_graft(model, tmp_path / "part")
+    assert GraftFile.read(tmp_path / "part").state == graft.state()
+    loaded = GraftedModel.from_pretrained(tmp_path / "part").workflow().graft
+    assert loaded.state() == graft.state()
+
+
 def test_a_base_held_in_4_bit_is_not_saved(parts: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     run = make_run(parts, tmp_path / "run", "llava")
