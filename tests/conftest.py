@@ -89,7 +89,7 @@ def _seed(name: str) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
     if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
+        sys.modules["torch"].default_generator.manual_seed(seed)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -33,7 +33,7 @@ from mmgraft.model.files.save import save_graft
 from mmgraft.vision.spec import VisionSpec
 from tiny import LAYERS as BASE_LAYERS
 from tiny import save_base
-from tiny_exports import LAYERS, change_record, make_base, make_graft, make_tower
+from tiny_exports import LAYERS, ROUNDING, change_record, make_base, make_graft, make_tower
 from tiny_tokenizer import EOS_ID, IM_END_ID, tiny_tokenizer
 from tiny_towers import save_tower
 
@@ -92,7 +92,7 @@ OWN = [
 @pytest.mark.parametrize("arch", ["qwen2", "llama"], ids=["tied", "untied"])
 def test_own_modules_or_the_bases(tmp_path: Path, arch: str, own: dict[str, bool]) -> None:
     made = export_llava(make_graft(tmp_path, arch, **own), tmp_path / "out")
-    assert made.difference == 0
+    assert made.difference < ROUNDING
     same = ("embedding" in own) == ("head" in own) and "untie" not in own
     tied = arch == "qwen2" and same
     model = stock(tmp_path / "out")
@@ -106,7 +106,7 @@ def test_own_modules_or_the_bases(tmp_path: Path, arch: str, own: dict[str, bool
 
 def test_a_llava_graft_keeps_the_decoder(tmp_path: Path) -> None:
     made = export_llava(make_graft(tmp_path, "qwen3", method="llava"), tmp_path / "out")
-    assert made.difference == 0
+    assert made.difference < ROUNDING
     assert config_of(tmp_path / "out")["text_config"]["num_hidden_layers"] == BASE_LAYERS
     assert "still computed by the base's own layers" in made.notes[0]
 
@@ -116,7 +116,7 @@ def test_a_projector_stage_has_no_inserted_layers(tmp_path: Path) -> None:
     run = make_graft(tmp_path, "llama")
     change_record(run, state={"active": False})
     made = export_llava(run, tmp_path / "out")
-    assert made.difference == 0
+    assert made.difference < ROUNDING
     assert config_of(tmp_path / "out")["text_config"]["num_hidden_layers"] == BASE_LAYERS
 
 
@@ -127,7 +127,7 @@ def test_a_trained_base_is_the_one_that_is_written(tmp_path: Path) -> None:
     model.workflow().record.base_trained = True
     save_graft(model, run)
     made = export_llava(run, tmp_path / "out")
-    assert made.difference == 0
+    assert made.difference < ROUNDING
     assert "the base that was trained with it" in made.notes[0]
     written = load_file(tmp_path / "out" / "model.safetensors")
     trained = load_file(run / "base" / "model.safetensors")
@@ -139,7 +139,7 @@ def test_a_full_vocabulary_gets_a_row(tmp_path: Path) -> None:
     rows = len(AutoTokenizer.from_pretrained(make_base(tmp_path, "qwen2")))
     base = save_base(tmp_path / "base", "qwen2", vocab_size=rows)
     made = export_llava(make_graft(tmp_path, base=base), tmp_path / "out")
-    assert made.difference == 0
+    assert made.difference < ROUNDING
     assert any("one row longer" in note for note in made.notes)
     config = config_of(tmp_path / "out")
     assert config["image_token_index"] == rows
@@ -190,7 +190,7 @@ def test_a_base_in_a_pickle(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2")
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    assert export_llava(make_graft(tmp_path, base=base), tmp_path / "out").difference == 0
+    assert export_llava(make_graft(tmp_path, base=base), tmp_path / "out").difference < ROUNDING
 
 
 def test_unpacked_experts_are_not_called_packed(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_templates_and_tokenizers_survive_the_disk(tmp_path: Path, template: str
         "file": TemplateChoice(kind="file", text=own),
     }[template]
     made = export_llava(make_graft(tmp_path, base=base, template=chosen), tmp_path / "out")
-    assert made.difference == 0
+    assert made.difference < ROUNDING
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     assert processor.tokenizer.padding_side == "left"
     assert processor.tokenizer.pad_token == "<|pad|>"
@@ -249,7 +249,7 @@ def test_pixels_of_a_tower_with_options(tmp_path: Path) -> None:
     options = {"image_size": 16, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
     spec = VisionSpec(id=str(make_tower(tmp_path, "clip")), options=options, feature_layer=-1)
     made = export_llava(make_graft(tmp_path, tower=spec), tmp_path / "out")
-    assert made.difference == 0
+    assert made.difference < ROUNDING
     assert config_of(tmp_path / "out")["vision_feature_layer"] == -1
 
 
@@ -259,7 +259,7 @@ def test_other_towers_with_a_class_token(tmp_path: Path, tower: str) -> None:
     made = export_llava(
         make_graft(tmp_path, tower=VisionSpec(id=str(tmp_path / "tower"))), tmp_path / "out"
     )
-    assert made.difference == 0
+    assert made.difference < ROUNDING
     assert config_of(tmp_path / "out")["vision_feature_select_strategy"] == "default"
 
 

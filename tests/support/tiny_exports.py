@@ -20,6 +20,9 @@ from tiny_towers import picture
 LAYERS = [0, 2, 3]
 """After a sliding and after full layers of the bases that have both; the last one too."""
 
+ROUNDING = 1e-5
+"""Bound of an export's difference of logits: 0, but where a processor rounds in another order."""
+
 TOWERS = {"clip": tiny_clip_dir, "siglip": tiny_siglip_dir}
 
 
