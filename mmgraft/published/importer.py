@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mmgraft.basefiles import ModelFiles, find_tokenizer, fingerprint, resolve
 from mmgraft.basefiles.tensor_files import LazyTensor, write_shards
 from mmgraft.data.chat.placeholder import choose_placeholder
@@ -227,7 +229,7 @@ def _write(todo: _Import, out: Path) -> None:
             folder = _folder_of(graft, todo.published, building)
             _write_graft(graft, todo.source.tensors, record, folder, up=folder != building)
         _move_in(building, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise MMGraftError(
             f"could not write {out} ({error}); what stood there is as it was. Make room, or choose "
             "another folder, and run the command again"

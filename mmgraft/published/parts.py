@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    CLIPImageProcessorPil,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    SiglipImageProcessorPil,
+)
 
 from mmgraft.anatomy import skeleton
 from mmgraft.basefiles import ModelFiles, TensorReader, fetch, load_config, resolve
@@ -227,24 +235,12 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _default_processor(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what CLIP and SigLIP were trained with; sources: their papers' released processors."""
+    """Return the settings that transformers has for CLIP and SigLIP, at the tower's size."""
     size = config["image_size"]
     square = {"height": size, "width": size}
-    siglip = config["model_type"] == "siglip_vision_model"
-    crop = {} if siglip else {"do_center_crop": True, "crop_size": square}
-    return {
-        "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
-        "size": square if siglip else {"shortest_edge": size},
-        **crop,
-        "image_mean": [0.5] * 3 if siglip else [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.5] * 3 if siglip else [0.26862954, 0.26130258, 0.27577711],
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "resample": 3,
-    }
+    if config["model_type"] == "siglip_vision_model":
+        return SiglipImageProcessorPil(size=square).to_dict()
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square).to_dict()
 
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -5,15 +5,13 @@ keys is attention whose values are the set's columns: 1 at a key of the set and 
 attention is called a second time with such columns in place of its values, and what it returns is
 summed over the queries. The first call, whose result the base goes on with, is left as it was.
 
-An attention that has no fused kernel (soft-capping, sinks, ``eager``) is computed in blocks of
-queries, so that it never holds more than a block's weights. Attentions outside of transformers'
-registry either call torch's fused kernel, which is met there, or hand back the weights that they
-have computed for themselves; those are summed and dropped layer by layer.
+An attention that has no fused kernel (soft-capping, sinks, ``eager``) hands back the weights that
+it has computed; those are summed and dropped layer by layer. Attentions outside of transformers'
+registry either do the same or call torch's fused kernel, which is met there.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -36,9 +34,6 @@ from mmgraft.model.rows import kinds_of
 from mmgraft.patching import patched_forward
 
 IMPLEMENTATION = "mmgraft_sums"
-BLOCK = 128
-"""Queries whose explicit weights are held at a time."""
-
 _JOB = "_mmgraft_sums_job"
 
 
@@ -49,14 +44,11 @@ class AttentionSums:
     Attributes:
         columns: Which key belongs to which set, ``(b, S, c)`` of 0 and 1.
         queries: Which queries are summed over, ``(b, s)``: those that are no padding.
-        whole: Explicit weights are computed whole and handed on, for a graft that reads them
-            beside an attention without a fused kernel.
         sums: What was found, by the attention's name: ``(b, c)`` in fp32.
     """
 
     columns: Tensor
     queries: Tensor
-    whole: bool = False
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
@@ -90,16 +82,11 @@ class AttentionSums:
         out = call(columns[:, None].expand(-1, values.shape[1], -1, -1))
         return out[..., :count].float().mean(dim=2)
 
-    def add(self, name: str, given: Tensor, start: int = 0) -> None:
-        """Sum ``given (b, queries, c)``, which is that of the queries from ``start`` on."""
-        counted = self.queries[:, start : start + given.shape[1], None].to(given.device)
+    def add(self, name: str, given: Tensor) -> None:
+        """Sum ``given (b, s, c)`` over the queries."""
+        counted = self.queries[:, :, None].to(given.device)
         total = given.float().masked_fill(~counted, 0.0).sum(dim=1)  # (b, c)
         self.sums[name] = self.sums[name] + total if name in self.sums else total
-
-    def add_weights(self, name: str, weights: Tensor, start: int = 0) -> None:
-        """Sum explicit weights ``(b, heads, queries, S)``."""
-        mean = weights.float().mean(dim=1)
-        self.add(name, mean @ self.columns.to(mean), start)
 
     def _watch(
         self,
@@ -111,7 +98,7 @@ class AttentionSums:
         **kwargs: Any,
     ) -> Any:
         forward = partial(original, *args, **kwargs)
-        if plain is not None:
+        if plain not in (None, "eager"):
             job = _Job(self, name, plain, attention.config._attn_implementation)
             out = job.run(attention, forward)
         else:
@@ -125,7 +112,8 @@ class AttentionSums:
                     "calls no kernel that is known and does not hand them back; take a base "
                     "whose attention does, such as Llama or Qwen2"
                 )
-            self.add_weights(name, weights)
+            mean = weights.mean(dim=1, dtype=torch.float32)
+            self.add(name, mean @ self.columns.to(mean))
         return out
 
 
@@ -159,8 +147,6 @@ def _summing_attention(
 ) -> tuple[Tensor, Any]:
     """Call the base's attention function once more, with columns for values."""
     job: _Job = module.__dict__[_JOB]
-    if job.active == "eager":
-        return _eager(job, module, query, key, value, attention_mask, kwargs)
     config = cast(Any, module).config
 
     def run(kernel: str, value: Tensor) -> Any:
@@ -177,43 +163,6 @@ def _summing_attention(
 
 
 AttentionInterface.register(IMPLEMENTATION, _summing_attention)
-
-
-def _eager(
-    job: _Job,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """Call the architecture's explicit attention, in blocks of queries ``(b, n, <= BLOCK, d)``."""
-    inner = _eager_function(module)
-    if job.into.whole:
-        out, weights = inner(module, query, key, value, mask, **kwargs)
-        job.into.add_weights(job.name, weights)
-        return out, weights
-    pieces = []
-    for start in range(0, query.shape[2], BLOCK):
-        end = start + BLOCK
-        own = mask[:, :, start:end] if mask is not None and mask.shape[2] > 1 else mask
-        out, weights = inner(module, query[:, :, start:end], key, value, own, **kwargs)
-        job.into.add_weights(job.name, weights, start)
-        pieces.append(out)
-    return torch.cat(pieces, dim=1), None  # (b, s, n, d)
-
-
-def _eager_function(attention: nn.Module) -> Callable[..., Any]:
-    """Return the explicit attention that a model's file defines beside its attention class."""
-    names = inspect.unwrap(type(attention).forward).__globals__
-    found = names.get("eager_attention_forward")
-    if found is None:
-        raise UsageError(
-            f"{type(attention).__name__} has no explicit attention function that could be called "
-            "in blocks; load the base with another attention implementation"
-        )
-    return found
 
 
 class _MeetKernel(TorchFunctionMode):
@@ -359,9 +308,7 @@ def _run(
     ids = inputs["input_ids"]
     image, mask = inputs.get("mm_token_type_ids"), inputs.get("attention_mask")
     kinds = kinds_of((ids.shape[0], ids.shape[1]), image, mask, ids.device)
-    # A graft beside the attention may read its weights.
-    reads = graft is not None and type(graft).layer_context is not Graft.layer_context
-    sums = AttentionSums(side_columns(kinds), kinds != PADDING, whole=reads)
+    sums = AttentionSums(side_columns(kinds), kinds != PADDING)
 
     def watch(
         index: int, query: Tensor, key: Tensor, mask: Tensor, seen: Tensor, share: Tensor | None

@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmgraft.grafts.base import IMAGE, TEXT, Packed, Pass
-from mmgraft.grafts.computing import computes_on
 from mmgraft.grafts.wings.learners import Learner, rotation_of
-from mmgraft.grafts.wings.pieces import attend_pieces, plan_pieces
 
 KIND_OF = {"visual": IMAGE, "textual": TEXT}
 
@@ -25,17 +23,6 @@ Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 Watch = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
 """Called with each learner's queries, keys, mask, and the queries that see something."""
-
-
-def prepare(state: Pass, kinds: Iterable[int]) -> None:
-    """Pack the keys of these kinds, in a pass that begins its rows, before the first layer.
-
-    On a CPU they are also read in pieces; elsewhere one call for a batch is worth more.
-    """
-    for kind in kinds:
-        state.pack(kind)
-        if kind in state.packed and computes_on(state.features) == "cpu":
-            state.shared["pieces", kind] = plan_pieces(state, kind)
 
 
 def read_packed(
@@ -53,13 +40,9 @@ def read_packed(
         rotation, own = rotation_of(state, size), rotation_of(state, size, kind)
         found[name] = learners[name].keys_values(packed.features, own)
         query = query if rotation is None else rotation(query)
-        lower, plan = learners[name].lower, state.shared.get(("pieces", kind))
-        if plan is not None:
-            width = learners[name].output.down.out_features
-            lowered.append(attend_pieces(plan, query, *found[name], lower, width))
-        else:
-            mask = additive(state, ("packed", kind), packed.mask, query)
-            lowered.append(torch.where(packed.seen, lower(attend(query, *found[name], mask)), 0.0))
+        mask = additive(state, ("packed", kind), packed.mask, query)
+        low = learners[name].lower(attend(query, *found[name], mask))
+        lowered.append(torch.where(packed.seen, low, 0.0))
     if remember is not None and found:
         spread = {name: _spread(KIND_OF[name], pair, state) for name, pair in found.items()}
         remember(*_by_kind(spread, state))
