@@ -37,7 +37,7 @@ class LlamaServer:
 
 @contextmanager
 def llama_server(
-    text: Path, mmproj: Path | None = None, context: int = 512
+    text: Path, mmproj: Path | None = None, context: int = 512, template: str = ""
 ) -> Iterator[LlamaServer]:
     """Serve a GGUF file, with an mmproj file where there are images, in fp32 as far as it goes."""
     params = xllamacpp.CommonParams()
@@ -47,6 +47,7 @@ def llama_server(
     params.hostnames, params.port = ["127.0.0.1"], 0
     params.n_ctx, params.n_parallel = context, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.use_jinja, params.chat_template = True, template
     params.warmup, params.verbosity = False, 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 
 from mmgraft.atomic import atomic_folder
 from mmgraft.basefiles.tensor_files import write_shards
+from mmgraft.data.chat.answers import Answers
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.report.markdown import render
 from mmgraft.export.folder import Exported, copy_file, sizes_in
@@ -92,7 +93,10 @@ def export_llava(
 def write_small_files(plan: Plan, folder: Path) -> None:
     """Write configs, processor and licences."""
     plan.config.save_pretrained(folder)
-    _generation_config(plan).save_pretrained(folder)
+    config = generation_config(plan.made_of, plan.processor.graft.answers)
+    if plan.processor.new_rows:  # tokens that the base does not have, so never says
+        config.suppress_tokens = [*(config.suppress_tokens or []), *plan.processor.new_rows]
+    config.save_pretrained(folder)
     processor = plan.processor.processor
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)  # older transformers look for it alone
@@ -136,17 +140,14 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
-def _generation_config(plan: Plan) -> GenerationConfig:
-    made_of = plan.made_of
+def generation_config(made_of: Ingredients, answers: Answers) -> GenerationConfig:
+    """Return the base's settings of generation, with the tokens that end the graft's answers."""
     try:
         config = GenerationConfig.from_pretrained(made_of.files.path)
     except OSError:
         config = GenerationConfig.from_model_config(made_of.base_config)
     config._from_model_config = False  # LLaVA's own config knows none of these ids
-    answers = plan.processor.graft.answers
     config.eos_token_id = answers.with_ends(config.eos_token_id)
-    if plan.processor.new_rows:  # tokens that the base does not have, so never says
-        config.suppress_tokens = [*(config.suppress_tokens or []), *plan.processor.new_rows]
     return config
 
 
