@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -339,7 +339,7 @@ class GraftProcessor:
     ) -> dict[str, Tensor]:
         """Pad rows to one length and open their images; ``names`` are those of the rows."""
         inputs = self.collate(rows, padding_side)
-        called = zip_longest(rows, names, fillvalue="the conversation")
+        called = zip(rows, names or ["the conversation"] * len(rows), strict=True)
         images = [image for row, where in called for image in open_images(row.images, where)]
         if images:
             inputs["pixel_values"] = self.pixels(images)

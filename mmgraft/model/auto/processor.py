@@ -42,7 +42,9 @@ class GraftedProcessor(ProcessorMixin):
         self.chat_template = source_of(processor.template, processor.tokenizer) or None
         self.image_token = processor.decode([processor.placeholder_id], skip_special_tokens=False)
 
-    def __call__(self, images: Any = None, text: Any = None, **options: Any) -> BatchFeature:
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, images: Any = None, text: Any = None, **options: Any
+    ) -> BatchFeature:
         """Tokenise texts and open their images.
 
         Args:
