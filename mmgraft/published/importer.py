@@ -611,6 +611,7 @@ def _write_graft(
     )
     chosen = {ours: tensors[name] for ours, name in graft.tensors.items()}
     write_shards(folder, "graft", chosen, {"method": record.method, "workflow": record.workflow})
+    (folder / "config.json").write_text(record.dump_config(), encoding="utf-8")
     (folder / CONFIG_NAME).write_text(record.dump(), encoding="utf-8")
 
 

@@ -212,6 +212,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> lis
     return list(encoding["input_ids"])
 
 
+def unused_sentinel(
+    copies: SentinelTokenizers, text: str
+) -> tuple[str, PreTrainedTokenizerBase, int]:
+    """Return a sentinel that a text does not hold, but for the first, its tokenizer and its id."""
+    found = ((one, copies.get(one)) for one in _sentinels() if one not in text)
+    return next((one, *copied) for one, copied in found if copied is not None)
+
+
 def with_sentinel(plain: Transcript, messages: Sequence[Message]) -> Transcript:
     """Flatten a conversation around a sentinel that occurs nowhere in it.
 

@@ -140,6 +140,7 @@ def write_graft(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         writers[INDEX_NAME] = lambda path: path.write_text(json.dumps(index, indent=2), "utf-8")
+    writers["config.json"] = lambda path: path.write_text(record.dump_config(), "utf-8")
     writers[CONFIG_NAME] = lambda path: path.write_text(record.dump(), "utf-8")
     with working(f"saving {folder}"):
         replace_together(folder, writers, gone=_weight_files(folder) - writers.keys())

@@ -148,7 +148,7 @@ def _method_config(recipe: Recipe) -> dict[str, Any]:
 
 def _base(name: str, revision: str | None) -> ModelFiles:
     folder = Path(name).expanduser().absolute()
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not (folder / "graft_config.json").is_file():
         return ModelFiles(str(folder), folder)  # with weights or without
     found = locate(name, revision)
     if isinstance(found, Path):
