@@ -16,7 +16,6 @@ from typing_extensions import Self
 
 from mmgraft.data.batches.sequences import Side, pad
 from mmgraft.data.chat.answers import Answers, learn
-from mmgraft.data.chat.content import Message, flatten, has_parts
 from mmgraft.data.chat.template import Template, check_template, reads_parts, variables
 from mmgraft.data.chat.transcript import (
     STOCK_SENTINEL,
@@ -25,7 +24,7 @@ from mmgraft.data.chat.transcript import (
     unused_sentinel,
     with_sentinel,
 )
-from mmgraft.data.chat.turns import clean
+from mmgraft.data.chat.turns import Message, clean, flatten, has_parts
 from mmgraft.data.chat.written import refuse_dropped, takes_text, with_text
 from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 
-from mmgraft.data.chat.content import is_image
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.chat.template import check_template, source_of
 from mmgraft.data.chat.transcript import STOCK_SENTINEL
+from mmgraft.data.chat.turns import is_image
 from mmgraft.errors import UsageError
 
 _IN_ANY_CASE = ("padding", "return_tensors")
