@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-
 BEFORE_READING: list[Callable[[], None]] = []
 """Called before a ``config.json`` is read."""
 
