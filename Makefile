@@ -2,7 +2,7 @@
 # make test    the whole test suite
 # make lint    style, types, import contracts, lines of code
 # make oldest  a part of the tests with the oldest transformers that pyproject.toml allows
-# make engines exports in the servers that people run, such as llama.cpp
+# make engines exports in the servers that people run: llama.cpp and vLLM
 # make docs    the pages and the Python reference as HTML, in build/docs
 #
 # Each creates .venv the first time (docs also .venv-docs, oldest also .venv-oldest, engines only
@@ -94,11 +94,12 @@ $(OLDEST_VENV)/.installed: oldest-packages.txt $(VENV)/.installed
 	@touch $@
 
 # An environment of its own: engines ask for other releases than those of $(VENV).
-$(ENGINES_VENV)/.installed: engines-packages.txt
+$(ENGINES_VENV)/.installed: engines-packages.txt plugins/vllm/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("make engines needs Python 3.11 or newer; set PYTHON=" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(ENGINES_VENV)
 	$(ENGINES_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r engines-packages.txt
-	$(ENGINES_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e .
+	$(ENGINES_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e . -e plugins/vllm
+	$(ENGINES_VENV)/bin/python tests/support/prepare_vllm.py
 	@touch $@
 
 clean:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from mmgraft.errors import UsageError
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 
-Kind = Literal["graft", "full", "llava", "peft", "gguf", "mmproj"]
+Kind = Literal["graft", "full", "llava", "peft", "gguf", "mmproj", "vllm"]
 
 NOTE_KEY = "mmgraft"
 """Key of an exported ``config.json`` that says what the model was made of."""

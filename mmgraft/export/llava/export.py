@@ -25,8 +25,15 @@ from mmgraft.version import __version__
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """All of an exported model but its values."""
+class Plan:
+    """All of an exported model but its values.
+
+    Attributes:
+        made_of: The parts.
+        processor: Its processor.
+        config: Its config.
+        model: It, on the meta device.
+    """
 
     made_of: Ingredients
     processor: StockProcessor
@@ -73,7 +80,7 @@ def export_llava(
         def write(folder: Path) -> None:
             say(f"writing {size / 2**20:,.1f} MiB of weights")
             write_shards(folder, "model", tensors)
-            _write_small_files(plan, folder)
+            write_small_files(plan, folder)
             say("running the same conversations in stock transformers")
             found.append(compare(folder, samples, made_of.dtype))
             token = plan.processor.processor.image_token
@@ -83,7 +90,8 @@ def export_llava(
     return Exported("llava", out, made_of.record.workflow, sizes_in(out), notes, found[0])
 
 
-def _write_small_files(plan: _Plan, folder: Path) -> None:
+def write_small_files(plan: Plan, folder: Path) -> None:
+    """Write configs, processor and licences."""
     plan.config.save_pretrained(folder)
     config = generation_config(plan.made_of, plan.processor.graft.answers)
     if plan.processor.new_rows:  # tokens that the base does not have, so never says
@@ -97,22 +105,22 @@ def _write_small_files(plan: _Plan, folder: Path) -> None:
             copy_file(path, folder / path.name)
 
 
-def _plan(made_of: Ingredients) -> _Plan:
+def _plan(made_of: Ingredients) -> Plan:
     processor = stock_processor(made_of)
     rows = processor.new_rows.stop
     config = llava_config(made_of, processor.image_token_id, rows)
     try:
-        return _Plan(made_of, processor, config, empty_llava(config))
+        return Plan(made_of, processor, config, empty_llava(config))
     except UsageError:
         if not made_of.tied:
             raise
     # LLaVA ties its head to an embedding of one name only; elsewhere the head is written out.
     made_of = replace(made_of, untied=True)
     config = llava_config(made_of, processor.image_token_id, rows)
-    return _Plan(made_of, processor, config, empty_llava(config))
+    return Plan(made_of, processor, config, empty_llava(config))
 
 
-def _notes(plan: _Plan) -> list[str]:
+def _notes(plan: Plan) -> list[str]:
     made_of, processor = plan.made_of, plan.processor
     notes = [made_of.text_note, *filter(None, [made_of.lacks])]
     token = processor.processor.image_token
