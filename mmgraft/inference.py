@@ -170,10 +170,8 @@ class Dialogue:
         self, encoded: Encoded, on_text: Callable[[str], None] | None, settings: dict[str, Any]
     ) -> str:
         processor, model = self.answerer.processor, self.answerer.model
-        inputs: dict[str, Any] = processor.collate([encoded], "left")
+        inputs: dict[str, Any] = processor.inputs([encoded], "left", ["the dialogue"])
         workflow = self.workflow or (None if encoded.images else TEXT_WORKFLOW)
-        if encoded.images:
-            inputs["pixel_values"] = processor.pixels(open_images(encoded.images, "the dialogue"))
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         cache = self._reusable(encoded)
         self._cache = self._seen = None  # a run that fails leaves its cache longer than was noted

@@ -267,6 +267,8 @@ def _refuse_others(name: str, folder: Path) -> None:
             "its base or leave out, as packages are installed; give the base alone, or merge "
             "them first (peft: merge_and_unload, then save_pretrained)"
         )
+    if (folder / "graft_config.json").is_file():
+        raise UsageError(f"{name} is a graft, not a base; name the model that it was made on")
     if any(folder.glob("shard-*-model-*-of-*.safetensors")):
         raise UsageError(
             f"{name} holds a checkpoint of several ranks (shard-*-model-*.safetensors); load it "

@@ -22,6 +22,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
 
 from mmgraft.errors import UsageError, first_line
 from mmgraft.progress import counted
@@ -29,22 +30,9 @@ from mmgraft.textfiles import weight_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES: dict[str, torch.dtype] = str_to_torch_dtype
 """Each dtype by the name that safetensors has for it."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

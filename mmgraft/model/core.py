@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from typing_extensions import Self
@@ -16,6 +16,7 @@ from typing_extensions import Self
 from mmgraft.anatomy import Anatomy, examine
 from mmgraft.data.chat.answers import Answers
 from mmgraft.errors import UsageError
+from mmgraft.model.auto.config import GraftedConfig
 from mmgraft.model.cache import extend
 from mmgraft.model.images import GivenImages, Images, place, plan_features, plan_images
 from mmgraft.model.workflow import TEXT_WORKFLOW, Workflow
@@ -23,25 +24,6 @@ from mmgraft.vision.plan import Plan
 from mmgraft.vision.towers.base import VisionTower
 
 BASE_GROUP = "base"
-
-
-class GraftedConfig(PreTrainedConfig):
-    """A thin shell around the base's own config, which caches and masks are made from."""
-
-    model_type = "mmgraft"
-
-    def __init__(self, base_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.base_config = base_config
-        if base_config is not None:
-            sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
-            for name in (*sizes, "pad_token_id", "bos_token_id", "eos_token_id"):
-                setattr(self, name, getattr(base_config, name, None))
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """Return the base's config."""
-        base = getattr(self, "base_config", None)  # not set yet while transformers checks a config
-        return self if base is None else base
 
 
 class GraftedCore(PreTrainedModel, GenerationMixin):
@@ -70,6 +52,8 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         anatomy: Anatomy | None = None,
     ) -> None:
         config = GraftedConfig(base.config)
+        if workflows:
+            config.image_token_id = workflows[0].record.image_token.id
         super().__init__(config)
         self.base = base
         self.vision_tower = vision_tower
@@ -79,7 +63,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         self._takes_positions = self.anatomy.takes_positions
         self._packs: dict[tuple[str, int], str | None] = {}  # why rows cannot be packed
         self.gradient_checkpointing = False
-        self.in_step = False  # see mmgraft.model.sharded.in_step
+        self.in_step = False  # see mmgraft.model.sharded
         self._only_text = False
         self.answers: Answers | None = None  # what ends them; known once there is a processor
         if base.can_generate():

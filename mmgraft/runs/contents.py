@@ -21,7 +21,7 @@ _PROCESSOR = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja", "preprocessor_config.json", "processor_config.json",
-    "generation_config.json",
+    "generation_config.json", "config.json",
 )  # fmt: skip
 _RESULTS = ("results/*.json", "results/*.md", "results/*.html", "results/*.png")
 _RECORDS = (RECIPE, "results.json", *_RESULTS)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import BatchFeature, GenerationConfig
 
-from mmgraft.data.images import open_images
 from mmgraft.errors import UsageError
 from mmgraft.inference import Answerer, AnswerStreamer
 from mmgraft.model.workflow import TEXT_WORKFLOW
@@ -142,10 +141,7 @@ class Served:
                 f"the model {self.name!r} is the language model alone, which sees no images; ask "
                 "one of the others in /v1/models"
             )
-        inputs = processor.collate([row], "left")
-        if row.images:
-            inputs["pixel_values"] = processor.pixels(open_images(row.images, "the conversation"))
-        return self._checked(inputs)
+        return self._checked(processor.inputs([row], "left"))
 
     def _checked(self, inputs: dict[str, Any]) -> BatchFeature:
         length, table = inputs["input_ids"].shape[1], self.answerer.model.anatomy.position_table

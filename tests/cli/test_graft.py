@@ -31,7 +31,7 @@ def test_it_writes_a_graft_and_its_recipe_beside_it(cli, parts: Path, here: Path
     assert ran.code == 0, ran.err
     folder = here / "base-llama-iaa"
     assert {p.name for p in folder.iterdir()} == {
-        "graft_config.json", "graft.safetensors", "recipe.yaml",
+        "config.json", "graft_config.json", "graft.safetensors", "recipe.yaml",
     }  # fmt: skip
     record = json.loads((folder / "graft_config.json").read_text())
     assert record["config"]["layers"] == "1,3"
@@ -42,6 +42,16 @@ def test_it_writes_a_graft_and_its_recipe_beside_it(cli, parts: Path, here: Path
     assert (copied == base["model.layers.3.mlp.up_proj.weight"]).all()
     assert "method: iaa" in (folder / "recipe.yaml").read_text()
     assert "mmgraft train base-llama-iaa" in ran.err
+
+
+@pytest.mark.parametrize("verify", ["fast", "full"])
+def test_a_hash_of_the_whole_base_is_kept_if_asked(cli, parts: Path, here: Path, verify) -> None:
+    ran = cli("graft", parts / "Base-Llama", "--method", "llava", "--vision", parts / "clip",
+              "--verify", verify)  # fmt: skip
+    assert ran.code == 0, ran.err
+    record = json.loads((here / "base-llama-llava" / "graft_config.json").read_text())
+    tensors = record["base"]["fingerprint"]["tensors"].values()
+    assert all(("full" in tensor) == (verify == "full") for tensor in tensors)
 
 
 def test_json_tells_what_was_added(cli, parts: Path, here: Path) -> None:

@@ -183,7 +183,13 @@ def test_push_asks_on_a_terminal_and_takes_the_user_s_name(journey: Journey) -> 
     assert f"to the new public {PUSHED}? [y/N]" in journey.pushed
     assert f"{journey.hub.url}/{PUSHED}" in journey.pushed
     names = set(journey.hub.repos[PUSHED].names)
-    assert {"README.md", "graft_config.json", "graft.safetensors", "recipe.yaml"} <= names
+    assert {
+        "README.md",
+        "config.json",
+        "graft_config.json",
+        "graft.safetensors",
+        "recipe.yaml",
+    } <= names
     assert not [name for name in names if "checkpoint" in name or name.endswith(".jsonl")]
     card = journey.hub.repos[PUSHED].read("README.md").decode()
     assert BASE_ID in card

@@ -29,8 +29,8 @@ from grafting import (
 from mmgraft import GraftedModel, IAAConfig, WingsConfig
 from mmgraft.anatomy import decoder_layers
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.attention import layer_sums as attention_sums
-from mmgraft.evaluation.attention.layer_sums import (
+from mmgraft.evaluation.attention import laws as attention_sums
+from mmgraft.evaluation.attention.laws import (
     PROJECTOR_ONLY,
     AttentionSums,
     layer_sums,

@@ -113,13 +113,18 @@ def test_names_of_shards_do_not_pile_up(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path, number, shards=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
         "graft-00001-of-00002.safetensors",
         "graft-00002-of-00002.safetensors",
         "graft.safetensors.index.json",
         "graft_config.json",
     ]
     write(tmp_path, 9)
-    assert {path.name for path in tmp_path.iterdir()} == {"graft.safetensors", "graft_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "graft.safetensors",
+        "graft_config.json",
+    }
     assert (tmp_path / "graft.safetensors").stat().st_mode & 0o044 == 0o044  # others may read it
 
 
@@ -189,6 +194,19 @@ def test_a_trained_base_brings_its_tokenizer(parts: Path, tmp_path: Path) -> Non
     assert GraftFile.read(run).base_trained is False
     save_graft(GraftedModel.from_pretrained(tmp_path / "other"), tmp_path / "again")
     assert GraftFile.read(tmp_path / "again").trained_from == record.trained_from
+
+
+@pytest.mark.parametrize("method", ["iaa", "wings", "llava"])
+def test_what_of_a_graft_runs_is_saved(parts: Path, tmp_path: Path, method: str) -> None:
+    model = GraftedModel.from_pretrained(make_run(parts, tmp_path / "run", method))
+    graft = model.workflow().graft
+    before = graft.state()
+    graft.set_state({**before, "active": False})
+    assert graft.state() != before
+    save_graft(model, tmp_path / "part")
+    assert GraftFile.read(tmp_path / "part").state == graft.state()
+    loaded = GraftedModel.from_pretrained(tmp_path / "part").workflow().graft
+    assert loaded.state() == graft.state()
 
 
 def test_a_base_held_in_4_bit_is_not_saved(parts: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ for folder in (ROOT, ROOT / "tests" / "support", ROOT / "tests", ROOT / "tests" 
     sys.path.insert(0, str(folder))
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
-METHODS = ("iaa", "wings", "llava", "lora", "expert")
+METHODS = ("iaa", "wings", "llava", "lora", "expert", "xattn")
 SECONDS, GIBIBYTES = 120, 6
 """Processor time and memory of one type."""
 

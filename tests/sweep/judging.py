@@ -31,6 +31,7 @@ from mmgraft import (
     LlavaConfig,
     LoraConfig,
     WingsConfig,
+    XattnConfig,
 )
 from mmgraft.anatomy import shrunken, text_config
 from mmgraft.basefiles import ModelFiles
@@ -43,7 +44,7 @@ from mmgraft.vision.spec import VisionSpec
 from mmgraft.vision.towers.registry import describe_tower, load_tower
 from tiny import randomise
 
-METHODS = ("iaa", "wings", "llava", "lora", "expert")
+METHODS = ("iaa", "wings", "llava", "lora", "expert", "xattn")
 TOWER_WIDTH = 16
 
 INDEXER = {
@@ -216,6 +217,7 @@ def graft(
         "llava": LlavaConfig(),
         "lora": LoraConfig(rank=4, layers=layers),
         "expert": ExpertConfig(layers=layers),
+        "xattn": XattnConfig(layers=layers),
     }
     spec, plain = VisionSpec(id=str(tower)), TemplateChoice(kind="plain")
     create.create_graft(str(base), spec, configs[name], folder / "graft", template=plain)

@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 
-METHODS = ("iaa", "wings", "llava", "lora", "expert")
+METHODS = ("iaa", "wings", "llava", "lora", "expert", "xattn")
 HEAD = """# Every causal LM
 
 mmgraft has no table of models: it examines what it gets. This page says what came of it for each

@@ -16,15 +16,15 @@ from typing_extensions import Self
 
 from mmgraft.data.batches.sequences import Side, pad
 from mmgraft.data.chat.answers import Answers, learn
-from mmgraft.data.chat.content import Message, flatten, has_parts
 from mmgraft.data.chat.template import Template, check_template, reads_parts, variables
 from mmgraft.data.chat.transcript import (
     STOCK_SENTINEL,
     SentinelTokenizers,
     Transcript,
+    unused_sentinel,
     with_sentinel,
 )
-from mmgraft.data.chat.turns import clean
+from mmgraft.data.chat.turns import Message, clean, flatten, has_parts
 from mmgraft.data.chat.written import refuse_dropped, takes_text, with_text
 from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError
@@ -227,6 +227,32 @@ class GraftProcessor:
         self.check_ids(ids, where)
         return Encoded(ids, [0] * len(ids), [])
 
+    def encode_prompt(
+        self, text: str, images: Sequence[Any] = (), where: str = "the prompt"
+    ) -> Encoded:
+        """Tokenise a whole prompt as it stands, each ``<image>`` in it an image.
+
+        What the tokenizer puts before a text is put there unless the prompt has it.
+
+        Raises:
+            UsageError: It has another number of them than there are images.
+        """
+        marks = text.count(STOCK_SENTINEL)
+        if images and marks != len(images):
+            raise UsageError(
+                f"{where}: {len(images)} images and {marks} times {STOCK_SENTINEL}; write it where "
+                "each image stands"
+            )
+        sentinel, tokenizer, index = STOCK_SENTINEL, self.tokenizer, None
+        if images:
+            sentinel, tokenizer, index = unused_sentinel(self._copies, text)
+            text = text.replace(STOCK_SENTINEL, sentinel)
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        prefix = self._copies.prefix
+        given = Transcript([], list(images), self.template, self._copies, tokenizer, where=where)
+        transcript = replace(given, sentinel=sentinel, sentinel_id=index)
+        return self.expand(transcript, ids if ids[: len(prefix)] == prefix else [*prefix, *ids])
+
     def expand(
         self, transcript: Transcript, ids: Sequence[int], spans: Sequence[tuple[int, int]] = ()
     ) -> Encoded:
@@ -305,12 +331,15 @@ class GraftProcessor:
             self.encode(messages, add_generation_prompt, given, where)
             for messages, given, where in zip(batch, each, names, strict=True)
         ]
+        return self.inputs(rows, padding_side, names)
+
+    def inputs(
+        self, rows: Sequence[Encoded], padding_side: Side, names: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        """Pad rows to one length and open their images; ``names`` are those of the rows."""
         inputs = self.collate(rows, padding_side)
-        images = [
-            image
-            for row, where in zip(rows, names, strict=True)
-            for image in open_images(row.images, where)
-        ]
+        called = zip(rows, names or ["the conversation"] * len(rows), strict=True)
+        images = [image for row, where in called for image in open_images(row.images, where)]
         if images:
             inputs["pixel_values"] = self.pixels(images)
         return inputs

@@ -115,8 +115,8 @@ class Vocabulary:
         writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
         writer.add_add_bos_token(self.bos)
         writer.add_add_eos_token(self.eos)
-        if self.tokenizer.bos_token_id is not None:
-            writer.add_bos_token_id(self.tokenizer.bos_token_id)
+        if isinstance(bos := self.tokenizer.bos_token_id, int):
+            writer.add_bos_token_id(bos)
         adders = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
         for add, index in zip(adders, self.ends, strict=False):
             add(index)

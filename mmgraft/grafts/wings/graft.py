@@ -17,9 +17,15 @@ from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, BaseParts, Graft, Pass, s
 from mmgraft.grafts.computing import is_flash
 from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.wings.config import WingsConfig, WingsStage
-from mmgraft.grafts.wings.decoding import Stacked, read_token
-from mmgraft.grafts.wings.learners import Learner, learner_heads
-from mmgraft.grafts.wings.reading import KIND_OF, read_all, read_packed
+from mmgraft.grafts.wings.learners import (
+    KIND_OF,
+    Learner,
+    Stacked,
+    learner_heads,
+    read_all,
+    read_packed,
+    read_token,
+)
 from mmgraft.grafts.wings.router import Router, route
 from mmgraft.layers import parse_layers
 from mmgraft.patching import patched_forward

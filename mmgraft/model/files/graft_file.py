@@ -132,6 +132,13 @@ class GraftFile(_Strict):
         """Return the file's text."""
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
+    def dump_config(self) -> str:
+        """Return the text of the ``config.json`` by which transformers knows a graft."""
+        base = self.base.fingerprint.get("config")
+        kind = {"model_type": "mmgraft", "architectures": ["GraftedModel"]}
+        config = {**kind, "image_token_id": self.image_token.id, "text_config": base}
+        return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
     @classmethod
     def read(cls, folder: Path) -> GraftFile:
         """Read and check a graft's config.

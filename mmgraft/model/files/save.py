@@ -22,7 +22,7 @@ from mmgraft.model.files.graft_file import (
     GraftFile,
     SeenFeatures,
 )
-from mmgraft.model.sharded.gathering import gathered
+from mmgraft.model.sharded import gathered
 from mmgraft.model.workflow import Workflow
 from mmgraft.progress import working
 
@@ -140,6 +140,7 @@ def write_graft(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         writers[INDEX_NAME] = lambda path: path.write_text(json.dumps(index, indent=2), "utf-8")
+    writers["config.json"] = lambda path: path.write_text(record.dump_config(), "utf-8")
     writers[CONFIG_NAME] = lambda path: path.write_text(record.dump(), "utf-8")
     with working(f"saving {folder}"):
         replace_together(folder, writers, gone=_weight_files(folder) - writers.keys())

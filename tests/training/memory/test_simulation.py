@@ -22,8 +22,7 @@ from mmgraft.errors import MMGraftError
 from mmgraft.model import loss
 from mmgraft.model.kernels import activations
 from mmgraft.recipes.recipe import Stage
-from mmgraft.training.memory.simulation import Load, Step, simulate
-from mmgraft.training.memory.stand_in import meta_model
+from mmgraft.training.memory.simulation import Load, Step, meta_model, simulate
 from mmgraft.training.stages import open_stage
 from mmgraft.vision.plan import Plan
 from tiny import HIDDEN, LAYERS, tiny_config
