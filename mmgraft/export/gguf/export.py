@@ -51,12 +51,7 @@ def export_gguf(
         UsageError: Llama.cpp would not give what the graft gives, with the reason.
         MMGraftError: The disk is full; what stood in ``out`` is whole.
     """
-    if find_spec("gguf") is None:
-        raise UsageError("writing GGUF needs the package gguf: pip install 'mmgraft[gguf]'.")
-    say("examining the graft, its base and its vision tower")
-    made_of = gather(run, base, "float32")
-    architecture = check_parts(made_of)
-    _refuse_partial(made_of, kind)
+    made_of, architecture = _examined(run, base, kind)
     processor = load_processor(made_of.record, made_of.files.path, made_of.tower)
     template, notes = media_template(processor), _notes(made_of, processor)
     vocabulary = _vocabulary(made_of, processor, notes) if kind == "gguf" else None
@@ -78,18 +73,28 @@ def export_gguf(
                 vocabulary.compare(folder / TEXT)
             else:
                 (folder / TEMPLATE).write_text(template, "utf-8")
-            card = {"made_of": made_of, "kind": kind, "notes": notes, "version": __version__}
-            text = render("export/gguf/card.md.jinja", title=out.name, **card)
-            (folder / README).write_text(text, "utf-8")
+            (folder / README).write_text(_card(made_of, kind, out.name, notes), "utf-8")
 
         atomic_folder(out, write)
     return Exported(kind, out, made_of.record.workflow, sizes_in(out), notes)
 
 
-def _refuse_partial(made_of: Ingredients, kind: str) -> None:
+def _card(made_of: Ingredients, kind: str, title: str, notes: list[str]) -> str:
+    values = {"made_of": made_of, "kind": kind, "notes": notes, "version": __version__}
+    return render("export/gguf/card.md.jinja", title=title, **values)
+
+
+def _examined(run: Path, base: str | None, kind: str) -> tuple[Ingredients, str]:
+    """Return the parts of a graft and the decoder's name in GGUF; refuse what has none."""
+    if find_spec("gguf") is None:
+        raise UsageError("writing GGUF needs the package gguf: pip install 'mmgraft[gguf]'.")
+    say("examining the graft, its base and its vision tower")
+    made_of = gather(run, base, "float32")
+    architecture = check_parts(made_of)
     changed = bool(made_of.inserted or made_of.owns or made_of.record.base_trained)
     other = f"{made_of.text_note}; --to gguf writes the decoder too"
     refuse("this graft", {made_of.lacks: bool(made_of.lacks), other: kind == "mmproj" and changed})
+    return made_of, architecture
 
 
 def _vocabulary(made_of: Ingredients, processor: GraftProcessor, notes: list[str]) -> Vocabulary:
