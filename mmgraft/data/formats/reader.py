@@ -1,6 +1,6 @@
 """A record of a file as a row: its turns by its layout, its images found.
 
-Put the images listed beside turns in their places: at a part, at a word, or first.
+Images that are listed beside turns are put in their places: at a part, at a word, or first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Log-probabilities of texts that go on from a context, in batches, each context read once.
 
-Multiple choice by log-probability: which option a model finds likeliest after the question.
+Multiple choice is scored by them: the option that a model finds likeliest after the question.
 """
 
 from __future__ import annotations
