@@ -2,14 +2,17 @@
 # make test    the whole test suite
 # make lint    style, types, import contracts, lines of code
 # make oldest  a part of the tests with the oldest transformers that pyproject.toml allows
+# make engines exports in the servers that people run: llama.cpp and vLLM
 # make docs    the pages and the Python reference as HTML, in build/docs
 #
-# Each creates .venv the first time (docs also .venv-docs, oldest also .venv-oldest). PYTHON chooses the interpreter, JOBS the number of test processes.
+# Each creates .venv the first time (docs also .venv-docs, oldest also .venv-oldest, engines only
+# .venv-engines). PYTHON chooses the interpreter, JOBS the number of test processes.
 
 PYTHON ?= python3
 VENV ?= .venv
 DOCS_VENV ?= .venv-docs
 OLDEST_VENV ?= .venv-oldest
+ENGINES_VENV ?= .venv-engines
 JOBS ?= 2
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check
@@ -25,7 +28,7 @@ OLDEST_TESTS := tests/test_oldest.py tests/test_reference_golden.py tests/publis
 OLDEST_BASES := llama or qwen3 or gemma3 or phi3 or bloom
 OLDEST_INVARIANTS := $(wildcard tests/model/test_invariants_*.py)
 
-.PHONY: demo test lint oldest docs env clean
+.PHONY: demo test lint oldest engines docs env clean
 
 demo: env
 	$(RUN)/mmgraft demo
@@ -40,6 +43,10 @@ oldest: env $(OLDEST_VENV)/.installed
 		--dist loadgroup -q $(OLDEST_TESTS)
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 MMGRAFT_OLDEST=1 $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) \
 		--dist loadgroup -q $(OLDEST_INVARIANTS) tests/model/test_generation.py -k "$(OLDEST_BASES)"
+
+# MMGRAFT_ENGINES=1: tests/engines is collected, and fails where an engine is missing.
+engines: $(ENGINES_VENV)/.installed
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 MMGRAFT_ENGINES=1 $(ENGINES_VENV)/bin/python -m pytest -q tests/engines
 
 lint: env
 	$(RUN)/ruff check .
@@ -86,5 +93,14 @@ $(OLDEST_VENV)/.installed: oldest-packages.txt $(VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r oldest-packages.txt
 	@touch $@
 
+# An environment of its own: engines ask for other releases than those of $(VENV).
+$(ENGINES_VENV)/.installed: engines-packages.txt plugins/vllm/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("make engines needs Python 3.11 or newer; set PYTHON=" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r engines-packages.txt
+	$(ENGINES_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e . -e plugins/vllm
+	$(ENGINES_VENV)/bin/python tests/support/prepare_vllm.py
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) $(OLDEST_VENV) build/docs
+	rm -rf $(VENV) $(DOCS_VENV) $(OLDEST_VENV) $(ENGINES_VENV) build/docs

@@ -132,8 +132,7 @@ def _write(folder: Path, kind: str, count: int) -> Path:
 def _measure(path: Path, read: int) -> dict[str, Any]:
     import torch
 
-    from mmgraft.data.batches.mixture import Part, mix
-    from mmgraft.data.batches.sampler import EpochSampler
+    from mmgraft.data.batches.sampler import EpochSampler, Part, mix
     from mmgraft.data.formats.sources import Source, index_rows
 
     torch.randperm(10)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmgraft.grafts.wings.router import Router, route
-from mmgraft.grafts.wings.spans import causal_spans
 
 HEADS, KEY_HEADS, SIZE = 9, 3, 64
 PADDING = 128
@@ -91,7 +90,6 @@ class Case:
             True,
             (*self.inputs, self.mask),
             {},
-            lambda mask: causal_spans(mask, self.padding),
         )
         return torch.autograd.grad((out, logits), self.learned, self.given)
 

@@ -35,10 +35,11 @@ class Broken:
         )
 
 
+@dataclass(eq=False)
 class Kinds(Generic[T]):
     """A registry.
 
-    Args:
+    Attributes:
         what: One kind, in words.
         group: Of entry points, whose names are kinds.
         made_of: Called with the name, with the value that is registered or that an entry point
@@ -46,14 +47,10 @@ class Kinds(Generic[T]):
         built_in: Gives the kinds that come with mmgraft, when one is first needed.
     """
 
-    def __init__(
-        self,
-        what: str,
-        group: str,
-        made_of: Callable[[str, Any, str], T],
-        built_in: Callable[[], Mapping[str, T]] = dict,
-    ) -> None:
-        self.what, self.group, self.made_of, self.built_in = what, group, made_of, built_in
+    what: str
+    group: str
+    made_of: Callable[[str, Any, str], T]
+    built_in: Callable[[], Mapping[str, T]] = dict
 
     @cached_property
     def known(self) -> dict[str, T]:

@@ -18,8 +18,8 @@ from mmgraft.anatomy import (
     get_path,
     skeleton,
 )
-from mmgraft.anatomy.branch import BranchUnknown, examine_branch
 from mmgraft.anatomy.inspection import position_table
+from mmgraft.anatomy.stand_ins import BranchUnknown, examine_branch
 from mmgraft.errors import UsageError
 from tiny import ARCHITECTURES, LAYERS, VARIANTS, WINDOW, tiny_config, tiny_model
 

@@ -7,26 +7,13 @@ place of their parts. Nothing here is a table of models.
 
 from __future__ import annotations
 
-from mmgraft.anatomy.blocked import keeps_keys
-from mmgraft.anatomy.description import Anatomy, decoder_layers, get_path
-from mmgraft.anatomy.inspection import (
-    examine,
-    examine_config,
-    refuse_non_causal,
-    skeleton,
-    text_config,
-)
-from mmgraft.anatomy.shrinking import shrunken
-
-__all__ = [
-    "Anatomy",
-    "decoder_layers",
-    "examine",
-    "examine_config",
-    "get_path",
-    "keeps_keys",
-    "refuse_non_causal",
-    "shrunken",
-    "skeleton",
-    "text_config",
-]
+from mmgraft.anatomy.blocked import keeps_keys as keeps_keys
+from mmgraft.anatomy.description import Anatomy as Anatomy
+from mmgraft.anatomy.description import decoder_layers as decoder_layers
+from mmgraft.anatomy.description import get_path as get_path
+from mmgraft.anatomy.inspection import examine as examine
+from mmgraft.anatomy.inspection import examine_config as examine_config
+from mmgraft.anatomy.inspection import refuse_non_causal as refuse_non_causal
+from mmgraft.anatomy.inspection import skeleton as skeleton
+from mmgraft.anatomy.inspection import text_config as text_config
+from mmgraft.anatomy.shrinking import shrunken as shrunken

@@ -19,14 +19,9 @@ _RECURRENT = re.compile(r"Mamba|Rwkv|Recurrent|RGLRU|SSM|LSTM|Delta|Lightning|Sh
 _CACHES = {"past_key_values", "past_key_value", "layer_past", "kwargs"}
 
 _ORDINARY_KEYWORDS = {
-    "attention_mask",
-    "dropout",
-    "scaling",
-    "sliding_window",
-    "is_causal",
-    "position_ids",
+    "attention_mask", "dropout", "scaling", "sliding_window", "is_causal", "position_ids",
     "output_attentions",
-}
+}  # fmt: skip
 
 
 def keeps_keys(cached: Any) -> bool:

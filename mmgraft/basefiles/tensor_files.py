@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
 
 from mmgraft.errors import UsageError, first_line
 from mmgraft.progress import counted
@@ -29,22 +30,9 @@ from mmgraft.textfiles import weight_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES: dict[str, torch.dtype] = str_to_torch_dtype
 """Each dtype by the name that safetensors has for it."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -191,48 +179,6 @@ def open_pickled(path: Path) -> dict[str, LazyTensor]:
     }
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write one safetensors file, one tensor in memory at a time.
-
-    Args:
-        path: The file, which must not matter yet: a killed write leaves half of it.
-        tensors: The tensors to write.
-        metadata: Strings for the header; ``format`` is added.
-    """
-    # Widest first, as safetensors itself orders them, so that every tensor lies aligned.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
-    for name in names:
-        lazy = tensors[name]
-        end = offset + lazy.nbytes
-        header[name] = {
-            "dtype": _NAMES[lazy.dtype],
-            "shape": list(lazy.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in counted(f"writing {path.name}", names):
-            _write_one(file, name, tensors[name])
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_one(file: BinaryIO, name: str, lazy: LazyTensor) -> None:
-    tensor = lazy.read()
-    if tuple(tensor.shape) != lazy.shape or tensor.dtype != lazy.dtype:
-        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not as it was announced")
-    if tensor.numel():
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
 def write_shards(
     folder: Path,
     stem: str,
@@ -242,11 +188,13 @@ def write_shards(
 ) -> list[str]:
     """Write ``stem.safetensors``, or numbered shards and ``stem.safetensors.index.json``.
 
+    One shard is in memory at a time.
+
     Args:
         folder: Where to write; made if it is missing.
         stem: ``model`` or ``graft``.
         tensors: The tensors to write; their order decides which share a shard.
-        metadata: Strings for the headers.
+        metadata: Strings for the headers; ``format`` is added.
         max_bytes: Largest size of a shard; a larger tensor has one of its own.
 
     Returns:
@@ -260,7 +208,9 @@ def write_shards(
         max_shard_size=max_bytes,
     )
     for name, keys in split.filename_to_tensors.items():
-        write_tensors(folder / name, {key: tensors[key] for key in keys}, metadata)
+        read = counted(f"writing {name}", keys)
+        chosen = {key: tensors[key].read().clone().contiguous() for key in read}  # two may be one
+        save_file(chosen, folder / name, {"format": "pt", **(metadata or {})})
     names = list(split.filename_to_tensors)
     if not split.is_sharded:
         return names

@@ -126,10 +126,10 @@ def check(target: _Target, quick: _Quick = False, json: JsonFlag = False, **read
     Exit code 2 where a row is bad. A run's rows are read as its stages read them; a file's are
     tokenised with --run, or with --base and --vision.
     """
-    from mmgraft.data.bad_rows import BadRow
     from mmgraft.data.checking import Checker
     from mmgraft.data.formats.indexed import Joined
     from mmgraft.data.formats.sources import Checks, index_rows
+    from mmgraft.data.rows import BadRow
     from mmgraft.training.stage_data import source_of
     from mmgraft.training.views import Selection, views
 

@@ -122,7 +122,7 @@ def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
 
 def _specs(run: Path, given: Any) -> list[SetSpec]:
     """Return the set of ``--data``, else sets of a file or of the run's recipe."""
-    from mmgraft.evaluation.items.packaged_text import PACKAGED
+    from mmgraft.evaluation.items.files import PACKAGED
     from mmgraft.evaluation.sets import choose_sets, given_set, load_sets, run_sets
     from mmgraft.recipes.source import key_value
 

@@ -87,7 +87,7 @@ def _read(
 
 def _check_images(rows: Sequence[Row], prompts: Sequence[Any]) -> None:
     """Open every image before hours of work, not after."""
-    from mmgraft.data.chat.content import images_of_all
+    from mmgraft.data.chat.turns import images_of_all
     from mmgraft.data.images import open_images
 
     pairs = list(zip(rows, prompts, strict=True))

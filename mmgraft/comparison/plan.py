@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mmgraft.aliases import resolve_alias
 from mmgraft.comparison.files import FEATURES, Phase, arm_folder, phases_done, read_phase
 from mmgraft.comparison.spec import ALL_STAGES, Comparison, arm_recipe, named_arms
-from mmgraft.data.bad_rows import OnBadRow
+from mmgraft.data.rows import OnBadRow
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.dialogues.dialogues import read_dialogues
 from mmgraft.evaluation.items.files import read_items

@@ -12,19 +12,13 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from mmgraft.data.bad_rows import HUB
 from mmgraft.data.formats.sources import is_there
+from mmgraft.data.rows import HUB
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.sets import choose_sets
 from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
 from mmgraft.recipes.recipe import DataEntry, Recipe
-from mmgraft.recipes.source import (
-    find_recipe,
-    key_value,
-    load_recipe,
-    read_yaml,
-    shipped_recipes,
-)
+from mmgraft.recipes.source import find_recipe, key_value, load_recipe, read_yaml, shipped_recipes
 from mmgraft.strict import StrictModel
 from mmgraft.vision.spec import VisionSpec
 

@@ -14,18 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.batches.dataset import fitted
-from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.chat.labels import answer_turns, supervise_row
 from mmgraft.data.chat.processor import GraftProcessor
+from mmgraft.data.chat.turns import images_of_all
 from mmgraft.data.formats.indexed import facts_of
 from mmgraft.data.images import check_image, is_data_uri, open_image
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import BadRow, Row
 from mmgraft.errors import UsageError
 from mmgraft.progress import counted
-from mmgraft.vision.images import BadImage, Fault
-from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.images import BadImage, Fault, StoredImage
 
 FAULTS = ("missing", "broken", "enormous", "outside", "empty", "row")
 """Kinds of faults of a row; see ``BadRow``."""
@@ -116,10 +114,11 @@ class Report:
         }
 
 
+@dataclass(eq=False)
 class Checker:
     """Looks at rows one after another.
 
-    Args:
+    Attributes:
         processor: For lengths; without one rows are not tokenised.
         max_length: Where rows are cut.
         skip_text: Rows without an image are counted and not looked at further.
@@ -127,21 +126,13 @@ class Checker:
         positions: That the base has a table of; None where it has none, or is not known.
     """
 
-    def __init__(
-        self,
-        processor: GraftProcessor | None = None,
-        max_length: int | None = None,
-        skip_text: bool = False,
-        quick: bool = False,
-        positions: int | None = None,
-    ) -> None:
-        self.processor = processor
-        self.max_length = max_length
-        self.skip_text = skip_text
-        self.quick = quick
-        self.positions = positions
-        self._sound: set[bytes] = set()
-        self._faulty: dict[bytes, tuple[str, Fault | None]] = {}
+    processor: GraftProcessor | None = None
+    max_length: int | None = None
+    skip_text: bool = False
+    quick: bool = False
+    positions: int | None = None
+    _sound: set[bytes] = field(default_factory=set, init=False)
+    _faulty: dict[bytes, tuple[str, Fault | None]] = field(default_factory=dict, init=False)
 
     def check(self, rows: Sequence[Row], unread: Sequence[BadRow] = ()) -> Report:
         """Look at all rows.

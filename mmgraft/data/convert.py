@@ -16,7 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from mmgraft.atomic import atomic_folder, atomic_write
-from mmgraft.data.chat.content import images_of_all, is_image
+from mmgraft.data.chat.turns import images_of_all, is_image
 from mmgraft.data.formats.tables import require_datasets
 from mmgraft.data.images import check_image, image_bytes
 from mmgraft.data.rows import Row

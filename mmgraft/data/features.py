@@ -8,15 +8,13 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from mmgraft.data.bad_rows import BadRow
-from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.chat.turns import images_of_all
 from mmgraft.data.images import is_data_uri, open_image
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import BadRow, Row
 from mmgraft.errors import UsageError
 from mmgraft.progress import working
 from mmgraft.vision.feature_cache import FeatureCache, ImageFile, TowerFeatures
-from mmgraft.vision.images import BadImage, load_image
-from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.images import BadImage, StoredImage, load_image
 from mmgraft.vision.towers.base import VisionTower
 
 

@@ -7,7 +7,6 @@ import io
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -17,15 +16,14 @@ from PIL import Image
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import (
     BadImage,
+    StoredImage,
     decode,
-    load_image,
-    look_at,
+    look,
+    read_file,
     refuse_thin,
-    shown_size,
     size_in,
     to_rgb,
 )
-from mmgraft.vision.stored import StoredImage
 
 T = TypeVar("T")
 
@@ -43,16 +41,16 @@ def open_images(images: Sequence[Any], where: str) -> list[Image.Image]:
 
 def open_image(image: Any, where: str) -> Image.Image:
     """Open one path, data URI, stored or PIL image as RGB; see ``open_images``."""
-    return _read(image, where, load_image, decode, to_rgb)
+    return _read(image, where, decode, to_rgb)
 
 
 def check_image(image: Any, where: str) -> tuple[int, int]:
-    """Width and height of what an image part holds, looked at and not decoded; see ``look_at``.
+    """Width and height of what an image part holds, looked at and not decoded; see ``look``.
 
     Raises:
         UsageError: As ``open_image``.
     """
-    return _read(image, where, look_at, lambda file: decode(file).size, lambda i: to_rgb(i).size)
+    return _read(image, where, look, lambda i: to_rgb(i).size, lambda file: decode(file).size)
 
 
 def size_of(image: Any, where: str) -> tuple[int, int]:
@@ -61,7 +59,7 @@ def size_of(image: Any, where: str) -> tuple[int, int]:
     Raises:
         UsageError: As ``open_image``, where the head is wrong.
     """
-    return _read(image, where, shown_size, size_in, lambda i: to_rgb(i).size)
+    return _read(image, where, size_in, lambda i: to_rgb(i).size)
 
 
 def image_bytes(image: Any, where: str) -> bytes:
@@ -70,48 +68,34 @@ def image_bytes(image: Any, where: str) -> bytes:
     Raises:
         UsageError: As ``open_image``, for a kind of image that has none.
     """
-
-    def file(name: str | StoredImage) -> bytes:
-        return name.read() if isinstance(name, StoredImage) else Path(name).read_bytes()
-
-    return _read(image, where, file, lambda opened: opened.read(), lambda opened: opened.tobytes())
+    return _read(image, where, lambda file: file.read(), lambda opened: opened.tobytes())
 
 
 def _read(
     image: Any,
     where: str,
-    file: Callable[[str | StoredImage], T],
-    data: Callable[[IO[bytes]], T],
+    file: Callable[[IO[bytes]], T],
     opened: Callable[[Image.Image], T],
+    data: Callable[[IO[bytes]], T] | None = None,
 ) -> T:
     """Return what a reader of the image's kind gives; an error names the row as well."""
     try:
         if isinstance(image, Image.Image):
             refuse_thin(image.size)
             return opened(image)
-        return _read_file(image, where, file, data)
-    except BadImage as error:
-        raise BadImage(f"{where}: {error}", error.fault) from error
-    except (ValueError, OSError) as error:  # a PIL image whose file is gone, or of an odd mode
-        raise BadImage(f"{where}: the image cannot be read ({error}); give another") from error
-
-
-def _read_file(
-    image: Any,
-    where: str,
-    file: Callable[[str | StoredImage], T],
-    data: Callable[[IO[bytes]], T],
-) -> T:
-    name: Any = image
-    if not isinstance(image, StoredImage):
+        if isinstance(image, StoredImage):
+            return read_file(image, file)
         if not isinstance(image, str | os.PathLike):
             raise UsageError(f"{where}: an image of type {type(image).__name__}; give a path")
         name = os.fspath(image)
         if is_data_uri(name):
-            return _from_data_uri(name, where, data)
+            return _from_data_uri(name, where, data or file)
         refuse_web(name, where)
-        name = path_of(name)
-    return file(name)
+        return read_file(path_of(name), file)
+    except BadImage as error:
+        raise BadImage(f"{where}: {error}", error.fault) from error
+    except (ValueError, OSError) as error:  # a PIL image whose file is gone, or of an odd mode
+        raise BadImage(f"{where}: the image cannot be read ({error}); give another") from error
 
 
 def path_of(name: str) -> str:

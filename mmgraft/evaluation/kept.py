@@ -18,28 +18,28 @@ from typing import Any
 
 from mmgraft.atomic import free_name
 from mmgraft.data.chat.answers import CLEANED
-from mmgraft.data.chat.content import image_of
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import source_of
+from mmgraft.data.chat.turns import image_of
 from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.errors import MMGraftError
 from mmgraft.evaluation.generate.answers import answer
 from mmgraft.evaluation.generate.run_features import Features
 from mmgraft.evaluation.identity import Untouched
 from mmgraft.evaluation.items.item import Item, with_images
-from mmgraft.evaluation.likelihood.choice import score_choices
+from mmgraft.evaluation.likelihood.likelihood import score_choices
 from mmgraft.evaluation.likelihood.perplexity import (
     TextScore,
     WindowScore,
     conversation,
     score_texts,
 )
-from mmgraft.evaluation.metrics.choice import ChoiceScore
+from mmgraft.evaluation.metrics.answers import ChoiceScore
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.progress import say, working
 from mmgraft.runs.results import FOLDER as RESULTS
-from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.images import StoredImage
 
 VERSION = 1
 FOLDER = "predictions"

@@ -19,7 +19,7 @@ from mmgraft.evaluation.identity import (
 from mmgraft.evaluation.items.files import TEXT_CHOICE_PROMPT
 from mmgraft.evaluation.kept import Kept
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
-from mmgraft.evaluation.metrics.choice import shows_options
+from mmgraft.evaluation.metrics.answers import shows_options
 from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.evaluation.metrics.scoring import groups_of, measure_choices, scores_by_kind
 from mmgraft.evaluation.origin import described_graft, section_of

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmgraft.data.chat.content import is_image
+from mmgraft.data.chat.turns import is_image
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.run_features import Features, run_features
 from mmgraft.evaluation.kept import Kept, read_predictions
-from mmgraft.evaluation.metrics.choice import shows_options
+from mmgraft.evaluation.metrics.answers import shows_options
 from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.evaluation.metrics.scoring import (
     ANSWER_TOKENS,

@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from mmgraft.errors import UsageError
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 
-Kind = Literal["graft", "full", "llava", "peft"]
+Kind = Literal["graft", "full", "llava", "peft", "gguf", "mmproj", "vllm"]
 
 NOTE_KEY = "mmgraft"
 """Key of an exported ``config.json`` that says what the model was made of."""
 
 ADAPTER = "adapter_model.safetensors"
+MMPROJ = "mmproj.gguf"
 
 _OF_A_RUN = ("checkpoints", "metrics.jsonl")
 
@@ -104,6 +105,9 @@ def _is_export(folder: Path) -> bool:
     if (folder / CONFIG_NAME).is_file():
         return not any((folder / name).exists() for name in _OF_A_RUN)
     try:
+        if (folder / MMPROJ).is_file():
+            with (folder / MMPROJ).open("rb") as file:  # its first keys
+                return NOTE_KEY.encode() in file.read(256)
         if (folder / ADAPTER).is_file():
             with safe_open(folder / ADAPTER, framework="pt") as file:
                 return NOTE_KEY in (file.metadata() or {})

@@ -41,29 +41,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "FULL_ATTENTION",
-    "IMAGE",
-    "MEMORY",
-    "PADDING",
-    "TEXT",
-    "Anatomy",
-    "BaseParts",
-    "Graft",
-    "LayerChoice",
-    "LowRank",
-    "Memory",
-    "Method",
-    "Option",
-    "Packed",
-    "Pass",
-    "PlainDecoder",
-    "Promises",
-    "StageSwitches",
-    "StrictModel",
-    "parse_layers",
-    "patched_forward",
-    "select",
-]
+    "FULL_ATTENTION", "IMAGE", "MEMORY", "PADDING", "TEXT", "Anatomy", "BaseParts", "Graft",
+    "LayerChoice", "LowRank", "Memory", "Method", "Option", "Packed", "Pass", "PlainDecoder",
+    "Promises", "StageSwitches", "StrictModel", "parse_layers", "patched_forward", "select",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

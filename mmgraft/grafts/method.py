@@ -100,7 +100,7 @@ def without_linears(anatomy: Anatomy) -> str | None:
 
 @dataclass(frozen=True)
 class PlainDecoder:
-    """A graft as an ordinary decoder, whose layers follow one another without a gate.
+    """A graft as an ordinary decoder, with layers of its own after some of the base's.
 
     Attributes:
         layers: Base layers that are followed by one of the graft's, in order; None for none.
@@ -108,12 +108,17 @@ class PlainDecoder:
         untie: Own embedding and own head are two tensors also where the base ties them.
         lacks: What of the graft such a decoder has no place for, as a sentence for the user; rows
             with an image are then what the projector alone gives.
+        gated: How the layers are added where they are no plain ones: ``"after"``, the output of a
+            layer goes through its gate and is added to that of the base layer it follows;
+            ``"beside"``, that, and a layer is fed with the input of the base layer and the output
+            of the graft's layer before. Their gates are ``gates.K``.
     """
 
     layers: LayerChoice | None = None
     owns: frozenset[str] = frozenset()
     untie: bool = False
     lacks: str = ""
+    gated: Literal["", "after", "beside"] = ""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-    QuantizedCache,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, QuantizedCache
 
 from mmgraft.anatomy import keeps_keys
 from mmgraft.errors import UsageError

@@ -63,7 +63,7 @@ class GraftedCore(PreTrainedModel, GenerationMixin):
         self._takes_positions = self.anatomy.takes_positions
         self._packs: dict[tuple[str, int], str | None] = {}  # why rows cannot be packed
         self.gradient_checkpointing = False
-        self.in_step = False  # see mmgraft.model.sharded.in_step
+        self.in_step = False  # see mmgraft.model.sharded
         self._only_text = False
         self.answers: Answers | None = None  # what ends them; known once there is a processor
         if base.can_generate():

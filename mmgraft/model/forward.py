@@ -25,7 +25,7 @@ from mmgraft.model.kernels.activations import activations_again
 from mmgraft.model.kernels.compiling import is_compiled
 from mmgraft.model.kernels.quantization import gradients_through_packed
 from mmgraft.model.packing import refuse_beside
-from mmgraft.model.sharded.in_step import join
+from mmgraft.model.sharded import join
 from mmgraft.patching import patched_forward
 
 
@@ -138,7 +138,7 @@ def running(
 
     With ``checkpointing`` each decoder layer, with what a graft adds to it, is computed again in
     the backward pass instead of keeping its activations. ``state`` is None for the base alone.
-    ``in_step``: see :mod:`mmgraft.model.sharded.in_step`.
+    ``in_step``: see :mod:`mmgraft.model.sharded`.
     """
     active = [item for item in active if item.graft.active]
     through_4bit = torch.is_grad_enabled() and bool(getattr(base, "is_quantized", False))

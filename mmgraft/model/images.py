@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmgraft.errors import UsageError
 from mmgraft.vision.plan import Plan
-from mmgraft.vision.projectors.base import Projector
+from mmgraft.vision.projectors.built_in import Projector
 from mmgraft.vision.towers.base import VisionTower
 
 Counts = Callable[[int, Plan], int]

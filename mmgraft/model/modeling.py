@@ -41,11 +41,10 @@ from mmgraft.model.generation import WorkflowGeneration
 from mmgraft.model.images import GivenImages, Images
 from mmgraft.model.kernels.compiling import is_compiled
 from mmgraft.model.kernels.quantization import assert_unquantized
-from mmgraft.model.last_layer import fed_at, last_layer
-from mmgraft.model.loss import chunked_loss, supervised
+from mmgraft.model.loss import chunked_loss, fed_at, last_layer, supervised
 from mmgraft.model.packing import packing_blocked
 from mmgraft.model.rows import TEXT_NUMBER, Rows, kinds_of, shared_positions, sort_rows
-from mmgraft.model.sharded.in_step import join, outside_layers
+from mmgraft.model.sharded import join, outside_layers
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.strict import StrictModel, known_keywords
 from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig

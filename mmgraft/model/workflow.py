@@ -12,7 +12,7 @@ from mmgraft.grafts.base import Graft
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.vision.plan import Plan
-from mmgraft.vision.projectors.base import Projector
+from mmgraft.vision.projectors.built_in import Projector
 
 TEXT_WORKFLOW = "text"
 """The base alone."""

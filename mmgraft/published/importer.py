@@ -6,18 +6,48 @@
     OUT/tower/                                       its vision tower, where it has one inside
 
 Tensors go from the checkpoint to the new files one at a time.
+
+Opens a published checkpoint, and finds the parts beside its grafts: base and vision tower.
+
+It is a folder, a Hub id, or (for a look) its headers on the Hub. The base is compared with the
+original, or written as its own; the tower is inside it, or named.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmgraft.basefiles import ModelFiles, find_tokenizer, fingerprint, resolve
-from mmgraft.basefiles.tensor_files import LazyTensor, write_shards
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    CLIPImageProcessorPil,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    SiglipImageProcessorPil,
+)
+
+from mmgraft.anatomy import skeleton
+from mmgraft.basefiles import (
+    ModelFiles,
+    TensorReader,
+    fetch,
+    find_tokenizer,
+    fingerprint,
+    load_config,
+    resolve,
+)
+from mmgraft.basefiles.files import SMALL
+from mmgraft.basefiles.tensor_files import DTYPES, LazyTensor, open_tensors, write_shards
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.model.files.graft_file import (
@@ -29,19 +59,310 @@ from mmgraft.model.files.graft_file import (
     SeenFeatures,
     TemplateChoice,
 )
-from mmgraft.progress import say
+from mmgraft.progress import counted, say
 from mmgraft.published.names import Published, PublishedGraft, read_published
-from mmgraft.published.parts import (
-    Source,
-    TowerPlan,
-    base_bytes,
-    differs_from,
-    open_source,
-    plan_tower,
-    write_base,
-    write_tower,
-)
 from mmgraft.published.wings.config import OfficialWingsConfig
+from mmgraft.textfiles import read_json
+from mmgraft.vision.preprocessing import stored_processor
+from mmgraft.vision.spec import VisionSpec
+
+TOWER_FILES = ["preprocessor_config.json", "vision_config.json"]
+_SMALL = [*SMALL, *TOWER_FILES]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published checkpoint.
+
+    Attributes:
+        name: What the user called it.
+        tensors: Its tensors by their published names.
+        files: Small files beside them, by name.
+        readable: False where only the tensors' names and shapes are known.
+    """
+
+    name: str
+    tensors: Mapping[str, LazyTensor]
+    files: dict[str, Path]
+    readable: bool = True
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Return its config.json."""
+        config = self.read_json("config.json")
+        if config is None:
+            raise UsageError(
+                f"{self.name} has no config.json; give the folder of a whole checkpoint"
+            )
+        return config
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Return a small file's content, or None where the checkpoint lacks it.
+
+        Raises:
+            UsageError: When it is no JSON object.
+        """
+        if name not in self.files:
+            return None
+        return read_json(self.files[name], "fetch it again")
+
+
+def open_source(name: str, revision: str | None = None, headers_only: bool = False) -> Source:
+    """Open a checkpoint by folder or Hub id.
+
+    Args:
+        name: The folder or the id.
+        revision: Commit, branch or tag on the Hub.
+        headers_only: Of a Hub id fetch names and shapes only, a few MB at most.
+
+    Raises:
+        UsageError: When there is no such checkpoint, or it misses its config or tensors.
+        MMGraftError: When the Hub cannot be reached.
+    """
+    on_hub = not Path(name).expanduser().is_dir()
+    if headers_only and on_hub:
+        return _from_headers(name, revision)
+    found = resolve(name, revision)
+    if on_hub:  # no base has such files, so they were not fetched with it
+        fetch(name, found.revision, TOWER_FILES)
+    return Source(name, open_tensors(found.path), _small_files(found.path))
+
+
+def _small_files(folder: Path) -> dict[str, Path]:
+    return {path.name: path for pattern in _SMALL for path in folder.glob(pattern)}
+
+
+def _from_headers(name: str, revision: str | None) -> Source:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        metadata = HfApi().get_safetensors_metadata(name, revision=revision)
+    except NotASafetensorsRepoError:
+        raise UsageError(
+            f"{name} holds pickled tensors, whose names cannot be read without all of them; "
+            "leave --dry-run out, or download it and give its folder"
+        ) from None
+
+    def unread() -> Tensor:
+        raise RuntimeError(f"only the headers of {name} were fetched")
+
+    tensors = {
+        tensor: LazyTensor(tuple(info.shape), DTYPES[info.dtype], unread)
+        for file in metadata.files_metadata.values()
+        for tensor, info in file.tensors.items()
+    }
+    files = _small_files(fetch(name, revision, _SMALL))
+    return Source(name, tensors, files, readable=False)
+
+
+_CLASSES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
+_PROCESSOR = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    """Reference of an imported graft to its tower.
+
+    Attributes:
+        spec: What loads it; its id is a placeholder where it is written beside the graft.
+        config: Config of a tower that is written.
+        processor: Image processor of a tower that is written.
+        notes: What the user should know.
+    """
+
+    spec: VisionSpec
+    config: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_tower(source: Source, published: Published, named: str | None) -> TowerPlan:
+    """Decide where the tower comes from.
+
+    Args:
+        source: The checkpoint.
+        published: What is in it.
+        named: Hub id or folder to use instead of the one that the checkpoint names.
+
+    Raises:
+        UsageError: When config or weights of the tower cannot be found.
+    """
+    spec = VisionSpec(id=named or published.tower_id, feature_layer=published.feature_layer)
+    if not published.tower_tensors:
+        if spec.id is None or not _findable(spec.id):
+            raise UsageError(
+                f"the checkpoint has no vision tower inside and names {spec.id!r}, which is no "
+                "folder here and no Hub id; give the tower it was trained with by --tower"
+            )
+        return TowerPlan(spec)
+    config = source.read_json("vision_config.json") or _config_of(spec.id)
+    if config is None or config.get("model_type") not in _CLASSES:
+        kind = "no vision_config.json" if config is None else repr(config.get("model_type"))
+        raise UsageError(
+            f"the checkpoint's vision tower has {kind}, and {spec.id!r} gives no CLIP or SigLIP "
+            "config; name the tower it was made from by --tower (a Hub id or a folder)"
+        )
+    width = source.tensors["model.mm_projector.0.weight"].shape[1]
+    if config["hidden_size"] != width:
+        raise UsageError(
+            f"the tower's config says {config['hidden_size']} features and the checkpoint's "
+            f"projector takes {width}; name the right tower by --tower"
+        )
+    notes: list[str] = []
+    processor = source.read_json(_PROCESSOR) or _processor_of(spec.id)
+    if processor is None:
+        processor = _default_processor(config)
+        notes.append(
+            f"no image processor came with the checkpoint; the tower has {config['model_type']}'s "
+            "own means and sizes"
+        )
+    if source.config.get("image_aspect_ratio") == "pad":
+        notes.append(
+            "the published code pads an image to a square before the image processor resizes it, "
+            "which mmgraft does not do: pad images beforehand to see them as it did"
+        )
+    return TowerPlan(spec, _plain_config(config), processor, notes)
+
+
+def write_tower(source: Source, published: Published, plan: TowerPlan, folder: Path) -> None:
+    """Write the tower inside the checkpoint as an ordinary transformers folder."""
+    tensors = {ours: source.tensors[name] for ours, name in published.tower_tensors.items()}
+    write_shards(folder, "model", tensors)
+    for name, data in (("config.json", plan.config), (_PROCESSOR, plan.processor)):
+        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _findable(name: str) -> bool:
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return is_id or Path(name).expanduser().is_dir()
+
+
+def _config_of(name: str | None) -> dict[str, Any] | None:
+    """Return the vision config of a model on the Hub or in a folder, or None."""
+    if name is None or not _findable(name):
+        return None
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    return getattr(config, "vision_config", config).to_dict()
+
+
+def _processor_of(name: str | None) -> dict[str, Any] | None:
+    """Return the image processor's settings of a model on the Hub or in a folder, or None."""
+    found = name is not None and _findable(name)
+    return stored_processor(Path(name).expanduser()) if found and name else None
+
+
+def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with the fields alone that its class has today."""
+    known = CONFIG_MAPPING[config["model_type"]]().to_dict()
+    dropped = ("_name_or_path", "transformers_version", "id2label", "label2id", "dtype")
+    kept = {key: config[key] for key in known if key in config and key not in dropped}
+    return {**kept, "architectures": [_CLASSES[config["model_type"]]]}
+
+
+def _default_processor(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that transformers has for CLIP and SigLIP, at the tower's size."""
+    size = config["image_size"]
+    square = {"height": size, "width": size}
+    if config["model_type"] == "siglip_vision_model":
+        return SiglipImageProcessorPil(size=square).to_dict()
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square).to_dict()
+
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_CONFIGS = {"LlamaForCausalLM": LlamaConfig, "Qwen2ForCausalLM": Qwen2Config}
+_DECIDING = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
+    *("use_sliding_window", "attention_bias", "mlp_bias"),
+)
+
+
+def base_config(source: Source, published: Published) -> PreTrainedConfig:
+    """Return the config of the checkpoint's base, as of a plain model.
+
+    Raises:
+        UsageError: When the base's tensors are not those of its config.
+    """
+    dtype = source.tensors[_EMBEDDING].dtype if _EMBEDDING in source.tensors else torch.float32
+    config = _CONFIGS[published.base_class](
+        **published.base_config, architectures=[published.base_class], dtype=dtype
+    )
+    wanted = {name: tuple(t.shape) for name, t in skeleton(config).state_dict().items()}
+    found = {name: source.tensors[name].shape for name in published.base_tensors}
+    if config.tie_word_embeddings:
+        wanted.pop(_HEAD, None)
+    for name in sorted(wanted.keys() | (found.keys() - {_HEAD})):
+        if found.get(name) != wanted.get(name):
+            raise UsageError(
+                f"{source.name} is no whole {published.base_class}: tensor {name} has shape "
+                f"{found.get(name, 'none')} and its config says {wanted.get(name, 'none')}; "
+                "the download may be incomplete: fetch it again"
+            )
+    return config
+
+
+def differs_from(source: Source, published: Published, files: ModelFiles) -> str | None:
+    """Return the first difference between the checkpoint's base and another model, in words.
+
+    Tensors stored in another dtype are equal when casting the other model's to the checkpoint's
+    dtype gives the checkpoint's, bit for bit.
+    """
+    ours, theirs = base_config(source, published), load_config(files)
+    if theirs.model_type != ours.model_type:
+        return f"it is a {theirs.model_type} model, and the checkpoint's base is {ours.model_type}"
+    for name in _DECIDING:
+        one, other = getattr(ours, name, None), getattr(theirs, name, None)
+        if one != other:
+            return f"config field {name} is {other}, and {one} in the checkpoint"
+    with TensorReader(files) as reader:
+        return _tensor_difference(source, published, reader)
+
+
+def _tensor_difference(source: Source, published: Published, reader: TensorReader) -> str | None:
+    names = set(reader.keys())
+    for name in counted("comparing tensors of the base", published.base_tensors):
+        other = _EMBEDDING if name == _HEAD and name not in names else name
+        if other not in names:
+            return f"it has no tensor {name}"
+        if tuple(reader.shape(other)) != source.tensors[name].shape:
+            shapes = tuple(reader.shape(other)), source.tensors[name].shape
+            return f"tensor {name} has shape {shapes[0]}, and {shapes[1]} in the checkpoint"
+        if not _same(reader.get(other), source.tensors[name].read()):
+            return f"tensor {name} has other values"
+    # A head that the checkpoint leaves to its embedding.
+    if _HEAD in names and _HEAD not in published.base_tensors:
+        same = _same(reader.get(_HEAD), source.tensors[_EMBEDDING].read())
+        return None if same else f"tensor {_HEAD} has other values"
+    return None
+
+
+def _same(theirs: Tensor, ours: Tensor) -> bool:
+    return torch.equal(theirs.to(ours.dtype), ours)
+
+
+def write_base(source: Source, published: Published, folder: Path) -> None:
+    """Write the checkpoint's base as an ordinary model folder, tokenizer included."""
+    config = base_config(source, published)
+    tensors = {name: source.tensors[name] for name in published.base_tensors}
+    if config.tie_word_embeddings and _HEAD in tensors:
+        if torch.equal(tensors[_HEAD].read(), tensors[_EMBEDDING].read()):
+            del tensors[_HEAD]
+        else:
+            config.tie_word_embeddings = False
+    write_shards(folder, "model", tensors)
+    config.save_pretrained(folder)
+    for name in source.files.keys() - {"config.json", *TOWER_FILES}:
+        shutil.copyfile(source.files[name], folder / name)
+
+
+def base_bytes(source: Source, published: Published) -> int:
+    """Size of the base's tensors."""
+    return sum(source.tensors[name].nbytes for name in published.base_tensors)
+
 
 OWN_TOWER = "tower"
 """Folder inside a graft's folder that holds the vision tower."""
@@ -227,7 +548,7 @@ def _write(todo: _Import, out: Path) -> None:
             folder = _folder_of(graft, todo.published, building)
             _write_graft(graft, todo.source.tensors, record, folder, up=folder != building)
         _move_in(building, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise MMGraftError(
             f"could not write {out} ({error}); what stood there is as it was. Make room, or choose "
             "another folder, and run the command again"

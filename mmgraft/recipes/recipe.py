@@ -20,8 +20,8 @@ from pydantic import (
 from typing_extensions import Self
 
 from mmgraft.aliases import default_tower
-from mmgraft.data.bad_rows import HUB, OnBadRow
 from mmgraft.data.formats.layouts import Column, Format, Vqa
+from mmgraft.data.rows import HUB, OnBadRow
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.registry import methods

@@ -33,32 +33,26 @@ def recipe_dir() -> Path:
     raise UsageError(f"no recipes beside {_PACKAGE}; reinstall mmgraft")
 
 
-OTHER_NAMES = {
-    "learning_rate": "lr",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "steps": "max_steps",
-    "batch": "batch_size",
-    "per_device_train_batch_size": "batch_size",
-    "micro_batch_size": "batch_size",
-    "gradient_accumulation": "accumulate",
-    "gradient_accumulation_steps": "accumulate",
-    "grad_accum": "accumulate",
-    "optim": "optimizer",
-    "lr_scheduler_type": "schedule",
-    "scheduler": "schedule",
-    "warmup": "warmup_ratio",
-    "max_grad_norm": "clip_norm",
-    "model_max_length": "max_length",
-    "max_seq_length": "max_length",
-    "trainable": "train",
-    "report_to": "tracking",
-    "save_steps": "save_every",
-    "logging_steps": "log_every",
-    "eval_steps": "eval_every",
-    "image_folder": "images",
-    "data_path": "path",
+_FROM_OTHERS = {
+    "lr": "learning_rate",
+    "epochs": "num_epochs num_train_epochs",
+    "max_steps": "steps",
+    "batch_size": "batch per_device_train_batch_size micro_batch_size",
+    "accumulate": "gradient_accumulation gradient_accumulation_steps grad_accum",
+    "optimizer": "optim",
+    "schedule": "lr_scheduler_type scheduler",
+    "warmup_ratio": "warmup",
+    "clip_norm": "max_grad_norm",
+    "max_length": "model_max_length max_seq_length",
+    "train": "trainable",
+    "tracking": "report_to",
+    "save_every": "save_steps",
+    "log_every": "logging_steps",
+    "eval_every": "eval_steps",
+    "images": "image_folder",
+    "path": "data_path",
 }
+OTHER_NAMES = {other: ours for ours, others in _FROM_OTHERS.items() for other in others.split()}
 """Names that other trainers have for a key of ours, for the message about an unknown key."""
 
 Location = tuple["str | int", ...]

@@ -15,7 +15,7 @@ from torch import nn
 
 from mmgraft.atomic import atomic_folder, atomic_json
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.model.sharded.gathering import gathered, like
+from mmgraft.model.sharded import gathered, like
 from mmgraft.textfiles import read_json
 from mmgraft.training.distributed.parallel import way_on
 from mmgraft.training.distributed.sharding import rest

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmgraft.data.bad_rows import BadRow
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import BadRow, Row
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import GraftFile

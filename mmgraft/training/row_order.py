@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmgraft.atomic import atomic_bytes
-from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.batches.collate import Packs, fill
 from mmgraft.data.batches.dataset import RowDataset
-from mmgraft.data.batches.packing import Packs, fill
 from mmgraft.data.batches.sampler import EpochSampler, EvenSampler
 from mmgraft.data.formats.indexed import facts_of
+from mmgraft.data.rows import BadRow
 from mmgraft.errors import UsageError
 from mmgraft.progress import counted
 from mmgraft.recipes.recipe import Stage

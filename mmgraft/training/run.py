@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.atomic import atomic_json, atomic_text
-from mmgraft.data import bad_rows
-from mmgraft.data.bad_rows import BadRowLog
 from mmgraft.data.formats.indexed import Joined
+from mmgraft.data.rows import BAD_ROWS, BadRowLog
 from mmgraft.errors import MMGraftError, UsageError, is_out_of_memory
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor
@@ -212,7 +211,7 @@ def _begin(plan: Plan) -> None:
     (run / text_change.BEFORE).unlink(missing_ok=True)
     metrics.put_aside(run)
     put_all_aside(run)  # they measured the graft as it was
-    (run / bad_rows.FILE).unlink(missing_ok=True)
+    (run / BAD_ROWS).unlink(missing_ok=True)
     atomic_text(run / USED_RECIPE, dump_recipe(stage_data.absolute(recipe)))
     atomic_json(run / VERSIONS, versions())
     names = [stage.name for stage in recipe.stages]

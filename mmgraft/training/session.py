@@ -15,14 +15,12 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from mmgraft.data.bad_rows import BadRow, BadRows
-from mmgraft.data.batches.collate import Collator
+from mmgraft.data.batches.collate import Collator, PackCollator, examples_of
 from mmgraft.data.batches.dataset import RowDataset
-from mmgraft.data.batches.packing import PackCollator, examples_of
 from mmgraft.data.batches.sampler import EvenDataset, EvenSampler
 from mmgraft.data.features import fill_cache, open_cache
 from mmgraft.data.formats.indexed import Joined, key_at, select
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import BadRow, BadRowLog, Row
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import MASK_WIDTH
 from mmgraft.model.files.graft_file import CONFIG_NAME
@@ -33,12 +31,11 @@ from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Stage
 from mmgraft.training import checkpoint
 from mmgraft.training.callbacks import metrics, text_change
-from mmgraft.training.callbacks.finite import NotFinite, is_finite
-from mmgraft.training.callbacks.stopping import Stopper, TrainingStopped
+from mmgraft.training.callbacks.stopping import NotFinite, Stopper, TrainingStopped, is_finite
 from mmgraft.training.devices import is_main_rank
 from mmgraft.training.distributed.parallel import of_all_ranks, processes, way_on
 from mmgraft.training.distributed.sharding import shard
-from mmgraft.training.memory.subject import loaded_dtype
+from mmgraft.training.memory.estimate import loaded_dtype
 from mmgraft.training.plan import Plan
 from mmgraft.training.row_order import arrange, check_packed_length
 from mmgraft.training.stage_data import with_template
@@ -65,7 +62,7 @@ class Session:
         self.model: Any = None  # a GraftedModel, once it is loaded
         self.processor: Any = None  # its GraftProcessor
         self._features: FeatureCache | None = None
-        self.bad_rows = BadRows(plan.run, self.announce, plan.resume)
+        self.bad_rows = BadRowLog(plan.run, not plan.resume, self.announce)
 
     def stopped(self, where: str) -> TrainingStopped:
         """Make the error that says how to go on."""

@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from mmgraft.data.bad_rows import HUB, BadRow, OnBadRow
-from mmgraft.data.batches.mixture import Part, mix
-from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.batches.sampler import Part, mix
 from mmgraft.data.chat.labels import answer_turns
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import resolve_template
+from mmgraft.data.chat.turns import images_of_all
 from mmgraft.data.formats.indexed import RowIndex, facts_of, select
 from mmgraft.data.formats.layouts import Reading, Vqa
 from mmgraft.data.formats.sources import Checks, Source, index_rows
 from mmgraft.data.images import check_image
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import HUB, BadRow, OnBadRow, Row
 from mmgraft.errors import UsageError
 from mmgraft.progress import counted
 from mmgraft.recipes.evaluation_set import SetSpec

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mmgraft.data.bad_rows import BadRow
+from mmgraft.data.rows import BadRow
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.model.sharded.gathering import gathered
+from mmgraft.model.sharded import gathered
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training import checkpoint
-from mmgraft.training.callbacks.finite import FiniteWatch, RandomState
 from mmgraft.training.callbacks.metrics import EvalSum, LossSum, counted
+from mmgraft.training.callbacks.stopping import FiniteWatch, RandomState
 from mmgraft.training.devices import memory_in_use
 from mmgraft.training.distributed import sharding
 from mmgraft.training.distributed.parallel import of_all_ranks

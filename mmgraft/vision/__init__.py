@@ -25,18 +25,9 @@ if TYPE_CHECKING:
 _HOMES = {"VisionTower": "towers.base", "load_image": "images", "to_rgb": "images"}
 
 __all__ = [
-    "ProjectorSpec",
-    "TowerKind",
-    "TowerShape",
-    "VisionSpec",
-    "VisionTower",
-    "describe_tower",
-    "load_image",
-    "load_tower",
-    "register_tower",
-    "to_rgb",
-    "tower_kinds",
-]
+    "ProjectorSpec", "TowerKind", "TowerShape", "VisionSpec", "VisionTower", "describe_tower",
+    "load_image", "load_tower", "register_tower", "to_rgb", "tower_kinds",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.vision.images import load_image
-from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.images import StoredImage, load_image
 from mmgraft.vision.towers.base import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -240,10 +240,11 @@ class FeatureCache:
             total -= size
 
 
+@dataclass(eq=False)
 class TowerFeatures:
     """A ``compute`` for ``FeatureCache.get_many``: read, preprocess, run the tower.
 
-    Args:
+    Attributes:
         tower: Runs here, in the process that asks.
         workers: Processes that read and preprocess; 0 does that here too.
         explain: Is called with the files of which one cannot be read, before the error passes.
@@ -253,13 +254,9 @@ class TowerFeatures:
         MMGraftError: When called, where the features are not finite.
     """
 
-    def __init__(
-        self,
-        tower: VisionTower,
-        workers: int = 0,
-        explain: Callable[[list[ImageFile]], None] = lambda paths: None,
-    ) -> None:
-        self.tower, self.workers, self.explain = tower, workers, explain
+    tower: VisionTower
+    workers: int = 0
+    explain: Callable[[list[ImageFile]], None] = lambda paths: None
 
     def __call__(self, paths: list[ImageFile]) -> Sequence[Tensor]:
         """Compute the features of a few files."""

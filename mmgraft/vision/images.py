@@ -1,19 +1,73 @@
-"""Image files and PIL images of any mode, to plain RGB."""
+"""Image files and PIL images of any mode, to plain RGB.
+
+An image inside a file of many: a member of a tar, a cell of a table.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mmgraft.errors import UsageError, brief
-from mmgraft.vision.stored import StoredImage
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """Place of an image's bytes, which are read on demand.
+
+    Two are the same where their names are.
+
+    Attributes:
+        name: As an error says it: "shard.tar/0001.jpg".
+        data: The bytes, or a buffer of a file that is mapped into memory; None: they are in
+            ``file``.
+        file: That holds them.
+        offset: Of the first byte in ``file``.
+        size: In bytes.
+    """
+
+    name: str
+    data: Any = field(default=None, compare=False, repr=False)
+    file: str = field(default="", compare=False)
+    offset: int = field(default=0, compare=False)
+    size: int = field(default=0, compare=False)
+
+    def read(self) -> bytes:
+        """Return the bytes of the image.
+
+        Raises:
+            OSError: The file cannot be read; EOFError, if it has become shorter.
+        """
+        if self.data is not None:
+            return bytes(self.data)
+        with Path(self.file).open("rb") as file:
+            file.seek(self.offset)
+            found = file.read(self.size)
+        if len(found) < self.size:
+            raise EOFError(f"{self.file} is shorter than it was")
+        return found
+
+    def open(self) -> io.BytesIO:
+        """Return the bytes as a file."""
+        return io.BytesIO(self.read())
+
+    def digest(self) -> str:
+        """SHA-256 of the bytes, which is the same in whatever file they lie."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+    def __str__(self) -> str:
+        return self.name
+
 
 Fault = Literal["missing", "broken", "enormous", "outside"]
 
@@ -53,41 +107,25 @@ def load_image(path: str | Path | StoredImage) -> Image.Image:
         BadImage: No such file, not an image, a broken one, or one so large that decoding it
             could exhaust the memory (Pillow's limit, 89 million pixels); names the file.
     """
-    return _with_file(path, decode)
+    return read_file(path, decode)
 
 
-def look_at(path: str | Path | StoredImage) -> tuple[int, int]:
+def look(file: IO[bytes]) -> tuple[int, int]:
     """Width and height of an image file, without decoding it where its two ends are in order.
 
     The head says that it is an image, and how large; the end, whether it was cut short. Only a
     file whose end is odd, or that ends in no known way, is decoded. Bytes that are wrong in between
     are not seen: only ``load_image`` finds them.
-
-    Raises:
-        BadImage: As ``load_image``.
     """
-
-    def look(file: IO[bytes]) -> tuple[int, int]:
-        with _opened(file) as image:
-            size, ending = image.size, _ENDS.get(str(image.format))
-            if image.mode not in _PLAIN:
-                ending = None
-        file.seek(-min(16, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        if ending is None or not file.read().endswith(ending):
-            file.seek(0)
-            decode(file)
-        return size
-
-    return _with_file(path, look)
-
-
-def shown_size(path: str | Path | StoredImage) -> tuple[int, int]:
-    """Width and height of what ``load_image`` gives for an image file, from its head alone.
-
-    Raises:
-        BadImage: As ``load_image``, where the head is wrong; what follows it is not looked at.
-    """
-    return _with_file(path, size_in)
+    with _opened(file) as image:
+        size, ending = image.size, _ENDS.get(str(image.format))
+        if image.mode not in _PLAIN:
+            ending = None
+    file.seek(-min(16, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    if ending is None or not file.read().endswith(ending):
+        file.seek(0)
+        decode(file)
+    return size
 
 
 def size_in(file: IO[bytes]) -> tuple[int, int]:
@@ -152,7 +190,12 @@ def refuse_thin(size: tuple[int, int]) -> None:
         )
 
 
-def _with_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) -> T:
+def read_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) -> T:
+    """Return what a reader makes of an image file.
+
+    Raises:
+        BadImage: Naming the file, and what is wrong with it.
+    """
     path = path if isinstance(path, StoredImage) else Path(path)
     if isinstance(path, Path) and not os.path.isfile(path):  # which no name is too long for
         raise BadImage(

@@ -21,22 +21,10 @@ _MOST_PIXELS = 2**26
 """Largest number of pixels of an image after its resize; each takes ten bytes."""
 
 _DECIDING_FIELDS = (
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "crop_pct",
-    "do_rescale",
-    "rescale_factor",
-    "rescale_offset",
-    "do_normalize",
-    "include_top",
-    "image_mean",
-    "image_std",
-    "do_pad",
-    "pad_size",
-)
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct", "do_rescale",
+    "rescale_factor", "rescale_offset", "do_normalize", "include_top", "image_mean",
+    "image_std", "do_pad", "pad_size",
+)  # fmt: skip
 
 
 class SquareResize:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
 
 from mmgraft.export.folder import sizes_in
 from mmgraft.export.llava import export as llava
@@ -72,7 +73,8 @@ def test_a_dry_run_writes_nothing(run: Path, cli, kind: str) -> None:
     [
         ([], "--to: graft, full, llava"),
         (["--to", "lava"], "did you mean 'llava'"),
-        (["--to", "full", "--dtype", "bfloat16"], "--dtype goes with --to llava"),
+        (["--to", "full", "--dtype", "bfloat16"], "--dtype goes with --to llava and vllm"),
+        (["--to", "full", "--also", "x"], "--also goes with --to vllm"),
         (["--to", "llava", "--dtype", "int4"], "choose bfloat16, float32, float16"),
         (["--to", "llava", "--workflow", "boxes"], "no workflow 'boxes'"),
         (["--to", "llava", "--out", "."], "is or contains the graft"),
@@ -101,7 +103,7 @@ def test_what_cannot_be_expressed_is_exit_2(run: Path, cli) -> None:
     change_record(run, config={"method": "iaa", "layers": [1], "structure": "a"})
     done = cli("export", run, "--to", "llava")
     assert done.code == 2
-    assert "structure a of IAA" in done.err
+    assert "added through gates" in done.err
     assert "--to full" in done.err
 
 
@@ -144,3 +146,37 @@ def test_help_shows_a_command_to_copy(cli) -> None:
     assert done.code == 0
     assert "mmgraft export qwen2-7b-iaa --to llava" in done.out
     assert "--dtype" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--to", "gguf", "--outtype", "q4_0"], "q8_0"),
+        (["--to", "llava", "--outtype", "f16"], "--outtype goes with --to gguf"),
+        (["--to", "gguf", "--dtype", "float16"], "--dtype goes with --to llava"),
+        (["--to", "ggml"], "gguf"),
+        (["--to", "gguf"], "issue 25814"),  # its tower is CLIP
+    ],
+)
+def test_gguf_is_refused(run: Path, cli, arguments: list[str], reason: str) -> None:
+    before = sizes_in(run.parent)
+    done = cli("export", run, *arguments)
+    assert done.code == 2
+    assert reason in done.err
+    assert sizes_in(run.parent) == before
+
+
+@pytest.mark.parametrize(("kind", "method"), [("gguf", "iaa"), ("mmproj", "llava")])
+def test_to_llama_cpp(tmp_path: Path, monkeypatch, cli, kind: str, method: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = make_graft(tmp_path, tower="siglip", method=method)
+    done = cli("export", run, "--to", kind, "--outtype", "f32", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert {file["name"]: file["bytes"] for file in told["files"]} == sizes_in(Path(f"run-{kind}"))
+    reader = GGUFReader(f"run-{kind}/mmproj.gguf")
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32"}
+    again = cli("export", run, "--to", kind)
+    assert again.code == 2
+    assert "--force" in again.err
+    assert cli("export", run, "--to", kind, "--force").code == 0

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from mmgraft.comparison import training as child
+from mmgraft.comparison import runner as child
 from mmgraft.comparison.files import Session
-from mmgraft.comparison.training import check_platform, locked, measured
+from mmgraft.comparison.runner import check_platform, locked, measured
 from mmgraft.errors import UsageError
 from waiting import wait_until
 
@@ -175,7 +175,7 @@ def test_a_lock_that_is_held_is_refused_or_waited_for(tmp_path: Path) -> None:
 PARENT = """
 import sys
 from pathlib import Path
-from mmgraft.comparison.training import locked, measured
+from mmgraft.comparison.runner import locked, measured
 out = Path(sys.argv[1])
 with locked(out / "lock") as lock:
     measured([sys.executable, "-c", sys.argv[2], str(out)], lock, lambda session: None)

@@ -19,9 +19,8 @@ from mmgraft.comparison.files import (
     write_phase,
 )
 from mmgraft.comparison.plan import ArmPlan, ComparisonPlan, make_plan
-from mmgraft.comparison.runner import LOCK, compare, settings_of
+from mmgraft.comparison.runner import LOCK, compare, locked, settings_of
 from mmgraft.comparison.spec import load_comparison
-from mmgraft.comparison.training import locked
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.runs.results import Results, read_results
 from tiny_runs import losses

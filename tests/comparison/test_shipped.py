@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mmgraft.comparison.spec import FOLDER, arm_recipe, load_comparison, shipped_comparisons
-from mmgraft.evaluation.items.packaged_text import PACKAGED
+from mmgraft.evaluation.items.files import PACKAGED
 from mmgraft.recipes.source import recipe_dir, shipped_recipes
 
 NAMES = shipped_comparisons()

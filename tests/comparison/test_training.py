@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mmgraft.comparison import training
+from mmgraft.comparison import runner as training
 from mmgraft.comparison.files import PhaseRecord, Session, read_phase, write_phase
 from mmgraft.comparison.plan import ArmPlan, make_graft, make_plan
+from mmgraft.comparison.runner import train_arm, training_command, training_results
 from mmgraft.comparison.spec import load_comparison
-from mmgraft.comparison.training import train_arm, training_command, training_results
 from mmgraft.errors import MMGraftError
 from mmgraft.recipes.source import dump_recipe
 from mmgraft.runs.results import read_results

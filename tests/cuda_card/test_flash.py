@@ -12,7 +12,7 @@ from torch import Tensor
 from grafting import CONFIGS, batch, graft_on, perturb, rows, text_labels
 from mmgraft import GraftedModel
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.attention.layer_sums import layer_sums
+from mmgraft.evaluation.attention.laws import layer_sums
 from pretend_cuda import CARD, Card
 from pretend_flash import Calls, pretend_flash
 

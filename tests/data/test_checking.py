@@ -13,12 +13,11 @@ import pytest
 from PIL import Image
 
 from mmgraft.data import checking
-from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.preview import preview_row
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.checking import Checker
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import BadRow, Row
 from mmgraft.errors import UsageError
 from mmgraft.vision.images import BadImage
 from text_tokenizers import KINDS, template, text_tokenizer

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmgraft.data.bad_rows import BadRow, key_of
-from mmgraft.data.batches.mixture import Part, mix
-from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.batches.sampler import Part, mix
+from mmgraft.data.chat.turns import images_of_all
 from mmgraft.data.formats.indexed import Joined, Selected, facts_of, key_at, select
 from mmgraft.data.formats.sources import Checks, Source, index_rows, is_there, read_rows, row_at
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import BadRow, Row, key_of
 from mmgraft.errors import UsageError
 
 

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmgraft.data.batches.collate import Collator
+from mmgraft.data.batches.collate import Collator, Pack, PackCollator, Packs, examples_of, fill
 from mmgraft.data.batches.dataset import Example, RowDataset
-from mmgraft.data.batches.packing import Pack, PackCollator, Packs, examples_of, fill
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmgraft.data.batches.mixture import Part, mix
+from mmgraft.data.batches.sampler import Part, mix
 from mmgraft.data.formats.sources import read_rows
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.formats import tables
 from mmgraft.data.formats.sources import Checks, Source, index_rows, read_rows
 from mmgraft.data.images import open_image
+from mmgraft.data.rows import BadRow
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.images import StoredImage
 
 datasets = pytest.importorskip("datasets")
 

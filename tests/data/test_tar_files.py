@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmgraft.data.bad_rows import BadRow
 from mmgraft.data.checking import Checker
 from mmgraft.data.formats.sources import Checks, Source, index_rows, read_rows
 from mmgraft.data.images import check_image, open_image
+from mmgraft.data.rows import BadRow
 from mmgraft.errors import UsageError
-from mmgraft.vision.images import BadImage
-from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.images import BadImage, StoredImage
 
 
 def png(width: int = 4) -> bytes:

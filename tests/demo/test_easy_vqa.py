@@ -176,7 +176,7 @@ def test_no_picture_of_the_published_set_contradicts_itself() -> None:
 
 @installed
 def test_question_only_scores_what_it_is_known_to_score() -> None:
-    from mmgraft.evaluation.metrics.vqa import Prior
+    from mmgraft.evaluation.metrics.answers import Prior
 
     prior = Prior((question.text, question.answer) for question in easy_vqa.questions("train"))
     test = easy_vqa.questions("test")

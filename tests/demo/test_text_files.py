@@ -9,8 +9,7 @@ import pytest
 
 from mmgraft.demo.packaged import draft_text, prepare
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.items.files import read_items
-from mmgraft.evaluation.items.packaged_text import PACKAGED
+from mmgraft.evaluation.items.files import PACKAGED, read_items
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.packages import Package
 

@@ -12,8 +12,8 @@ from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.likelihood import likelihood
-from mmgraft.evaluation.likelihood.choice import score_choices
-from mmgraft.evaluation.metrics.choice import ChoiceScore, shows_options
+from mmgraft.evaluation.likelihood.likelihood import score_choices
+from mmgraft.evaluation.metrics.answers import ChoiceScore, shows_options
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.grafts.wings.config import WingsConfig
 from mmgraft.model.modeling import GraftedModel

@@ -13,7 +13,7 @@ import pytest
 from lm_eval.api import metrics
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.lm_eval.scores import Leaf, change_of, grouped, score_leaf
+from mmgraft.evaluation.lm_eval.harness import Leaf, change_of, grouped, score_leaf
 from mmgraft.evaluation.metrics.intervals import mean
 
 Aggregate = Callable[[list[Any]], Any]

@@ -13,8 +13,8 @@ from mmgraft.evaluation import kept
 from mmgraft.evaluation.dialogues.dialogues import read_dialogues
 from mmgraft.evaluation.dialogues.evaluate import evaluate_iit, measure_generated
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.likelihood.choice import score_choices
-from mmgraft.evaluation.metrics.choice import ChoiceScore
+from mmgraft.evaluation.likelihood.likelihood import score_choices
+from mmgraft.evaluation.metrics.answers import ChoiceScore
 from mmgraft.evaluation.metrics.scoring import measure_choices
 from mmgraft.inference import Answerer
 from mmgraft.runs.results import read_results, write_results

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.dialogues import build
-from mmgraft.evaluation.dialogues.build import build_iit, question_vectors
+from mmgraft.evaluation.dialogues import evaluate as build
+from mmgraft.evaluation.dialogues.evaluate import build_iit, question_vectors
 from mmgraft.inference import Answerer
 from tiny_choice import choice_sets
 from tiny_runs import make_parts, make_run

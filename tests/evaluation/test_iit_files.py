@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.chat.turns import images_of_all
 from mmgraft.data.formats.sources import read_rows
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.dialogues.dialogues import (

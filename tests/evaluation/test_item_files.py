@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.chat.turns import images_of_all
 from mmgraft.data.formats.fields import fill_prompt, gold_of, lettered_lines
 from mmgraft.data.images import size_of
 from mmgraft.errors import UsageError

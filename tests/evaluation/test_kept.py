@@ -15,7 +15,7 @@ from mmgraft.evaluation.identity import Untouched
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import Kept
 from mmgraft.evaluation.likelihood.perplexity import TextScore, WindowScore
-from mmgraft.evaluation.metrics.choice import ChoiceScore
+from mmgraft.evaluation.metrics.answers import ChoiceScore
 
 ITEMS = [
     Item(

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 
 from mmgraft.data.formats.sources import read_rows
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.attention.laws import attention_shift, evaluate_laws, read_samples
-from mmgraft.evaluation.attention.layer_sums import layer_sums
+from mmgraft.evaluation.attention.laws import (
+    attention_shift,
+    evaluate_laws,
+    layer_sums,
+    read_samples,
+)
 from mmgraft.evaluation.items.files import file_sha256, read_items
 from mmgraft.evaluation.report.plots import laws_plot
 from mmgraft.inference import Answerer

@@ -5,7 +5,7 @@ from string import ascii_uppercase
 
 import pytest
 
-from mmgraft.evaluation.metrics.choice import read_choice
+from mmgraft.evaluation.metrics.answers import read_choice
 
 OPTIONS = ["red", "dark red", "blue", "a dog"]
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.evaluation.items.files import data_file, read_items
-from mmgraft.evaluation.items.packaged_text import PACKAGED, packaged_file
+from mmgraft.evaluation.items.files import PACKAGED, data_file, packaged_file, read_items
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.packages import Package
 

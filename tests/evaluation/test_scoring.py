@@ -7,8 +7,8 @@ import pytest
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
+from mmgraft.evaluation.metrics.answers import ChoiceScore
 from mmgraft.evaluation.metrics.boxes import format_box
-from mmgraft.evaluation.metrics.choice import ChoiceScore
 from mmgraft.evaluation.metrics.scoring import (
     groups_of,
     measure_answers,

@@ -13,7 +13,7 @@ from mmgraft.evaluation import kept
 from mmgraft.evaluation.identity import PROMPTS
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.kept import read_predictions
-from mmgraft.evaluation.likelihood.choice import score_choices
+from mmgraft.evaluation.likelihood.likelihood import score_choices
 from mmgraft.evaluation.likelihood.perplexity import measure_texts, score_texts
 from mmgraft.evaluation.text import CHAT, EQUAL, evaluate_text
 from mmgraft.inference import Answerer

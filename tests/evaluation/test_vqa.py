@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmgraft.evaluation.metrics.vqa import (
+from mmgraft.evaluation.metrics.answers import (
     Prior,
     by_kind,
     exact,

@@ -16,7 +16,7 @@ from mmgraft.evaluation.dialogues.evaluate import evaluate_iit
 from mmgraft.evaluation.evaluate import Evaluation, evaluate_run
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import Kept, read_predictions
-from mmgraft.evaluation.likelihood.choice import score_choices
+from mmgraft.evaluation.likelihood.likelihood import score_choices
 from mmgraft.evaluation.metrics.intervals import LEVEL, RESAMPLES, Measured, interval_of, mean
 from mmgraft.evaluation.metrics.scoring import ANSWER_TOKENS, groups_of, scores_by_kind
 from mmgraft.evaluation.sets import read_sets

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.metrics.vqa import measure_yes_no, read_yes_no, truth_of
+from mmgraft.evaluation.metrics.answers import measure_yes_no, read_yes_no, truth_of
 
 
 @pytest.mark.parametrize(

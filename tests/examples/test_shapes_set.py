@@ -15,7 +15,7 @@ from mmgraft.data.formats.sources import read_rows
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.items.item import Item
-from mmgraft.evaluation.metrics.vqa import Prior
+from mmgraft.evaluation.metrics.answers import Prior
 from mmgraft.recipes.evaluation_set import SetSpec
 from shapes_set import ShapesSettings, main
 

@@ -16,12 +16,18 @@ from PIL import Image
 
 from mmgraft.data.images import check_image, open_image
 from mmgraft.errors import UsageError
-from mmgraft.vision.images import BadImage, load_image, look_at
+from mmgraft.vision.images import BadImage, load_image, read_file
+from mmgraft.vision.images import look as look_of
 from mmgraft.vision.preprocessing import StockPreprocessing
 from tiny import tiny_clip_dir
 from tiny_towers import picture
 
 pytestmark = pytest.mark.xdist_group("bad-input")  # one worker makes the parts
+
+
+def look_at(path: Path) -> tuple[int, int]:
+    return read_file(path, look_of)
+
 
 RAMP = np.array([[0, 51, 102, 255]])
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from grafting import CONFIGS, perturb
 from mmgraft import GraftedModel
-from mmgraft.data.batches.collate import Collator
+from mmgraft.data.batches.collate import Collator, Pack, PackCollator
 from mmgraft.data.batches.dataset import RowDataset, cut
-from mmgraft.data.batches.packing import Pack, PackCollator
 from mmgraft.data.chat.labels import supervise
 from mmgraft.data.chat.preview import preview_row
 from mmgraft.data.chat.processor import GraftProcessor

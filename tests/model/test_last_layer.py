@@ -14,7 +14,7 @@ from inside_grafts import PositionGatedExpert, RowGatedLora
 from mmgraft import GraftedModel, IAAConfig
 from mmgraft.grafts import Graft
 from mmgraft.model import modeling
-from mmgraft.model.last_layer import fed_at, last_layer
+from mmgraft.model.loss import fed_at, last_layer
 
 WORDS = ("ttiiiitttttt", "iiiitttttt")
 LEARNED = 7 + 5  # text after the first position, less what is predicted from an image's last one

@@ -17,8 +17,7 @@ from grafting import (
     text_labels,
     trained_groups,
 )
-from mmgraft.model.sharded.gathering import gathered, is_piece, like
-from mmgraft.model.sharded.in_step import join
+from mmgraft.model.sharded import gathered, is_piece, join, like
 
 
 def test_join_adds_zeros_only_where_no_gradient_is():

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from mmgraft.data.batches.sampler import EpochSampler
 from mmgraft.errors import MMGraftError
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.model.sharded.gathering import gathered, is_piece
+from mmgraft.model.sharded import gathered, is_piece
 from mmgraft.training.distributed.sharding import rest, shard
 from mmgraft.training.run import plan_training, train
 

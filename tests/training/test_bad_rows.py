@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from mmgraft.data.bad_rows import BadRow, BadRowLog
+from mmgraft.data.rows import BadRow, BadRowLog
 from mmgraft.errors import UsageError
 from mmgraft.training.callbacks.stopping import TrainingStopped
 from mmgraft.training.run import plan_training, train

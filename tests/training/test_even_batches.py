@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmgraft.data.batches.collate import Pack
 from mmgraft.data.batches.dataset import Example
-from mmgraft.data.batches.packing import Pack
 from mmgraft.data.batches.sampler import EpochSampler, EvenDataset, EvenSampler, Filler
 from mmgraft.data.chat.processor import Encoded
 

@@ -11,7 +11,13 @@ from torch import nn
 from transformers import TrainerCallback
 
 from mmgraft.training import checkpoint
-from mmgraft.training.callbacks.finite import FiniteWatch, NotFinite, RandomState, is_finite, named
+from mmgraft.training.callbacks.stopping import (
+    FiniteWatch,
+    NotFinite,
+    RandomState,
+    is_finite,
+    named,
+)
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.trainer import GraftTrainer
 from tiny_runs import losses, make_run, write_recipe

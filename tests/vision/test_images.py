@@ -9,8 +9,12 @@ import pytest
 from PIL import Image
 
 from mmgraft.errors import UsageError
-from mmgraft.vision.images import BadImage, load_image, look_at, to_rgb
+from mmgraft.vision.images import BadImage, load_image, look, read_file, to_rgb
 from tiny_towers import picture
+
+
+def look_at(path: Path) -> tuple[int, int]:
+    return read_file(path, look)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

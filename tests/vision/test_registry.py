@@ -12,7 +12,7 @@ import torch
 
 from mmgraft.errors import UsageError
 from mmgraft.vision import VisionSpec, load_tower, register_tower, tower_kinds
-from mmgraft.vision.projectors.base import Projector
+from mmgraft.vision.projectors.built_in import Projector
 from mmgraft.vision.towers.base import VisionTower, fingerprint_tensors
 from mmgraft.vision.towers.registry import TowerShape, unregister_tower
 from tiny_towers import TinyTower, picture, shape_of, tiny_tower

@@ -14,13 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from mmgraft.data.bad_rows import BadRow, OnBadRow
-from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
+from mmgraft.data.chat.turns import images_of_all
 from mmgraft.data.formats.indexed import facts_of, key_at, select
 from mmgraft.data.images import open_images, size_of
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import BadRow, OnBadRow, Row
 from mmgraft.errors import UsageError
 
 TextRows = Literal["skip", "graft", "base"]

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmgraft.data.chat.closing import MARKER, closing_of
-from mmgraft.data.chat.transcript import Transcript
+from mmgraft.data.chat.transcript import MARKER, Transcript, closing_of
 from mmgraft.data.chat.turns import THOUGHTS
 from mmgraft.errors import UsageError
 

@@ -9,7 +9,7 @@ assistant writes with ``{% generation %}``, its marks are used. Where it does no
   differently once more turns follow (Qwen3 drops the reasoning of all but the last) are fine as
   long as that holds; where it does not, an error names row and turn.
 - An answer ends with its content and what the template writes after it, up to the end-of-turn token
-  (``closing.py``). The newline that some templates put after that is not supervised, because no
+  (``transcript.py``). The newline that some templates put after that is not supervised, because no
   model has to write it.
 """
 
@@ -18,11 +18,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mmgraft.data.chat.closing import closing_of, content_ends, split_at_answer
-from mmgraft.data.chat.content import Message, answering
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.chat.template import apply, marks_answers
-from mmgraft.data.chat.transcript import Transcript
+from mmgraft.data.chat.transcript import Transcript, closing_of, content_ends, split_at_answer
+from mmgraft.data.chat.turns import Message, answering
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 

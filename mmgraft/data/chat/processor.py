@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from typing_extensions import Self
 
 from mmgraft.data.batches.sequences import Side, pad
 from mmgraft.data.chat.answers import Answers, learn
-from mmgraft.data.chat.content import Message, flatten, has_parts
 from mmgraft.data.chat.template import Template, check_template, reads_parts, variables
 from mmgraft.data.chat.transcript import (
     STOCK_SENTINEL,
@@ -25,7 +24,7 @@ from mmgraft.data.chat.transcript import (
     unused_sentinel,
     with_sentinel,
 )
-from mmgraft.data.chat.turns import clean
+from mmgraft.data.chat.turns import Message, clean, flatten, has_parts
 from mmgraft.data.chat.written import refuse_dropped, takes_text, with_text
 from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError
@@ -339,7 +338,7 @@ class GraftProcessor:
     ) -> dict[str, Tensor]:
         """Pad rows to one length and open their images; ``names`` are those of the rows."""
         inputs = self.collate(rows, padding_side)
-        called = zip_longest(rows, names, fillvalue="the conversation")
+        called = zip(rows, names or ["the conversation"] * len(rows), strict=True)
         images = [image for row, where in called for image in open_images(row.images, where)]
         if images:
             inputs["pixel_values"] = self.pixels(images)

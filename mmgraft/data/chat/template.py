@@ -12,7 +12,7 @@ from jinja2 import Environment, meta
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from mmgraft.data.chat.content import Message
+from mmgraft.data.chat.turns import Message
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.textfiles import read_text
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mmgraft.data.chat.closing import unused_marker
-from mmgraft.data.chat.transcript import Transcript
+from mmgraft.data.chat.transcript import Transcript, unused_marker
 from mmgraft.data.chat.turns import THOUGHTS
 from mmgraft.errors import UsageError
 

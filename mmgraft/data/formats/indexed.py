@@ -15,12 +15,11 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mmgraft.data.bad_rows import absolute, key_of
-from mmgraft.data.chat.content import Message, answering, images_of_all, is_image, strings_in
+from mmgraft.data.chat.turns import Message, answering, images_of_all, is_image, strings_in
 from mmgraft.data.formats.layouts import Reading
 from mmgraft.data.formats.reader import RowReader
 from mmgraft.data.formats.record_files import RecordFile
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import Row, absolute, key_of
 
 
 class Facts(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
 from mmgraft.errors import UsageError
-from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.images import StoredImage
 
 _CHUNK = 1 << 20
 _SHORT = 1 << 14

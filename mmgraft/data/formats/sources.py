@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmgraft.data.bad_rows import HUB, BadRow, absolute, fault_of
 from mmgraft.data.formats.indexed import FactsBuilder, FileRows, Joined, RowIndex
 from mmgraft.data.formats.layouts import Format, Reading
 from mmgraft.data.formats.reader import RowReader, id_of
 from mmgraft.data.formats.record_files import Found, Record, RecordFile, json_file
 from mmgraft.data.formats.tables import is_saved, open_table
 from mmgraft.data.formats.tar_files import TarFile
-from mmgraft.data.rows import Row
+from mmgraft.data.rows import HUB, BadRow, Row, absolute, fault_of
 from mmgraft.errors import UsageError
 from mmgraft.progress import counted
 

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmgraft.data.bad_rows import HUB
 from mmgraft.data.formats.record_files import Found, Record
+from mmgraft.data.rows import HUB
 from mmgraft.errors import MMGraftError, UsageError, first_line
-from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.images import StoredImage
 
 _SLICE = 256
 """Rows that are looked at together."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 from mmgraft.data.formats.layouts import told
 from mmgraft.data.formats.record_files import Found, Record, StampedFile
 from mmgraft.errors import UsageError, brief
-from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.images import StoredImage
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 """Endings of members that are images."""

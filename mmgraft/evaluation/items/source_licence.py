@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.chat.turns import images_of_all
 from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item

@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Box, Item
+from mmgraft.evaluation.metrics.answers import (
+    By,
+    ChoiceScore,
+    Prior,
+    exact,
+    measure_yes_no,
+    truth_of,
+    vqa_match,
+    vqa_v2,
+)
 from mmgraft.evaluation.metrics.boxes import measure_boxes
 from mmgraft.evaluation.metrics.captions import CiderD, measure_captions, words_of
-from mmgraft.evaluation.metrics.choice import By, ChoiceScore
 from mmgraft.evaluation.metrics.intervals import Measured
-from mmgraft.evaluation.metrics.vqa import Prior, exact, measure_yes_no, truth_of, vqa_match, vqa_v2
 from mmgraft.recipes.evaluation_set import Metric, SetSpec
 from mmgraft.runs.results import Score
 

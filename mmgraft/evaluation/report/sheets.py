@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from mmgraft.atomic import atomic_bytes
-from mmgraft.data.chat.content import images_of_all
+from mmgraft.data.chat.turns import images_of_all
 from mmgraft.data.images import open_image
 from mmgraft.evaluation.items.files import sampled
 from mmgraft.evaluation.items.item import Box, Item

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 
 from mmgraft.atomic import atomic_folder
 from mmgraft.basefiles.tensor_files import write_shards
+from mmgraft.data.chat.answers import Answers
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.report.markdown import render
 from mmgraft.export.folder import Exported, copy_file, sizes_in
@@ -24,8 +25,15 @@ from mmgraft.version import __version__
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """All of an exported model but its values."""
+class Plan:
+    """All of an exported model but its values.
+
+    Attributes:
+        made_of: The parts.
+        processor: Its processor.
+        config: Its config.
+        model: It, on the meta device.
+    """
 
     made_of: Ingredients
     processor: StockProcessor
@@ -72,7 +80,7 @@ def export_llava(
         def write(folder: Path) -> None:
             say(f"writing {size / 2**20:,.1f} MiB of weights")
             write_shards(folder, "model", tensors)
-            _write_small_files(plan, folder)
+            write_small_files(plan, folder)
             say("running the same conversations in stock transformers")
             found.append(compare(folder, samples, made_of.dtype))
             token = plan.processor.processor.image_token
@@ -82,9 +90,13 @@ def export_llava(
     return Exported("llava", out, made_of.record.workflow, sizes_in(out), notes, found[0])
 
 
-def _write_small_files(plan: _Plan, folder: Path) -> None:
+def write_small_files(plan: Plan, folder: Path) -> None:
+    """Write configs, processor and licences."""
     plan.config.save_pretrained(folder)
-    _generation_config(plan).save_pretrained(folder)
+    config = generation_config(plan.made_of, plan.processor.graft.answers)
+    if plan.processor.new_rows:  # tokens that the base does not have, so never says
+        config.suppress_tokens = [*(config.suppress_tokens or []), *plan.processor.new_rows]
+    config.save_pretrained(folder)
     processor = plan.processor.processor
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)  # older transformers look for it alone
@@ -93,22 +105,22 @@ def _write_small_files(plan: _Plan, folder: Path) -> None:
             copy_file(path, folder / path.name)
 
 
-def _plan(made_of: Ingredients) -> _Plan:
+def _plan(made_of: Ingredients) -> Plan:
     processor = stock_processor(made_of)
     rows = processor.new_rows.stop
     config = llava_config(made_of, processor.image_token_id, rows)
     try:
-        return _Plan(made_of, processor, config, empty_llava(config))
+        return Plan(made_of, processor, config, empty_llava(config))
     except UsageError:
         if not made_of.tied:
             raise
     # LLaVA ties its head to an embedding of one name only; elsewhere the head is written out.
     made_of = replace(made_of, untied=True)
     config = llava_config(made_of, processor.image_token_id, rows)
-    return _Plan(made_of, processor, config, empty_llava(config))
+    return Plan(made_of, processor, config, empty_llava(config))
 
 
-def _notes(plan: _Plan) -> list[str]:
+def _notes(plan: Plan) -> list[str]:
     made_of, processor = plan.made_of, plan.processor
     notes = [made_of.text_note, *filter(None, [made_of.lacks])]
     token = processor.processor.image_token
@@ -128,17 +140,14 @@ def _notes(plan: _Plan) -> list[str]:
     return notes
 
 
-def _generation_config(plan: _Plan) -> GenerationConfig:
-    made_of = plan.made_of
+def generation_config(made_of: Ingredients, answers: Answers) -> GenerationConfig:
+    """Return the base's settings of generation, with the tokens that end the graft's answers."""
     try:
         config = GenerationConfig.from_pretrained(made_of.files.path)
     except OSError:
         config = GenerationConfig.from_model_config(made_of.base_config)
     config._from_model_config = False  # LLaVA's own config knows none of these ids
-    answers = plan.processor.graft.answers
     config.eos_token_id = answers.with_ends(config.eos_token_id)
-    if plan.processor.new_rows:  # tokens that the base does not have, so never says
-        config.suppress_tokens = [*(config.suppress_tokens or []), *plan.processor.new_rows]
     return config
 
 

@@ -23,6 +23,10 @@ from mmgraft.vision.towers.registry import load_tower
 from mmgraft.vision.towers.transformers import TransformersTower
 
 
+class NotLlava(UsageError):
+    """A graft, base or tower that LLaVA has no place for."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Origin of a layer of the exported decoder: a base layer or an inserted one.
@@ -53,6 +57,7 @@ class Ingredients:
         tied_own: Own embedding and own head are one tensor.
         untied: Write the head by itself also where it is the embedding.
         lacks: What of the graft is not in it; see ``PlainDecoder``.
+        gated: How inserted layers are added; see ``PlainDecoder``.
     """
 
     run: Path
@@ -67,6 +72,7 @@ class Ingredients:
     tied_own: bool = False
     untied: bool = False
     lacks: str = ""
+    gated: str = ""
 
     @property
     def inserted(self) -> list[int]:
@@ -93,19 +99,24 @@ class Ingredients:
         return f"it carries one workflow, {name}, and its text answers are {was}"
 
 
-def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingredients:
+def gather(
+    run: Path, base: str | None = None, dtype: str | None = None, gates: bool = False
+) -> Ingredients:
     """Read what an export needs, and refuse what LLaVA cannot express.
 
     Args:
         run: The graft's folder.
         base: Where the base lies, when not where the record says.
         dtype: Name of a torch dtype; default: the base's own.
+        gates: Take grafts whose layers are added through gates, too.
 
     Raises:
         UsageError: With the reason; or a base that is not the one the graft was made for.
     """
     record = GraftFile.read(run)
     graft = _as_decoder(record)
+    if graft.gated and not gates:
+        raise _refusal("its layers are added through gates, which no plain decoder has")
     files = base_files(record, run, base)
     check_base(record, files, "fast")
     config = load_config(files)
@@ -133,6 +144,7 @@ def gather(run: Path, base: str | None = None, dtype: str | None = None) -> Ingr
         layers=_order(anatomy.num_layers, after),
         owns=graft.owns,
         lacks=graft.lacks,
+        gated=graft.gated,
         tied_own=anatomy.tied and {"embedding", "head"} <= graft.owns and not graft.untie,
     )
 
@@ -146,8 +158,8 @@ def _order(num_layers: int, after: list[int]) -> list[Source]:
     return layers
 
 
-def _refusal(reason: str) -> UsageError:
-    return UsageError(
+def _refusal(reason: str) -> NotLlava:
+    return NotLlava(
         f"this graft cannot be written as a stock LLaVA model: {reason}. Use --to full for one "
         "folder that mmgraft loads."
     )

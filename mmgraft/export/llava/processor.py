@@ -62,7 +62,7 @@ def stock_processor(made_of: Ingredients) -> StockProcessor:
     index = tokenizer.convert_tokens_to_ids(token)
     assert isinstance(index, int)
     processor = LlavaProcessor(
-        image_processor=_image_processor(made_of),
+        image_processor=image_processor(made_of),
         tokenizer=tokenizer,
         patch_size=_patch_size(made_of),
         vision_feature_select_strategy=select_strategy(made_of),
@@ -131,7 +131,7 @@ def _patch_size(made_of: Ingredients) -> int:
     return size
 
 
-def _image_processor(made_of: Ingredients) -> Any:
+def image_processor(made_of: Ingredients) -> Any:
     """Return the tower's own image processor, or one that does what its options say."""
     tower = made_of.tower
     if tower.image_processor is not None:
@@ -167,7 +167,7 @@ def image_template(
         The jinja text, or several by name where the tokenizer has several.
     """
     if template.kind == "plain":
-        return _flatten(image_token, every=True) + _plain(tokenizer, image_token)
+        return _flatten(image_token, every=True) + plain_template(tokenizer, image_token)
     every = not reads_parts(template, tokenizer)
     own = template.text if template.kind == "file" else tokenizer.chat_template
     if isinstance(own, dict):
@@ -185,10 +185,10 @@ def _flatten(image_token: str, every: bool) -> str:
     return text.replace("IMAGE", json.dumps(image_token)).replace("EVERY", json.dumps(every))
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+def plain_template(tokenizer: PreTrainedTokenizerBase, *images: str) -> str:
     """Plain text. What the tokenizer puts before a text of its own accord, it puts there itself."""
     end = tokenizer.eos_token
-    walls = [image_token, *([str(end)] if end else [])]
+    walls = [*images, *([str(end)] if end else [])]
     text = _read("plain.jinja").replace("WALLS", json.dumps(walls))
     if end:
         return text.replace("END", json.dumps(str(end)))

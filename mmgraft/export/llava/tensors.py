@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -46,7 +47,9 @@ class Piece:
 
 @contextmanager
 def llava_tensors(
-    made_of: Ingredients, model: LlavaForConditionalGeneration
+    made_of: Ingredients,
+    model: LlavaForConditionalGeneration,
+    own: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> Iterator[dict[str, LazyTensor]]:
     """Yield every tensor by its name on disk, as transformers itself would save it.
 
@@ -56,12 +59,13 @@ def llava_tensors(
     Args:
         made_of: The parts.
         model: The exported model on the meta device.
+        own: What reads each tensor of the graft; by default from the folder of its run.
 
     Raises:
         UsageError: The base has tensors that the exported model has no place for.
     """
     with TensorReader(made_of.files) as reader:
-        pieces = list(_Pieces(made_of, model, reader).all())
+        pieces = list(_Pieces(made_of, model, reader, own or own_tensors(made_of.run)).all())
         wanted = _wanted(made_of, model)
         _check_complete(pieces, wanted)
         last = _LastPiece(model, wanted)
@@ -103,14 +107,18 @@ class _Pieces:
     """Source of every tensor of the exported model."""
 
     def __init__(
-        self, made_of: Ingredients, model: LlavaForConditionalGeneration, reader: TensorReader
+        self,
+        made_of: Ingredients,
+        model: LlavaForConditionalGeneration,
+        reader: TensorReader,
+        own: Mapping[str, Callable[[], Tensor]],
     ) -> None:
         self.made_of, self.model, self.reader = made_of, model, reader
         self.anatomy = made_of.anatomy
         self.base = skeleton(made_of.base_config)
         self.prefix = f"{self.base.base_model_prefix}."
         self.rows = model.lm_head.weight.shape[0]
-        self.own = _own_tensors(made_of)
+        self.own = own
 
     def all(self) -> Iterator[Piece]:
         """Yield every piece in the order of the model."""
@@ -223,10 +231,10 @@ def pad_rows(weight: Tensor, rows: int) -> Tensor:
     return torch.cat([weight, mean.expand(missing, -1)])
 
 
-def _own_tensors(made_of: Ingredients) -> dict[str, Callable[[], Tensor]]:
+def own_tensors(run: Path) -> dict[str, Callable[[], Tensor]]:
     """Return what reads each tensor of the graft."""
     found: dict[str, Callable[[], Tensor]] = {}
-    for path in weight_files(made_of.run):
+    for path in weight_files(run):
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118  (no mapping)
             found[name] = partial(file.get_tensor, name)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from mmgraft.errors import UsageError
 from mmgraft.grafts.method import PlainDecoder, Promises
 from mmgraft.strict import LayerChoice, Option, StrictModel
 
@@ -17,6 +17,8 @@ GROUPS = {
     "norm": "own final norm",
     "head": "own LM head",
 }
+
+_GATED: Mapping[str, Literal["", "after", "beside"]] = {"a": "beside", "b": "after", "c": ""}
 
 
 class IAAConfig(StrictModel):
@@ -79,16 +81,12 @@ def unused(config: IAAConfig) -> tuple[str, ...]:
 
 
 def as_decoder(config: IAAConfig, active: bool) -> PlainDecoder:
-    """Return the deeper decoder that structure c is."""
+    """Return the deeper decoder that structure c is, and the gated ones that b and a are."""
     if not active:
         return PlainDecoder()
-    if config.structure != "c":
-        raise UsageError(
-            f"structure {config.structure} of IAA adds its layers through gates, beside the "
-            "decoder; only structure c is a plain, deeper decoder"
-        )
     owns = frozenset(name for name in ("embedding", "norm", "head") if getattr(config, name))
-    return PlainDecoder(config.layers, owns, config.untie)
+    gated = _GATED[config.structure]
+    return PlainDecoder(config.layers, owns, config.untie, gated=gated)
 
 
 def part_of(tensor: str) -> str:

@@ -13,15 +13,20 @@ from torch.nn import functional as F
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
-from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, PADDING, BaseParts, Graft, Pass, select
-from mmgraft.grafts.computing import computes_on, is_flash
+from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, BaseParts, Graft, Pass, select
+from mmgraft.grafts.computing import is_flash
 from mmgraft.grafts.method import StageSwitches
 from mmgraft.grafts.wings.config import WingsConfig, WingsStage
-from mmgraft.grafts.wings.decoding import Stacked, read_token
-from mmgraft.grafts.wings.learners import Learner, learner_heads
-from mmgraft.grafts.wings.reading import KIND_OF, prepare, read_all, read_packed
+from mmgraft.grafts.wings.learners import (
+    KIND_OF,
+    Learner,
+    Stacked,
+    learner_heads,
+    read_all,
+    read_packed,
+    read_token,
+)
 from mmgraft.grafts.wings.router import Router, route
-from mmgraft.grafts.wings.spans import Spans, causal_spans
 from mmgraft.layers import parse_layers
 from mmgraft.patching import patched_forward
 
@@ -115,7 +120,8 @@ class WingsGraft(Graft):
         if state.start == 0:
             self._forget_stacked()
         if state.start == 0 and self.watch is None:
-            prepare(state, [KIND_OF[name] for name in self.running])
+            for name in self.running:
+                state.pack(KIND_OF[name])
 
     def check_length(self, length: int) -> None:
         if self.config.routed and length > self.length:
@@ -146,8 +152,7 @@ class WingsGraft(Graft):
                 columns = partial(_columns, wing.router, state, first_key)
                 fused = self.anatomy.explicit_weights is None  # else it may have no config at all
                 fused = fused and attention.config._attn_implementation != "eager"
-                spans = partial(_spans, state)
-                out, logits = route(original, attention, columns, fused, args, kwargs, spans)
+                out, logits = route(original, attention, columns, fused, args, kwargs)
                 shares = logits.softmax(-1)  # (b, s, 2): visual, textual
             else:
                 out, shares = original(*args, **kwargs), None
@@ -266,19 +271,6 @@ def _columns(router: Router, state: Pass, first: int, count: int) -> Tensor:
         if state.start:  # a token is decoded: all layers share them
             state.shared[key] = positions
     return router.columns(positions)
-
-
-def _spans(state: Pass, mask: Tensor) -> Spans | None:
-    """Return the causal pieces of a mask that the base made, found once for all its layers.
-
-    On a CPU alone: elsewhere one call for a whole batch is worth more than what they leave out.
-    """
-    if state.start or computes_on(mask) != "cpu":
-        return None
-    key = ("spans", id(mask))
-    if key not in state.shared:  # with the mask, so that no other takes its id
-        state.shared[key] = mask, causal_spans(mask, state.kinds == PADDING)
-    return state.shared[key][1]
 
 
 def _share(shares: Tensor | None, name: str) -> Tensor | None:

@@ -23,7 +23,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.computing import computes_on, is_flash
-from mmgraft.grafts.wings.spans import Spans, over_spans
 
 IMPLEMENTATION = "mmgraft_router"
 _JOB = "_mmgraft_router_job"
@@ -47,7 +46,6 @@ class Router(nn.Module):
 class _Job:
     implementation: str
     columns: Callable[[int], Tensor]  # number of keys -> (b, S, 2)
-    spans: Callable[[Tensor], Spans | None] | None
     outer: _Job | None
     logits: list[Tensor] = field(default_factory=list)
 
@@ -59,7 +57,6 @@ def route(
     fused: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    spans: Callable[[Tensor], Spans | None] | None = None,
 ) -> tuple[Any, Tensor]:
     """Run a base's attention and get the router's logits with it.
 
@@ -70,7 +67,6 @@ def route(
         fused: Through the attention registry; else from explicit weights.
         args: Positional arguments of the attention.
         kwargs: Keyword arguments of the attention.
-        spans: Gives the pieces of a mask ``(b, 1, s, S)`` that are causal, or None; fused alone.
 
     Returns:
         What the attention returned, and the logits ``(b, s, 2)`` in fp32.
@@ -79,7 +75,7 @@ def route(
     if not fused:
         return _explicit(run, attention, columns)
     config = attention.config
-    job = _Job(config._attn_implementation, columns, spans, attention.__dict__.get(_JOB))
+    job = _Job(config._attn_implementation, columns, attention.__dict__.get(_JOB))
     attention.__dict__[_JOB] = job
     config._attn_implementation_internal = IMPLEMENTATION
     try:
@@ -125,13 +121,7 @@ def _router_attention(
         value = F.pad(torch.cat([value, columns], dim=-1), (0, width - size - 2))
         query = F.pad(query, (0, width - query.shape[-1]))
         key = F.pad(key, (0, width - key.shape[-1]))
-        spans = None
-        if job.implementation == "sdpa" and attention_mask is not None and job.spans is not None:
-            spans = job.spans(attention_mask)
-        if spans is None:
-            both = inner(query, key, value, attention_mask)
-        else:
-            both = over_spans(partial(inner, mask=None), spans, query, key, value)
+        both = inner(query, key, value, attention_mask)
         out, routed, _ = both.split([size, 2, width - size - 2], dim=-1)
     job.logits.append(routed[..., :2].float().sum(dim=2))
     return out.contiguous(), None

@@ -11,10 +11,17 @@ _CONFIGS = "transformers.models.auto.configuration_auto"
 
 
 def _tell(module: Any) -> None:
-    """Let ``AutoConfig`` know the config, which lets the other classes know the model."""
-    from mmgraft.model.auto.config import GraftedConfig
+    """Make the config known to ``AutoConfig``, and the model when a config is read."""
+    from mmgraft.model.auto.config import BEFORE_READING, GraftedConfig
 
+    BEFORE_READING[:] = [_register_model]
     module.AutoConfig.register("mmgraft", GraftedConfig, exist_ok=True)
+
+
+def _register_model() -> None:
+    from mmgraft.model.auto.loading import register
+
+    register()
 
 
 class _Watch(MetaPathFinder):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
+
+BEFORE_READING: list[Callable[[], None]] = []
+"""Called before a ``config.json`` is read."""
 
 
 class GraftedConfig(PreTrainedConfig):
@@ -26,10 +30,9 @@ class GraftedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read ``config.json``; the Auto classes that ask for it are told of the model."""
-        from mmgraft.model.auto.loading import register
-
-        register()
+        """Read ``config.json``, and first make the model known to the Auto classes that ask."""
+        for call in BEFORE_READING:
+            call()
         return super().from_dict(config_dict, **kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:

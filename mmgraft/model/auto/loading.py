@@ -19,7 +19,7 @@ from mmgraft.vision.towers.registry import load_tower
 from mmgraft.vision.towers.transformers import outline
 
 _INNER = ("config", "adapter_kwargs", "trust_remote_code", "code_revision", "tqdm_class")
-"""What the Auto classes hand on for themselves; a base's own code is never run."""
+"""Options that the Auto classes pass on for themselves; a base's own code is never run."""
 
 
 @cache

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 
-from mmgraft.data.chat.content import is_image
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.chat.template import check_template, source_of
 from mmgraft.data.chat.transcript import STOCK_SENTINEL
+from mmgraft.data.chat.turns import is_image
 from mmgraft.errors import UsageError
 
 _IN_ANY_CASE = ("padding", "return_tensors")
@@ -42,7 +42,9 @@ class GraftedProcessor(ProcessorMixin):
         self.chat_template = source_of(processor.template, processor.tokenizer) or None
         self.image_token = processor.decode([processor.placeholder_id], skip_special_tokens=False)
 
-    def __call__(self, images: Any = None, text: Any = None, **options: Any) -> BatchFeature:
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, images: Any = None, text: Any = None, **options: Any
+    ) -> BatchFeature:
         """Tokenise texts and open their images.
 
         Args:

@@ -22,7 +22,7 @@ from mmgraft.model.files.graft_file import (
     GraftFile,
     SeenFeatures,
 )
-from mmgraft.model.sharded.gathering import gathered
+from mmgraft.model.sharded import gathered
 from mmgraft.model.workflow import Workflow
 from mmgraft.progress import working
 

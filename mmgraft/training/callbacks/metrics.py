@@ -136,9 +136,8 @@ class MetricsFile(TrainerCallback):
         if "loss" in logs:
             line["loss"] = logs["loss"]
             line["lr"] = {k[3:]: v for k, v in logs.items() if k.startswith("lr/")}
-            for key in ("grad_norm", "tokens_per_second", "memory_gb", "epoch"):
-                if key in logs:
-                    line[key] = logs[key]
+            others = "grad_norm", "tokens_per_second", "memory_gb", "epoch"
+            line |= {key: logs[key] for key in others if key in logs}
             if own := {k[6:]: v for k, v in logs.items() if k.startswith("graft/")}:
                 line["graft"] = own
             self.last = line

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmgraft.anatomy import decoder_layers
 from mmgraft.errors import MMGraftError
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.model.sharded.gathering import gathered, is_piece, like
+from mmgraft.model.sharded import gathered, is_piece, like
 
 
 def shard(model: GraftedModel, device: str) -> None:

@@ -1,27 +1,300 @@
-"""The memory of every stage of a recipe, which part takes what, and the rows that decide it."""
+"""The memory of every stage of a recipe, which part takes what, and the rows that decide it.
+
+Memory of one process: its optimizer, and its share where several train together.
+
+These are counts by what each way does, worked out by hand in its tests; none was compared with a
+measured peak.
+
+The graft that is to be trained, as configs describe it: a run's, or one of a recipe.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig
 
+from mmgraft.aliases import resolve_alias
+from mmgraft.anatomy import decoder_layers
+from mmgraft.basefiles import ModelFiles, load_config
 from mmgraft.data.batches.dataset import cut, longest_first
 from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.formats.indexed import facts_of, select
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.grafts.registry import get_method
+from mmgraft.model.files.graft_file import OWN_BASE, BaseReference, GraftFile, ImageToken
+from mmgraft.model.files.load import local_tower
+from mmgraft.model.files.summary import locate
 from mmgraft.model.modeling import GraftedModel
-from mmgraft.recipes.recipe import Recipe
-from mmgraft.training.memory.sharing import Share, groups_of, share, whole_share
-from mmgraft.training.memory.simulation import Load, Step, simulate, simulate_tower
-from mmgraft.training.memory.stand_in import count_of, meta_model
-from mmgraft.training.memory.subject import Subject, loaded_dtype
+from mmgraft.recipes.recipe import Optimizer, Parallel, Recipe
+from mmgraft.training.distributed.sharding import pieces_at
+from mmgraft.training.memory.simulation import (
+    Load,
+    Step,
+    count_of,
+    meta_model,
+    simulate,
+    simulate_tower,
+    weights_of,
+)
 from mmgraft.training.stages import open_stage
-from mmgraft.vision.plan import Size
+from mmgraft.vision.plan import ImagePositions, Plan, Size
+from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
+from mmgraft.vision.towers.base import VisionTower
+from mmgraft.vision.towers.registry import TowerShape, describe_tower, load_tower
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A graft, its base and its tower, without weights.
+
+    Attributes:
+        record: The graft's.
+        files: The base's, of which config and tokenizer are read.
+        config: The base's.
+        vision: The tower's spec, its path that of this machine.
+        shape: The tower's width and plan.
+    """
+
+    record: GraftFile
+    files: ModelFiles
+    config: PreTrainedConfig
+    vision: VisionSpec
+    shape: TowerShape
+
+    @property
+    def positions(self) -> ImagePositions:
+        """Positions of an image."""
+        return self.record.positions(self.shape)
+
+    def plan(self, size: Size | None) -> Plan:
+        """Return the plan of an image of a size; of every image where the size is None."""
+        plan = self.shape.plan
+        if isinstance(plan, Plan):
+            return plan
+        assert size is not None
+        return plan(size)
+
+    @cached_property
+    def tower(self) -> VisionTower:
+        """Build the tower without weights; one of a registered kind has no config and is loaded."""
+        if self.vision.kind != TRANSFORMERS_KIND:
+            return load_tower(self.vision)
+        from mmgraft.vision.towers.transformers import outline
+
+        return outline(self.vision)
+
+
+def subject_of_run(run: Path, base: str | None = None, vision: str | None = None) -> Subject:
+    """Describe the graft in a folder, on its own base and tower or on others.
+
+    Raises:
+        UsageError: No graft there, or no such base or tower.
+    """
+    record = GraftFile.read(run)
+    if base is None and record.base.id.startswith(f"./{OWN_BASE}"):
+        files = ModelFiles(record.base.id, (run / record.base.id).resolve())
+    else:
+        revision = record.base.revision if base is None else None
+        files = _base(resolve_alias(base) if base else record.base.id, revision)
+    spec = VisionSpec.from_name(vision) if vision else local_tower(record, run)
+    return _subject(record, files, spec)
+
+
+def subject_of_recipe(
+    recipe: Recipe, base: str | None = None, vision: str | None = None
+) -> Subject:
+    """Describe the graft that ``mmgraft graft --recipe`` would make.
+
+    Raises:
+        UsageError: The recipe names no base and none is given, or settings that do not fit.
+    """
+    name = base or recipe.graft.base
+    if name is None:
+        raise UsageError(
+            f"the recipe {recipe.name} names no base: give --base, such as --base qwen2-7b"
+        )
+    spec = recipe.graft.tower(vision)
+    record = GraftFile(
+        method=recipe.method,
+        config=_method_config(recipe),
+        workflow=recipe.workflow or "mm",
+        base=BaseReference(id=name),
+        vision=spec,
+        projector=recipe.graft.projector,
+        image_token=ImageToken(id=0),
+    )
+    return _subject(record, _base(resolve_alias(name), None), spec)
+
+
+def _method_config(recipe: Recipe) -> dict[str, Any]:
+    kind = get_method(recipe.method).config_class
+    try:
+        return kind.parse(dict(recipe.graft.config), "graft.config").model_dump(mode="json")
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; set it in the recipe, or here with --set graft.config.KEY=VALUE, such as "
+            "--set graft.config.layers=last:2"
+        ) from None
+
+
+def _base(name: str, revision: str | None) -> ModelFiles:
+    folder = Path(name).expanduser().absolute()
+    if (folder / "config.json").is_file() and not (folder / "graft_config.json").is_file():
+        return ModelFiles(str(folder), folder)  # with weights or without
+    found = locate(name, revision)
+    if isinstance(found, Path):
+        raise UsageError(f"{name} is a graft, not a base; name a model with --base")
+    return found
+
+
+def _subject(record: GraftFile, files: ModelFiles, spec: VisionSpec) -> Subject:
+    shape = describe_tower(spec)
+    config = load_config(files)
+    vars(config).pop("quantization_config", None)
+    return Subject(record, files, config, spec, shape)
+
+
+def loaded_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the base's dtype in training: fp32 where it is trained or computed in fp32."""
+    whole = recipe.base == "full" or any(stage.precision == "fp32" for stage in recipe.stages)
+    return torch.float32 if whole else torch.bfloat16
+
+
+_WHOLE = 4096  # bitsandbytes keeps the state of smaller tensors in 32 bits
+_PAGED = 100_000  # and pages only that of larger ones
+_BLOCK = 256  # moments that share an fp32 constant
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Tensors that FSDP2 gathers together.
+
+    Attributes:
+        layer: Bytes of the largest decoder layer with what grafts run there.
+        rest: Bytes of all that is in no layer: embeddings, norm, head, projector.
+        trained: Trained numbers in the group that has most of them.
+    """
+
+    layer: int
+    rest: int
+    trained: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Bytes of one process.
+
+    Attributes:
+        weights: Of base, graft and projector that it keeps all the time, by dtype; ``nf4`` with its
+            constants.
+        gradients: That it keeps of what is trained, in fp32.
+        optimizer: Its state.
+        scratch: Of the optimizer's step.
+        gathered: Weights of other processes that are whole here while they are computed with.
+        passing: Gradients that are whole on their way to the others.
+    """
+
+    weights: dict[str, int]
+    gradients: int
+    optimizer: int
+    scratch: int
+    gathered: int = 0
+    passing: int = 0
+
+
+def groups_of(model: GraftedModel) -> Groups:
+    """Divide a model as FSDP2 does in :mod:`mmgraft.training.distributed.sharding`."""
+    whole = sum(weights_of(model).values())
+    sizes: list[int] = []
+    trained: list[int] = []
+    for index, layer in enumerate(decoder_layers(model.base, model.anatomy)):
+        parts = [layer, *pieces_at(model, index)]
+        sizes.append(sum(sum(weights_of(part).values()) for part in parts))
+        trained.append(
+            sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+        )
+    every = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Groups(max(sizes), whole - sum(sizes), max(*trained, every - sum(trained)))
+
+
+def whole_share(model: GraftedModel, optimizer: Optimizer, device: str) -> Share:
+    """Count what a process holds of a model that it trains alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Share(
+        weights=weights_of(model),
+        gradients=sum(4 * p.numel() for p in trained),
+        optimizer=state_bytes(model, trained, optimizer, device),
+        scratch=scratch_bytes(trained, optimizer, device),
+    )
+
+
+def share(whole: Share, groups: Groups, way: Parallel, processes: int) -> Share:
+    """Count what one process holds of a model.
+
+    Args:
+        whole: What it would hold alone.
+        groups: What is gathered together.
+        way: The recipe's ``parallel``.
+        processes: How many share it; one holds everything.
+    """
+    if processes == 1 or way == "ddp":
+        return whole
+
+    def part(size: int) -> int:
+        return -(-size // processes)
+
+    # The rest stays whole from its forward to its backward; one layer runs, one is on its way.
+    # Gradients of two groups: one is computed, one is being summed over all processes.
+    return Share(
+        weights={name: part(size) for name, size in whole.weights.items()},
+        gradients=part(whole.gradients),
+        optimizer=part(whole.optimizer),
+        scratch=part(whole.scratch),
+        gathered=min(groups.rest + 2 * groups.layer, sum(whole.weights.values())),
+        passing=min(2 * 4 * groups.trained, whole.gradients),
+    )
+
+
+def state_bytes(
+    model: nn.Module, trained: Iterable[nn.Parameter], optimizer: Optimizer, device: str
+) -> int:
+    """Count the bytes of both moments on the device where the parameters are.
+
+    AdamW keeps two fp32 numbers for each; in 8 bits one byte each and a constant for 256, where
+    embeddings and tensors under 4096 numbers keep fp32. Pages on CUDA lie in main memory.
+    """
+    if optimizer == "adamw":
+        return sum(8 * parameter.numel() for parameter in trained)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    paged = optimizer == "paged_adamw_8bit" and device == "cuda"
+    total = 0
+    for parameter in trained:
+        size = parameter.numel()
+        if paged and size >= _PAGED:
+            continue
+        whole = id(parameter) in tables or size < _WHOLE
+        total += 8 * size if whole else 2 * size + 2 * 4 * -(-size // _BLOCK)
+    return total
+
+
+def scratch_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer, device: str) -> int:
+    """Count what a step holds beside the state: two copies of a parameter's second moments.
+
+    On CUDA one kernel does all of the step, and holds nothing.
+    """
+    if optimizer != "adamw" or device == "cuda":
+        return 0
+    return 2 * max((4 * parameter.numel() for parameter in trained), default=0)
+
 
 TOKENISED = 64
 """Rows of a stage that are tokenised: those with the most text and image positions."""

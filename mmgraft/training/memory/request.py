@@ -14,8 +14,15 @@ from mmgraft.model.files.load import load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import find_recipe, load_recipe, with_data
 from mmgraft.training.distributed import parallel
-from mmgraft.training.memory.estimate import Estimator, RowSizes, assumed, measured
-from mmgraft.training.memory.subject import Subject, subject_of_recipe, subject_of_run
+from mmgraft.training.memory.estimate import (
+    Estimator,
+    RowSizes,
+    Subject,
+    assumed,
+    measured,
+    subject_of_recipe,
+    subject_of_run,
+)
 from mmgraft.training.plan import RECIPE, USED_RECIPE, Plan, recipe_file
 from mmgraft.training.stage_data import StageData, check_rows, with_template
 

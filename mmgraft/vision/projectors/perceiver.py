@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmgraft.vision.projectors.base import Resampler, draw_anew
+from mmgraft.vision.projectors.built_in import Resampler, draw_anew
 
 
 class PerceiverProjector(Resampler):

@@ -14,7 +14,7 @@ from mmgraft.basefiles import fetch, resolve
 from mmgraft.basefiles.files import read_config
 from mmgraft.basefiles.tensor_files import open_tensors
 from mmgraft.errors import UsageError
-from mmgraft.vision.projectors.base import Resampler, draw_anew
+from mmgraft.vision.projectors.built_in import Resampler, draw_anew
 
 _NAMES = {
     "width": "hidden_size",

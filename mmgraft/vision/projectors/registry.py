@@ -23,7 +23,7 @@ from mmgraft.vision.projectors.configs import (
 )
 
 if TYPE_CHECKING:
-    from mmgraft.vision.projectors.base import Projector
+    from mmgraft.vision.projectors.built_in import Projector
 
 
 @dataclass(frozen=True)

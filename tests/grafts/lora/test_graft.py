@@ -132,7 +132,7 @@ class Experts(nn.Module):
 
 
 def test_experts_in_a_list_are_no_linear_layers_of_their_rows() -> None:
-    from mmgraft.anatomy.linears import leaf_linears
+    from mmgraft.anatomy.inspection import leaf_linears
 
     layer = nn.Module()
     layer.mlp, layer.out = Experts(), nn.Linear(4, 3)

@@ -14,7 +14,6 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.computing import as_if_on
 from mmgraft.grafts.wings import router as router_module
 from mmgraft.grafts.wings.router import IMPLEMENTATION, Router, explicit_weights, route
-from mmgraft.grafts.wings.spans import causal_spans
 from tiny import tiny_model
 
 
@@ -100,26 +99,6 @@ def test_heads_too_wide_for_a_card_take_two_calls_there(monkeypatch: pytest.Monk
         still = route(*given)
     assert len(calls) == 5
     assert torch.equal(still[0][0], attention.forward(**kwargs)[0])
-
-
-def test_causal_pieces_give_what_the_mask_gives() -> None:
-    attention, kwargs = attention_call("llama", "sdpa")
-    positions = torch.arange(9).expand(2, -1).clone()
-    positions[1] = (positions[1] - 3).clamp(min=0)
-    padding = torch.zeros(2, 9, dtype=torch.bool)
-    padding[1, :3] = True
-    columns, found = columns_of(random_router(), positions), []
-
-    def spans(mask: Tensor) -> Any:
-        found.append(causal_spans(mask, padding))
-        return found[-1]
-
-    masked, logits = route(attention.forward, attention, columns, True, (), kwargs)
-    pieces, others = route(attention.forward, attention, columns, True, (), kwargs, spans)
-    assert found == [[[(0, 9)], [(3, 9)]]]
-    torch.testing.assert_close(pieces[0][~padding], masked[0][~padding])
-    torch.testing.assert_close(others[~padding], logits[~padding])
-    assert not others[padding].any()
 
 
 @torch.no_grad()

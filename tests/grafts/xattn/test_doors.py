@@ -17,7 +17,7 @@ from mmgraft.grafts.xattn.graft import SHUT
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.training.memory.subject import subject_of_run
+from mmgraft.training.memory.estimate import subject_of_run
 from mmgraft.training.run import plan_training, train
 from mmgraft.training.session import Session
 from mmgraft.training.stages import rate_groups

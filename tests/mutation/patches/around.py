@@ -14,14 +14,14 @@ PATCHES = [
     ),
     Patch(
         "the label at a packed row's border stays",
-        "data/batches/packing.py",
+        "data/batches/collate.py",
         '        batch["labels"] = learned_within(batch["labels"], batch["segments"])\n',
         "",
         "data/test_packing.py",
     ),
     Patch(
         "a data weight is rounded down",
-        "data/batches/mixture.py",
+        "data/batches/sampler.py",
         "round(len(part.rows) * part.weight)",
         "int(len(part.rows) * part.weight)",
         "data/test_sources.py",
@@ -63,7 +63,7 @@ PATCHES = [
     ),
     Patch(
         "images of packed rows belong to the wrong sequence",
-        "data/batches/packing.py",
+        "data/batches/collate.py",
         '            batch["image_rows"] = owner[batch["image_rows"]]\n',
         "",
         "data/test_packing.py",

@@ -105,7 +105,7 @@ PATCHES = [
     ),
     Patch(
         "the last layer is cut short under a graft that reads it",
-        "model/last_layer.py",
+        "model/loss.py",
         "return None if inside else layers[-1]",
         "return layers[-1]",
         "model/test_last_layer.py",
@@ -189,7 +189,7 @@ PATCHES = [
     ),
     Patch(
         "a single learner decodes with the other's share",
-        "grafts/wings/decoding.py",
+        "grafts/wings/learners.py",
         'chosen[0 if names[0] == "visual" else 1]',
         'chosen[1 if names[0] == "visual" else 0]',
         "model/test_invariants_cache.py -k without_any_image",
@@ -280,7 +280,7 @@ PATCHES = [
     ),
     Patch(
         "a base's soft cap is not seen",
-        "anatomy/logits.py",
+        "anatomy/stand_ins.py",
         "    return snapped(scale, 1e-7), None if cap is None else snapped(cap, 1e-7)",
         "    return snapped(scale, 1e-7), None",
         "test_anatomy.py",
@@ -336,7 +336,7 @@ PATCHES = [
     ),
     Patch(
         "an imported base with other values is taken as equal",
-        "published/parts.py",
+        "published/importer.py",
         '            return f"tensor {name} has other values"\n    # A head',
         "            continue\n    # A head",
         "published/test_official.py -k another_base",
@@ -539,7 +539,7 @@ PATCHES = [
     ),
     Patch(
         "a share of images adds rows of text",
-        "data/batches/mixture.py",
+        "data/batches/sampler.py",
         '("without an image", ~with_image, len(indices) - images)',
         '("without an image", ~with_image, len(indices))',
         "data/test_indexed.py",

@@ -35,7 +35,7 @@ PATCHES = [
     ),
     Patch(
         "an infinite gradient norm passes",
-        "training/callbacks/finite.py",
+        "training/callbacks/stopping.py",
         "bool(bad) or not math.isfinite(norm)",
         "bool(bad) or math.isnan(norm)",
         "training/test_finite.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mmgraft.training.memory.sharing import scratch_bytes, state_bytes
+from mmgraft.training.memory.estimate import scratch_bytes, state_bytes
 
 
 def _model() -> nn.Module:

@@ -11,10 +11,9 @@ import torch
 
 from mmgraft import IAAConfig
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.training.memory.estimate import Estimator, not_counted
+from mmgraft.training.memory.estimate import Estimator, Groups, Share, groups_of, not_counted, share
 from mmgraft.training.memory.request import read_request
-from mmgraft.training.memory.sharing import Groups, Share, groups_of, share
-from mmgraft.training.memory.stand_in import meta_model
+from mmgraft.training.memory.simulation import meta_model
 from mmgraft.training.stages import open_stage
 from tiny import HIDDEN, tiny_config
 from tiny_records import tiny_record

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmgraft.anatomy import get_path
-from mmgraft.training.memory.stand_in import FourBitLinear, count_of, meta_model, weights_of
+from mmgraft.training.memory.simulation import FourBitLinear, count_of, meta_model, weights_of
 from tiny import HIDDEN, VOCAB_SIZE, tiny_config, tiny_model
 from tiny_records import tiny_record
 

@@ -1,0 +1,107 @@
+"""Decoder layers and final norms that act on the rows of their workflow alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STRIDE = 1 << 24
+"""A position of workflow ``w`` is its place in the sequence plus ``w * STRIDE``; 0 is the base."""
+
+
+class Feed:
+    """What the layers of a workflow of structure ``beside`` hand on within a forward pass.
+
+    Attributes:
+        entered: Hidden states into the base layer that comes before an inserted one.
+        control: Output of the last inserted layer.
+    """
+
+    def __init__(self) -> None:
+        self.entered: Tensor | None = None
+        self.control: Tensor | None = None
+
+
+class Gate(nn.Module):
+    """Gate of an inserted layer: a linear layer ``h -> h``, or one scalar."""
+
+    def __init__(self, size: int, scalar: bool) -> None:
+        super().__init__()
+        self.linear = None if scalar else nn.Linear(size, size, bias=False)
+        self.scale = nn.Parameter(torch.zeros(1)) if scalar else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the gated states: ``(t, h) -> (t, h)``."""
+        return hidden * self.scale if self.linear is None else self.linear(hidden)
+
+
+@cache
+def base_layer(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a base's layer, which reads plain positions.
+
+    Its attribute ``feeds`` lists the :class:`Feed` of each workflow that needs its input.
+    """
+
+    class BaseLayer(kind):  # type: ignore[misc, valid-type]
+        def forward(
+            self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **kwargs: Any
+        ) -> Any:
+            for feed in self.feeds:
+                # vLLM's fused norms write into their arguments.
+                feed.entered = (
+                    hidden_states.clone() if residual is None else hidden_states + residual
+                )
+            return super().forward(positions & (STRIDE - 1), hidden_states, residual, **kwargs)
+
+    return BaseLayer
+
+
+@cache
+def inserted_layer(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of an inserted layer, computed for all rows and kept for its workflow's.
+
+    Its attributes are ``workflow``, its number; ``gate``, a :class:`Gate` or None; and ``feed``
+    with ``opens`` (it is the first layer of its workflow) where it stands beside the decoder.
+    """
+
+    class InsertedLayer(kind):  # type: ignore[misc, valid-type]
+        def forward(
+            self, positions: Tensor, hidden_states: Tensor, residual: Tensor, **kwargs: Any
+        ) -> Any:
+            mine = (positions // STRIDE == self.workflow)[:, None]
+            plain = positions & (STRIDE - 1)
+            if self.feed is not None:
+                given = self.feed.entered if self.opens else self.feed.entered + self.feed.control
+                out, left = super().forward(plain, given, None, **kwargs)
+                self.feed.control = out + left
+                changed = hidden_states + self.gate(self.feed.control)
+                return torch.where(mine, changed, hidden_states), residual
+            out, left = super().forward(plain, hidden_states.clone(), residual.clone(), **kwargs)
+            if self.gate is not None:
+                changed = hidden_states + self.gate(out + left)
+                return torch.where(mine, changed, hidden_states), residual
+            return torch.where(mine, out, hidden_states), torch.where(mine, left, residual)
+
+    return InsertedLayer
+
+
+class Norms(nn.Module):
+    """The base's final norm, and those of workflows that have one, side by side.
+
+    Args:
+        base: The base's.
+        own: The workflows'.
+    """
+
+    def __init__(self, base: nn.Module, own: list[nn.Module]) -> None:
+        super().__init__()
+        self.base, self.own = base, nn.ModuleList(own)
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(t, h * norms)``, the base's first, and the residual stream."""
+        own = [norm(hidden.clone(), residual.clone())[0] for norm in self.own]
+        base, residual = self.base(hidden, residual)
+        return (torch.cat([base, *own], dim=-1) if own else base), residual

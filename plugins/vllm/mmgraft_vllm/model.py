@@ -1,0 +1,209 @@
+"""A frozen base and its grafts in one vLLM model.
+
+The decoder holds the inserted layers of every workflow, in order, so that vLLM gives each its KV
+cache and shards it. Which workflow a row runs travels in its *positions*, which vLLM asks the model
+for with the request's images (M-RoPE), and keeps through chunked prefill, preemption and decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.interfaces import SupportsMRoPE
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProjector,
+    LlavaProcessingInfo,
+)
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from mmgraft_vllm import KEY
+from mmgraft_vllm.layers import STRIDE, Feed, Gate, Norms, base_layer, inserted_layer
+from mmgraft_vllm.processor import GraftProcessor
+
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class Workflow(nn.Module):
+    """What a workflow has beside its layers and its norm.
+
+    Args:
+        config: Config of the whole model.
+        values: The workflow's entry in it.
+    """
+
+    def __init__(self, config: Any, values: dict[str, Any]) -> None:
+        super().__init__()
+        text, owns = config.text_config, values["owns"]
+        self.projector = LlavaMultiModalProjector(
+            config.vision_config.hidden_size,
+            text.hidden_size,
+            config.projector_hidden_act,
+            config.multimodal_projector_bias,
+        )
+        self.embedding, self.head = None, None
+        if "embedding" in owns:
+            self.embedding = VocabParallelEmbedding(text.vocab_size, text.hidden_size)
+        if "head" in owns:
+            self.head = ParallelLMHead(text.vocab_size, text.hidden_size)
+            if values["tied"]:
+                self.head = self.head.tie_weights(self.embedding)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    GraftProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRoPE):
+    """LLaVA, whose rows run the base or one of several workflows."""
+
+    requires_raw_input_tokens = True  # for workflows with an embedding of their own
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        refuse(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        del self.multi_modal_projector
+        self.entries: list[dict[str, Any]] = self.config.mmgraft["workflows"]
+        self.workflows = nn.ModuleList([Workflow(self.config, one) for one in self.entries])
+        text, decoder = self.config.text_config, self.language_model.model
+        self.hidden = text.hidden_size
+        self._gate_layers(decoder.layers)
+        self.normed = [n for n, one in enumerate(self.entries, 1) if "norm" in one["owns"]]
+        own = [RMSNorm(self.hidden, eps=text.rms_norm_eps) for _ in self.normed]
+        decoder.norm = Norms(decoder.norm, own)
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        # By place, not by id: an image's id may be an ordinary one that a workflow may say.
+        self.register_buffer("images", torch.zeros(tokens, dtype=torch.bool), persistent=False)
+
+    def _gate_layers(self, layers: Any) -> None:
+        inserted = {place for one in self.entries for _, place in one["layers"]}
+        for place, layer in enumerate(layers):
+            kind = type(layer)
+            layer.__class__ = inserted_layer(kind) if place in inserted else base_layer(kind)
+            layer.feeds = []
+        for number, one in enumerate(self.entries, 1):
+            feed = Feed() if one["gated"] == "beside" else None
+            for count, (before, place) in enumerate(one["layers"]):
+                layer = layers[place]
+                layer.workflow, layer.feed, layer.opens = number, feed, count == 0
+                layer.gate = Gate(self.hidden, one["scalar"]) if one["gated"] else None
+                if feed is not None:
+                    layers[before].feeds.append(feed)
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[Tensor, int]:
+        """Return a request's positions with its workflow in them, and what decoding adds."""
+        number = int(mm_features[0].data[KEY].data) if mm_features else 0
+        positions = torch.arange(len(input_tokens)) + number * STRIDE
+        return positions.expand(3, -1), number * STRIDE
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """Return each image's vectors, by the projector of its workflow."""
+        numbers = kwargs.pop(KEY, None)
+        given = self._parse_and_validate_image_input(**kwargs)
+        if given is None:
+            return []
+        seen = self._process_image_pixels(given)
+        pairs = zip(numbers.flatten().tolist(), seen, strict=True)
+        return [self.workflows[number - 1].projector(one) for number, one in pairs]
+
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Any = None
+    ) -> Tensor:
+        """Return the base's embeddings, with images in them, and remember where those are."""
+        images = self.images[: input_ids.shape[0]]
+        if is_multimodal is None:
+            images.zero_()
+        else:
+            images.copy_(is_multimodal, non_blocking=True)
+        return super().embed_input_ids(
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return ``(t, h + 1)``: hidden states, and the number of each row's workflow.
+
+        ``compute_logits`` sees nothing else.
+        """
+        positions = positions[0]
+        number = (positions // STRIDE)[:, None]
+        if inputs_embeds is not None and input_ids is not None:
+            inputs_embeds = self._embedded(input_ids, number, inputs_embeds)
+        states = self.language_model.model(input_ids, positions, None, inputs_embeds=inputs_embeds)
+        kept, *own = states.split(self.hidden, dim=-1)
+        for one, normed in zip(self.normed, own, strict=True):
+            kept = torch.where(number == one, normed, kept)
+        return torch.cat([kept, number.to(kept.dtype)], dim=-1)
+
+    def _embedded(self, input_ids: Tensor, number: Tensor, embedded: Tensor) -> Tensor:
+        images = self.images[: input_ids.shape[0]]
+        for one, workflow in enumerate(self.workflows, 1):
+            if workflow.embedding is not None:
+                own = workflow.embedding(input_ids.masked_fill(images, 0))
+                embedded = torch.where((number == one) & ~images[:, None], own, embedded)
+        return embedded
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Return each row's logits by the head of its workflow."""
+        number, states = hidden_states[:, -1:], hidden_states[:, :-1].contiguous()
+        logits = self.language_model.compute_logits(states)
+        for one, workflow in enumerate(self.workflows, 1):
+            if workflow.head is not None:  # on every rank: it may gather
+                own = self.language_model.logits_processor(workflow.head, states)
+                if logits is not None:
+                    logits = torch.where(number == one, own, logits)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the folder's tensors."""
+        decoder = "language_model.model."
+        prefixes = {f"{decoder}norm.": f"{decoder}norm.base."}
+        for place, number in enumerate(self.normed):
+            prefixes[f"workflows.{number - 1}.norm."] = f"{decoder}norm.own.{place}."
+        for number, one in enumerate(self.entries):
+            for count, (_, place) in enumerate(one["layers"]):
+                prefixes[f"workflows.{number}.gates.{count}."] = f"{decoder}layers.{place}.gate."
+        inside = {".projector.mlp.0.": ".projector.linear_1."}
+        inside |= {".projector.mlp.2.": ".projector.linear_2."}
+        mapper = WeightsMapper(orig_to_new_prefix=prefixes, orig_to_new_substr=inside)
+        return AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
+
+
+def refuse(config: VllmConfig) -> None:
+    """Refuse what would be wrong, or was never tested, before any weight is read.
+
+    Raises:
+        ValueError: Says what to leave out.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    kind = model.hf_config.text_config.model_type
+    wrong = {
+        f"a {kind} decoder (it knows {', '.join(DECODERS)})": kind not in DECODERS,
+        "speculative decoding": config.speculative_config is not None,
+        "microbatch overlap (DBO)": parallel.use_ubatching,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "a quantised model": config.quant_config is not None,
+        "LoRA adapters": config.lora_config is not None,
+        "embeddings as prompts": model.enable_prompt_embeds,
+        "embeddings as images": model.multimodal_config.enable_mm_embeds,
+    }
+    if found := [what for what, given in wrong.items() if given]:
+        raise ValueError(f"mmgraft-vllm does not take {' and '.join(found)}; start vLLM without")

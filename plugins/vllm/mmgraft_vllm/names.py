@@ -1,0 +1,120 @@
+"""A request's model name is its workflow: for ``vllm serve --middleware``.
+
+vLLM lists all names of ``--served-model-name``, and takes a request to any of them. What it does
+not do is here: tell the processor which name it was, and keep images to data URLs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from mmgraft_vllm import KEY
+
+ALLOW_URLS = "MMGRAFT_ALLOW_URLS"
+"""Set to 1, images may be named by an address, which vLLM fetches."""
+
+MAX_BYTES = 64 * 2**20
+"""Largest body of a request."""
+
+_CHAT = "/v1/chat/completions"
+_ROUTES = (_CHAT, "/v1/completions", "/tokenize", "/detokenize")
+
+
+class Workflows:
+    """ASGI middleware that hands the name of a request's model to the processor.
+
+    Args:
+        app: VLLM's application.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, changed or refused."""
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        if path not in _ROUTES:
+            return await _refuse(send, 404, f"{path} is not served here, but {', '.join(_ROUTES)}")
+        body = await _read(receive)
+        if body is None:
+            return await _refuse(send, 413, f"a request has at most {MAX_BYTES // 2**20} MiB")
+        if path == _CHAT:
+            try:
+                body = _named(body)
+            except ValueError as error:
+                return await _refuse(send, 400, str(error))
+        headers = [pair for pair in scope["headers"] if pair[0].lower() != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        sent = False
+
+        async def again() -> Any:
+            nonlocal sent
+            if sent:
+                return await receive()  # a client that goes away
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return await self.app({**scope, "headers": headers}, again, send)
+
+
+async def _read(receive: Any) -> bytes | None:
+    pieces, size, more = [], 0, True
+    while more:
+        message = await receive()
+        piece = message.get("body", b"")
+        size += len(piece)
+        if size > MAX_BYTES:
+            return None
+        pieces.append(piece)
+        more = message.get("more_body", False)
+    return b"".join(pieces)
+
+
+def _named(body: bytes) -> bytes:
+    """Put the name into a request to chat, in place of what the client may have put there."""
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return body  # vLLM says what is wrong with it
+    if not isinstance(request, dict):
+        return body
+    for kind, address in _media(request.get("messages")):
+        if kind != "image_url":
+            raise ValueError(f"content of type {kind!r} is not taken; send text and image_url")
+        scheme = address.partition(":")[0].lower()
+        allowed = scheme in ("http", "https") and os.environ.get(ALLOW_URLS) == "1"
+        if scheme not in ("data", "file") and not allowed:  # vLLM refuses files by default
+            raise ValueError("images come as data URLs (data:image/png;base64,...)")
+    given = request.get("mm_processor_kwargs")
+    kwargs = {**given, KEY: None} if isinstance(given, dict) else {}
+    kwargs.pop(KEY, None)
+    if isinstance(request.get("model"), str):
+        kwargs[KEY] = request["model"]
+    request["mm_processor_kwargs"] = kwargs
+    return json.dumps(request).encode()
+
+
+def _media(messages: Any) -> Iterator[tuple[str, str]]:
+    """Yield the type and the address of every part that is not text."""
+    for message in messages if isinstance(messages, list) else ():
+        parts = message.get("content") if isinstance(message, dict) else None
+        for part in parts if isinstance(parts, list) else ():
+            kind = part.get("type", "image_url") if isinstance(part, dict) else "text"
+            if kind in ("text", "refusal", "thinking"):
+                continue
+            address = part.get("image_url")
+            address = address.get("url") if isinstance(address, dict) else address
+            yield str(kind), str(address or "")
+
+
+async def _refuse(send: Any, status: int, message: str) -> None:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
