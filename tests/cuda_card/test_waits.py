@@ -79,7 +79,7 @@ def test_waits_of_a_token_and_of_a_training_pass(card: Card, method: str, side: 
 
 
 class Reader:
-    """Of a processor what scoring asks."""
+    """Stand-in for a processor, with what scoring asks."""
 
     pad_id, tokenizer = 0, SimpleNamespace(model_max_length=128)
     images_of = GraftProcessor.images_of

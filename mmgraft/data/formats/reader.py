@@ -167,7 +167,7 @@ _PLACED = {
 _WORDS: dict[str, Words] = {"llava": "always", "messages": "listed", "trl": "parts"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowReader:
     """Reads the records of one file.
 
