@@ -110,7 +110,7 @@ def test_the_mmproj_alone(tmp_path: Path) -> None:
         ("mmproj", "llava", {}, {"base_trained": True}, "trained with it"),
         ("mmproj", "lora", {}, {}, "it lacks the adapters"),
         ("gguf", "lora", {}, {}, "it lacks the adapters"),
-        ("gguf", "iaa", {"structure": "b"}, {}, "structure b"),
+        ("gguf", "iaa", {"structure": "b"}, {}, "through gates"),
         ("gguf", "wings", {"rank": 4}, {}, "learners and a router"),
     ],
 )

@@ -43,20 +43,14 @@ def export_gguf(
         out: See :func:`mmgraft.export.folder.check_folder`.
         kind: ``gguf``, decoder and mmproj; ``mmproj``, that alone and the chat template.
         base: Where the base lies, when not where the record says.
-        outtype: Type of the matrices: ``f32``, ``f16`` (default) or ``q8_0``, which is f16 in the
-            mmproj.
+        outtype: ``f32``, ``f16`` (default) or ``q8_0`` (f16 in an mmproj), of matrices.
         dry_run: Refuse what cannot be expressed, return the sizes, and write nothing.
 
     Raises:
         UsageError: Llama.cpp would not give what the graft gives, with the reason.
         MMGraftError: The disk is full; what stood in ``out`` is whole.
     """
-    if find_spec("gguf") is None:
-        raise UsageError("writing GGUF needs the package gguf: pip install 'mmgraft[gguf]'.")
-    say("examining the graft, its base and its vision tower")
-    made_of = gather(run, base, "float32")
-    architecture = check_parts(made_of)
-    _refuse_partial(made_of, kind)
+    made_of, architecture = _examine(run, base, kind)
     processor = load_processor(made_of.record, made_of.files.path, made_of.tower)
     template, notes = media_template(processor), _notes(made_of, processor)
     vocabulary = _vocabulary(made_of, processor, notes) if kind == "gguf" else None
@@ -86,10 +80,17 @@ def export_gguf(
     return Exported(kind, out, made_of.record.workflow, sizes_in(out), notes)
 
 
-def _refuse_partial(made_of: Ingredients, kind: str) -> None:
+def _examine(run: Path, base: str | None, kind: str) -> tuple[Ingredients, str]:
+    """Return the parts and llama.cpp's name of the decoder; refuse what it cannot run."""
+    if find_spec("gguf") is None:
+        raise UsageError("writing GGUF needs the package gguf: pip install 'mmgraft[gguf]'.")
+    say("examining the graft, its base and its vision tower")
+    made_of = gather(run, base, "float32")
+    architecture = check_parts(made_of)
     changed = bool(made_of.inserted or made_of.owns or made_of.record.base_trained)
     other = f"{made_of.text_note}; --to gguf writes the decoder too"
     refuse("this graft", {made_of.lacks: bool(made_of.lacks), other: kind == "mmproj" and changed})
+    return made_of, architecture
 
 
 def _vocabulary(made_of: Ingredients, processor: GraftProcessor, notes: list[str]) -> Vocabulary:
