@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mmgraft.cli.console import note
 from mmgraft.cli.loading import load_answerer
-from mmgraft.cli.options import LOADING, argument, option, with_options
+from mmgraft.cli.options import LOADING, argument, given, option, with_options
 from mmgraft.errors import UsageError
 from mmgraft.runs.find import find_run
 
+if TYPE_CHECKING:
+    from mmgraft.serving.requests import Allowed
+
+_VLLM = {
+    "no_vllm": given(bool, "--no-vllm", "Serve in this process in any case.", default=False),
+    "vllm_options": given(str, "Further options of vllm serve, in one text.", default=""),
+    "dry_run": given(bool, "--dry-run", "Show the command for vLLM; start nothing.", default=False),
+}
 _KEY = "Key that clients must send; also MMGRAFT_API_KEY."
 
 
-@with_options("show_reasoning", LOADING)
+@with_options("show_reasoning", {**_VLLM, **LOADING})
 def serve(
     runs: Annotated[
         list[str] | None,
@@ -38,18 +46,42 @@ def serve(
     ] = False,
     **loading: Any,
 ) -> None:
-    """Serve grafts of one base behind OpenAI's API, with transformers' own server.
+    """Serve grafts of one base behind OpenAI's API: with vLLM, or with transformers' own server.
 
     Each workflow is a model, and so is the base alone. A conversation without an image is the
-    base's, word for word. Images come as data URLs. Requests are answered one after another.
+    base's, word for word. Images come as data URLs. vLLM answers requests in batches, and runs
+    where it and mmgraft-vllm are installed and take the grafts; transformers' server runs in this
+    process, and answers one after another.
     """
-    from mmgraft.serving.app import Allowed, build_app, check_packages, serve_names
+    from mmgraft.serving.requests import Allowed
+    from mmgraft.serving.with_vllm import start_vllm
+
+    found = runs or [str(find_run(None))]
+    allowed = Allowed(allow_urls, _folder(allow_files))
+    given = {"show_reasoning": show_reasoning, **loading}
+    reason = start_vllm(found, (host, port), allowed, api_key, cors, given)
+    if reason is not None:
+        note(f"note: served by transformers in this process, not by vLLM: {reason}")
+    if reason is not None and not loading["dry_run"]:
+        given = {name: value for name, value in given.items() if name not in _VLLM}
+        _serve_here(found, host, port, allowed, api_key, cors, given)
+
+
+def _serve_here(
+    runs: list[str],
+    host: str,
+    port: int,
+    allowed: Allowed,
+    api_key: str | None,
+    cors: bool,
+    loading: dict[str, Any],
+) -> None:
+    from mmgraft.serving.app import build_app, check_packages, serve_names
 
     check_packages()
-    allowed = Allowed(allow_urls, _folder(allow_files))
     listening = _listen(host, port)
-    first, *others = runs or [str(find_run(None))]
-    answerer = load_answerer(first, show_reasoning=show_reasoning, **loading)
+    first, *others = runs
+    answerer = load_answerer(first, **loading)
     served = serve_names(answerer, others, loading["base"])
     import uvicorn
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmgraft.atomic import atomic_folder
@@ -24,14 +24,16 @@ from mmgraft.export.llava.export import Plan, write_small_files
 from mmgraft.export.llava.fit import Ingredients, NotLlava, Source, gather
 from mmgraft.export.llava.processor import stock_processor
 from mmgraft.export.llava.tensors import llava_tensors, own_tensors
+from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.progress import say
+from mmgraft.version import __version__
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 """Bases whose decoder the plugin knows, by model type."""
 
 ARCHITECTURE = "MMGraftForConditionalGeneration"
 
-_LAYERS, _PROJECTOR = "graft.layers.", "multi_modal_projector."
+_LAYERS, _PROJECTOR, _BESIDE = "graft.layers.", "projector.", "workflows."
 
 _Tensors = dict[str, Callable[[], Tensor]]
 
@@ -58,11 +60,12 @@ def export_vllm(
     """
     say("examining grafts, base and vision tower")
     grafts = [_gather(run, base, dtype) for run in runs]
-    plan, own, beside = _plan(grafts)
+    plan, own = _plan(grafts)
     names = [graft.record.workflow for graft in grafts]
-    with llava_tensors(plan.made_of, plan.model, own) as tensors:
-        kept = {name: one for name, one in tensors.items() if _PROJECTOR not in name}
-        kept |= {name: _typed(read, plan.made_of) for name, read in beside.items()}
+    stock = own | _moved(own, f"{_BESIDE}0.{_PROJECTOR}", _PROJECTOR)
+    with llava_tensors(plan.made_of, plan.model, stock) as tensors:
+        kept = {name: one for name, one in tensors.items() if not name.startswith("multi_modal")}
+        kept |= {n: _lazy(r, plan.made_of.dtype) for n, r in own.items() if n.startswith(_BESIDE)}
         size = sum(tensor.nbytes for tensor in kept.values())
         if dry_run:
             listed = {"model.safetensors": size}
@@ -74,15 +77,16 @@ def export_vllm(
             write_small_files(plan, folder)
 
         atomic_folder(out, write)
-    notes = [*_notes(plan), shlex.join(serve_command(out, plan.made_of, names))]
-    return Exported("vllm", out, ", ".join(names), sizes_in(out), notes)
+    command = shlex.join(serve_command(out, [graft.record for graft in grafts]))
+    return Exported("vllm", out, ", ".join(names), sizes_in(out), [*_notes(plan), command])
 
 
-def serve_command(folder: Path, made_of: Ingredients, names: Sequence[str]) -> list[str]:
+def serve_command(folder: Path, records: Sequence[GraftFile]) -> list[str]:
     """Return the command that serves the folder: its base's name first, then each workflow's."""
-    base = Path(made_of.record.base.id).name
-    served = ["--served-model-name", base, *names]
-    return ["vllm", "serve", str(folder), *served, "--middleware", "mmgraft_vllm.names.Workflows"]
+    served = [Path(records[0].base.id).name, *(record.workflow for record in records)]
+    command = ["vllm", "serve", str(folder), "--served-model-name", *served]
+    # The middleware refuses every such argument of a client, and puts the workflow in.
+    return [*command, "--trust-request-mm-kwargs", "--middleware", "mmgraft_vllm.names.Workflows"]
 
 
 def _gather(run: Path, base: str | None, dtype: str | None) -> Ingredients:
@@ -104,8 +108,8 @@ def _gather(run: Path, base: str | None, dtype: str | None) -> Ingredients:
     return made_of
 
 
-def _plan(grafts: list[Ingredients]) -> tuple[Plan, _Tensors, _Tensors]:
-    """Return the common model, and what reads tensors of its decoder and those beside it."""
+def _plan(grafts: list[Ingredients]) -> tuple[Plan, _Tensors]:
+    """Return the common model, and what reads the grafts' tensors."""
     first = grafts[0]
     for other in grafts[1:]:
         _check_together(first, other)
@@ -115,43 +119,48 @@ def _plan(grafts: list[Ingredients]) -> tuple[Plan, _Tensors, _Tensors]:
             f"base and workflows are called {', '.join(names)}, and two of one name cannot be told "
             "apart by a request; rename a workflow, or the base's folder."
         )
-    read = [own_tensors(graft.run) for graft in grafts]
-    layers: list[Source] = []
-    pairs: list[list[list[int]]] = [[] for _ in grafts]
-    own: _Tensors = {name: one for name, one in read[0].items() if not name.startswith(_LAYERS)}
-    for index in range(first.anatomy.num_layers):
-        layers.append(Source(index))
-        after = len(layers) - 1
-        for number, graft in enumerate(grafts):
-            for source in graft.layers:
-                if source.index == index and source.inserted is not None:
-                    place = f"{_LAYERS}{len(layers)}."
-                    pairs[number].append([after, len(layers)])
-                    own |= _renamed(read[number], f"{_LAYERS}{source.inserted}.", place)
-                    layers.append(Source(index, len(layers)))
+    layers, workflows, tensors = _join(grafts)
     made_of = replace(first, layers=layers, owns=frozenset(), tied_own=False)
-    beside = {
-        f"workflows.{number}.{name.removeprefix('graft.')}": one
-        for number, tensors in enumerate(read)
-        for name, one in tensors.items()
-        if not name.startswith(_LAYERS)
-    }
-    workflows = [
-        {
-            "name": graft.record.workflow, "layers": pairs[number], "gated": graft.gated,
-            "owns": sorted(graft.owns), "tied": graft.tied_own,
-            "scalar": f"workflows.{number}.gates.0.scale" in beside,
-        }
-        for number, graft in enumerate(grafts)
-    ]  # fmt: skip
     processor = stock_processor(made_of)
     config = llava_config(made_of, processor.image_token_id, made_of.anatomy.vocab_size)
-    values: dict[str, Any] = {"architectures": [ARCHITECTURE], "mrope_section": [1, 1, 1]}
-    values[NOTE_KEY] = {**getattr(config, NOTE_KEY), "note": "", "workflows": workflows}
     model = empty_llava(config)
-    for key, value in values.items():
-        setattr(config, key, value)
-    return Plan(made_of, processor, config, model), own, beside
+    own = {"architectures": [ARCHITECTURE], "mrope_section": [1, 1, 1]}  # see the plugin
+    config.update({**own, NOTE_KEY: {"version": __version__, "workflows": workflows}})
+    return Plan(made_of, processor, config, model), tensors
+
+
+def _join(grafts: list[Ingredients]) -> tuple[list[Source], list[dict[str, Any]], _Tensors]:
+    """Return the common decoder's layers, each workflow's entry in the config, and all tensors."""
+    layers: list[Source] = []
+    tensors: _Tensors = {}
+    read = [own_tensors(graft.run) for graft in grafts]
+    workflows: list[dict[str, Any]] = [
+        {
+            "name": graft.record.workflow, "layers": [], "gated": graft.gated,
+            "owns": sorted(graft.owns), "tied": graft.tied_own,
+            "scalar": "graft.gates.0.scale" in mine,
+        }
+        for graft, mine in zip(grafts, read, strict=True)
+    ]  # fmt: skip
+    for index in range(grafts[0].anatomy.num_layers):
+        base = len(layers)
+        layers.append(Source(index))
+        for graft, mine, entry in zip(grafts, read, workflows, strict=True):
+            for k in [one.inserted for one in graft.layers if one.index == index]:
+                if k is not None:
+                    entry["layers"].append([base, len(layers)])
+                    tensors |= _moved(mine, f"{_LAYERS}{k}.", f"{_LAYERS}{len(layers)}.")
+                    layers.append(Source(index, len(layers)))
+    for number, (graft, mine) in enumerate(zip(grafts, read, strict=True)):
+        parts = [*(f"graft.{part}." for part in graft.owns), _PROJECTOR]
+        for part in [*parts, "graft.gates."] if graft.gated else parts:
+            tensors |= _moved(mine, part, f"{_BESIDE}{number}.{part.removeprefix('graft.')}")
+    return layers, workflows, tensors
+
+
+def _moved(tensors: _Tensors, old: str, new: str) -> _Tensors:
+    mine = [name for name in tensors if name.startswith(old)]
+    return {new + name.removeprefix(old): tensors[name] for name in mine}
 
 
 def _check_together(first: Ingredients, other: Ingredients) -> None:
@@ -170,17 +179,8 @@ def _check_together(first: Ingredients, other: Ingredients) -> None:
             )
 
 
-def _renamed(tensors: _Tensors, prefix: str, new: str) -> _Tensors:
-    mine = {name: read for name, read in tensors.items() if name.startswith(prefix)}
-    return {new + name.removeprefix(prefix): read for name, read in mine.items()}
-
-
-def _typed(read: Callable[[], Tensor], made_of: Ingredients) -> LazyTensor:
-    return LazyTensor(tuple(read().shape), made_of.dtype, partial(_cast, read, made_of))
-
-
-def _cast(read: Callable[[], Tensor], made_of: Ingredients) -> Tensor:
-    return read().to(made_of.dtype)
+def _lazy(read: Callable[[], Tensor], dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(tuple(read().shape), dtype, lambda: read().to(dtype))
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def base_alone(runs: dict[str, Path]) -> dict[str, Any]:
-    """Answers of a vLLM that serves the base and knows nothing of grafts."""
+    """Answers of the base served by itself, without the plugin's model."""
     with engine(runs["c"].parent / ARCH, **STEPS) as llm:
         found = {"alone": run(llm, [(None, TEXT)])}
         assert llm.reset_prefix_cache()

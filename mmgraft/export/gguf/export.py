@@ -43,14 +43,15 @@ def export_gguf(
         out: See :func:`mmgraft.export.folder.check_folder`.
         kind: ``gguf``, decoder and mmproj; ``mmproj``, that alone and the chat template.
         base: Where the base lies, when not where the record says.
-        outtype: ``f32``, ``f16`` (default) or ``q8_0`` (f16 in an mmproj), of matrices.
+        outtype: Type of the matrices: ``f32``, ``f16`` (default) or ``q8_0``, which is f16 in the
+            mmproj.
         dry_run: Refuse what cannot be expressed, return the sizes, and write nothing.
 
     Raises:
         UsageError: Llama.cpp would not give what the graft gives, with the reason.
         MMGraftError: The disk is full; what stood in ``out`` is whole.
     """
-    made_of, architecture = _examine(run, base, kind)
+    made_of, architecture = _examined(run, base, kind)
     processor = load_processor(made_of.record, made_of.files.path, made_of.tower)
     template, notes = media_template(processor), _notes(made_of, processor)
     vocabulary = _vocabulary(made_of, processor, notes) if kind == "gguf" else None
@@ -72,16 +73,19 @@ def export_gguf(
                 vocabulary.compare(folder / TEXT)
             else:
                 (folder / TEMPLATE).write_text(template, "utf-8")
-            card = {"made_of": made_of, "kind": kind, "notes": notes, "version": __version__}
-            text = render("export/gguf/card.md.jinja", title=out.name, **card)
-            (folder / README).write_text(text, "utf-8")
+            (folder / README).write_text(_card(made_of, kind, out.name, notes), "utf-8")
 
         atomic_folder(out, write)
     return Exported(kind, out, made_of.record.workflow, sizes_in(out), notes)
 
 
-def _examine(run: Path, base: str | None, kind: str) -> tuple[Ingredients, str]:
-    """Return the parts and llama.cpp's name of the decoder; refuse what it cannot run."""
+def _card(made_of: Ingredients, kind: str, title: str, notes: list[str]) -> str:
+    values = {"made_of": made_of, "kind": kind, "notes": notes, "version": __version__}
+    return render("export/gguf/card.md.jinja", title=title, **values)
+
+
+def _examined(run: Path, base: str | None, kind: str) -> tuple[Ingredients, str]:
+    """Return the parts of a graft and the decoder's name in GGUF; refuse what has none."""
     if find_spec("gguf") is None:
         raise UsageError("writing GGUF needs the package gguf: pip install 'mmgraft[gguf]'.")
     say("examining the graft, its base and its vision tower")

@@ -13,14 +13,15 @@ from typing import Any
 
 from mmgraft_vllm import KEY
 
-ALLOW_URLS = "MMGRAFT_ALLOW_URLS"
-"""Set to 1, images may be named by an address, which vLLM fetches."""
+ALLOWED = "MMGRAFT_ALLOWED"
+"""Schemes beside data that images may be named by, such as ``https,file``; vLLM fetches them."""
 
 MAX_BYTES = 64 * 2**20
 """Largest body of a request."""
 
-_CHAT = "/v1/chat/completions"
-_ROUTES = (_CHAT, "/v1/completions", "/tokenize", "/detokenize")
+_CHATS = ("/v1/chat/completions", "/tokenize")
+_OURS = ("mm_processor_kwargs", "media_io_kwargs")
+_ROUTES = (*_CHATS, "/v1/completions", "/detokenize")
 
 
 class Workflows:
@@ -43,7 +44,7 @@ class Workflows:
         body = await _read(receive)
         if body is None:
             return await _refuse(send, 413, f"a request has at most {MAX_BYTES // 2**20} MiB")
-        if path == _CHAT:
+        if path in _CHATS:
             try:
                 body = _named(body)
             except ValueError as error:
@@ -76,7 +77,7 @@ async def _read(receive: Any) -> bytes | None:
 
 
 def _named(body: bytes) -> bytes:
-    """Put the name into a request to chat, in place of what the client may have put there."""
+    """Put the model's name where the processor sees it; refuse what clients may not send."""
     try:
         request = json.loads(body)
     except ValueError:
@@ -87,15 +88,13 @@ def _named(body: bytes) -> bytes:
         if kind != "image_url":
             raise ValueError(f"content of type {kind!r} is not taken; send text and image_url")
         scheme = address.partition(":")[0].lower()
-        allowed = scheme in ("http", "https") and os.environ.get(ALLOW_URLS) == "1"
-        if scheme not in ("data", "file") and not allowed:  # vLLM refuses files by default
+        if scheme not in ("data", *os.environ.get(ALLOWED, "").split(",")):
             raise ValueError("images come as data URLs (data:image/png;base64,...)")
-    given = request.get("mm_processor_kwargs")
-    kwargs = {**given, KEY: None} if isinstance(given, dict) else {}
-    kwargs.pop(KEY, None)
+    for key in _OURS:
+        if request.get(key):
+            raise ValueError(f"{key} is not taken; a workflow is chosen by the model's name")
     if isinstance(request.get("model"), str):
-        kwargs[KEY] = request["model"]
-    request["mm_processor_kwargs"] = kwargs
+        request["mm_processor_kwargs"] = {KEY: request["model"]}
     return json.dumps(request).encode()
 
 
