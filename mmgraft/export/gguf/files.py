@@ -64,7 +64,7 @@ class GgufFile:
     def stored(self, tensor: LazyTensor) -> tuple[str, int]:
         """Return the type of a tensor in the file, and its bytes."""
         kind = self.outtype if len(tensor.shape) > 1 else "f32"
-        if kind == "q8_0" and tensor.shape[-1] % _BLOCK:
+        if kind == "q8_0" and [1, *tensor.shape][-1] % _BLOCK:
             kind = "f16"
         return kind, int(tensor.numel * _BYTES[kind])
 
