@@ -88,7 +88,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         _SHARE,
-        "Write a graft for use elsewhere: stock LLaVA, one full folder.",
+        "Write a graft for use elsewhere: stock LLaVA, llama.cpp, one full folder.",
         "export qwen2-7b-iaa --to llava",
     ),
     "push": Command(

@@ -122,6 +122,20 @@ def real_tokenizer() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(assets.smollm2())
 
 
+def test_a_published_gguf_beside_a_grafts_mmproj(tmp_path: Path) -> None:
+    """SmolLM2 as its package has it, quantised: eyes beside it change no text."""
+    assert assets.LANGUAGE.folder is not None
+    base = assets.LANGUAGE.folder / assets.SMOLLM2_GGUF
+    run = make_graft(tmp_path, tower="siglip", method="llava", base=assets.smollm2())
+    export_gguf(run, tmp_path / "out", kind="mmproj")
+    chat = (tmp_path / "out/chat_template.jinja").read_text()
+    with llama_server(base, tmp_path / "out/mmproj.gguf", 256, template=chat) as server:
+        beside = served(server, QUESTION)
+        assert len(served(server, QUESTION, noise())[1]) == 10
+    with llama_server(base, context=256) as server:
+        assert served(server, QUESTION) == beside
+
+
 def split(digits: str) -> dict[str, Any]:
     words = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
@@ -156,9 +170,8 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def graft_with(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    rows = len(tokenizer) + 3
-    base = save_base(tmp_path / "base", "llama", vocab_size=rows)
+def graft_with(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, more: int = 0) -> Path:
+    base = save_base(tmp_path / "base", "llama", vocab_size=len(tokenizer) + more)
     tokenizer.save_pretrained(base)
     return make_graft(tmp_path, tower="siglip", method="llava", base=base)
 
@@ -166,7 +179,7 @@ def graft_with(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 @pytest.mark.parametrize("name", RULES)
 def test_a_real_vocabulary_by_every_rule(tmp_path: Path, name: str) -> None:
     tokenizer = with_rules(**RULES[name])
-    run = graft_with(tmp_path, tokenizer)
+    run = graft_with(tmp_path, tokenizer, more=3 * (name == "smollm"))
     assert Vocabulary(tokenizer, 10).pre == name
     notes = export_gguf(run, tmp_path / "out", outtype="f32").notes  # compares its own texts
     assert any("NFC" in note for note in notes) == (name == "qwen2")

@@ -56,6 +56,7 @@ def test_what_the_files_hold(tmp_path: Path) -> None:
     tokens, kinds = told["tokenizer.ggml.tokens"], told["tokenizer.ggml.token_type"]
     assert len(tokens) == len(kinds) == 320, "as many as the base's embedding has rows"
     assert (kinds[EOS_ID], kinds[50], kinds[-1]) == (3, 1, 5)
+    assert "<image>" not in tokens, "in text it is text"
     sight = values(gguf.GGUFReader(tmp_path / "out/mmproj.gguf"))
     assert sight["clip.vision.feature_layer"] == [2]
     assert sight["clip.vision.projection_dim"] == 32
@@ -166,7 +167,13 @@ def test_towers_that_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"rescale_factor": 1 / 127}, {"do_rescale": False}, {"size": {"shortest_edge": 16}}]
+    "change",
+    [
+        {"rescale_factor": 1 / 127},
+        {"do_rescale": False},
+        {"do_normalize": False, "image_mean": None},
+        {"size": {"shortest_edge": 16}},
+    ],
 )
 def test_pixels_that_llama_cpp_would_not_make(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = tiny_siglip_dir(tmp_path / "tower")

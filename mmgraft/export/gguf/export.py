@@ -51,12 +51,7 @@ def export_gguf(
         UsageError: Llama.cpp would not give what the graft gives, with the reason.
         MMGraftError: The disk is full; what stood in ``out`` is whole.
     """
-    if find_spec("gguf") is None:
-        raise UsageError("writing GGUF needs the package gguf: pip install 'mmgraft[gguf]'.")
-    say("examining the graft, its base and its vision tower")
-    made_of = gather(run, base, "float32")
-    architecture = check_parts(made_of)
-    _refuse_partial(made_of, kind)
+    made_of, architecture = _examined(run, base, kind)
     processor = load_processor(made_of.record, made_of.files.path, made_of.tower)
     template, notes = media_template(processor), _notes(made_of, processor)
     vocabulary = _vocabulary(made_of, processor, notes) if kind == "gguf" else None
@@ -78,44 +73,38 @@ def export_gguf(
                 vocabulary.compare(folder / TEXT)
             else:
                 (folder / TEMPLATE).write_text(template, "utf-8")
-            card = _card(made_of, kind, out.name, notes)
-            (folder / README).write_text(card, "utf-8")
+            (folder / README).write_text(_card(made_of, kind, out.name, notes), "utf-8")
 
         atomic_folder(out, write)
     return Exported(kind, out, made_of.record.workflow, sizes_in(out), notes)
 
 
-def _refuse_partial(made_of: Ingredients, kind: str) -> None:
-    changed = made_of.inserted or made_of.owns or made_of.record.base_trained
-    refuse(
-        "this graft",
-        {
-            made_of.lacks: bool(made_of.lacks),
-            f"{made_of.text_note}; --to gguf writes the decoder too": kind == "mmproj"
-            and bool(changed),
-        },
-    )
-
-
 def _card(made_of: Ingredients, kind: str, title: str, notes: list[str]) -> str:
-    base = "in a local folder" if made_of.record.base.id.startswith((".", "/")) else ""
-    return render(
-        "export/gguf/card.md.jinja",
-        kind=kind,
-        title=title,
-        base=base or made_of.record.base.id,
-        notes=notes,
-        version=__version__,
-    )
+    values = {"made_of": made_of, "kind": kind, "notes": notes, "version": __version__}
+    return render("export/gguf/card.md.jinja", title=title, **values)
+
+
+def _examined(run: Path, base: str | None, kind: str) -> tuple[Ingredients, str]:
+    """Return the parts of a graft and the decoder's name in GGUF; refuse what has none."""
+    if find_spec("gguf") is None:
+        raise UsageError("writing GGUF needs the package gguf: pip install 'mmgraft[gguf]'.")
+    say("examining the graft, its base and its vision tower")
+    made_of = gather(run, base, "float32")
+    architecture = check_parts(made_of)
+    changed = bool(made_of.inserted or made_of.owns or made_of.record.base_trained)
+    other = f"{made_of.text_note}; --to gguf writes the decoder too"
+    refuse("this graft", {made_of.lacks: bool(made_of.lacks), other: kind == "mmproj" and changed})
+    return made_of, architecture
 
 
 def _vocabulary(made_of: Ingredients, processor: GraftProcessor, notes: list[str]) -> Vocabulary:
     """Return the tokens to write, and note what a user must know of them."""
-    tokenizer, _ = image_tokenizer(processor.tokenizer, processor.template)
+    tokenizer = processor.tokenizer
+    stock, _ = image_tokenizer(tokenizer, processor.template)
     own = generation_config(made_of, processor.answers).eos_token_id
     ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     known = tuple(dict.fromkeys(end for end in ends if end is not None))
-    vocabulary = Vocabulary(tokenizer, made_of.anatomy.vocab_size, known)
+    vocabulary = Vocabulary(tokenizer, made_of.anatomy.vocab_size, known, stock)
     if known[3:]:
         notes.append(f"answers also end with ids that GGUF has no place for: {list(known[3:])}")
     if vocabulary.composes:

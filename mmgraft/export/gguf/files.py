@@ -143,17 +143,15 @@ def _plain_pixels(made_of: Ingredients) -> bool:
     height, width = made_of.tower.image_size
     noise = torch.arange(height * width * 3).reshape(height, width, 3) * 37 % 256
     image = Image.fromarray(noise.to(torch.uint8).numpy())
-    given = image_processor(made_of)(image, return_tensors="pt")["pixel_values"][0]
-    mean, std = (torch.tensor(values)[:, None, None] for values in _mean_and_std(made_of))
+    processor = image_processor(made_of)
+    if not processor.do_normalize:
+        return False
+    given = processor(image, return_tensors="pt")["pixel_values"][0]
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std)
+    )
     wanted = (noise.permute(2, 0, 1) / 255 - mean) / std
     return given.shape == wanted.shape and bool((given - wanted).abs().max() < 1e-4)
-
-
-def _mean_and_std(made_of: Ingredients) -> tuple[list[float], list[float]]:
-    pixels = image_processor(made_of)
-    if not pixels.do_normalize:
-        return [0.0] * 3, [1.0] * 3
-    return list(pixels.image_mean), list(pixels.image_std)
 
 
 def decoder_file(
@@ -216,7 +214,7 @@ def _interleaved(tensor: LazyTensor, heads: int) -> Tensor:
 def vision_file(made_of: Ingredients, tensors: dict[str, LazyTensor], outtype: str) -> GgufFile:
     """Return the file of tower and projector: all but what comes after the tower's last layer."""
     tower = made_of.tower
-    config, (mean, std) = tower.model.config, _mean_and_std(made_of)
+    config, pixels = tower.model.config, image_processor(made_of)
 
     def describe(writer: GGUFWriter) -> None:
         writer.add_type("mmproj")
@@ -231,8 +229,8 @@ def vision_file(made_of: Ingredients, tensors: dict[str, LazyTensor], outtype: s
         writer.add_array("clip.vision.feature_layer", [tower.feature_map.index])
         writer.add_vision_head_count(config.num_attention_heads)
         writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)
-        writer.add_vision_image_mean(mean)
-        writer.add_vision_image_std(std)
+        writer.add_vision_image_mean(list(pixels.image_mean))
+        writer.add_vision_image_std(list(pixels.image_std))
         writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
 
     after = ("vision_model.head.", "vision_model.post_layernorm.")

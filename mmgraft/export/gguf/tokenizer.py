@@ -55,6 +55,7 @@ class Vocabulary:
         tokenizer: The base's.
         rows: Of its embedding.
         ends: Tokens that end an answer, its own first; three find a place.
+        stock: Puts around a text what the exported model wants there; default: the tokenizer.
 
     Attributes:
         composes: Whether it normalises text to NFC, as llama.cpp does not.
@@ -64,7 +65,11 @@ class Vocabulary:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, rows: int, ends: tuple[int, ...] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int,
+        ends: tuple[int, ...] = (),
+        stock: PreTrainedTokenizerBase | None = None,
     ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         refuse("the base's tokenizer", {"it has no fast form": backend is None})
@@ -75,13 +80,13 @@ class Vocabulary:
         bare = [{key: step[key] for key in step if key != "trim_offsets"} for step in steps]
         self.pre = next((name for name, known in _KNOWN.items() if known == bare), "")
         self.composes = self.state["normalizer"] == {"type": "NFC"}
-        plain, whole = (
-            tokenizer("a", add_special_tokens=one)["input_ids"] for one in (False, True)
-        )
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = (stock or tokenizer)("a")["input_ids"]
         self.bos = whole != plain and whole[:1] == [tokenizer.bos_token_id]
         self.eos = whole != plain and whole[-1:] == [tokenizer.eos_token_id]
-        around = [t for t in self.state["added_tokens"] if t["lstrip"] or t["rstrip"]]
-        single = [t for t in self.state["added_tokens"] if t["single_word"]]
+        greedy = {
+            t["lstrip"] or t["rstrip"] or t["single_word"] for t in self.state["added_tokens"]
+        }
         odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
         refuse(
             "the base's tokenizer",
@@ -92,7 +97,7 @@ class Vocabulary:
                 "its ignore_merges differs": bool(model.get("ignore_merges"))
                 != (self.pre == "llama-bpe"),
                 "it normalises text": bool(self.state["normalizer"]) and not self.composes,
-                "a token takes the white space around it": bool(around or single),
+                "a token takes the white space around it": True in greedy,
                 "it puts other tokens around a text than the first and the last": len(whole)
                 != len(plain) + self.bos + self.eos,
             },
@@ -141,12 +146,10 @@ class Vocabulary:
         server = engine.Server(params)
         added = "a".join(token["content"] for token in self.state["added_tokens"])
         for text in (*_TEXTS, added):
-            asked = Request(f"{server.listening_address}/tokenize", _json(content=text))
+            asked = Request(
+                f"{server.listening_address}/tokenize", json.dumps({"content": text}).encode()
+            )
             with urlopen(asked, timeout=60) as answer:
                 given = json.load(answer)["tokens"]
             own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             refuse("the base's tokenizer", {f"the ids of {text!r} differ there": given != own})
-
-
-def _json(**body: str) -> bytes:
-    return json.dumps(body).encode()
