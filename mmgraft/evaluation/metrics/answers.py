@@ -1,4 +1,4 @@
-"""Which answers are right: visual question answering, yes or no, and multiple choice.
+"""Judge answers: visual question answering, yes or no, and multiple choice.
 
 Yes-or-no questions about an image are scored as POPE does. Of multiple choice there are the scores
 of the options, and the option that a generated answer names. A set is also answered by what its

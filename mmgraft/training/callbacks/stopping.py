@@ -1,4 +1,4 @@
-"""What ends a stage early: Ctrl-C, and losses and gradients that are not finite.
+"""End a stage early: at Ctrl-C, and at losses and gradients that are not finite.
 
 After Ctrl-C the step is finished, a checkpoint written, and the way on said. What is not finite is
 noticed before the optimizer takes it in.
