@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 from PIL import Image
 from torch import Tensor
@@ -41,6 +42,8 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
 _BLOCK = 32
 """Numbers in a row that share a scale in Q8_0."""
 
+_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 1 + 2 / _BLOCK}
+
 
 @dataclass(frozen=True)
 class GgufFile:
@@ -58,11 +61,17 @@ class GgufFile:
     tensors: dict[str, LazyTensor]
     outtype: str
 
+    def stored(self, tensor: LazyTensor) -> tuple[str, int]:
+        """Return the type of a tensor in the file, and its bytes."""
+        kind = self.outtype if len(tensor.shape) > 1 else "f32"
+        if kind == "q8_0" and [1, *tensor.shape][-1] % _BLOCK:
+            kind = "f16"
+        return kind, int(tensor.numel * _BYTES[kind])
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors, all of them counted as matrices."""
-        size = {"f32": 4.0, "f16": 2.0, "q8_0": 1 + 2 / _BLOCK}[self.outtype]
-        return int(size * sum(tensor.numel for tensor in self.tensors.values()))
+        """Bytes of the tensors."""
+        return sum(self.stored(tensor)[1] for tensor in self.tensors.values())
 
     def write(self, path: Path) -> None:
         """Write the file; one piece of the model at a time is in memory.
@@ -72,23 +81,25 @@ class GgufFile:
         """
         from gguf import GGMLQuantizationType, GGUFWriter, quants
 
-        writer = GGUFWriter(path, self.architecture, use_temp_file=True)
+        writer = GGUFWriter(path, self.architecture)
         writer.add_string(f"{NOTE_KEY}.version", __version__)
         writer.add_file_type(_FILE_TYPES[self.outtype])
         writer.add_quantization_version(2)
         self.describe(writer)
+        single = numpy.dtype(numpy.float32)
+        for name, tensor in self.tensors.items():
+            kind, size = self.stored(tensor)
+            stored = GGMLQuantizationType[kind.upper()]
+            writer.add_tensor_info(name, tensor.shape, single, size, stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
         for name, tensor in counted(f"writing {path.name}, tensors", self.tensors.items()):
-            values = tensor.read().float().contiguous()
-            kind = self.outtype if values.dim() > 1 else "f32"
-            if kind == "q8_0" and values.shape[-1] % _BLOCK:
-                kind = "f16"
+            kind, values = self.stored(tensor)[0], tensor.read().float().contiguous()
             if kind != "f32" and not values.abs().max() <= torch.finfo(torch.half).max:
                 raise UsageError(f"{name} holds numbers too large for {kind}; give --outtype f32.")
             stored = GGMLQuantizationType[kind.upper()]
-            writer.add_tensor(name, quants.quantize(values.numpy(), stored), raw_dtype=stored)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+            writer.write_tensor_data(quants.quantize(values.numpy(), stored))
         writer.close()
 
 
@@ -125,11 +136,12 @@ def check_parts(made_of: Ingredients) -> str:
         },
     )
     vision, (height, width) = tower.model.config, tower.image_size
+    subject, own = f"the vision tower {tower.spec.name}", vision.model_type
+    other = f"it is {own}, not SigLIP"
+    refuse(subject, {_CLIP: own == "clip_vision_model", other: own != "siglip_vision_model"})
     refuse(
-        f"the vision tower {tower.spec.name}",
+        subject,
         {
-            _CLIP: vision.model_type == "clip_vision_model",
-            f"it is {vision.model_type}, not SigLIP": vision.model_type != "siglip_vision_model",
             f"its activation is {vision.hidden_act}": vision.hidden_act not in _ACTIVATIONS,
             f"it takes {height} x {width} pixels, no square": height != width,
             "its image processor changes a square of its size": not _plain_pixels(made_of),

@@ -10,6 +10,7 @@ from urllib.request import Request, urlopen
 
 from transformers import PreTrainedTokenizerBase
 
+from mmgraft.errors import UsageError
 from mmgraft.export.gguf.files import refuse
 
 if TYPE_CHECKING:
@@ -143,7 +144,11 @@ class Vocabulary:
         params = engine.CommonParams()
         params.model.path, params.hostnames, params.port = str(path), ["127.0.0.1"], 0
         params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 64, 1, False, 0
-        server = engine.Server(params)
+        params.no_extra_bufts = True  # no second copy of the weights
+        try:
+            server = engine.Server(params)
+        except RuntimeError as error:
+            raise UsageError(f"the llama.cpp here does not load the export: {error}") from error
         added = "a".join(token["content"] for token in self.state["added_tokens"])
         for text in (*_TEXTS, added):
             asked = Request(
