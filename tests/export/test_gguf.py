@@ -259,7 +259,7 @@ IMAGE, OTHER = {"type": "image"}, {"type": "text", "text": "why?"}
 
 @pytest.fixture(scope="module", params=["chat", "plain"])
 def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Of a graft with a chat template, and of one with plain text."""
+    """The processor of a graft with a chat template, and of one with plain text."""
     folder = tmp_path_factory.mktemp("templates")
     base = save_base(folder / "base", "llama")
     choice = TemplateChoice(kind=request.param)
