@@ -1,6 +1,6 @@
 """Examine a causal LM: finds its parts by their roles and reads its sizes.
 
-The linear layers inside a decoder layer, fused, turned (GPT-2's) and packed ones alike.
+Linear layers inside a decoder layer are found fused, turned (GPT-2's) and packed alike.
 """
 
 from __future__ import annotations

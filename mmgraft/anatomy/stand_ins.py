@@ -4,9 +4,8 @@ The copy runs the real ``forward`` of the module's class on a few numbers on the
 child is a stand-in without weights. So it works alike for a real model of any size, a quantised
 one and a skeleton on the meta device, and the original is never touched.
 
-The way in which the attention's output joins the residual stream of a decoder layer.
-
-The function between the output of a causal LM's head and its logits.
+Two things are found by it: how the attention's output joins the residual stream of a decoder layer,
+and the function between the output of a causal LM's head and its logits.
 """
 
 from __future__ import annotations

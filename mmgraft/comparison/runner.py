@@ -1,10 +1,8 @@
 """Run a comparison: every arm through its phases, each phase once, whatever kills it between.
 
-Train one arm in a child process, as often as it takes, and record what it cost.
-
-The process is the training's own, and so are its time and memory. The parent records every few
-seconds what the child has used, because a kill gives no warning. A child that outlives its parent
-holds a lock, for which the next session waits.
+An arm trains in a child process, as often as it takes, so that the time and the memory measured are
+the training's own. The parent records every few seconds what the child has used, because a kill
+gives no warning. A child that outlives its parent holds a lock, for which the next session waits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The one row type: a conversation, and where it came from.
 
-Rows that cannot be used: what is said of each, and the log of a run that leaves them out.
+Of a row that cannot be used it is said why, in the log of a run that leaves it out.
 """
 
 from __future__ import annotations

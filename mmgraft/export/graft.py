@@ -12,8 +12,7 @@ from mmgraft.atomic import atomic_folder, atomic_json, atomic_text
 from mmgraft.basefiles import ModelFiles, TensorReader, find_tokenizer, load_config, resolve
 from mmgraft.errors import UsageError
 from mmgraft.export.folder import Exported, copy_file, sizes_in
-from mmgraft.hub.card import card_of, has_own_readme
-from mmgraft.hub.references import WHAT, local_references
+from mmgraft.hub.card import WHAT, card_of, has_own_readme, local_references
 from mmgraft.model.files.graft_file import CONFIG_NAME, OWN_BASE, GraftFile
 from mmgraft.model.files.load import base_files, check_base, load_processor, local_tower
 from mmgraft.progress import counted, say

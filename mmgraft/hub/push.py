@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmgraft.atomic import atomic_text
 from mmgraft.errors import MMGraftError, UsageError, first_line
 from mmgraft.evaluation.report.about_run import settings_without_folders, without_folders
-from mmgraft.hub.card import card_of, has_own_readme
-from mmgraft.hub.references import confirm_references, is_repo_id, make_portable
+from mmgraft.hub.card import card_of, confirm_references, has_own_readme, is_repo_id, make_portable
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.progress import working
 from mmgraft.runs.contents import README, RECIPE, UploadFile, belonging, folder_named, managed

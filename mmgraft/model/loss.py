@@ -1,10 +1,8 @@
 """The language-model loss on supervised positions only, in chunks.
 
-The last layer's feed-forward at the positions that are read, instead of at all of them.
-
-A feed-forward looks at one position at a time, and of what the last layer gives only supervised
-positions are read. Of a row with an image that is a small part: one layer's feed-forward is saved,
-forward and backward.
+The last layer's feed-forward runs at the positions that are read alone: it looks at one position
+at a time. Of a row with an image they are a small part: one layer's feed-forward is saved, forward
+and backward.
 """
 
 from __future__ import annotations

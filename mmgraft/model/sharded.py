@@ -1,6 +1,4 @@
-"""Whole tensors from those that several processes hold in pieces.
-
-Processes that hold a model in pieces must run all of it together, whatever rows each has.
+"""A model that several processes hold in pieces: its whole tensors, and steps taken together.
 
 Every piece is gathered from all processes before it runs, and its gradients are handed out to all
 of them afterwards. A process whose rows leave a part out (no image, so no projector) would leave

@@ -5,12 +5,9 @@
     OUT/base/                                        the checkpoint's own base, unless it is --base
     OUT/tower/                                       its vision tower, where it has one inside
 
-Tensors go from the checkpoint to the new files one at a time.
-
-Opens a published checkpoint, and finds the parts beside its grafts: base and vision tower.
-
-It is a folder, a Hub id, or (for a look) its headers on the Hub. The base is compared with the
-original, or written as its own; the tower is inside it, or named.
+The checkpoint is a folder, a Hub id, or (for a look) its headers on the Hub. Its base is compared
+with the original, or written as its own; its tower is inside it, or named. Tensors go from the
+checkpoint to the new files one shard at a time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Image files and PIL images of any mode, to plain RGB.
 
-An image inside a file of many: a member of a tar, a cell of a table.
+A file may lie inside a file of many: a member of a tar, a cell of a table.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ those of padded rows' masks.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ from transformers import TrainerCallback
 
 from grafting import CONFIGS, batch, graft_on, perturb, rows, text_labels, trained_groups
 from mmgraft import GraftedModel
-from mmgraft.evaluation.likelihood.likelihood import _sums
+from mmgraft.data.chat.processor import Encoded, GraftProcessor
+from mmgraft.evaluation.likelihood.likelihood import Likelihoods, Request
 from mmgraft.training.run import plan_training
 from mmgraft.training.session import Session
 from pretend_cuda import CARD, Card
@@ -75,14 +78,33 @@ def test_waits_of_a_token_and_of_a_training_pass(card: Card, method: str, side: 
     assert not any(kernel.startswith("math") for kernel, _ in forward.attention), forward.report()
 
 
-def test_waits_of_scores(card: Card) -> None:
-    """As many for a hundred options as for one: ids go there at once, sums come back at once."""
-    for count in (1, 100):
-        logits = [torch.randn(3, 50, device=CARD) for _ in range(count)]
+class Reader:
+    """Stand-in for a processor, with what scoring asks."""
+
+    pad_id, tokenizer = 0, SimpleNamespace(model_max_length=128)
+    images_of = GraftProcessor.images_of
+
+
+@pytest.mark.parametrize("continuations", [[[3], [4]], [[3, 4], [4, 5, 6], [7]], [[3, 4]] * 40])
+@pytest.mark.parametrize("method", ["llava", "iaa-c", "wings"])
+def test_an_evaluation_batch_waits_once(card: Card, method: str, continuations: Any) -> None:
+    """Wait once for its scores, however many; of images' rows the forwards' own waits remain."""
+    model = on_card(method)
+    width = model.workflow().projector.in_features
+    tower: Any = lambda paths: torch.randn(len(paths), 4, width)  # noqa: E731
+    sees = Encoded([5, 1, 1, 1, 1, 6], [0, 1, 1, 1, 1, 0], ["a.png"], (), (4,))
+    for workflow, first in (("text", Encoded([5, 6], [0, 0], [])), ("mm", sees)):
+        longer = replace(first, input_ids=[*first.input_ids, 7], kinds=[*first.kinds, 0])
+        scores = Likelihoods(model, Reader(), workflow, tower)  # type: ignore[arg-type]
+        requests = [Request(context, continuations) for context in (first, longer)]
         with card.counting() as seen:
-            found = _sums(logits, [[1, 2, 3]] * count)
-        assert len(found) == count
-        assert seen.count == 2, seen.report()
+            found = scores.score(requests)
+        assert [len(one) for one in found] == [len(continuations)] * 2
+        ours = {place: n for place, n in seen.waits.items() if "transformers/" not in str(place)}
+        of_scores = {place: n for place, n in ours.items() if "mmgraft/evaluation" in str(place)}
+        assert sum(of_scores.values()) == 1, seen.report()
+        if workflow == "text":
+            assert ours == of_scores, seen.report()
 
 
 class Waits(TrainerCallback):

@@ -234,3 +234,34 @@ def test_lm_eval_gives_the_bases_scores(run: Path, parts: Path, answerer: Answer
     seen = Instance("generate_until", {}, (text, settings, {"visual": [SEEN]}), 0)
     own = answerer.answers([chat("which colour?", SEEN)], max_new_tokens=5, do_sample=False)
     assert [one.strip() for one in sees.generate_until([seen])] == own
+
+
+def test_transformers_own_server_loads_a_graft(run: Path, answerer: Answerer) -> None:
+    """Name the folder as the model: it answers as `mmgraft chat` does."""
+    import base64
+    import inspect
+    import io
+
+    from fastapi.testclient import TestClient
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.utils import GenerationState
+
+    models, state = ModelManager(device="cpu"), GenerationState()
+    handlers = [name for name in inspect.signature(build_server).parameters if "handler" in name]
+    given: dict[str, Any] = dict.fromkeys(handlers)
+    given["chat_handler"] = ChatCompletionHandler(models, state)
+    file = io.BytesIO()
+    SEEN.save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    image = {"type": "image_url", "image_url": {"url": url}}
+    own = [chat("which colour?", SEEN), chat("hello")]
+    for messages, parts in zip(own, ([image], []), strict=True):
+        turn = {"role": "user", "content": [*parts, messages[0]["content"][-1]]}
+        body = {"model": str(run), "messages": [turn], "max_tokens": 5}
+        with TestClient(build_server(models, **given, generation_state=state)) as client:
+            reply = client.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        said = reply.json()["choices"][0]["message"]["content"]
+        assert [said.strip()] == answerer.answers([messages], max_new_tokens=5)

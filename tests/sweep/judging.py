@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from grafting import perturb
+from grafting import perturb, takes
 from mmgraft import (
     ExpertConfig,
     GraftedModel,
@@ -168,6 +168,7 @@ def judge_methods(
     free = [layer.index for layer in seen.layers if layer.refused is None]
     verdicts: dict[str, dict[str, str]] = {}
     for name in methods:
+        takes(name)
         try:
             verdicts[name] = judge_method(name, seen, free, base, tower, folder / name)
         except UsageError as refusal:

@@ -1,6 +1,6 @@
-"""Examples as one batch for a grafted model.
+"""Examples as one batch for a grafted model, or several rows as one sequence of it.
 
-Sequence packing: several rows in one sequence, filled as far as ``max_length`` allows.
+Packing fills a sequence as far as ``max_length`` allows.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The order of rows: from the seed and the epoch alone, so that a resumed run finds it again.
 
+Several sources are one list of rows, the same for the same seed.
+
 The last batches of an epoch are as many and as large on every rank, though its rows are not.
 accelerate would show the first rows of the epoch once more, and train on them. Here what fills a
 batch has nothing to learn, so that several processes learn what one does with the same global
 batch, to the last row.
-
-Several sources as one list of rows, the same for the same seed.
 """
 
 from __future__ import annotations

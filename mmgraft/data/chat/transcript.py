@@ -1,6 +1,6 @@
 """A conversation as the template and the tokenizer see it: every image a sentinel token.
 
-The ends of answers in a text, and how a template closes them; learned by writing answers.
+Where its answers end in the text, and how a template closes them, is found by writing answers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Roles, keys, tools and calls of tools: all that may stand in a row and in its turns.
+"""All that may stand in a row and in its turns: roles, keys, parts, tools and calls of tools.
 
-Nothing that changes what a row means is dropped: it is read, or the row is refused.
-
-The parts of a message: text and images, and how they become one text.
+Nothing that changes what a row means is dropped: it is read, or the row is refused. The parts of a
+message, text and images, become one text.
 """
 
 from __future__ import annotations

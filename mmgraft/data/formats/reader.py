@@ -1,6 +1,6 @@
 """A record of a file as a row: its turns by its layout, its images found.
 
-Put the images listed beside turns in their places: at a part, at a word, or first.
+Images that are listed beside turns are put in their places: at a part, at a word, or first.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ _PLACED = {
 _WORDS: dict[str, Words] = {"llava": "always", "messages": "listed", "trl": "parts"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowReader:
     """Reads the records of one file.
 

@@ -1,9 +1,8 @@
 """Interleaved dialogues evaluated on a graft: built from multiple-choice sets, saved, and scored.
 
 Source: the IIT benchmark of Wings (arXiv 2406.03496): dialogues in the shapes (T), (T,T), (T,T,T),
-(T,T,V), (T,V) and (V), whose last question is scored.
-
-Build the interleaved dialogues of a run: from which sets, and which questions are alike.
+(T,T,V), (T,V) and (V), whose last question is scored. A run says from which sets they are built;
+which questions are alike is read from the base's hidden states.
 """
 
 from __future__ import annotations

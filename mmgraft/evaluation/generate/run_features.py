@@ -52,7 +52,9 @@ def image_inputs(
         named = zip(rows, names, strict=True)
         opened = [image for row, name in named for image in open_images(row.images, name)]
         given["pixel_values"] = processor.pixels(opened)
-    return {name: tensor.to(device) for name, tensor in given.items()}
+    for name in given.keys() & {"image_features", "pixel_values"}:  # the others are read here
+        given[name] = given[name].to(device, non_blocking=True)
+    return given
 
 
 def run_features(

@@ -1,6 +1,6 @@
 """Read items from files, whatever is evaluated: JSON, lines of JSON, CSV or plain text.
 
-Sets of text that a package carries: read from where it is installed, never imported.
+Sets of text that a package carries are read from where it is installed; it is never imported.
 """
 
 from __future__ import annotations

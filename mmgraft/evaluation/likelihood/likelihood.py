@@ -1,6 +1,6 @@
 """Log-probabilities of texts that go on from a context, in batches, each context read once.
 
-Multiple choice by log-probability: which option a model finds likeliest after the question.
+Multiple choice is scored by them: the option that a model finds likeliest after the question.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class Likelihoods:
     def _shared(self, requests: Sequence[Request]) -> list[list[float]]:
         contexts = [request.context for request in requests]
         ids, mask = self._padded([context.input_ids for context in contexts], "left")
-        kinds = pad([context.kinds for context in contexts], 0, "left").to(mask.device)
+        kinds = pad([context.kinds for context in contexts], 0, "left")
+        kinds = kinds.to(mask.device, non_blocking=True)
         cache = DynamicCache(config=self.config)
         cached: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         images = self._images(contexts)
@@ -120,32 +121,21 @@ class Likelihoods:
             ids, mask, kinds, images, logits_to_keep=1, **cached
         )  # (b, 1, vocab)
         first = logits[:, -1].float().log_softmax(-1)  # (b, vocab)
-        counts = [len(request.continuations) for request in requests]
-        chosen = torch.tensor(
-            [[row, each[0]] for row, one in enumerate(requests) for each in one.continuations],
-            device=first.device,
-        )
-        firsts = iter(first[chosen[:, 0], chosen[:, 1]].tolist())  # a card is waited for once
-        sums = [[next(firsts) for _ in range(count)] for count in counts]
-        longer = [
-            (row, at)
-            for row, request in enumerate(requests)
-            for at, each in enumerate(request.continuations)
-            if len(each) > 1
-        ]
-        if not longer:
-            return sums
-        rows = [list(requests[row].continuations[at]) for row, at in longer]
-        owners = torch.tensor([row for row, _ in longer], device=mask.device)
-        cache.batch_select_indices(owners)
-        given, real = self._padded([row[:-1] for row in rows], "right")
-        both = torch.cat([mask[owners], real], dim=1)
-        logits = self._forward(given, both, torch.zeros_like(given), {}, **cached)
-        parts = [each[: len(ids) - 1] for ids, each in zip(rows, logits, strict=True)]
-        more = _sums(parts, [ids[1:] for ids in rows])
-        for (row, at), found in zip(longer, more, strict=True):
-            sums[row][at] += found
-        return sums
+        every = [(row, each) for row, one in enumerate(requests) for each in one.continuations]
+        chosen = there([[row, each[0]] for row, each in every], first.device)
+        sums = first[chosen[:, 0], chosen[:, 1]].double()
+        longer = [at for at, (_, each) in enumerate(every) if len(each) > 1]
+        if longer:
+            rows = [list(every[at][1]) for at in longer]
+            owners = there([every[at][0] for at in longer], mask.device)
+            cache.batch_select_indices(owners)
+            given, real = self._padded([row[:-1] for row in rows], "right")
+            both = torch.cat([mask[owners], real], dim=1)
+            logits = self._forward(given, both, torch.zeros_like(given), {}, **cached)
+            parts = [each[: len(ids) - 1] for ids, each in zip(rows, logits, strict=True)]
+            sums[there(longer, sums.device)] += _sums(parts, [ids[1:] for ids in rows])
+        found = iter(sums.tolist())  # a card is waited for once
+        return [[next(found) for _ in request.continuations] for request in requests]
 
     def _whole(self, requests: Sequence[Request]) -> list[list[float]]:
         """Score every continuation with its context."""
@@ -160,13 +150,13 @@ class Likelihoods:
                 wanted.append(each)
                 owners.append(context)
         ids, mask = self._padded(rows, "right")
-        kinds_of_all = pad(kinds, 0, "right").to(mask.device)
+        kinds_of_all = pad(kinds, 0, "right").to(mask.device, non_blocking=True)
         logits = self._forward(ids, mask, kinds_of_all, self._images(owners), use_cache=False)
         parts = [
             each[start : start + len(ids)]
             for each, start, ids in zip(logits, starts, wanted, strict=True)
         ]
-        sums = iter(_sums(parts, wanted))
+        sums = iter(_sums(parts, wanted).tolist())
         return [[next(sums) for _ in request.continuations] for request in requests]
 
     # -- steps ----------------------------------------------------------------------------------
@@ -190,8 +180,12 @@ class Likelihoods:
 
     def _padded(self, rows: Sequence[Sequence[int]], side: Side) -> tuple[Tensor, Tensor]:
         """Return ids and mask of rows."""
-        ids = pad(rows, self.processor.pad_id, side).to(self.model.device)
-        return ids, pad([[1] * len(row) for row in rows], 0, side).to(ids.device)
+        both = (
+            pad(rows, self.processor.pad_id, side),
+            pad([[1] * len(row) for row in rows], 0, side),
+        )
+        ids, mask = (one.to(self.model.device, non_blocking=True) for one in both)
+        return ids, mask
 
     def _cacheable(self) -> bool:
         if isinstance(self.model, GraftedModel) and self.workflow != TEXT_WORKFLOW:
@@ -258,17 +252,22 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, **({"add_special_tokens": False} if says else {})))
 
 
-def _sums(logits: Sequence[Tensor], ids: Sequence[Sequence[int]]) -> list[float]:
+def there(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Return whole numbers on a device, which is not waited for."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
+def _sums(logits: Sequence[Tensor], ids: Sequence[Sequence[int]]) -> Tensor:
     """Return the log-probability of each row's ids, from the logits before them ``(n, vocab)``.
 
-    Ids go to a card together, and the sums come back together: it is waited for once each.
+    Ids go to a card together, and it is not waited for.
     """
-    wanted = torch.tensor([one for row in ids for one in row], device=logits[0].device)
+    wanted = there([one for row in ids for one in row], logits[0].device)
     parts = zip(logits, wanted.split([len(row) for row in ids]), strict=True)
     sums = [
         each.float().log_softmax(-1).gather(-1, own[:, None]).double().sum() for each, own in parts
     ]
-    return torch.stack(sums).tolist()
+    return torch.stack(sums)
 
 
 def score_choices(

@@ -1,10 +1,8 @@
 """Tasks of lm-evaluation-harness on a grafted model, through the harness's own code.
 
 Source: EleutherAI's lm-evaluation-harness (package ``lm-eval``): prompts, scoring and metrics are
-    its
-own; here its models get the graft's forward and its numbers get intervals.
-
-Numbers of lm-evaluation-harness with intervals, from what it says of every document.
+its own. Here its models get the graft's forward, and its numbers get intervals, from what it says
+of every document.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Visual question answering: which answers are right, and the answers of training alone.
+"""Judge answers: visual question answering, yes or no, and multiple choice.
 
-Yes-or-no questions about an image are scored as POPE does.
-
-Multiple choice: scores of options, and which option a generated answer names.
+Yes-or-no questions about an image are scored as POPE does. Of multiple choice there are the scores
+of the options, and the option that a generated answer names. A set is also answered by what its
+training answers alone say.
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
 """Wings' learners: multi-head, low-rank attention over the initial features (arXiv 2406.03496).
 
-The keys that the learners of a layer read: their own kind's alone, or those of a cache.
+The keys that the learners of a layer read are their own kind's alone, or those of a cache. Both
+give for each learner's queries ``(b, heads, s, d)``, not yet rotated, the values mixed for them in
+the learner's rank, ``(b, s, r)``: exactly 0, with a zero gradient, for a query that sees no key.
 
-Both give for each learner's queries ``(b, heads, s, d)``, not yet rotated, the values mixed for
-them in the learner's rank, ``(b, s, r)``: exactly 0, with a zero gradient, for a query that sees no
-key.
-
-A decoded token through the learners of a layer: few wide products for many small ones.
-
-A single token leaves a card idle between kernels, so their number is what counts. The matrices of a
-layer's learners are put side by side once a generation, and one product does for all of them. That
-copy takes at most three quarters of the learners' own memory, and goes with the next prefill.
+A decoded token goes through few wide products for many small ones, because a single token leaves a
+card idle between kernels. The matrices of a layer's learners are put side by side once a
+generation, and one product does for all of them. That copy takes at most three quarters of the
+learners' own memory, and goes with the next prefill.
 """
 
 from __future__ import annotations

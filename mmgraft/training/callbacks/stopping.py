@@ -1,6 +1,7 @@
-"""Ctrl-C while a stage trains: the step is finished, a checkpoint written, and the way on said.
+"""End a stage early: at Ctrl-C, and at losses and gradients that are not finite.
 
-Losses and gradients that are not finite, noticed before the optimizer takes them in.
+After Ctrl-C the step is finished, a checkpoint written, and the way on said. What is not finite is
+noticed before the optimizer takes it in.
 """
 
 from __future__ import annotations

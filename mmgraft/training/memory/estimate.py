@@ -1,11 +1,8 @@
 """The memory of every stage of a recipe, which part takes what, and the rows that decide it.
 
-Memory of one process: its optimizer, and its share where several train together.
-
-These are counts by what each way does, worked out by hand in its tests; none was compared with a
-measured peak.
-
-The graft that is to be trained, as configs describe it: a run's, or one of a recipe.
+The graft is the one that configs describe: a run's, or one of a recipe. The optimizer, and the
+share of a process where several train together, are counted by what each way does, worked out by
+hand in the tests; none was compared with a measured peak.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """One training step with shapes alone: the real code runs, and only bytes are counted.
 
-A ledger holds the bytes of the tensors that live at any moment.
-
-A grafted model of the right shapes without values, and its base as if in 4-bit.
+It runs on a grafted model of the right shapes without values, whose base is as if in 4-bit where
+that is asked for. A ledger holds the bytes of the tensors that live at any moment.
 """
 
 from __future__ import annotations

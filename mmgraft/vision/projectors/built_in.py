@@ -1,6 +1,6 @@
-"""The projectors that mmgraft brings; each has its settings in ``configs.py``.
+"""The projectors that mmgraft brings, and the class that every projector implements.
 
-The class that every projector implements, and what most of them need.
+Each has its settings in ``configs.py``.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from grafting import (
 from mmgraft import GraftedModel, XattnConfig
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
-from mmgraft.grafts.xattn.block import CrossAttention, FeedForward
+from mmgraft.grafts.xattn.graft import CrossAttention, FeedForward
 from mmgraft.model.files.create import create_graft
 from mmgraft.vision.plan import Plan
 from mmgraft.vision.projectors.configs import PerceiverConfig

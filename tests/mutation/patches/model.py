@@ -483,7 +483,7 @@ PATCHES = [
     ),
     Patch(
         "a block acts where no image is seen",
-        "grafts/xattn/block.py",
+        "grafts/xattn/graft.py",
         "return torch.where(seen, y.to(x.dtype), x)",
         "return y.to(x.dtype)",
         "grafts/xattn -k nothing_acts",
