@@ -144,14 +144,15 @@ def refused(run: Path, reason: str, kind: Any = "gguf") -> None:
         ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, r"\(linear\)"),
     ],
 )
-@pytest.mark.parametrize("kind", ["gguf", "mmproj"])
 def test_bases_that_are_refused(
-    tmp_path: Path, arch: str, change: dict[str, Any], reason: str, kind: str
+    tmp_path: Path, arch: str, change: dict[str, Any], reason: str
 ) -> None:
     if "rope_parameters" in change:
         change = {"rope_parameters": {"rope_theta": 500.0, **change["rope_parameters"]}}
     base = save_base(tmp_path / "base", arch, **change)
-    refused(make_graft(tmp_path, tower="siglip", method="llava", base=base), reason, kind)
+    run = make_graft(tmp_path, tower="siglip", method="llava", base=base)
+    refused(run, reason, "gguf")
+    refused(run, reason, "mmproj")
 
 
 def test_towers_that_are_refused(tmp_path: Path) -> None:
@@ -256,21 +257,23 @@ MARKER = "<__media_x7__>"
 IMAGE, OTHER = {"type": "image"}, {"type": "text", "text": "why?"}
 
 
-@pytest.mark.parametrize("kind", ["chat", "plain"])
+@pytest.fixture(scope="module", params=["chat", "plain"])
+def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The processor of a graft with a chat template, and of one with plain text."""
+    folder = tmp_path_factory.mktemp("templates")
+    base = save_base(folder / "base", "llama")
+    choice = TemplateChoice(kind=request.param)
+    run = make_graft(folder, tower="siglip", method="llava", base=base, template=choice)
+    return load_processor(GraftFile.read(run), base, None)
+
+
 @pytest.mark.parametrize(
     "content",
     ["hello", [IMAGE, OTHER], [OTHER, IMAGE], [IMAGE, IMAGE, OTHER], [OTHER, IMAGE, OTHER],
      [IMAGE, {"type": "text", "text": "\nwhy?"}], "a <__media b __> c"],
 )  # fmt: skip
-def test_the_template_writes_what_the_graft_was_trained_on(
-    tmp_path: Path, kind: Any, content: Any
-) -> None:
+def test_the_template_writes_what_the_graft_was_trained_on(processor: Any, content: Any) -> None:
     """Images as a server hands them over: as a text, or as a list of texts."""
-    base = save_base(tmp_path / "base", "llama")
-    run = make_graft(
-        tmp_path, tower="siglip", method="llava", base=base, template=TemplateChoice(kind=kind)
-    )
-    processor = load_processor(GraftFile.read(run), base, None)
     stock = image_template(processor.template, processor.tokenizer, MARKER)
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Gate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the gated states: ``(t, h) -> (t, h)``."""
-        return hidden * self.scale if self.linear is None else self.linear(hidden)
+        return self.linear(hidden) if self.linear is not None else hidden * cast(Tensor, self.scale)
 
 
 @cache
@@ -45,7 +45,9 @@ def base_layer(kind: type[nn.Module]) -> type[nn.Module]:
     Its attribute ``feeds`` lists the :class:`Feed` of each workflow that needs its input.
     """
 
-    class BaseLayer(kind):  # type: ignore[misc, valid-type]
+    class BaseLayer(kind):
+        feeds: list[Feed]
+
         def forward(
             self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **kwargs: Any
         ) -> Any:
@@ -67,11 +69,16 @@ def inserted_layer(kind: type[nn.Module]) -> type[nn.Module]:
     with ``opens`` (it is the first layer of its workflow) where it stands beside the decoder.
     """
 
-    class InsertedLayer(kind):  # type: ignore[misc, valid-type]
+    class InsertedLayer(kind):
+        workflow: int
+        gate: Any
+        feed: Any
+        opens: bool
+
         def forward(
             self, positions: Tensor, hidden_states: Tensor, residual: Tensor, **kwargs: Any
         ) -> Any:
-            mine = (positions // STRIDE == self.workflow)[:, None]
+            mine = (positions // STRIDE).eq(self.workflow)[:, None]
             plain = positions & (STRIDE - 1)
             if self.feed is not None:
                 given = self.feed.entered if self.opens else self.feed.entered + self.feed.control

@@ -74,7 +74,7 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         del self.multi_modal_projector
         self.entries: list[dict[str, Any]] = self.config.mmgraft["workflows"]
-        self.workflows = nn.ModuleList([Workflow(self.config, one) for one in self.entries])
+        self.workflows: Any = nn.ModuleList([Workflow(self.config, one) for one in self.entries])
         text, decoder = self.config.text_config, self.language_model.model
         self.hidden = text.hidden_size
         self._gate_layers(decoder.layers)
