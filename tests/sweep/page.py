@@ -58,7 +58,8 @@ def verdict_of(verdict: dict[str, Any]) -> str:
     if "fails" in words:
         return "fails"
     if set(words) == {"works"}:
-        return "works with all methods"
+        left = len(METHODS) - len(words)
+        return f"works with all methods{f', {left} not judged' if left else ''}"
     return "refused with all" if "works" not in words else "works with some, refused with others"
 
 
