@@ -102,7 +102,7 @@ def _names(name: str, kind: Any, info: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    return "" if value is None or isinstance(value, bool) else f"`{value}`"
+    return "" if value in (None, "") or isinstance(value, bool) else f"`{value}`"
 
 
 def _cell(text: str | None) -> str:
