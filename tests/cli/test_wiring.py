@@ -191,6 +191,28 @@ TABLE: list[tuple[list[str], str, dict[str, Any]]] = [
         },
     ),
     (
+        ["export", "run", "--to", "mmproj", "--base", "b", "--outtype", "q8_0", "--dry-run"],
+        "mmgraft.export.gguf.export.export_gguf",
+        {
+            "run": Path("run"),
+            "out": Path("run-mmproj"),
+            "kind": "mmproj",
+            "base": "b",
+            "outtype": "q8_0",
+            "dry_run": True,
+        },
+    ),
+    (
+        ["export", "run", "--to", "vllm", "--also", "run", "--dtype", "float16", "--out", "o"],
+        "mmgraft.export.vllm.export_vllm",
+        {
+            "runs": [Path("run"), Path("run")],
+            "out": Path("o"),
+            "dtype": "float16",
+            "dry_run": False,
+        },
+    ),
+    (
         ["export", "run", "--to", "graft", "--workflow", "grounding"],
         "mmgraft.export.folder.find_workflow",
         {"run": Path("run"), "name": "grounding"},
@@ -509,7 +531,8 @@ def commands() -> Iterator[tuple[str, click.Command]]:
 )
 def test_every_option_is_tried(name: str, command: click.Command) -> None:
     """A new option fails here until a line above has it."""
-    files = Path(__file__).parent.glob("test_wiring*.py")
+    here = Path(__file__).parent
+    files = [*here.glob("test_wiring*.py"), here.parent / "serving" / "test_with_vllm.py"]
     text = "\n\n\n".join(file.read_text(encoding="utf-8") for file in files)
     if name in ELSEWHERE:
         return
