@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
 def test_only_the_graft_goes_along(tmp_path: Path, run: Path) -> None:
     made = export_graft(run, tmp_path / "out")
     assert set(made.files) == {
-        "README.md", "graft.safetensors", "graft_config.json", "recipe.yaml",
+        "README.md", "config.json", "graft.safetensors", "graft_config.json", "recipe.yaml",
     }  # fmt: skip
     assert made.files == sizes_in(tmp_path / "out")
     weights = (tmp_path / "out" / "graft.safetensors").read_bytes()
