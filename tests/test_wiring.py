@@ -87,13 +87,15 @@ OF_BASE_CLASSES = {
     "compute_loss.num_items_in_batch",
     "compute_loss.return_outputs",
     "create_optimizer.model",
+    "find_spec.target",
     "on_finalized_text.stream_end",
     "on_log.logs",
+    "post_process_image_text_to_text.skip_special_tokens",
     "tok_batch_multimodal_encode.left_truncate_len",
     "tok_batch_multimodal_encode.padding_side",
     "tok_batch_multimodal_encode.truncation",
 }
-"""What transformers and lm-evaluation-harness call these with."""
+"""What transformers, lm-evaluation-harness and Python's imports call these with."""
 
 
 @cache

@@ -30,8 +30,8 @@ def here(tmp_path: Path) -> Path:
     return kinds.unpack(tmp_path / "here")
 
 
-def check(expected: Any, now: Any) -> None:
-    found = list(differences(expected, now, EXACT))
+def check(expected: Any, now: Any, exact: bool = EXACT) -> None:
+    found = list(differences(expected, now, exact))
     if found:
         pytest.fail("\n".join(found[:25]), pytrace=False)
 
@@ -88,7 +88,8 @@ def test_a_full_export_needs_nothing_beside_it(here: Path, capfd: Any) -> None:
 def test_a_stopped_run_goes_on_to_its_end(here: Path) -> None:
     with conditions.one_thread():
         stopped.go_on(here / kinds.STOPPED)
-    check(EXPECTED["resumed"], training.outcome(here / kinds.STOPPED))
+    # Wings' learners sum in another order since: one call with a mask, not one for each piece.
+    check(EXPECTED["resumed"], training.outcome(here / kinds.STOPPED), exact=False)
 
 
 @pytest.mark.parametrize("name", [kinds.STOPPED, kinds.TRAINED_BASE])

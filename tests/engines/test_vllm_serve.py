@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from PIL import Image
 
 from tiny_exports import change_record, make_base, make_graft
 from vllm_engine import SIZES, Graft, Messages, image
+from waiting import LAST, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reduce_op:FutureWarning")  # of vLLM itself
 
@@ -41,7 +41,7 @@ class Server:
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
+            with urllib.request.urlopen(request, timeout=LAST) as answer:
                 text = answer.read()
                 return answer.status, json.loads(text) if text else None
         except urllib.error.HTTPError as error:
@@ -97,11 +97,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         )
     made = Server(port, runs)
     try:
-        end = time.monotonic() + 400
-        while not made.lives():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.5)
+        wait_until(lambda: process.poll() is not None or made.lives(), "vLLM's server")
+        assert process.poll() is None, log.read_text()
         yield made
     finally:
         process.send_signal(signal.SIGINT)

@@ -329,7 +329,7 @@ def test_a_list_that_was_not_stretched_is_found_by_its_logits(
 
 def test_other_ids_and_pixels_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = make_graft(tmp_path), tmp_path / "out"
-    save = llava._write_small_files
+    save = llava.write_small_files
 
     def spoil(name: str, old: str, new: str) -> None:
         def written(plan: Any, folder: Path) -> None:
@@ -338,7 +338,7 @@ def test_other_ids_and_pixels_are_not_kept(tmp_path: Path, monkeypatch: pytest.M
             assert old in text
             (folder / name).write_text(text.replace(old, new))
 
-        monkeypatch.setattr(llava, "_write_small_files", written)
+        monkeypatch.setattr(llava, "write_small_files", written)
 
     spoil("chat_template.jinja", "+ '<|im_end|>'", "+ ' <|im_end|>'")
     with pytest.raises(MMGraftError, match="do not give the graft's ids"):

@@ -12,8 +12,9 @@ from mmgraft.runs.contents import belonging, managed
 
 GO = [
     "LICENSE.txt", "NOTICE", "added_tokens.json", "additional_chat_templates/tools.jinja",
-    "chat_template.jinja", "chat_template.json", "generation_config.json", "graft.safetensors",
-    "licenses/gpl.txt", "merges.txt", "preprocessor_config.json", "processor_config.json",
+    "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
+    "graft.safetensors", "licenses/gpl.txt", "merges.txt", "preprocessor_config.json",
+    "processor_config.json",
     "qwen.tiktoken", "recipe.yaml", "results.json", "results/curves.png", "results/report.html",
     "results/report.md", "results/vision.json", "sentencepiece.bpe.model",
     "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
@@ -22,7 +23,7 @@ GO = [
 STAY = [
     "checkpoints/1-tune/state.json", "checkpoints/tokenizer.json.old", "metrics.jsonl", "notes.txt",
     "optimizer.pt", "other.safetensors", "results/predictions/set.jsonl", "results/raw.jsonl",
-    "config.json", "base/config.json", "vision/tokenizer.json", ".env",
+    "base/config.json", "vision/tokenizer.json", ".env",
 ]  # fmt: skip
 OF_A_MODEL = ["config.json", "model.safetensors", "tokenizer.json", "sub/modeling.txt", "README.md"]
 NEVER = [

@@ -11,6 +11,8 @@ from urllib.request import Request, urlopen
 
 import xllamacpp
 
+from waiting import LAST
+
 
 class LlamaServer:
     """A running server.
@@ -26,12 +28,12 @@ class LlamaServer:
         """The parsed answer to a request."""
         headers = {"Content-Type": "application/json"}
         request = Request(self.address + path, json.dumps(body).encode(), headers)
-        with urlopen(request, timeout=120) as answer:
+        with urlopen(request, timeout=LAST) as answer:
             return json.load(answer)
 
     def get(self, path: str) -> Any:
         """The parsed answer to a request without a body."""
-        with urlopen(self.address + path, timeout=120) as answer:
+        with urlopen(self.address + path, timeout=LAST) as answer:
             return json.load(answer)
 
 

@@ -322,9 +322,7 @@ class GraftProcessor:
         self.check_ids(ids, where)
         return Encoded(ids, [0] * len(ids), [])
 
-    def encode_prompt(
-        self, text: str, images: Sequence[Any] = (), where: str = "the prompt"
-    ) -> Encoded:
+    def encode_prompt(self, text: str, images: Sequence[Any] = ()) -> Encoded:
         """Tokenise a whole prompt as it stands, each ``<image>`` in it an image.
 
         What the tokenizer puts before a text is put there unless the prompt has it.
@@ -335,8 +333,8 @@ class GraftProcessor:
         marks = text.count(STOCK_SENTINEL)
         if images and marks != len(images):
             raise UsageError(
-                f"{where}: {len(images)} images and {marks} times {STOCK_SENTINEL}; write it where "
-                "each image stands"
+                f"the prompt: {len(images)} images and {marks} times {STOCK_SENTINEL}; write it "
+                "where each image stands"
             )
         sentinel, tokenizer, index = STOCK_SENTINEL, self.tokenizer, None
         if images:
@@ -344,7 +342,9 @@ class GraftProcessor:
             text = text.replace(STOCK_SENTINEL, sentinel)
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         prefix = self._copies.prefix
-        given = Transcript([], list(images), self.template, self._copies, tokenizer, where=where)
+        given = Transcript(
+            [], list(images), self.template, self._copies, tokenizer, where="the prompt"
+        )
         transcript = replace(given, sentinel=sentinel, sentinel_id=index)
         return self.expand(transcript, ids if ids[: len(prefix)] == prefix else [*prefix, *ids])
 

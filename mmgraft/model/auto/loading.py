@@ -78,7 +78,8 @@ def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBas
     """Load the tokenizer of a graft's base, with options of its own."""
     files, options = _found(source, options)[2], _given(options)
     own = {name: value for name, value in options.items() if name not in ("revision", "base")}
-    return AutoTokenizer.from_pretrained(files.path, gguf_file=files.gguf, **own)
+    own["gguf_file"] = files.gguf
+    return AutoTokenizer.from_pretrained(files.path, trust_remote_code=False, **own)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
