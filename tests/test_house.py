@@ -196,14 +196,21 @@ def test_explanations_say_what_a_thing_is_without_riddles(path: Path) -> None:
     assert not found, "begin with a verb or with the thing itself"
 
 
-def test_docstrings_of_tests_have_none_either() -> None:
-    paths = [path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+def strings(module: ast.Module) -> Iterator[str]:
+    """Docstrings, and strings below a value."""
+    for node in ast.walk(module):
+        value = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str) and value.value.strip():
+            yield value.value
+
+
+def test_docstrings_elsewhere_have_none_either() -> None:
+    folders = ("tests", "benchmarks", "plugins", "examples")
     found = [
         f"{name_of(path)}: {text.splitlines()[0][:60]}"
-        for path in paths
-        for node in ast.walk(parsed(path))
-        if isinstance(node, ast.Module | ast.ClassDef | Function)
-        for text in [ast.get_docstring(node) or "it has none"]
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        for text in strings(parsed(path))
         if text.split(maxsplit=1)[0].lower() in RIDDLES
     ]
     assert found == [], "begin with a verb or with the thing itself"

@@ -36,7 +36,7 @@ RUNS = {
     "xattn": {"layers": [0, 2]},
 }
 GO_ON = ("lora", "expert", "llava", "xattn")
-"""What these do in a row with an image leaves the text before it alone."""
+"""Methods that leave the text before an image alone."""
 
 
 @pytest.fixture(scope="module", params=RUNS)

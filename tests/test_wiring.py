@@ -95,7 +95,7 @@ OF_BASE_CLASSES = {
     "tok_batch_multimodal_encode.padding_side",
     "tok_batch_multimodal_encode.truncation",
 }
-"""What transformers, lm-evaluation-harness and Python's imports call these with."""
+"""Parameters that transformers, lm-evaluation-harness and Python's imports set."""
 
 
 @cache

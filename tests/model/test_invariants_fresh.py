@@ -25,10 +25,10 @@ from mmgraft.grafts.registry import get_method
 
 WORDS = ("ttiiiitttttttt", "iiiittiiiittt", "tttttttttiiii")
 NEAR = 1e-5
-"""What does the same by another product gives what rounding makes of it: it claims no more."""
+"""Bound of rounding, where a fresh graft does the same by another product."""
 CLAIMED = {name: not get_method(one.method).promises(one).fresh for name, one in CONFIGS.items()}
 IN_THE_SEQUENCE = [name for name in CONFIGS if name not in {"llava", *BESIDE}]
-"""Of others the projector alone is nothing: tests/grafts/xattn has them on equal embeddings."""
+"""Methods whose images stand in the sequence; tests/grafts/xattn compares those beside it."""
 
 
 def inputs() -> dict[str, Tensor]:

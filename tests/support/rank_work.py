@@ -19,7 +19,7 @@ from mmgraft.training.distributed.sharding import rest, shard
 from mmgraft.training.run import plan_training, train
 
 BATCHES = [(True, True), (True, False), (False, True), (False, False)]
-"""Whether a rank's rows have an image, step by step."""
+"""Rows of a rank with an image (True) or without, step by step."""
 
 
 def batch(seed: int, image: bool, taken: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ SIZES = {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
-"""Of a tiny base: vLLM's CPU attention takes heads of 32 numbers and more."""
+"""Sizes of a tiny base: vLLM's CPU attention takes heads of 32 numbers and more."""
 
 NEW = 8
 """Tokens of an answer."""

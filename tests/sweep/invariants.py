@@ -25,7 +25,7 @@ MIXED = ("tttttttt", "ttttiiiittttttttt", "tiiiiiiiit", "iiiittiiiittttt", "tttt
 CHUNKED = ("ttiiiitttiiiittt", "ttttiiiittttttttttt", "ttttttttttttt")
 CAUSAL = ("iiiitttttttttttt", "ttttttiiiitttttt", "ttttttttttttiiii")
 NEAR = 1e-4
-"""Of the logits' own size: rounding is far below, a mistake far above."""
+"""Bound as a share of the logits' size: rounding is far below, a mistake far above."""
 
 
 @dataclass

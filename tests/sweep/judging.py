@@ -77,7 +77,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": INDEXER,
     "xmod": {"default_language": "en_XX"},
 }
-"""What a default configuration lacks to be built, or would not show when it is small."""
+"""Values that a default configuration lacks to be built, or needs to show its layers when small."""
 
 
 def small_config(kind: str) -> PreTrainedConfig:

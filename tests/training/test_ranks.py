@@ -38,7 +38,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 }
 
 PROJECTORS = {"lora": PerceiverConfig(latents=4, layers=1, heads=2, head_dim=4)}
-"""That of the others is ``mlp``."""
+"""Projectors off the default, which is ``mlp``."""
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import Tensor
 RECORDED = Path(__file__).resolve().parent / "recorded"
 
 TOLERANCE = 1e-5
-"""Of a number, absolute and relative, where conditions differ from those of the recording."""
+"""Bound of a number, absolute and relative, where conditions differ from those of the recording."""
 
 BOUND = ("sha256", "of another package")
 """Keys that end so hold what says nothing under other conditions."""

@@ -21,7 +21,7 @@ PATCHES = 16
 METHODS = ("iaa", "wings")
 WORKFLOWS = {"Text": "text", "MM": "mm", "G": "grounding"}
 SHOWN = 8
-"""How many values of a sample's logits are recorded themselves."""
+"""Number of values of a sample's logits that are recorded themselves."""
 
 
 def there() -> bool:

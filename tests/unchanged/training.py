@@ -42,7 +42,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     TWO: ({}, {"parallel": "ddp"}),
     "bf16": ({"image_share": 0.6}, {"precision": "bf16", "feature_cache": True}),
 }
-"""Of the plain way the first stage trains the projector, for the 8 first of the 20 steps."""
+"""Trainings by name. In the plain one the first 8 of 20 steps train the projector."""
 
 _COARSE = {"bf16": 0.05, "4-bit": 0.05}  # a processor with bf16 has another kernel for 4 bits
 

@@ -25,7 +25,7 @@ def _register_model() -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Tells the module of ``AutoConfig`` when it has been imported."""
+    """Import hook: make the config known once the module of ``AutoConfig`` is imported."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         spec: Any = PathFinder.find_spec(fullname, path) if fullname == _CONFIGS else None

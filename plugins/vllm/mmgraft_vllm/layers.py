@@ -13,7 +13,7 @@ STRIDE = 1 << 24
 
 
 class Feed:
-    """What the layers of a workflow of structure ``beside`` hand on within a forward pass.
+    """Hidden states between the layers of a ``beside`` workflow, within one forward pass.
 
     Attributes:
         entered: Hidden states into the base layer that comes before an inserted one.

@@ -36,7 +36,7 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Workflow(nn.Module):
-    """What a workflow has beside its layers and its norm.
+    """Projector, embedding and head of one workflow.
 
     Args:
         config: Config of the whole model.
