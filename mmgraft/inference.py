@@ -1,7 +1,5 @@
 """Answer with a grafted model: a model with its processor, batches of answers, a dialogue."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace

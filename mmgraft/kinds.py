@@ -1,7 +1,5 @@
 """Kinds of something by name: built in, registered in this process, or of installed packages."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The pydantic base classes: unknown keys are refused, a refusal reads like a sentence."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

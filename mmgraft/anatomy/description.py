@@ -1,7 +1,5 @@
 """The description of an examined base."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import nn

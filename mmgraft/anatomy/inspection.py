@@ -3,8 +3,6 @@
 Linear layers inside a decoder layer are found fused, turned (GPT-2's) and packed alike.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import re

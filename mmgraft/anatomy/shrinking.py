@@ -1,7 +1,5 @@
 """Smaller configurations of a base's own class, to try in moments what a base does."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

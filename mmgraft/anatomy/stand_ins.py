@@ -8,8 +8,6 @@ Two things are found by it: how the attention's output joins the residual stream
 and the function between the output of a causal LM's head and its logits.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools

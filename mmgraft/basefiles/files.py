@@ -1,7 +1,5 @@
 """The files of a base: in a local folder, or in a snapshot from the Hub."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Sequence

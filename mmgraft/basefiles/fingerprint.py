@@ -1,7 +1,5 @@
 """Identify a base, so that a graft is never put on another one unnoticed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

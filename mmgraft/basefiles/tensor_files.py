@@ -5,8 +5,6 @@ shapes, offsets), and the tensors' bytes. The header is known before the first b
 read, so tensors go from their source to the disk one after the other.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -4,8 +4,6 @@ A command's module is imported when the command runs or shows its own help, so t
 ``mmgraft --help`` and shell completion import neither torch nor transformers.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

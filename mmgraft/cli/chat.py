@@ -1,7 +1,5 @@
 """``mmgraft chat``."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
@@ -74,7 +72,7 @@ def chat(
 
 def _dialogue(
     answerer: Any, system: str | None, workflow: str | None, images: list[str]
-) -> Dialogue:
+) -> "Dialogue":
     from mmgraft.inference import Dialogue
 
     if workflow is not None and workflow != "text":
@@ -96,7 +94,7 @@ def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
     return run, prompt
 
 
-def _talk(dialogue: Dialogue, settings: dict[str, Any]) -> None:
+def _talk(dialogue: "Dialogue", settings: dict[str, Any]) -> None:
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -133,7 +131,7 @@ def _dropped(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def _say(dialogue: Dialogue, text: str, settings: dict[str, Any]) -> None:
+def _say(dialogue: "Dialogue", text: str, settings: dict[str, Any]) -> None:
     """Hold one turn, and print the answer as it comes."""
 
     def show(piece: str) -> None:

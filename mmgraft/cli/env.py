@@ -1,7 +1,5 @@
 """``mmgraft env``."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

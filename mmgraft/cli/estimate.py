@@ -1,7 +1,5 @@
 """``mmgraft estimate``."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +51,7 @@ def estimate(target: _Target, json: JsonFlag = False, **request: Any) -> None:
         _show(found)
 
 
-def _found(estimator: Estimator) -> dict[str, Any]:
+def _found(estimator: "Estimator") -> dict[str, Any]:
     from mmgraft.training.memory.estimate import not_counted
     from mmgraft.training.memory.shortage import peak_of, reserve, savings, smallest
 

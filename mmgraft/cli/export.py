@@ -1,7 +1,5 @@
 """``mmgraft export``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -68,8 +66,8 @@ def export(
 
 
 def _write(
-    runs: list[Path], out: Path, kind: Kind, base: str | None, stored: str | None, dry_run: bool
-) -> Exported:
+    runs: list[Path], out: Path, kind: "Kind", base: str | None, stored: str | None, dry_run: bool
+) -> "Exported":
     run = runs[0]
     if kind == "graft":
         from mmgraft.export.graft import export_graft
@@ -124,7 +122,7 @@ def _find(run: str | None) -> Path:
     return graft_folder(run)
 
 
-def _summary(result: Exported) -> dict[str, Any]:
+def _summary(result: "Exported") -> dict[str, Any]:
     return {
         "to": result.kind,
         "folder": str(result.folder),
@@ -137,7 +135,7 @@ def _summary(result: Exported) -> dict[str, Any]:
     }
 
 
-def _show(result: Exported) -> None:
+def _show(result: "Exported") -> None:
     rows = [[name, human_bytes(size)] for name, size in result.files.items()]
     rows.append([f"{len(result.files)} files", human_bytes(sum(result.files.values()))])
     verb = "written to" if result.written else "would be written to"

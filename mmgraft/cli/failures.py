@@ -1,7 +1,5 @@
 """Turn what can go wrong outside mmgraft into a message and an exit code."""
 
-from __future__ import annotations
-
 import errno
 import re
 

@@ -1,7 +1,5 @@
 """``mmgraft generate``."""
 
-from __future__ import annotations
-
 import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,8 +70,8 @@ def generate(
 
 
 def _read(
-    rows: Path, images: Path | None, read: Sequence[str], out: Path, force: bool
-) -> tuple[list[Row], list[Sequence[dict[str, Any]]]]:
+    rows: Path, images: Path | None, read: "Sequence[str]", out: Path, force: bool
+) -> "tuple[list[Row], list[Sequence[dict[str, Any]]]]":
     """Read rows and the prompt of each, once it is known that the answers can be written."""
     from mmgraft.data.formats.sources import index_rows
     from mmgraft.inference import prompt_of
@@ -85,7 +83,7 @@ def _read(
     return found, [prompt_of(list(row.messages), row.where) for row in found]
 
 
-def _check_images(rows: Sequence[Row], prompts: Sequence[Any]) -> None:
+def _check_images(rows: "Sequence[Row]", prompts: "Sequence[Any]") -> None:
     """Open every image before hours of work, not after."""
     from mmgraft.data.chat.turns import images_of_all
     from mmgraft.data.images import open_images
@@ -96,9 +94,9 @@ def _check_images(rows: Sequence[Row], prompts: Sequence[Any]) -> None:
 
 
 def _answer(
-    answerer: Answerer,
-    rows: Sequence[Row],
-    prompts: Sequence[Any],
+    answerer: "Answerer",
+    rows: "Sequence[Row]",
+    prompts: "Sequence[Any]",
     batch_size: int,
     workflow: str | None,
     settings: dict[str, Any],
@@ -119,7 +117,7 @@ def _answer(
     return [answers[number] for number in range(len(rows))]
 
 
-def _write(out: Path, rows: Sequence[Row], answers: Sequence[str]) -> None:
+def _write(out: Path, rows: "Sequence[Row]", answers: "Sequence[str]") -> None:
     from mmgraft.atomic import atomic_text
 
     lines = [

@@ -1,7 +1,5 @@
 """``mmgraft graft``."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
@@ -61,7 +59,7 @@ def _settings() -> dict[str, tuple[Any, None]]:
     return {name: (_setting(name, of), None) for name, of in found.items()}
 
 
-def _setting(name: str, of: dict[str, FieldInfo]) -> Any:
+def _setting(name: str, of: "dict[str, FieldInfo]") -> Any:
     """Return the option for a setting of one method, or of several that share its name."""
     first = next(iter(of.values()))
     flag = f"--{name.replace('_', '-')}"
@@ -73,11 +71,11 @@ def _setting(name: str, of: dict[str, FieldInfo]) -> Any:
     return Annotated[kind | None, option(flag, text, panel=f"Method {', '.join(of)}")]
 
 
-def _help(info: FieldInfo) -> str | None:
+def _help(info: "FieldInfo") -> str | None:
     return next((one.help for one in info.metadata if isinstance(one, Option)), None)
 
 
-def _kinds(info: FieldInfo) -> tuple[Any, ...]:
+def _kinds(info: "FieldInfo") -> tuple[Any, ...]:
     return info.annotation, *get_args(info.annotation)
 
 

@@ -1,7 +1,5 @@
 """``mmgraft laws``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,7 +107,7 @@ def _measure(
     _show(results, target, given.json)
 
 
-def _show(results: Results, target: Path, json: bool) -> None:
+def _show(results: "Results", target: Path, json: bool) -> None:
     if json:
         print_json(results.model_dump(mode="json"))
         return
@@ -148,7 +146,7 @@ def _samples(folder: Path, given: Any) -> tuple[str, Path, Sequence[Any]]:
     return spec.name, data_file(spec), found
 
 
-def _set(folder: Path, name: str | None) -> SetSpec:
+def _set(folder: Path, name: str | None) -> "SetSpec":
     """Return a set with images of the recipe that the run was trained by.
 
     Raises:

@@ -1,7 +1,5 @@
 """Options that several commands share, so that one word means one thing."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path

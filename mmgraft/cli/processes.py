@@ -4,8 +4,6 @@ torchrun itself shows a traceback of its own for whatever goes wrong, gives the 
 of it, and kills a training that is still saving; so this is its lower half, ``start_processes``.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

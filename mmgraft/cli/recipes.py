@@ -1,7 +1,5 @@
 """``mmgraft recipes``: list, show, copy and check training recipes and comparisons."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,12 +69,12 @@ def list_recipes(
         out.print(table(["comparison", "arms", "what it is"], rows))
 
 
-def _recipe_data(recipe: Recipe) -> dict[str, Any]:
+def _recipe_data(recipe: "Recipe") -> dict[str, Any]:
     kept = recipe.model_dump(include={"name", "method", "base", "quantization", "description"})
     return {**kept, "stages": [stage.name for stage in recipe.stages]}
 
 
-def _stages(recipe: Recipe) -> str:
+def _stages(recipe: "Recipe") -> str:
     return ", ".join(stage.name for stage in recipe.stages)
 
 
@@ -151,7 +149,7 @@ def validate(
         out.print(f"still to set: {', '.join(missing)} (or give --data to `mmgraft train`)")
 
 
-def _stage_row(stage: Stage) -> list[Any]:
+def _stage_row(stage: "Stage") -> list[Any]:
     length = f"{stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
     rate = stage.lr
     if isinstance(rate, dict):

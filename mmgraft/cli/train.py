@@ -1,7 +1,5 @@
 """``mmgraft train``."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from functools import partial
 from math import ceil
@@ -87,7 +85,7 @@ def train(
         _train(plan, json)
 
 
-def _train(plan: Plan, json: bool) -> None:
+def _train(plan: "Plan", json: bool) -> None:
     from mmgraft.training.callbacks.progress import ProgressDisplay
     from mmgraft.training.devices import is_main_rank, slow_precision
     from mmgraft.training.memory.shortage import warning
@@ -104,7 +102,7 @@ def _train(plan: Plan, json: bool) -> None:
         note(f"trained; talk to it with: mmgraft chat {plan.run}")
 
 
-def _summary(plan: Plan, processes: int) -> dict[str, Any]:
+def _summary(plan: "Plan", processes: int) -> dict[str, Any]:
     stages: list[dict[str, Any]] = []
     for number, stage in enumerate(plan.stages):
         rows = len(plan.rows[number]) - plan.skipped[number]

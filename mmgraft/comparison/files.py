@@ -9,8 +9,6 @@ OUT/dialogues/            interleaved dialogues, the same for all arms
 OUT/report.*              written by ``mmgraft.comparison.report``
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -84,7 +82,7 @@ class PhaseRecord(StrictModel):
         peaks = [one.peak_memory_mb for one in self.sessions if one.peak_memory_mb is not None]
         return max(peaks, default=None)
 
-    def after(self, session: Session, done: bool = False) -> PhaseRecord:
+    def after(self, session: Session, done: bool = False) -> "PhaseRecord":
         """Return the record with one more session."""
         return self.model_copy(update={"sessions": [*self.sessions, session], "done": done})
 

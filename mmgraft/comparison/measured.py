@@ -3,8 +3,6 @@
 Scores of kept answers are computed again, so that differences between arms are paired.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The arms of a comparison, resolved and checked before anything is trained."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A comparison's report: what the arms keep, see and cost, as JSON, Markdown and one HTML page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

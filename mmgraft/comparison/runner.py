@@ -5,8 +5,6 @@ the training's own. The parent records every few seconds what the child has used
 gives no warning. A child that outlives its parent holds a lock, for which the next session waits.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import hashlib

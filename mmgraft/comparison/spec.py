@@ -1,7 +1,5 @@
 """Comparisons: arms that share base, tower, data, seed and sets. Free of torch."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -180,7 +178,7 @@ class Comparison(StrictModel):
             taken.add(name)
             yield name, Arm(set=chosen)
 
-    def placed(self) -> Comparison:
+    def placed(self) -> "Comparison":
         """Return the comparison with absolute paths wherever a file is found."""
         root = None if self.root is None else Path(self.root).expanduser()
 
@@ -208,7 +206,7 @@ class Comparison(StrictModel):
         update |= {"root": root and str(root.resolve()), "images": at(self.images)}
         return self.model_copy(update=update)
 
-    def limited(self, limit: int | None) -> Comparison:
+    def limited(self, limit: int | None) -> "Comparison":
         """Return the comparison with at most so many items of each set, rows and dialogues."""
         if limit is None:
             return self

@@ -1,7 +1,5 @@
 """Tables of a comparison: what each arm keeps, sees and costs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

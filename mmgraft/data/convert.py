@@ -1,7 +1,5 @@
 """Rows of any layout, written as messages: lines of JSON or a parquet file."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

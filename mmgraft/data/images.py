@@ -1,7 +1,5 @@
 """Images of a row: from a path, a data URI or PIL, with errors that name the row."""
 
-from __future__ import annotations
-
 import base64
 import io
 import os

@@ -3,8 +3,6 @@
 Of a row that cannot be used it is said why, in the log of a run that leaves it out.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -81,7 +79,7 @@ class BadRow:
     reason: str
 
     @classmethod
-    def of(cls, row: Row, error: UsageError, fault: str = "row") -> BadRow:
+    def of(cls, row: Row, error: UsageError, fault: str = "row") -> "BadRow":
         """Return the bad row of a row that was read, and the error that it gave."""
         return cls(absolute(row.file), row.place, row.id, fault_of(error, fault), str(error))
 

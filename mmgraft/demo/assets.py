@@ -3,8 +3,6 @@
 The packages are only read. None is imported, because two of them would load what they depend on.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A packaged set before it is written, and its way to a folder: whole or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -40,7 +38,7 @@ class Draft:
         files: Mapping[str, Sequence[Mapping[str, Any]]],
         images: Writer | None = None,
         notes: Mapping[str, Any] | None = None,
-    ) -> Draft:
+    ) -> "Draft":
         """Plan jsonl files, and the folder ``images`` that they name.
 
         Args:

@@ -9,8 +9,6 @@ test.jsonl have one question a row, for evaluation and its priors; ``options`` h
 questions of that kind, so that they serve as multiple choice too.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

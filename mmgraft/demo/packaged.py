@@ -1,7 +1,5 @@
 """Sets and models that installed packages carry, written to a folder: ``mmgraft data prepare``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial

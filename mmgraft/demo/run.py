@@ -3,8 +3,6 @@
 SmolLM2-135M-Instruct, EfficientNet-Lite2 and easy-VQA, on two CPU cores in under 15 minutes.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Sequence
@@ -170,7 +168,7 @@ class DemoSettings:
     recipe: str | Path | None = None
 
     @classmethod
-    def quick(cls, method: str, out: Path, seed: int = 0, hub: bool = False) -> DemoSettings:
+    def quick(cls, method: str, out: Path, seed: int = 0, hub: bool = False) -> "DemoSettings":
         """Return settings for every phase, none of them long enough to learn anything."""
         return cls(method, out, seed, QUICK_QUESTIONS, QUICK_IMAGES, QUICK_STEPS, hub)
 

@@ -3,8 +3,6 @@
 So too what a graft claims of text beside an image and before it (levels E1 and E2).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ the fingerprints of models, set and settings. A file whose first line differs is
 no answer of another model is ever taken.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

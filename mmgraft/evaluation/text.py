@@ -1,7 +1,5 @@
 """Text after grafting: proved unchanged where the base is frozen, measured on any set of text."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

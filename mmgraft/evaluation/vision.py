@@ -1,7 +1,5 @@
 """Vision scores: sets of questions about images, with two blind scores beside every score."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The folder that an export writes, and the result that the command shows."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A graft in a folder of its own: alone, as ``mmgraft push`` sends it, or with base and tower."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

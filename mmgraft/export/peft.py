@@ -1,7 +1,5 @@
 """A graft's adapters as an ordinary PEFT folder, for a stock LLaVA model of the same graft."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

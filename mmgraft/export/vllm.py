@@ -4,8 +4,6 @@ It is a LLaVA model whose decoder has the inserted layers of every workflow in i
 ``workflows.N.``, what else a workflow has. The plugin says which row runs which.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -6,8 +6,6 @@ to run the base layer in (:meth:`Graft.layer_context`, for additions beside the 
 what follows it (:meth:`Graft.after_layer`, for inserted layers).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -68,7 +66,7 @@ class Packed:
     mask: Tensor  # (b, 1, s, K) as from Pass.visible
     seen: Tensor  # (b, s, 1) likewise
 
-    def on(self, device: torch.device) -> Packed:
+    def on(self, device: torch.device) -> "Packed":
         """Return the same on another device."""
         return Packed(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
@@ -107,7 +105,7 @@ class Pass:
     packed: dict[int, Packed] = field(default_factory=dict)  # by kind, where a graft asked for it
     segments: Tensor | None = None  # (b, s) which of a sequence's rows, where it holds several
 
-    def on(self, device: torch.device) -> Pass:
+    def on(self, device: torch.device) -> "Pass":
         """Return this pass with its tensors on a device (itself where they are there already)."""
         if device == self.features.device:
             return self

@@ -1,7 +1,5 @@
 """The descriptor by which a method tells the rest of the code about itself. Free of torch."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -91,7 +89,7 @@ class FrozenBase(StageSwitches):
             raise ValueError("this method keeps its base frozen; take base out of train")
 
 
-def without_linears(anatomy: Anatomy) -> str | None:
+def without_linears(anatomy: "Anatomy") -> str | None:
     """Return the reason why a base cannot take a method that stands on its linear layers."""
     if not any(anatomy.linears.values()):
         return f"the layers of {anatomy.model_type} hold no linear layers outside of experts"
@@ -177,7 +175,7 @@ class Method:
     recipe: str | None = None
     groups: Mapping[str, str] | None = None
     stage: type[StageSwitches] = StageSwitches
-    refuses: Callable[[Anatomy], str | None] = lambda anatomy: None
+    refuses: "Callable[[Anatomy], str | None]" = lambda anatomy: None
     promises: Callable[[Any], Promises] = lambda config: Promises()
     unused: Callable[[Any], Sequence[str]] = lambda config: ()
     part_of: Callable[[str], str] = lambda tensor: tensor.split(".")[0]

@@ -4,8 +4,6 @@ A linear layer runs patched while its decoder layer does. What the base's own pr
 positions that are not chosen is never touched: no bit of it changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -9,8 +9,6 @@ A package brings a method with an entry point of the group ``mmgraft.methods`` t
 Looking methods up imports no torch; only ``Method.load_graft`` does.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from dataclasses import replace

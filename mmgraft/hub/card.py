@@ -3,8 +3,6 @@
 Its references to base and tower are made ones that anybody else can follow.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -110,7 +108,7 @@ def local_folder(name: str, revision: str | None, run: Path) -> Path | None:
 
 
 def confirm_references(
-    record: GraftFile, api: HfApi, named: Collection[str] = ()
+    record: GraftFile, api: "HfApi", named: Collection[str] = ()
 ) -> tuple[GraftFile, list[str]]:
     """Ask the Hub for base and tower, and pin those that have no commit yet.
 
@@ -149,7 +147,7 @@ def confirm_references(
     return record.model_copy(update=update), warnings
 
 
-def _info(name: str, revision: str | None, api: HfApi) -> Any:
+def _info(name: str, revision: str | None, api: "HfApi") -> Any:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:

@@ -3,8 +3,6 @@
 What the Hub's client raises becomes an error that says what to do next.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -127,7 +125,7 @@ class Target:
         warnings: Sentences about the Hub's base and tower.
     """
 
-    api: HfApi = field(repr=False)
+    api: "HfApi" = field(repr=False)
     repo_id: str
     revision: str | None
     private: bool

@@ -5,8 +5,6 @@ repeats and crops: after the base's ``N`` slots stands one *row slot* (each posi
 position and the row's workflow), then the slots of every workflow in order of their names.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any

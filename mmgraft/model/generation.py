@@ -1,7 +1,5 @@
 """Preparation of ``generate``: images, workflows and extra cache slots."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields

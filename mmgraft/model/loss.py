@@ -5,8 +5,6 @@ at a time. Of a row with an image they are a small part: one layer's feed-forwar
 and backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

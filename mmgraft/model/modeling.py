@@ -1,7 +1,5 @@
 """GraftedModel: a stock causal LM, a vision tower, and workflows beside the text one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -92,7 +90,7 @@ class GraftedModel(WorkflowGeneration):
         projector: ProjectorConfig | None = None,
         template: TemplateChoice | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> GraftedModel:
+    ) -> "GraftedModel":
         """Graft fresh modules onto a base, ready to train or to run.
 
         Args:
@@ -145,7 +143,7 @@ class GraftedModel(WorkflowGeneration):
         base: str | None = None,
         graft_dtype: torch.dtype | None = None,
         revision: str | None = None,
-    ) -> GraftedModel:
+    ) -> "GraftedModel":
         """Load a saved graft, its base and its tower.
 
         Args:
@@ -251,7 +249,7 @@ class GraftedModel(WorkflowGeneration):
         tokenizer_folder: str | Path | None = None,
         workflow: str | None = None,
         options: Mapping[str, Any] | None = None,
-    ) -> GraftProcessor:
+    ) -> "GraftProcessor":
         """Make the processor of a workflow: conversations with images in, inputs of a batch out.
 
         From then on ``generate`` ends where the template ends an answer, too.

@@ -1,7 +1,5 @@
 """The workflow of each row of a batch, and the token type of each position."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ What a class does with embeddings, padding and a cache cannot all be read from i
 with few layers runs for a moment what a graft promises: the reason for a refusal is what was seen.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from functools import cache

@@ -1,7 +1,5 @@
 """A workflow: the projector and the graft that a row with an image runs through."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

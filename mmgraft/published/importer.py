@@ -10,8 +10,6 @@ with the original, or written as its own; its tower is inside it, or named. Tens
 checkpoint to the new files one shard at a time.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

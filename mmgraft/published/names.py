@@ -14,8 +14,6 @@ arXiv 2408.12902 (IAA) and arXiv 2406.03496 (Wings).
     all others                                          the base's own names
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A recipe's description of a set to evaluate on. Free of torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """A recipe: the stages, data and settings of one training run, read from YAML. Free of torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -405,7 +403,7 @@ class Recipe(StrictModel):
                 "only; write batch_size: 1 and a larger max_length or accumulate"
             )
 
-    def resolved(self, workflow: str = "mm") -> Recipe:
+    def resolved(self, workflow: str = "mm") -> "Recipe":
         """Return the recipe with its settings written into the stages that name none of their own.
 
         Args:

@@ -1,7 +1,5 @@
 """Recipes as YAML: found by name or path, overridden from the command line, refused by line."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

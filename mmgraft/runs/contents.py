@@ -1,7 +1,5 @@
 """Find the files of a run folder that belong to the graft, and check its weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

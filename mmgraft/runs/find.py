@@ -1,7 +1,5 @@
 """Find the graft that a command is about when no folder was named."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Installed packages: where they lie and which version they are, found without importing them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version

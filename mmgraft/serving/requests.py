@@ -3,8 +3,6 @@
 Images come as data URLs; addresses and files of the server are refused unless they are allowed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

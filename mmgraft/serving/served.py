@@ -1,7 +1,5 @@
 """One name of a model, as the handlers of transformers' server ask for a model and a processor."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checkpoints of a stage: what is trained and what is needed to go on exactly, never the base."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -115,7 +113,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 
-def write_final(tensors: dict[str, torch.Tensor], folder: Path, state: TrainerState) -> None:
+def write_final(tensors: dict[str, torch.Tensor], folder: Path, state: "TrainerState") -> None:
     """Keep what a stage has trained until its graft is saved and noted, unless that was done.
 
     A run that is killed between the two goes on from here: the graft in its folder may be the

@@ -1,7 +1,5 @@
 """A training that was checked, and the recipes in the folder of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

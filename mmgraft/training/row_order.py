@@ -5,8 +5,6 @@ resumed run finds it. A batch is a run of neighbours in that order, a step on se
 their batches.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +47,7 @@ class Arranged:
     """
 
     dataset: Dataset[Any]
-    sampler: Order
+    sampler: "Order"
     bad: list[BadRow] = field(default_factory=list)
     says: str | None = None
 

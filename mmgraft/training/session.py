@@ -1,7 +1,5 @@
 """One session of a training: the model in memory, and what a stage needs around the Trainer."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,7 +1,5 @@
 """The rows of every stage, read and checked before anything is trained."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path

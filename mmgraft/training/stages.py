@@ -1,7 +1,5 @@
 """One stage of a recipe on a model: what trains, at which rate, through which path."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import nn

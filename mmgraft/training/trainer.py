@@ -1,7 +1,5 @@
 """transformers' Trainer for one stage: rates by group, exact counts, graft-only checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """Views of rows, from a file or a run: tokenizer, template, image positions, length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

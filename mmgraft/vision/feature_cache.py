@@ -1,7 +1,5 @@
 """Features of a frozen tower on disk, so that each image passes through the tower once."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -3,8 +3,6 @@
 A file may lie inside a file of many: a member of a tar, a cell of a table.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -1,7 +1,5 @@
 """The plan of a tower for an image of one size: its views, and the grid of vectors of each."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +78,7 @@ class ImagePositions:
         self.fixed = counts(plan) if isinstance(plan, Plan) else None
 
     @classmethod
-    def same(cls, number: int) -> ImagePositions:
+    def same(cls, number: int) -> "ImagePositions":
         """Return positions of which every image takes the same number."""
         return cls(attrgetter("entries"), Plan.single((1, number)))
 

@@ -1,7 +1,5 @@
 """Images of any size to the pixels of one tower: by its image processor, or a plain resize."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path

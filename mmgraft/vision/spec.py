@@ -1,7 +1,5 @@
 """The specification of a vision tower: pydantic, importable without torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +36,7 @@ class VisionSpec(StrictModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def from_name(cls, name: str) -> VisionSpec:
+    def from_name(cls, name: str) -> "VisionSpec":
         """Return the spec a user means by one word: a registered kind, or else a Hub id or a
         folder.
         """
@@ -67,7 +65,7 @@ class TowerKind:
     describe: Callable[[VisionSpec], Any] | None = None
 
     @classmethod
-    def of_entry_point(cls, name: str, value: Any, origin: str) -> TowerKind:
+    def of_entry_point(cls, name: str, value: Any, origin: str) -> "TowerKind":
         """Return the kind that a package offers, as such or as its loader alone.
 
         Raises:

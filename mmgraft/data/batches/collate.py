@@ -3,8 +3,6 @@
 Packing fills a sequence as far as ``max_length`` allows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows as a torch dataset: tokenised, and their images opened, at access."""
 
-from __future__ import annotations
-
 import logging
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence

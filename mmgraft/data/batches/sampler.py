@@ -8,8 +8,6 @@ batch has nothing to learn, so that several processes learn what one does with t
 batch, to the last row.
 """
 
-from __future__ import annotations
-
 import random
 from array import array
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 A packed batch says with ``segments (b, s)`` which row of its sequence every position belongs to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

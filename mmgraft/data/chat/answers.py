@@ -3,8 +3,6 @@
 All of it is read from what the template writes around an answer.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """One row as the model sees it, in pieces that a person can read."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal

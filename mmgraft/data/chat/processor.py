@@ -3,8 +3,6 @@
 Conversations of which a chat template would leave something out are refused.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,7 +147,7 @@ class Encoded:
     lengths: tuple[int, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
 
-    def part(self, start: int, end: int | None = None) -> Encoded:
+    def part(self, start: int, end: int | None = None) -> "Encoded":
         """Return the positions from ``start`` up to ``end``, with the images whole in them."""
         end = len(self) if end is None else end
         at = list(accumulate(self.lengths, initial=0))

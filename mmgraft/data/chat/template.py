@@ -1,7 +1,5 @@
 """Messages as one text: by the tokenizer's chat template, as plain text, or by a template file."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

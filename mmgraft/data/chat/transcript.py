@@ -3,8 +3,6 @@
 Where its answers end in the text, and how a template closes them, is found by writing answers.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -110,7 +108,7 @@ class Transcript:
     prompting: bool = False
 
     @cached_property
-    def tokens(self) -> Tokens:
+    def tokens(self) -> "Tokens":
         """The conversation, written and tokenised once."""
         return Tokens(self, self.render(add_generation_prompt=self.prompting))
 

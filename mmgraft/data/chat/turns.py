@@ -4,8 +4,6 @@ Nothing that changes what a row means is dropped: it is read, or the row is refu
 message, text and images, become one text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The fields of a record of a table: its question, options and right answers."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Mapping, Sequence

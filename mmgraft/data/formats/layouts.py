@@ -3,8 +3,6 @@
 A layout is known by keys that its rows have, and reads some others. Free of torch.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence

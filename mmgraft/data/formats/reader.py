@@ -3,8 +3,6 @@
 Images that are listed beside turns are put in their places: at a part, at a word, or first.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Files of JSON records that are read one record at a time: lines, or one list."""
 
-from __future__ import annotations
-
 import codecs
 import json
 from collections.abc import Iterator, Mapping
@@ -83,7 +81,7 @@ class Stamp:
     time: int
 
     @classmethod
-    def of(cls, file: str | Path) -> Stamp:
+    def of(cls, file: str | Path) -> "Stamp":
         """Take the stamp of a file as it is now."""
         stat = Path(file).stat()
         return cls(stat.st_size, stat.st_mtime_ns)

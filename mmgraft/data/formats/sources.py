@@ -1,7 +1,5 @@
 """Rows from files: which files a name stands for, what reads each, and their rows in order."""
 
-from __future__ import annotations
-
 import glob
 import logging
 import os

@@ -3,8 +3,6 @@
 A table lies memory-mapped on disk, so that any row is read without the others.
 """
 
-from __future__ import annotations
-
 import glob
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Shards of WebDataset: a tar in which neighbours with one name are one record."""
 
-from __future__ import annotations
-
 import json
 import os
 import tarfile

@@ -21,8 +21,6 @@ it has computed; those are summed and dropped layer by layer. Attentions outside
 registry either do the same or call torch's fused kernel, which is met there.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +79,7 @@ class AttentionSums:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def of(self, attentions: Mapping[str, nn.Module], registry: bool) -> Iterator[AttentionSums]:
+    def of(self, attentions: Mapping[str, nn.Module], registry: bool) -> "Iterator[AttentionSums]":
         """Sum every forward of these attentions while the block lasts.
 
         Args:

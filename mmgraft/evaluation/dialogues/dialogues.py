@@ -9,8 +9,6 @@ can be evaluated: ``options``, ``answer`` (its number from 0), ``kind`` (the sha
 the last question is about) and ``from`` (set and id of every question).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -39,7 +37,7 @@ IMAGES = "images"
 
 
 def save_dialogues(
-    folder: Path, built: Mapping[str, Sequence[Dialogue]], made_of: Mapping[str, Any]
+    folder: Path, built: "Mapping[str, Sequence[Dialogue]]", made_of: Mapping[str, Any]
 ) -> None:
     """Write the data set; what stood in the folder stays until it is whole.
 
@@ -118,7 +116,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _row(dialogue: Dialogue, images: Path, names: dict[str, str]) -> dict[str, Any]:
+def _row(dialogue: "Dialogue", images: Path, names: dict[str, str]) -> dict[str, Any]:
     last = dialogue.last
     turns = [*dialogue.messages(), answer_turn(last)]
     return {

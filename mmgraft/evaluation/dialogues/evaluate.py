@@ -5,8 +5,6 @@ Source: the IIT benchmark of Wings (arXiv 2406.03496): dialogues in the shapes (
 which questions are alike is read from the base's hidden states.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

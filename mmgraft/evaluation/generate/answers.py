@@ -4,8 +4,6 @@ The prefix that rows of a batch share is read once: a system prompt, and each im
 Heads read positions as one matrix, which torch multiplies without copying the vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

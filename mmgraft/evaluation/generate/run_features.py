@@ -1,7 +1,5 @@
 """The tower's features of a set's images, from the cache that the run was trained with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Sets of text that a package carries are read from where it is installed; it is never imported.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """The one item type of evaluation: a question, and what counts as its answer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

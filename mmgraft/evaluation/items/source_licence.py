@@ -1,7 +1,5 @@
 """The licence of a set's images, as ``mmgraft data prepare`` has noted it beside them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path

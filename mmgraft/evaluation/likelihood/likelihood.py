@@ -3,8 +3,6 @@
 Multiple choice is scored by them: the option that a model finds likeliest after the question.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

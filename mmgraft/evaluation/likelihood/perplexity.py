@@ -1,7 +1,5 @@
 """Perplexity of texts in rolling windows, and how far a model's predictions are from its base's."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

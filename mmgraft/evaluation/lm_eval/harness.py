@@ -5,8 +5,6 @@ its own. Here its models get the graft's forward, and its numbers get intervals,
 of every document.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import math
@@ -58,7 +56,7 @@ class Leaf:
     aggregates: dict[str, Callable[[list[Any]], Any]]
 
     @classmethod
-    def of(cls, task: Any, found: dict[str, Any]) -> Leaf:
+    def of(cls, task: Any, found: dict[str, Any]) -> "Leaf":
         """Return what ``simple_evaluate`` found of a task."""
         from lm_eval.api.metrics import mean
         from lm_eval.api.model import hash_args
@@ -262,14 +260,14 @@ class _Task:
 
 
 def evaluate_harness(
-    answerer: Answerer,
+    answerer: "Answerer",
     tasks: Sequence[str],
     *,
     workflow: str | None = None,
     batch_size: int = 8,
     limit: int | None = None,
     include_path: str | Path | None = None,
-    untouched: PreTrainedModel | None = None,
+    untouched: "PreTrainedModel | None" = None,
 ) -> list[SetResult]:
     """Run tasks by name.
 
@@ -397,7 +395,7 @@ def _load(manager: Any, name: str) -> Any:
     return list(loaded["tasks"].values())
 
 
-def _task(answerer: Answerer, name: str, loaded: Any, workflow: str | None) -> _Task:
+def _task(answerer: "Answerer", name: str, loaded: Any, workflow: str | None) -> _Task:
     """Check what was loaded, and choose its workflow.
 
     Raises:
@@ -443,7 +441,7 @@ def _refuse_images(name: str, leaves: Sequence[Any], workflow: str | None) -> No
 
 
 def _model(
-    answerer: Answerer, task: _Task, batch_size: int, untouched: PreTrainedModel | None = None
+    answerer: "Answerer", task: _Task, batch_size: int, untouched: "PreTrainedModel | None" = None
 ) -> Any:
     """Return the harness's model of the graft, or of the untouched base."""
     from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM, plain_lm

@@ -1,7 +1,5 @@
 """A grafted model as lm-evaluation-harness sees one. Needs the extra ``mmgraft[eval]``."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

@@ -5,8 +5,6 @@ of the options, and the option that a generated answer names. A set is also answ
 training answers alone say.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence

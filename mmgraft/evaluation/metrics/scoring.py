@@ -1,7 +1,5 @@
 """A set's answers against what is right, by the set's metric. Free of torch."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Reports as Markdown, made by Jinja templates, and the HTML page rendered from it."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Mapping, Sequence
@@ -133,7 +131,7 @@ def render_html(markdown: str, images: Mapping[str, bytes] | None = None) -> str
     return page.render(title=escape(title), parts=parts, body=body)
 
 
-def _decorate(tokens: Sequence[Token], images: Mapping[str, bytes]) -> list[tuple[str, str, str]]:
+def _decorate(tokens: "Sequence[Token]", images: Mapping[str, bytes]) -> list[tuple[str, str, str]]:
     """Add anchors, row headings, classes and image data to a page's tokens.
 
     Returns:
@@ -166,7 +164,7 @@ def _decorate(tokens: Sequence[Token], images: Mapping[str, bytes]) -> list[tupl
 
 
 @cache
-def _environment() -> Environment:
+def _environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

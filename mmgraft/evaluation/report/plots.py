@@ -3,8 +3,6 @@
 The form of the first is that of Wings, arXiv 2406.03496, figure 2.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -35,7 +33,7 @@ _WINDOWS = 25  # a curve's running mean is over a 25th of its steps
 _Panel = tuple[str, Mapping[str, Any], str]
 
 
-def laws_plot(results: Mapping[str, Results]) -> bytes:
+def laws_plot(results: "Mapping[str, Results]") -> bytes:
     """Plot attention by layer: a row of panels for each run, a panel for each series.
 
     A panel shows which share of a query's attention goes to the text before the image, to the
@@ -69,7 +67,7 @@ def laws_plot(results: Mapping[str, Results]) -> bytes:
     return _png(figure)
 
 
-def _panels(label: str, results: Results) -> list[_Panel]:
+def _panels(label: str, results: "Results") -> list[_Panel]:
     """Return name, curves and shift of every series of a section."""
     found = []
     for one in results.sets:
@@ -83,7 +81,7 @@ def _panels(label: str, results: Results) -> list[_Panel]:
     return found
 
 
-def _draw_attention(axes: Axes, curve: Mapping[str, Any], top: float) -> None:
+def _draw_attention(axes: "Axes", curve: Mapping[str, Any], top: float) -> None:
     layers = list(curve["layers"])
     inserted = [position for position, layer in enumerate(layers) if "+" in layer]
     for side, (colour, label) in SIDES.items():
@@ -175,7 +173,7 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
-def _figure(columns: float, rows: float) -> Figure:
+def _figure(columns: float, rows: float) -> "Figure":
     from matplotlib.figure import Figure
 
     width, height = PANEL
@@ -184,14 +182,14 @@ def _figure(columns: float, rows: float) -> Figure:
     return figure
 
 
-def _style(axes: Axes) -> None:
+def _style(axes: "Axes") -> None:
     axes.tick_params(labelsize=7)
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: "Figure") -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

@@ -1,7 +1,5 @@
 """A run's report: what was measured of it, as JSON, Markdown and one HTML page."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

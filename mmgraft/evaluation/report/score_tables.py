@@ -1,7 +1,5 @@
 """Words of the tables of results, in a report, a model card and a comparison. Free of torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -4,8 +4,6 @@ A sheet of boxes stays in its run unless the licences of its images are known to
 ``results/sheets/`` is never pushed, and the run's report links to the files in it.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The two files: a decoder, and vision tower with projector, as llama.cpp names what is in them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,7 +55,7 @@ class GgufFile:
     """
 
     architecture: str
-    describe: Callable[[GGUFWriter], None]
+    describe: "Callable[[GGUFWriter], None]"
     tensors: dict[str, LazyTensor]
     outtype: str
 
@@ -171,7 +169,7 @@ def decoder_file(
     architecture: str,
     tensors: dict[str, LazyTensor],
     outtype: str,
-    tokens: Callable[[GGUFWriter], None],
+    tokens: "Callable[[GGUFWriter], None]",
 ) -> GgufFile:
     """Return the decoder's file.
 
@@ -185,7 +183,7 @@ def decoder_file(
     config = made_of.base_config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-    def describe(writer: GGUFWriter) -> None:
+    def describe(writer: "GGUFWriter") -> None:
         writer.add_name(made_of.record.workflow)
         writer.add_block_count(len(made_of.layers))
         writer.add_context_length(config.max_position_embeddings)
@@ -228,7 +226,7 @@ def vision_file(made_of: Ingredients, tensors: dict[str, LazyTensor], outtype: s
     tower = made_of.tower
     config, pixels = tower.model.config, image_processor(made_of)
 
-    def describe(writer: GGUFWriter) -> None:
+    def describe(writer: "GGUFWriter") -> None:
         writer.add_type("mmproj")
         writer.add_clip_has_vision_encoder(True)
         writer.add_clip_projector_type("mlp")

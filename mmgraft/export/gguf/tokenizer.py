@@ -1,7 +1,5 @@
 """A tokenizer as llama.cpp has it, where it is known to give the same ids."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from pathlib import Path
@@ -104,7 +102,7 @@ class Vocabulary:
             },
         )
 
-    def describe(self, writer: GGUFWriter, template: str = "") -> None:
+    def describe(self, writer: "GGUFWriter", template: str = "") -> None:
         """Add tokens, merges, ids and chat template."""
         from gguf import TokenType
 

@@ -1,7 +1,5 @@
 """Proof of an export: stock transformers must give the graft's own ids, pixels and logits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A graft as an ordinary LLaVA model, which transformers loads without mmgraft, and its card."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Refusal of grafts that stock LLaVA cannot express, and the ingredients of those it can."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

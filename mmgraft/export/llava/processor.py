@@ -4,8 +4,6 @@ Its chat template is the graft's own, behind lines that place the images: ``part
 ``plain.jinja``, in which words in capitals are filled in here.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import tempfile

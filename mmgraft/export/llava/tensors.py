@@ -1,7 +1,5 @@
 """The tensors of an exported LLaVA model, read when they are written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

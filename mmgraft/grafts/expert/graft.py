@@ -5,8 +5,6 @@
 is decoded: then nothing is patched.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

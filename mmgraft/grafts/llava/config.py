@@ -1,7 +1,5 @@
 """Settings of a LLaVA graft."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Settings of a LoRA graft."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """Settings of a Wings graft."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -95,7 +93,7 @@ class WingsStage(StageSwitches):
                 )
 
 
-def refuses(anatomy: Anatomy) -> str | None:
+def refuses(anatomy: "Anatomy") -> str | None:
     """Return the reason why a base cannot take learners beside its attention."""
     if anatomy.branch_blocked is not None:
         return anatomy.branch_blocked

@@ -1,7 +1,5 @@
 """Wings: visual and textual learners beside the attention (arXiv 2406.03496, equations 3 to 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -234,7 +232,7 @@ class WingsGraft(Graft):
         for wing in self.layers.values():
             wing.stacked = None  # type: ignore[assignment]
 
-    def train(self, mode: bool = True) -> WingsGraft:
+    def train(self, mode: bool = True) -> "WingsGraft":
         self._forget_stacked()
         return super().train(mode)
 

@@ -10,8 +10,6 @@ generation, and one product does for all of them. That copy takes at most three 
 learners' own memory, and goes with the next prefill.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,12 +43,12 @@ class Learner(nn.Module):
         """``(b, s, h) -> (b, heads, s, d)``."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def queries(self, hidden: Tensor, rotation: Rotation | None = None) -> Tensor:
+    def queries(self, hidden: Tensor, rotation: "Rotation | None" = None) -> Tensor:
         """Return queries ``(b, heads, s, d)`` of the hidden states into the layer ``(b, s, h)``."""
         q = self.split(hidden + self.query(hidden))
         return q if rotation is None else rotation(q)
 
-    def keys_values(self, features: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+    def keys_values(self, features: Tensor, rotation: "Rotation | None") -> tuple[Tensor, Tensor]:
         """Keys and values ``(b, heads, s, d)`` of the initial features ``(b, s, h)``."""
         k = self.split(features + self.key(features))
         v = self.split(features + self.value(features))
@@ -249,7 +247,7 @@ class Stacked:
     lift: Tensor  # (h, q r)
 
     @classmethod
-    def of(cls, looking: dict[str, Learner], seen: Learner) -> Stacked:
+    def of(cls, looking: dict[str, Learner], seen: Learner) -> "Stacked":
         """Copy the matrices of the learners that look and of the one whose keys are new."""
         learners = looking.values()
         pairs = [*(learner.query for learner in learners), seen.key, seen.value]

@@ -1,7 +1,5 @@
 """Settings of a cross-attention graft."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -107,7 +105,7 @@ class XattnConfig(StrictModel):
             )
         return value
 
-    def head_shape(self, anatomy: Anatomy) -> tuple[int, int, int]:
+    def head_shape(self, anatomy: "Anatomy") -> tuple[int, int, int]:
         """Return query heads, key heads and the width of a head."""
         found = _HEADS.fullmatch(self.heads)
         if found is None:
@@ -134,7 +132,7 @@ def promises(config: XattnConfig) -> Promises:
     return Promises(before="", fresh=fresh)
 
 
-def feedforward_width(config: XattnConfig, anatomy: Anatomy) -> int:
+def feedforward_width(config: XattnConfig, anatomy: "Anatomy") -> int:
     """Return the inner width of a block's feed-forward; 0 where it has none.
 
     The base's is that of its widest linear layer back to the hidden size outside of the attention.

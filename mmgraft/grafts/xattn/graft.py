@@ -7,8 +7,6 @@ A block is ``y = x + g(alpha) * Attention(norm(x), images)``, then
 ``y + g(beta) * FeedForward(norm(y))``, both at the positions that see an image; ``x`` elsewhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 

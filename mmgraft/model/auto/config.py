@@ -1,7 +1,5 @@
 """The config of a grafted model, and of a graft's folder: ``config.json``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Load a graft, its processor or its base's tokenizer as an Auto class asks for them."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

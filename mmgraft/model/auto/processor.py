@@ -1,7 +1,5 @@
 """A graft's processor as transformers' pipelines and servers call one."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from functools import reduce

@@ -1,7 +1,5 @@
 """Make a fresh graft: on a loaded base, or from files without ever loading the base."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -146,7 +144,7 @@ def _pinned(spec: VisionSpec) -> VisionSpec:
 
 
 def make_from_files(
-    files: ModelFiles,
+    files: "ModelFiles",
     config: StrictModel,
     workflow: str,
     projector: ProjectorConfig,

@@ -1,7 +1,5 @@
 """``graft_config.json``: what a graft is, which base it belongs to, which tower it sees with."""
 
-from __future__ import annotations
-
 import json
 import logging
 from importlib.metadata import version
@@ -123,7 +121,7 @@ class GraftFile(_Strict):
         method = methods().get(self.method)
         return Promises() if method is None else method.promises(self.settings)
 
-    def positions(self, shape: TowerShape) -> ImagePositions:
+    def positions(self, shape: "TowerShape") -> "ImagePositions":
         """Return how many positions an image takes, of a tower of this shape."""
         method = methods().get(self.method)
         return shape.positions(self.projector, method and method.positions)
@@ -140,7 +138,7 @@ class GraftFile(_Strict):
         return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def read(cls, folder: Path) -> GraftFile:
+    def read(cls, folder: Path) -> "GraftFile":
         """Read and check a graft's config.
 
         Raises:

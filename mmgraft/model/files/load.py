@@ -1,7 +1,5 @@
 """Load a saved graft with its base, its tower and its processor."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path

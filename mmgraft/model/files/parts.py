@@ -1,7 +1,5 @@
 """A fresh workflow, and the sources of its copies: a loaded base, its files, or its shape."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from functools import cached_property, partial

@@ -1,7 +1,5 @@
 """Write one workflow's graft: ``graft_config.json`` and ``graft.safetensors``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -36,7 +34,7 @@ INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 
 
 def save_graft(
-    model: GraftedModel,
+    model: "GraftedModel",
     folder: str | Path,
     workflow: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
@@ -151,7 +149,7 @@ def _weight_files(folder: Path) -> set[str]:
 
 
 def _write_base(
-    model: GraftedModel,
+    model: "GraftedModel",
     folder: Path,
     reference: BaseReference,
     state: dict[str, Tensor] | None = None,

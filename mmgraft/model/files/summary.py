@@ -1,7 +1,5 @@
 """Summary of a model or a graft for ``mmgraft inspect``, without loading any weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -87,7 +85,7 @@ class GraftSummary:
     lacks: dict[str, str]  # invariant -> why it does not hold
 
 
-def locate(name: str, revision: str | None = None) -> Path | ModelFiles:
+def locate(name: str, revision: str | None = None) -> "Path | ModelFiles":
     """Return the folder of a graft, or the files of a model; of what is on the Hub, no model's
     weights.
 
@@ -112,7 +110,7 @@ def locate(name: str, revision: str | None = None) -> Path | ModelFiles:
     return resolve(name, revision)
 
 
-def summarise_model(files: ModelFiles) -> ModelSummary:
+def summarise_model(files: "ModelFiles") -> ModelSummary:
     """Examine a base from its config alone.
 
     Raises:
@@ -223,7 +221,7 @@ def limits(record: GraftFile) -> dict[str, str]:
     return replace(record.promises, text="", fresh="").broken()
 
 
-def _count(module: nn.Module) -> int:
+def _count(module: "nn.Module") -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 

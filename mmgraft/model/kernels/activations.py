@@ -5,8 +5,6 @@ intermediate width: in a frozen Llama layer about two thirds of all that trainin
 activation is a cheap function of the gate, which its own backward pass keeps anyway.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Settings of a graft that computes what the published Wings code computes."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -75,7 +73,7 @@ class OfficialWingsConfig(StrictModel):
         return self
 
 
-def refuses(anatomy: Anatomy) -> str | None:
+def refuses(anatomy: "Anatomy") -> str | None:
     """Return the reason why a base cannot take what was published for Llama and Qwen2."""
     plain = anatomy.branch_norm is None and anatomy.residual_scale == 1.0
     if anatomy.rope_theta is None or anatomy.parallel_block or not plain:

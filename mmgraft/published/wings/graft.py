@@ -1,7 +1,5 @@
 """The published Wings code's learners in the path of a base."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

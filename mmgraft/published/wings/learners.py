@@ -13,8 +13,6 @@ What all layers share is computed once for each forward as an ``OfficialPlan``:
 where ``hidden`` is the residual plus the attention's output, before the layer's second norm.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 The losses that are logged: between two logs, which a checkpoint keeps, and of an evaluation.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Collection, Iterator

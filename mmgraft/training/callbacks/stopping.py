@@ -4,8 +4,6 @@ After Ctrl-C the step is finished, a checkpoint written, and the way on said. Wh
 noticed before the optimizer takes it in.
 """
 
-from __future__ import annotations
-
 import errno
 import math
 import random
@@ -150,7 +148,7 @@ class RandomState:
     cuda: list[Tensor]
 
     @classmethod
-    def now(cls, step: int) -> RandomState:
+    def now(cls, step: int) -> "RandomState":
         """Take down what stands now, after a step."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(step, random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)

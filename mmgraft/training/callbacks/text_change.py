@@ -1,7 +1,5 @@
 """Distance of a trained base's text from that of the base before training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +56,7 @@ class TextChange:
         )
 
 
-def remember(run: Path, model: GraftedModel, processor: GraftProcessor) -> None:
+def remember(run: Path, model: "GraftedModel", processor: "GraftProcessor") -> None:
     """Keep the base's log-probabilities, unless an earlier start of this run has kept them."""
     if not (run / BEFORE).is_file():
         tensors = _log_probabilities(model, processor)
@@ -75,7 +73,7 @@ def forgotten(results: dict[str, Any] | None) -> dict[str, Any] | None:
     return {key: value for key, value in (results or {}).items() if key != _KEY} or None
 
 
-def measure(run: Path, model: GraftedModel, processor: GraftProcessor) -> TextChange:
+def measure(run: Path, model: "GraftedModel", processor: "GraftProcessor") -> TextChange:
     """Compare with what was remembered, and write it into the graft's results."""
     before = load_file(run / BEFORE)
     change = compare(before, _log_probabilities(model, processor))
@@ -96,7 +94,7 @@ def compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> TextCh
     return TextChange(divergence / positions, same / positions, positions)
 
 
-def _log_probabilities(model: GraftedModel, processor: GraftProcessor) -> dict[str, Tensor]:
+def _log_probabilities(model: "GraftedModel", processor: "GraftProcessor") -> dict[str, Tensor]:
     """Compute those of the next token at every position, ``(s, vocab)`` in fp32 by prompt."""
     training = model.training
     model.eval()

@@ -1,7 +1,5 @@
 """Several processes: how many there are, and which ways of sharing a training can work."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ share of a process where several train together, are counted by what each way do
 hand in the tests; none was compared with a measured peak.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Subject of an estimate: a run or a recipe, with changes, and rows or their length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path

@@ -3,8 +3,6 @@
 Common cards stand in ``cards.yaml``, with what of their memory a training can have.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,12 +158,12 @@ def switches_for(processes: int) -> tuple[Switch, ...]:
     return (SEVERAL, *SWITCHES) if processes > 1 else SWITCHES
 
 
-def peak_of(stages: Sequence[StageEstimate]) -> int:
+def peak_of(stages: "Sequence[StageEstimate]") -> int:
     """Return the recipe's peak: its largest stage's."""
     return max(stage.peak for stage in stages)
 
 
-def savings(estimator: Estimator) -> list[Saving]:
+def savings(estimator: "Estimator") -> list[Saving]:
     """Find what each switch saves by itself, the largest saving first, without those of nothing."""
     recipe, before = estimator.recipe, peak_of(estimator.stages())
     found: list[Saving] = []
@@ -213,7 +211,7 @@ def free_memory(device: str) -> int:
         return free
 
 
-def warning(plan: Plan) -> str | None:
+def warning(plan: "Plan") -> str | None:
     """Warn of a training that needs more memory than is free; None where it fits.
 
     A base whose memory cannot be estimated is trained without a word of warning.

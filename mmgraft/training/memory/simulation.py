@@ -4,8 +4,6 @@ It runs on a grafted model of the right shapes without values, whose base is as 
 that is asked for. A ledger holds the bytes of the tensors that live at any moment.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import weakref

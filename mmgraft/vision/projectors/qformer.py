@@ -1,7 +1,5 @@
 """``qformer``: BLIP-2's Q-Former as transformers computes it, with published weights or drawn."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The registry of projectors. Importable without torch: modules load when one is made."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -41,12 +39,12 @@ class ProjectorKind:
     name: str
     title: str
     config_class: type[ProjectorConfig]
-    load: Callable[[], Callable[..., Projector]]
+    load: "Callable[[], Callable[..., Projector]]"
     origin: str = "mmgraft"
 
 
 def _built_in(name: str, title: str, config: type[ProjectorConfig], place: str) -> ProjectorKind:
-    def load() -> type[Projector]:
+    def load() -> "type[Projector]":
         file, _, projector = place.partition(".")
         return getattr(import_module(f"mmgraft.vision.projectors.{file}"), projector)
 
@@ -96,7 +94,7 @@ def register_projector(kind: ProjectorKind) -> None:
     PROJECTORS.register(kind.name, kind)
 
 
-def build_projector(config: ProjectorConfig, in_features: int, out_features: int) -> Projector:
+def build_projector(config: ProjectorConfig, in_features: int, out_features: int) -> "Projector":
     """Make a fresh projector.
 
     Args:

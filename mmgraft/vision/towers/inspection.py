@@ -1,7 +1,5 @@
 """The place of a vision model's patch features, found by running it once on the meta device."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass, field
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Any vision model of transformers as a tower."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
