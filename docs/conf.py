@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +77,13 @@ def _keys(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[
     """List the keys of a pydantic class with type, default and description."""
     if not _is_settings(what, thing):
         return
+    hints = {
+        node.target.id: ast.unparse(node.annotation)
+        for node in ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0].body
+        if isinstance(node, ast.AnnAssign)
+    }
     for key, info in thing.model_fields.items():
-        hint = str(thing.__annotations__.get(key, "")).replace("`", "")
+        hint = hints.get(key, "").replace("`", "")
         shown = "required" if info.is_required() else f"default ``{info.get_default()!r}``"
         if info.default_factory is not None:
             shown = "default empty"

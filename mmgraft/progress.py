@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: Seconds between two lines of a log.
 EVERY = 10.0
-"""Seconds between two lines of a log."""
+#: Seconds after which work is long enough for a bar.
 _SOON = 1.0
-"""Seconds after which work is long enough for a bar."""
 
 _log = logging.getLogger("mmgraft")
 _works: "list[Work]" = []  # the innermost last, which is the one shown

@@ -30,8 +30,8 @@ def _layer_choice(value: Any) -> list[int] | str:
     return value
 
 
+#: Layers as a config names them: checked in form here, against the base by ``parse_layers``.
 LayerChoice = Annotated[list[int] | str, BeforeValidator(_layer_choice)]
-"""Layers as a config names them: checked in form here, against the base by ``parse_layers``."""
 
 
 @dataclass(frozen=True)

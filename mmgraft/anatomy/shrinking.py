@@ -39,8 +39,8 @@ _RULES: tuple[tuple[str, int], ...] = (
     ),
 )
 
+#: Numbers that stay equal where they are.
 _EQUAL = (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim"))
-"""Numbers that stay equal where they are."""
 
 
 def shrunken(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -29,8 +29,8 @@ _TOKENIZER = [
     "tokenizer*", "special_tokens*", "added_tokens*", "chat_template*", "vocab*", "merges*",
     "*.model",
 ]  # fmt: skip
+#: All of a base but its weights.
 SMALL = ["config.json", "generation_config.json", *_TOKENIZER]
-"""All of a base but its weights."""
 # Subfolders and second copies of the same weights in other formats.
 _NOT_WANTED = ["*/*", "consolidated*", "*.fp16.*", "*adapter*"]
 

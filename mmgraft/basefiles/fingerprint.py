@@ -12,8 +12,8 @@ from mmgraft.basefiles.tensor_files import TensorEntry, dtype_name
 from mmgraft.basefiles.tensors import TensorReader
 from mmgraft.progress import counted
 
+#: Number of bytes that are hashed at each end of a tensor.
 EDGE = 16 * 1024
-"""Number of bytes that are hashed at each end of a tensor."""
 
 # Fields that say where, by what or how a model was saved or is run, not what it computes.
 _VOLATILE = {

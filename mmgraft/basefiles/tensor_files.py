@@ -28,8 +28,8 @@ from mmgraft.textfiles import weight_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 
+#: Each dtype by the name that safetensors has for it.
 DTYPES: dict[str, torch.dtype] = str_to_torch_dtype
-"""Each dtype by the name that safetensors has for it."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

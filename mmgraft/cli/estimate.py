@@ -17,6 +17,7 @@ _rows = partial(given, panel="Length of rows")
 _SET = "Change a value: stages.*.batch_size=2, graft.config.layers=last:8."
 _PROCESSES = "Number of processes that train together; sizes are those of one of them."
 
+#: Options that ``read_request`` takes by these names.
 _REQUEST = {
     "base": _plan(str, "Base: alias, Hub id or folder."),
     "vision": _plan(str, "Tower: Hub id, folder or name."),
@@ -29,7 +30,6 @@ _REQUEST = {
     "device": given(str, "Device of the training: cuda or cpu.", default="cuda"),
     "processes": given(int, _PROCESSES, default=1, min=1),
 }
-"""Options that ``read_request`` takes by these names."""
 _Target = Annotated[str, argument("Shipped name, YAML file, or a graft.", metavar="RECIPE|RUN")]
 
 

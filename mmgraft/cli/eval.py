@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from mmgraft.recipes.evaluation_set import SetSpec
     from mmgraft.runs.results import Results
 
+#: Options that :class:`Evaluation` has by the same names.
 _PASSED_ON = (
     "text", "vision", "iit", "workflow", "batch_size", "limit", "include_path", "dialogues",
     "dialogue_count", "untouched",
 )  # fmt: skip
-"""Options that :class:`Evaluation` has by the same names."""
 _sets = partial(option, panel="Which sets")
 _one = partial(option, panel="A set without a recipe")
 

@@ -6,8 +6,8 @@ import re
 from mmgraft.errors import MMGraftError, UsageError, first_line, is_out_of_memory
 
 _NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+#: Texts of gloo's error where a process that it waits for has gone.
 _PEER = re.compile("Connection (closed|reset) by peer|[Tt]imed out waiting .*ms for recv")
-"""Texts of gloo's error where a process that it waits for has gone."""
 _HUB_USAGE = {"GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError"}
 
 

@@ -40,8 +40,8 @@ _OF_A_RUN = (
     "checkpoints", "metrics.jsonl", "recipe.used.yaml", "text-before.safetensors",
     "versions.json", "workflows",
 )  # fmt: skip
+#: Flags of the command whose parameters are called otherwise.
 _FLAGS = {"set", "help"}
-"""Flags of the command whose parameters are called otherwise."""
 _SEE = "Tower, projector and text"
 _METHODS = ", ".join(method.name for method in built_in() if method.recipe)
 

@@ -107,6 +107,7 @@ BaseOption = Annotated[
     str | None, option("--base", "Folder of the base, if it was moved.", panel=_LOADING)
 ]
 
+#: Options of a command that loads a model; what ``load_answerer`` takes.
 LOADING = {
     "device": given(str, "Device: cuda, mps, cpu; else the first found.", panel=_LOADING),
     "dtype": given(str, "Dtype: bfloat16, float32; default: as saved.", panel=_LOADING),
@@ -116,8 +117,8 @@ LOADING = {
     "revision": (RevisionOption, None),
     "template_option": (TemplateOption, None),
 }
-"""Options of a command that loads a model; what ``load_answerer`` takes."""
 
+#: Options of a command that answers with it, likewise.
 ANSWERING = {
     "show_reasoning": given(
         bool,
@@ -129,4 +130,3 @@ ANSWERING = {
     "seed": given(int, "Seed of sampling.", panel=_ANSWERS),
     **LOADING,
 }
-"""Options of a command that answers with it, likewise."""

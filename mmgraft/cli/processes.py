@@ -18,8 +18,8 @@ from typing import Any
 from mmgraft.errors import UsageError
 
 COMMAND = (sys.executable, "-m", "mmgraft")
+#: Seconds that the others have to end by themselves after one has failed.
 GRACE = 15.0
-"""Seconds that the others have to end by themselves after one has failed."""
 _LAUNCHER = "MMGRAFT_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 

@@ -30,6 +30,7 @@ _SET = "Change a value: stages.align.lr=1e-4, stages.*.batch_size=2, seed=3."
 _RESTART = "Train a trained or stopped run from its graft as it is."
 _PROCESSES = "Number of processes, on CUDA one a card; the recipe says how they share: parallel."
 
+#: Options that ``plan_training`` takes by these names.
 _TRAINING = {
     "recipe": _plan(str, "Recipe: YAML file or shipped name."),
     "data": _plan(list[str], _DATA),
@@ -39,7 +40,6 @@ _TRAINING = {
     "max_steps": _plan(int, "Number of steps after which every stage ends.", min=1),
     "device": given(str, "Device: cuda, mps, cpu; else the first found."),
 }
-"""Options that ``plan_training`` takes by these names."""
 
 
 @with_options("processes", _TRAINING)

@@ -31,8 +31,8 @@ from mmgraft.runs.find import is_graft
 from mmgraft.runs.results import Results, Score, Section, SetResult, measured
 
 NO_IMAGE, PRIOR = "no_image", "prior"
+#: Up to so many arms are compared each with each; more of them each with the best.
 ALL_PAIRS = 5
-"""Up to so many arms are compared each with each; more of them each with the best."""
 
 _NEEDED = {
     "choice": {"answer", "sums", "tokens", "characters"},

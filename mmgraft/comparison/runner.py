@@ -417,10 +417,10 @@ def _dialogues(answerer: Answerer, plan: ComparisonPlan) -> Path:
 
 
 LOCK = ".comparison.lock"
+#: Keys of a recipe that may change between two sessions.
 _NOT_OF_TRAINING = frozenset(
     {"name", "description", "evaluation", "feature_cache", "log_every", "workers", "tracking"}
 )
-"""Keys of a recipe that may change between two sessions."""
 
 
 @dataclass(frozen=True)

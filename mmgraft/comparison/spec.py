@@ -20,10 +20,10 @@ from mmgraft.recipes.source import find_recipe, key_value, load_recipe, read_yam
 from mmgraft.strict import StrictModel
 from mmgraft.vision.spec import VisionSpec
 
+#: Folder of the shipped comparisons, below the recipes.
 FOLDER = "comparisons"
-"""Folder of the shipped comparisons, below the recipes."""
+#: Key of the data of stages that have none of their own.
 ALL_STAGES = "*"
-"""Key of the data of stages that have none of their own."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 

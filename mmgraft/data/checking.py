@@ -23,8 +23,8 @@ from mmgraft.errors import UsageError
 from mmgraft.progress import counted
 from mmgraft.vision.images import BadImage, Fault, StoredImage
 
+#: Kinds of faults of a row; see ``BadRow``.
 FAULTS = ("missing", "broken", "enormous", "outside", "empty", "row")
-"""Kinds of faults of a row; see ``BadRow``."""
 
 _KEPT = 10
 

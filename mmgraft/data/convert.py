@@ -20,14 +20,14 @@ from mmgraft.data.images import check_image, image_bytes
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
 
+#: Ways to write images: as paths, as bytes in the file, or as files beside it.
 ImageData = Literal["paths", "embed", "beside"]
-"""Ways to write images: as paths, as bytes in the file, or as files beside it."""
 
 Placed = tuple[bytes | None, str]
 Place = Callable[[Row], list[Placed]]
 
+#: Rows of a parquet file that are written together.
 _GROUP = 256
-"""Rows of a parquet file that are written together."""
 
 
 @dataclass(frozen=True)

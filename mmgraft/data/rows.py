@@ -49,14 +49,14 @@ class Row:
         return f"{place} (id {self.id})" if place else f"row {self.id}"
 
 
+#: Rows that are said one by one; the others are in the log alone.
 _SAID = 5
-"""Rows that are said one by one; the others are in the log alone."""
 
 
 OnBadRow = Literal["error", "skip"]
 BAD_ROWS = "bad_rows.jsonl"
+#: Prefix of a data set of the Hub: hub:OWNER/NAME.
 HUB = "hub:"
-"""Prefix of a data set of the Hub: hub:OWNER/NAME."""
 
 
 @dataclass(frozen=True)

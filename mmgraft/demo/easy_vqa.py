@@ -27,8 +27,8 @@ Split = Literal["train", "test"]
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
+#: Number of questions about one image in a row to train on.
 TURNS = 5
-"""Number of questions about one image in a row to train on."""
 
 _NEGATIONS = frozenset({"no", "not"})
 

@@ -135,10 +135,10 @@ class DemoReport:
 
 
 QUESTIONS = 1000
+#: Seed of the test questions: always the same ones, whatever the seed of a training.
 DRAW_SEED = 2026
-"""Seed of the test questions: always the same ones, whatever the seed of a training."""
+#: Largest number of tokens in an answer: two make the longest one, and one ends it.
 ANSWER_TOKENS = 3
-"""Largest number of tokens in an answer: two make the longest one, and one ends it."""
 QUICK_STEPS, QUICK_QUESTIONS, QUICK_IMAGES = 2, 20, 24
 ALIGN, TUNE = "align", "tune"
 

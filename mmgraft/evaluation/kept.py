@@ -40,12 +40,12 @@ from mmgraft.runs.results import FOLDER as RESULTS
 from mmgraft.vision.images import StoredImage
 
 VERSION = 1
+#: Inside the results of a run.
 FOLDER = "predictions"
-"""Inside the results of a run."""
 
 Row = dict[str, Any]
+#: Called with processor and items, and with ``batch_size`` and ``on_result`` by name.
 Compute = Callable[..., object]
-"""Called with processor and items, and with ``batch_size`` and ``on_result`` by name."""
 
 
 @dataclass(frozen=True)

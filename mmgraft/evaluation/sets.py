@@ -21,8 +21,8 @@ from mmgraft.recipes.source import find_recipe, read_yaml
 from mmgraft.runs.results import SetResult
 from mmgraft.strict import StrictModel
 
+#: Files of a run's recipe: as it was trained, else as it was written.
 RUN_RECIPES = ("recipe.used.yaml", "recipe.yaml")
-"""Files of a run's recipe: as it was trained, else as it was written."""
 
 
 class _Sets(StrictModel):

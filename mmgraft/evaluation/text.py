@@ -31,8 +31,8 @@ from mmgraft.runs.results import Results, Score, SetResult
 
 BATCH_SIZE = 16
 
+#: Setting for a set that is not evaluated as plain text.
 CHAT = "chat, through the graft's template"
-"""Setting for a set that is not evaluated as plain text."""
 
 _CHECKED = 4  # items of each set that both models read, whatever is known
 _CHARACTERS = 600  # of a text whose logits are compared bit for bit

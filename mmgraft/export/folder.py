@@ -13,8 +13,8 @@ from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 
 Kind = Literal["graft", "full", "llava", "peft", "gguf", "mmproj", "vllm"]
 
+#: Key of an exported ``config.json`` that says what the model was made of.
 NOTE_KEY = "mmgraft"
-"""Key of an exported ``config.json`` that says what the model was made of."""
 
 ADAPTER = "adapter_model.safetensors"
 MMPROJ = "mmproj.gguf"

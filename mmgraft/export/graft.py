@@ -19,8 +19,8 @@ from mmgraft.textfiles import read_json
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.registry import load_tower
 
+#: Folder inside a graft's folder that holds its vision tower.
 OWN_TOWER = "vision"
-"""Folder inside a graft's folder that holds its vision tower."""
 
 _KEPT = (
     "*.json",

@@ -26,8 +26,8 @@ from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.progress import say
 from mmgraft.version import __version__
 
+#: Bases whose decoder the plugin knows, by model type.
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-"""Bases whose decoder the plugin knows, by model type."""
 
 ARCHITECTURE = "MMGraftForConditionalGeneration"
 

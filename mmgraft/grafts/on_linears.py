@@ -18,8 +18,8 @@ from mmgraft.grafts.base import IMAGE, Graft, Pass
 from mmgraft.layers import parse_layers
 from mmgraft.patching import patched_forward
 
+#: Widths of what goes in and comes out, by layer and dotted name: ``0.self_attn.q_proj``.
 Sizes = Mapping[str, tuple[int, int]]
-"""Widths of what goes in and comes out, by layer and dotted name: ``0.self_attn.q_proj``."""
 
 
 def chosen_linears(

@@ -27,11 +27,11 @@ _BUILT_IN = (
     "grafts.xattn",
     "published.wings",
 )
+#: Settings of a method that have become a method of their own, with the other settings.
 _MOVED = {("wings", "variant", "official"): "wings-official"}
-"""Settings of a method that have become a method of their own, with the other settings."""
 
+#: Settings that earlier files have and that say nothing where they have these values.
 _GONE = {"wings": {"system_prompt_length": None, "image_token_length": None, "router_width": 4096}}
-"""Settings that earlier files have and that say nothing where they have these values."""
 
 
 @cache

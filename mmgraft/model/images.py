@@ -11,8 +11,8 @@ from mmgraft.vision.plan import Plan
 from mmgraft.vision.projectors.built_in import Projector
 from mmgraft.vision.towers.base import VisionTower
 
+#: Positions of an image in a row, by the row's workflow: the row's number, the image's plan.
 Counts = Callable[[int, Plan], int]
-"""Positions of an image in a row, by the row's workflow: the row's number, the image's plan."""
 
 
 @dataclass

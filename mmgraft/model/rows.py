@@ -12,8 +12,8 @@ from mmgraft.grafts.base import IMAGE, PADDING, TEXT
 from mmgraft.model.cache import RowSlot
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
+#: Stands for ``text`` among the numbers of workflows.
 TEXT_NUMBER = -1
-"""Stands for ``text`` among the numbers of workflows."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.vision.plan import Plan
 from mmgraft.vision.projectors.built_in import Projector
 
+#: The base alone.
 TEXT_WORKFLOW = "text"
-"""The base alone."""
 
 
 class Workflow(nn.Module):

@@ -359,8 +359,8 @@ def base_bytes(source: Source, published: Published) -> int:
     return sum(source.tensors[name].nbytes for name in published.base_tensors)
 
 
+#: Folder inside a graft's folder that holds the vision tower.
 OWN_TOWER = "tower"
-"""Folder inside a graft's folder that holds the vision tower."""
 
 
 @dataclass(frozen=True)

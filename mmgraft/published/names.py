@@ -24,8 +24,8 @@ from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.layers import parse_layers
 from mmgraft.published.wings.config import OfficialWingsConfig
 
+#: By their number, the layers that the published IAA code names; its list of 8 is unknown.
 PUBLISHED_LAYERS = {14: [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]}
-"""By their number, the layers that the published IAA code names; its list of 8 is unknown."""
 
 _TOWER = "model.vision_tower.vision_tower."
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.position_ids$")
@@ -43,8 +43,8 @@ _BASE_FIELDS = (
 )
 
 
+#: The endings of the published names of a workflow's projector, and of its other modules.
 _IAA_WORKFLOWS = {"mm": ("", ""), "grounding": ("_G", "_grounding")}
-"""The endings of the published names of a workflow's projector, and of its other modules."""
 
 
 @dataclass(frozen=True)

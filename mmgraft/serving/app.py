@@ -23,8 +23,8 @@ from mmgraft.serving.served import Served
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+#: Largest body of a request.
 MAX_BYTES = 64 * 2**20
-"""Largest body of a request."""
 
 _NEEDED = ("fastapi", "uvicorn", "openai")
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")

@@ -15,8 +15,8 @@ from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.errors import UsageError, brief
 from mmgraft.strict import StrictModel
 
+#: Largest number of tokens in an answer where a request names none, as transformers has it.
 DEFAULT_TOKENS = 1024
-"""Largest number of tokens in an answer where a request names none, as transformers has it."""
 
 
 class Sampling(StrictModel):

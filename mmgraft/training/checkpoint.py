@@ -26,8 +26,8 @@ TENSORS = "trained.safetensors"
 PROGRESS = "progress.json"
 ROWS = "rows.json"
 _NAME = re.compile(r"checkpoint-\d+")
+#: Text of the RuntimeError of torch's file writer where a disk is full.
 _OF_DISK = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""Text of the RuntimeError of torch's file writer where a disk is full."""
 
 
 def stage_folder(run: Path, index: int, name: str) -> Path:

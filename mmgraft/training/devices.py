@@ -14,8 +14,8 @@ from mmgraft.errors import UsageError
 if TYPE_CHECKING:
     from mmgraft.recipes.recipe import Recipe
 
+#: In the order in which they are taken.
 DEVICES = ("cuda", "mps", "cpu")
-"""In the order in which they are taken."""
 
 _TRACKER_PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -26,11 +26,11 @@ _TRACKER_PACKAGES = {
 _WORKERS = 4  # processes that load rows for a card
 _BF16 = (8, 0)  # the first CUDA capability with arithmetic in bf16
 
+#: Module and package of each kind of flash attention.
 _FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
-"""Module and package of each kind of flash attention."""
 
 
 def pick_device(wanted: str | None = None) -> str:

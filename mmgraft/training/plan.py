@@ -12,10 +12,10 @@ from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import find_recipe, method_recipe
 from mmgraft.training.distributed.parallel import processes
 
+#: Recipe that ``mmgraft graft`` writes into a run, for its owner to change.
 RECIPE = "recipe.yaml"
-"""Recipe that ``mmgraft graft`` writes into a run, for its owner to change."""
+#: The recipe that the run is trained by, every setting resolved; ``--resume`` goes on with it.
 USED_RECIPE = "recipe.used.yaml"
-"""The recipe that the run is trained by, every setting resolved; ``--resume`` goes on with it."""
 
 
 @dataclass

@@ -28,8 +28,8 @@ from mmgraft.progress import counted
 from mmgraft.recipes.recipe import Stage
 from mmgraft.training.devices import is_main_rank
 
+#: In the folder of a stage's checkpoints: positions of its rows, 0 for one that cannot be used.
 LENGTHS = "lengths.npy"
-"""In the folder of a stage's checkpoints: positions of its rows, 0 for one that cannot be used."""
 _SIZES = 256  # rows whose lengths differ less than a sequence by this are taken as equal
 _WINDOW = 64  # batches whose rows are sorted by length together
 _MEASURED = 256  # rows measured in one go
@@ -239,5 +239,5 @@ def _measure(rows: RowDataset, indices: Sequence[int]) -> list[int | BadRow]:
     return [rows.length(index) for index in indices]
 
 
+#: Order of the rows of an epoch, whose number is set with ``set_epoch``.
 Order = EpochSampler | EvenSampler
-"""Order of the rows of an epoch, whose number is set with ``set_epoch``."""

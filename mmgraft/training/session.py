@@ -41,8 +41,8 @@ from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.trainer import GraftTrainer, describe, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 
+#: Folder of a run for the workflows beside its own.
 WORKFLOWS = "workflows"
-"""Folder of a run for the workflows beside its own."""
 
 
 class Session:

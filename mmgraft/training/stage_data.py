@@ -111,8 +111,8 @@ def source_of(entry: DataEntry) -> Source:
 
 
 _PIECES = 64
+#: Pieces by which rows are known again, and of these, how many may be others: rows are mended.
 _MENDED = 8
-"""Pieces by which rows are known again, and of these, how many may be others: rows are mended."""
 
 
 def fingerprint(rows: Sequence[Row]) -> dict[str, Any]:
@@ -156,10 +156,10 @@ def refuse_other_rows(rows: Sequence[Row], begun_with: Any, stage: str, run: Pat
     )
 
 
+#: Images whose two ends are looked at before a training.
 _LOOKED_AT = 10_000
-"""Images whose two ends are looked at before a training."""
+#: Rows that are read for each of these, because several may show one image.
 _READ_FOR_EACH = 10
-"""Rows that are read for each of these, because several may show one image."""
 
 
 class StageData:

@@ -26,8 +26,8 @@ from mmgraft.training.stages import RateGroup
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit"}
 _ON_CUDA = {**_OPTIMIZERS, "adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
+#: Facts of a batch on the host, see :func:`describe`: no card is waited for.
 ABOUT = ("rows", "bad_rows", "supervised", "with_image", "positions", "on_host")
-"""Facts of a batch on the host, see :func:`describe`: no card is waited for."""
 _ON_HOST = ("image_sizes", "image_lengths", "image_rows")
 _PREFETCHED = 4  # batches that each worker has ready for a card
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}

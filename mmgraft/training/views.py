@@ -133,8 +133,8 @@ def _run_and_file(chosen: Selection) -> tuple[Path | None, Path | None]:
     return run, file
 
 
+#: A recipe, the processor and the size of the base's position table, where they are known.
 _Readers = tuple[Recipe | None, GraftProcessor | None, int | None]
-"""A recipe, the processor and the size of the base's position table, where they are known."""
 
 
 def _of_run(chosen: Selection, run: Path) -> _Readers:

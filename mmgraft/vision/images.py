@@ -69,19 +69,19 @@ class StoredImage:
 
 Fault = Literal["missing", "broken", "enormous", "outside"]
 
+#: Last bytes of a whole file. One that ends otherwise may be whole, or cut short.
 _ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
-"""Last bytes of a whole file. One that ends otherwise may be whole, or cut short."""
 
 _DRAWINGS = ("EPS", "WMF")
 
+#: Formats whose head says the size and how the image is turned.
 _HEADS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Formats whose head says the size and how the image is turned."""
 
+#: Modes whose every value has a colour; of others the pixels are looked at.
 _PLAIN = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV")
-"""Modes whose every value has a colour; of others the pixels are looked at."""
 
+#: Largest ratio of an image's sides: resized by its short side, an image grows as much.
 _LONGEST = 200
-"""Largest ratio of an image's sides: resized by its short side, an image grows as much."""
 
 T = TypeVar("T")
 

@@ -8,11 +8,11 @@ from typing import Literal
 
 from typing_extensions import Self
 
+#: Width and height of an image in pixels, as it is shown (turned as its EXIF data says).
 Size = tuple[int, int]
-"""Width and height of an image in pixels, as it is shown (turned as its EXIF data says)."""
 
+#: Rows and columns.
 Grid = tuple[int, int]
-"""Rows and columns."""
 
 
 @dataclass(frozen=True)

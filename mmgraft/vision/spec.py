@@ -80,7 +80,7 @@ class TowerKind:
         return value
 
 
+#: Values of ``VisionSpec.kind``; ``towers/registry.py`` adds them.
 TOWERS: Kinds[TowerKind] = Kinds("vision tower kind", "mmgraft.towers", TowerKind.of_entry_point)
-"""Values of ``VisionSpec.kind``; ``towers/registry.py`` adds them."""
+#: The public name of the usual projector's settings.
 ProjectorSpec = MlpConfig
-"""The public name of the usual projector's settings."""

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 Side = Literal["left", "right"]
 
+#: The label of tokens that are not supervised.
 IGNORED = -100
-"""The label of tokens that are not supervised."""
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: Side, multiple: int = 1) -> Tensor:

@@ -14,12 +14,12 @@ from mmgraft.errors import UsageError
 
 _THOUGHT = "zqThoughtqz"
 _STEMS = r"(?:\w*?[_:])?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratchpad)"
+#: Forms in use: <think>, <seed:think>, [THINK], <|begin_of_thought|>, <|START_THINKING|>.
 _BEGINS, _ENDS = rf"[<\[◁]\|?{_STEMS}\|?[>\]▷]", rf"[<\[◁]\|?(?:/|end){_STEMS}\|?[>\]▷]"
-"""Forms in use: <think>, <seed:think>, [THINK], <|begin_of_thought|>, <|START_THINKING|>."""
 
 
+#: Version of what :meth:`Answers.shown` leaves of a text: answers kept by another are made anew.
 CLEANED = 2
-"""Version of what :meth:`Answers.shown` leaves of a text: answers kept by another are made anew."""
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def _with_calls(
     return {**turn, "tool_calls": calls} if calls else dict(turn)
 
 
+#: A vision tower's ``preprocess``.
 Preprocess = Callable[[Sequence[Image.Image]], Tensor]
-"""A vision tower's ``preprocess``."""
 
 
 @dataclass(frozen=True)

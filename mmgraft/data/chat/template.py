@@ -15,11 +15,11 @@ from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.textfiles import read_text
 
 _MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+#: Variables that transformers and jinja give to a template.
 _GIVEN = re.compile(
     "messages|tools|documents|add_generation_prompt|continue_final_message|"
     "raise_exception|strftime_now|range|namespace|dict"
 )
-"""Variables that transformers and jinja give to a template."""
 _PROBE = "mmgraft probe"
 
 

@@ -17,8 +17,8 @@ from mmgraft.data.chat.template import Template, render, source_of
 from mmgraft.data.chat.turns import Message, flatten, strings_in
 from mmgraft.errors import UsageError
 
+#: Name of transformers' ``LlavaProcessor``; the first choice, so that prompts look familiar.
 STOCK_SENTINEL = "<image>"
-"""Name of transformers' ``LlavaProcessor``; the first choice, so that prompts look familiar."""
 
 _TRIES = 8
 
@@ -251,8 +251,8 @@ def with_sentinel(plain: Transcript, messages: Sequence[Message]) -> Transcript:
     )
 
 
+#: Stands for an answer in what is written to learn from.
 MARKER = "zqAnswerqz"
-"""Stands for an answer in what is written to learn from."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from mmgraft.data.chat.turns import ROW_KEYS
 from mmgraft.errors import UsageError, did_you_mean
 
+#: Keys that are looked for where ``columns`` names none.
 _KEYS: dict[str, tuple[str, ...]] = {
     "id": ("id", "question_id"),
     "question": ("question",),
@@ -20,7 +21,6 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "group": ("group",),
     "text": ("text",),
 }
-"""Keys that are looked for where ``columns`` names none."""
 
 _PASSAGES = ("passage", "context")
 _LETTERED = re.compile(r"(?:^|\n)\s*([A-Z])[.)]\s+")

@@ -18,8 +18,8 @@ from mmgraft.errors import UsageError, brief
 from mmgraft.strict import StrictModel
 
 Format = Literal["auto", "messages", "swift", "llava", "alpaca", "cauldron", "trl", "vqa"]
+#: Fields of a row of a table; ``columns`` names the key of each.
 Column = Literal["id", "question", "answer", "answers", "options", "image"]
-"""Fields of a row of a table; ``columns`` names the key of each."""
 
 Record = Mapping[str, Any]
 Turn = dict[str, Any]
@@ -242,6 +242,7 @@ def _chosen(answers: Sequence[Any], vqa: Vqa, row: str) -> Any:
     )
 
 
+#: All but tables, which a recipe names by their columns.
 LAYOUTS = (
     Layout(("llava", "swift"), ("conversations",), partial(_listed, "conversations")),
     Layout(("messages", "swift"), ("messages",), partial(_listed, "messages")),
@@ -249,4 +250,3 @@ LAYOUTS = (
     Layout(("cauldron",), ("texts",), _cauldron),
     Layout(("trl",), ("prompt", "completion"), _trl),
 )
-"""All but tables, which a recipe names by their columns."""

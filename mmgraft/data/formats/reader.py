@@ -31,13 +31,13 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import BadImage, StoredImage
 
+#: Placeholder of an image in the texts of most layouts; beside content parts it is plain text.
 WORD = "<image>"
-"""Placeholder of an image in the texts of most layouts; beside content parts it is plain text."""
 
+#: Rule by which ``WORD`` is an image. ``first``: always, and images without any word come before
+#: the first turn of a user; ``parts``: never where any part is an image, else ``first`` where
+#: images are listed; ``listed``: as ``parts``, but what may be either is refused.
 Words = Literal["never", "always", "first", "parts", "listed"]
-"""Rule by which ``WORD`` is an image. ``first``: always, and images without any word come before
-the first turn of a user; ``parts``: never where any part is an image, else ``first`` where images
-are listed; ``listed``: as ``parts``, but what may be either is refused."""
 
 Turn = dict[str, Any]
 
@@ -145,16 +145,16 @@ def _filled(turns: Sequence[Turn], images: Sequence[Any]) -> list[Turn]:
     return filled
 
 
+#: Characters; what is longer is hardly a path.
 _LONGEST_NAME = 1000
-"""Characters; what is longer is hardly a path."""
 _TURNS = ("messages", "conversations", "texts", "history")
+#: Lists and objects in each other.
 _DEEPEST = 100
-"""Lists and objects in each other."""
 
+#: An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot.
 _BASE64 = re.compile(
     r"(?:iVBORw0KGgoAAAANSUhEUg|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40,}={0,2}\s*"
 )
-"""An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot."""
 
 
 _PLACED = {

@@ -11,10 +11,10 @@ from mmgraft.errors import UsageError
 from mmgraft.vision.images import StoredImage
 
 _CHUNK = 1 << 20
+#: Bytes that are read at a time, of a whole file and of one record.
 _SHORT = 1 << 14
-"""Bytes that are read at a time, of a whole file and of one record."""
+#: Characters of one record of a list; what is longer is taken for a file that is cut short.
 _LONGEST = 64 << 20
-"""Characters of one record of a list; what is longer is taken for a file that is cut short."""
 _SPACE = " \t\n\r"
 _NESTED = "lists in lists, deeper than can be read; write a row"
 _DIGITS = "a number of thousands of digits; write it as a text, or leave it out"
@@ -51,10 +51,10 @@ class Found:
 class RecordFile(Protocol):
     """A file of records of which each can be read by itself. It keeps no record in memory."""
 
+    #: As errors name it.
     file: str
-    """As errors name it."""
+    #: Unit that its numbers count: "line", "row" or "sample".
     unit: str
-    """Unit that its numbers count: "line", "row" or "sample"."""
 
     def scan(self) -> Iterator[Found]:
         """Yield all records in order.

@@ -26,8 +26,8 @@ from mmgraft.progress import counted
 _log = logging.getLogger(__name__)
 OnBad = Callable[[BadRow], None]
 
+#: Endings of the files in a folder of shards.
 ENDINGS = (".json", ".jsonl", ".parquet", ".tar")
-"""Endings of the files in a folder of shards."""
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 

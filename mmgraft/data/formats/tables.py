@@ -17,14 +17,14 @@ from mmgraft.data.rows import HUB
 from mmgraft.errors import MMGraftError, UsageError, first_line
 from mmgraft.vision.images import StoredImage
 
+#: Rows that are looked at together.
 _SLICE = 256
-"""Rows that are looked at together."""
+#: Reads after which files are mapped anew.
 _MAPPED_ANEW = 64
-"""Reads after which files are mapped anew."""
+#: Rows of a parquet file that are unpacked at a time, and about how many bytes of larger rows.
 _FEWEST, _MOST, _UNPACKED = 256, 4096, 64 << 20
-"""Rows of a parquet file that are unpacked at a time, and about how many bytes of larger rows."""
+#: Bytes of a column of a group, and for each byte of it in the file: above both it is no data.
 _BOMB, _BOMB_RATIO = 1 << 30, 1000
-"""Bytes of a column of a group, and for each byte of it in the file: above both it is no data."""
 
 
 class TableFile:

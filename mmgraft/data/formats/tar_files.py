@@ -11,8 +11,8 @@ from mmgraft.data.formats.record_files import Found, Record, StampedFile
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import StoredImage
 
+#: Endings of members that are images.
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-"""Endings of members that are images."""
 
 
 class TarFile(StampedFile):

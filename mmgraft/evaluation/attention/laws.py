@@ -219,13 +219,13 @@ class _MeetKernel(TorchFunctionMode):
 
 
 SIDES = ("before", "image", "after")
+#: The series in which the workflow runs and its graft does not: the base, fed with images.
 PROJECTOR_ONLY = "base_with_projector"
-"""The series in which the workflow runs and its graft does not: the base, fed with images."""
 
+#: After a layer's number: the layer that a graft inserted after it.
 INSERTED = "+"
-"""After a layer's number: the layer that a graft inserted after it."""
+#: Before a layer's number: what a graft attends to beside that layer's attention.
 _WATCHED = "beside "
-"""Before a layer's number: what a graft attends to beside that layer's attention."""
 
 
 @dataclass(frozen=True)
@@ -365,8 +365,8 @@ def _gather(sums: Mapping[str, Tensor], names: Sequence[str] | Mapping[str, Any]
     return LayerSums(chosen, stacked.double().numpy())
 
 
+#: Why a sample has no attention shift.
 LEFT_OUT = ("no_image", "no_text_before", "no_text_after", "no_variance")
-"""Why a sample has no attention shift."""
 
 Sample = Row | Item
 _CONSTANT = 1e-6  # a curve that varies by less, of its largest value, is rounding

@@ -149,8 +149,8 @@ def _copied(path: Path, folder: Path) -> str:
     return f"{IMAGES}/{name}"
 
 
+#: A letter a question: T of text, V with an image. The last one is scored.
 SHAPES = ("T", "TT", "TTT", "TTV", "TV", "V")
-"""A letter a question: T of text, V with an image. The last one is scored."""
 
 WORDS = {"T": "text", "V": "visual"}
 _DIGITS = 6  # of a cosine: less is noise of the machine, and ties go to the first in the set

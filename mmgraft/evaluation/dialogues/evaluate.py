@@ -51,8 +51,8 @@ from mmgraft.runs.results import FOLDER as RESULTS
 from mmgraft.runs.results import Results, SetResult
 
 EMBEDDING = "mean of the base's last hidden states"
+#: Dialogues a shape.
 COUNT = 100
-"""Dialogues a shape."""
 
 _LONGEST = 512  # ids of a question that are read for its meaning, from its end
 _BATCH = 16  # questions read together; fixed, since rounding depends on it
@@ -202,8 +202,8 @@ def _base_sha256(answerer: Answerer) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
+#: Largest number of tokens of a generated answer.
 MAX_NEW_TOKENS = 16
-"""Largest number of tokens of a generated answer."""
 
 
 def evaluate_iit(

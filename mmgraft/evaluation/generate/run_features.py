@@ -17,8 +17,8 @@ from mmgraft.vision.feature_cache import TowerFeatures
 from mmgraft.vision.towers.base import VisionTower
 
 FOLDER = "features"
+#: The tower's features of image files, ``(sum of entries, tower width)``.
 Features = Callable[[list[Path]], Tensor]
-"""The tower's features of image files, ``(sum of entries, tower width)``."""
 
 
 def image_inputs(

@@ -53,6 +53,7 @@ class PackagedSet:
     without: tuple[int, ...] = ()
 
 
+#: All of them, by the name that a recipe says; the splits whose answers are published.
 PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
     {
         "mmlu": PackagedSet("choice", "MMLU/test.jsonl"),
@@ -64,7 +65,6 @@ PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
         "xsum": PackagedSet("perplexity", "XSum/test.jsonl", {"text": "document"}),
     }
 )
-"""All of them, by the name that a recipe says; the splits whose answers are published."""
 
 
 def packaged_file(name: str) -> Path:
@@ -89,8 +89,8 @@ def packaged_file(name: str) -> Path:
     return path
 
 
+#: Endings of files that hold records; any other file is one text.
 STRUCTURED = (".json", ".jsonl", ".parquet", ".tar", ".csv", ".tsv")
-"""Endings of files that hold records; any other file is one text."""
 
 _HEADINGS = frozenset({"question", "answer"})
 
@@ -168,12 +168,12 @@ def _record(path: Path, place: str, cells: list[str], heading: list[str] | None)
     return {"question": cells[0], "options": cells[1:-1], "answer": cells[-1]}
 
 
+#: The prompt of multiple choice of text where a set has no ``prompt``: that of lm-eval's PIQA.
 TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
-"""The prompt of multiple choice of text where a set has no ``prompt``: that of lm-eval's PIQA."""
 
 VQA_V2_ANSWERS = 10
+#: Keys of a record that change what is asked, and that no field reads.
 _ASKED = re.compile("system|video|audio|tool|history", re.IGNORECASE)
-"""Keys of a record that change what is asked, and that no field reads."""
 Message = Mapping[str, Any]
 T = TypeVar("T")
 

@@ -23,15 +23,15 @@ from mmgraft.evaluation.metrics.answers import ChoiceScore
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
+#: Context length of a base that names none, as in lm-evaluation-harness.
 DEFAULT_LENGTH = 2048
-"""Context length of a base that names none, as in lm-evaluation-harness."""
 
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 _UNSET = 1e29  # transformers' own word for a tokenizer without a length
+#: Types of layers that go on from a cache as if all were read at once.
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
-"""Types of layers that go on from a cache as if all were read at once."""
+#: Logits that one pass may give; a batch is made smaller until it fits.
 LOGITS_AT_ONCE = 1 << 27
-"""Logits that one pass may give; a batch is made smaller until it fits."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from mmgraft.evaluation.metrics.intervals import Measured, Statistic, share
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
+#: Positions whose fp32 probabilities are held at once; on a CPU more cost page faults.
 _POSITIONS, _ON_CARD = 64, 256
-"""Positions whose fp32 probabilities are held at once; on a CPU more cost page faults."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from mmgraft.inference import Answerer
 
+#: Samples for metrics that are no function of sums (BLEU, F1), each computed anew.
 RESAMPLES = 200
-"""Samples for metrics that are no function of sums (BLEU, F1), each computed anew."""
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.recipes.evaluation_set import Metric, SetSpec
 from mmgraft.runs.results import Score
 
+#: Largest number of tokens of an answer, unless the set gives one.
 ANSWER_TOKENS: Mapping[Metric, int] = {
     "exact": 16, "vqa": 16, "vqa_v2": 16, "yes_no": 8, "caption": 64, "box": 48,
 }  # fmt: skip
-"""Largest number of tokens of an answer, unless the set gives one."""
 
+#: Scores of multiple choice: how the log-probability of an option's text is weighed.
 BY: Mapping[str, By] = {
     "accuracy": "sum", "accuracy_per_token": "token", "accuracy_per_character": "character",
 }  # fmt: skip
-"""Scores of multiple choice: how the log-probability of an option's text is weighed."""
 
 
 def measure_answers(spec: SetSpec, items: Sequence[Item], answers: Sequence[str]) -> Measured:

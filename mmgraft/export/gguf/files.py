@@ -28,8 +28,8 @@ _ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+#: Rotary embeddings that divide each frequency by a number of its own, once for all.
 _SCALED = ("linear", "llama3")
-"""Rotary embeddings that divide each frequency by a number of its own, once for all."""
 
 _ACTIVATIONS = ("gelu_pytorch_tanh", "quick_gelu")
 _CLIP = (
@@ -37,8 +37,8 @@ _CLIP = (
     "its neighbour's position (issue 25814 of ggml-org/llama.cpp)"
 )
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
+#: Numbers in a row that share a scale in Q8_0.
 _BLOCK = 32
-"""Numbers in a row that share a scale in Q8_0."""
 
 _BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 1 + 2 / _BLOCK}
 

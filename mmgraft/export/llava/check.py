@@ -14,8 +14,8 @@ from mmgraft.errors import MMGraftError
 from mmgraft.export.llava.fit import Ingredients
 from mmgraft.model.modeling import GraftedModel
 
+#: Largest difference of a logit, as a share of the largest logit where that is above 1.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Largest difference of a logit, as a share of the largest logit where that is above 1."""
 
 _POSITIONS = 16
 _PIXELS = 1e-5

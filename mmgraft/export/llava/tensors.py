@@ -26,8 +26,8 @@ _TEXT, _TOWER, _PROJECTOR, _HEAD = (
     "lm_head.",
 )
 
+#: Towers of published LLaVA models, whose tensors begin with ``vision_model.``.
 _VISION_MODELS = ("clip_vision_model", "siglip_vision_model")
-"""Towers of published LLaVA models, whose tensors begin with ``vision_model.``."""
 
 
 @dataclass(frozen=True)

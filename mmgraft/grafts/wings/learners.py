@@ -117,11 +117,11 @@ def learner_heads(anatomy: Anatomy, wanted: int | None) -> int:
 
 KIND_OF = {"visual": IMAGE, "textual": TEXT}
 
+#: Puts new keys and values into the layer's slot; gives those of all positions so far.
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Puts new keys and values into the layer's slot; gives those of all positions so far."""
 
+#: Called with each learner's queries, keys, mask, and the queries that see something.
 Watch = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
-"""Called with each learner's queries, keys, mask, and the queries that see something."""
 
 
 def read_packed(

@@ -19,8 +19,8 @@ GROUPS = {
     "gates": "gates of the blocks",
     "marker": "vector at an image's position",
 }
+#: Learning rate of the gates where a stage names none: AdamW moves one by about this a step.
 GATE_RATE = 1e-2
-"""Learning rate of the gates where a stage names none: AdamW moves one by about this a step."""
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+#: Called before a ``config.json`` is read.
 BEFORE_READING: list[Callable[[], None]] = []
-"""Called before a ``config.json`` is read."""
 
 
 class GraftedConfig(PreTrainedConfig):

@@ -16,8 +16,8 @@ from mmgraft.model.modeling import GraftedModel
 from mmgraft.vision.towers.registry import load_tower
 from mmgraft.vision.towers.transformers import outline
 
+#: Options that the Auto classes pass on for themselves; a base's own code is never run.
 _INNER = ("config", "adapter_kwargs", "trust_remote_code", "code_revision", "tqdm_class")
-"""Options that the Auto classes pass on for themselves; a base's own code is never run."""
 
 
 @cache

@@ -13,8 +13,8 @@ from mmgraft.data.chat.transcript import STOCK_SENTINEL
 from mmgraft.data.chat.turns import is_image
 from mmgraft.errors import UsageError
 
+#: Rows are padded to the longest, on the left, and are torch's tensors.
 _IN_ANY_CASE = ("padding", "return_tensors")
-"""Rows are padded to the longest, on the left, and are torch's tensors."""
 _NOT_TAKEN = (
     "chat_template",
     "continue_final_message",

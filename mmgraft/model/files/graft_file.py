@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 CONFIG_NAME = "graft_config.json"
 WEIGHTS_NAME = "graft.safetensors"
+#: Folder inside a graft's folder that holds a base of its own (trained, or imported).
 OWN_BASE = "base"
-"""Folder inside a graft's folder that holds a base of its own (trained, or imported)."""
 
 
 _noted: set[Path] = set()  # files whose reading has said what moved

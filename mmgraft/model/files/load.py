@@ -36,8 +36,8 @@ from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import TowerShape
 
 Verify = Literal["fast", "full", "off"]
+#: Relative distance of a fixed image's features that other machines explain.
 _FEATURES_APART = 1e-3
-"""Relative distance of a fixed image's features that other machines explain."""
 _GRAFT_FILES = [
     "*.json",
     "*.safetensors",

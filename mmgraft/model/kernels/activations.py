@@ -18,8 +18,8 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 from mmgraft.patching import patched_forward
 
+#: Activations of one operation, whose own backward pass keeps what they were given.
 KEEPS_ITS_INPUT = (nn.SiLU, nn.GELU, SiLUActivation, GELUActivation, GELUTanh)
-"""Activations of one operation, whose own backward pass keeps what they were given."""
 
 
 @contextmanager

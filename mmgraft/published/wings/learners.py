@@ -24,8 +24,8 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, PADDING
 from mmgraft.grafts.wings.learners import Learner, Rotation
 
+#: Columns of the published router: a longer row has no weights.
 ROUTER_WIDTH = 4096
-"""Columns of the published router: a longer row has no weights."""
 
 
 @dataclass(frozen=True)

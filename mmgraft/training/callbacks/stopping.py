@@ -26,8 +26,8 @@ from mmgraft.errors import MMGraftError
 from mmgraft.model.sharded import is_piece
 from mmgraft.training.distributed.parallel import any_rank, of_all_ranks, processes, way_on
 
+#: Rows that a message names; a step may hold thousands.
 _NAMED = 16
-"""Rows that a message names; a step may hold thousands."""
 
 
 class NotFinite(MMGraftError):

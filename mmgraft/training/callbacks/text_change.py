@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mmgraft.data.chat.processor import GraftProcessor
     from mmgraft.model.modeling import GraftedModel
 
+#: Conversations without an image, one of which mentions what elsewhere stands for one.
 PROMPTS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
@@ -27,10 +28,9 @@ PROMPTS = (
     "Is there a blue shape?",
     "List the first five prime numbers.",
 )
-"""Conversations without an image, one of which mentions what elsewhere stands for one."""
 
+#: The base's log-probabilities before training, so that a resumed run has them too.
 BEFORE = "text-before.safetensors"
-"""The base's log-probabilities before training, so that a resumed run has them too."""
 _KEY = "text_change"
 
 

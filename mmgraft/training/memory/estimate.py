@@ -291,8 +291,8 @@ def scratch_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer, device:
     return 2 * max((4 * parameter.numel() for parameter in trained), default=0)
 
 
+#: Rows of a stage that are tokenised: those with the most text and image positions.
 TOKENISED = 64
-"""Rows of a stage that are tokenised: those with the most text and image positions."""
 
 
 @dataclass(frozen=True)
@@ -397,17 +397,16 @@ def assumed(length: int, each: int | None, source: str, packing: bool = False) -
     return RowSizes(length, max(1, images), length - each - 1, True, source)
 
 
+#: Bytes that a process takes beside its tensors once it trains: code that is read as it is used.
 PROCESS = {"cuda": 0, "cpu": 100_000_000}
-"""Bytes that a process takes beside its tensors once it trains: code that is read as it is used."""
+#: Bytes of the machine for each byte that comes and goes in a step.
+#:
+#: glibc gives no block back that lies between others that live, and what is kept lies between what
+#: comes and goes. Both numbers are measured, see benchmarks/estimate_memory.py; on CUDA they are in
+#: the reserve of every card.
 ALLOCATOR = {"cuda": 1.0, "cpu": 1.6}
-"""Bytes of the machine for each byte that comes and goes in a step.
-
-glibc gives no block back that lies between others that live, and what is kept lies between what
-comes and goes. Both numbers are measured, see benchmarks/estimate_memory.py; on CUDA they are in
-the reserve of every card.
-"""
+#: Images that the tower sees at a time while the feature cache is filled.
 CACHED_AT_ONCE = 32
-"""Images that the tower sees at a time while the feature cache is filled."""
 
 
 @dataclass(frozen=True, kw_only=True)

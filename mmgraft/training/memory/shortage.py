@@ -130,6 +130,7 @@ def _in_pieces(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"parallel": "fsdp2"})
 
 
+#: In the order in which they are tried: what changes least first.
 SWITCHES: tuple[Switch, ...] = (
     Switch("feature_cache: true", "disk space for the features", _cached),
     Switch(
@@ -145,12 +146,11 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("optimizer: adamw_8bit", "rounded moments; needs bitsandbytes", _in_8bit),
     Switch("quantization: nf4", "a base with rounded weights; needs bitsandbytes", _in_4bit),
 )
-"""In the order in which they are tried: what changes least first."""
 
+#: Switch of several processes; it is tried first.
 SEVERAL = Switch(
     "parallel: fsdp2", "weights that travel between the processes in every step", _in_pieces
 )
-"""Switch of several processes; it is tried first."""
 
 
 def switches_for(processes: int) -> tuple[Switch, ...]:

@@ -159,8 +159,8 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
+#: The product of a mixture of experts. Only in bf16 does torch know its shape without values.
 _GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
-"""The product of a mixture of experts. Only in bf16 does torch know its shape without values."""
 
 
 class Ledger(TorchDispatchMode):
@@ -292,14 +292,14 @@ class Step:
     peak: int
 
 
+#: Operations that CUDA's autocast computes in fp32 and a CPU's does not.
 _WIDENED = {
     "layer_norm", "group_norm", "pow", "__pow__", "__rpow__", "norm", "rsqrt", "reciprocal", "exp",
     "expm1", "log", "log2", "log10", "log1p", "softplus", "cosine_similarity", "normalize", "tan",
     "cosh", "sinh", "dist", "renorm",
 }  # fmt: skip
-"""Operations that CUDA's autocast computes in fp32 and a CPU's does not."""
+#: Operations that it gives an fp32 result without a copy of their input.
 _WIDE_RESULT = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod"}
-"""Operations that it gives an fp32 result without a copy of their input."""
 
 
 class _CudaCasts(TorchFunctionMode):

@@ -14,6 +14,7 @@ from mmgraft.basefiles.tensor_files import open_tensors
 from mmgraft.errors import UsageError
 from mmgraft.vision.projectors.built_in import Resampler, draw_anew
 
+#: Settings by the names that transformers has for them.
 _NAMES = {
     "width": "hidden_size",
     "layers": "num_hidden_layers",
@@ -23,7 +24,6 @@ _NAMES = {
     "act": "hidden_act",
     "eps": "layer_norm_eps",
 }
-"""Settings by the names that transformers has for them."""
 
 
 class QFormerProjector(Resampler):

@@ -128,5 +128,5 @@ def _of_kind(value: Any) -> Any:
         raise ValueError(describe(error, config_class, f"projector {kind}")) from None
 
 
+#: A field of a config that takes the settings of any registered projector.
 AnyProjector = Annotated[SerializeAsAny[ProjectorConfig], BeforeValidator(_of_kind)]
-"""A field of a config that takes the settings of any registered projector."""
