@@ -183,7 +183,7 @@ def strings(source: str) -> Iterator[str]:
 
 
 def explanations(source: str) -> Iterator[str]:
-    """What ``strings`` finds, and help texts and descriptions in calls."""
+    """Docstrings, comments on values, and help texts and descriptions in calls."""
     yield from strings(source)
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):

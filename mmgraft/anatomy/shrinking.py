@@ -11,10 +11,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_la
 # The first rule that fits a name says how large its number may be.
 _RULES: tuple[tuple[str, int], ...] = (
     (r"_id$|_index$", 319),
-    (
-        r"index\w*heads|feed_forward$|kernel|interval|pattern|n_top|pretraining",
-        1 << 62,
-    ),
+    (r"index\w*heads|feed_forward$|kernel|interval|pattern|n_top|pretraining", 1 << 62),
     (r"period", 2),
     (r"topk_blocks|offset", 1),
     (r"index\w*topk", 8),

@@ -6,14 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -168,20 +162,20 @@ def fetch(
 
 def _refusal(name: str, revision: str | None, error: Exception) -> str | None:
     """Explain an error that no second try mends; None where the download has failed."""
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, hub_errors.GatedRepoError):
         return (
             f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
         )
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
         return (
             f"there is no model {name!r} on the Hub, or it is private; check the name, or log in "
             "with `hf auth login`"
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, hub_errors.RevisionNotFoundError):
         return f"{name} has no revision {revision!r}; check it on its Hub page"
-    if isinstance(error, HFValidationError):
+    if isinstance(error, hub_errors.HFValidationError):
         return f"no folder {name!r} here, and it is no Hub id such as Qwen/Qwen2-7B-Instruct"
-    if isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
+    if isinstance(error, hub_errors.LocalEntryNotFoundError) and is_offline_mode():
         return (
             f"{name} is neither a folder here nor in the Hub cache, and HF_HUB_OFFLINE forbids to "
             "fetch it; unset it, or give a local folder"

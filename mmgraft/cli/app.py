@@ -80,9 +80,7 @@ COMMANDS: dict[str, Command] = {
         "generate qwen2-7b-iaa rows.jsonl --out answers.jsonl",
     ),
     "serve": Command(
-        _USE,
-        "Serve grafts of one base behind OpenAI's API.",
-        "serve qwen2-7b-iaa --port 8000",
+        _USE, "Serve grafts of one base behind OpenAI's API.", "serve qwen2-7b-iaa --port 8000"
     ),
     "export": Command(
         _SHARE,

@@ -4,22 +4,9 @@ import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli import options
 from mmgraft.cli.console import note, print_json, refuse_to_overwrite
 from mmgraft.cli.loading import load_answerer
-from mmgraft.cli.options import (
-    ANSWERING,
-    DryRunFlag,
-    ImagesOption,
-    JsonFlag,
-    MaxNewTokensOption,
-    OverwriteFlag,
-    ReadOption,
-    TemperatureOption,
-    WorkflowOption,
-    argument,
-    option,
-    with_options,
-)
 from mmgraft.progress import counted
 
 if TYPE_CHECKING:
@@ -29,22 +16,26 @@ if TYPE_CHECKING:
     from mmgraft.inference import Answerer
 
 
-@with_options("force", ANSWERING)
+@options.with_options("force", options.ANSWERING)
 def generate(
-    run: Annotated[str, argument("Folder or Hub id of a graft.")],
-    rows: Annotated[Path, argument("A file of rows.")],
-    out: Annotated[Path, option("--out", "jsonl to write: id and answer.")],
-    images: ImagesOption = None,
-    read: ReadOption = None,
-    batch_size: Annotated[int, option("--batch-size", "Rows answered together.", min=1)] = 8,
-    max_new_tokens: MaxNewTokensOption = 256,
-    num_beams: Annotated[int, option("--num-beams", "Beams of a beam search.", min=1)] = 1,
-    temperature: TemperatureOption = 0.0,
-    workflow: WorkflowOption = None,
-    limit: Annotated[int | None, option("--limit", "Answer the first rows only.", min=1)] = None,
-    force: OverwriteFlag = False,
-    dry_run: DryRunFlag = False,
-    json: JsonFlag = False,
+    run: Annotated[str, options.argument("Folder or Hub id of a graft.")],
+    rows: Annotated[Path, options.argument("A file of rows.")],
+    out: Annotated[Path, options.option("--out", "jsonl to write: id and answer.")],
+    images: options.ImagesOption = None,
+    read: options.ReadOption = None,
+    batch_size: Annotated[
+        int, options.option("--batch-size", "Rows answered together.", min=1)
+    ] = 8,
+    max_new_tokens: options.MaxNewTokensOption = 256,
+    num_beams: Annotated[int, options.option("--num-beams", "Beams of a beam search.", min=1)] = 1,
+    temperature: options.TemperatureOption = 0.0,
+    workflow: options.WorkflowOption = None,
+    limit: Annotated[
+        int | None, options.option("--limit", "Answer the first rows only.", min=1)
+    ] = None,
+    force: options.OverwriteFlag = False,
+    dry_run: options.DryRunFlag = False,
+    json: options.JsonFlag = False,
     **loading: Any,
 ) -> None:
     """Answer the last user's turn of every row, in batches.

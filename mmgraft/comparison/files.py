@@ -18,7 +18,7 @@ from pydantic import AliasChoices, Field
 from mmgraft.atomic import atomic_json
 from mmgraft.comparison.spec import Comparison, load_comparison
 from mmgraft.errors import UsageError
-from mmgraft.strict import StrictModel
+from mmgraft.strict import StrictModel, about
 from mmgraft.textfiles import read_json
 
 COMPARISON = "comparison.yaml"
@@ -51,7 +51,7 @@ class Session(StrictModel):
     began: str = Field(description="UTC, ISO 8601")
     seconds: float = Field(description="by the clock")
     cpu_seconds: float = Field(description="seconds of processor time, all threads together")
-    peak_memory_mb: float | None = Field(default=None, description="peak of main memory in MiB")
+    peak_memory_mb: float | None = about("peak of main memory in MiB")
 
 
 class PhaseRecord(StrictModel):

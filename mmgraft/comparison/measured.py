@@ -17,13 +17,8 @@ from mmgraft.evaluation.items.files import data_file, read_items, read_training_
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import read_choice_row, read_predictions, read_text_row
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
+from mmgraft.evaluation.metrics import scoring
 from mmgraft.evaluation.metrics.intervals import Measured, over_seeds
-from mmgraft.evaluation.metrics.scoring import (
-    groups_of,
-    measure_answers,
-    measure_choices,
-    measure_prior,
-)
 from mmgraft.evaluation.report.words import direction
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.recipes.evaluation_set import SetSpec
@@ -274,17 +269,17 @@ def _measure(
             read_text_row({**row, "windows": [window[:2] for window in row["windows"]]})
             for row in rows
         ]
-        return measure_texts(texts, together=groups_of(items) if spec.chat else None)
-    groups: list[str | int] = [*groups_of(items)]
+        return measure_texts(texts, together=scoring.groups_of(items) if spec.chat else None)
+    groups: list[str | int] = [*scoring.groups_of(items)]
     if spec.metric != "choice":
-        return measure_answers(spec, items, [str(row["answer"]) for row in rows]), groups
-    return measure_choices(items, list(map(read_choice_row, rows))), groups
+        return scoring.measure_answers(spec, items, [str(row["answer"]) for row in rows]), groups
+    return scoring.measure_choices(items, list(map(read_choice_row, rows))), groups
 
 
 def _prior(spec: SetSpec, items: Sequence[Item]) -> Measured | None:
     if PRIOR not in spec.blind or spec.train is None:
         return None
     try:
-        return measure_prior(spec, items, read_training_answers(spec))
+        return scoring.measure_prior(spec, items, read_training_answers(spec))
     except UsageError:
         return None  # the file of training rows is gone; the score itself is in the results

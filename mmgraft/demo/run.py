@@ -174,9 +174,7 @@ class DemoSettings:
 
 
 def run_demo(
-    settings: DemoSettings,
-    display: Display = lambda *_: (),
-    models: DemoModels | None = None,
+    settings: DemoSettings, display: Display = lambda *_: (), models: DemoModels | None = None
 ) -> DemoReport:
     """Do the whole job and leave a trained run with its report.
 

@@ -150,10 +150,7 @@ class EvaluatedSet:
         )
 
 
-def read_sets(
-    specs: Sequence[SetSpec],
-    modality: Literal["text", "image"],
-) -> list[EvaluatedSet]:
+def read_sets(specs: Sequence[SetSpec], modality: Literal["text", "image"]) -> list[EvaluatedSet]:
     """Read and check sets of text, or those with images, before a model is loaded.
 
     Args:

@@ -82,10 +82,7 @@ def evaluate_text(
 
 
 def _identity(
-    answerer: Answerer,
-    base: Untouched | None,
-    prompts: Sequence[str],
-    graft: dict[str, str],
+    answerer: Answerer, base: Untouched | None, prompts: Sequence[str], graft: dict[str, str]
 ) -> dict[str, Any] | None:
     """Compare logits with the untouched base's; None without one."""
     if base is None:

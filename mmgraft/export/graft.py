@@ -37,12 +37,7 @@ _KEPT = (
 _OF_TRAINING = ("trainer_state.json", "*.index.json", "adapter_*")
 
 
-def export_full(
-    run: Path,
-    out: Path,
-    base: str | None = None,
-    dry_run: bool = False,
-) -> Exported:
+def export_full(run: Path, out: Path, base: str | None = None, dry_run: bool = False) -> Exported:
     """Copy base and tower beside the graft, and let its record name them there.
 
     Args:

@@ -31,29 +31,13 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
+from mmgraft import basefiles
 from mmgraft.anatomy import skeleton
-from mmgraft.basefiles import (
-    ModelFiles,
-    TensorReader,
-    fetch,
-    find_tokenizer,
-    fingerprint,
-    load_config,
-    resolve,
-)
 from mmgraft.basefiles.files import SMALL
 from mmgraft.basefiles.tensor_files import DTYPES, LazyTensor, open_tensors, write_shards
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.model.files.graft_file import (
-    CONFIG_NAME,
-    OWN_BASE,
-    BaseReference,
-    GraftFile,
-    ImageToken,
-    SeenFeatures,
-    TemplateChoice,
-)
+from mmgraft.model.files import graft_file
 from mmgraft.progress import counted, say
 from mmgraft.published.names import Published, PublishedGraft, read_published
 from mmgraft.published.wings.config import OfficialWingsConfig
@@ -117,9 +101,9 @@ def open_source(name: str, revision: str | None = None, headers_only: bool = Fal
     on_hub = not Path(name).expanduser().is_dir()
     if headers_only and on_hub:
         return _from_headers(name, revision)
-    found = resolve(name, revision)
+    found = basefiles.resolve(name, revision)
     if on_hub:  # no base has such files, so they were not fetched with it
-        fetch(name, found.revision, TOWER_FILES)
+        basefiles.fetch(name, found.revision, TOWER_FILES)
     return Source(name, open_tensors(found.path), _small_files(found.path))
 
 
@@ -147,7 +131,7 @@ def _from_headers(name: str, revision: str | None) -> Source:
         for file in metadata.files_metadata.values()
         for tensor, info in file.tensors.items()
     }
-    files = _small_files(fetch(name, revision, _SMALL))
+    files = _small_files(basefiles.fetch(name, revision, _SMALL))
     return Source(name, tensors, files, readable=False)
 
 
@@ -300,24 +284,26 @@ def base_config(source: Source, published: Published) -> PreTrainedConfig:
     return config
 
 
-def differs_from(source: Source, published: Published, files: ModelFiles) -> str | None:
+def differs_from(source: Source, published: Published, files: basefiles.ModelFiles) -> str | None:
     """Return the first difference between the checkpoint's base and another model, in words.
 
     Tensors stored in another dtype are equal when casting the other model's to the checkpoint's
     dtype gives the checkpoint's, bit for bit.
     """
-    ours, theirs = base_config(source, published), load_config(files)
+    ours, theirs = base_config(source, published), basefiles.load_config(files)
     if theirs.model_type != ours.model_type:
         return f"it is a {theirs.model_type} model, and the checkpoint's base is {ours.model_type}"
     for name in _DECIDING:
         one, other = getattr(ours, name, None), getattr(theirs, name, None)
         if one != other:
             return f"config field {name} is {other}, and {one} in the checkpoint"
-    with TensorReader(files) as reader:
+    with basefiles.TensorReader(files) as reader:
         return _tensor_difference(source, published, reader)
 
 
-def _tensor_difference(source: Source, published: Published, reader: TensorReader) -> str | None:
+def _tensor_difference(
+    source: Source, published: Published, reader: basefiles.TensorReader
+) -> str | None:
     names = set(reader.keys())
     for name in counted("comparing tensors of the base", published.base_tensors):
         other = _EMBEDDING if name == _HEAD and name not in names else name
@@ -409,7 +395,7 @@ class _Import:
     source: Source
     published: Published
     tower: TowerPlan
-    base: ModelFiles | None  # None: the checkpoint's own
+    base: basefiles.ModelFiles | None  # None: the checkpoint's own
     difference: str | None
     notes: list[str]
 
@@ -452,7 +438,7 @@ def import_checkpoint(
     plan = plan_tower(opened, published, tower)
     reference, difference = None, None
     if base is not None and opened.readable:
-        reference = resolve(base)
+        reference = basefiles.resolve(base)
         say(f"comparing every tensor of the base with {reference.id}")
         difference = differs_from(opened, published, reference)
     notes = [*_base_notes(opened, published, base, difference), *plan.notes]
@@ -481,7 +467,7 @@ def _report(todo: _Import, source: str, out: Path) -> ImportReport:
             )
             for graft in published.grafts
         ],
-        base=str(out / OWN_BASE) if todo.base is None else todo.base.id,
+        base=str(out / graft_file.OWN_BASE) if todo.base is None else todo.base.id,
         own_base=todo.base is None,
         difference=todo.difference,
         tower=str(out / OWN_TOWER) if published.tower_tensors else str(todo.tower.spec.id),
@@ -533,7 +519,7 @@ def _write(todo: _Import, out: Path) -> None:
         building.mkdir(parents=True)
         if todo.base is None:
             say("writing the checkpoint's own base")
-            write_base(todo.source, todo.published, building / OWN_BASE)
+            write_base(todo.source, todo.published, building / graft_file.OWN_BASE)
         if todo.published.tower_tensors:
             say("writing its vision tower")
             write_tower(todo.source, todo.published, todo.tower, building / OWN_TOWER)
@@ -552,10 +538,10 @@ def _write(todo: _Import, out: Path) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _shared_record(todo: _Import, building: Path) -> GraftFile:
+def _shared_record(todo: _Import, building: Path) -> graft_file.GraftFile:
     """Return the record that all grafts of an import share but for method and workflow."""
-    files = todo.base or resolve(building / OWN_BASE)
-    tokenizer = find_tokenizer(files.path)
+    files = todo.base or basefiles.resolve(building / graft_file.OWN_BASE)
+    tokenizer = basefiles.find_tokenizer(files.path)
     token, why = choose_placeholder(tokenizer, int(todo.published.base_config["vocab_size"]))
     own = todo.base is None
     vision, seen, features = todo.tower.spec, None, None
@@ -564,22 +550,22 @@ def _shared_record(todo: _Import, building: Path) -> GraftFile:
 
         # The processor is proved to work before anything is moved into place.
         tower = load_tower(vision.model_copy(update={"id": str(building / OWN_TOWER)}))
-        seen, features = tower.fingerprint(), SeenFeatures(sample=tower.sample())
+        seen, features = tower.fingerprint(), graft_file.SeenFeatures(sample=tower.sample())
         vision = vision.model_copy(update={"id": f"./{OWN_TOWER}"})
     chat = tokenizer is None or bool(getattr(tokenizer, "chat_template", None))
-    return GraftFile(
+    return graft_file.GraftFile(
         method=todo.published.method,
         config={},
-        base=BaseReference(
-            id=f"./{OWN_BASE}" if own else files.id,
+        base=graft_file.BaseReference(
+            id=f"./{graft_file.OWN_BASE}" if own else files.id,
             revision=files.revision,
-            fingerprint=fingerprint(files),
+            fingerprint=basefiles.fingerprint(files),
         ),
         vision=vision,
         vision_fingerprint=seen,
         vision_features=features,
-        image_token=ImageToken(id=token, why=why),
-        template=TemplateChoice(kind="chat" if chat else "plain"),
+        image_token=graft_file.ImageToken(id=token, why=why),
+        template=graft_file.TemplateChoice(kind="chat" if chat else "plain"),
         base_trained=own,
     )
 
@@ -587,7 +573,7 @@ def _shared_record(todo: _Import, building: Path) -> GraftFile:
 def _write_graft(
     graft: PublishedGraft,
     tensors: Mapping[str, LazyTensor],
-    shared: GraftFile,
+    shared: graft_file.GraftFile,
     folder: Path,
     up: bool,
 ) -> None:
@@ -607,7 +593,7 @@ def _write_graft(
     chosen = {ours: tensors[name] for ours, name in graft.tensors.items()}
     write_shards(folder, "graft", chosen, {"method": record.method, "workflow": record.workflow})
     (folder / "config.json").write_text(record.dump_config(), encoding="utf-8")
-    (folder / CONFIG_NAME).write_text(record.dump(), encoding="utf-8")
+    (folder / graft_file.CONFIG_NAME).write_text(record.dump(), encoding="utf-8")
 
 
 def _move_in(building: Path, out: Path) -> None:
@@ -615,10 +601,10 @@ def _move_in(building: Path, out: Path) -> None:
     if not out.exists():
         building.rename(out)
         return
-    (out / CONFIG_NAME).unlink(missing_ok=True)
+    (out / graft_file.CONFIG_NAME).unlink(missing_ok=True)
     for stale in out.glob("graft*.safetensors*"):
         stale.unlink()
-    for piece in sorted(building.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+    for piece in sorted(building.iterdir(), key=lambda path: path.name == graft_file.CONFIG_NAME):
         target = out / piece.name
         if target.is_dir():
             shutil.rmtree(target)

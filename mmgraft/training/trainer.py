@@ -128,10 +128,7 @@ class GraftTrainer(Trainer):
         self._random: RandomState | None = None
         self._about: dict[str, Any] = {}  # of the batch at hand, known on the host
         super().__init__(
-            model=self.grafted,
-            args=args,
-            callbacks=[_Epochs(self), *callbacks],
-            **data,
+            model=self.grafted, args=args, callbacks=[_Epochs(self), *callbacks], **data
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 from mmgraft.data.chat.turns import refuse_unread
 from mmgraft.data.formats.fields import Fields, fill_prompt, gold_of
 from mmgraft.errors import UsageError, brief
-from mmgraft.strict import StrictModel
+from mmgraft.strict import StrictModel, about
 
 Format = Literal["auto", "messages", "swift", "llava", "alpaca", "cauldron", "trl", "vqa"]
 #: Fields of a row of a table; ``columns`` names the key of each.
@@ -28,14 +28,12 @@ Turn = dict[str, Any]
 class Vqa(StrictModel):
     """Settings that turn a row of a table into a question and an answer."""
 
-    prompt: str = Field(default="{question}", description="template of the question")
-    prompt_with_options: str = Field(
-        default="{question}\n{options}", description="template of a question with options"
+    prompt: str = about("template of the question", "{question}")
+    prompt_with_options: str = about("template of a question with options", "{question}\n{options}")
+    answer: Literal["first", "most_frequent", "sampled"] = about(
+        "choice among several answers", "first"
     )
-    answer: Literal["first", "most_frequent", "sampled"] = Field(
-        default="first", description="choice among several answers"
-    )
-    seed: int = Field(default=0, description="seed for answers that are sampled")
+    seed: int = about("seed for answers that are sampled", 0)
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,7 @@ def image_inputs(
     return given
 
 
-def run_features(
-    model: GraftedModel,
-    run: Path,
-    items: Sequence[Shown],
-) -> Features | None:
+def run_features(model: GraftedModel, run: Path, items: Sequence[Shown]) -> Features | None:
     """Return features of image files ``(sum of entries, tower width)``, each computed once.
 
     Args:

@@ -479,10 +479,7 @@ def _run(lm: Any, task: _Task, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sets(
-    task: _Task,
-    after: dict[str, Any],
-    before: dict[str, Any] | None,
-    settings: dict[str, Any],
+    task: _Task, after: dict[str, Any], before: dict[str, Any] | None, settings: dict[str, Any]
 ) -> list[SetResult]:
     settings = {
         "harness": f"lm-eval {version('lm-eval')}",

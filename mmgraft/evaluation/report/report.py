@@ -16,7 +16,7 @@ from mmgraft.model.files.graft_file import OWN_BASE, GraftFile
 from mmgraft.model.files.summary import graft_parts
 from mmgraft.runs.contents import RECIPE
 from mmgraft.runs.results import FOLDER, SCHEMA_VERSION, Results, measured
-from mmgraft.strict import MeasuredModel
+from mmgraft.strict import MeasuredModel, about
 from mmgraft.textfiles import read_text
 from mmgraft.version import __version__
 
@@ -36,9 +36,9 @@ class RunReport(MeasuredModel):
     base_trained: bool
     vision: str
     parameters: dict[str, int] = Field(description="numbers in each part of the graft")
-    identity: str | None = Field(default=None, description="the proof about text, in a sentence")
+    identity: str | None = about("the proof about text, in a sentence")
     sections: dict[str, Results]
-    repeat: list[str] = Field(default_factory=list, description="commands that do it again")
+    repeat: list[str] = about("commands that do it again", list)
 
 
 def write_report(run: Path) -> dict[str, Path]:

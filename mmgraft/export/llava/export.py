@@ -40,11 +40,7 @@ class Plan:
 
 
 def export_llava(
-    run: Path,
-    out: Path,
-    base: str | None = None,
-    dtype: str | None = None,
-    dry_run: bool = False,
+    run: Path, out: Path, base: str | None = None, dtype: str | None = None, dry_run: bool = False
 ) -> Exported:
     """Write a graft as a ``LlavaForConditionalGeneration`` folder, and prove that it is the same.
 

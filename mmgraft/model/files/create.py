@@ -14,11 +14,7 @@ from mmgraft.errors import UsageError, brief
 from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method, methods
 from mmgraft.layers import parse_layers
-from mmgraft.model.files.graft_file import (
-    BaseReference,
-    GraftFile,
-    TemplateChoice,
-)
+from mmgraft.model.files.graft_file import BaseReference, GraftFile, TemplateChoice
 from mmgraft.model.files.parts import LoadedParts, ReadParts, check_layers, make_workflow
 from mmgraft.model.files.save import graft_tensors, write_graft
 from mmgraft.model.trial import refusal

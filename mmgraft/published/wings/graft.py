@@ -96,11 +96,7 @@ class OfficialWingsGraft(Graft):
             else:
                 images = None
             state.shared["official",] = plan_official(
-                state.features,
-                state.kinds,
-                images,
-                self.config.system_prompt_length,
-                width,
+                state.features, state.kinds, images, self.config.system_prompt_length, width
             )
         return state.shared["official",]
 

@@ -31,15 +31,7 @@ from mmgraft.model.files.summary import locate
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Optimizer, Parallel, Recipe
 from mmgraft.training.distributed.sharding import pieces_at
-from mmgraft.training.memory.simulation import (
-    Load,
-    Step,
-    count_of,
-    meta_model,
-    simulate,
-    simulate_tower,
-    weights_of,
-)
+from mmgraft.training.memory import simulation
 from mmgraft.training.stages import open_stage
 from mmgraft.vision.plan import ImagePositions, Plan, Size
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
@@ -208,12 +200,12 @@ class Share:
 
 def groups_of(model: GraftedModel) -> Groups:
     """Divide a model as FSDP2 does in :mod:`mmgraft.training.distributed.sharding`."""
-    whole = sum(weights_of(model).values())
+    whole = sum(simulation.weights_of(model).values())
     sizes: list[int] = []
     trained: list[int] = []
     for index, layer in enumerate(decoder_layers(model.base, model.anatomy)):
         parts = [layer, *pieces_at(model, index)]
-        sizes.append(sum(sum(weights_of(part).values()) for part in parts))
+        sizes.append(sum(sum(simulation.weights_of(part).values()) for part in parts))
         trained.append(
             sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
         )
@@ -225,7 +217,7 @@ def whole_share(model: GraftedModel, optimizer: Optimizer, device: str) -> Share
     """Count what a process holds of a model that it trains alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return Share(
-        weights=weights_of(model),
+        weights=simulation.weights_of(model),
         gradients=sum(4 * p.numel() for p in trained),
         optimizer=state_bytes(model, trained, optimizer, device),
         scratch=scratch_bytes(trained, optimizer, device),
@@ -459,7 +451,9 @@ class Estimator:
     rows: list[RowSizes]
     device: str = "cuda"
     processes: int = 1
-    _opened: dict[Any, tuple[GraftedModel, Step]] = field(default_factory=dict, init=False)
+    _opened: dict[Any, tuple[GraftedModel, simulation.Step]] = field(
+        default_factory=dict, init=False
+    )
     _towers: dict[Any, tuple[int, int]] = field(default_factory=dict, init=False)
 
     def stages(self, changed: Recipe | None = None, first: int = 0) -> list[StageEstimate]:
@@ -499,7 +493,7 @@ class Estimator:
             stage=stage.name,
             rows=rows,
             batch_size=stage.batch_size,
-            parameters=count_of(model),
+            parameters=simulation.count_of(model),
             trained=whole.gradients // 4,
             activations=step.kept - (0 if many else sums),
             layers=step.layers,
@@ -514,11 +508,11 @@ class Estimator:
         """Tell whether a process keeps its part of the gradients alone."""
         return self.processes > 1 and recipe.parallel != "ddp"
 
-    def _open(self, recipe: Recipe, index: int) -> tuple[GraftedModel, Step]:
+    def _open(self, recipe: Recipe, index: int) -> tuple[GraftedModel, simulation.Step]:
         """Open a stage's model and simulate its step; what the optimizer is does not matter."""
         stage, rows, subject = recipe.stages[index], self.rows[index], self.subject
         dtype, many = loaded_dtype(recipe), self.processes > 1
-        load = Load(
+        load = simulation.Load(
             rows=stage.batch_size,
             length=rows.length,
             plans=tuple(map(subject.plan, rows.sizes or [None] * rows.images)),
@@ -536,10 +530,10 @@ class Estimator:
         if key not in self._opened:
             record = subject.record.model_copy(update={"workflow": stage.workflow})
             loaded = load.width, dtype, recipe.quantization, recipe.attention
-            model = meta_model(record, subject.config, *loaded)
+            model = simulation.meta_model(record, subject.config, *loaded)
             open_stage(model, stage)
             model.train()
-            self._opened[key] = model, simulate(model, load)
+            self._opened[key] = model, simulation.simulate(model, load)
         return self._opened[key]
 
     def _tower(self, dtype: torch.dtype, rows: RowSizes, images: int) -> tuple[int, int]:
@@ -549,8 +543,8 @@ class Estimator:
         if key not in self._towers:
             tower = self.subject.tower
             plans = [self.subject.plan(largest) for _ in range(images)]
-            seeing = simulate_tower(tower, largest, plans, dtype) if images else 0
-            self._towers[key] = count_of(tower) * dtype.itemsize, seeing
+            seeing = simulation.simulate_tower(tower, largest, plans, dtype) if images else 0
+            self._towers[key] = simulation.count_of(tower) * dtype.itemsize, seeing
         return self._towers[key]
 
 
