@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from typing_extensions import ParamSpec, Self
 
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.frozen import Frozen
 from mmgraft.layers import check_layers
 
 P = ParamSpec("P")
@@ -34,8 +34,7 @@ def _layer_choice(value: Any) -> list[int] | str:
 LayerChoice = Annotated[list[int] | str, BeforeValidator(_layer_choice)]
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(Frozen):
     """Makes a setting of a method an option of ``mmgraft graft``: ``Annotated[int, Option(...)]``.
 
     Attributes:

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from mmgraft.frozen import Frozen
+
 
 class StandIn(nn.Module):
     """Calls ``answer(name, args, kwargs)`` in place of the child called ``name``.
@@ -112,8 +114,7 @@ _ATTENTION_RETURNS = (2, 1, 3)
 _OTHER_RETURNS = (1, 2)
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(Frozen):
     """Findings of the probe in one decoder layer.
 
     Attributes:

@@ -3,7 +3,6 @@
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import errors as hub_errors
@@ -14,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mmgraft.anatomy import refuse_non_causal, text_config
 from mmgraft.basefiles.tensor_files import open_pickled
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.progress import working
 from mmgraft.textfiles import read_json, weight_files
 
@@ -32,8 +32,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclass(frozen=True)
-class ModelFiles:
+class ModelFiles(Frozen):
     """The files of one base on this machine.
 
     Attributes:

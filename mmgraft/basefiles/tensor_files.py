@@ -10,7 +10,6 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
 from mmgraft.errors import UsageError, first_line
+from mmgraft.frozen import Frozen
 from mmgraft.progress import counted
 from mmgraft.textfiles import weight_files
 
@@ -38,8 +38,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, str(dtype))
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(Frozen):
     """Place of one tensor: ``start`` and ``end`` are byte offsets in ``file``."""
 
     file: Path
@@ -49,8 +48,7 @@ class TensorEntry:
     end: int
 
 
-@dataclass(frozen=True)
-class LazyTensor:
+class LazyTensor(Frozen):
     """A tensor that is read when it is needed.
 
     Attributes:

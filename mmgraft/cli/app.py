@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +17,7 @@ from typer.core import TyperGroup
 from mmgraft.cli.console import note, show_error, stderr
 from mmgraft.cli.failures import explain
 from mmgraft.cli.options import option
+from mmgraft.frozen import Frozen
 from mmgraft.progress import show_on
 from mmgraft.published import PUBLISHED
 from mmgraft.version import __version__
@@ -25,8 +25,7 @@ from mmgraft.version import __version__
 _MAKE, _USE, _SHARE, _LOOK = "Make", "Use", "Share", "Look"
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(Frozen):
     """One command.
 
     Attributes:

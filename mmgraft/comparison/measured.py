@@ -20,6 +20,7 @@ from mmgraft.evaluation.likelihood.perplexity import measure_texts
 from mmgraft.evaluation.metrics import scoring
 from mmgraft.evaluation.metrics.intervals import Measured, over_seeds
 from mmgraft.evaluation.report.words import direction
+from mmgraft.frozen import Frozen
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.find import is_graft
@@ -35,8 +36,7 @@ _NEEDED = {
 }
 
 
-@dataclass(frozen=True)
-class MeasuredArm:
+class MeasuredArm(Frozen):
     """One arm.
 
     Attributes:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from math import ceil
 from pathlib import Path
@@ -17,6 +17,7 @@ from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.dialogues.dialogues import read_dialogues
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.sets import read_sets
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import TemplateChoice
@@ -29,8 +30,7 @@ from mmgraft.vision.spec import VisionSpec
 WORKFLOW = "mm"
 
 
-@dataclass(frozen=True)
-class StagePlan:
+class StagePlan(Frozen):
     """One stage of an arm.
 
     Attributes:
@@ -65,8 +65,7 @@ class StagePlan:
         return self.name, steps, self.sequences_a_step, self.packed
 
 
-@dataclass(frozen=True)
-class ArmPlan:
+class ArmPlan(Frozen):
     """One arm, ready to be run.
 
     Attributes:
@@ -86,8 +85,7 @@ class ArmPlan:
     done: tuple[Phase, ...]
 
 
-@dataclass(frozen=True)
-class ComparisonPlan:
+class ComparisonPlan(Frozen):
     """A comparison that was checked and can start.
 
     Attributes:

@@ -1,7 +1,6 @@
 """A comparison's report: what the arms keep, see and cost, as JSON, Markdown and one HTML page."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
@@ -19,6 +18,7 @@ from mmgraft.evaluation.report import about_run, score_tables, sheets
 from mmgraft.evaluation.report.markdown import Table, plain, render
 from mmgraft.evaluation.report.report import BESIDE, plots_of, write_page
 from mmgraft.evaluation.report.words import listed, number, verdict
+from mmgraft.frozen import Frozen
 from mmgraft.runs.results import SCHEMA_VERSION, Results, Score, Section
 from mmgraft.strict import MeasuredModel
 from mmgraft.version import __version__
@@ -185,8 +185,7 @@ def _differences(answers: SetAnswers) -> Iterator[Difference]:
         )
 
 
-@dataclass(frozen=True)
-class AnswerSheet:
+class AnswerSheet(Frozen):
     """The contact sheet of a set: the same questions, and what each arm answered.
 
     Attributes:

@@ -41,6 +41,7 @@ from mmgraft.evaluation.origin import described_record
 from mmgraft.evaluation.report.about_run import METRICS, read_metrics
 from mmgraft.evaluation.text import evaluate_text
 from mmgraft.evaluation.vision import evaluate_vision
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer
 from mmgraft.model.files.graft_file import GraftFile
@@ -61,8 +62,7 @@ POLL_SECONDS, NOTE_SECONDS = 0.2, 10.0
 _MIB = 1024 * 1024
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(Frozen):
     """End of a child process.
 
     Attributes:
@@ -412,8 +412,7 @@ _NOT_OF_TRAINING = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(Frozen):
     """Result of a call.
 
     Attributes:

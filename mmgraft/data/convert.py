@@ -6,7 +6,6 @@ import json
 import os
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from mmgraft.data.formats.tables import require_datasets
 from mmgraft.data.images import check_image, image_bytes
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
 #: Ways to write images: as paths, as bytes in the file, or as files beside it.
 ImageData = Literal["paths", "embed", "beside"]
@@ -30,8 +30,7 @@ Place = Callable[[Row], list[Placed]]
 _GROUP = 256
 
 
-@dataclass(frozen=True)
-class Conversion:
+class Conversion(Frozen):
     """Writes rows as messages; a part ``{"type": "image"}`` takes the next of a list ``images``.
 
     Attributes:

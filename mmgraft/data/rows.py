@@ -6,16 +6,16 @@ Of a row that cannot be used it is said why, in the log of a run that leaves it 
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from mmgraft.data.chat.turns import has_image
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Frozen):
     """One conversation.
 
     Attributes:
@@ -59,8 +59,7 @@ BAD_ROWS = "bad_rows.jsonl"
 HUB = "hub:"
 
 
-@dataclass(frozen=True)
-class BadRow:
+class BadRow(Frozen):
     """One row, and why it cannot be used.
 
     Attributes:

@@ -6,10 +6,10 @@ The packages are only read. None is imported, because two of them would load wha
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.progress import say, working
 from mmgraft.runs.packages import Package
 from mmgraft.vision.spec import VisionSpec
@@ -37,8 +37,7 @@ HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_VISION = "google/efficientnet-b2"
 
 
-@dataclass(frozen=True)
-class DemoModels:
+class DemoModels(Frozen):
     """The demo's two models.
 
     Attributes:

@@ -6,19 +6,19 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmgraft.atomic import atomic_json, complete, replace_together
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
 Writer = Callable[[Path], object]
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(Frozen):
     """The files of a set.
 
     Attributes:

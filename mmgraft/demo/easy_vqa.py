@@ -14,7 +14,6 @@ import random
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +21,7 @@ from typing import Any, Literal, get_args
 from mmgraft.demo.assets import EASY_VQA, require
 from mmgraft.demo.draft import Draft
 from mmgraft.errors import MMGraftError
+from mmgraft.frozen import Frozen
 
 Split = Literal["train", "test"]
 
@@ -33,8 +33,7 @@ TURNS = 5
 _NEGATIONS = frozenset({"no", "not"})
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(Frozen):
     """One question of the published set.
 
     Attributes:

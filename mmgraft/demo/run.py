@@ -26,6 +26,7 @@ from mmgraft.evaluation.identity import IdentityReport, load_untouched, text_ide
 from mmgraft.evaluation.metrics.answers import Prior, by_kind, exact
 from mmgraft.evaluation.metrics.intervals import mean
 from mmgraft.evaluation.report.sheets import Answer, SheetItem, draw_sheet, sheet_png
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer, Dialogue
 from mmgraft.model.files.create import create_graft
@@ -39,8 +40,7 @@ from mmgraft.training.devices import pick_device
 from mmgraft.training.run import Display, StageResult, plan_training, train
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(Frozen):
     """Share of the test questions that were answered right.
 
     Attributes:
@@ -52,8 +52,7 @@ class Score:
     kinds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(Frozen):
     """A part of the demo and how long it took.
 
     Attributes:
@@ -67,8 +66,7 @@ class Phase:
     cpu_seconds: float
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(Frozen):
     """One question and answer of the short chat; ``image`` is a file or None."""
 
     question: str
@@ -143,8 +141,7 @@ QUICK_STEPS, QUICK_QUESTIONS, QUICK_IMAGES = 2, 20, 24
 ALIGN, TUNE = "align", "tune"
 
 
-@dataclass(frozen=True)
-class DemoSettings:
+class DemoSettings(Frozen):
     """Settings of a demo.
 
     Attributes:

@@ -1,11 +1,12 @@
 """Everything that is evaluated of one run: each part as a section of its results."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.progress import say
 from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
 
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     from mmgraft.runs.results import Results, Section
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Frozen):
     """Selection of what to evaluate of a run.
 
     Attributes:

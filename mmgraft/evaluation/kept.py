@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mmgraft.evaluation.likelihood.perplexity import (
     score_texts,
 )
 from mmgraft.evaluation.metrics.answers import ChoiceScore
+from mmgraft.frozen import Frozen
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.progress import say, working
@@ -48,8 +49,7 @@ Row = dict[str, Any]
 Compute = Callable[..., object]
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(Frozen):
     """A graft, and its base where text is compared, whose answers and scores are all kept.
 
     Files lie in ``results/predictions/`` of the run; the base's beside them, or in a folder that

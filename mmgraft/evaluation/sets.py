@@ -4,7 +4,6 @@ Free of torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from mmgraft.evaluation.items.files import data_file, read_items, read_training_
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Groups, Measured
 from mmgraft.evaluation.metrics.scoring import measure_answers, measure_prior
+from mmgraft.frozen import Frozen
 from mmgraft.progress import say
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.recipes.source import find_recipe, read_yaml
@@ -112,8 +112,7 @@ def _names(specs: Sequence[SetSpec]) -> list[str]:
 # -- what they hold -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class EvaluatedSet:
+class EvaluatedSet(Frozen):
     """A set that was read and checked.
 
     Attributes:

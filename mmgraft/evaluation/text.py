@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mmgraft.evaluation.metrics.scoring import groups_of, measure_choices, score
 from mmgraft.evaluation.origin import described_graft, section_of
 from mmgraft.evaluation.report.score_tables import EQUAL, KL, WHERE
 from mmgraft.evaluation.sets import EvaluatedSet, read_sets
+from mmgraft.frozen import Frozen
 from mmgraft.inference import Answerer
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.progress import say
@@ -125,8 +126,7 @@ def _openings(each: EvaluatedSet) -> list[str]:
     return [str(item.messages[-1]["content"]) for item in first]
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(Frozen):
     """Measurements of a set: the graft's scores, the base's, and what to resample together."""
 
     measured: Measured

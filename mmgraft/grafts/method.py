@@ -2,10 +2,11 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.strict import LayerChoice, StrictModel
 
 if TYPE_CHECKING:
@@ -16,8 +17,7 @@ def _promise(sentence: str, level: str = "", unless: str = "") -> Any:
     return field(default=unless, metadata={"sentence": sentence, "level": level})
 
 
-@dataclass(frozen=True)
-class Promises:
+class Promises(Frozen):
     """Promises of a graft: each is empty where it is kept, else the reason why not.
 
     Four of them are levels of unchanged text, all bit for bit: of a batch of text (E0), of a text
@@ -96,8 +96,7 @@ def without_linears(anatomy: "Anatomy") -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class PlainDecoder:
+class PlainDecoder(Frozen):
     """A graft as an ordinary decoder, with layers of its own after some of the base's.
 
     Attributes:
@@ -119,8 +118,7 @@ class PlainDecoder:
     gated: Literal["", "after", "beside"] = ""
 
 
-@dataclass(frozen=True)
-class PlainAdapter:
+class PlainAdapter(Frozen):
     """A graft as a LoRA adapter of the ordinary kind, switched on for rows with an image.
 
     Attributes:
@@ -134,8 +132,7 @@ class PlainAdapter:
     tensors: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(Frozen):
     """One way of grafting sight onto a base.
 
     Attributes:

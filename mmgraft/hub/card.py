@@ -6,7 +6,6 @@ Its references to base and tower are made ones that anybody else can follow.
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from mmgraft.errors import UsageError
 from mmgraft.evaluation.report import about_run, score_tables
 from mmgraft.evaluation.report.markdown import render
 from mmgraft.evaluation.report.words import in_words, interval, score_name
+from mmgraft.frozen import Frozen
 from mmgraft.model.files.graft_file import BaseReference, GraftFile
 from mmgraft.model.files.summary import graft_parts, limits
 from mmgraft.runs.contents import README, RECIPE
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 WHAT = {"base": "base", "vision": "vision tower"}
 
 
-@dataclass(frozen=True)
-class Portable:
+class Portable(Frozen):
     """A graft's record as others can use it.
 
     Attributes:

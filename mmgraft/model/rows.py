@@ -1,13 +1,13 @@
 """The workflow of each row of a batch, and the token type of each position."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.base import IMAGE, PADDING, TEXT
 from mmgraft.model.cache import RowSlot
 from mmgraft.model.workflow import TEXT_WORKFLOW
@@ -16,8 +16,7 @@ from mmgraft.model.workflow import TEXT_WORKFLOW
 TEXT_NUMBER = -1
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(Frozen):
     """A batch's rows.
 
     Attributes:

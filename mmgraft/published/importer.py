@@ -13,7 +13,7 @@ checkpoint to the new files one shard at a time.
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from mmgraft.basefiles.files import SMALL
 from mmgraft.basefiles.tensor_files import DTYPES, LazyTensor, open_tensors, write_shards
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.model.files import graft_file
 from mmgraft.progress import counted, say
 from mmgraft.published.names import Published, PublishedGraft, read_published
@@ -49,8 +50,7 @@ TOWER_FILES = ["preprocessor_config.json", "vision_config.json"]
 _SMALL = [*SMALL, *TOWER_FILES]
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Frozen):
     """A published checkpoint.
 
     Attributes:
@@ -139,8 +139,7 @@ _CLASSES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "Sigl
 _PROCESSOR = "preprocessor_config.json"
 
 
-@dataclass(frozen=True)
-class TowerPlan:
+class TowerPlan(Frozen):
     """Reference of an imported graft to its tower.
 
     Attributes:
@@ -349,8 +348,7 @@ def base_bytes(source: Source, published: Published) -> int:
 OWN_TOWER = "tower"
 
 
-@dataclass(frozen=True)
-class ImportedGraft:
+class ImportedGraft(Frozen):
     """One graft of an import: workflow, folder, settings and number of parameters."""
 
     workflow: str
@@ -359,8 +357,7 @@ class ImportedGraft:
     parameters: int
 
 
-@dataclass(frozen=True)
-class ImportReport:
+class ImportReport(Frozen):
     """Result of an import, or of a dry run.
 
     Attributes:
@@ -388,8 +385,7 @@ class ImportReport:
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class _Import:
+class _Import(Frozen):
     """Everything that is known before the first file is written."""
 
     source: Source

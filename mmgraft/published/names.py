@@ -16,10 +16,11 @@ arXiv 2408.12902 (IAA) and arXiv 2406.03496 (Wings).
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.layers import parse_layers
 from mmgraft.published.wings.config import OfficialWingsConfig
@@ -47,8 +48,7 @@ _BASE_FIELDS = (
 _IAA_WORKFLOWS = {"mm": ("", ""), "grounding": ("_G", "_grounding")}
 
 
-@dataclass(frozen=True)
-class PublishedGraft:
+class PublishedGraft(Frozen):
     """One graft within a checkpoint.
 
     Attributes:
@@ -62,8 +62,7 @@ class PublishedGraft:
     tensors: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(Frozen):
     """Contents of a checkpoint.
 
     Attributes:

@@ -4,7 +4,6 @@ Images come as data URLs; addresses and files of the server are refused unless t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -13,6 +12,7 @@ from pydantic import Field
 
 from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.errors import UsageError, brief
+from mmgraft.frozen import Frozen
 from mmgraft.strict import StrictModel
 
 #: Largest number of tokens in an answer where a request names none, as transformers has it.
@@ -78,8 +78,7 @@ class ChatRequest(Sampling):
         return self.max_completion_tokens or super().tokens
 
 
-@dataclass(frozen=True)
-class Allowed:
+class Allowed(Frozen):
     """Images beside data URLs that a request may name.
 
     Attributes:

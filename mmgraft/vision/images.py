@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -17,10 +17,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mmgraft.errors import UsageError, brief
+from mmgraft.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class StoredImage:
+class StoredImage(Frozen):
     """Place of an image's bytes, which are read on demand.
 
     Two are the same where their names are.

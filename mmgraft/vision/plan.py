@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
 from typing_extensions import Self
+
+from mmgraft.frozen import Frozen
 
 #: Width and height of an image in pixels, as it is shown (turned as its EXIF data says).
 Size = tuple[int, int]
@@ -15,8 +16,7 @@ Size = tuple[int, int]
 Grid = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class View:
+class View(Frozen):
     """One look of a tower at an image: the whole of it, or a part.
 
     Attributes:
@@ -33,8 +33,7 @@ class View:
     valid: Grid | None = None
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Frozen):
     """The views of one image in order, a function of its size alone.
 
     Attributes:

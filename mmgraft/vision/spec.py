@@ -1,11 +1,11 @@
 """The specification of a vision tower: pydantic, importable without torch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ConfigDict, Field
 
+from mmgraft.frozen import Frozen
 from mmgraft.kinds import Kinds, Unfit
 from mmgraft.strict import StrictModel
 from mmgraft.vision.projectors.configs import MlpConfig
@@ -50,8 +50,7 @@ class VisionSpec(StrictModel):
         return self.id or self.kind
 
 
-@dataclass(frozen=True)
-class TowerKind:
+class TowerKind(Frozen):
     """One kind of tower.
 
     Attributes:

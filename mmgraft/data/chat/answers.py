@@ -5,12 +5,13 @@ All of it is read from what the template writes around an answer.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from mmgraft.data.chat.transcript import MARKER, Transcript, closing_of
 from mmgraft.data.chat.turns import THOUGHTS
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
 _THOUGHT = "zqThoughtqz"
 _STEMS = r"(?:\w*?[_:])?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratchpad)"
@@ -22,8 +23,7 @@ _BEGINS, _ENDS = rf"[<\[◁]\|?{_STEMS}\|?[>\]▷]", rf"[<\[◁]\|?(?:/|end){_ST
 CLEANED = 2
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(Frozen):
     """Describe how a template writes answers.
 
     Attributes:

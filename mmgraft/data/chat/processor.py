@@ -6,7 +6,7 @@ Conversations of which a chat template would leave something out are refused.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -31,6 +31,7 @@ from mmgraft.data.chat.transcript import (
 from mmgraft.data.chat.turns import THOUGHTS, Message, clean, flatten, has_parts
 from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.vision.plan import ImagePositions
 
 _THINKS = {"reasoning_content", "thinking"}
@@ -127,8 +128,7 @@ def _with_calls(
 Preprocess = Callable[[Sequence[Image.Image]], Tensor]
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(Frozen):
     """One conversation as ids.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mmgraft.data.chat.turns import Message
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.frozen import Frozen
 from mmgraft.textfiles import read_text
 
 _MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
@@ -23,8 +23,7 @@ _GIVEN = re.compile(
 _PROBE = "mmgraft probe"
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(Frozen):
     """Record of a graft's template.
 
     Attributes:

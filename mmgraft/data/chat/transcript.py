@@ -16,6 +16,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from mmgraft.data.chat.template import Template, render, source_of
 from mmgraft.data.chat.turns import Message, flatten, strings_in
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
 #: Name of transformers' ``LlavaProcessor``; the first choice, so that prompts look familiar.
 STOCK_SENTINEL = "<image>"
@@ -255,8 +256,7 @@ def with_sentinel(plain: Transcript, messages: Sequence[Message]) -> Transcript:
 MARKER = "zqAnswerqz"
 
 
-@dataclass(frozen=True)
-class Closing:
+class Closing(Frozen):
     """Text of a template between an answer and its end of turn; empty if it writes none."""
 
     last: str  # where the answer is the last turn

@@ -6,7 +6,7 @@ A layout is known by keys that its rows have, and reads some others. Free of tor
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from mmgraft.data.chat.turns import refuse_unread
 from mmgraft.data.formats.fields import Fields, fill_prompt, gold_of
 from mmgraft.errors import UsageError, brief
+from mmgraft.frozen import Frozen
 from mmgraft.strict import StrictModel, about
 
 Format = Literal["auto", "messages", "swift", "llava", "alpaca", "cauldron", "trl", "vqa"]
@@ -36,8 +37,7 @@ class Vqa(StrictModel):
     seed: int = about("seed for answers that are sampled", 0)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Frozen):
     """One way of writing rows.
 
     Attributes:
@@ -63,8 +63,7 @@ class Layout:
         return " and ".join(map(repr, self.keys))
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(Frozen):
     """Settings of a recipe for reading rows.
 
     Attributes:

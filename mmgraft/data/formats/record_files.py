@@ -3,11 +3,11 @@
 import codecs
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.vision.images import StoredImage
 
 _CHUNK = 1 << 20
@@ -20,8 +20,7 @@ _NESTED = "lists in lists, deeper than can be read; write a row"
 _DIGITS = "a number of thousands of digits; write it as a text, or leave it out"
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(Frozen):
     """One record.
 
     Attributes:
@@ -33,8 +32,7 @@ class Record:
     images: Mapping[str, StoredImage] | None = None
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Frozen):
     """A record that was met while a file was read from its beginning to its end.
 
     Attributes:
@@ -73,8 +71,7 @@ class RecordFile(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Stamp:
+class Stamp(Frozen):
     """Size and time of a file, by which a change is noticed."""
 
     size: int

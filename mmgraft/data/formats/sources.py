@@ -6,7 +6,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from mmgraft.data.formats.tables import is_saved, open_table
 from mmgraft.data.formats.tar_files import TarFile
 from mmgraft.data.rows import HUB, BadRow, Row, absolute, fault_of
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.progress import counted
 
 _log = logging.getLogger(__name__)
@@ -32,8 +33,7 @@ _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Frozen):
     """Rows that belong together: a file, or the shards of one set.
 
     Attributes:
@@ -113,8 +113,7 @@ class Source:
         return os.path.abspath(folder)
 
 
-@dataclass(frozen=True)
-class Checks:
+class Checks(Frozen):
     """Conditions that a row must meet.
 
     Attributes:

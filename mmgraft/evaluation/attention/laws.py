@@ -50,6 +50,7 @@ from mmgraft.evaluation.items.files import file_sha256, sampled
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Measured, paired
 from mmgraft.evaluation.origin import described_graft, section_of
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.base import IMAGE, PADDING, TEXT, Graft
 from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer
@@ -228,8 +229,7 @@ INSERTED = "+"
 _WATCHED = "beside "
 
 
-@dataclass(frozen=True)
-class LayerSums:
+class LayerSums(Frozen):
     """Attention of some samples by layer and side.
 
     Attributes:

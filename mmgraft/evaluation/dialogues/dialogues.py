@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from mmgraft.data.images import is_data_uri
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import file_sha256, read_items
 from mmgraft.evaluation.items.item import Item, with_images
+from mmgraft.frozen import Frozen
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.textfiles import read_json
 
@@ -156,8 +156,7 @@ WORDS = {"T": "text", "V": "visual"}
 _DIGITS = 6  # of a cosine: less is noise of the machine, and ties go to the first in the set
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Frozen):
     """A question that can be part of a dialogue.
 
     Attributes:
@@ -171,8 +170,7 @@ class Candidate:
     vector: np.ndarray
 
 
-@dataclass(frozen=True)
-class Dialogue:
+class Dialogue(Frozen):
     """Questions in their order, all but the last of them answered.
 
     Attributes:

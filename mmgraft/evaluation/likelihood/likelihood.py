@@ -5,7 +5,6 @@ Multiple choice is scored by them: the option that a model finds likeliest after
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
@@ -20,6 +19,7 @@ from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.run_features import Features, image_inputs
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.answers import ChoiceScore
+from mmgraft.frozen import Frozen
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
@@ -34,8 +34,7 @@ PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 LOGITS_AT_ONCE = 1 << 27
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Frozen):
     """A context and what may follow it.
 
     Attributes:

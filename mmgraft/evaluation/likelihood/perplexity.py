@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from mmgraft.evaluation.likelihood.likelihood import (
     prefix_id,
 )
 from mmgraft.evaluation.metrics.intervals import Measured, Statistic, share
+from mmgraft.frozen import Frozen
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
@@ -31,8 +31,7 @@ from mmgraft.model.workflow import TEXT_WORKFLOW
 _POSITIONS, _ON_CARD = 64, 256
 
 
-@dataclass(frozen=True)
-class WindowScore:
+class WindowScore(Frozen):
     """Sums over the tokens that one window predicts.
 
     Attributes:
@@ -48,8 +47,7 @@ class WindowScore:
     kl: float | None = None
 
 
-@dataclass(frozen=True)
-class TextScore:
+class TextScore(Frozen):
     """One text, or the answer of one chat.
 
     Attributes:
@@ -65,8 +63,7 @@ class TextScore:
     windows: tuple[WindowScore, ...]
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(Frozen):
     """Ids that are read, and the last of what follows them, which is predicted.
 
     Attributes:

@@ -10,7 +10,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.evaluation.metrics.intervals import Statistic, estimate, interval_of, paired, ratio
+from mmgraft.frozen import Frozen
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.progress import say
 from mmgraft.runs.results import Score, SetResult
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 RESAMPLES = 200
 
 
-@dataclass(frozen=True)
-class Leaf:
+class Leaf(Frozen):
     """One task's numbers.
 
     Attributes:
@@ -248,8 +247,7 @@ def _resampled(leaf: Leaf, key: str) -> tuple[float, float] | None:
 _NEAR = 5
 
 
-@dataclass(frozen=True)
-class _Task:
+class _Task(Frozen):
     """A task, a group that says how its tasks are put together, or the list of a tag's tasks."""
 
     name: str

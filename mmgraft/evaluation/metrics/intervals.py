@@ -1,11 +1,11 @@
 """Values of a metric on each item, and the numbers made of them, with bootstrap intervals."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.runs.results import Score
 
 RESAMPLES = 1000
@@ -113,8 +113,7 @@ def _by_group(table: np.ndarray, groups: Groups) -> np.ndarray:
     return sums
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(Frozen):
     """A metric's columns, one row an item, and its scores, which are statistics of their sums.
 
     The same object gives the whole set, one kind of question, and the paired difference to another

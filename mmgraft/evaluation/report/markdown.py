@@ -3,11 +3,11 @@
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.evaluation.report import words
+from mmgraft.frozen import Frozen
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -48,8 +48,7 @@ def score_title(name: str) -> str:
     return plain(words.score_name(name))
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(Frozen):
     """A table of a report; as a string it is Markdown, and empty where it has no rows.
 
     Attributes:

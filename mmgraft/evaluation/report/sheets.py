@@ -6,7 +6,6 @@ A sheet of boxes stays in its run unless the licences of its images are known to
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mmgraft.evaluation.items.item import Box, Item
 from mmgraft.evaluation.items.source_licence import FREE, stated_licences
 from mmgraft.evaluation.metrics.boxes import THRESHOLD, format_box, iou, parse_box
 from mmgraft.evaluation.metrics.scoring import box_and_size
+from mmgraft.frozen import Frozen
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import FOLDER
 
@@ -46,8 +46,7 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _Corners = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Frozen):
     """Answers of one model.
 
     Attributes:
@@ -71,8 +70,7 @@ class Answer:
         return ": ".join(filter(None, [self.model, self.note, text]))
 
 
-@dataclass(frozen=True)
-class SheetItem:
+class SheetItem(Frozen):
     """One question with the answers of all models.
 
     Attributes:

@@ -1,7 +1,7 @@
 """The two files: a decoder, and vision tower with projector, as llama.cpp names what is in them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from mmgraft.errors import UsageError
 from mmgraft.export.folder import NOTE_KEY
 from mmgraft.export.llava.fit import Ingredients
 from mmgraft.export.llava.processor import image_processor
+from mmgraft.frozen import Frozen
 from mmgraft.progress import counted
 from mmgraft.version import __version__
 
@@ -43,8 +44,7 @@ _BLOCK = 32
 _BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 1 + 2 / _BLOCK}
 
 
-@dataclass(frozen=True)
-class GgufFile:
+class GgufFile(Frozen):
     """One file to write.
 
     Attributes:

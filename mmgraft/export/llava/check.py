@@ -1,6 +1,5 @@
 """Proof of an export: stock transformers must give the graft's own ids, pixels and logits."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import MMGraftError
 from mmgraft.export.llava.fit import Ingredients
+from mmgraft.frozen import Frozen
 from mmgraft.model.modeling import GraftedModel
 
 #: Largest difference of a logit, as a share of the largest logit where that is above 1.
@@ -21,8 +21,7 @@ _POSITIONS = 16
 _PIXELS = 1e-5
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(Frozen):
     """A conversation and what the graft makes of it.
 
     Attributes:

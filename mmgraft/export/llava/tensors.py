@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from mmgraft.basefiles import TensorReader, read_modules
 from mmgraft.basefiles.tensor_files import LazyTensor
 from mmgraft.errors import UsageError
 from mmgraft.export.llava.fit import Ingredients
+from mmgraft.frozen import Frozen
 from mmgraft.runs.contents import weight_files
 
 _TEXT, _TOWER, _PROJECTOR, _HEAD = (
@@ -30,8 +30,7 @@ _TEXT, _TOWER, _PROJECTOR, _HEAD = (
 _VISION_MODELS = ("clip_vision_model", "siglip_vision_model")
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Frozen):
     """Tensors that are read together, such as one layer.
 
     Attributes:

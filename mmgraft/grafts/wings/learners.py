@@ -11,7 +11,6 @@ learners' own memory, and goes with the next prefill.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.base import IMAGE, TEXT, Packed, Pass
 from mmgraft.grafts.lowrank import LowRank
 
@@ -235,8 +235,7 @@ def _spread(kind: int, pair: tuple[Tensor, Tensor], state: Pass) -> tuple[Tensor
     return tuple(part.new_zeros(shape).scatter(2, columns, part) for part in pair)
 
 
-@dataclass(frozen=True)
-class Stacked:
+class Stacked(Frozen):
     """Matrices side by side, of the learners that look (``q``) and of the one that is looked at."""
 
     names: tuple[str, ...]  # those that look

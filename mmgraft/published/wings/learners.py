@@ -14,13 +14,13 @@ where ``hidden`` is the residual plus the attention's output, before the layer's
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.base import IMAGE, PADDING
 from mmgraft.grafts.wings.learners import Learner, Rotation
 
@@ -28,8 +28,7 @@ from mmgraft.grafts.wings.learners import Learner, Rotation
 ROUTER_WIDTH = 4096
 
 
-@dataclass(frozen=True)
-class OfficialPlan:
+class OfficialPlan(Frozen):
     """Inputs of the learners of every layer in one forward.
 
     Attributes:

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from typing_extensions import Self
 
 from mmgraft.errors import MMGraftError
+from mmgraft.frozen import Frozen
 from mmgraft.model.sharded import is_piece
 from mmgraft.training.distributed.parallel import any_rank, of_all_ranks, processes, way_on
 
@@ -133,8 +134,7 @@ def _gathered(items: list[Any], ranks: int) -> list[Any]:
     return [item for part in of_all_ranks(items, ranks) for item in part]
 
 
-@dataclass(frozen=True)
-class RandomState:
+class RandomState(Frozen):
     """All random numbers to come, as they stood after a step.
 
     A pass that fails has used some; a checkpoint written after it must not know of them, or the

@@ -1,7 +1,7 @@
 """Distance of a trained base's text from that of the base before training."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmgraft.atomic import atomic_text, atomic_write
+from mmgraft.frozen import Frozen
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.model.packing import takes_half
 
@@ -34,8 +35,7 @@ BEFORE = "text-before.safetensors"
 _KEY = "text_change"
 
 
-@dataclass(frozen=True)
-class TextChange:
+class TextChange(Frozen):
     """Text before training beside text after it, on a few fixed prompts.
 
     Attributes:

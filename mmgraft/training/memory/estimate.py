@@ -24,6 +24,7 @@ from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.formats.indexed import facts_of, select
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import OWN_BASE, BaseReference, GraftFile, ImageToken
 from mmgraft.model.files.load import local_tower
@@ -39,8 +40,7 @@ from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import TowerShape, describe_tower, load_tower
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(Frozen):
     """A graft, its base and its tower, without weights.
 
     Attributes:
@@ -161,8 +161,7 @@ _PAGED = 100_000  # and pages only that of larger ones
 _BLOCK = 256  # moments that share an fp32 constant
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(Frozen):
     """Tensors that FSDP2 gathers together.
 
     Attributes:
@@ -176,8 +175,7 @@ class Groups:
     trained: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Share:
+class Share(Frozen, kw_only=True):
     """Bytes of one process.
 
     Attributes:
@@ -287,8 +285,7 @@ def scratch_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer, device:
 TOKENISED = 64
 
 
-@dataclass(frozen=True)
-class RowSizes:
+class RowSizes(Frozen):
     """The largest row of a stage.
 
     Attributes:
@@ -401,8 +398,7 @@ ALLOCATOR = {"cuda": 1.0, "cpu": 1.6}
 CACHED_AT_ONCE = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageEstimate(Share):
+class StageEstimate(Share, kw_only=True):
     """Bytes that a stage takes, of one process where several share a training.
 
     Attributes:

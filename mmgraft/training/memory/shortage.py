@@ -4,7 +4,6 @@ Common cards stand in ``cards.yaml``, with what of their memory a training can h
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import torch
 import yaml
 
 from mmgraft.errors import MMGraftError
+from mmgraft.frozen import Frozen
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training.distributed.parallel import processes, processes_here
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from mmgraft.training.plan import Plan
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(Frozen):
     """A size of card.
 
     Attributes:
@@ -62,8 +61,7 @@ def smallest(needed: int) -> Card | None:
 _WORTH = 0.01  # a saving under this share of the peak is none
 
 
-@dataclass(frozen=True)
-class Switch:
+class Switch(Frozen):
     """One setting.
 
     Attributes:
@@ -82,8 +80,7 @@ class Switch:
         return self.text.partition(":")[0]
 
 
-@dataclass(frozen=True)
-class Saving:
+class Saving(Frozen):
     """Bytes that a switch saves at the recipe's peak when it alone is set."""
 
     switch: str

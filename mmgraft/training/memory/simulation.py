@@ -9,7 +9,6 @@ import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mmgraft.anatomy import decoder_layers, get_path, skeleton
 from mmgraft.errors import MMGraftError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.computing import as_if_on
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import build_workflow
@@ -244,8 +244,7 @@ def _indices(indices: Any) -> list[Any]:
     return found
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(Frozen):
     """One step: what its forward pass is given, and how it is computed.
 
     Attributes:
@@ -277,8 +276,7 @@ class Load:
     gradients_leave: bool = False
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Frozen):
     """Bytes of one forward and backward pass, beside the weights.
 
     Attributes:

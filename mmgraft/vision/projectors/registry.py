@@ -1,13 +1,14 @@
 """The registry of projectors. Importable without torch: modules load when one is made."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.kinds import Broken, Kinds, Unfit
 from mmgraft.strict import describe
 from mmgraft.vision.projectors.configs import (
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from mmgraft.vision.projectors.built_in import Projector
 
 
-@dataclass(frozen=True)
-class ProjectorKind:
+class ProjectorKind(Frozen):
     """One kind of projector.
 
     Attributes:
