@@ -2,7 +2,9 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.atomic import atomic_text, free_name
@@ -33,9 +35,6 @@ from mmgraft.textfiles import read_text
 from mmgraft.vision.projectors.configs import ProjectorConfig
 from mmgraft.vision.projectors.registry import PROJECTORS, find_projector
 
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
 _OF_A_RUN = (
     "checkpoints", "metrics.jsonl", "recipe.used.yaml", "text-before.safetensors",
     "versions.json", "workflows",
@@ -59,7 +58,7 @@ def _settings() -> dict[str, tuple[Any, None]]:
     return {name: (_setting(name, of), None) for name, of in found.items()}
 
 
-def _setting(name: str, of: "dict[str, FieldInfo]") -> Any:
+def _setting(name: str, of: dict[str, FieldInfo]) -> Any:
     """Return the option for a setting of one method, or of several that share its name."""
     first = next(iter(of.values()))
     flag = f"--{name.replace('_', '-')}"
@@ -71,11 +70,11 @@ def _setting(name: str, of: "dict[str, FieldInfo]") -> Any:
     return Annotated[kind | None, option(flag, text, panel=f"Method {', '.join(of)}")]
 
 
-def _help(info: "FieldInfo") -> str | None:
+def _help(info: FieldInfo) -> str | None:
     return next((one.help for one in info.metadata if isinstance(one, Option)), None)
 
 
-def _kinds(info: "FieldInfo") -> tuple[Any, ...]:
+def _kinds(info: FieldInfo) -> tuple[Any, ...]:
     return info.annotation, *get_args(info.annotation)
 
 

@@ -1,7 +1,7 @@
 """``mmgraft recipes``: list, show, copy and check training recipes and comparisons."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -10,11 +10,9 @@ from mmgraft.cli.options import DryRunFlag, JsonFlag, OverwriteFlag, argument, o
 from mmgraft.comparison import spec
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
+from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import find_recipe, load_recipe, shipped_recipes
 from mmgraft.textfiles import read_text
-
-if TYPE_CHECKING:
-    from mmgraft.recipes.recipe import Recipe, Stage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,12 +61,12 @@ def list_recipes(
         out.print(table(["comparison", "arms", "what it is"], rows))
 
 
-def _recipe_data(recipe: "Recipe") -> dict[str, Any]:
+def _recipe_data(recipe: Recipe) -> dict[str, Any]:
     kept = recipe.model_dump(include={"name", "method", "base", "quantization", "description"})
     return {**kept, "stages": [stage.name for stage in recipe.stages]}
 
 
-def _stages(recipe: "Recipe") -> str:
+def _stages(recipe: Recipe) -> str:
     return ", ".join(stage.name for stage in recipe.stages)
 
 
@@ -143,7 +141,7 @@ def validate(
         out.print(f"still to set: {', '.join(missing)} (or give --data to `mmgraft train`)")
 
 
-def _stage_row(stage: "Stage") -> list[Any]:
+def _stage_row(stage: Stage) -> list[Any]:
     length = f"{stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
     rate = stage.lr
     if isinstance(rate, dict):

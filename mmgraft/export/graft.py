@@ -23,17 +23,9 @@ from mmgraft.vision.towers.registry import load_tower
 OWN_TOWER = "vision"
 
 _KEPT = (
-    "*.json",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "*.tiktoken",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-)
+    "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja",
+    "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md",
+)  # fmt: skip
 _OF_TRAINING = ("trainer_state.json", "*.index.json", "adapter_*")
 
 

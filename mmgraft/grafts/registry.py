@@ -19,14 +19,9 @@ from mmgraft.grafts.method import Method
 from mmgraft.kinds import Broken, Kinds, Unfit
 
 _BUILT_IN = (
-    "grafts.iaa",
-    "grafts.wings",
-    "grafts.llava",
-    "grafts.lora",
-    "grafts.expert",
-    "grafts.xattn",
+    "grafts.iaa", "grafts.wings", "grafts.llava", "grafts.lora", "grafts.expert", "grafts.xattn",
     "published.wings",
-)
+)  # fmt: skip
 #: Settings of a method that have become a method of their own, with the other settings.
 _MOVED = {("wings", "variant", "official"): "wings-official"}
 

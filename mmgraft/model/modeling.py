@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmgraft.anatomy import decoder_layers, examine, get_path
 from mmgraft.basefiles import resolve
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Graft, Pass, image_numbers, select
 from mmgraft.model.cache import RowSlot
@@ -36,10 +37,6 @@ from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
 from mmgraft.vision.spec import VisionSpec
 from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import load_tower
-
-if TYPE_CHECKING:
-    from mmgraft.data.chat.processor import GraftProcessor
-
 
 _OF_THE_BASE = (
     "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels",
@@ -238,7 +235,7 @@ class GraftedModel(WorkflowGeneration):
         tokenizer_folder: str | Path | None = None,
         workflow: str | None = None,
         options: Mapping[str, Any] | None = None,
-    ) -> "GraftProcessor":
+    ) -> GraftProcessor:
         """Make the processor of a workflow: conversations with images in, inputs of a batch out.
 
         From then on ``generate`` ends where the template ends an answer, too.

@@ -339,11 +339,6 @@ def write_base(source: Source, published: Published, folder: Path) -> None:
         shutil.copyfile(source.files[name], folder / name)
 
 
-def base_bytes(source: Source, published: Published) -> int:
-    """Size of the base's tensors."""
-    return sum(source.tensors[name].nbytes for name in published.base_tensors)
-
-
 #: Folder inside a graft's folder that holds the vision tower.
 OWN_TOWER = "tower"
 
@@ -447,9 +442,10 @@ def import_checkpoint(
 
 def _report(todo: _Import, source: str, out: Path) -> ImportReport:
     tensors, published = todo.source.tensors, todo.published
-    written = base_bytes(todo.source, published) if todo.base is None else 0
-    for names in (published.tower_tensors, *(graft.tensors for graft in published.grafts)):
-        written += sum(tensors[name].nbytes for name in names.values())
+    names = [] if todo.base is not None else [*published.base_tensors]
+    for of_one in (published.tower_tensors, *(graft.tensors for graft in published.grafts)):
+        names += of_one.values()
+    written = sum(tensors[name].nbytes for name in names)
     return ImportReport(
         source=source,
         folder=str(out),

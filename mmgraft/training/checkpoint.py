@@ -4,12 +4,13 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import TrainerState
 
 from mmgraft.atomic import atomic_folder, atomic_json
 from mmgraft.errors import MMGraftError, UsageError
@@ -17,9 +18,6 @@ from mmgraft.model.sharded import gathered, like
 from mmgraft.textfiles import read_json
 from mmgraft.training.distributed.parallel import way_on
 from mmgraft.training.distributed.sharding import rest
-
-if TYPE_CHECKING:
-    from transformers import TrainerState
 
 FOLDER = "checkpoints"
 TENSORS = "trained.safetensors"
@@ -113,7 +111,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 
-def write_final(tensors: dict[str, torch.Tensor], folder: Path, state: "TrainerState") -> None:
+def write_final(tensors: dict[str, torch.Tensor], folder: Path, state: TrainerState) -> None:
     """Keep what a stage has trained until its graft is saved and noted, unless that was done.
 
     A run that is killed between the two goes on from here: the graft in its folder may be the

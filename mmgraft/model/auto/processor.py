@@ -16,12 +16,9 @@ from mmgraft.errors import UsageError
 #: Rows are padded to the longest, on the left, and are torch's tensors.
 _IN_ANY_CASE = ("padding", "return_tensors")
 _NOT_TAKEN = (
-    "chat_template",
-    "continue_final_message",
-    "processor_kwargs",
-    "truncation",
+    "chat_template", "continue_final_message", "processor_kwargs", "truncation",
     "load_audio_from_video",
-)
+)  # fmt: skip
 
 
 class GraftedProcessor(ProcessorMixin):

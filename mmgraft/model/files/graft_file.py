@@ -4,7 +4,7 @@ import json
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,13 +15,11 @@ from mmgraft.grafts.registry import get_method, methods, moved
 from mmgraft.strict import StrictModel
 from mmgraft.textfiles import read_json
 from mmgraft.version import __version__
+from mmgraft.vision.plan import ImagePositions
 from mmgraft.vision.projectors.configs import MlpConfig
 from mmgraft.vision.projectors.registry import AnyProjector
 from mmgraft.vision.spec import VisionSpec
-
-if TYPE_CHECKING:
-    from mmgraft.vision.plan import ImagePositions
-    from mmgraft.vision.towers.registry import TowerShape
+from mmgraft.vision.towers.registry import TowerShape
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +119,7 @@ class GraftFile(_Strict):
         method = methods().get(self.method)
         return Promises() if method is None else method.promises(self.settings)
 
-    def positions(self, shape: "TowerShape") -> "ImagePositions":
+    def positions(self, shape: TowerShape) -> ImagePositions:
         """Return how many positions an image takes, of a tower of this shape."""
         method = methods().get(self.method)
         return shape.positions(self.projector, method and method.positions)

@@ -51,7 +51,8 @@ def save_graft(
     """
     chosen = model.workflow(workflow)
     folder = Path(folder)
-    record = _reachable(current_record(chosen), chosen, folder)
+    now = chosen.record.model_copy(update={"state": chosen.graft.state()})
+    record = _reachable(now, chosen, folder)
     if record.vision_features is None and model.vision_tower is not None:
         seen = graft_file.SeenFeatures(sample=model.vision_tower.sample())
         record = record.model_copy(update={"vision_features": seen})
@@ -80,11 +81,6 @@ def graft_tensors(workflow: Workflow, keep: bool = True) -> dict[str, Tensor]:
     given = workflow.state_dict(keep_vars=True)
     own = {name: tensor for name, tensor in given.items() if name not in shared}
     return {name: tensor.contiguous() for name, tensor in gathered(own, keep).items()}
-
-
-def current_record(workflow: Workflow) -> graft_file.GraftFile:
-    """Return the record of a workflow as it is now."""
-    return workflow.record.model_copy(update={"state": workflow.graft.state()})
 
 
 def _reachable(

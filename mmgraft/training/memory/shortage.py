@@ -98,10 +98,6 @@ def _every_stage(change: Callable[[Stage], dict[str, object]]) -> Callable[[Reci
     return changed
 
 
-def _one_row(stage: Stage) -> dict[str, object]:
-    return {"batch_size": 1, "accumulate": stage.accumulate * stage.batch_size}
-
-
 def _in_8bit(recipe: Recipe) -> Recipe:
     if recipe.parallel != "ddp":
         return recipe  # refused together
@@ -110,14 +106,8 @@ def _in_8bit(recipe: Recipe) -> Recipe:
     )(recipe)
 
 
-def _cached(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"feature_cache": recipe.feature_cache or True})
-
-
 def _in_4bit(recipe: Recipe) -> Recipe:
-    if recipe.base == "full":
-        return recipe
-    return recipe.model_copy(update={"quantization": "nf4"})
+    return recipe.model_copy(update={} if recipe.base == "full" else {"quantization": "nf4"})
 
 
 def _in_pieces(recipe: Recipe) -> Recipe:
@@ -129,7 +119,11 @@ def _in_pieces(recipe: Recipe) -> Recipe:
 
 #: In the order in which they are tried: what changes least first.
 SWITCHES: tuple[Switch, ...] = (
-    Switch("feature_cache: true", "disk space for the features", _cached),
+    Switch(
+        "feature_cache: true",
+        "disk space for the features",
+        lambda recipe: recipe.model_copy(update={"feature_cache": recipe.feature_cache or True}),
+    ),
     Switch(
         "gradient_checkpointing: true",
         "a second forward pass of every layer",
@@ -138,7 +132,9 @@ SWITCHES: tuple[Switch, ...] = (
     Switch(
         "batch_size: 1, with accumulate times the batch_size of now",
         "speed; the steps stay the same",
-        _every_stage(_one_row),
+        _every_stage(
+            lambda stage: {"batch_size": 1, "accumulate": stage.accumulate * stage.batch_size}
+        ),
     ),
     Switch("optimizer: adamw_8bit", "rounded moments; needs bitsandbytes", _in_8bit),
     Switch("quantization: nf4", "a base with rounded weights; needs bitsandbytes", _in_4bit),
