@@ -78,9 +78,7 @@ class Answerer:
 
     def text(self, ids: Sequence[int] | torch.Tensor) -> str:
         """Return the text of generated ids: the answer, with its reasoning if that is wanted."""
-        if self.reasoning:
-            return self.processor.decode(ids).strip()
-        return self.processor.answer(ids)
+        return self.processor.decode(ids).strip() if self.reasoning else self.processor.answer(ids)
 
     def answers(
         self,

@@ -245,11 +245,8 @@ def _find_attention(layer: nn.Module) -> str | None:
 def _is_attention(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     named = "attention" in name or name.endswith(("attn", "sdpa"))
-    return (named and "norm" not in name) or {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-    } <= module._modules.keys()
+    projections = {"q_proj", "k_proj", "v_proj"}
+    return (named and "norm" not in name) or projections <= module._modules.keys()
 
 
 def _find_norm(model: nn.Module, layers_path: str) -> str | None:

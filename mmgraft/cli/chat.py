@@ -81,9 +81,7 @@ def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
         words = run.strip().split()
         if len(words) != 1 or run.count("/") != 1:
             return str(find_run()), run
-    if run is None:
-        return str(find_run()), prompt
-    return run, prompt
+    return (str(find_run()), prompt) if run is None else (run, prompt)
 
 
 def _talk(dialogue: "Dialogue", settings: dict[str, Any]) -> None:

@@ -76,13 +76,8 @@ def prepare(
     """
     from mmgraft.demo import packaged
 
-    done = packaged.prepare(
-        name,
-        out.expanduser() if out is not None else Path(name),
-        seed=seed,
-        force=force,
-        dry_run=dry_run,
-    )
+    target = out.expanduser() if out is not None else Path(name)
+    done = packaged.prepare(name, target, seed=seed, force=force, dry_run=dry_run)
     if json:
         print_json(done.as_dict())
         return

@@ -89,6 +89,4 @@ def _four_bit(torch: Any, installed: str | None) -> str:
         return f"no: {_INSTALL['bitsandbytes']}"
     if torch.cuda.is_available():
         return "yes, on CUDA and the CPU"
-    if torch.backends.mps.is_available():
-        return "yes, on the CPU; not on MPS"
-    return "yes, on the CPU"
+    return "yes, on the CPU; not on MPS" if torch.backends.mps.is_available() else "yes, on the CPU"

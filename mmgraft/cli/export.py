@@ -68,30 +68,23 @@ def export(
 def _write(
     runs: list[Path], out: Path, kind: "Kind", base: str | None, stored: str | None, dry_run: bool
 ) -> "Exported":
-    run = runs[0]
-    if kind == "graft":
-        from mmgraft.export.graft import export_graft
-
-        return export_graft(run, out, dry_run)
-    if kind == "full":
-        from mmgraft.export.graft import export_full
-
-        return export_full(run, out, base, dry_run)
-    if kind == "peft":
-        from mmgraft.export.peft import export_peft
-
-        return export_peft(run, out, base, dry_run)
-    if kind in ("gguf", "mmproj"):
-        from mmgraft.export.gguf.export import export_gguf
-
-        return export_gguf(run, out, kind, base, stored, dry_run)
-    if kind == "vllm":
-        from mmgraft.export.vllm import export_vllm
-
-        return export_vllm(runs, out, base, stored, dry_run)
+    from mmgraft.export.gguf.export import export_gguf
+    from mmgraft.export.graft import export_full, export_graft
     from mmgraft.export.llava.export import export_llava
+    from mmgraft.export.peft import export_peft
+    from mmgraft.export.vllm import export_vllm
 
-    return export_llava(run, out, base, stored, dry_run)
+    run = runs[0]
+    if kind in ("gguf", "mmproj"):
+        return export_gguf(run, out, kind, base, stored, dry_run)
+    writers = {
+        "graft": lambda: export_graft(run, out, dry_run),
+        "full": lambda: export_full(run, out, base, dry_run),
+        "peft": lambda: export_peft(run, out, base, dry_run),
+        "vllm": lambda: export_vllm(runs, out, base, stored, dry_run),
+        "llava": lambda: export_llava(run, out, base, stored, dry_run),
+    }
+    return writers[kind]()
 
 
 def _check(to: str, dtype: str | None, outtype: str | None, also: list[Path] | None) -> None:

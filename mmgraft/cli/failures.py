@@ -43,9 +43,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             "Use a smaller batch, --quantization nf4, or gradient checkpointing in the recipe.",
             MMGraftError.exit_code,
         )
-    if isinstance(error, OSError):
-        return _explain_os(error), MMGraftError.exit_code
-    return None
+    return (_explain_os(error), MMGraftError.exit_code) if isinstance(error, OSError) else None
 
 
 def _explain_validation(error: BaseException) -> str:

@@ -118,15 +118,10 @@ LOADING = {
     "template_option": (TemplateOption, None),
 }
 
+_REASONING = "--show-reasoning", "Show the reasoning before an answer, too."
 #: Options of a command that answers with it, likewise.
 ANSWERING = {
-    "show_reasoning": given(
-        bool,
-        "--show-reasoning",
-        "Show the reasoning before an answer, too.",
-        default=False,
-        panel=_ANSWERS,
-    ),
+    "show_reasoning": given(bool, *_REASONING, default=False, panel=_ANSWERS),
     "seed": given(int, "Seed of sampling.", panel=_ANSWERS),
     **LOADING,
 }

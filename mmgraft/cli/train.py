@@ -64,15 +64,10 @@ def train(
     from mmgraft.training.distributed.parallel import processes as started  # loads torch
     from mmgraft.training.run import plan_training
 
-    plan = plan_training(
-        folder,
-        resume=resume,
-        restart=restart,
-        count=max(processes, started()),  # --processes is more than 1 here in a dry run alone
-        **training,
-    )
+    count = max(processes, started())  # --processes is more than 1 here in a dry run alone
+    plan = plan_training(folder, resume=resume, restart=restart, count=count, **training)
     if dry_run:
-        _show(_summary(plan, max(processes, started())), json)
+        _show(_summary(plan, count), json)
     else:
         _train(plan, json)
 

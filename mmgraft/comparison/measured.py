@@ -58,6 +58,11 @@ class MeasuredArm(Frozen):
     repeats: str | None = None
 
     @property
+    def method(self) -> str | None:
+        """Return the method's name; None where the arm was not started."""
+        return None if self.record is None else self.record.method
+
+    @property
     def base_trained(self) -> bool:
         """Return whether text may have changed."""
         return self.record is not None and self.record.base_trained

@@ -171,17 +171,12 @@ def _plan_arms(plan: ComparisonPlan, recipes: Mapping[str, Recipe]) -> tuple[Arm
                 make_graft(plan, recipe, run, dry_run=True)
     budgets = {name: tuple(stage.budget for stage in found) for name, found in stages.items()}
     usual = Counter(budgets.values()).most_common(1)[0][0]
-    return tuple(
-        ArmPlan(
-            name=name,
-            run=arm_folder(plan.out, name),
-            recipe=recipe,
-            stages=stages[name],
-            own_budget=budgets[name] != usual,
-            done=tuple(phases_done(arm_folder(plan.out, name))),
-        )
-        for name, recipe in recipes.items()
-    )
+    arms = []
+    for name, recipe in recipes.items():
+        run, own_budget = arm_folder(plan.out, name), budgets[name] != usual
+        done = tuple(phases_done(run))
+        arms.append(ArmPlan(name, run, recipe, stages[name], own_budget, done))
+    return tuple(arms)
 
 
 def make_graft(plan: ComparisonPlan, recipe: Recipe, run: Path, *, dry_run: bool = False) -> None:

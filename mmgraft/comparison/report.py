@@ -86,16 +86,7 @@ def write_comparison_report(out: Path) -> dict[str, Path]:
         base=about_run.shown_name(comparison.base),
         vision=about_run.shown_name(vision if isinstance(vision, str) else vision.name),
         seed=comparison.seed,
-        arms={
-            arm.name: ArmReport(
-                description=arm.description,
-                method=None if arm.record is None else arm.record.method,
-                base_trained=arm.base_trained,
-                done=arm.done,
-                sections=arm.sections,
-            )
-            for arm in arms
-        },
+        arms={arm.name: ArmReport.model_validate(arm, from_attributes=True) for arm in arms},
         differences=[one for each in answers for one in _differences(each)],
         notes=[*problems, *(note for each in answers for note in each.notes)],
     )

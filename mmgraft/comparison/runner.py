@@ -352,12 +352,12 @@ def evaluate(
         UsageError: A set that cannot be evaluated; nothing is written.
     """
     spec, run = plan.comparison, arm.run
+    modality = "text" if phase == "text" else "image"
+    sets = [one for one in spec.evaluation if one.modality == modality]
     if phase == "text":
-        sets = [one for one in spec.evaluation if one.modality == "text"]
         shared = plan.out / files.BASE
         results = evaluate_text(answerer, run, sets, untouched=plan.base, base_cache=shared, **more)
     elif phase == "vision":
-        sets = [one for one in spec.evaluation if one.modality == "image"]
         results = evaluate_vision(answerer, run, sets, **more)
     elif phase == "iit":
         folder = _dialogues(answerer, plan)
@@ -520,7 +520,10 @@ class _Arm:
             if settings is None or (record and record.done and record.settings == settings):
                 continue
             if phase == "train":
-                self._train(record or files.PhaseRecord(phase=phase, settings=settings))
+                record = record or files.PhaseRecord(phase=phase, settings=settings)
+                files.write_phase(self.arm.run, record)
+                record = train_arm(self.arm, record, self.plan.device)
+                say(f"{self.arm.name}: trained in {record.seconds:.0f} s")
             elif phase in ("graft", "features"):
                 with self._session(files.PhaseRecord(phase=phase, settings=settings)):
                     self._prepare(phase)
@@ -535,11 +538,6 @@ class _Arm:
         arm.run.mkdir(parents=True, exist_ok=True)
         make_graft(self.plan, arm.recipe, arm.run)
         atomic_text(arm.run / RECIPE, dump_recipe(arm.recipe))
-
-    def _train(self, record: files.PhaseRecord) -> None:
-        files.write_phase(self.arm.run, record)
-        record = train_arm(self.arm, record, self.plan.device)
-        say(f"{self.arm.name}: trained in {record.seconds:.0f} s")
 
     def _evaluate(
         self, phase: files.Phase, settings: dict[str, Any], record: files.PhaseRecord | None

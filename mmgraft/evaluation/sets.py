@@ -58,10 +58,8 @@ def run_sets(run: Path) -> list[SetSpec]:
     Raises:
         UsageError: A set is not right.
     """
-    for name in RUN_RECIPES:
-        if (run / name).is_file() and (found := _read(run / name)):
-            return found
-    return []
+    found = (_read(run / name) for name in RUN_RECIPES if (run / name).is_file())
+    return next(filter(None, found), [])
 
 
 def choose_sets(

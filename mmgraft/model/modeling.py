@@ -155,13 +155,11 @@ class GraftedModel(WorkflowGeneration):
             files, dtype, device_map, quantization, attn_implementation, quantization_storage
         )
         anatomy = examine(loaded)
-        tower = load_tower(
-            load.local_tower(record, folder), dtype=loaded.dtype, device=loaded.device
-        )
+        spec, weights = load.local_tower(record, folder), graft_dtype or loaded.dtype
+        tower = load_tower(spec, dtype=loaded.dtype, device=loaded.device)
         load.check_tower(record, tower, verify)
-        workflow = load.load_workflow(
-            record, folder, loaded, graft_dtype or loaded.dtype, tower.hidden_size, anatomy
-        )
+        width = tower.hidden_size
+        workflow = load.load_workflow(record, folder, loaded, weights, width, anatomy)
         assert_unquantized(tower, "vision_tower")
         model = cls(loaded, tower, [workflow], anatomy)
         model.name_or_path = str(source)

@@ -19,17 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    CLIPImageProcessorPil,
-    LlamaConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    SiglipImageProcessorPil,
-)
 
 from mmgraft import basefiles
 from mmgraft.anatomy import skeleton
@@ -81,9 +73,7 @@ class Source(Frozen):
         Raises:
             UsageError: When it is no JSON object.
         """
-        if name not in self.files:
-            return None
-        return read_json(self.files[name], "fetch it again")
+        return None if name not in self.files else read_json(self.files[name], "fetch it again")
 
 
 def open_source(name: str, revision: str | None = None, headers_only: bool = False) -> Source:
@@ -221,7 +211,7 @@ def _config_of(name: str | None) -> dict[str, Any] | None:
     if name is None or not _findable(name):
         return None
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):
         return None
     return getattr(config, "vision_config", config).to_dict()
@@ -235,7 +225,7 @@ def _processor_of(name: str | None) -> dict[str, Any] | None:
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config with the fields alone that its class has today."""
-    known = CONFIG_MAPPING[config["model_type"]]().to_dict()
+    known = transformers.CONFIG_MAPPING[config["model_type"]]().to_dict()
     dropped = ("_name_or_path", "transformers_version", "id2label", "label2id", "dtype")
     kept = {key: config[key] for key in known if key in config and key not in dropped}
     return {**kept, "architectures": [_CLASSES[config["model_type"]]]}
@@ -246,12 +236,17 @@ def _default_processor(config: dict[str, Any]) -> dict[str, Any]:
     size = config["image_size"]
     square = {"height": size, "width": size}
     if config["model_type"] == "siglip_vision_model":
-        return SiglipImageProcessorPil(size=square).to_dict()
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square).to_dict()
+        return transformers.SiglipImageProcessorPil(size=square).to_dict()
+    return transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size=square
+    ).to_dict()
 
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_CONFIGS = {"LlamaForCausalLM": LlamaConfig, "Qwen2ForCausalLM": Qwen2Config}
+_CONFIGS = {
+    "LlamaForCausalLM": transformers.LlamaConfig,
+    "Qwen2ForCausalLM": transformers.Qwen2Config,
+}
 _DECIDING = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
@@ -259,7 +254,7 @@ _DECIDING = (
 )
 
 
-def base_config(source: Source, published: Published) -> PreTrainedConfig:
+def base_config(source: Source, published: Published) -> transformers.PreTrainedConfig:
     """Return the config of the checkpoint's base, as of a plain model.
 
     Raises:

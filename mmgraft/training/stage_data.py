@@ -88,9 +88,7 @@ def _whole_paths(spec: SetSpec) -> SetSpec:
 
 
 def _absolute(path: str | None) -> str | None:
-    if path is None or path.startswith(HUB):
-        return path
-    return str(Path(path).expanduser().resolve())
+    return path if path is None or path.startswith(HUB) else str(Path(path).expanduser().resolve())
 
 
 def with_template(processor: GraftProcessor, template: str | None) -> GraftProcessor:

@@ -177,11 +177,8 @@ def _apply(
     messages: Sequence[Message],
     **settings: Any,
 ) -> Any:
-    return tokenizer.apply_chat_template(
-        list(messages),  # pyright: ignore[reportArgumentType]
-        chat_template=template.text,
-        **settings,
-    )
+    conversation: Any = list(messages)
+    return tokenizer.apply_chat_template(conversation, chat_template=template.text, **settings)
 
 
 def source_of(

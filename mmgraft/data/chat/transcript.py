@@ -194,10 +194,8 @@ class Tokens:
 
     def _last_added(self, end: int) -> tuple[int, int]:
         """Find the last added token that ends by a character: its own first one, and its place."""
-        for start, stop, token in reversed(self._added):
-            if start and stop <= end:
-                return start, token
-        return 0, 0
+        added = ((at, token) for at, stop, token in reversed(self._added) if at and stop <= end)
+        return next(added, (0, 0))
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -61,10 +61,7 @@ class Fields:
             return record.get(named)
         if named is not None:
             return [record.get(part.strip()) for part in named.split(",")]
-        for key in _KEYS[field]:
-            if record.get(key) is not None:
-                return record[key]
-        return None
+        return next((record[key] for key in _KEYS[field] if record.get(key) is not None), None)
 
     def others(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return a record without what ``columns`` names, but for the row's own keys."""

@@ -130,9 +130,7 @@ def _plain(value: Any, name: Callable[[], str]) -> Any:
             return held if held is not None else _plain(value["path"], name)
         cells = {key: _plain(one, name) for key, one in value.items()}
         return {key: one for key, one in cells.items() if one is not None or key == "content"}
-    if isinstance(value, list):
-        return [_plain(one, name) for one in value]
-    return value
+    return [_plain(one, name) for one in value] if isinstance(value, list) else value
 
 
 def open_table(file: str, split: str, subset: str | None, revision: str | None) -> TableFile:

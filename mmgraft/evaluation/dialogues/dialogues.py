@@ -297,11 +297,9 @@ def _nearest(
     near: np.ndarray, free: np.ndarray, pool: Sequence[Candidate], last: Item
 ) -> int | None:
     """Return the most similar candidate that is free and has other words; of equals the first."""
-    words = last.question.split()
-    for index in np.argsort(-near, kind="stable"):
-        if free[index] and pool[index].item.question.split() != words:
-            return int(index)
-    return None
+    words, order = last.question.split(), np.argsort(-near, kind="stable")
+    others = (at for at in order if free[at] and pool[at].item.question.split() != words)
+    return next(map(int, others), None)
 
 
 def _shuffled(count: int, letter: str, seed: int) -> list[int]:

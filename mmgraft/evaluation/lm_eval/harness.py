@@ -388,9 +388,7 @@ def _load(manager: Any, name: str) -> Any:
             "task file and its data"
         ) from error
     group = loaded.get("groups", {}).get(name)
-    if group is not None:
-        return group
-    return list(loaded["tasks"].values())
+    return group if group is not None else list(loaded["tasks"].values())
 
 
 def _task(answerer: "Answerer", name: str, loaded: Any, workflow: str | None) -> _Task:

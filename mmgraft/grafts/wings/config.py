@@ -109,7 +109,5 @@ def as_decoder(config: WingsConfig, active: bool) -> PlainDecoder:
 def part_of(tensor: str) -> str:
     """Return the part that a tensor is counted with."""
     words = tensor.split(".")  # layers.3.visual.query.up.weight
-    for learner in ("visual", "textual"):
-        if learner in words:
-            return f"{learner} learners"
-    return "router" if "router" in words else words[0]
+    learner = next((f"{one} learners" for one in ("visual", "textual") if one in words), None)
+    return learner or ("router" if "router" in words else words[0])

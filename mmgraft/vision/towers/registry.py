@@ -122,6 +122,4 @@ def describe_tower(spec: VisionSpec | str) -> TowerShape:
     if isinstance(spec, str):
         spec = VisionSpec.from_name(spec)
     kind = find_kind(spec.kind)
-    if kind.describe is not None:
-        return kind.describe(spec)
-    return TowerShape.of(load_tower(spec))
+    return kind.describe(spec) if kind.describe is not None else TowerShape.of(load_tower(spec))
