@@ -7,15 +7,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
 
 STRIDE = 1 << 24
 """A position of workflow ``w`` is its place in the sequence plus ``w * STRIDE``; 0 is the base."""
 
 
 class Step:
-    """What one forward pass runs.
+    """The workflows of one forward pass.
 
     Attributes:
         workflows: Numbers of the workflows whose layers and norms run.
@@ -149,21 +147,15 @@ class Norms(nn.Module):
         return (torch.cat([base, *own], dim=-1) if own else base), residual
 
 
-@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0})
 class BaseDecoder(nn.Module):
-    """The base's decoder alone: what a step runs in which no row has a workflow.
-
-    Under torch.compile it is compiled by itself, since vLLM compiles a module once.
+    """The base's decoder alone, for a step in which no row has a workflow.
 
     Args:
-        vllm_config: Of the engine; for the decorator.
         layers: The base's, shared with the decoder that has all layers.
         norm: The base's final norm.
     """
 
-    def __init__(
-        self, *, vllm_config: VllmConfig, layers: list[nn.Module], norm: nn.Module
-    ) -> None:
+    def __init__(self, layers: list[nn.Module], norm: nn.Module) -> None:
         super().__init__()
         self.layers, self.norm = nn.ModuleList(layers), norm
 

@@ -3,7 +3,7 @@
 The decoder holds the inserted layers of every workflow, in order, so that vLLM gives each its KV
 cache and shards it. Which workflow a row runs travels in its *positions*, which vLLM asks the model
 for with the request's images (M-RoPE), and keeps through chunked prefill, preemption and decoding.
-A step without a row of any workflow runs the base's layers, norm and head, and nothing else.
+Without torch.compile, a step runs what belongs to the workflows that have a row in it alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.compilation.backends import set_model_tag
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -94,9 +93,8 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         decoder.norm = Norms(decoder.norm, own, self.step)
         inserted = {place for one in self.entries for _, place in one["layers"]}
         layers = [one for place, one in enumerate(decoder.layers) if place not in inserted]
-        with set_model_tag("mmgraft_base"):
-            base = BaseDecoder(vllm_config=vllm_config, layers=layers, norm=decoder.norm.base)
-        self.base = (base,)  # in a tuple: its weights are the decoder's
+        # In a tuple: its weights are the decoder's.
+        self.base = (BaseDecoder(layers, decoder.norm.base),)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         # By place, not by id: an image's id may be an ordinary one that a workflow may say.
         self.register_buffer("images", torch.zeros(tokens, dtype=torch.bool), persistent=False)
@@ -163,18 +161,15 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_input_ids(input_ids)
         context = get_forward_context()
-        graphs = context.cudagraph_runtime_mode != CUDAGraphMode.NONE
-        trial = context.attn_metadata is None and not graphs
+        whole = (
+            not self.language_model.model.do_not_compile  # compiled once, as the first step ran it
+            or context.cudagraph_runtime_mode != CUDAGraphMode.NONE
+            or context.attn_metadata is None  # a trial, which measures memory
+        )
         everything = tuple(range(1, len(self.entries) + 1))
-        self.step.workflows = everything if trial or graphs else present(positions // STRIDE)
-        if trial or not self.step.workflows:  # a trial compiles both
-            running, self.step.workflows = self.step.workflows, ()
-            states = self.base[0](positions, inputs_embeds)
-            if not trial:
-                return states
-            self.step.workflows = running
-        if not self.base[0].do_not_compile:
-            self.step.workflows = everything  # what was compiled
+        self.step.workflows = everything if whole else present(positions // STRIDE)
+        if not self.step.workflows:
+            return self.base[0](positions, inputs_embeds)
         return self._run(input_ids, positions, inputs_embeds)
 
     def _run(self, input_ids: Tensor | None, positions: Tensor, embedded: Tensor) -> Tensor:
