@@ -126,7 +126,8 @@ def _write(
     )
     images = {f"answers-{name}": sheet.png for name, sheet in drawn.items() if sheet}
     linked = [f"answers-{name}" for name, sheet in drawn.items() if sheet and sheet.private]
-    images |= plots_of(laws, curves)
+    repeats = {arm.name: arm.repeats for arm in arms if arm.repeats}
+    images |= plots_of(laws, curves, repeats)
     return write_page(out, markdown, report.model_dump(mode="json"), images, linked)
 
 

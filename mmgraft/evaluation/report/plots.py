@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ SIDES = {  # curve: colour and label
     "after": ("#e6761e", "text after the image"),
 }
 RUNS = ("#1f77b4", "#e6761e", "#2a9d5c", "#b2387f", "#7a5cc7", "#8a6d3b", "#17a2b8", "#666666")
+DASHES = ("solid", "dashed", "dotted")  # of the first eight runs, of the next, of the rest
 _WINDOWS = 25  # a curve's running mean is over a 25th of its steps
 _Panel = tuple[str, Mapping[str, Any], str]
 
@@ -95,7 +97,9 @@ def _draw_attention(axes: "Axes", curve: Mapping[str, Any], top: float) -> None:
     _style(axes)
 
 
-def training_curves(metrics_files: Mapping[str, Path]) -> bytes:
+def training_curves(
+    metrics_files: Mapping[str, Path], repeats: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
     """Plot the loss by step of each training, one stage after another.
 
     Pale lines are the logged losses, strong ones their running mean; points are losses on held-out
@@ -104,6 +108,8 @@ def training_curves(metrics_files: Mapping[str, Path]) -> bytes:
 
     Args:
         metrics_files: Files ``metrics.jsonl`` with losses by the labels to show, at least one.
+        repeats: What a label repeats with another seed, such as ``{"a.seed1": "a"}``. Repeats have
+            one colour and stand in the legend once.
 
     Returns:
         A PNG.
@@ -111,13 +117,19 @@ def training_curves(metrics_files: Mapping[str, Path]) -> bytes:
     figure = _figure(2, 1.4)
     axes: Any = figure.subplots()
     shown: list[float] = []
-    for number, (label, path) in enumerate(metrics_files.items()):
-        colour, stages = RUNS[number % len(RUNS)], _stages(path)
+    names: list[str] = []
+    for label, path in metrics_files.items():
+        name, stages = repeats.get(label, label), _stages(path)
+        entry = None if name in names else name
+        names += [entry] if entry else []
+        number = names.index(name)
+        colour, dashes = RUNS[number % len(RUNS)], DASHES[number // len(RUNS) % len(DASHES)]
         width = max(1, sum(len(stage.losses) for stage in stages) // _WINDOWS)
         for at, stage in enumerate(stages):
             smooth = _running_mean(stage.losses, width)
             axes.plot(stage.steps, stage.losses, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(stage.steps, smooth, color=colour, linewidth=1.6, label=None if at else label)
+            line = {"color": colour, "linestyle": dashes, "linewidth": 1.6}
+            axes.plot(stage.steps, smooth, label=None if at else entry, **line)
             axes.plot(*stage.held_out, "o", color=colour, markersize=3)
             shown += [*smooth, *stage.held_out[1]]
         for stage in stages[:-1]:
@@ -128,7 +140,7 @@ def training_curves(metrics_files: Mapping[str, Path]) -> bytes:
         axes.set_ylim(bottom=0, top=max(shown) * 1.1)
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("loss, nats a token", fontsize=8)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     _style(axes)
     return _png(figure)
 

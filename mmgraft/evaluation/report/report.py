@@ -75,7 +75,7 @@ def write_report(run: Path) -> dict[str, Path]:
     )
     laws = {report.run: sections["laws"]} if "laws" in sections else {}
     curves = {report.run: run / METRICS} if about_run.last_losses(run / METRICS) else {}
-    images = plots_of(laws, curves)
+    images = plots_of(laws, curves, {})
     sheets: dict[str, bool] = {}  # whether their images have to stay in the run
     for one in sections["vision"].sets if "vision" in sections else ():
         if one.sheet and (run / one.sheet).is_file():
@@ -87,12 +87,14 @@ def write_report(run: Path) -> dict[str, Path]:
     return write_page(run / FOLDER, markdown, report.model_dump(mode="json"), images, linked)
 
 
-def plots_of(laws: Mapping[str, Results], metrics: Mapping[str, Path]) -> dict[str, bytes]:
+def plots_of(
+    laws: Mapping[str, Results], metrics: Mapping[str, Path], repeats: Mapping[str, str]
+) -> dict[str, bytes]:
     """Return the PNGs of what there is: attention by layer and training curves, each by run."""
     from mmgraft.evaluation.report.plots import laws_plot, training_curves
 
     plots = {"laws": laws_plot(laws)} if laws else {}
-    return plots | ({"curves": training_curves(metrics)} if metrics else {})
+    return plots | ({"curves": training_curves(metrics, repeats)} if metrics else {})
 
 
 def _markdown(run: Path, record: GraftFile, report: RunReport, sheets: Mapping[str, bool]) -> str:
