@@ -150,8 +150,10 @@ class _Trial:
         if self.model is None:
             return
         workflow = self.model.workflow()
-        self.features = torch.randn(1, 4, workflow.projector.in_features)
-        shown = torch.ones(1, workflow.positions(Plan.of_count(4)), dtype=torch.long)
+        places = workflow.positions(Plan.of_count(4))
+        images = max(1, 4 // places)  # where one has one position, several are alike
+        self.features = torch.randn(images, 4, workflow.projector.in_features)
+        shown = torch.ones(1, images * places, dtype=torch.long)
         self.image["mm_token_type_ids"] = F.pad(shown, (2, _LENGTH - 2 - shown.shape[1]))
         self.what = "it reads token ids beside embeddings, and an image has none"
         text = self.base(input_ids=self.text, use_cache=False).logits
