@@ -107,7 +107,8 @@ def memory() -> list[Row]:
 
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        base = make_base(folder, "llama", **TINY, tie_word_embeddings=False)
+        longest = {"max_position_embeddings": 512}
+        base = make_base(folder, "llama", **TINY, **longest, tie_word_embeddings=False)
         runs = [make_graft(folder, name=name, layers=list(range(3, 32, 4))) for name in ("a", "b")]
         for run in runs:
             change_record(run, workflow=run.name)

@@ -1,7 +1,5 @@
 """Chosen modules of a base with their weights, without the rest of it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Collection
 from contextlib import suppress

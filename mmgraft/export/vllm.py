@@ -4,8 +4,6 @@ It is a LLaVA model whose decoder has the inserted layers of every workflow in i
 ``workflows.N.``, what else a workflow has. The plugin says which row runs which.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,8 +26,8 @@ from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.progress import say
 from mmgraft.version import __version__
 
+#: Bases whose decoder the plugin knows, by model type.
 DECODERS = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
-"""Bases whose decoder the plugin knows, by model type."""
 
 ARCHITECTURE = "MMGraftForConditionalGeneration"
 

@@ -130,7 +130,7 @@ def test_rows_are_those_of_stock_vllm_bit_for_bit(tmp_path: Path, form: str) -> 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8"])
 def test_other_forms_are_refused_by_name(tmp_path: Path, method: str) -> None:
-    """Where the graft is made, or where it is written."""
+    """At the latest by the export: most when the graft is made."""
     base = quantised_base(tmp_path, "int8")
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32}

@@ -4,8 +4,6 @@ Nothing that changes what a row means is dropped: it is read, or the row is refu
 message, text and images, become one text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -13,8 +11,8 @@ from typing import Any
 
 from mmgraft.errors import UsageError, brief
 
+#: ``{"role", "content": str | list of parts}``; other keys go to the chat template untouched.
 Message = Mapping[str, Any]
-"""``{"role", "content": str | list of parts}``; other keys go to the chat template untouched."""
 
 
 def is_image(part: Any) -> bool:
@@ -132,6 +130,7 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(item)
 
 
+#: The role that a turn's role or speaker stands for.
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt"), "assistant"),
@@ -139,32 +138,31 @@ ROLES = {
     "system": "system",
     "developer": "developer",
 }
-"""The role that a turn's role or speaker stands for."""
 
 ROW_KEYS = ("messages", "conversations", "image", "images", "system", "tools")
 TURN_KEYS = ("role", "from", "content", "value", "tool_calls")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+#: Keys of a turn that are the chat template's to read; see ``written.refuse_dropped``.
 TEMPLATE_KEYS = ("name", "tool_call_id", *THOUGHTS)
-"""Keys of a turn that are the chat template's to read; see ``written.refuse_dropped``."""
 PART_KEYS = {"text": ("type", "text")} | dict.fromkeys(
     ("image", "image_url"), ("type", "image", "image_url", "path", "url")
 )
 
+#: Words of keys that another trainer reads as part of what is said, shown, or learned.
 _MEANS = re.compile(
     "system|developer|instruction|prompt|query|history|input|output|response|completion|chosen|"
     "rejected|reject|label|kto|weight|loss|masked|mask|trainable|train|supervised|video|audio|"
     "speech|frame|image|object|region|tool|function|call|document|template|reasoning|"
     "thinking|thought|think"
 )
-"""Words of keys that another trainer reads as part of what is said, shown, or learned."""
+#: Last words of keys that say something about a row, such as ``image_id``.
 _ABOUT = re.compile(
     "id|idx|index|type|kind|source|size|width|height|count|number|num|hash|sha256|md5|rating|score|"
     "min|max|length|category|format|license|token|language|dataset|version|model"
 )
-"""Last words of keys that say something about a row, such as ``image_id``."""
 _COUNTS = ("num", "n", "has", "is")
+#: Keys whose values 1 and true are the rule here: the turn is supervised, in full.
 _ON = ("loss", "train", "trainable", "weight", "label", "supervised")
-"""Keys whose values 1 and true are the rule here: the turn is supervised, in full."""
 
 
 def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) -> None:

@@ -3,8 +3,6 @@
 Images that are listed beside turns are put in their places: at a part, at a word, or first.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -13,19 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
-from mmgraft.data.chat.turns import (
-    PART_KEYS,
-    TEMPLATE_KEYS,
-    TURN_KEYS,
-    clean_turn,
-    image_of,
-    images_of_all,
-    is_image,
-    refuse_unread,
-    role_of,
-    tools_of,
-    with_system,
-)
+from mmgraft.data.chat import turns as chat_turns
 from mmgraft.data.formats.fields import Fields
 from mmgraft.data.formats.layouts import Layout, Reading
 from mmgraft.data.images import is_data_uri, path_of, refuse_web
@@ -33,13 +19,13 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import BadImage, StoredImage
 
+#: Placeholder of an image in the texts of most layouts; beside content parts it is plain text.
 WORD = "<image>"
-"""Placeholder of an image in the texts of most layouts; beside content parts it is plain text."""
 
+#: Rule by which ``WORD`` is an image. ``first``: always, and images without any word come before
+#: the first turn of a user; ``parts``: never where any part is an image, else ``first`` where
+#: images are listed; ``listed``: as ``parts``, but what may be either is refused.
 Words = Literal["never", "always", "first", "parts", "listed"]
-"""Rule by which ``WORD`` is an image. ``first``: always, and images without any word come before
-the first turn of a user; ``parts``: never where any part is an image, else ``first`` where images
-are listed; ``listed``: as ``parts``, but what may be either is refused."""
 
 Turn = dict[str, Any]
 
@@ -62,7 +48,12 @@ def place_images(
         UsageError: There are more or fewer places than images, or it is not clear which they are.
     """
     count = len(images)
-    shown = [image_of(part) for turn in turns for part in _parts(turn) if is_image(part)]
+    shown = [
+        chat_turns.image_of(part)
+        for turn in turns
+        for part in _parts(turn)
+        if chat_turns.is_image(part)
+    ]
     bare = shown.count(None)
     if not count and not bare and words not in ("always", "first"):
         return list(turns), "parts"
@@ -95,7 +86,7 @@ def _parts(turn: Turn) -> list[Any]:
 
 
 def _is_bare(part: Any) -> bool:
-    return is_image(part) and image_of(part) is None
+    return chat_turns.is_image(part) and chat_turns.image_of(part) is None
 
 
 def _split(turn: Turn, in_parts: bool) -> Turn:
@@ -122,7 +113,7 @@ def _split(turn: Turn, in_parts: bool) -> Turn:
 def _with_first(turns: Sequence[Turn], count: int, where: str) -> list[Turn]:
     """Return turns with empty image parts before the first turn of a user."""
     for at, turn in enumerate(turns):
-        if role_of(turn["role"], f"{where}, turn {at + 1}") == "user":
+        if chat_turns.role_of(turn["role"], f"{where}, turn {at + 1}") == "user":
             said = turn.get("content") or []
             said = [{"type": "text", "text": said}] if isinstance(said, str) else said
             return [
@@ -147,16 +138,16 @@ def _filled(turns: Sequence[Turn], images: Sequence[Any]) -> list[Turn]:
     return filled
 
 
+#: Characters; what is longer is hardly a path.
 _LONGEST_NAME = 1000
-"""Characters; what is longer is hardly a path."""
 _TURNS = ("messages", "conversations", "texts", "history")
+#: Lists and objects in each other.
 _DEEPEST = 100
-"""Lists and objects in each other."""
 
+#: An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot.
 _BASE64 = re.compile(
     r"(?:iVBORw0KGgoAAAANSUhEUg|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40,}={0,2}\s*"
 )
-"""An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot."""
 
 
 _PLACED = {
@@ -202,15 +193,15 @@ class RowReader:
         where = f"{where} (id {index})"
         _check_text(data, where)
         layout = self.reading.layout(data, where)
-        refuse_unread(data, self.reading.read_keys(layout), where)
+        chat_turns.refuse_unread(data, self.reading.read_keys(layout), where)
         turns = layout.turns(data, where)
         name = self._name(layout, data)
         images = self._listed(data, turns, where)
         words = "never" if self.reading.format == "messages" else _WORDS.get(name, "first")
         placed, by = place_images(turns, images, words, where)
         messages = [self._message(turn, f"{where}, turn {at}") for at, turn in enumerate(placed, 1)]
-        messages = with_system(messages, data, where)
-        tools = tools_of(data, where)
+        messages = chat_turns.with_system(messages, data, where)
+        tools = chat_turns.tools_of(data, where)
         if name == "messages" and by != "parts":
             name = "swift"
         why = f"{name}: {layout.known_by}{_PLACED[by] if images else ''}"
@@ -235,7 +226,7 @@ class RowReader:
                 fields.check(list(data), where, "this row has not")
             found = fields.get(data, "image")  # of several columns, a list
             named = [found] if column in data else [one for one in found or () if one is not None]
-        if not named and self.images and not any(images_of_all(turns)):
+        if not named and self.images and not any(chat_turns.images_of_all(turns)):
             return list(dict.fromkeys(self.images.values()))
         listed: list[Any] = []
         for value in named:
@@ -245,8 +236,8 @@ class RowReader:
         return listed
 
     def _message(self, turn: dict[str, Any], at: str) -> dict[str, Any]:
-        refuse_unread(turn, (*TURN_KEYS, *TEMPLATE_KEYS), at)
-        turn = clean_turn(turn, at)
+        chat_turns.refuse_unread(turn, (*chat_turns.TURN_KEYS, *chat_turns.TEMPLATE_KEYS), at)
+        turn = chat_turns.clean_turn(turn, at)
         content = turn.get("content")
         if isinstance(content, list):
             return {**turn, "content": [self._part(part, at) for part in content]}
@@ -255,12 +246,12 @@ class RowReader:
         return turn
 
     def _part(self, part: Any, at: str) -> dict[str, Any]:
-        if isinstance(part, dict) and part.get("type") in PART_KEYS:
-            refuse_unread(part, PART_KEYS[part["type"]], at)
+        if isinstance(part, dict) and part.get("type") in chat_turns.PART_KEYS:
+            chat_turns.refuse_unread(part, chat_turns.PART_KEYS[part["type"]], at)
             if part["type"] != "text" and part.get("text"):
                 raise UsageError(f"{at}: an image part with text; write a part for each")
-        if is_image(part):
-            image = image_of(part)
+        if chat_turns.is_image(part):
+            image = chat_turns.image_of(part)
             if image is None:
                 raise UsageError(
                     f'{at}: an image part without an image; write "image": PATH in it, or one more '
