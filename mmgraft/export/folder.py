@@ -2,12 +2,14 @@
 
 import json
 import shutil
-from dataclasses import field
+from collections.abc import Callable
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
+from mmgraft.atomic import atomic_folder
 from mmgraft.errors import UsageError
 from mmgraft.frozen import Frozen
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
@@ -43,6 +45,20 @@ class Exported(Frozen):
     notes: list[str] = field(default_factory=list)
     difference: float | None = None
     written: bool = True
+
+
+def keep(planned: Exported, write: Callable[[Path], None], dry_run: bool) -> Exported:
+    """Write an export, unless it is a dry run; return what is there then.
+
+    Args:
+        planned: What it will be; files as a dry run lists them.
+        write: Fills the folder that it is given.
+        dry_run: Write nothing.
+    """
+    if dry_run:
+        return replace(planned, written=False)
+    atomic_folder(planned.folder, write)
+    return replace(planned, files=sizes_in(planned.folder))
 
 
 def default_folder(run: Path, kind: Kind) -> Path:

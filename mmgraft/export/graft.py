@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from mmgraft.atomic import atomic_folder, atomic_json, atomic_text
+from mmgraft.atomic import atomic_json, atomic_text
 from mmgraft.basefiles import ModelFiles, TensorReader, find_tokenizer, load_config, resolve
 from mmgraft.errors import UsageError
-from mmgraft.export.folder import Exported, copy_file, sizes_in
+from mmgraft.export.folder import Exported, copy_file, keep
 from mmgraft.hub.card import WHAT, card_of, has_own_readme, local_references
 from mmgraft.model.files.graft_file import CONFIG_NAME, OWN_BASE, GraftFile
 from mmgraft.model.files.load import base_files, check_base, load_processor, local_tower
@@ -48,11 +48,8 @@ def export_full(run: Path, out: Path, base: str | None = None, dry_run: bool = F
     check_base(record, files, "fast")
     own = belonging(run)
     copied = _files_of(files)
-    notes = _notes(record)
-    if dry_run:
-        listed = {f.name: f.size for f in own}
-        listed |= {f"{OWN_BASE}/{name}": path.stat().st_size for name, path in copied.items()}
-        return Exported("full", out, record.workflow, listed, notes, written=False)
+    listed = {f.name: f.size for f in own}
+    listed |= {f"{OWN_BASE}/{name}": path.stat().st_size for name, path in copied.items()}
 
     def write(folder: Path) -> None:
         say(f"copying the base, {len(copied)} files")
@@ -70,8 +67,7 @@ def export_full(run: Path, out: Path, base: str | None = None, dry_run: bool = F
         say("checking the copy")
         check_base(whole, resolve(folder / OWN_BASE), "fast")
 
-    atomic_folder(out, write)
-    return Exported("full", out, record.workflow, sizes_in(out), notes)
+    return keep(Exported("full", out, record.workflow, listed, _notes(record)), write, dry_run)
 
 
 def _notes(record: GraftFile) -> list[str]:
@@ -152,17 +148,14 @@ def export_graft(run: Path, out: Path, dry_run: bool = False) -> Exported:
     """
     record, inside, notes = _settled(GraftFile.read(run), run)
     files = belonging(run, inside)
-    if dry_run:
-        listed = {CONFIG_NAME: len(record.dump().encode())} | {f.name: f.size for f in files}
-        return Exported("graft", out, record.workflow, listed, notes, written=False)
+    listed = {CONFIG_NAME: len(record.dump().encode())} | {f.name: f.size for f in files}
 
     def write(folder: Path) -> None:
         say(f"copying {len(files)} files")
         write_files(folder, files)
         write_record(folder, run, record, out.name, [file.name for file in files])
 
-    atomic_folder(out, write)
-    return Exported("graft", out, record.workflow, sizes_in(out), notes)
+    return keep(Exported("graft", out, record.workflow, listed, notes), write, dry_run)
 
 
 def write_files(folder: Path, files: list[UploadFile]) -> None:

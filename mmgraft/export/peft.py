@@ -5,9 +5,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from mmgraft.atomic import atomic_folder
 from mmgraft.errors import UsageError
-from mmgraft.export.folder import ADAPTER, NOTE_KEY, Exported, sizes_in
+from mmgraft.export.folder import ADAPTER, NOTE_KEY, Exported, keep
 from mmgraft.export.llava.fit import gather
 from mmgraft.grafts.method import PlainAdapter
 from mmgraft.grafts.registry import get_method
@@ -42,9 +41,6 @@ def export_peft(run: Path, out: Path, base: str | None = None, dry_run: bool = F
     tensors = {f"{_WRAPPED}{layers}.{new}": mine[old] for old, new in adapter.tensors.items()}
     notes = ["it is for the model that --to llava writes, and acts on rows with an image alone"]
     size = sum(tensor.nbytes for tensor in tensors.values())
-    if dry_run:
-        listed = {ADAPTER: size}
-        return Exported("peft", out, record.workflow, listed, notes, written=False)
 
     def write(folder: Path) -> None:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -57,8 +53,7 @@ def export_peft(run: Path, out: Path, base: str | None = None, dry_run: bool = F
         }  # fmt: skip
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
-    atomic_folder(out, write)
-    return Exported("peft", out, record.workflow, sizes_in(out), notes)
+    return keep(Exported("peft", out, record.workflow, {ADAPTER: size}, notes), write, dry_run)
 
 
 def _as_adapter(record: GraftFile, names: list[str]) -> PlainAdapter:

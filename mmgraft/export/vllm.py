@@ -5,7 +5,7 @@ It is a LLaVA model whose decoder has the inserted layers of every workflow in i
 """
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmgraft.atomic import atomic_folder
 from mmgraft.basefiles.parts import refuse_quantised
-from mmgraft.basefiles.tensor_files import LazyTensor, write_shards
+from mmgraft.basefiles.tensor_files import LazyTensor, open_tensors, write_shards
 from mmgraft.errors import UsageError
-from mmgraft.export.folder import NOTE_KEY, Exported, sizes_in
+from mmgraft.export.folder import NOTE_KEY, Exported, keep
 from mmgraft.export.llava.config import empty_llava, llava_config
 from mmgraft.export.llava.export import Plan, write_small_files
 from mmgraft.export.llava.fit import Ingredients, NotLlava, Source, gather
@@ -28,13 +27,12 @@ from mmgraft.progress import say
 from mmgraft.version import __version__
 
 #: Bases whose decoder the plugin knows, by model type.
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+DECODERS = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 ARCHITECTURE = "MMGraftForConditionalGeneration"
 
-_NO_IMAGE = "a conversation without an image is the base's, unless its request says workflow, too"
-
 _LAYERS, _PROJECTOR, _BESIDE = "graft.layers.", "projector.", "workflows."
+_TEXT = "language_model."
 
 _Tensors = dict[str, Callable[[], Tensor]]
 
@@ -66,20 +64,20 @@ def export_vllm(
     stock = own | _moved(own, f"{_BESIDE}0.{_PROJECTOR}", _PROJECTOR)
     with llava_tensors(plan.made_of, plan.model, stock) as tensors:
         kept = {name: one for name, one in tensors.items() if not name.startswith("multi_modal")}
+        if _stored(plan.made_of):
+            kept = {name: one for name, one in kept.items() if not name.startswith(_TEXT)}
+            kept |= _moved(open_tensors(plan.made_of.files.path), "", _TEXT)
         kept |= {n: _lazy(r, plan.made_of.dtype) for n, r in own.items() if n.startswith(_BESIDE)}
         size = sum(tensor.nbytes for tensor in kept.values())
-        if dry_run:
-            listed = {"model.safetensors": size}
-            return Exported("vllm", out, ", ".join(names), listed, _notes(plan), written=False)
 
         def write(folder: Path) -> None:
             say(f"writing {size / 2**20:,.1f} MiB of weights")
             write_shards(folder, "model", kept)
             write_small_files(plan, folder)
 
-        atomic_folder(out, write)
-    command = shlex.join(serve_command(out, [graft.record for graft in grafts]))
-    return Exported("vllm", out, ", ".join(names), sizes_in(out), [*_notes(plan), command])
+        notes = [*_notes(plan), shlex.join(serve_command(out, [graft.record for graft in grafts]))]
+        listed = {"model.safetensors": size}
+        return keep(Exported("vllm", out, ", ".join(names), listed, notes), write, dry_run)
 
 
 def serve_command(folder: Path, records: Sequence[GraftFile]) -> list[str]:
@@ -95,7 +93,9 @@ def _gather(run: Path, base: str | None, dtype: str | None) -> Ingredients:
         made_of = gather(run, base, dtype, gates=True)
     except NotLlava as error:
         raise UsageError(f"mmgraft-vllm builds on vLLM's LLaVA model, and {error}") from None
-    refuse_quantised(made_of.base_config, made_of.files.id)
+    raw = _stored(made_of).get("quant_method") == "compressed-tensors"
+    if not raw or made_of.inserted or made_of.owns:  # what a projector stands beside is not copied
+        refuse_quantised(made_of.base_config, made_of.files.id)
     if (kind := made_of.base_config.model_type) not in DECODERS:
         raise UsageError(
             f"mmgraft-vllm knows no {kind} decoder, but {', '.join(DECODERS)}; use mmgraft serve, "
@@ -127,6 +127,11 @@ def _plan(grafts: list[Ingredients]) -> tuple[Plan, _Tensors]:
     model = empty_llava(config)
     own = {"architectures": [ARCHITECTURE], "mrope_section": [1, 1, 1]}  # see the plugin
     config.update({**own, NOTE_KEY: {"version": __version__, "workflows": workflows}})
+    if stored := _stored(made_of):
+        plain = [one if one.startswith("re:") else f"re:{one}$" for one in stored.get("ignore", ())]
+        left = [one.replace("re:", f"re:({_TEXT})?", 1) for one in plain]
+        stored = {**stored, "ignore": [*left, "re:.*(vision_tower|projector).*"]}
+        config.update({"quantization_config": stored})
     return Plan(made_of, processor, config, model), tensors
 
 
@@ -159,8 +164,8 @@ def _join(grafts: list[Ingredients]) -> tuple[list[Source], list[dict[str, Any]]
     return layers, workflows, tensors
 
 
-def _moved(tensors: _Tensors, old: str, new: str) -> _Tensors:
-    return {new + n.removeprefix(old): read for n, read in tensors.items() if n.startswith(old)}
+def _moved(tensors: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {new + n.removeprefix(old): one for n, one in tensors.items() if n.startswith(old)}
 
 
 def _check_together(first: Ingredients, other: Ingredients) -> None:
@@ -179,13 +184,21 @@ def _check_together(first: Ingredients, other: Ingredients) -> None:
             )
 
 
+def _stored(made_of: Ingredients) -> dict[str, Any]:
+    """Return how the base's weights are quantised; an empty one where they are not."""
+    return made_of.base_config.to_dict().get("quantization_config") or {}
+
+
 def _lazy(read: Callable[[], Tensor], dtype: torch.dtype) -> LazyTensor:
     return LazyTensor(tuple(read().shape), dtype, lambda: read().to(dtype))
 
 
 def _notes(plan: Plan) -> list[str]:
     token = plan.processor.processor.image_token
-    notes = [_NO_IMAGE, f"text that contains {token} literally is read as an image position"]
+    notes = [
+        "a conversation without an image is the base's, unless its request says workflow, too",
+        f"text that contains {token} literally is read as an image position",
+    ]
     if stops := plan.processor.graft.answers.stops:
         notes.append(f"answers end with text: send stop={list(stops)!r} with each request")
     return notes

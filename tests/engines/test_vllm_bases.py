@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import vllm
+from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
 import mmgraft_vllm
@@ -20,7 +23,10 @@ from vllm_engine import SIZES, Graft, Messages, answers, engine, for_vllm, greed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reduce_op:FutureWarning")  # of vLLM itself
 
-PAIRS = [("llama", "siglip"), ("mistral", "siglip"), ("mistral", "clip"), ("qwen2", "clip")]
+PAIRS = [
+    ("llama", "siglip"), ("mistral", "siglip"), ("mistral", "clip"), ("qwen2", "clip"),
+    ("phi3", "siglip"), ("gemma3", "clip"),
+]  # fmt: skip
 TEXT: Messages = [{"role": "user", "content": "One, two, three: what comes next?"}]
 
 
@@ -35,12 +41,12 @@ def test_export_and_plugin_know_the_same_decoders() -> None:
 
 @pytest.mark.parametrize(("arch", "tower"), PAIRS)
 def test_rows_are_what_generate_gives(tmp_path: Path, arch: str, tower: str) -> None:
-    """The graft's for rows with images, the base's for others."""
+    """The graft's for rows with images, the base's for others; windows are shorter than prompts."""
     make_base(tmp_path, arch, **SIZES)
     run = make_graft(tmp_path, arch, tower, layers=[1, 3])
     export_vllm([run], tmp_path / "out")
     rows, graft = [look(1), TEXT, look(2, 3)], Graft(run)
-    with engine(tmp_path / "out") as llm:
+    with engine(tmp_path / "out", max_num_batched_tokens=32) as llm:
         found = answers(llm.chat([for_vllm(row) for row in rows], greedy(), use_tqdm=False))
     for row, (ids, values) in zip(rows, found, strict=True):
         wanted, likely = graft.answer(row)
@@ -57,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(folder: Path, **options: Any) -> Any:
-    return EngineArgs(str(folder), dtype="float32", max_model_len=128, **options)
+    return EngineArgs(str(folder), **{"dtype": "float32", "max_model_len": 128, **options})
 
 
 @pytest.mark.parametrize(
@@ -68,6 +74,7 @@ def settings(folder: Path, **options: Any) -> Any:
             "speculative decoding",
         ),
         ({"enable_lora": True}, "LoRA adapters"),
+        ({"quantization": "fp8", "dtype": "bfloat16"}, "a quantised model"),
         ({"enable_prompt_embeds": True}, "embeddings as prompts"),
         ({"enable_mm_embeds": True}, "embeddings as images"),
     ],
@@ -102,9 +109,52 @@ def test_what_a_cpu_cannot_start_is_refused_by_name(
 
 def test_another_decoder_is_refused_by_name(folder: Path) -> None:
     config = settings(folder).create_engine_config()
-    config.model_config.hf_config.text_config.model_type = "gemma3_text"
-    with pytest.raises(ValueError, match="a gemma3_text decoder"):
+    config.model_config.hf_config.text_config.model_type = "gemma2"
+    with pytest.raises(ValueError, match="a gemma2 decoder"):
         refuse(config)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mmgraft": {"version": "0.0.1", "workflows": ["mm"]}},
+        {"mmgraft": {"version": "0.0.1", "workflows": [{"name": "mm", "layers": [[0, 1]]}]}},
+        {"mmgraft": {"version": "0.0.1", "workflows": []}},
+        {"mmgraft": {"version": "0.0.1"}},
+        {"mrope_section": None},
+    ],
+    ids=["names alone", "fewer keys", "none", "no list", "plain positions"],
+)
+def test_a_folder_of_another_mmgraft_is_refused(
+    folder: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    copied = copytree(folder, tmp_path / "copied")
+    values = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**values, **changed}))
+    version = changed.get("mmgraft", values["mmgraft"])["version"]
+    with pytest.raises(ValueError, match=f"written by mmgraft {re.escape(version)}, or changed"):
+        refuse(settings(copied).create_engine_config())
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "language_model.model.layers.1.self_attn.k_proj.weight",
+        "language_model.model.layers.0.mlp.up_proj.weight",
+        "language_model.model.norm.weight",
+        "workflows.0.projector.mlp.2.bias",
+        "workflows.0.embedding.weight",
+        "vision_tower.vision_model.encoder.layers.0.self_attn.v_proj.bias",
+    ],
+)
+def test_a_folder_that_lacks_a_tensor_is_refused(folder: Path, tmp_path: Path, lost: str) -> None:
+    """VLLM itself takes one of several that make up a linear layer for all, or none at all."""
+    copied = copytree(folder, tmp_path / "copied")
+    tensors = load_file(copied / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, copied / "model.safetensors")
+    with pytest.raises(ValueError, match="the folder lacks 1 tensors, such as"):
+        engine(copied).__enter__()
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0+cpu"])

@@ -192,7 +192,21 @@ def test_a_step_runs_the_layers_of_its_workflows_alone(
             hook.remove()
 
 
-ORDERS = [*permutations("cpt"), *permutations(["t", "c", "c!"]), *permutations(["t", "a!", "b!"])]
+ORDERS = [
+    *permutations("cpt"),
+    *permutations(["t", "c", "c!"]),
+    *permutations(["t", "a!", "b!"]),
+    *permutations(["c12", "c21", "p12"]),  # images, in both orders
+    *permutations(["c1", "c12", "t"]),
+]
+"""A workflow (``t``: none), and its images, or ``!`` without one; where nothing is said, one."""
+
+
+def ordered(name: str) -> tuple[str | None, Messages]:
+    workflow, images = name[0], name[1:]
+    if workflow == "t":
+        return None, TEXT
+    return (name, TEXT) if images == "!" else (workflow, look(*map(int, images or "5")))
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=",".join)
@@ -201,9 +215,7 @@ def test_no_workflow_reads_anothers_prefix(llm: LLM, order: tuple[str, ...]) -> 
 
     Where text comes first, its steps leave the inserted layers out, whose blocks are unwritten.
     """
-    rows: list[tuple[str | None, Messages]] = [
-        (None, TEXT) if name == "t" else (name, TEXT if "!" in name else look(5)) for name in order
-    ]
+    rows = [ordered(name) for name in order]
     each = alone(llm, rows)
     for _ in range(2):  # the second time from the cache
         for row, its in zip(rows, each, strict=True):

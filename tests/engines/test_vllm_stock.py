@@ -16,12 +16,8 @@ from vllm_engine import NEW, SIZES, Graft, Messages, answers, engine, for_vllm, 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reduce_op:FutureWarning")  # of vLLM itself
 
-PAIRS = [
-    *(("llama", tower) for tower in ("clip", "siglip")),
-    *(("qwen2", tower) for tower in ("clip", "siglip")),
-    *(("qwen3", tower) for tower in ("clip", "siglip")),
-    ("mistral", "clip"),
-]
+DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3")
+PAIRS = [(decoder, tower) for decoder in DECODERS for tower in ("clip", "siglip")]
 TEXT: Messages = [{"role": "user", "content": "One, two, three: what comes next?"}]
 
 

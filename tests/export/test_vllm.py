@@ -76,8 +76,8 @@ def test_the_dry_run_knows_the_size(tmp_path: Path) -> None:
         ("llama", {"method": "lora"}, "what method lora adds"),
         ("llama", {"method": "xattn", "layers": [1]}, "xattn's blocks"),
         ("llama", {"method": "expert"}, "expert"),
-        ("gemma3", {}, "knows no gemma3_text decoder"),
-        ("phi3", {}, "knows no phi3 decoder"),
+        ("olmo2", {}, "knows no olmo2 decoder"),
+        ("gpt_neox", {}, "knows no gpt_neox decoder"),
     ],
 )
 def test_what_the_plugin_cannot_run_is_refused(

@@ -55,7 +55,11 @@ def engine(folder: Path, **options: Any) -> Iterator[LLM]:
         "limit_mm_per_prompt": {"image": 2},
         "seed": 0,
     }
-    llm = LLM(str(folder), **{**settings, **options})
+    try:
+        llm = LLM(str(folder), **{**settings, **options})
+    except Exception:
+        cleanup_dist_env_and_memory()
+        raise
     try:
         yield llm
     finally:

@@ -6,11 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from mmgraft.atomic import atomic_folder
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.report.markdown import render
-from mmgraft.export.folder import MMPROJ, Exported, sizes_in
+from mmgraft.export.folder import MMPROJ, Exported, keep
 from mmgraft.export.gguf.files import check_parts, decoder_file, refuse, vision_file
 from mmgraft.export.gguf.tokenizer import Vocabulary
 from mmgraft.export.llava.config import empty_llava, llava_config
@@ -60,8 +59,6 @@ def export_gguf(
             tokens = partial(vocabulary.describe, template=template)
             parts[TEXT] = decoder_file(made_of, architecture, tensors, outtype or "f16", tokens)
         sizes = {name: part.nbytes for name, part in parts.items()}
-        if dry_run:
-            return Exported(kind, out, made_of.record.workflow, sizes, notes, written=False)
 
         def write(folder: Path) -> None:
             for name, part in parts.items():
@@ -73,8 +70,8 @@ def export_gguf(
                 (folder / TEMPLATE).write_text(template, "utf-8")
             (folder / README).write_text(_card(made_of, kind, out.name, notes), "utf-8")
 
-        atomic_folder(out, write)
-    return Exported(kind, out, made_of.record.workflow, sizes_in(out), notes)
+        planned = Exported(kind, out, made_of.record.workflow, sizes, notes)
+        return keep(planned, write, dry_run)
 
 
 def _card(made_of: Ingredients, kind: str, title: str, notes: list[str]) -> str:

@@ -6,12 +6,11 @@ from pathlib import Path
 import yaml
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mmgraft.atomic import atomic_folder
 from mmgraft.basefiles.tensor_files import write_shards
 from mmgraft.data.chat.answers import Answers
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.report.markdown import render
-from mmgraft.export.folder import Exported, copy_file, sizes_in
+from mmgraft.export.folder import Exported, copy_file, keep
 from mmgraft.export.llava.check import compare, take_samples
 from mmgraft.export.llava.config import empty_llava, llava_config
 from mmgraft.export.llava.fit import Ingredients, gather
@@ -64,14 +63,11 @@ def export_llava(
     made_of, notes = plan.made_of, _notes(plan)
     with llava_tensors(made_of, plan.model) as tensors:
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if dry_run:
-            listed = {"model.safetensors": size}
-            return Exported("llava", out, made_of.record.workflow, listed, notes, written=False)
-        say("running the graft on two short conversations")
-        samples = take_samples(made_of, plan.processor.graft, base)
         found: list[float] = []
 
         def write(folder: Path) -> None:
+            say("running the graft on two short conversations")
+            samples = take_samples(made_of, plan.processor.graft, base)
             say(f"writing {size / 2**20:,.1f} MiB of weights")
             write_shards(folder, "model", tensors)
             write_small_files(plan, folder)
@@ -80,8 +76,9 @@ def export_llava(
             token = plan.processor.processor.image_token
             (folder / README).write_text(llava_card(made_of, out.name, token, found[0]), "utf-8")
 
-        atomic_folder(out, write)
-    return Exported("llava", out, made_of.record.workflow, sizes_in(out), notes, found[0])
+        listed = {"model.safetensors": size}
+        planned = Exported("llava", out, made_of.record.workflow, listed, notes)
+        return replace(keep(planned, write, dry_run), difference=next(iter(found), None))
 
 
 def write_small_files(plan: Plan, folder: Path) -> None:

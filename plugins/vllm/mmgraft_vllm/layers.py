@@ -58,12 +58,14 @@ def base_layer(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class of a base's layer, which reads plain positions.
 
     Its attributes are ``step``, the :class:`Step` of the model, and ``feeds``, the :class:`Feed` of
-    each workflow that needs its input.
+    each workflow that needs its input. Its method ``alone`` is the base's own, for a step without
+    workflows, whose positions are plain as they come.
     """
 
     class BaseLayer(kind):
         step: Step
         feeds: list[Feed]
+        alone = kind.forward
 
         def forward(
             self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **kwargs: Any
@@ -155,13 +157,14 @@ class BaseDecoder(nn.Module):
         norm: The base's final norm.
     """
 
-    def __init__(self, layers: list[nn.Module], norm: nn.Module) -> None:
+    def __init__(self, layers: list[Any], norm: nn.Module) -> None:
         super().__init__()
-        self.layers, self.norm = nn.ModuleList(layers), norm
+        self.layers: Any = nn.ModuleList(layers)
+        self.norm = norm
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Return the normed hidden states: ``(t, h) -> (t, h)``."""
         residual = None
         for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
+            hidden_states, residual = layer.alone(positions, hidden_states, residual)
         return self.norm(hidden_states, residual)[0]

@@ -8,14 +8,15 @@ Without torch.compile, a step runs what belongs to the workflows that have a row
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -42,7 +43,8 @@ from mmgraft_vllm.layers import (
 )
 from mmgraft_vllm.processor import GraftInfo, GraftProcessor
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+QUANTISED = "compressed-tensors"
+DECODERS = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 class Workflow(nn.Module):
@@ -87,9 +89,12 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         self.workflows: Any = nn.ModuleList([Workflow(self.config, one) for one in self.entries])
         text, decoder = self.config.text_config, self.language_model.model
         self.hidden, self.step = text.hidden_size, Step()
+        self.full = vllm_config.quant_config is None
+        self.scale = getattr(decoder, "normalizer", 1)  # Gemma's, of embeddings
         self._gate_layers(decoder.layers)
         normed = [n for n, one in enumerate(self.entries, 1) if "norm" in one["owns"]]
-        own: dict[int, nn.Module] = {n: RMSNorm(self.hidden, eps=text.rms_norm_eps) for n in normed}
+        kind = type(decoder.norm)
+        own = {n: kind(self.hidden, eps=text.rms_norm_eps) for n in normed}
         decoder.norm = Norms(decoder.norm, own, self.step)
         inserted = {place for one in self.entries for _, place in one["layers"]}
         layers = [one for place, one in enumerate(decoder.layers) if place not in inserted]
@@ -188,7 +193,7 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         for one in self.step.workflows:
             workflow = self.workflows[one - 1]
             if workflow.embedding is not None:
-                own = workflow.embedding(input_ids.masked_fill(images, 0))
+                own = workflow.embedding(input_ids.masked_fill(images, 0)) * self.scale
                 embedded = torch.where((number == one) & ~images[:, None], own, embedded)
         return embedded
 
@@ -209,7 +214,11 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the folder's tensors."""
+        """Load the folder's tensors.
+
+        Raises:
+            ValueError: It lacks some. VLLM itself leaves a linear layer without values as it is.
+        """
         decoder = "language_model.model."
         prefixes = {f"{decoder}norm.": f"{decoder}norm.base."}
         for number, one in enumerate(self.entries):
@@ -219,7 +228,45 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         inside = {".projector.mlp.0.": ".projector.linear_1."}
         inside |= {".projector.mlp.2.": ".projector.linear_2."}
         mapper = WeightsMapper(orig_to_new_prefix=prefixes, orig_to_new_substr=inside)
-        return AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
+        names: set[str] = set()
+
+        def noted() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                # A quantised base may have layers in full, with other tensors in its modules.
+                names.add(name if self.full else name.rpartition(".")[0])
+                yield name, tensor
+
+        loaded = AutoWeightsLoader(self).load_weights(noted(), mapper=mapper)
+        # Of a quantised model, vLLM counts itself, and knows which no file has.
+        empty = {name for name, _ in self.named_parameters()} - loaded if self.full else set()
+        if missing := sorted(without_values(empty, names)):
+            raise ValueError(
+                f"the folder lacks {len(missing)} tensors, such as {missing[0]}; export it once "
+                "more with mmgraft export --to vllm"
+            )
+        return loaded
+
+
+def without_values(empty: set[str], names: set[str]) -> set[str]:
+    """Return parameters that got no tensor, and tensors that a layer lacks beside another.
+
+    Several tensors of a layer are one parameter in vLLM, which counts as loaded by any of them.
+
+    Args:
+        empty: Parameters that got none.
+        names: Of all tensors in the folder.
+    """
+    layers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        if found := re.match(r"(.*\.layers\.)(\d+)\.(.*)", name):
+            stack, number, rest = found.groups()
+            layers[stack][number].add(rest)
+    return empty | {
+        f"{stack}{number}.{rest}"
+        for stack, found in layers.items()
+        for number, has in found.items()
+        for rest in set().union(*found.values()) - has
+    }
 
 
 def present(numbers: Tensor) -> tuple[int, ...]:
@@ -234,16 +281,49 @@ def refuse(config: VllmConfig) -> None:
         ValueError: Says what to leave out.
     """
     model, parallel = config.model_config, config.parallel_config
+    check_entries(getattr(model.hf_config, "mmgraft", None), model.uses_mrope)
     kind = model.hf_config.text_config.model_type
     wrong = {
         f"a {kind} decoder (it knows {', '.join(DECODERS)})": kind not in DECODERS,
         "speculative decoding": config.speculative_config is not None,
         "microbatch overlap (DBO)": parallel.use_ubatching,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "a quantised model": config.quant_config is not None,
+        "a quantised model": not _plain(config),
         "LoRA adapters": config.lora_config is not None,
         "embeddings as prompts": model.enable_prompt_embeds,
         "embeddings as images": model.multimodal_config.enable_mm_embeds,
     }
     if found := [what for what, given in wrong.items() if given]:
         raise ValueError(f"mmgraft-vllm does not take {' and '.join(found)}; start vLLM without")
+
+
+def _plain(config: VllmConfig) -> bool:
+    """Return whether weights are full, or as the export writes those of a quantised base."""
+    if config.quant_config is None:
+        return True
+    hf_config = config.model_config.hf_config
+    stored = getattr(hf_config, "quantization_config", None) or {}
+    layers = [one["layers"] or one["owns"] for one in hf_config.mmgraft["workflows"]]
+    return stored.get("quant_method") == QUANTISED and not any(layers)
+
+
+def check_entries(note: Any, uses_mrope: bool) -> None:
+    """Refuse a folder that another mmgraft wrote, or whose config was changed by hand.
+
+    Args:
+        note: What the config says under ``mmgraft``.
+        uses_mrope: VLLM asks the model for positions, which carry the workflows.
+
+    Raises:
+        ValueError: Says which mmgraft wrote it.
+    """
+    note = note if isinstance(note, dict) else {}
+    entries = note.get("workflows")
+    keys = {"name", "layers", "gated", "owns", "tied", "scalar"}
+    known = isinstance(entries, list) and all(set(one) == keys for one in entries)
+    if not entries or not known or not uses_mrope:
+        raise ValueError(
+            f"the folder was written by mmgraft {note.get('version', 'of unknown version')}, or "
+            "changed since, and does not say what this mmgraft-vllm reads; export it once more "
+            "with mmgraft export --to vllm, both of one release"
+        )

@@ -315,9 +315,9 @@ PATCHES = [
     ),
     Patch(
         "a dry run of an export writes",
-        "export/graft.py",
-        "    if dry_run:\n        listed = {CONFIG_NAME",
-        "    if False:\n        listed = {CONFIG_NAME",
+        "export/folder.py",
+        "    if dry_run:\n        return replace(",
+        "    if False:\n        return replace(",
         "export/test_graft.py cli/test_export.py",
     ),
     Patch(
