@@ -6,6 +6,7 @@ mmgraft's: :class:`Served` stands for a model and its processor.
 
 import hmac
 import inspect
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -109,13 +110,14 @@ def build_app(
     app.router.routes[:] = [one for one in app.router.routes if getattr(one, "path", "") in _ROUTES]
     _answer_errors(app)
     _guard(app, key)
+    app.user_middleware.reverse()  # a page may read refusals too
     return app
 
 
 def _answer_errors(app: "FastAPI") -> None:
     """Answer errors in OpenAI's form, without a traceback."""
-    from fastapi import HTTPException
     from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
 
     async def refuse(_request: Any, error: Any) -> Any:
         return _error(str(getattr(error, "detail", error)), getattr(error, "status_code", 400))
@@ -123,11 +125,8 @@ def _answer_errors(app: "FastAPI") -> None:
     async def malformed(_request: Any, _error_: Any) -> Any:
         return _error("the body is no JSON object; send one with 'model' and 'messages'", 400)
 
-    async def fail(_request: Any, error: Any) -> Any:
-        return _error(f"the server failed at this request: {first_line(error)}", 500)
-
-    refused = {kind: refuse for kind in (UsageError, HTTPException, 404, 405)}
-    for kind, answer in {**refused, RequestValidationError: malformed, Exception: fail}.items():
+    refused = {UsageError: refuse, HTTPException: refuse}
+    for kind, answer in {**refused, RequestValidationError: malformed, 400: malformed}.items():
         app.add_exception_handler(kind, answer)
 
 
@@ -144,7 +143,11 @@ def _guard(app: "FastAPI", key: str | None) -> None:
         if request.method == "POST" and (not size.isdigit() or int(size) > MAX_BYTES):
             limit = MAX_BYTES // 2**20
             return _error(f"a request needs a Content-Length of at most {limit} MiB", 413)
-        return await call_next(request)
+        try:
+            return await call_next(request)
+        except Exception as error:  # answered here, so that a page may read it
+            logging.getLogger("uvicorn.error").exception("a request failed")
+            return _error(f"the server failed at this request: {first_line(error)}", 500)
 
 
 def _error(message: str, status: int) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.errors import UsageError, brief
@@ -29,11 +29,11 @@ class Sampling(StrictModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[NonNegativeInt, float] | None = None
     n: Literal[1] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
@@ -101,8 +101,10 @@ class Allowed(Frozen):
         ]
 
     def _content(self, content: Any, where: str) -> Any:
-        if not isinstance(content, list):
+        if content is None or isinstance(content, str):
             return content or ""
+        if not isinstance(content, list):
+            raise UsageError(f"{where}: 'content' is a text or a list of parts; correct the message")
         return [self._part(part, f"{where}.content[{at}]") for at, part in enumerate(content)]
 
     def _part(self, part: Any, where: str) -> dict[str, Any]:

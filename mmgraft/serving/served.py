@@ -74,6 +74,9 @@ class Served(Frozen):
         if request.top_p is not None:
             kept["top_p"] = request.top_p
         if request.logit_bias:
+            known = self.answerer.model.anatomy.vocab_size
+            if max(request.logit_bias) >= known:
+                raise UsageError(f"'logit_bias': the model has tokens 0 to {known - 1} alone")
             kept["sequence_bias"] = {(token,): bias for token, bias in request.logit_bias.items()}
         settings = Settings(**kept)
         settings.seed, settings.stops = request.seed, request.stops

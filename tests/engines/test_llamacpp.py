@@ -136,6 +136,18 @@ def test_a_published_gguf_beside_a_grafts_mmproj(tmp_path: Path) -> None:
         assert served(server, QUESTION) == beside
 
 
+@pytest.mark.parametrize(("method", "config"), [("llava", {}), ("iaa", {"layers": [5, 20]})])
+def test_a_real_model_with_images(tmp_path: Path, method: str, config: dict[str, Any]) -> None:
+    """Its answers may end anywhere, where a tiny random model's never do."""
+    run = make_graft(tmp_path, tower="siglip", method=method, base=assets.smollm2(), **config)
+    export_gguf(run, tmp_path / "out", outtype="f32")
+    own = OwnGraft(run)
+    with llama_server(tmp_path / "out/model.gguf", tmp_path / "out/mmproj.gguf", 256) as server:
+        for images in ((noise(),), (noise(seed=1),), (noise(seed=2),), ()):
+            _, ids = served(server, QUESTION, *images, count=12)
+            assert disagreements(ids, own.likeliest(ids, QUESTION, *images)) == []
+
+
 def split(digits: str) -> dict[str, Any]:
     words = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits

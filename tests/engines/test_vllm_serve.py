@@ -2,115 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from tiny_exports import change_record, make_base, make_graft
-from vllm_engine import SIZES, Graft, Messages, image
-from waiting import LAST, wait_until
+from vllm_engine import Graft, Messages, image
+from vllm_server import NEW, Server, text, url
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reduce_op:FutureWarning")  # of vLLM itself
-
-NEW = 6
-OPTIONS = "--enforce-eager --dtype float32 --max-model-len 256 --block-size 32 --max-num-seqs 8"
-
-
-class Server:
-    """A running server and the grafts in it."""
-
-    def __init__(self, port: int, runs: dict[str, Path]) -> None:
-        self.address, self.runs = f"http://127.0.0.1:{port}", runs
-
-    def send(self, path: str, body: Any = None, key: str = "open") -> tuple[int, Any]:
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=LAST) as answer:
-                text = answer.read()
-                return answer.status, json.loads(text) if text else None
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-
-    def lives(self) -> bool:
-        try:
-            return self.send("/health")[0] == 200
-        except OSError:
-            return False
-
-    def ask(self, name: str, content: Any, **more: Any) -> tuple[int, Any]:
-        body = {
-            "model": name, "messages": [{"role": "user", "content": content}], "temperature": 0,
-            "max_tokens": NEW, "ignore_eos": True, "return_token_ids": True, **more,
-        }  # fmt: skip
-        return self.send("/v1/chat/completions", body)
-
-    def ids(self, name: str, content: Any, **more: Any) -> list[int]:
-        status, answer = self.ask(name, content, **more)
-        assert status == 200, answer
-        return answer["choices"][0]["token_ids"]
-
-
-def url(picture: Image.Image) -> dict[str, Any]:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-
-
-def text(words: str) -> dict[str, Any]:
-    return {"type": "text", "text": words}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("serve")
-    make_base(folder, "qwen2", **SIZES, tie_word_embeddings=True)
-    configs: dict[str, Any] = {"words": {"layers": [1, 3]}, "boxes": {"method": "llava"}}
-    runs = {name: make_graft(folder, "qwen2", name=name, **one) for name, one in configs.items()}
-    for name, run in runs.items():
-        change_record(run, workflow=name)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-    command = [sys.executable, "-m", "mmgraft", "serve", *map(str, runs.values())]
-    command += ["--port", str(port), "--vllm-options", OPTIONS]
-    env = {**os.environ, "MMGRAFT_API_KEY": "open", "PYTHONPATH": os.pathsep.join(sys.path)}
-    log = folder / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT
-        )
-    made = Server(port, runs)
-    try:
-        wait_until(lambda: process.poll() is not None or made.lives(), "vLLM's server")
-        assert process.poll() is None, log.read_text()
-        yield made
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 def test_models_are_the_base_and_each_workflow(server: Server) -> None:
     _, listed = server.send("/v1/models")
-    assert [one["id"] for one in listed["data"]] == ["qwen2", "words", "boxes"]
+    assert [one["id"] for one in listed["data"]] == ["qwen2", *server.runs]
 
 
 def test_a_model_name_is_a_workflow(server: Server) -> None:

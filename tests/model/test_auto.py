@@ -164,6 +164,17 @@ def test_a_pipeline_answers_as_the_graft_does(run: Path, answerer: Answerer) -> 
     assert own[0] != own[2]
 
 
+@pytest.mark.parametrize(
+    "text", ["red and", ["red", "blue or green"], [{"role": "user", "content": "why?"}]]
+)
+def test_a_text_pipeline_is_the_bases(run: Path, parts: Path, text: Any) -> None:
+    found = [
+        pipeline("text-generation", str(folder))(text, max_new_tokens=6, do_sample=False)
+        for folder in (run, parts / "base")
+    ]
+    assert found[0] == found[1]
+
+
 def test_texts_and_images_of_a_batch_belong_together(processor, answerer) -> None:
     texts, images = ["one?", "two of them?", "none"], [[SEEN], [OTHER, SEEN], []]
     wanted = answerer.processor([chat("one?", SEEN), chat("two of them?", OTHER, SEEN)])

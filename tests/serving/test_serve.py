@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import uvicorn
+from fastapi.testclient import TestClient
 from openai import OpenAI
 from PIL import Image
 
@@ -220,6 +221,23 @@ def test_text_that_goes_on(client: OpenAI, served: dict[str, Served]) -> None:
         (400, "--allow-files", {"messages": asks("a", "/etc/hostname")}),
         (400, "no image", {"messages": asks("a", "data:image/png;base64,AAAA")}),
         (400, "messages[0].content[0]", {"messages": [{"role": "user", "content": [{}]}]}),
+        (400, "messages[0].content[0]", {"messages": [{"role": "user", "content": [7]}]}),
+        (400, "messages[0]", {"messages": [{"role": "user", "content": 7}]}),
+        (400, "messages[0]", {"messages": [{"role": "user", "content": {"text": "hi"}}]}),
+        (400, "messages[0]", {"messages": [7]}),
+        (400, "role", {"messages": [{"role": 5, "content": "hi"}]}),
+        (400, "'model'", {"model": ["mm"]}),
+        (400, "'temperature'", {"temperature": "warm"}),
+        (400, "'temperature'", {"temperature": float("nan")}),
+        (400, "'temperature'", {"temperature": float("inf")}),
+        (400, "'max_tokens'", {"max_tokens": "many"}),
+        (400, "'stop", {"stop": 5}),
+        (400, "'stream'", {"stream": "maybe"}),
+        (400, "'seed'", {"seed": 2**70}),
+        (400, "'tools'", {"tools": "a hammer"}),
+        (400, "'logit_bias", {"logit_bias": {"a": 1}}),
+        (400, "logit_bias", {"logit_bias": {"999999": 1}}),
+        (400, "logit_bias", {"logit_bias": {"-1": 1}}),
     ],
 )  # fmt: skip
 def test_refused(address: str, status: int, text: str, body: dict[str, Any]) -> None:
@@ -253,7 +271,7 @@ def test_images_that_are_too_large(address: str) -> None:
 
 
 def test_broken_bodies_keys_and_routes(address: str) -> None:
-    for body in (b"{", b"[1]", b""):
+    for body in (b"{", b"[1]", b"", b"7", b"null", b"\xff", b"[" * 100_000):
         status, answer = send(address, "/v1/chat/completions", body)
         assert status == 400
         assert "no JSON object" in answer["error"]["message"]
@@ -263,6 +281,20 @@ def test_broken_bodies_keys_and_routes(address: str) -> None:
         assert "Authorization" in answer["error"]["message"]
     for path in ("/reset", "/load_model", "/v1/responses", "/docs"):
         assert send(address, path, {})[0] == 404
+
+
+def test_a_page_can_read_what_is_refused(served: dict[str, Served]) -> None:
+    """Else a browser says that nobody answered."""
+    client = TestClient(build_app(served, key=KEY, cors=True))
+    head = {"Origin": "null", "Authorization": "Bearer wrong"}
+    for answer in (
+        client.get("/v1/models", headers=head),
+        client.post("/v1/chat/completions", headers=head, content=b"{"),
+        client.get("/nowhere", headers={**head, "Authorization": f"Bearer {KEY}"}),
+    ):
+        assert answer.status_code in (401, 404)
+        assert answer.headers["access-control-allow-origin"] in ("*", "null")
+        assert answer.json()["error"]["message"]
 
 
 def test_a_client_that_goes_away_ends_its_answer(client: OpenAI, served: dict[str, Served]) -> None:

@@ -19,6 +19,9 @@ from mmgraft.model.modeling import GraftedModel
 MARGIN = 0.02
 """Log-probability between the likeliest two tokens, below which their order says nothing."""
 
+ENDS = ("<|eos|>", "<|im_end|>", "<|endoftext|>")
+"""Tokens that llama.cpp takes for the end of an answer: `served` forbids them, and so do we."""
+
 
 def noise(width: int = 16, height: int = 16, seed: int = 0) -> Image.Image:
     """An image without symmetries."""
@@ -61,6 +64,8 @@ class OwnGraft:
         self.model = GraftedModel.from_pretrained(run, dtype=torch.float32).eval()
         tower = self.model.vision_tower
         self.processor = load_processor(self.record, base or Path(self.record.base.id), tower)
+        words = self.processor.tokenizer.get_vocab()
+        self.ends = [words[one] for one in ENDS if one in words]
 
     @torch.no_grad()
     def likeliest(
@@ -77,6 +82,7 @@ class OwnGraft:
         kinds = inputs["mm_token_type_ids"]
         inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(new)], 1)
         logits = self.model(**inputs, workflow=self.record.workflow, use_cache=False).logits[0]
+        logits[:, self.ends] = -torch.inf
         top = logits[start - 1 : -1].topk(2)
         behind = (top.values[:, 0] - top.values[:, 1]).tolist()
         return list(zip(top.indices[:, 0].tolist(), behind, strict=True))
