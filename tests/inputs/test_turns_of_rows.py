@@ -34,6 +34,7 @@ READ_BESIDE: list[dict[str, Any]] = [
     *({key: None} for key in ("system", "videos", "rejected", "tools", "objects", "loss")),
     *({key: []} for key in ("images", "videos", "audios", "history")),
     *({"loss": True}, {"weight": 1.0}, {"train": True}, {"system": ""}, {"label": True}),
+    *({"skip": False}, {"ignore": 0}, {"skip_formatting": False}, {"source": "a.jsonl"}),
     {"prompt": "Which?"},  # said in the turns
     {"response": " red fox"},
 ]
@@ -43,7 +44,14 @@ REFUSED_BESIDE: list[dict[str, Any]] = [
     *({key: "x"} for key in ("chosen", "rejected", "rejected_response", "system_prompt")),
     *({key: "x"} for key in ("instruction", "prompt", "image_path", "kto_tag", "developer")),
     *({key: 0.5} for key in ("weight", "loss_weight", "sample_weights", "label")),
-    *({key: False} for key in ("loss", "train", "label", "kto_label")),
+    *({key: False} for key in ("loss", "train", "label", "kto_label", "training", "learn")),
+    *({key: True} for key in ("ignore", "skip_row", "masked", "no_loss")),
+    *({key: "x.png"} for key in ("img", "picture", "photo", "file", "thumb", "depth", "source")),
+    {"media": ["a/b.JPEG"]},
+    {"attachments": [{"file": "x.wav"}]},
+    {"context": "A red fox."},
+    *({key: [USER]} for key in ("all_turns", "conversation", "raw", "positive_messages")),
+    {"negative": [[USER, ANSWER]]},
     *({key: [1, 0]} for key in ("mask", "loss_mask", "assistant_masks")),
     *({key: {"a": 1}} for key in ("chat_template_kwargs", "tool_choice", "functions")),
 ]
@@ -68,8 +76,9 @@ def test_keys_that_change_a_row_are_refused_by_name(tmp_path: Path, beside: dict
 
 
 @pytest.mark.parametrize(
-    "key", ["loss", "train", "weight", "mask", "video", "audio", "images", "tool_choice", "label"]
-)
+    "key", ["loss", "train", "weight", "mask", "video", "audio", "images", "tool_choice", "label",
+            "eot", "partial", "refusal", "attachments", "picture"]
+)  # fmt: skip
 def test_keys_that_change_a_turn_are_refused_by_name(tmp_path: Path, key: str) -> None:
     with pytest.raises(UsageError, match=f"turn 2: '{key}' is not read"):
         _read(tmp_path, [USER, {**ANSWER, key: 0.25}])
@@ -193,12 +202,39 @@ def test_a_question_of_an_evaluation_is_not_cut(tmp_path: Path, key: str) -> Non
                 read_items(spec)
 
 
+@pytest.mark.parametrize(
+    ("turn", "says"),
+    [
+        ({"from": "human", "value": "b"}, "'from' and 'role' differ"),
+        ({"value": "b"}, "'value' and 'content' differ"),
+        ({"thumb": "red.png"}, "'thumb' is not read"),
+        ({"more": {"shown": ["red.webp"]}}, "'more' is not read"),
+        ({"alternatives": [ANSWER]}, "'alternatives' is not read"),
+    ],
+)
+def test_a_turn_says_one_thing(tmp_path: Path, turn: dict[str, str], says: str) -> None:
+    with pytest.raises(UsageError, match=f"turn 2: .*{says}"):
+        _read(tmp_path, [USER, {**ANSWER, **turn}])
+    same = {"role": "assistant", "from": "assistant", "value": None, "content": "red fox"}
+    assert _read(tmp_path, [USER, same]).messages == [USER, ANSWER]
+
+
+def test_a_row_with_images_may_name_files(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "red.png")
+    assert _read(tmp_path, images=["red.png"], file_name="red.png", url="x.jpg").has_image
+    with pytest.raises(UsageError, match="'image' and 'images' differ"):
+        _read(tmp_path, images=["red.png"], image="blue.png")
+    assert _read(tmp_path, images=["red.png"], image=["red.png"]).has_image
+
+
 def test_a_part_is_a_text_or_an_image(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "red.png")
     part = {"type": "image", "image": "red.png", "text": None}
     assert _read(tmp_path, [{**USER, "content": [part]}, ANSWER]).has_image
     with pytest.raises(UsageError, match="turn 1: an image part with text"):
         _read(tmp_path, [{**USER, "content": [{**part, "text": "Which?"}]}, ANSWER])
+    with pytest.raises(UsageError, match="turn 1: an image part with several images"):
+        _read(tmp_path, [{**USER, "content": [{**part, "path": "blue.png"}]}, ANSWER])
     both = {"type": "text", "text": "Which?", "image": "red.png"}
     with pytest.raises(UsageError, match="turn 1: 'image' is not read"):
         _read(tmp_path, [{**USER, "content": [both]}, ANSWER])

@@ -12,9 +12,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmgraft.errors import UsageError, brief
+from mmgraft.vision.images import StoredImage
 
 Message = Mapping[str, Any]
 """``{"role", "content": str | list of parts}``; other keys go to the chat template untouched."""
+
+
+IMAGE_KEYS = ("image", "image_url", "path", "url")
+"""Keys of an image part that may hold the image."""
 
 
 def is_image(part: Any) -> bool:
@@ -29,7 +34,7 @@ def image_of(part: Mapping[str, Any]) -> Any:
     Read are ``{"type": "image", "image": X}`` (or ``path``, ``url``) and
     ``{"type": "image_url", "image_url": {"url": X}}``.
     """
-    for key in ("image", "image_url", "path", "url"):
+    for key in IMAGE_KEYS:
         value = part.get(key)
         if isinstance(value, Mapping):
             value = value.get("url") or (value if value.get("bytes") or value.get("path") else None)
@@ -147,31 +152,42 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 TEMPLATE_KEYS = ("name", "tool_call_id", *THOUGHTS)
 """Keys of a turn that are the chat template's to read; see ``written.refuse_dropped``."""
 PART_KEYS = {"text": ("type", "text")} | dict.fromkeys(
-    ("image", "image_url"), ("type", "image", "image_url", "path", "url")
+    ("image", "image_url"), ("type", *IMAGE_KEYS)
 )
 
 _MEANS = re.compile(
-    "system|developer|instruction|prompt|query|history|input|output|response|completion|chosen|"
-    "rejected|reject|label|kto|weight|loss|masked|mask|trainable|train|supervised|video|audio|"
-    "speech|frame|image|object|region|tool|function|call|document|template|reasoning|"
-    "thinking|thought|think"
+    "system|sys|developer|instruction|instruct|prompt|query|history|input|output|response|prefix|"
+    "completion|chosen|rejected|reject|positive|negative|preference|margin|label|kto|weight|loss|"
+    "masked|mask|trainable|training|train|learn|supervised|ignore|skip|exclude|partial|refusal|eot|"
+    "video|vid|clip|audio|speech|sound|wav|frame|image|img|picture|pic|photo|visual|depth|media|"
+    "medium|attachment|pixel|crop|object|region|segment|tool|function|call|document|doc|context|"
+    "knowledge|passage|preamble|persona|template|reasoning|rationale|thinking|thought|think"
 )
 """Words of keys that another trainer reads as part of what is said, shown, or learned."""
 _ABOUT = re.compile(
     "id|idx|index|type|kind|source|size|width|height|count|number|num|hash|sha256|md5|rating|score|"
-    "min|max|length|category|format|license|token|language|dataset|version|model"
+    "min|max|length|category|format|formatting|license|token|language|dataset|version|model"
 )
 """Last words of keys that say something about a row, such as ``image_id``."""
 _COUNTS = ("num", "n", "has", "is")
-_ON = ("loss", "train", "trainable", "weight", "label", "supervised")
+_ON = ("loss", "train", "trainable", "training", "learn", "weight", "label", "supervised")
 """Keys whose values 1 and true are the rule here: the turn is supervised, in full."""
+_OFF = ("ignore", "skip", "exclude", "mask", "masked", "partial", "prefix")
+"""Keys whose values 0 and false are."""
+_MEDIA = re.compile(
+    r".*\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|svg|pdf|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|npy)",
+    re.IGNORECASE,
+)
 
 
-def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) -> None:
+def refuse_unread(
+    data: Mapping[str, Any], read: Collection[str], where: str, files: bool = False
+) -> None:
     """Refuse a key that changes what a row, a turn or a part means and that nobody here reads.
 
     A key means something by its words: ``rejected_response`` does, ``image_id`` and
-    ``num_images`` are about the row, and so is every key without such a word (``id``, ``source``).
+    ``num_images`` are about the row, and so is every key without such a word (``id``, ``source``),
+    but one that holds turns.
     It says nothing where its value is empty, where it is a weight of 1 or a loss that is true, and
     where its text stands in the turns anyway.
 
@@ -179,14 +195,18 @@ def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) ->
         data: A record, a turn or a content part.
         read: The keys that are read.
         where: Names it in the error.
+        files: Refuse any key but ``id`` that holds an image, or the name of its file.
 
     Raises:
         UsageError: For the first such key, by its name.
     """
     for key, value in data.items():
-        if key in read or value is None or value in ("", [], {}) or not _means(key):
+        if key in read or value is None or value in ("", [], {}):
             continue
-        if key in _ON and value in (1, True):
+        held = files and key != "id" and _is_media(value)
+        if not (held or _means(key) or _are_turns(value)):
+            continue
+        if (key in _ON and value in (1, True)) or (key in _OFF and value in (0, False)):
             continue
         turns = [data.get(name) for name in ("messages", "conversations")]
         if isinstance(value, str) and value.strip() in map(str.strip, strings_in(turns)):
@@ -195,6 +215,21 @@ def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) ->
             f"{where}: {brief(repr(key))} is not read here ({brief(repr(value))}), and the row "
             "would mean something else without it; write it as turns or images, or take it out"
         )
+
+
+def _is_media(value: Any) -> bool:
+    """Tell whether a value is an image, or names the file of an image, a video or a sound."""
+    if isinstance(value, list | dict):
+        return any(map(_is_media, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, StoredImage) or (
+        isinstance(value, str) and _MEDIA.fullmatch(value) is not None
+    )
+
+
+def _are_turns(value: Any) -> bool:
+    if isinstance(value, dict):
+        return not {"role", "from"}.isdisjoint(value) and not {"content", "value"}.isdisjoint(value)
+    return isinstance(value, list) and any(map(_are_turns, value))
 
 
 def _means(key: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmgraft.data.chat.turns import ROW_KEYS
-from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.errors import UsageError, brief, did_you_mean
 
 _KEYS: dict[str, tuple[str, ...]] = {
     "id": ("id", "question_id"),
@@ -24,7 +24,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 """Keys that are looked for where ``columns`` names none."""
 
-_PASSAGES = ("passage", "context")
+PASSAGES = ("passage", "context")
 _LETTERED = re.compile(r"(?:^|\n)\s*([A-Z])[.)]\s+")
 _ENDS = " .?!"  # some sets have them in the options or in the answer alone
 _LETTER = re.compile(r"\(?([A-Z])[.)]?")
@@ -86,7 +86,7 @@ class Fields:
 
     def passage(self, record: Mapping[str, Any]) -> str | None:
         """Return the text under ``passage`` or ``context`` that comes before the question."""
-        for key in _PASSAGES:
+        for key in PASSAGES:
             value = record.get(key)
             if isinstance(value, str) and value.strip() and key not in self.columns.values():
                 return value.strip()
@@ -107,7 +107,7 @@ class Fields:
         for one, given in zip(plain, listed, strict=True):
             if isinstance(one, bool) or not isinstance(one, str | int | float):
                 raise UsageError(f"{where}: an answer that is no text ({given!r}); write texts")
-        return plain
+        return [self._option(one, record, where) for one in plain]
 
     def options(self, record: Mapping[str, Any], where: str) -> tuple[str, ...]:
         """Return the texts to choose from; none where the record has no options."""
@@ -115,25 +115,50 @@ class Fields:
         if value is None:
             value = _letter_columns(record)
         value = _listed(value)
-        if value is None:
+        if value in (None, "", [], {}):
             return ()
         if isinstance(value, str):
             listed: list[Any] = _split_letters(value, where)
         elif isinstance(value, dict):
-            inner = value.get("text")  # {"text": [...], "label": [...]}, as ARC has it
-            listed = inner if isinstance(inner, list) else list(value.values())
-        elif isinstance(value, list):
-            listed = value
+            listed = list(_by_label(value).values())
         else:
-            raise UsageError(
-                f"{where}: options that are no list ({value!r}); write a list of texts"
-            )
-        while listed and (listed[-1] is None or str(listed[-1]).strip() == ""):
+            listed = value if isinstance(value, list) else [{}]
+        while listed and str("" if listed[-1] is None else listed[-1]).strip() == "":
             listed = listed[:-1]  # a table has cells for the question with the most options
-        texts = tuple(str(one).strip() for one in listed)
+        if any(not isinstance(one, str | int | float | None) for one in listed):
+            raise UsageError(
+                f"{where}: options that are no list of texts ({brief(repr(value))}); write one"
+            )
+        texts = tuple("" if one is None else str(one).strip() for one in listed)
         if len(texts) < 2 or "" in texts:
             raise UsageError(f"{where}: options {list(texts)}; write at least two, none empty")
         return texts
+
+    def _option(self, answer: Any, record: Mapping[str, Any], where: str) -> Any:
+        """Return the option that a set's own label names, or that is the same number."""
+        value = _listed(self.get(record, "options"))
+        if isinstance(value, dict):
+            named = _by_label(value)
+            return str(answer if answer in named.values() else named.get(str(answer), answer))
+        if isinstance(answer, str) or not isinstance(value, list) or answer not in value:
+            return answer
+        if 0 <= answer < len(value) and answer != value.index(answer):
+            raise UsageError(
+                f"{where}: the answer {answer} may be an option of {value}, or its place counted "
+                "from 0; write the options as texts"
+            )
+        return str(value[value.index(answer)])
+
+
+def _by_label(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by what a set calls each: their keys, or a list beside that of the texts."""
+    texts = options.get("text")  # {"text": [...], "label": [...]}, as ARC has it
+    if not isinstance(texts, list):
+        return dict(options)
+    labels = [*map(str, options.get("label") or ())]
+    if len({*labels}) != len(texts):
+        labels = [*map(_letter, range(len(texts)))]
+    return dict(zip(labels, texts, strict=True))
 
 
 def _listed(value: Any) -> Any:
@@ -143,7 +168,7 @@ def _listed(value: Any) -> Any:
             found = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return value
-        if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
+        if isinstance(found, list) and all(isinstance(one, str) for one in found):
             return found
     return value
 
@@ -152,7 +177,7 @@ def _letter_columns(record: Mapping[str, Any]) -> list[Any] | None:
     """Return the columns A, B, C ... of a table."""
     by_letter = {key.strip().upper(): value for key, value in record.items()}
     found: list[Any] = []
-    while (letter := chr(ord("A") + len(found))) in by_letter and letter <= "Z":
+    while (letter := _letter(len(found))) in by_letter and letter <= "Z":
         found.append(by_letter[letter])
     return found if len(found) > 1 else None
 
@@ -161,7 +186,7 @@ def _split_letters(text: str, where: str) -> list[Any]:
     """Return the options of lettered lines; a line with the next letter begins the next."""
     starts: list[re.Match[str]] = []
     for match in _LETTERED.finditer(text):
-        if match[1] == chr(ord("A") + len(starts)):
+        if match[1] == _letter(len(starts)):
             starts.append(match)
     if len(starts) < 2 or any(map(str.isalnum, text[: starts[0].start()])):
         raise UsageError(
@@ -212,13 +237,17 @@ def gold_of(answer: Any, options: Sequence[str], where: str) -> int:
     )
 
 
+def _letter(at: int) -> str:
+    return chr(ord("A") + at)
+
+
 def _at(letter: str) -> int:
     return ord(letter) - ord("A")
 
 
 def lettered_lines(options: Sequence[str]) -> str:
     """Write options as a prompt shows them: "A. one", "B. two", each on its line."""
-    return "\n".join(f"{chr(ord('A') + at)}. {option}" for at, option in enumerate(options))
+    return "\n".join(f"{_letter(at)}. {option}" for at, option in enumerate(options))
 
 
 def fill_prompt(prompt: str, question: str, options: Sequence[str]) -> str:

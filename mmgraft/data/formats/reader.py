@@ -14,10 +14,12 @@ from itertools import chain
 from typing import Any, Literal
 
 from mmgraft.data.chat.turns import (
+    IMAGE_KEYS,
     PART_KEYS,
     TEMPLATE_KEYS,
     TURN_KEYS,
     clean_turn,
+    has_image,
     image_of,
     images_of_all,
     is_image,
@@ -31,10 +33,18 @@ from mmgraft.data.formats.layouts import Layout, Reading
 from mmgraft.data.images import is_data_uri, path_of, refuse_web
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
-from mmgraft.vision.images import BadImage, StoredImage
+from mmgraft.vision.images import BadImage, StoredImage, path_hint
 
 WORD = "<image>"
 """Placeholder of an image in the texts of most layouts; beside content parts it is plain text."""
+
+_OTHER_WORDS = re.compile(
+    r"<\|?\s?(?:start_of_)?(?:image|img|vision|video|audio|speech)"
+    r"(?:[ _]?\d+|here|[ _](?:pad|placeholder|token|soft_token|start))?\s?/?\|?>"
+    r"|\[IMG\]|&lt;image&gt;",
+    re.IGNORECASE,
+)
+"""Placeholders that other tools write for an image, a video or a sound."""
 
 Words = Literal["never", "always", "first", "parts", "listed"]
 """Rule by which ``WORD`` is an image. ``first``: always, and images without any word come before
@@ -76,6 +86,7 @@ def place_images(
         )
     if words in ("listed", "parts"):
         words = "first" if count and not shown else "never"
+    _refuse_other(split, shown, words, where)
     if words == "never" and bare >= count:
         return _filled(turns, images), "parts"
     if words == "first" and count and not said and not shown:
@@ -87,6 +98,27 @@ def place_images(
             f'{{"type": "image"}} in messages, where {WORD} is a text, else as {WORD}'
         )
     return _filled(split, images), "words" if said else "parts"
+
+
+def _refuse_other(turns: Sequence[Turn], shown: Sequence[Any], words: Words, where: str) -> None:
+    """Refuse parts that take images in an order of their own, and placeholders of other tools."""
+    parts = [part for turn in turns for part in _parts(turn)]
+    order = [part["index"] for part in parts if is_image(part) and part.get("index") is not None]
+    if order not in (list(range(len(order))), list(range(1, len(order) + 1))):
+        raise UsageError(
+            f"{where}: its image parts say 'index' {order}; list the images in the order of the "
+            "parts, and take the keys out"
+        )
+    if words == "never" or shown:
+        return
+    texts = [turn["content"] for turn in turns if isinstance(turn.get("content"), str)]
+    texts += [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    for found in filter(None, map(_OTHER_WORDS.search, texts)):
+        if not any(map(is_image, parts)) or re.search("video|audio|speech", found[0], re.I):
+            raise UsageError(
+                f"{where}: {found[0]!r} stands in a text, and no image is put there; write {WORD} "
+                "for each image, or format: messages in the recipe, where it is a text"
+            )
 
 
 def _parts(turn: Turn) -> list[Any]:
@@ -202,13 +234,15 @@ class RowReader:
         where = f"{where} (id {index})"
         _check_text(data, where)
         layout = self.reading.layout(data, where)
-        refuse_unread(data, self.reading.read_keys(layout), where)
         turns = layout.turns(data, where)
         name = self._name(layout, data)
         images = self._listed(data, turns, where)
+        refuse_unread(data, self.reading.read_keys(layout), where)
         words = "never" if self.reading.format == "messages" else _WORDS.get(name, "first")
         placed, by = place_images(turns, images, words, where)
         messages = [self._message(turn, f"{where}, turn {at}") for at, turn in enumerate(placed, 1)]
+        if not has_image(messages):
+            refuse_unread(data, self.reading.read_keys(layout), where, files=True)
         messages = with_system(messages, data, where)
         tools = tools_of(data, where)
         if name == "messages" and by != "parts":
@@ -228,7 +262,10 @@ class RowReader:
     def _listed(self, data: Mapping[str, Any], turns: list[Any], where: str) -> list[Any]:
         """Return the images beside the turns; in a tar those of the sample, where none is named."""
         column = self.reading.columns.get("image")
-        named = [data[key] for key in ("image", "images") if data.get(key) is not None]
+        named = [data[key] for key in ("image", "images") if data.get(key) not in (None, "", [])]
+        if len(named) > 1 and named[0] != named[1]:
+            raise UsageError(f"{where}: its 'image' and 'images' differ; write one of them")
+        named = named[:1]
         if column:
             fields = Fields({"image": column})
             if not self.images:
@@ -245,7 +282,7 @@ class RowReader:
         return listed
 
     def _message(self, turn: dict[str, Any], at: str) -> dict[str, Any]:
-        refuse_unread(turn, (*TURN_KEYS, *TEMPLATE_KEYS), at)
+        refuse_unread(turn, (*TURN_KEYS, *TEMPLATE_KEYS), at, files=True)
         turn = clean_turn(turn, at)
         content = turn.get("content")
         if isinstance(content, list):
@@ -256,9 +293,11 @@ class RowReader:
 
     def _part(self, part: Any, at: str) -> dict[str, Any]:
         if isinstance(part, dict) and part.get("type") in PART_KEYS:
-            refuse_unread(part, PART_KEYS[part["type"]], at)
+            refuse_unread(part, PART_KEYS[part["type"]], at, files=True)
             if part["type"] != "text" and part.get("text"):
                 raise UsageError(f"{at}: an image part with text; write a part for each")
+            if sum(map(bool, map(part.get, IMAGE_KEYS))) > 1 and part["type"] != "text":
+                raise UsageError(f"{at}: an image part with several images; write a part for each")
         if is_image(part):
             image = image_of(part)
             if image is None:
@@ -383,4 +422,4 @@ def _held(image: Any, where: str) -> Any:
 def _where_it_may_be(image: str) -> str:
     if len(image) > _LONGEST_NAME:
         return "an image's own bytes begin with data:image/png;base64, (or jpeg)"
-    return "set the folder that image paths start from, or leave the row out"
+    return f"set the folder that image paths start from{path_hint(image)}, or leave the row out"
