@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +73,26 @@ def _signature(app: Any, what: str, name: str, thing: Any, *_: Any) -> tuple[str
     return ("", "") if _is_settings(what, thing) else None
 
 
+def _written(thing: Any) -> dict[str, str]:
+    """Return the types of a class's attributes as its code has them."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    nodes = [node for node in tree.body[0].body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: ast.unparse(node.annotation).strip("'") for node in nodes}
+
+
+def _types(app: Any, what: str, name: str, thing: Any, *_: Any) -> None:
+    """Let napoleon show these types, and not the whole names of what they evaluate to."""
+    if what == "class" and getattr(thing, "__module__", "").startswith("mmgraft."):
+        thing.__annotations__ = _written(thing)
+
+
 def _keys(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """List the keys of a pydantic class with type, default and description."""
     if not _is_settings(what, thing):
         return
+    hints = _written(thing)
     for key, info in thing.model_fields.items():
-        hint = str(thing.__annotations__.get(key, "")).replace("`", "")
+        hint = hints.get(key, "").replace("`", "")
         shown = "required" if info.is_required() else f"default ``{info.get_default()!r}``"
         if info.default_factory is not None:
             shown = "default empty"
@@ -90,4 +107,5 @@ def setup(app: Any) -> None:
     app.add_lexer("csv", TextLexer)
     app.connect("source-read", _contents)
     app.connect("autodoc-process-signature", _signature)
+    app.connect("autodoc-process-docstring", _types, priority=100)  # napoleon has 500
     app.connect("autodoc-process-docstring", _keys)

@@ -3,8 +3,6 @@
 The names below are loaded when first used, so that ``import mmgraft`` costs nothing.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,31 +21,17 @@ if TYPE_CHECKING:
 
     load = GraftedModel.from_pretrained
 
+_METHODS = ("Expert", "IAA", "Llava", "Lora", "Wings", "Xattn")
 _HOMES = {
-    "ExpertConfig": "mmgraft.grafts.expert.config",
+    **{f"{method}Config": f"mmgraft.grafts.{method.lower()}.config" for method in _METHODS},
+    **dict.fromkeys(("MMGraftError", "UsageError"), "mmgraft.errors"),
     "GraftedModel": "mmgraft.model.modeling",
-    "IAAConfig": "mmgraft.grafts.iaa.config",
-    "LlavaConfig": "mmgraft.grafts.llava.config",
-    "LoraConfig": "mmgraft.grafts.lora.config",
-    "MMGraftError": "mmgraft.errors",
-    "UsageError": "mmgraft.errors",
-    "WingsConfig": "mmgraft.grafts.wings.config",
-    "XattnConfig": "mmgraft.grafts.xattn.config",
 }
 
 __all__ = [
-    "ExpertConfig",
-    "GraftedModel",
-    "IAAConfig",
-    "LlavaConfig",
-    "LoraConfig",
-    "MMGraftError",
-    "UsageError",
-    "WingsConfig",
-    "XattnConfig",
-    "__version__",
-    "load",
-]
+    "ExpertConfig", "GraftedModel", "IAAConfig", "LlavaConfig", "LoraConfig", "MMGraftError",
+    "UsageError", "WingsConfig", "XattnConfig", "__version__", "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,5 @@
 """Short names of models, read from ``aliases.toml``."""
 
-from __future__ import annotations
-
 import sys
 from functools import cache
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """Writing of files that are either the old one or the new one, whole, whatever happens."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ Every message says what went wrong and what to do next. The command line shows t
 without a traceback, and exits with the error's ``exit_code``.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

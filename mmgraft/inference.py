@@ -1,7 +1,5 @@
 """Answer with a grafted model: a model with its processor, batches of answers, a dialogue."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -80,9 +78,7 @@ class Answerer:
 
     def text(self, ids: Sequence[int] | torch.Tensor) -> str:
         """Return the text of generated ids: the answer, with its reasoning if that is wanted."""
-        if self.reasoning:
-            return self.processor.decode(ids).strip()
-        return self.processor.answer(ids)
+        return self.processor.decode(ids).strip() if self.reasoning else self.processor.answer(ids)
 
     def answers(
         self,

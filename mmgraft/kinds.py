@@ -1,7 +1,5 @@
 """Kinds of something by name: built in, registered in this process, or of installed packages."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.frozen import Frozen
 
 T = TypeVar("T")
 
@@ -18,8 +17,7 @@ class Unfit(ValueError):
     """Error of an entry point that offers something unfit; the message is the reason."""
 
 
-@dataclass(frozen=True)
-class Broken:
+class Broken(Frozen):
     """Something that an installed package offers and that cannot be used."""
 
     name: str

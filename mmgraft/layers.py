@@ -3,8 +3,6 @@
 Layers are counted from 0. Parts are joined by commas and may be mixed: ``0,5-9,last:2``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Nothing of a base is edited for good: a graft acts only while one of its workflo
 afterwards every module has exactly the ``forward`` that it had before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -3,8 +3,6 @@
 A library says nothing: the command line shows the logger ``mmgraft``, and calls ``show_on``.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -17,14 +15,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: Seconds between two lines of a log.
 EVERY = 10.0
-"""Seconds between two lines of a log."""
+#: Seconds after which work is long enough for a bar.
 _SOON = 1.0
-"""Seconds after which work is long enough for a bar."""
 
 _log = logging.getLogger("mmgraft")
-_works: list[Work] = []  # the innermost last, which is the one shown
-_console: Callable[[], Console] | None = None
+_works: "list[Work]" = []  # the innermost last, which is the one shown
+_console: "Callable[[], Console] | None" = None
 
 
 def say(text: str) -> None:
@@ -53,7 +51,7 @@ class Work:
         return f"{self.what}:{count} {seconds // 60}:{seconds % 60:02}"
 
 
-def show_on(console: Callable[[], Console] | None) -> None:
+def show_on(console: "Callable[[], Console] | None") -> None:
     """Show work on a console from now on; None shows none."""
     global _console
     _console = console
@@ -91,7 +89,7 @@ def counted(what: str, items: Iterable[T]) -> Iterator[T]:
             work(number, total)
 
 
-def _watch(stop: Event, console: Console, bar: bool) -> None:
+def _watch(stop: Event, console: "Console", bar: bool) -> None:
     if not console.is_terminal:
         while not stop.wait(EVERY):
             console.print(_works[-1].line(), markup=False, highlight=False)

@@ -1,10 +1,7 @@
 """The pydantic base classes: unknown keys are refused, a refusal reads like a sentence."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -12,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from typing_extensions import ParamSpec, Self
 
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.frozen import Frozen
 from mmgraft.layers import check_layers
 
 P = ParamSpec("P")
@@ -32,12 +30,11 @@ def _layer_choice(value: Any) -> list[int] | str:
     return value
 
 
+#: Layers as a config names them: checked in form here, against the base by ``parse_layers``.
 LayerChoice = Annotated[list[int] | str, BeforeValidator(_layer_choice)]
-"""Layers as a config names them: checked in form here, against the base by ``parse_layers``."""
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(Frozen):
     """Makes a setting of a method an option of ``mmgraft graft``: ``Annotated[int, Option(...)]``.
 
     Attributes:

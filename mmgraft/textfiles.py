@@ -1,7 +1,5 @@
 """Text and JSON files that a user brings: read, or refused by name."""
 
-from __future__ import annotations
-
 import codecs
 import json
 from pathlib import Path

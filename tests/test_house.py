@@ -172,11 +172,20 @@ RIDDLES = ("what", "how", "whether", "where", "of", "who", "which", "that")
 """Words with which no docstring, help text or description of a setting begins."""
 
 
-def explanations(module: ast.Module) -> Iterator[str]:
-    """Docstrings, strings below a value, and help texts and descriptions in calls."""
-    for node in ast.walk(module):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            yield str(node.value.value)
+def strings(source: str) -> Iterator[str]:
+    """Docstrings, and comments and strings that say what a value is."""
+    for comment in re.finditer(r"^ *#: .+(\n *#: .+)*", source, re.M):
+        yield re.sub(r"^ *#: ", "", comment[0], flags=re.M)
+    for node in ast.walk(ast.parse(source)):
+        value = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str) and value.value.strip():
+            yield value.value
+
+
+def explanations(source: str) -> Iterator[str]:
+    """Docstrings, comments on values, and help texts and descriptions in calls."""
+    yield from strings(source)
+    for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
         named = {str(one.arg): one.value for one in node.keywords}
@@ -191,17 +200,10 @@ def explanations(module: ast.Module) -> Iterator[str]:
 
 @every_source
 def test_explanations_say_what_a_thing_is_without_riddles(path: Path) -> None:
-    first = [text.split(maxsplit=1) for text in explanations(parsed(path)) if text.strip()]
+    source = path.read_text(encoding="utf-8")
+    first = [text.split(maxsplit=1) for text in explanations(source)]
     found = [" ".join(words)[:60] for words in first if words[0].lower() in RIDDLES]
     assert not found, "begin with a verb or with the thing itself"
-
-
-def strings(module: ast.Module) -> Iterator[str]:
-    """Docstrings, and strings below a value."""
-    for node in ast.walk(module):
-        value = node.value if isinstance(node, ast.Expr) else None
-        if isinstance(value, ast.Constant) and isinstance(value.value, str) and value.value.strip():
-            yield value.value
 
 
 def test_docstrings_elsewhere_have_none_either() -> None:
@@ -210,15 +212,28 @@ def test_docstrings_elsewhere_have_none_either() -> None:
         f"{name_of(path)}: {text.splitlines()[0][:60]}"
         for folder in folders
         for path in (ROOT / folder).rglob("*.py")
-        for text in strings(parsed(path))
+        for text in strings(path.read_text(encoding="utf-8"))
         if text.split(maxsplit=1)[0].lower() in RIDDLES
     ]
     assert found == [], "begin with a verb or with the thing itself"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_comment_says_what_a_value_is(path: Path) -> None:
+    below = [
+        one.lineno
+        for node in ast.walk(parsed(path))
+        if isinstance(body := getattr(node, "body", None), list)
+        for one in body[1:]
+        if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)
+        if isinstance(one.value.value, str)
+    ]
+    assert below == [], "``#:`` before a value says what it is, no string below it"
+
+
 def test_a_riddle_is_found() -> None:
-    text = "X = 1\n'Of the learners.'\nY = option('How many rows.')\nZ = Field(description='of it')"
-    assert [one.split()[0] for one in explanations(ast.parse(text))] == ["Of", "How", "of"]
+    text = "#: Who\n#: is.\nX = 1\n'Of it.'\nY = option('How many.')\nZ = f(description='of it')"
+    assert [one.split()[0] for one in explanations(text)] == ["Who", "Of", "How", "of"]
 
 
 _BARRED = re.compile(rf"\b({'|'.join(BARRED)})\b")

@@ -5,8 +5,6 @@ signature and source of its layers, and two probes that run a layer and the head
 place of their parts. Nothing here is a table of models.
 """
 
-from __future__ import annotations
-
 from mmgraft.anatomy.blocked import keeps_keys as keeps_keys
 from mmgraft.anatomy.description import Anatomy as Anatomy
 from mmgraft.anatomy.description import decoder_layers as decoder_layers

@@ -1,7 +1,5 @@
 """Find decoder layers that cannot carry a graft, and those whose attention must be explicit."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

@@ -1,14 +1,13 @@
 """The description of an examined base."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from torch import nn
 
+from mmgraft.frozen import Frozen
 
-@dataclass(frozen=True)
-class Anatomy:
+
+class Anatomy(Frozen):
     """The parts and sizes of one causal LM. Paths are dotted names from the model itself.
 
     Attributes:

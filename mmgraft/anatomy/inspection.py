@@ -3,8 +3,6 @@
 Linear layers inside a decoder layer are found fused, turned (GPT-2's) and packed alike.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import re
@@ -20,15 +18,9 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from mmgraft.anatomy import stand_ins
 from mmgraft.anatomy.blocked import blocked_layer, explicit_weights_reason, in_registry
 from mmgraft.anatomy.description import Anatomy
-from mmgraft.anatomy.stand_ins import (
-    BranchUnknown,
-    LogitsUnknown,
-    examine_branch,
-    examine_logits,
-    is_norm,
-)
 from mmgraft.errors import UsageError
 
 _CALLED = re.compile(r"self\.(\w+)\(")
@@ -186,8 +178,8 @@ def examine(model: PreTrainedModel) -> Anatomy:
 
 def _logits(model: PreTrainedModel, head_path: str, layers_path: str) -> dict[str, Any]:
     try:
-        scale, cap = examine_logits(model, head_path, layers_path.rpartition(".")[0])
-    except LogitsUnknown as error:
+        scale, cap = stand_ins.examine_logits(model, head_path, layers_path.rpartition(".")[0])
+    except stand_ins.LogitsUnknown as error:
         return {"logits_blocked": str(error)}
     return {"logit_scale": scale, "logit_softcap": cap}
 
@@ -245,7 +237,7 @@ def _outer_first(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _find_attention(layer: nn.Module) -> str | None:
     """Find the outermost part of a layer that is an attention by class name or projections."""
     for path, module in _outer_first(layer):
-        if path and not is_norm(module) and "cross" not in path and _is_attention(module):
+        if path and not stand_ins.is_norm(module) and "cross" not in path and _is_attention(module):
             return path
     return None
 
@@ -253,11 +245,8 @@ def _find_attention(layer: nn.Module) -> str | None:
 def _is_attention(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     named = "attention" in name or name.endswith(("attn", "sdpa"))
-    return (named and "norm" not in name) or {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-    } <= module._modules.keys()
+    projections = {"q_proj", "k_proj", "v_proj"}
+    return (named and "norm" not in name) or projections <= module._modules.keys()
 
 
 def _find_norm(model: nn.Module, layers_path: str) -> str | None:
@@ -268,7 +257,7 @@ def _find_norm(model: nn.Module, layers_path: str) -> str | None:
     called = {
         name: source.rfind(f"self.{name}(")
         for name, child in trunk.named_children()
-        if is_norm(child)
+        if stand_ins.is_norm(child)
     }
     last = max(called, key=lambda name: called[name], default=None)
     if last is None or called[last] < source.find(f"self.{layers_name}"):
@@ -281,8 +270,8 @@ def _branch(layers: list[nn.Module], attention: str) -> dict[str, Any]:
     if not layers:
         return {"branch_blocked": "no layer can carry a graft"}
     try:
-        found = [examine_branch(layer, attention) for layer in layers]
-    except BranchUnknown as error:
+        found = [stand_ins.examine_branch(layer, attention) for layer in layers]
+    except stand_ins.BranchUnknown as error:
         return {"branch_blocked": str(error)}
     differs = "its layers add their attention to the residual stream in different ways"
     return {

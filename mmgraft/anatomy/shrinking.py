@@ -1,7 +1,5 @@
 """Smaller configurations of a base's own class, to try in moments what a base does."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -13,10 +11,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_la
 # The first rule that fits a name says how large its number may be.
 _RULES: tuple[tuple[str, int], ...] = (
     (r"_id$|_index$", 319),
-    (
-        r"index\w*heads|feed_forward$|kernel|interval|pattern|n_top|pretraining",
-        1 << 62,
-    ),
+    (r"index\w*heads|feed_forward$|kernel|interval|pattern|n_top|pretraining", 1 << 62),
     (r"period", 2),
     (r"topk_blocks|offset", 1),
     (r"index\w*topk", 8),
@@ -41,8 +36,8 @@ _RULES: tuple[tuple[str, int], ...] = (
     ),
 )
 
+#: Numbers that stay equal where they are.
 _EQUAL = (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim"))
-"""Numbers that stay equal where they are."""
 
 
 def shrunken(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -8,8 +8,6 @@ Two things are found by it: how the attention's output joins the residual stream
 and the function between the output of a causal LM's head and its logits.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools
@@ -20,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from mmgraft.frozen import Frozen
 
 
 class StandIn(nn.Module):
@@ -114,8 +114,7 @@ _ATTENTION_RETURNS = (2, 1, 3)
 _OTHER_RETURNS = (1, 2)
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(Frozen):
     """Findings of the probe in one decoder layer.
 
     Attributes:

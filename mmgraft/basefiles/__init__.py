@@ -1,7 +1,5 @@
 """The files of a base, read without ever loading the base."""
 
-from __future__ import annotations
-
 from mmgraft.basefiles.files import ModelFiles as ModelFiles
 from mmgraft.basefiles.files import copy_tokenizer as copy_tokenizer
 from mmgraft.basefiles.files import fetch as fetch

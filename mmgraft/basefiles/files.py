@@ -1,27 +1,19 @@
 """The files of a base: in a local folder, or in a snapshot from the Hub."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmgraft.anatomy import refuse_non_causal, text_config
 from mmgraft.basefiles.tensor_files import open_pickled
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.progress import working
 from mmgraft.textfiles import read_json, weight_files
 
@@ -31,8 +23,8 @@ _TOKENIZER = [
     "tokenizer*", "special_tokens*", "added_tokens*", "chat_template*", "vocab*", "merges*",
     "*.model",
 ]  # fmt: skip
+#: All of a base but its weights.
 SMALL = ["config.json", "generation_config.json", *_TOKENIZER]
-"""All of a base but its weights."""
 # Subfolders and second copies of the same weights in other formats.
 _NOT_WANTED = ["*/*", "consolidated*", "*.fp16.*", "*adapter*"]
 
@@ -40,8 +32,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclass(frozen=True)
-class ModelFiles:
+class ModelFiles(Frozen):
     """The files of one base on this machine.
 
     Attributes:
@@ -170,20 +161,20 @@ def fetch(
 
 def _refusal(name: str, revision: str | None, error: Exception) -> str | None:
     """Explain an error that no second try mends; None where the download has failed."""
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, hub_errors.GatedRepoError):
         return (
             f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
         )
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
         return (
             f"there is no model {name!r} on the Hub, or it is private; check the name, or log in "
             "with `hf auth login`"
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, hub_errors.RevisionNotFoundError):
         return f"{name} has no revision {revision!r}; check it on its Hub page"
-    if isinstance(error, HFValidationError):
+    if isinstance(error, hub_errors.HFValidationError):
         return f"no folder {name!r} here, and it is no Hub id such as Qwen/Qwen2-7B-Instruct"
-    if isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
+    if isinstance(error, hub_errors.LocalEntryNotFoundError) and is_offline_mode():
         return (
             f"{name} is neither a folder here nor in the Hub cache, and HF_HUB_OFFLINE forbids to "
             "fetch it; unset it, or give a local folder"

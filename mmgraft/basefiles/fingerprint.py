@@ -1,7 +1,5 @@
 """Identify a base, so that a graft is never put on another one unnoticed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any
@@ -14,8 +12,8 @@ from mmgraft.basefiles.tensor_files import TensorEntry, dtype_name
 from mmgraft.basefiles.tensors import TensorReader
 from mmgraft.progress import counted
 
+#: Number of bytes that are hashed at each end of a tensor.
 EDGE = 16 * 1024
-"""Number of bytes that are hashed at each end of a tensor."""
 
 # Fields that say where, by what or how a model was saved or is run, not what it computes.
 _VOLATILE = {

@@ -1,7 +1,5 @@
 """Chosen modules of a base with their weights, without the rest of it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -109,7 +107,7 @@ def read_modules(
     Raises:
         UsageError: See :func:`read_layers`.
     """
-    _refuse_quantised(config, reader.files.id)
+    refuse_quantised(config, reader.files.id)
     blank = skeleton(config)
     reduced, config = _reduced(type(blank), set(paths)), copy.deepcopy(blank.config)
     config.tie_word_embeddings = tied
@@ -192,7 +190,12 @@ def _dequantised(config: PreTrainedConfig) -> dict[str, Any]:
     return {"quantization_config": Mxfp4Config(dequantize=True)} if _method(config) else {}
 
 
-def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:
+def refuse_quantised(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a base whose tensors are read one by one, and are stored quantised.
+
+    Raises:
+        UsageError: With the method by which they are.
+    """
     method = _method(config)
     if method not in (None, "mxfp4"):
         raise UsageError(

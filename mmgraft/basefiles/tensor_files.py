@@ -5,14 +5,11 @@ shapes, offsets), and the tensors' bytes. The header is known before the first b
 read, so tensors go from their source to the disk one after the other.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +22,14 @@ from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
 from mmgraft.errors import UsageError, first_line
+from mmgraft.frozen import Frozen
 from mmgraft.progress import counted
 from mmgraft.textfiles import weight_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 
+#: Each dtype by the name that safetensors has for it.
 DTYPES: dict[str, torch.dtype] = str_to_torch_dtype
-"""Each dtype by the name that safetensors has for it."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -40,8 +38,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, str(dtype))
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(Frozen):
     """Place of one tensor: ``start`` and ``end`` are byte offsets in ``file``."""
 
     file: Path
@@ -51,8 +48,7 @@ class TensorEntry:
     end: int
 
 
-@dataclass(frozen=True)
-class LazyTensor:
+class LazyTensor(Frozen):
     """A tensor that is read when it is needed.
 
     Attributes:

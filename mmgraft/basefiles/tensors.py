@@ -1,7 +1,5 @@
 """Single tensors of a base, read from its shards one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ class TensorReader:
         self._open: dict[Path, Any] = {}
         self._loaded: dict[str, torch.Tensor] | None = None
 
-    def __enter__(self) -> TensorReader:
+    def __enter__(self) -> "TensorReader":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -1,7 +1,5 @@
 """The whole base as transformers loads it, and nothing made up where its files lack something."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

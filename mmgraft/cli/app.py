@@ -4,14 +4,11 @@ A command's module is imported when the command runs or shows its own help, so t
 ``mmgraft --help`` and shell completion import neither torch nor transformers.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +17,7 @@ from typer.core import TyperGroup
 from mmgraft.cli.console import note, show_error, stderr
 from mmgraft.cli.failures import explain
 from mmgraft.cli.options import option
+from mmgraft.frozen import Frozen
 from mmgraft.progress import show_on
 from mmgraft.published import PUBLISHED
 from mmgraft.version import __version__
@@ -27,8 +25,7 @@ from mmgraft.version import __version__
 _MAKE, _USE, _SHARE, _LOOK = "Make", "Use", "Share", "Look"
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(Frozen):
     """One command.
 
     Attributes:
@@ -82,9 +79,7 @@ COMMANDS: dict[str, Command] = {
         "generate qwen2-7b-iaa rows.jsonl --out answers.jsonl",
     ),
     "serve": Command(
-        _USE,
-        "Serve grafts of one base behind OpenAI's API.",
-        "serve qwen2-7b-iaa --port 8000",
+        _USE, "Serve grafts of one base behind OpenAI's API.", "serve qwen2-7b-iaa --port 8000"
     ),
     "export": Command(
         _SHARE,

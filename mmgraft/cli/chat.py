@@ -1,7 +1,5 @@
 """``mmgraft chat``."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
@@ -9,19 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli import options
 from mmgraft.cli.console import note, print_json, show_error
 from mmgraft.cli.loading import load_answerer
-from mmgraft.cli.options import (
-    ANSWERING,
-    JsonFlag,
-    MaxNewTokensOption,
-    RunArgument,
-    TemperatureOption,
-    WorkflowOption,
-    argument,
-    option,
-    with_options,
-)
 from mmgraft.errors import UsageError
 from mmgraft.runs.find import find_run
 
@@ -34,21 +22,23 @@ _HELP = (
 )
 
 PromptArgument = Annotated[
-    str | None, argument("Question to answer once; without one a dialogue begins.")
+    str | None, options.argument("Question to answer once; without one a dialogue begins.")
 ]
 
 
-@with_options("json", ANSWERING)
+@options.with_options("json", options.ANSWERING)
 def chat(
-    run: RunArgument = None,
+    run: options.RunArgument = None,
     prompt: PromptArgument = None,
-    image: Annotated[list[str] | None, option("Image to show; may be repeated.")] = None,
-    system: Annotated[str | None, option("--system", "System prompt.")] = None,
-    workflow: WorkflowOption = None,
-    max_new_tokens: MaxNewTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    top_p: Annotated[float | None, option("Nucleus to sample from.", min=0.0, max=1.0)] = None,
-    json: JsonFlag = False,
+    image: Annotated[list[str] | None, options.option("Image to show; may be repeated.")] = None,
+    system: Annotated[str | None, options.option("--system", "System prompt.")] = None,
+    workflow: options.WorkflowOption = None,
+    max_new_tokens: options.MaxNewTokensOption = 256,
+    temperature: options.TemperatureOption = 0.0,
+    top_p: Annotated[
+        float | None, options.option("Nucleus to sample from.", min=0.0, max=1.0)
+    ] = None,
+    json: options.JsonFlag = False,
     **loading: Any,
 ) -> None:
     """Talk with a grafted model. Without an image it is the base itself, word for word.
@@ -74,7 +64,7 @@ def chat(
 
 def _dialogue(
     answerer: Any, system: str | None, workflow: str | None, images: list[str]
-) -> Dialogue:
+) -> "Dialogue":
     from mmgraft.inference import Dialogue
 
     if workflow is not None and workflow != "text":
@@ -91,12 +81,10 @@ def _which(run: str | None, prompt: str | None) -> tuple[str, str | None]:
         words = run.strip().split()
         if len(words) != 1 or run.count("/") != 1:
             return str(find_run()), run
-    if run is None:
-        return str(find_run()), prompt
-    return run, prompt
+    return (str(find_run()), prompt) if run is None else (run, prompt)
 
 
-def _talk(dialogue: Dialogue, settings: dict[str, Any]) -> None:
+def _talk(dialogue: "Dialogue", settings: dict[str, Any]) -> None:
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -133,7 +121,7 @@ def _dropped(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def _say(dialogue: Dialogue, text: str, settings: dict[str, Any]) -> None:
+def _say(dialogue: "Dialogue", text: str, settings: dict[str, Any]) -> None:
     """Hold one turn, and print the answer as it comes."""
 
     def show(piece: str) -> None:

@@ -1,7 +1,5 @@
 """``mmgraft compare``."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +66,7 @@ def compare(
         show(plan)
 
 
-def _run(plan: ComparisonPlan, train_only: bool, batch_size: int | None, json: bool) -> None:
+def _run(plan: "ComparisonPlan", train_only: bool, batch_size: int | None, json: bool) -> None:
     from mmgraft.comparison import runner
 
     if not json:
@@ -87,7 +85,7 @@ def _run(plan: ComparisonPlan, train_only: bool, batch_size: int | None, json: b
             note(f"wrote {path}")
 
 
-def summary(plan: ComparisonPlan) -> dict[str, Any]:
+def summary(plan: "ComparisonPlan") -> dict[str, Any]:
     """Return the plan as plain data."""
     return {
         "out": str(plan.out),
@@ -117,7 +115,7 @@ def summary(plan: ComparisonPlan) -> dict[str, Any]:
     }
 
 
-def show(plan: ComparisonPlan) -> None:
+def show(plan: "ComparisonPlan") -> None:
     """Print the arms, and which of their phases are done."""
     rows = [
         [
@@ -137,7 +135,7 @@ def show(plan: ComparisonPlan) -> None:
         out.print("arms with a budget of their own are not trained alike: read them as such")
 
 
-def _budget(stage: StagePlan) -> str:
+def _budget(stage: "StagePlan") -> str:
     """Return steps and what each holds; how many steps packed rows make is not known yet."""
     if stage.packed is None:
         return f"{stage.name} {stage.steps} x {stage.rows_a_step}"

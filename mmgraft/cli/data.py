@@ -1,7 +1,5 @@
 """``mmgraft data``: sets and models that packages carry, and a look at rows before a training."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from functools import partial
@@ -57,7 +55,7 @@ def list_data(json: JsonFlag = False) -> None:
     stdout().print(table(["name", "kind", "licence", "installed", "what it is"], rows))
 
 
-def _offer_data(offer: Offer) -> dict[str, Any]:
+def _offer_data(offer: "Offer") -> dict[str, Any]:
     kept = {key: getattr(offer, key) for key in ("name", "kind", "content", "licence")}
     packages = [package.name for package in offer.packages]
     return {**kept, "packages": packages, "missing": list(offer.missing)}
@@ -78,13 +76,8 @@ def prepare(
     """
     from mmgraft.demo import packaged
 
-    done = packaged.prepare(
-        name,
-        out.expanduser() if out is not None else Path(name),
-        seed=seed,
-        force=force,
-        dry_run=dry_run,
-    )
+    target = out.expanduser() if out is not None else Path(name)
+    done = packaged.prepare(name, target, seed=seed, force=force, dry_run=dry_run)
     if json:
         print_json(done.as_dict())
         return
@@ -241,7 +234,7 @@ def convert_rows(
         note(f"image paths start from {folder}: --images {folder}")
 
 
-def _show_report(view: View, report: Report) -> None:
+def _show_report(view: "View", report: "Report") -> None:
     from rich.markup import escape
 
     out = stdout()
@@ -275,12 +268,12 @@ def _show_report(view: View, report: Report) -> None:
                 out.print(f"  {escape(item)}")
 
 
-def _faults(report: Report) -> str:
+def _faults(report: "Report") -> str:
     parts = [f"{count:,} {fault}" for fault, count in report.faults().items() if count]
     return f"{len(report.bad):,}" + (f" ({', '.join(parts)})" if parts else "")
 
 
-def _images(report: Report) -> str:
+def _images(report: "Report") -> str:
     text = f"{report.images:,} in {report.files:,} files"
     if report.largest is not None:
         width, height, name = report.largest
@@ -288,7 +281,7 @@ def _images(report: Report) -> str:
     return text
 
 
-def _positions(report: Report) -> str:
+def _positions(report: "Report") -> str:
     numbers = report.positions()
     if numbers is None:
         return "not counted; give --run, or --base and --vision"
@@ -299,7 +292,7 @@ def _positions(report: Report) -> str:
     )
 
 
-def _show_preview(view: View, one: Preview, first: bool) -> None:
+def _show_preview(view: "View", one: "Preview", first: bool) -> None:
     from rich.text import Text
 
     out = stdout()

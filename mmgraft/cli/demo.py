@@ -1,7 +1,5 @@
 """``mmgraft demo``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +53,7 @@ def demo(
     show(report)
 
 
-def _plan(settings: DemoSettings, json: bool) -> None:
+def _plan(settings: "DemoSettings", json: bool) -> None:
     from mmgraft.recipes.source import load_recipe
 
     recipe = load_recipe(f"demo-{settings.method}", method=settings.method)
@@ -70,7 +68,7 @@ def _plan(settings: DemoSettings, json: bool) -> None:
     )
 
 
-def show(report: DemoReport) -> None:
+def show(report: "DemoReport") -> None:
     """Print the chat, the final table and what to do next."""
     out = stdout()
     for turn in report.chat:
@@ -85,7 +83,7 @@ def show(report: DemoReport) -> None:
     note(f"talk to it: mmgraft chat {report.out} --image FILE 'what shape is in the image?'")
 
 
-def _accuracies(report: DemoReport) -> Any:
+def _accuracies(report: "DemoReport") -> Any:
     rows = [
         ("question only", report.question_only),
         ("before training", report.before),
@@ -108,7 +106,7 @@ def _accuracies(report: DemoReport) -> Any:
     )
 
 
-def _facts(report: DemoReport) -> list[list[str]]:
+def _facts(report: "DemoReport") -> list[list[str]]:
     from mmgraft.training.callbacks.progress import clock
 
     same = report.identity

@@ -1,7 +1,5 @@
 """``mmgraft env``."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil
@@ -48,6 +46,7 @@ def describe() -> dict[str, Any]:
 
     packages = {name: installed_version(name) for name in PACKAGES}
     cache = Path(constants.HF_HUB_CACHE)
+    there = next(parent for parent in (cache, *cache.parents) if parent.is_dir())
     return {
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
@@ -58,7 +57,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "hub": {
             "cache": str(cache),
-            "free": human_bytes(shutil.disk_usage(_existing(cache)).free),
+            "free": human_bytes(shutil.disk_usage(there).free),
             "endpoint": constants.ENDPOINT,
             "offline": constants.is_offline_mode(),
             "token": get_token() is not None,
@@ -90,10 +89,4 @@ def _four_bit(torch: Any, installed: str | None) -> str:
         return f"no: {_INSTALL['bitsandbytes']}"
     if torch.cuda.is_available():
         return "yes, on CUDA and the CPU"
-    if torch.backends.mps.is_available():
-        return "yes, on the CPU; not on MPS"
-    return "yes, on the CPU"
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.is_dir())
+    return "yes, on the CPU; not on MPS" if torch.backends.mps.is_available() else "yes, on the CPU"

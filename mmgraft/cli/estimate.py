@@ -1,7 +1,5 @@
 """``mmgraft estimate``."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +17,7 @@ _rows = partial(given, panel="Length of rows")
 _SET = "Change a value: stages.*.batch_size=2, graft.config.layers=last:8."
 _PROCESSES = "Number of processes that train together; sizes are those of one of them."
 
+#: Options that ``read_request`` takes by these names.
 _REQUEST = {
     "base": _plan(str, "Base: alias, Hub id or folder."),
     "vision": _plan(str, "Tower: Hub id, folder or name."),
@@ -31,7 +30,6 @@ _REQUEST = {
     "device": given(str, "Device of the training: cuda or cpu.", default="cuda"),
     "processes": given(int, _PROCESSES, default=1, min=1),
 }
-"""Options that ``read_request`` takes by these names."""
 _Target = Annotated[str, argument("Shipped name, YAML file, or a graft.", metavar="RECIPE|RUN")]
 
 
@@ -53,7 +51,7 @@ def estimate(target: _Target, json: JsonFlag = False, **request: Any) -> None:
         _show(found)
 
 
-def _found(estimator: Estimator) -> dict[str, Any]:
+def _found(estimator: "Estimator") -> dict[str, Any]:
     from mmgraft.training.memory.estimate import not_counted
     from mmgraft.training.memory.shortage import peak_of, reserve, savings, smallest
 

@@ -1,7 +1,5 @@
 """``mmgraft eval``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,11 +16,11 @@ if TYPE_CHECKING:
     from mmgraft.recipes.evaluation_set import SetSpec
     from mmgraft.runs.results import Results
 
+#: Options that :class:`Evaluation` has by the same names.
 _PASSED_ON = (
     "text", "vision", "iit", "workflow", "batch_size", "limit", "include_path", "dialogues",
     "dialogue_count", "untouched",
 )  # fmt: skip
-"""Options that :class:`Evaluation` has by the same names."""
 _sets = partial(option, panel="Which sets")
 _one = partial(option, panel="A set without a recipe")
 
@@ -93,7 +91,7 @@ def _evaluate(given: Any) -> None:
     _run(load_answerer(str(folder), revision=None, **given.loading), evaluation, given.json)
 
 
-def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
+def _run(answerer: "Answerer", evaluation: "Evaluation", json: bool) -> None:
     from mmgraft.evaluation.evaluate import evaluate_run
     from mmgraft.evaluation.report.report import write_report
     from mmgraft.progress import working
@@ -120,7 +118,7 @@ def _run(answerer: Answerer, evaluation: Evaluation, json: bool) -> None:
 # -- which sets ---------------------------------------------------------------------------------
 
 
-def _specs(run: Path, given: Any) -> list[SetSpec]:
+def _specs(run: Path, given: Any) -> "list[SetSpec]":
     """Return the set of ``--data``, else sets of a file or of the run's recipe."""
     from mmgraft.evaluation.items.files import PACKAGED
     from mmgraft.evaluation.sets import choose_sets, given_set, load_sets, run_sets
@@ -170,7 +168,7 @@ def _show_plan(folder: Path, plan: dict[str, list[str]], json: bool) -> None:
         note(f"would measure {part}: {', '.join(map(str, what)) or 'no set'}")
 
 
-def _show(results: Results) -> None:
+def _show(results: "Results") -> None:
     """Show the main score of every set beside what it is compared with."""
     from mmgraft.evaluation.report.score_tables import WHERE
 

@@ -1,7 +1,5 @@
 """``mmgraft export``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -68,32 +66,25 @@ def export(
 
 
 def _write(
-    runs: list[Path], out: Path, kind: Kind, base: str | None, stored: str | None, dry_run: bool
-) -> Exported:
-    run = runs[0]
-    if kind == "graft":
-        from mmgraft.export.graft import export_graft
-
-        return export_graft(run, out, dry_run)
-    if kind == "full":
-        from mmgraft.export.graft import export_full
-
-        return export_full(run, out, base, dry_run)
-    if kind == "peft":
-        from mmgraft.export.peft import export_peft
-
-        return export_peft(run, out, base, dry_run)
-    if kind in ("gguf", "mmproj"):
-        from mmgraft.export.gguf.export import export_gguf
-
-        return export_gguf(run, out, kind, base, stored, dry_run)
-    if kind == "vllm":
-        from mmgraft.export.vllm import export_vllm
-
-        return export_vllm(runs, out, base, stored, dry_run)
+    runs: list[Path], out: Path, kind: "Kind", base: str | None, stored: str | None, dry_run: bool
+) -> "Exported":
+    from mmgraft.export.gguf.export import export_gguf
+    from mmgraft.export.graft import export_full, export_graft
     from mmgraft.export.llava.export import export_llava
+    from mmgraft.export.peft import export_peft
+    from mmgraft.export.vllm import export_vllm
 
-    return export_llava(run, out, base, stored, dry_run)
+    run = runs[0]
+    if kind in ("gguf", "mmproj"):
+        return export_gguf(run, out, kind, base, stored, dry_run)
+    writers = {
+        "graft": lambda: export_graft(run, out, dry_run),
+        "full": lambda: export_full(run, out, base, dry_run),
+        "peft": lambda: export_peft(run, out, base, dry_run),
+        "vllm": lambda: export_vllm(runs, out, base, stored, dry_run),
+        "llava": lambda: export_llava(run, out, base, stored, dry_run),
+    }
+    return writers[kind]()
 
 
 def _check(to: str, dtype: str | None, outtype: str | None, also: list[Path] | None) -> None:
@@ -124,7 +115,7 @@ def _find(run: str | None) -> Path:
     return graft_folder(run)
 
 
-def _summary(result: Exported) -> dict[str, Any]:
+def _summary(result: "Exported") -> dict[str, Any]:
     return {
         "to": result.kind,
         "folder": str(result.folder),
@@ -137,7 +128,7 @@ def _summary(result: Exported) -> dict[str, Any]:
     }
 
 
-def _show(result: Exported) -> None:
+def _show(result: "Exported") -> None:
     rows = [[name, human_bytes(size)] for name, size in result.files.items()]
     rows.append([f"{len(result.files)} files", human_bytes(sum(result.files.values()))])
     verb = "written to" if result.written else "would be written to"

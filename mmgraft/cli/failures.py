@@ -1,15 +1,13 @@
 """Turn what can go wrong outside mmgraft into a message and an exit code."""
 
-from __future__ import annotations
-
 import errno
 import re
 
 from mmgraft.errors import MMGraftError, UsageError, first_line, is_out_of_memory
 
 _NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+#: Texts of gloo's error where a process that it waits for has gone.
 _PEER = re.compile("Connection (closed|reset) by peer|[Tt]imed out waiting .*ms for recv")
-"""Texts of gloo's error where a process that it waits for has gone."""
 _HUB_USAGE = {"GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError"}
 
 
@@ -45,9 +43,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             "Use a smaller batch, --quantization nf4, or gradient checkpointing in the recipe.",
             MMGraftError.exit_code,
         )
-    if isinstance(error, OSError):
-        return _explain_os(error), MMGraftError.exit_code
-    return None
+    return (_explain_os(error), MMGraftError.exit_code) if isinstance(error, OSError) else None
 
 
 def _explain_validation(error: BaseException) -> str:

@@ -1,27 +1,12 @@
 """``mmgraft generate``."""
 
-from __future__ import annotations
-
 import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli import options
 from mmgraft.cli.console import note, print_json, refuse_to_overwrite
 from mmgraft.cli.loading import load_answerer
-from mmgraft.cli.options import (
-    ANSWERING,
-    DryRunFlag,
-    ImagesOption,
-    JsonFlag,
-    MaxNewTokensOption,
-    OverwriteFlag,
-    ReadOption,
-    TemperatureOption,
-    WorkflowOption,
-    argument,
-    option,
-    with_options,
-)
 from mmgraft.progress import counted
 
 if TYPE_CHECKING:
@@ -31,22 +16,26 @@ if TYPE_CHECKING:
     from mmgraft.inference import Answerer
 
 
-@with_options("force", ANSWERING)
+@options.with_options("force", options.ANSWERING)
 def generate(
-    run: Annotated[str, argument("Folder or Hub id of a graft.")],
-    rows: Annotated[Path, argument("A file of rows.")],
-    out: Annotated[Path, option("--out", "jsonl to write: id and answer.")],
-    images: ImagesOption = None,
-    read: ReadOption = None,
-    batch_size: Annotated[int, option("--batch-size", "Rows answered together.", min=1)] = 8,
-    max_new_tokens: MaxNewTokensOption = 256,
-    num_beams: Annotated[int, option("--num-beams", "Beams of a beam search.", min=1)] = 1,
-    temperature: TemperatureOption = 0.0,
-    workflow: WorkflowOption = None,
-    limit: Annotated[int | None, option("--limit", "Answer the first rows only.", min=1)] = None,
-    force: OverwriteFlag = False,
-    dry_run: DryRunFlag = False,
-    json: JsonFlag = False,
+    run: Annotated[str, options.argument("Folder or Hub id of a graft.")],
+    rows: Annotated[Path, options.argument("A file of rows.")],
+    out: Annotated[Path, options.option("--out", "jsonl to write: id and answer.")],
+    images: options.ImagesOption = None,
+    read: options.ReadOption = None,
+    batch_size: Annotated[
+        int, options.option("--batch-size", "Rows answered together.", min=1)
+    ] = 8,
+    max_new_tokens: options.MaxNewTokensOption = 256,
+    num_beams: Annotated[int, options.option("--num-beams", "Beams of a beam search.", min=1)] = 1,
+    temperature: options.TemperatureOption = 0.0,
+    workflow: options.WorkflowOption = None,
+    limit: Annotated[
+        int | None, options.option("--limit", "Answer the first rows only.", min=1)
+    ] = None,
+    force: options.OverwriteFlag = False,
+    dry_run: options.DryRunFlag = False,
+    json: options.JsonFlag = False,
     **loading: Any,
 ) -> None:
     """Answer the last user's turn of every row, in batches.
@@ -72,8 +61,8 @@ def generate(
 
 
 def _read(
-    rows: Path, images: Path | None, read: Sequence[str], out: Path, force: bool
-) -> tuple[list[Row], list[Sequence[dict[str, Any]]]]:
+    rows: Path, images: Path | None, read: "Sequence[str]", out: Path, force: bool
+) -> "tuple[list[Row], list[Sequence[dict[str, Any]]]]":
     """Read rows and the prompt of each, once it is known that the answers can be written."""
     from mmgraft.data.formats.sources import index_rows
     from mmgraft.inference import prompt_of
@@ -85,7 +74,7 @@ def _read(
     return found, [prompt_of(list(row.messages), row.where) for row in found]
 
 
-def _check_images(rows: Sequence[Row], prompts: Sequence[Any]) -> None:
+def _check_images(rows: "Sequence[Row]", prompts: "Sequence[Any]") -> None:
     """Open every image before hours of work, not after."""
     from mmgraft.data.chat.turns import images_of_all
     from mmgraft.data.images import open_images
@@ -96,9 +85,9 @@ def _check_images(rows: Sequence[Row], prompts: Sequence[Any]) -> None:
 
 
 def _answer(
-    answerer: Answerer,
-    rows: Sequence[Row],
-    prompts: Sequence[Any],
+    answerer: "Answerer",
+    rows: "Sequence[Row]",
+    prompts: "Sequence[Any]",
     batch_size: int,
     workflow: str | None,
     settings: dict[str, Any],
@@ -119,7 +108,7 @@ def _answer(
     return [answers[number] for number in range(len(rows))]
 
 
-def _write(out: Path, rows: Sequence[Row], answers: Sequence[str]) -> None:
+def _write(out: Path, rows: "Sequence[Row]", answers: "Sequence[str]") -> None:
     from mmgraft.atomic import atomic_text
 
     lines = [

@@ -1,10 +1,10 @@
 """``mmgraft graft``."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from mmgraft.aliases import resolve_alias
 from mmgraft.atomic import atomic_text, free_name
@@ -22,28 +22,19 @@ from mmgraft.cli.options import (
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import built_in, get_method, methods, moved
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
+from mmgraft.recipes import source
 from mmgraft.recipes.recipe import GraftDefaults, Recipe
-from mmgraft.recipes.source import (
-    find_recipe,
-    key_value,
-    load_recipe,
-    method_recipe,
-    template_options,
-)
 from mmgraft.strict import Option
 from mmgraft.textfiles import read_text
 from mmgraft.vision.projectors.configs import ProjectorConfig
 from mmgraft.vision.projectors.registry import PROJECTORS, find_projector
 
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
 _OF_A_RUN = (
     "checkpoints", "metrics.jsonl", "recipe.used.yaml", "text-before.safetensors",
     "versions.json", "workflows",
 )  # fmt: skip
+#: Flags of the command whose parameters are called otherwise.
 _FLAGS = {"set", "help"}
-"""Flags of the command whose parameters are called otherwise."""
 _SEE = "Tower, projector and text"
 _METHODS = ", ".join(method.name for method in built_in() if method.recipe)
 
@@ -127,7 +118,7 @@ def graft(
 
     The base is never loaded: only the tensors that the graft copies are read from its files.
     """
-    chosen = load_recipe(recipe, method=method) if recipe is not None else None
+    chosen = source.load_recipe(recipe, method=method) if recipe is not None else None
     config = _config(method, {"layers": layers, **settings}, set_ or [], chosen)
     kind = get_method(config.method)
     target = out or Path(f"{_short(base)}-{kind.name}")
@@ -142,7 +133,7 @@ def graft(
         target,
         workflow=workflow or (chosen and chosen.workflow) or "mm",
         projector=_projector(defaults, projector, projector_norm, projector_option or []),
-        template=_template(template, template_options(template_option)),
+        template=_template(template, source.template_options(template_option)),
         revision=revision,
         full_fingerprint=verify == "full",
         dry_run=dry_run,
@@ -150,7 +141,7 @@ def graft(
     if dry_run:
         _show_plan(record, target, f"{kind.name} on {resolve_alias(base)}", json)
     else:
-        _finish(target, find_recipe(recipe) if recipe is not None else method_recipe(kind), json)
+        _finish(target, source.find_recipe(recipe) if recipe else source.method_recipe(kind), json)
 
 
 def _check(folder: Path, force: bool, verify: str) -> None:
@@ -214,7 +205,7 @@ def _config(
         kinds = _kinds(fields[name])
         is_list = str not in kinds and any(get_origin(one) is list for one in kinds)
         values[name] = value.split(",") if is_list and isinstance(value, str) else value
-    values |= dict(key_value(setting, "--set", "layers=last:8") for setting in settings)
+    values |= dict(source.key_value(setting, "--set", "layers=last:8") for setting in settings)
     name, values, note_ = moved(method, values)
     if note_ is not None:
         note(note_)
@@ -231,7 +222,7 @@ def _projector(
     if norm is not None and "norm" not in kind.model_fields:
         raise UsageError(f"--projector-norm is no setting of projector {name}; leave it out")
     values = {**(own.model_dump() if same else {}), **({} if norm is None else {"norm": norm})}
-    values |= dict(key_value(one, "--projector-option", "latents=16") for one in options)
+    values |= dict(source.key_value(one, "--projector-option", "latents=16") for one in options)
     return kind.parse(values, f"settings of projector {name}")
 
 

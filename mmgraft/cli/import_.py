@@ -1,7 +1,5 @@
 """``mmgraft import``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +63,7 @@ def _default_folder(checkpoint: str) -> Path:
     return Path(checkpoint.rstrip("/").rpartition("/")[2].lower() or "imported")
 
 
-def _show(report: ImportReport, dry_run: bool) -> None:
+def _show(report: "ImportReport", dry_run: bool) -> None:
     rows = [
         [
             graft.workflow,

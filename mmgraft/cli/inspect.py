@@ -1,7 +1,5 @@
 """``mmgraft inspect``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +33,7 @@ def inspect(
         _show_model(found)
 
 
-def _show_model(found: ModelSummary) -> None:
+def _show_model(found: "ModelSummary") -> None:
     out = stdout()
     out.print(f"{found.id}: {found.model_class}", markup=False)
     out.print(
@@ -71,7 +69,7 @@ def _shown(settings: Mapping[str, Any], name: str) -> str:
     return f"{settings[name]} ({others})" if others else str(settings[name])
 
 
-def _show_graft(found: GraftSummary) -> None:
+def _show_graft(found: "GraftSummary") -> None:
     out = stdout()
     layer = "" if found.feature_layer is None else f", hidden state {found.feature_layer}"
     rows = [

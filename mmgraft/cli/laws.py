@@ -1,22 +1,12 @@
 """``mmgraft laws``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmgraft.cli import options
 from mmgraft.cli.console import note, print_json, stdout, table
-from mmgraft.cli.options import (
-    LOADING,
-    DryRunFlag,
-    ImagesOption,
-    JsonFlag,
-    argument,
-    option,
-    with_options,
-)
 from mmgraft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,25 +16,29 @@ if TYPE_CHECKING:
 JSON_NAME, PNG_NAME = "laws.json", "laws.png"
 
 
-@with_options("dry_run", LOADING, without="template_option")
+@options.with_options("dry_run", options.LOADING, without="template_option")
 def laws(
-    run: Annotated[str, argument("Folder or Hub id of a graft.")],
+    run: Annotated[str, options.argument("Folder or Hub id of a graft.")],
     rows: Annotated[
-        Path | None, argument("Messages jsonl or LLaVA json; else a set of the run's recipe.")
+        Path | None,
+        options.argument("Messages jsonl or LLaVA json; else a set of the run's recipe."),
     ] = None,
-    images: ImagesOption = None,
+    images: options.ImagesOption = None,
     set_name: Annotated[
-        str | None, option("--set", "A set of the recipe's `evaluation`; default: its first.")
+        str | None,
+        options.option("--set", "A set of the recipe's `evaluation`; default: its first."),
     ] = None,
-    limit: Annotated[int, option("Sample so many rows.", min=1)] = 64,
-    seed: Annotated[int, option("Seed of that sample.")] = 0,
+    limit: Annotated[int, options.option("Sample so many rows.", min=1)] = 64,
+    seed: Annotated[int, options.option("Seed of that sample.")] = 0,
     out: Annotated[
-        Path | None, option(f"Folder for {JSON_NAME} and {PNG_NAME}; else RUN/results.")
+        Path | None, options.option(f"Folder for {JSON_NAME} and {PNG_NAME}; else RUN/results.")
     ] = None,
-    workflow: Annotated[str | None, option("Workflow of all rows; default: the graft's.")] = None,
-    batch_size: Annotated[int, option("Rows a batch, of like length.", min=1)] = 8,
-    dry_run: DryRunFlag = False,
-    json: JsonFlag = False,
+    workflow: Annotated[
+        str | None, options.option("Workflow of all rows; default: the graft's.")
+    ] = None,
+    batch_size: Annotated[int, options.option("Rows a batch, of like length.", min=1)] = 8,
+    dry_run: options.DryRunFlag = False,
+    json: options.JsonFlag = False,
     **loading: Any,
 ) -> None:
     """Show how much each layer attends to the image and to the text around it.
@@ -109,7 +103,7 @@ def _measure(
     _show(results, target, given.json)
 
 
-def _show(results: Results, target: Path, json: bool) -> None:
+def _show(results: "Results", target: Path, json: bool) -> None:
     if json:
         print_json(results.model_dump(mode="json"))
         return
@@ -148,7 +142,7 @@ def _samples(folder: Path, given: Any) -> tuple[str, Path, Sequence[Any]]:
     return spec.name, data_file(spec), found
 
 
-def _set(folder: Path, name: str | None) -> SetSpec:
+def _set(folder: Path, name: str | None) -> "SetSpec":
     """Return a set with images of the recipe that the run was trained by.
 
     Raises:

@@ -1,7 +1,5 @@
 """Load a model for a command that generates or evaluates."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ def load_answerer(
     show_reasoning: bool = False,
     seed: int | None = None,
     **more: Any,
-) -> Answerer:
+) -> "Answerer":
     """Check the options that need no model, then load it on a device; they are ``LOADING``.
 
     Raises:

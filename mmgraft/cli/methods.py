@@ -1,7 +1,5 @@
 """``mmgraft methods``."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -55,7 +53,7 @@ def methods(json: JsonFlag = False) -> None:
         note(f"{one.what} {one.name!r} of the package {one.origin!r} cannot be used: {one.reason}")
 
 
-def _kept(method: Method) -> str:
+def _kept(method: "Method") -> str:
     """Return ``E0 E1 E3 (structure a, b)``: levels, with the settings that some need."""
     shown = []
     for level, settings in method.levels().items():

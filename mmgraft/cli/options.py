@@ -1,7 +1,5 @@
 """Options that several commands share, so that one word means one thing."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -109,6 +107,7 @@ BaseOption = Annotated[
     str | None, option("--base", "Folder of the base, if it was moved.", panel=_LOADING)
 ]
 
+#: Options of a command that loads a model; what ``load_answerer`` takes.
 LOADING = {
     "device": given(str, "Device: cuda, mps, cpu; else the first found.", panel=_LOADING),
     "dtype": given(str, "Dtype: bfloat16, float32; default: as saved.", panel=_LOADING),
@@ -118,17 +117,11 @@ LOADING = {
     "revision": (RevisionOption, None),
     "template_option": (TemplateOption, None),
 }
-"""Options of a command that loads a model; what ``load_answerer`` takes."""
 
+_REASONING = "--show-reasoning", "Show the reasoning before an answer, too."
+#: Options of a command that answers with it, likewise.
 ANSWERING = {
-    "show_reasoning": given(
-        bool,
-        "--show-reasoning",
-        "Show the reasoning before an answer, too.",
-        default=False,
-        panel=_ANSWERS,
-    ),
+    "show_reasoning": given(bool, *_REASONING, default=False, panel=_ANSWERS),
     "seed": given(int, "Seed of sampling.", panel=_ANSWERS),
     **LOADING,
 }
-"""Options of a command that answers with it, likewise."""

@@ -4,8 +4,6 @@ torchrun itself shows a traceback of its own for whatever goes wrong, gives the 
 of it, and kills a training that is still saving; so this is its lower half, ``start_processes``.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
@@ -20,8 +18,8 @@ from typing import Any
 from mmgraft.errors import UsageError
 
 COMMAND = (sys.executable, "-m", "mmgraft")
+#: Seconds that the others have to end by themselves after one has failed.
 GRACE = 15.0
-"""Seconds that the others have to end by themselves after one has failed."""
 _LAUNCHER = "MMGRAFT_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 

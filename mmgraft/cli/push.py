@@ -1,7 +1,5 @@
 """``mmgraft push``."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,7 +57,7 @@ def push(
     typer.echo(url)
 
 
-def _question(plan: PushPlan, target: Target) -> str:
+def _question(plan: "PushPlan", target: "Target") -> str:
     files = plan.all_files(target.repo_id)
     size = human_bytes(sum(file.size for file in files))
     new = "new " if target.revision is None else ""
@@ -67,7 +65,7 @@ def _question(plan: PushPlan, target: Target) -> str:
     return f"Push {len(files)} files, {size}, to the {new}{kind} {target.repo_id}?"
 
 
-def _list(plan: PushPlan, repo_id: str, private: bool, json: bool) -> None:
+def _list(plan: "PushPlan", repo_id: str, private: bool, json: bool) -> None:
     for warning in plan.warnings:
         note(f"note: {warning}")
     repo_id = repo_id if "/" in repo_id else f"<you>/{repo_id}"
@@ -82,7 +80,7 @@ def _list(plan: PushPlan, repo_id: str, private: bool, json: bool) -> None:
     stdout().print(table(["file", "size"], rows, title=f"would be pushed to {repo_id} ({kind})"))
 
 
-def _summary(plan: PushPlan, repo_id: str, private: bool) -> dict[str, Any]:
+def _summary(plan: "PushPlan", repo_id: str, private: bool) -> dict[str, Any]:
     files = [{"name": f.name, "bytes": f.size} for f in plan.all_files(repo_id)]
     return {
         "repo_id": repo_id,

@@ -1,28 +1,18 @@
 """``mmgraft recipes``: list, show, copy and check training recipes and comparisons."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from mmgraft.cli.console import note, print_json, refuse_to_overwrite, stdout, table
 from mmgraft.cli.options import DryRunFlag, JsonFlag, OverwriteFlag, argument, option
-from mmgraft.comparison.spec import (
-    arm_recipe,
-    find_comparison,
-    is_comparison,
-    load_comparison,
-    shipped_comparisons,
-)
+from mmgraft.comparison import spec
 from mmgraft.errors import UsageError
 from mmgraft.grafts.registry import get_method
+from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import find_recipe, load_recipe, shipped_recipes
 from mmgraft.textfiles import read_text
-
-if TYPE_CHECKING:
-    from mmgraft.recipes.recipe import Recipe, Stage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,8 +33,8 @@ def list_recipes(
         get_method(method)
     recipes = [load_recipe(name) for name in shipped_recipes()]
     recipes = [recipe for recipe in recipes if method in (None, recipe.method)]
-    names = shipped_comparisons() if method is None else []
-    comparisons = {name: load_comparison(name) for name in names}
+    names = spec.shipped_comparisons() if method is None else []
+    comparisons = {name: spec.load_comparison(name) for name in names}
     if json:
         print_json(
             {
@@ -85,7 +75,7 @@ def show(name: Name, json: JsonFlag = False) -> None:
     """Print a recipe as it is written, comments and all."""
     path = _find(name)
     if json:
-        found = load_comparison(path) if is_comparison(path) else load_recipe(path)
+        found = spec.load_comparison(path) if spec.is_comparison(path) else load_recipe(path)
         print_json(found.model_dump(mode="json"))
         return
     typer.echo(read_text(path), nl=False)
@@ -93,8 +83,8 @@ def show(name: Name, json: JsonFlag = False) -> None:
 
 def _find(name: str) -> Path:
     """Return the file of a recipe or a comparison; no two shipped ones have one name."""
-    if name in shipped_comparisons() and not Path(name).is_file():
-        return find_comparison(name)
+    if name in spec.shipped_comparisons() and not Path(name).is_file():
+        return spec.find_comparison(name)
     return find_recipe(name)
 
 
@@ -133,7 +123,7 @@ def validate(
 ) -> None:
     """Check a recipe: every key, every value, and what a stage may train."""
     path = _find(name)
-    if is_comparison(path):
+    if spec.is_comparison(path):
         _validate_comparison(path, method, json)
         return
     recipe = load_recipe(path, method=method)
@@ -165,9 +155,9 @@ def _stage_row(stage: Stage) -> list[Any]:
 def _validate_comparison(path: Path, method: str | None, json: bool) -> None:
     if method is not None:
         raise UsageError(f"{path} is a comparison, which has no one method; leave --method out")
-    comparison = load_comparison(path)
+    comparison = spec.load_comparison(path)
     arms = comparison.all_arms()
-    recipes = {name: arm_recipe(name, arm) for name, arm in arms.items()}
+    recipes = {name: spec.arm_recipe(name, arm) for name, arm in arms.items()}
     if json:
         print_json({"valid": True, "comparison": comparison.model_dump(mode="json")})
         return

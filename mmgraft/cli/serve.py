@@ -1,7 +1,5 @@
 """``mmgraft serve``."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,7 +69,7 @@ def _serve_here(
     runs: list[str],
     host: str,
     port: int,
-    allowed: Allowed,
+    allowed: "Allowed",
     api_key: str | None,
     cors: bool,
     loading: dict[str, Any],

@@ -1,7 +1,5 @@
 """``mmgraft train``."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from functools import partial
 from math import ceil
@@ -10,51 +8,43 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmgraft.cli import options
 from mmgraft.cli.console import note, print_json, stderr, stdout, table
-from mmgraft.cli.options import (
-    DryRunFlag,
-    JsonFlag,
-    ReadOption,
-    argument,
-    given,
-    option,
-    with_options,
-)
 from mmgraft.runs.find import find_run
 
 if TYPE_CHECKING:
     from mmgraft.training.plan import Plan
 
-_plan = partial(given, panel="What to train")
-_go_on = partial(option, panel="Go on or begin anew")
+_plan = partial(options.given, panel="What to train")
+_go_on = partial(options.option, panel="Go on or begin anew")
 _DATA = "LLaVA json or messages jsonl, for all stages or as STAGE=FILE; may be repeated."
 _SET = "Change a value: stages.align.lr=1e-4, stages.*.batch_size=2, seed=3."
 _RESTART = "Train a trained or stopped run from its graft as it is."
 _PROCESSES = "Number of processes, on CUDA one a card; the recipe says how they share: parallel."
 
+#: Options that ``plan_training`` takes by these names.
 _TRAINING = {
     "recipe": _plan(str, "Recipe: YAML file or shipped name."),
     "data": _plan(list[str], _DATA),
     "images": _plan(str, "Folder that image paths start from."),
-    "read": (ReadOption, None),
+    "read": (options.ReadOption, None),
     "overrides": _plan(list[str], "--set", _SET),
     "max_steps": _plan(int, "Number of steps after which every stage ends.", min=1),
-    "device": given(str, "Device: cuda, mps, cpu; else the first found."),
+    "device": options.given(str, "Device: cuda, mps, cpu; else the first found."),
 }
-"""Options that ``plan_training`` takes by these names."""
 
 
-@with_options("processes", _TRAINING)
+@options.with_options("processes", _TRAINING)
 def train(
     context: typer.Context,
     run: Annotated[
-        Path | None, argument("Folder of a graft; the only one here when not given.")
+        Path | None, options.argument("Folder of a graft; the only one here when not given.")
     ] = None,
-    processes: Annotated[int, option(_PROCESSES, min=1)] = 1,
+    processes: Annotated[int, options.option(_PROCESSES, min=1)] = 1,
     resume: Annotated[bool, _go_on("--resume", "Go on where a run stopped.")] = False,
     restart: Annotated[bool, _go_on("--restart", _RESTART)] = False,
-    dry_run: DryRunFlag = False,
-    json: JsonFlag = False,
+    dry_run: options.DryRunFlag = False,
+    json: options.JsonFlag = False,
     **training: Any,
 ) -> None:
     """Train a graft by its recipe, stage by stage, or go on with a run.
@@ -74,20 +64,15 @@ def train(
     from mmgraft.training.distributed.parallel import processes as started  # loads torch
     from mmgraft.training.run import plan_training
 
-    plan = plan_training(
-        folder,
-        resume=resume,
-        restart=restart,
-        count=max(processes, started()),  # --processes is more than 1 here in a dry run alone
-        **training,
-    )
+    count = max(processes, started())  # --processes is more than 1 here in a dry run alone
+    plan = plan_training(folder, resume=resume, restart=restart, count=count, **training)
     if dry_run:
-        _show(_summary(plan, max(processes, started())), json)
+        _show(_summary(plan, count), json)
     else:
         _train(plan, json)
 
 
-def _train(plan: Plan, json: bool) -> None:
+def _train(plan: "Plan", json: bool) -> None:
     from mmgraft.training.callbacks.progress import ProgressDisplay
     from mmgraft.training.devices import is_main_rank, slow_precision
     from mmgraft.training.memory.shortage import warning
@@ -104,7 +89,7 @@ def _train(plan: Plan, json: bool) -> None:
         note(f"trained; talk to it with: mmgraft chat {plan.run}")
 
 
-def _summary(plan: Plan, processes: int) -> dict[str, Any]:
+def _summary(plan: "Plan", processes: int) -> dict[str, Any]:
     stages: list[dict[str, Any]] = []
     for number, stage in enumerate(plan.stages):
         rows = len(plan.rows[number]) - plan.skipped[number]

@@ -9,8 +9,6 @@ OUT/dialogues/            interleaved dialogues, the same for all arms
 OUT/report.*              written by ``mmgraft.comparison.report``
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +18,7 @@ from pydantic import AliasChoices, Field
 from mmgraft.atomic import atomic_json
 from mmgraft.comparison.spec import Comparison, load_comparison
 from mmgraft.errors import UsageError
-from mmgraft.strict import StrictModel
+from mmgraft.strict import StrictModel, about
 from mmgraft.textfiles import read_json
 
 COMPARISON = "comparison.yaml"
@@ -53,7 +51,7 @@ class Session(StrictModel):
     began: str = Field(description="UTC, ISO 8601")
     seconds: float = Field(description="by the clock")
     cpu_seconds: float = Field(description="seconds of processor time, all threads together")
-    peak_memory_mb: float | None = Field(default=None, description="peak of main memory in MiB")
+    peak_memory_mb: float | None = about("peak of main memory in MiB")
 
 
 class PhaseRecord(StrictModel):
@@ -84,7 +82,7 @@ class PhaseRecord(StrictModel):
         peaks = [one.peak_memory_mb for one in self.sessions if one.peak_memory_mb is not None]
         return max(peaks, default=None)
 
-    def after(self, session: Session, done: bool = False) -> PhaseRecord:
+    def after(self, session: Session, done: bool = False) -> "PhaseRecord":
         """Return the record with one more session."""
         return self.model_copy(update={"sessions": [*self.sessions, session], "done": done})
 

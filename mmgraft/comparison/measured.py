@@ -3,8 +3,6 @@
 Scores of kept answers are computed again, so that differences between arms are paired.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,22 +17,18 @@ from mmgraft.evaluation.items.files import data_file, read_items, read_training_
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.kept import read_choice_row, read_predictions, read_text_row
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
+from mmgraft.evaluation.metrics import scoring
 from mmgraft.evaluation.metrics.intervals import Measured, over_seeds
-from mmgraft.evaluation.metrics.scoring import (
-    groups_of,
-    measure_answers,
-    measure_choices,
-    measure_prior,
-)
 from mmgraft.evaluation.report.words import direction
+from mmgraft.frozen import Frozen
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.find import is_graft
 from mmgraft.runs.results import Results, Score, Section, SetResult, measured
 
 NO_IMAGE, PRIOR = "no_image", "prior"
+#: Up to so many arms are compared each with each; more of them each with the best.
 ALL_PAIRS = 5
-"""Up to so many arms are compared each with each; more of them each with the best."""
 
 _NEEDED = {
     "choice": {"answer", "sums", "tokens", "characters"},
@@ -42,8 +36,7 @@ _NEEDED = {
 }
 
 
-@dataclass(frozen=True)
-class MeasuredArm:
+class MeasuredArm(Frozen):
     """One arm.
 
     Attributes:
@@ -63,6 +56,11 @@ class MeasuredArm:
     sections: dict[Section, Results]
     done: list[Phase]
     repeats: str | None = None
+
+    @property
+    def method(self) -> str | None:
+        """Return the method's name; None where the arm was not started."""
+        return None if self.record is None else self.record.method
 
     @property
     def base_trained(self) -> bool:
@@ -276,17 +274,17 @@ def _measure(
             read_text_row({**row, "windows": [window[:2] for window in row["windows"]]})
             for row in rows
         ]
-        return measure_texts(texts, together=groups_of(items) if spec.chat else None)
-    groups: list[str | int] = [*groups_of(items)]
+        return measure_texts(texts, together=scoring.groups_of(items) if spec.chat else None)
+    groups: list[str | int] = [*scoring.groups_of(items)]
     if spec.metric != "choice":
-        return measure_answers(spec, items, [str(row["answer"]) for row in rows]), groups
-    return measure_choices(items, list(map(read_choice_row, rows))), groups
+        return scoring.measure_answers(spec, items, [str(row["answer"]) for row in rows]), groups
+    return scoring.measure_choices(items, list(map(read_choice_row, rows))), groups
 
 
 def _prior(spec: SetSpec, items: Sequence[Item]) -> Measured | None:
     if PRIOR not in spec.blind or spec.train is None:
         return None
     try:
-        return measure_prior(spec, items, read_training_answers(spec))
+        return scoring.measure_prior(spec, items, read_training_answers(spec))
     except UsageError:
         return None  # the file of training rows is gone; the score itself is in the results

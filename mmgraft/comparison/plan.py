@@ -1,11 +1,9 @@
 """The arms of a comparison, resolved and checked before anything is trained."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from math import ceil
 from pathlib import Path
@@ -19,6 +17,7 @@ from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.dialogues.dialogues import read_dialogues
 from mmgraft.evaluation.items.files import read_items
 from mmgraft.evaluation.sets import read_sets
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.create import create_graft
 from mmgraft.model.files.graft_file import TemplateChoice
@@ -31,8 +30,7 @@ from mmgraft.vision.spec import VisionSpec
 WORKFLOW = "mm"
 
 
-@dataclass(frozen=True)
-class StagePlan:
+class StagePlan(Frozen):
     """One stage of an arm.
 
     Attributes:
@@ -67,8 +65,7 @@ class StagePlan:
         return self.name, steps, self.sequences_a_step, self.packed
 
 
-@dataclass(frozen=True)
-class ArmPlan:
+class ArmPlan(Frozen):
     """One arm, ready to be run.
 
     Attributes:
@@ -88,8 +85,7 @@ class ArmPlan:
     done: tuple[Phase, ...]
 
 
-@dataclass(frozen=True)
-class ComparisonPlan:
+class ComparisonPlan(Frozen):
     """A comparison that was checked and can start.
 
     Attributes:
@@ -175,17 +171,12 @@ def _plan_arms(plan: ComparisonPlan, recipes: Mapping[str, Recipe]) -> tuple[Arm
                 make_graft(plan, recipe, run, dry_run=True)
     budgets = {name: tuple(stage.budget for stage in found) for name, found in stages.items()}
     usual = Counter(budgets.values()).most_common(1)[0][0]
-    return tuple(
-        ArmPlan(
-            name=name,
-            run=arm_folder(plan.out, name),
-            recipe=recipe,
-            stages=stages[name],
-            own_budget=budgets[name] != usual,
-            done=tuple(phases_done(arm_folder(plan.out, name))),
-        )
-        for name, recipe in recipes.items()
-    )
+    arms = []
+    for name, recipe in recipes.items():
+        run, own_budget = arm_folder(plan.out, name), budgets[name] != usual
+        done = tuple(phases_done(run))
+        arms.append(ArmPlan(name, run, recipe, stages[name], own_budget, done))
+    return tuple(arms)
 
 
 def make_graft(plan: ComparisonPlan, recipe: Recipe, run: Path, *, dry_run: bool = False) -> None:

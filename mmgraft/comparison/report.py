@@ -1,9 +1,6 @@
 """A comparison's report: what the arms keep, see and cost, as JSON, Markdown and one HTML page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
@@ -21,6 +18,7 @@ from mmgraft.evaluation.report import about_run, score_tables, sheets
 from mmgraft.evaluation.report.markdown import Table, plain, render
 from mmgraft.evaluation.report.report import BESIDE, plots_of, write_page
 from mmgraft.evaluation.report.words import listed, number, verdict
+from mmgraft.frozen import Frozen
 from mmgraft.runs.results import SCHEMA_VERSION, Results, Score, Section
 from mmgraft.strict import MeasuredModel
 from mmgraft.version import __version__
@@ -88,16 +86,7 @@ def write_comparison_report(out: Path) -> dict[str, Path]:
         base=about_run.shown_name(comparison.base),
         vision=about_run.shown_name(vision if isinstance(vision, str) else vision.name),
         seed=comparison.seed,
-        arms={
-            arm.name: ArmReport(
-                description=arm.description,
-                method=None if arm.record is None else arm.record.method,
-                base_trained=arm.base_trained,
-                done=arm.done,
-                sections=arm.sections,
-            )
-            for arm in arms
-        },
+        arms={arm.name: ArmReport.model_validate(arm, from_attributes=True) for arm in arms},
         differences=[one for each in answers for one in _differences(each)],
         notes=[*problems, *(note for each in answers for note in each.notes)],
     )
@@ -137,7 +126,8 @@ def _write(
     )
     images = {f"answers-{name}": sheet.png for name, sheet in drawn.items() if sheet}
     linked = [f"answers-{name}" for name, sheet in drawn.items() if sheet and sheet.private]
-    images |= plots_of(laws, curves)
+    repeats = {arm.name: arm.repeats for arm in arms if arm.repeats}
+    images |= plots_of(laws, curves, repeats)
     return write_page(out, markdown, report.model_dump(mode="json"), images, linked)
 
 
@@ -187,8 +177,7 @@ def _differences(answers: SetAnswers) -> Iterator[Difference]:
         )
 
 
-@dataclass(frozen=True)
-class AnswerSheet:
+class AnswerSheet(Frozen):
     """The contact sheet of a set: the same questions, and what each arm answered.
 
     Attributes:

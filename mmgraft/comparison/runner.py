@@ -5,8 +5,6 @@ the training's own. The parent records every few seconds what the child has used
 gives no warning. A child that outlives its parent holds a lock, for which the next session waits.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import hashlib
@@ -28,20 +26,7 @@ import torch
 from pydantic import BaseModel
 
 from mmgraft.atomic import atomic_text
-from mmgraft.comparison.files import (
-    BASE,
-    COMPARISON,
-    DIALOGUES,
-    FEATURES,
-    PHASES,
-    Phase,
-    PhaseRecord,
-    Session,
-    first_difference,
-    phases_done,
-    read_phase,
-    write_phase,
-)
+from mmgraft.comparison import files
 from mmgraft.comparison.plan import ArmPlan, ComparisonPlan, make_graft
 from mmgraft.comparison.report import write_comparison_report
 from mmgraft.comparison.spec import Comparison, dump_comparison
@@ -56,6 +41,7 @@ from mmgraft.evaluation.origin import described_record
 from mmgraft.evaluation.report.about_run import METRICS, read_metrics
 from mmgraft.evaluation.text import evaluate_text
 from mmgraft.evaluation.vision import evaluate_vision
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer
 from mmgraft.model.files.graft_file import GraftFile
@@ -76,8 +62,7 @@ POLL_SECONDS, NOTE_SECONDS = 0.2, 10.0
 _MIB = 1024 * 1024
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(Frozen):
     """End of a child process.
 
     Attributes:
@@ -86,7 +71,7 @@ class Ended:
     """
 
     code: int
-    session: Session
+    session: files.Session
 
 
 def check_platform() -> None:
@@ -130,7 +115,9 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[IO
         yield file
 
 
-def measured(command: Sequence[str], lock: IO[bytes], note: Callable[[Session], None]) -> Ended:
+def measured(
+    command: Sequence[str], lock: IO[bytes], note: Callable[[files.Session], None]
+) -> Ended:
     """Run a command to its end and measure it; its standard output is discarded.
 
     Ctrl-C reaches the child as well, which saves and ends; it is waited for.
@@ -154,9 +141,9 @@ def measured(command: Sequence[str], lock: IO[bytes], note: Callable[[Session], 
     peaks: list[float] = []
     interrupted, noted = False, since
 
-    def session(cpu: float) -> Session:
+    def session(cpu: float) -> files.Session:
         seconds, peak = time.monotonic() - since, max(peaks, default=None)
-        return Session(began=began, seconds=seconds, cpu_seconds=cpu, peak_memory_mb=peak)
+        return files.Session(began=began, seconds=seconds, cpu_seconds=cpu, peak_memory_mb=peak)
 
     while True:
         try:
@@ -212,7 +199,7 @@ def _cpu(pid: int) -> float:
 TRAINING_LOCK = ".training.lock"
 
 
-def train_arm(arm: ArmPlan, record: PhaseRecord, device: str) -> PhaseRecord:
+def train_arm(arm: ArmPlan, record: files.PhaseRecord, device: str) -> files.PhaseRecord:
     """Start or continue an arm's training, and record it as done.
 
     Args:
@@ -228,8 +215,8 @@ def train_arm(arm: ArmPlan, record: PhaseRecord, device: str) -> PhaseRecord:
     def wait() -> None:
         say(f"{arm.name}: a training of an earlier session still runs; waiting for its end")
 
-    def note(session: Session) -> None:
-        write_phase(arm.run, record.after(session))
+    def note(session: files.Session) -> None:
+        files.write_phase(arm.run, record.after(session))
 
     with locked(arm.run / TRAINING_LOCK, waiting=wait) as lock:
         command = training_command(arm.run, device)
@@ -243,7 +230,7 @@ def train_arm(arm: ArmPlan, record: PhaseRecord, device: str) -> PhaseRecord:
             _check(arm, ended)
             done = record.after(ended.session, done=True)
     write_results(arm.run, training_results(arm, done, device))
-    write_phase(arm.run, done)
+    files.write_phase(arm.run, done)
     return done
 
 
@@ -260,7 +247,7 @@ def training_command(run: Path, device: str) -> Sequence[str] | None:
     return [*command, "--resume"] if saved else command
 
 
-def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
+def training_results(arm: ArmPlan, record: files.PhaseRecord, device: str) -> Results:
     """Return the section ``training``: what it cost and how it ended. See docs/comparing.md."""
     graft = GraftFile.read(arm.run)
     lines = read_metrics(arm.run / METRICS)
@@ -281,7 +268,7 @@ def training_results(arm: ArmPlan, record: PhaseRecord, device: str) -> Results:
         for stage in arm.stages
     ]
     on_card = [line["memory_gb"] for line in lines if "memory_gb" in line and device != "cpu"]
-    features = read_phase(arm.run, "features")
+    features = files.read_phase(arm.run, "features")
     return Results(
         section="training",
         mmgraft_version=__version__,
@@ -350,7 +337,7 @@ def fill_features(arm: ArmPlan, device: str) -> None:
 
 
 def evaluate(
-    phase: Phase, answerer: Answerer, plan: ComparisonPlan, arm: ArmPlan, **more: Any
+    phase: files.Phase, answerer: Answerer, plan: ComparisonPlan, arm: ArmPlan, **more: Any
 ) -> None:
     """Evaluate one section of an arm and write it into its results.
 
@@ -365,12 +352,12 @@ def evaluate(
         UsageError: A set that cannot be evaluated; nothing is written.
     """
     spec, run = plan.comparison, arm.run
+    modality = "text" if phase == "text" else "image"
+    sets = [one for one in spec.evaluation if one.modality == modality]
     if phase == "text":
-        sets = [one for one in spec.evaluation if one.modality == "text"]
-        shared = plan.out / BASE
+        shared = plan.out / files.BASE
         results = evaluate_text(answerer, run, sets, untouched=plan.base, base_cache=shared, **more)
     elif phase == "vision":
-        sets = [one for one in spec.evaluation if one.modality == "image"]
         results = evaluate_vision(answerer, run, sets, **more)
     elif phase == "iit":
         folder = _dialogues(answerer, plan)
@@ -411,7 +398,7 @@ def _dialogues(answerer: Answerer, plan: ComparisonPlan) -> Path:
     if spec.iit.path is not None:
         return Path(spec.iit.path)
     text = json.dumps(dialogue_settings(spec), sort_keys=True)
-    folder = plan.out / DIALOGUES / hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder = plan.out / files.DIALOGUES / hashlib.sha256(text.encode()).hexdigest()[:12]
     if not folder.is_dir():
         own = spec.iit.model_dump(exclude={"path"})
         build_iit(answerer, spec.choices, folder, **own)
@@ -419,14 +406,13 @@ def _dialogues(answerer: Answerer, plan: ComparisonPlan) -> Path:
 
 
 LOCK = ".comparison.lock"
+#: Keys of a recipe that may change between two sessions.
 _NOT_OF_TRAINING = frozenset(
     {"name", "description", "evaluation", "feature_cache", "log_every", "workers", "tracking"}
 )
-"""Keys of a recipe that may change between two sessions."""
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(Frozen):
     """Result of a call.
 
     Attributes:
@@ -436,15 +422,12 @@ class Compared:
     """
 
     out: Path
-    arms: dict[str, list[Phase]]
+    arms: dict[str, list[files.Phase]]
     reports: list[Path]
 
 
 def compare(
-    plan: ComparisonPlan,
-    *,
-    train_only: bool = False,
-    batch_size: int | None = None,
+    plan: ComparisonPlan, *, train_only: bool = False, batch_size: int | None = None
 ) -> Compared:
     """Run what is left of a comparison and write its report.
 
@@ -466,17 +449,17 @@ def compare(
             check_unchanged(plan, arm)
     plan.out.mkdir(parents=True, exist_ok=True)
     with locked(plan.out / LOCK):
-        atomic_text(plan.out / COMPARISON, dump_comparison(plan.comparison))
+        atomic_text(plan.out / files.COMPARISON, dump_comparison(plan.comparison))
         for number, arm in enumerate(plan.arms, start=1):
             if arm.name in plan.chosen:
                 say(f"arm {arm.name} ({number} of {len(plan.arms)})")
                 _Arm(plan, arm, batch_size).run(train_only)
                 gc.collect()  # its model, before the next arm loads its own
         reports = [] if train_only else list(write_comparison_report(plan.out).values())
-    return Compared(plan.out, {arm.name: phases_done(arm.run) for arm in plan.arms}, reports)
+    return Compared(plan.out, {arm.name: files.phases_done(arm.run) for arm in plan.arms}, reports)
 
 
-def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: Phase) -> dict[str, Any] | None:
+def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: files.Phase) -> dict[str, Any] | None:
     """Return what a phase depends on, as plain data; None where it has nothing to do."""
     spec = plan.comparison
     recipe = _plain(arm.recipe)
@@ -486,7 +469,7 @@ def settings_of(plan: ComparisonPlan, arm: ArmPlan, phase: Phase) -> dict[str, A
             key: recipe[key] for key in ("method", "workflow", "graft", "seed") if key in recipe
         }
     if phase == "features":
-        shared = arm.recipe.feature_cache == str(plan.out.resolve() / FEATURES)
+        shared = arm.recipe.feature_cache == str(plan.out.resolve() / files.FEATURES)
         return {"data": [stage["data"] for stage in recipe["stages"]]} if shared else None
     if phase == "train":
         return {key: value for key, value in recipe.items() if key not in _NOT_OF_TRAINING}
@@ -507,12 +490,12 @@ def check_unchanged(plan: ComparisonPlan, arm: ArmPlan) -> None:
     Raises:
         UsageError: With the first key that differs and what to do.
     """
-    phases: tuple[Phase, ...] = ("graft", "train")
+    phases: tuple[files.Phase, ...] = ("graft", "train")
     for phase in phases:
-        record = read_phase(arm.run, phase)
+        record = files.read_phase(arm.run, phase)
         if record is None:
             continue
-        difference = first_difference(record.settings, settings_of(plan, arm, phase))
+        difference = files.first_difference(record.settings, settings_of(plan, arm, phase))
         if difference is not None:
             raise UsageError(
                 f"arm {arm.name!r} of {plan.out} was started with other settings ({difference}); "
@@ -531,20 +514,23 @@ class _Arm:
 
     def run(self, train_only: bool) -> None:
         """Do the phases that are left, in order."""
-        for phase in PHASES:
+        for phase in files.PHASES:
             settings = settings_of(self.plan, self.arm, phase)
-            record = read_phase(self.arm.run, phase)
+            record = files.read_phase(self.arm.run, phase)
             if settings is None or (record and record.done and record.settings == settings):
                 continue
             if phase == "train":
-                self._train(record or PhaseRecord(phase=phase, settings=settings))
+                record = record or files.PhaseRecord(phase=phase, settings=settings)
+                files.write_phase(self.arm.run, record)
+                record = train_arm(self.arm, record, self.plan.device)
+                say(f"{self.arm.name}: trained in {record.seconds:.0f} s")
             elif phase in ("graft", "features"):
-                with self._session(PhaseRecord(phase=phase, settings=settings)):
+                with self._session(files.PhaseRecord(phase=phase, settings=settings)):
                     self._prepare(phase)
             elif not train_only:
                 self._evaluate(phase, settings, record)
 
-    def _prepare(self, phase: Phase) -> None:
+    def _prepare(self, phase: files.Phase) -> None:
         arm = self.arm
         if phase == "features":
             fill_features(arm, self.plan.device)
@@ -553,17 +539,14 @@ class _Arm:
         make_graft(self.plan, arm.recipe, arm.run)
         atomic_text(arm.run / RECIPE, dump_recipe(arm.recipe))
 
-    def _train(self, record: PhaseRecord) -> None:
-        write_phase(self.arm.run, record)
-        record = train_arm(self.arm, record, self.plan.device)
-        say(f"{self.arm.name}: trained in {record.seconds:.0f} s")
-
-    def _evaluate(self, phase: Phase, settings: dict[str, Any], record: PhaseRecord | None) -> None:
+    def _evaluate(
+        self, phase: files.Phase, settings: dict[str, Any], record: files.PhaseRecord | None
+    ) -> None:
         name = self.arm.name
         if record is None or record.settings != settings:
             if record is not None and record.done:
                 say(f"{name}: {phase} is evaluated anew, because its settings changed")
-            record = PhaseRecord(phase=phase, settings=settings)
+            record = files.PhaseRecord(phase=phase, settings=settings)
         with self._session(record):
             say(f"{name}: evaluating {phase}")
             more = {} if self.batch_size is None else {"batch_size": self.batch_size}
@@ -577,7 +560,7 @@ class _Arm:
         return self._answerer
 
     @contextmanager
-    def _session(self, record: PhaseRecord) -> Iterator[None]:
+    def _session(self, record: files.PhaseRecord) -> Iterator[None]:
         """Time a phase of this process, and record it as done if it did not fail."""
         began = datetime.now(timezone.utc).isoformat(timespec="seconds")
         clock, cpu = time.monotonic(), time.process_time()
@@ -586,10 +569,10 @@ class _Arm:
             yield
             done = True
         finally:
-            session = Session(
+            session = files.Session(
                 began=began, seconds=time.monotonic() - clock, cpu_seconds=time.process_time() - cpu
             )
-            write_phase(self.arm.run, record.after(session, done))
+            files.write_phase(self.arm.run, record.after(session, done))
 
 
 def _plain(model: BaseModel) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Comparisons: arms that share base, tower, data, seed and sets. Free of torch."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,25 +17,23 @@ from mmgraft.evaluation.sets import choose_sets
 from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
 from mmgraft.recipes.recipe import DataEntry, Recipe
 from mmgraft.recipes.source import find_recipe, key_value, load_recipe, read_yaml, shipped_recipes
-from mmgraft.strict import StrictModel
+from mmgraft.strict import StrictModel, about
 from mmgraft.vision.spec import VisionSpec
 
+#: Folder of the shipped comparisons, below the recipes.
 FOLDER = "comparisons"
-"""Folder of the shipped comparisons, below the recipes."""
+#: Key of the data of stages that have none of their own.
 ALL_STAGES = "*"
-"""Key of the data of stages that have none of their own."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class Arm(StrictModel):
     """One graft of a comparison: a recipe, and the settings changed in it."""
 
-    recipe: str | None = Field(default=None, description="instead of the comparison's")
+    recipe: str | None = about("instead of the comparison's")
     description: str = ""
-    set: dict[str, Any] = Field(
-        default_factory=dict, description="keys of the recipe, such as stages.tune.lr"
-    )
-    repeats: str | None = Field(default=None, description="the arm that several seeds repeat")
+    set: dict[str, Any] = about("keys of the recipe, such as stages.tune.lr", dict)
+    repeats: str | None = about("the arm that several seeds repeat")
 
 
 class LawsSpec(StrictModel):
@@ -45,8 +41,8 @@ class LawsSpec(StrictModel):
 
     path: str = Field(description="file of rows or items with an image between texts")
     images: str | None = None
-    limit: int = Field(default=64, ge=1, description="sample so many of them")
-    seed: int = Field(default=0, description="seed of that sample")
+    limit: int = about("sample so many of them", 64, ge=1)
+    seed: int = about("seed of that sample", 0)
 
     def items(self) -> SetSpec:
         """Return how they are read."""
@@ -56,12 +52,10 @@ class LawsSpec(StrictModel):
 class DialoguesSpec(StrictModel):
     """Interleaved dialogues, built once from the ``choice`` sets and the same for every arm."""
 
-    path: str | None = Field(default=None, description="folder of saved ones, instead of new ones")
-    count: int = Field(default=100, ge=1, description="dialogues of each shape")
-    shapes: list[str] | None = Field(
-        default=None, description="such as [T, TV, V]; None: all that the sets give"
-    )
-    seed: int = Field(default=0, description="seed of the sample")
+    path: str | None = about("folder of saved ones, instead of new ones")
+    count: int = about("dialogues of each shape", 100, ge=1)
+    shapes: list[str] | None = about("such as [T, TV, V]; None: all that the sets give")
+    seed: int = about("seed of the sample", 0)
 
 
 class Comparison(StrictModel):
@@ -77,20 +71,14 @@ class Comparison(StrictModel):
     base: str = Field(description="folder, alias or Hub id")
     vision: str | VisionSpec = Field(description="Hub id, folder or registered tower, or its spec")
     template: Literal["chat", "plain"] = "chat"
-    seed: int | list[int] = Field(default=0, description="or several: each arm once with each")
-    root: str | None = Field(default=None, description="folder that paths start from")
-    images: str | None = Field(default=None, description="folder of images; None: of each file")
-    data: dict[str, list[DataEntry]] = Field(
-        default_factory=dict, description="files of each stage, or of all under '*'"
-    )
-    recipe: str | None = Field(
-        default=None, description="recipe of arms that name none, and of a grid"
-    )
-    set: dict[str, Any] = Field(default_factory=dict, description="in the recipe of every arm")
+    seed: int | list[int] = about("or several: each arm once with each", 0)
+    root: str | None = about("folder that paths start from")
+    images: str | None = about("folder of images; None: of each file")
+    data: dict[str, list[DataEntry]] = about("files of each stage, or of all under '*'", dict)
+    recipe: str | None = about("recipe of arms that name none, and of a grid")
+    set: dict[str, Any] = about("in the recipe of every arm", dict)
     arms: dict[str, Arm] = Field(default_factory=dict)
-    grid: dict[str, list[Any]] = Field(
-        default_factory=dict, description="keys of the recipe and the values that they take"
-    )
+    grid: dict[str, list[Any]] = about("keys of the recipe and the values that they take", dict)
     evaluation: list[SetSpec] = Field(default_factory=list)
     iit: DialoguesSpec | None = None
     laws: LawsSpec | None = None
@@ -180,7 +168,7 @@ class Comparison(StrictModel):
             taken.add(name)
             yield name, Arm(set=chosen)
 
-    def placed(self) -> Comparison:
+    def placed(self) -> "Comparison":
         """Return the comparison with absolute paths wherever a file is found."""
         root = None if self.root is None else Path(self.root).expanduser()
 
@@ -208,7 +196,7 @@ class Comparison(StrictModel):
         update |= {"root": root and str(root.resolve()), "images": at(self.images)}
         return self.model_copy(update=update)
 
-    def limited(self, limit: int | None) -> Comparison:
+    def limited(self, limit: int | None) -> "Comparison":
         """Return the comparison with at most so many items of each set, rows and dialogues."""
         if limit is None:
             return self

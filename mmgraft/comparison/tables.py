@@ -1,7 +1,5 @@
 """Tables of a comparison: what each arm keeps, sees and costs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,12 +10,12 @@ from mmgraft.evaluation.report.score_tables import INTERVALS, KL, blind_of, blin
 from mmgraft.runs.results import Section, SetResult
 
 UNTOUCHED = "the base, untouched"
+#: Costs of a training in the main table: keys of its results, and how they are written.
 COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "parameters trained": ("trained_parameters", "{:,}".format),
     "training": ("seconds", words.duration),
     "peak memory": ("peak_memory_mb", words.megabytes),
 }
-"""Costs of a training in the main table: keys of its results, and how they are written."""
 
 
 def main_table(arms: Sequence[MeasuredArm]) -> Table:

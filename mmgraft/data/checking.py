@@ -1,7 +1,5 @@
 """A look at all rows before a training: how many, how long, and which of them are no good."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -25,8 +23,8 @@ from mmgraft.errors import UsageError
 from mmgraft.progress import counted
 from mmgraft.vision.images import BadImage, Fault, StoredImage
 
+#: Kinds of faults of a row; see ``BadRow``.
 FAULTS = ("missing", "broken", "enormous", "outside", "empty", "row")
-"""Kinds of faults of a row; see ``BadRow``."""
 
 _KEPT = 10
 
@@ -60,7 +58,7 @@ class Report:
     images: int = 0
     files: int = 0
     largest: tuple[int, int, str] | None = None
-    lengths: array[int] = field(default_factory=lambda: array("L"))
+    lengths: "array[int]" = field(default_factory=lambda: array("L"))
     image_positions: int = 0
     learned: int = 0
     longest: list[tuple[int, str]] = field(default_factory=list)

@@ -1,14 +1,11 @@
 """Rows of any layout, written as messages: lines of JSON or a parquet file."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
 import os
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,19 +18,19 @@ from mmgraft.data.formats.tables import require_datasets
 from mmgraft.data.images import check_image, image_bytes
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
+#: Ways to write images: as paths, as bytes in the file, or as files beside it.
 ImageData = Literal["paths", "embed", "beside"]
-"""Ways to write images: as paths, as bytes in the file, or as files beside it."""
 
 Placed = tuple[bytes | None, str]
 Place = Callable[[Row], list[Placed]]
 
+#: Rows of a parquet file that are written together.
 _GROUP = 256
-"""Rows of a parquet file that are written together."""
 
 
-@dataclass(frozen=True)
-class Conversion:
+class Conversion(Frozen):
     """Writes rows as messages; a part ``{"type": "image"}`` takes the next of a list ``images``.
 
     Attributes:

@@ -1,7 +1,5 @@
 """Tower features of all images of a stage, computed once and kept on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast

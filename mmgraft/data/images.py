@@ -1,7 +1,5 @@
 """Images of a row: from a path, a data URI or PIL, with errors that name the row."""
 
-from __future__ import annotations
-
 import base64
 import io
 import os
@@ -129,8 +127,7 @@ def _from_data_uri(uri: str, where: str, read: Callable[[IO[bytes]], T]) -> T:
         return read(io.BytesIO(data))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(
-            f"a data URI ({uri[:40]}...) of an image too large ({error}); scale it down",
-            "enormous",
+            f"a data URI ({uri[:40]}...) of an image too large ({error}); scale it down", "enormous"
         ) from error
     except BadImage:
         raise

@@ -3,21 +3,19 @@
 Of a row that cannot be used it is said why, in the log of a run that leaves it out.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from mmgraft.data.chat.turns import has_image
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Frozen):
     """One conversation.
 
     Attributes:
@@ -51,18 +49,17 @@ class Row:
         return f"{place} (id {self.id})" if place else f"row {self.id}"
 
 
+#: Rows that are said one by one; the others are in the log alone.
 _SAID = 5
-"""Rows that are said one by one; the others are in the log alone."""
 
 
 OnBadRow = Literal["error", "skip"]
 BAD_ROWS = "bad_rows.jsonl"
+#: Prefix of a data set of the Hub: hub:OWNER/NAME.
 HUB = "hub:"
-"""Prefix of a data set of the Hub: hub:OWNER/NAME."""
 
 
-@dataclass(frozen=True)
-class BadRow:
+class BadRow(Frozen):
     """One row, and why it cannot be used.
 
     Attributes:
@@ -81,7 +78,7 @@ class BadRow:
     reason: str
 
     @classmethod
-    def of(cls, row: Row, error: UsageError, fault: str = "row") -> BadRow:
+    def of(cls, row: Row, error: UsageError, fault: str = "row") -> "BadRow":
         """Return the bad row of a row that was read, and the error that it gave."""
         return cls(absolute(row.file), row.place, row.id, fault_of(error, fault), str(error))
 

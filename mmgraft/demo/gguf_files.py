@@ -1,7 +1,5 @@
 """A GGUF file as an ordinary transformers folder: config, safetensors, tokenizer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

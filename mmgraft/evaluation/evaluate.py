@@ -1,13 +1,12 @@
 """Everything that is evaluated of one run: each part as a section of its results."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.progress import say
 from mmgraft.recipes.evaluation_set import SetSpec, dialogue_sets
 
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
     from mmgraft.runs.results import Results, Section
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Frozen):
     """Selection of what to evaluate of a run.
 
     Attributes:
@@ -59,7 +57,7 @@ class Evaluation:
         """The size of a batch by its name, where one was chosen."""
         return {} if self.batch_size is None else {"batch_size": self.batch_size}
 
-    def with_parts_of_sets(self) -> Evaluation:
+    def with_parts_of_sets(self) -> "Evaluation":
         """Return it with the parts that the sets belong to, where none is named."""
         if self.text or self.vision or self.iit:
             return self
@@ -141,7 +139,7 @@ def _refuse_workflows(evaluation: Evaluation) -> None:
         raise UsageError(f"workflow {evaluation.workflow!r} is not there; this graft has: {own}")
 
 
-def evaluate_run(answerer: Answerer, evaluation: Evaluation) -> Iterator[Results]:
+def evaluate_run(answerer: "Answerer", evaluation: Evaluation) -> "Iterator[Results]":
     """Evaluate part after part; each is written into the run as it ends.
 
     Args:
@@ -164,7 +162,7 @@ def evaluate_run(answerer: Answerer, evaluation: Evaluation) -> Iterator[Results
         yield results
 
 
-def _sections(answerer: Answerer, evaluation: Evaluation) -> Iterator[Results]:
+def _sections(answerer: "Answerer", evaluation: Evaluation) -> "Iterator[Results]":
     given, run, workflow = evaluation.batch, evaluation.run, evaluation.workflow
     if evaluation.text:
         from mmgraft.evaluation.text import evaluate_text
@@ -186,7 +184,7 @@ def _sections(answerer: Answerer, evaluation: Evaluation) -> Iterator[Results]:
         yield from _harness(answerer, evaluation)
 
 
-def _harness(answerer: Answerer, evaluation: Evaluation) -> Iterator[Results]:
+def _harness(answerer: "Answerer", evaluation: Evaluation) -> "Iterator[Results]":
     """Run tasks: those of text go into the section ``text``, those with images into ``vision``."""
     from mmgraft.evaluation.identity import base_trained, untouched_base
     from mmgraft.evaluation.lm_eval.harness import evaluate_harness

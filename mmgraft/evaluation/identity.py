@@ -3,12 +3,9 @@
 So too what a graft claims of text beside an image and before it (levels E1 and E2).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from mmgraft.basefiles import ModelFiles, compare_fingerprints, fingerprint, load_whole, resolve
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.model.files.load import base_files
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.progress import counted
@@ -28,8 +26,7 @@ from mmgraft.training.callbacks.text_change import PROMPTS
 _BESIDE = 3  # rows of text in the batch that is compared
 
 
-@dataclass(frozen=True)
-class LevelReport:
+class LevelReport(Frozen):
     """Text of a batch with an image, against the base's on the same padded batch.
 
     Attributes:
@@ -110,8 +107,7 @@ def _compared(pairs: Sequence[tuple[Tensor, Tensor]]) -> LevelReport:
 _BATCH = 4  # prompts, padded on the left alike on both sides
 
 
-@dataclass(frozen=True)
-class IdentityReport:
+class IdentityReport(Frozen):
     """A grafted model's text beside its base's.
 
     Attributes:
@@ -185,8 +181,7 @@ def text_identity(
     return IdentityReport(first is None, largest, first, len(prompts), positions, *hexes)
 
 
-@dataclass(frozen=True)
-class Untouched:
+class Untouched(Frozen):
     """A loaded base and what it is.
 
     Attributes:

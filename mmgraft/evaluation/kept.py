@@ -5,13 +5,11 @@ the fingerprints of models, set and settings. A file whose first line differs is
 no answer of another model is ever taken.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from mmgraft.evaluation.likelihood.perplexity import (
     score_texts,
 )
 from mmgraft.evaluation.metrics.answers import ChoiceScore
+from mmgraft.frozen import Frozen
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.progress import say, working
@@ -42,16 +41,15 @@ from mmgraft.runs.results import FOLDER as RESULTS
 from mmgraft.vision.images import StoredImage
 
 VERSION = 1
+#: Inside the results of a run.
 FOLDER = "predictions"
-"""Inside the results of a run."""
 
 Row = dict[str, Any]
+#: Called with processor and items, and with ``batch_size`` and ``on_result`` by name.
 Compute = Callable[..., object]
-"""Called with processor and items, and with ``batch_size`` and ``on_result`` by name."""
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(Frozen):
     """A graft, and its base where text is compared, whose answers and scores are all kept.
 
     Files lie in ``results/predictions/`` of the run; the base's beside them, or in a folder that

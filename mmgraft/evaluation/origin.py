@@ -1,7 +1,5 @@
 """Origin of results: the graft and the software that every section of a run names."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

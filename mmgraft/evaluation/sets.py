@@ -3,10 +3,7 @@
 Free of torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +14,15 @@ from mmgraft.evaluation.items.files import data_file, read_items, read_training_
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Groups, Measured
 from mmgraft.evaluation.metrics.scoring import measure_answers, measure_prior
+from mmgraft.frozen import Frozen
 from mmgraft.progress import say
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.recipes.source import find_recipe, read_yaml
 from mmgraft.runs.results import SetResult
 from mmgraft.strict import StrictModel
 
+#: Files of a run's recipe: as it was trained, else as it was written.
 RUN_RECIPES = ("recipe.used.yaml", "recipe.yaml")
-"""Files of a run's recipe: as it was trained, else as it was written."""
 
 
 class _Sets(StrictModel):
@@ -60,10 +58,8 @@ def run_sets(run: Path) -> list[SetSpec]:
     Raises:
         UsageError: A set is not right.
     """
-    for name in RUN_RECIPES:
-        if (run / name).is_file() and (found := _read(run / name)):
-            return found
-    return []
+    found = (_read(run / name) for name in RUN_RECIPES if (run / name).is_file())
+    return next(filter(None, found), [])
 
 
 def choose_sets(
@@ -114,8 +110,7 @@ def _names(specs: Sequence[SetSpec]) -> list[str]:
 # -- what they hold -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class EvaluatedSet:
+class EvaluatedSet(Frozen):
     """A set that was read and checked.
 
     Attributes:
@@ -152,10 +147,7 @@ class EvaluatedSet:
         )
 
 
-def read_sets(
-    specs: Sequence[SetSpec],
-    modality: Literal["text", "image"],
-) -> list[EvaluatedSet]:
+def read_sets(specs: Sequence[SetSpec], modality: Literal["text", "image"]) -> list[EvaluatedSet]:
     """Read and check sets of text, or those with images, before a model is loaded.
 
     Args:

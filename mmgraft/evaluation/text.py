@@ -1,10 +1,8 @@
 """Text after grafting: proved unchanged where the base is frozen, measured on any set of text."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,11 @@ from mmgraft.evaluation.identity import (
 from mmgraft.evaluation.items.files import TEXT_CHOICE_PROMPT
 from mmgraft.evaluation.kept import Kept
 from mmgraft.evaluation.likelihood.perplexity import measure_texts
-from mmgraft.evaluation.metrics.answers import shows_options
-from mmgraft.evaluation.metrics.intervals import Measured
-from mmgraft.evaluation.metrics.scoring import groups_of, measure_choices, scores_by_kind
+from mmgraft.evaluation.metrics import answers, intervals, scoring
 from mmgraft.evaluation.origin import described_graft, section_of
 from mmgraft.evaluation.report.score_tables import EQUAL, KL, WHERE
 from mmgraft.evaluation.sets import EvaluatedSet, read_sets
+from mmgraft.frozen import Frozen
 from mmgraft.inference import Answerer
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.progress import say
@@ -33,8 +30,8 @@ from mmgraft.runs.results import Results, Score, SetResult
 
 BATCH_SIZE = 16
 
+#: Setting for a set that is not evaluated as plain text.
 CHAT = "chat, through the graft's template"
-"""Setting for a set that is not evaluated as plain text."""
 
 _CHECKED = 4  # items of each set that both models read, whatever is known
 _CHARACTERS = 600  # of a text whose logits are compared bit for bit
@@ -84,10 +81,7 @@ def evaluate_text(
 
 
 def _identity(
-    answerer: Answerer,
-    base: Untouched | None,
-    prompts: Sequence[str],
-    graft: dict[str, str],
+    answerer: Answerer, base: Untouched | None, prompts: Sequence[str], graft: dict[str, str]
 ) -> dict[str, Any] | None:
     """Compare logits with the untouched base's; None without one."""
     if base is None:
@@ -130,12 +124,11 @@ def _openings(each: EvaluatedSet) -> list[str]:
     return [str(item.messages[-1]["content"]) for item in first]
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(Frozen):
     """Measurements of a set: the graft's scores, the base's, and what to resample together."""
 
-    measured: Measured
-    before: Measured | None
+    measured: intervals.Measured
+    before: intervals.Measured | None
     groups: Sequence[Any]
     settings: dict[str, Any]
     divergence: Score | None = None
@@ -182,9 +175,9 @@ def _evaluate(kept: Kept, each: EvaluatedSet, same: bool) -> SetResult:
 
 def _choices(kept: Kept, each: EvaluatedSet, same: bool) -> _Found:
     spec, items = each.spec, each.items
-    letters = shows_options(spec.prompt)
+    letters = answers.shows_options(spec.prompt)
     found = kept.choices(spec.name, items, TEXT_WORKFLOW, letters, chat=spec.chat, same=same)
-    measured = measure_choices(items, found)
+    measured = scoring.measure_choices(items, found)
     settings: dict[str, Any] = {
         "prompt": spec.prompt or ("{question}" if spec.chat else TEXT_CHOICE_PROMPT),
         "scored": "letters" if letters else "options",
@@ -194,13 +187,13 @@ def _choices(kept: Kept, each: EvaluatedSet, same: bool) -> _Found:
         theirs = kept.choices(
             spec.name, items, TEXT_WORKFLOW, letters, chat=spec.chat, of_base=True
         )
-        before = measure_choices(items, theirs)
+        before = scoring.measure_choices(items, theirs)
         pairs = zip(found, theirs, strict=True)
         alike = [one.prediction() == other.prediction() for one, other in pairs]
         settings["same_option_as_base"] = sum(alike) / len(alike)
     settings["base"] = _of_base(before, same)
-    kinds = scores_by_kind(measured, items)
-    return _Found(measured, before, groups_of(items), settings, kinds=kinds)
+    kinds = scoring.scores_by_kind(measured, items)
+    return _Found(measured, before, scoring.groups_of(items), settings, kinds=kinds)
 
 
 def _texts(kept: Kept, each: EvaluatedSet, same: bool) -> _Found:
@@ -211,14 +204,14 @@ def _texts(kept: Kept, each: EvaluatedSet, same: bool) -> _Found:
         divergence = few[0].scores(few[1])[KL]
         same = divergence.value <= _ROUNDING
     found = kept.texts(spec.name, each.items, spec.chat, same)
-    together = None if each.plain_texts else groups_of(each.items)
+    together = None if each.plain_texts else scoring.groups_of(each.items)
     measured, groups = measure_texts(found, together=together)
     before = measured if same else None
     if not same and kept.base is not None:
         before, _ = measure_texts(found, of_base=True, together=together)
         divergence = measured.scores(groups)[KL]
         width = before.columns.shape[1]
-        measured = Measured(measured.columns[:, :width], before.statistics, measured.main)
+        measured = intervals.Measured(measured.columns[:, :width], before.statistics, measured.main)
     settings = {
         "prompt": (spec.prompt or "{question}") if spec.chat else None,
         "tokens": sum(window.tokens for one in found for window in one.windows),
@@ -227,5 +220,5 @@ def _texts(kept: Kept, each: EvaluatedSet, same: bool) -> _Found:
     return _Found(measured, before, groups, settings, divergence)
 
 
-def _of_base(before: Measured | None, same: bool) -> str:
+def _of_base(before: intervals.Measured | None, same: bool) -> str:
     return EQUAL if same else "not there" if before is None else "measured"

@@ -1,7 +1,5 @@
 """Vision scores: sets of questions about images, with two blind scores beside every score."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,15 +10,9 @@ from mmgraft.data.chat.turns import is_image
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.run_features import Features, run_features
 from mmgraft.evaluation.kept import Kept, read_predictions
+from mmgraft.evaluation.metrics import scoring
 from mmgraft.evaluation.metrics.answers import shows_options
 from mmgraft.evaluation.metrics.intervals import Measured
-from mmgraft.evaluation.metrics.scoring import (
-    ANSWER_TOKENS,
-    groups_of,
-    measure_answers,
-    measure_choices,
-    scores_by_kind,
-)
 from mmgraft.evaluation.origin import described_graft, section_of
 from mmgraft.evaluation.report.sheets import write_box_sheet
 from mmgraft.evaluation.sets import EvaluatedSet, read_sets
@@ -121,7 +113,7 @@ def _evaluate(kept: Kept, each: EvaluatedSet, workflow: str) -> SetResult:
     features = run_features(kept.model, kept.run, items)
     say(f"{spec.name}: {len(items)} questions")
     measured = measure_set(kept, each, workflow, features)
-    groups = groups_of(items)
+    groups = scoring.groups_of(items)
     blind = {}
     if each.prior is not None:
         blind["prior"] = each.prior.scores(groups)
@@ -146,7 +138,7 @@ def _evaluate(kept: Kept, each: EvaluatedSet, workflow: str) -> SetResult:
         groups,
         settings,
         blind=blind,
-        kinds=scores_by_kind(measured, items),
+        kinds=scoring.scores_by_kind(measured, items),
         predictions=kept.shown_file(spec.name),
         sheet=_sheet(kept, each) if spec.metric == "box" else None,
         seconds=time.monotonic() - start,
@@ -183,12 +175,14 @@ def measure_set(
         name = f"{name}.{NO_IMAGE}"
     if spec.metric == "choice":
         letters = shows_options(spec.prompt)
-        return measure_choices(items, kept.choices(name, items, workflow, letters, features))
+        return scoring.measure_choices(
+            items, kept.choices(name, items, workflow, letters, features)
+        )
     answers = kept.answers(name, items, workflow, _tokens(spec) or 0, features)
-    return measure_answers(spec, items, answers)
+    return scoring.measure_answers(spec, items, answers)
 
 
 def _tokens(spec: SetSpec) -> int | None:
     if spec.metric == "choice":
         return None
-    return spec.max_new_tokens or ANSWER_TOKENS[spec.metric]
+    return spec.max_new_tokens or scoring.ANSWER_TOKENS[spec.metric]

@@ -1,22 +1,21 @@
 """The folder that an export writes, and the result that the command shows."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 
 Kind = Literal["graft", "full", "llava", "peft", "gguf", "mmproj", "vllm"]
 
+#: Key of an exported ``config.json`` that says what the model was made of.
 NOTE_KEY = "mmgraft"
-"""Key of an exported ``config.json`` that says what the model was made of."""
 
 ADAPTER = "adapter_model.safetensors"
 MMPROJ = "mmproj.gguf"
@@ -24,8 +23,7 @@ MMPROJ = "mmproj.gguf"
 _OF_A_RUN = ("checkpoints", "metrics.jsonl")
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(Frozen):
     """Result of an export, or of a dry run.
 
     Attributes:

@@ -1,7 +1,5 @@
 """A graft in a folder of its own: alone, as ``mmgraft push`` sends it, or with base and tower."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,30 +19,17 @@ from mmgraft.textfiles import read_json
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.registry import load_tower
 
+#: Folder inside a graft's folder that holds its vision tower.
 OWN_TOWER = "vision"
-"""Folder inside a graft's folder that holds its vision tower."""
 
 _KEPT = (
-    "*.json",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "*.tiktoken",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-)
+    "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja",
+    "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md",
+)  # fmt: skip
 _OF_TRAINING = ("trainer_state.json", "*.index.json", "adapter_*")
 
 
-def export_full(
-    run: Path,
-    out: Path,
-    base: str | None = None,
-    dry_run: bool = False,
-) -> Exported:
+def export_full(run: Path, out: Path, base: str | None = None, dry_run: bool = False) -> Exported:
     """Copy base and tower beside the graft, and let its record name them there.
 
     Args:

@@ -1,7 +1,5 @@
 """A graft's adapters as an ordinary PEFT folder, for a stock LLaVA model of the same graft."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -21,12 +19,7 @@ from mmgraft.version import __version__
 _PREFIX, _WRAPPED = "graft.", "base_model.model."
 
 
-def export_peft(
-    run: Path,
-    out: Path,
-    base: str | None = None,
-    dry_run: bool = False,
-) -> Exported:
+def export_peft(run: Path, out: Path, base: str | None = None, dry_run: bool = False) -> Exported:
     """Write the adapters that a server switches on for requests with an image.
 
     Args:

@@ -4,8 +4,6 @@ It is a LLaVA model whose decoder has the inserted layers of every workflow in i
 ``workflows.N.``, what else a workflow has. The plugin says which row runs which.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmgraft.atomic import atomic_folder
+from mmgraft.basefiles.parts import refuse_quantised
 from mmgraft.basefiles.tensor_files import LazyTensor, write_shards
 from mmgraft.errors import UsageError
 from mmgraft.export.folder import NOTE_KEY, Exported, sizes_in
@@ -28,10 +27,12 @@ from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.progress import say
 from mmgraft.version import __version__
 
+#: Bases whose decoder the plugin knows, by model type.
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-"""Bases whose decoder the plugin knows, by model type."""
 
 ARCHITECTURE = "MMGraftForConditionalGeneration"
+
+_NO_IMAGE = "a conversation without an image is the base's, unless its request says workflow, too"
 
 _LAYERS, _PROJECTOR, _BESIDE = "graft.layers.", "projector.", "workflows."
 
@@ -94,8 +95,8 @@ def _gather(run: Path, base: str | None, dtype: str | None) -> Ingredients:
         made_of = gather(run, base, dtype, gates=True)
     except NotLlava as error:
         raise UsageError(f"mmgraft-vllm builds on vLLM's LLaVA model, and {error}") from None
-    kind = made_of.base_config.model_type
-    if kind not in DECODERS:
+    refuse_quantised(made_of.base_config, made_of.files.id)
+    if (kind := made_of.base_config.model_type) not in DECODERS:
         raise UsageError(
             f"mmgraft-vllm knows no {kind} decoder, but {', '.join(DECODERS)}; use mmgraft serve, "
             "which runs every base in this process."
@@ -159,8 +160,7 @@ def _join(grafts: list[Ingredients]) -> tuple[list[Source], list[dict[str, Any]]
 
 
 def _moved(tensors: _Tensors, old: str, new: str) -> _Tensors:
-    mine = [name for name in tensors if name.startswith(old)]
-    return {new + name.removeprefix(old): tensors[name] for name in mine}
+    return {new + n.removeprefix(old): read for n, read in tensors.items() if n.startswith(old)}
 
 
 def _check_together(first: Ingredients, other: Ingredients) -> None:
@@ -185,8 +185,7 @@ def _lazy(read: Callable[[], Tensor], dtype: torch.dtype) -> LazyTensor:
 
 def _notes(plan: Plan) -> list[str]:
     token = plan.processor.processor.image_token
-    notes = ["a conversation without an image is answered by the base, whatever name it asks for"]
-    notes.append(f"text that contains {token} literally is read as an image position")
+    notes = [_NO_IMAGE, f"text that contains {token} literally is read as an image position"]
     if stops := plan.processor.graft.answers.stops:
         notes.append(f"answers end with text: send stop={list(stops)!r} with each request")
     return notes

@@ -3,8 +3,6 @@
 Those that need torch are loaded when first used: a method's config must import without it.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -6,8 +6,6 @@ to run the base layer in (:meth:`Graft.layer_context`, for additions beside the 
 what follows it (:meth:`Graft.after_layer`, for inserted layers).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,18 +22,18 @@ from mmgraft.grafts.computing import computes_on
 from mmgraft.grafts.method import Promises, StageSwitches
 from mmgraft.grafts.registry import get_method
 
+#: Kinds of a position. Padding is 0, as a cache slot is that nothing was written to.
 PADDING, TEXT, IMAGE = 0, 1, 2
-"""Kinds of a position. Padding is 0, as a cache slot is that nothing was written to."""
 
+#: CUDA's efficient attention copies a mask whose width is no multiple of this, in every call.
 MASK_WIDTH = 8
-"""CUDA's efficient attention copies a mask whose width is no multiple of this, in every call."""
 
+#: In :meth:`Graft.slot_layers`: a slot that keeps every position, whatever the base's layers do.
 FULL_ATTENTION = -1
-"""In :meth:`Graft.slot_layers`: a slot that keeps every position, whatever the base's layers do."""
 
+#: In :meth:`Graft.slot_layers`: a slot of images beside the sequence,
+#: :class:`mmgraft.model.cache.MemoryLayer`.
 MEMORY = -2
-"""In :meth:`Graft.slot_layers`: a slot of images beside the sequence,
-:class:`mmgraft.model.cache.MemoryLayer`."""
 
 
 @dataclass
@@ -68,7 +66,7 @@ class Packed:
     mask: Tensor  # (b, 1, s, K) as from Pass.visible
     seen: Tensor  # (b, s, 1) likewise
 
-    def on(self, device: torch.device) -> Packed:
+    def on(self, device: torch.device) -> "Packed":
         """Return the same on another device."""
         return Packed(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
@@ -107,7 +105,7 @@ class Pass:
     packed: dict[int, Packed] = field(default_factory=dict)  # by kind, where a graft asked for it
     segments: Tensor | None = None  # (b, s) which of a sequence's rows, where it holds several
 
-    def on(self, device: torch.device) -> Pass:
+    def on(self, device: torch.device) -> "Pass":
         """Return this pass with its tensors on a device (itself where they are there already)."""
         if device == self.features.device:
             return self
@@ -238,10 +236,10 @@ class BaseParts(Protocol):
     def modules(self, paths: Sequence[str]) -> list[nn.Module]: ...
 
 
+#: Called with attention that a graft computes beside the base's: base layer, queries and keys
+#: ``(b, heads, s, d)``, the mask, the queries that see a key ``(b, s, 1)``, and the share
+#: ``(b, s)`` with which the result is added, None for 1.
 Watch = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
-"""Called with attention that a graft computes beside the base's: base layer, queries and keys
-``(b, heads, s, d)``, the mask, the queries that see a key ``(b, s, 1)``, and the share ``(b, s)``
-with which the result is added, None for 1."""
 
 
 class Graft(nn.Module):

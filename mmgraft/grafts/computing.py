@@ -4,8 +4,6 @@ An estimate of memory runs on tensors without values, which say that they are on
 device is asked about: it says so here, and the code takes that device's path.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """A product of two thin matrices, which many methods learn instead of a whole one."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -1,13 +1,12 @@
 """The descriptor by which a method tells the rest of the code about itself. Free of torch."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.strict import LayerChoice, StrictModel
 
 if TYPE_CHECKING:
@@ -18,8 +17,7 @@ def _promise(sentence: str, level: str = "", unless: str = "") -> Any:
     return field(default=unless, metadata={"sentence": sentence, "level": level})
 
 
-@dataclass(frozen=True)
-class Promises:
+class Promises(Frozen):
     """Promises of a graft: each is empty where it is kept, else the reason why not.
 
     Four of them are levels of unchanged text, all bit for bit: of a batch of text (E0), of a text
@@ -91,15 +89,14 @@ class FrozenBase(StageSwitches):
             raise ValueError("this method keeps its base frozen; take base out of train")
 
 
-def without_linears(anatomy: Anatomy) -> str | None:
+def without_linears(anatomy: "Anatomy") -> str | None:
     """Return the reason why a base cannot take a method that stands on its linear layers."""
     if not any(anatomy.linears.values()):
         return f"the layers of {anatomy.model_type} hold no linear layers outside of experts"
     return None
 
 
-@dataclass(frozen=True)
-class PlainDecoder:
+class PlainDecoder(Frozen):
     """A graft as an ordinary decoder, with layers of its own after some of the base's.
 
     Attributes:
@@ -121,8 +118,7 @@ class PlainDecoder:
     gated: Literal["", "after", "beside"] = ""
 
 
-@dataclass(frozen=True)
-class PlainAdapter:
+class PlainAdapter(Frozen):
     """A graft as a LoRA adapter of the ordinary kind, switched on for rows with an image.
 
     Attributes:
@@ -136,8 +132,7 @@ class PlainAdapter:
     tensors: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(Frozen):
     """One way of grafting sight onto a base.
 
     Attributes:
@@ -177,7 +172,7 @@ class Method:
     recipe: str | None = None
     groups: Mapping[str, str] | None = None
     stage: type[StageSwitches] = StageSwitches
-    refuses: Callable[[Anatomy], str | None] = lambda anatomy: None
+    refuses: "Callable[[Anatomy], str | None]" = lambda anatomy: None
     promises: Callable[[Any], Promises] = lambda config: Promises()
     unused: Callable[[Any], Sequence[str]] = lambda config: ()
     part_of: Callable[[str], str] = lambda tensor: tensor.split(".")[0]

@@ -4,8 +4,6 @@ A linear layer runs patched while its decoder layer does. What the base's own pr
 positions that are not chosen is never touched: no bit of it changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,8 +18,8 @@ from mmgraft.grafts.base import IMAGE, Graft, Pass
 from mmgraft.layers import parse_layers
 from mmgraft.patching import patched_forward
 
+#: Widths of what goes in and comes out, by layer and dotted name: ``0.self_attn.q_proj``.
 Sizes = Mapping[str, tuple[int, int]]
-"""Widths of what goes in and comes out, by layer and dotted name: ``0.self_attn.q_proj``."""
 
 
 def chosen_linears(

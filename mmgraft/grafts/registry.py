@@ -9,8 +9,6 @@ A package brings a method with an entry point of the group ``mmgraft.methods`` t
 Looking methods up imports no torch; only ``Method.load_graft`` does.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,19 +19,14 @@ from mmgraft.grafts.method import Method
 from mmgraft.kinds import Broken, Kinds, Unfit
 
 _BUILT_IN = (
-    "grafts.iaa",
-    "grafts.wings",
-    "grafts.llava",
-    "grafts.lora",
-    "grafts.expert",
-    "grafts.xattn",
+    "grafts.iaa", "grafts.wings", "grafts.llava", "grafts.lora", "grafts.expert", "grafts.xattn",
     "published.wings",
-)
+)  # fmt: skip
+#: Settings of a method that have become a method of their own, with the other settings.
 _MOVED = {("wings", "variant", "official"): "wings-official"}
-"""Settings of a method that have become a method of their own, with the other settings."""
 
+#: Settings that earlier files have and that say nothing where they have these values.
 _GONE = {"wings": {"system_prompt_length": None, "image_token_length": None, "router_width": 4096}}
-"""Settings that earlier files have and that say nothing where they have these values."""
 
 
 @cache

@@ -3,21 +3,17 @@
 Its references to base and tower are made ones that anybody else can follow.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from mmgraft.errors import UsageError
-from mmgraft.evaluation.report import about_run, score_tables
-from mmgraft.evaluation.report.markdown import render
-from mmgraft.evaluation.report.words import in_words, interval, score_name
+from mmgraft.evaluation.report import about_run, markdown, score_tables, words
+from mmgraft.frozen import Frozen
 from mmgraft.model.files.graft_file import BaseReference, GraftFile
 from mmgraft.model.files.summary import graft_parts, limits
 from mmgraft.runs.contents import README, RECIPE
@@ -32,8 +28,7 @@ if TYPE_CHECKING:
 WHAT = {"base": "base", "vision": "vision tower"}
 
 
-@dataclass(frozen=True)
-class Portable:
+class Portable(Frozen):
     """A graft's record as others can use it.
 
     Attributes:
@@ -110,7 +105,7 @@ def local_folder(name: str, revision: str | None, run: Path) -> Path | None:
 
 
 def confirm_references(
-    record: GraftFile, api: HfApi, named: Collection[str] = ()
+    record: GraftFile, api: "HfApi", named: Collection[str] = ()
 ) -> tuple[GraftFile, list[str]]:
     """Ask the Hub for base and tower, and pin those that have no commit yet.
 
@@ -149,7 +144,7 @@ def confirm_references(
     return record.model_copy(update=update), warnings
 
 
-def _info(name: str, revision: str | None, api: HfApi) -> Any:
+def _info(name: str, revision: str | None, api: "HfApi") -> Any:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -250,7 +245,7 @@ def render_card(
         recipe = yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True, width=100)
     front_matter = _front_matter(record, repo_id, license, measured)
     sections = {one.section: one for one in measured if one.section in _SCORED}
-    text = render(
+    text = markdown.render(
         "hub/card.md.jinja",
         about=about_run,
         tables=score_tables,
@@ -293,7 +288,8 @@ def _model_index(one: SetResult, section: str) -> dict[str, Any]:
         {
             "type": name,
             "value": round(score.value, 6),
-            "name": f"{score_name(name)}, {score.count:,} items (95 % interval {interval(score)})",
+            "name": f"{words.score_name(name)}, {score.count:,} items "
+            f"(95 % interval {words.interval(score)})",
         }
         for name, score in one.scores.items()
         if math.isfinite(score.value)
@@ -315,4 +311,4 @@ def _flat(results: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, dict):
             yield from _flat(value, f"{name}, ")
         elif not isinstance(value, list):
-            yield name, in_words(value)
+            yield name, words.in_words(value)

@@ -3,17 +3,16 @@
 What the Hub's client raises becomes an error that says what to do next.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.atomic import atomic_text
 from mmgraft.errors import MMGraftError, UsageError, first_line
 from mmgraft.evaluation.report.about_run import settings_without_folders, without_folders
+from mmgraft.frozen import Frozen
 from mmgraft.hub.card import card_of, confirm_references, has_own_readme, is_repo_id, make_portable
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.progress import working
@@ -78,8 +77,7 @@ def _refused(doing: str, error: Any) -> MMGraftError:
 _NOT_A_MODEL = (".gitattributes", README)
 
 
-@dataclass(frozen=True)
-class PushPlan:
+class PushPlan(Frozen):
     """Files of a push, listed without any network.
 
     Attributes:
@@ -114,8 +112,7 @@ class PushPlan:
         return card_of(self.run, self.record, repo_id, names, self.license)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Frozen):
     """The repository to push to, as the Hub has it now.
 
     Attributes:
@@ -127,7 +124,7 @@ class Target:
         warnings: Sentences about the Hub's base and tower.
     """
 
-    api: HfApi = field(repr=False)
+    api: "HfApi" = field(repr=False)
     repo_id: str
     revision: str | None
     private: bool

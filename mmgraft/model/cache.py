@@ -5,8 +5,6 @@ repeats and crops: after the base's ``N`` slots stands one *row slot* (each posi
 position and the row's workflow), then the slots of every workflow in order of their names.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +17,8 @@ from mmgraft.anatomy import keeps_keys
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION, MEMORY, PADDING
 
+#: Positions of room at least; an eighth of what is there where that is more.
 _SLACK = 64
-"""Positions of room at least; an eighth of what is there where that is more."""
 
 
 def extend(cache: Cache, num_layers: int, slot_layers: Sequence[int]) -> None:

@@ -1,7 +1,5 @@
 """State that the parts of :class:`GraftedModel` share: base, tower, workflows, trained groups."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """The inputs of the forward, and a base that runs with the grafts of the active workflows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field

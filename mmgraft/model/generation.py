@@ -1,7 +1,5 @@
 """Preparation of ``generate``: images, workflows and extra cache slots."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
@@ -21,8 +19,8 @@ from mmgraft.model.workflow import TEXT_WORKFLOW
 
 _IMAGE_INPUTS = tuple(one.name for one in fields(GivenImages))
 _OWN_INPUTS = (*_IMAGE_INPUTS, "mm_token_type_ids", "workflow")
+#: Settings of a generation config that have no say in which token is the likeliest.
 _NEUTRAL = ("eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "cache_implementation")
-"""Settings of a generation config that have no say in which token is the likeliest."""
 
 
 @contextmanager

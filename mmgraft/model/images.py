@@ -1,7 +1,5 @@
 """The images of a batch: their features, and which positions of which rows they take."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,8 +11,8 @@ from mmgraft.vision.plan import Plan
 from mmgraft.vision.projectors.built_in import Projector
 from mmgraft.vision.towers.base import VisionTower
 
+#: Positions of an image in a row, by the row's workflow: the row's number, the image's plan.
 Counts = Callable[[int, Plan], int]
-"""Positions of an image in a row, by the row's workflow: the row's number, the image's plan."""
 
 
 @dataclass
@@ -36,7 +34,7 @@ class Images:
     lengths: list[int]
     counts: list[int] = field(default_factory=list)
 
-    def choose(self, numbers: Sequence[int], rows: Sequence[int] | None = None) -> Images:
+    def choose(self, numbers: Sequence[int], rows: Sequence[int] | None = None) -> "Images":
         """Take some of the images, perhaps in other rows."""
         if self.features.dim() == 3 or not numbers:
             features = self.features[list(numbers)]
@@ -60,13 +58,13 @@ class Images:
         """Numbers of a row's images."""
         return [number for number, owner in enumerate(self.rows) if owner == row]
 
-    def expand(self, rows: int, times: int) -> Images:
+    def expand(self, rows: int, times: int) -> "Images":
         """Repeat every row so many times, each followed by its repetitions."""
         copies = [(n, row * times + i) for row in range(rows) for i in range(times)
                   for n in self.of_row(row)]  # fmt: skip
         return self.choose([n for n, _ in copies], [row for _, row in copies])
 
-    def within(self, whole: Tensor, step: Tensor) -> Images | None:
+    def within(self, whole: Tensor, step: Tensor) -> "Images | None":
         """Return those that stand in the last positions of their rows.
 
         Args:

@@ -5,8 +5,6 @@ at a time. Of a row with an image they are a small part: one layer's feed-forwar
 and backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,13 +21,13 @@ from mmgraft.grafts.computing import computes_on
 from mmgraft.model.kernels.activations import KEEPS_ITS_INPUT
 from mmgraft.patching import patched_forward
 
+#: Logits computed at a time (positions x vocabulary): 128 MiB in fp32.
 CHUNK_LOGITS = 1 << 25
-"""Logits computed at a time (positions x vocabulary): 128 MiB in fp32."""
 
+#: Logits that are held in fp32 while the cross-entropy reads a chunk: 4 MiB, as caches are large.
+#:
+#: Eight times as many where starting a kernel is what costs.
 BLOCK_LOGITS = 1 << 20
-"""Logits that are held in fp32 while the cross-entropy reads a chunk: 4 MiB, as caches are large.
-
-Eight times as many where starting a kernel is what costs."""
 
 
 def chunked_loss(

@@ -1,11 +1,9 @@
 """GraftedModel: a stock causal LM, a vision tower, and workflows beside the text one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +14,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmgraft.anatomy import decoder_layers, examine, get_path
 from mmgraft.basefiles import resolve
+from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import IMAGE, Graft, Pass, image_numbers, select
 from mmgraft.model.cache import RowSlot
+from mmgraft.model.files import load
 from mmgraft.model.files.create import check_given, make_from_files, make_on_loaded
 from mmgraft.model.files.graft_file import GraftFile, TemplateChoice
-from mmgraft.model.files.load import (
-    Verify,
-    base_files,
-    check_base,
-    check_tower,
-    finish,
-    graft_folder,
-    load_base,
-    load_processor,
-    load_workflow,
-    local_tower,
-    same_base,
-    same_tower,
-)
 from mmgraft.model.files.save import MAX_SHARD_SIZE, save_graft
 from mmgraft.model.forward import Active, Inputs, running
 from mmgraft.model.generation import WorkflowGeneration
@@ -51,10 +37,6 @@ from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
 from mmgraft.vision.spec import VisionSpec
 from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import load_tower
-
-if TYPE_CHECKING:
-    from mmgraft.data.chat.processor import GraftProcessor
-
 
 _OF_THE_BASE = (
     "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels",
@@ -92,7 +74,7 @@ class GraftedModel(WorkflowGeneration):
         projector: ProjectorConfig | None = None,
         template: TemplateChoice | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> GraftedModel:
+    ) -> "GraftedModel":
         """Graft fresh modules onto a base, ready to train or to run.
 
         Args:
@@ -119,13 +101,13 @@ class GraftedModel(WorkflowGeneration):
         if isinstance(base, str | Path):
             files = resolve(base)
             made = make_from_files(files, config, workflow, spec, template, tower)
-            base = load_base(files, dtype, device_map, quantization)
+            base = load.load_base(files, dtype, device_map, quantization)
             anatomy = examine(base)
         else:
             anatomy = examine(base)
             made = make_on_loaded(base, anatomy, config, workflow, spec, template, tower, tokenizer)
         made.to(base.dtype)
-        finish(made, base, anatomy)
+        load.finish(made, base, anatomy)
         if tower is not None:
             tower = tower.to(device=base.device, dtype=base.dtype)
         return cls(base.requires_grad_(False), tower, [made], anatomy)
@@ -141,11 +123,11 @@ class GraftedModel(WorkflowGeneration):
         quantization: str | None = None,
         quantization_storage: torch.dtype | None = None,
         attn_implementation: str | None = None,
-        verify: Verify = "fast",
+        verify: load.Verify = "fast",
         base: str | None = None,
         graft_dtype: torch.dtype | None = None,
         revision: str | None = None,
-    ) -> GraftedModel:
+    ) -> "GraftedModel":
         """Load a saved graft, its base and its tower.
 
         Args:
@@ -165,19 +147,19 @@ class GraftedModel(WorkflowGeneration):
             UsageError: No graft, a corrupt or newer file, a base that is not the recorded one.
             TypeError: An unknown keyword, with the nearest known one.
         """
-        folder = graft_folder(source, revision)
+        folder = load.graft_folder(source, revision)
         record = GraftFile.read(folder)
-        files = base_files(record, folder, base)
-        check_base(record, files, verify)
-        loaded = load_base(
+        files = load.base_files(record, folder, base)
+        load.check_base(record, files, verify)
+        loaded = load.load_base(
             files, dtype, device_map, quantization, attn_implementation, quantization_storage
         )
         anatomy = examine(loaded)
-        tower = load_tower(local_tower(record, folder), dtype=loaded.dtype, device=loaded.device)
-        check_tower(record, tower, verify)
-        workflow = load_workflow(
-            record, folder, loaded, graft_dtype or loaded.dtype, tower.hidden_size, anatomy
-        )
+        spec, weights = load.local_tower(record, folder), graft_dtype or loaded.dtype
+        tower = load_tower(spec, dtype=loaded.dtype, device=loaded.device)
+        load.check_tower(record, tower, verify)
+        width = tower.hidden_size
+        workflow = load.load_workflow(record, folder, loaded, weights, width, anatomy)
         assert_unquantized(tower, "vision_tower")
         model = cls(loaded, tower, [workflow], anatomy)
         model.name_or_path = str(source)
@@ -211,7 +193,7 @@ class GraftedModel(WorkflowGeneration):
         name: str,
         source: str | Path,
         *,
-        verify: Verify = "fast",
+        verify: load.Verify = "fast",
         revision: str | None = None,
     ) -> None:
         """Add a saved graft of the same base and tower as a further workflow.
@@ -229,14 +211,14 @@ class GraftedModel(WorkflowGeneration):
         """
         if name in self.names:
             raise UsageError(f"a workflow is called {name!r} already; choose another name.")
-        folder = graft_folder(source, revision)
+        folder = load.graft_folder(source, revision)
         record = GraftFile.read(folder)
         first = self.workflow().record
         if verify != "off":
-            same_base(first, record, source)
+            load.same_base(first, record, source)
         if self.vision_tower is not None:
-            check_tower(record, self.vision_tower, verify)
-        if not same_tower(first, record):
+            load.check_tower(record, self.vision_tower, verify)
+        if not load.same_tower(first, record):
             raise UsageError(
                 f"{source} sees with {record.vision.name}, this model with {first.vision.name}: "
                 "workflows of one model share a tower."
@@ -244,7 +226,7 @@ class GraftedModel(WorkflowGeneration):
         projector = self.workflow().projector
         dtype, width = next(projector.parameters()).dtype, projector.in_features
         record = record.model_copy(update={"workflow": name})
-        self._attach(load_workflow(record, folder, self.base, dtype, width, self.anatomy))
+        self._attach(load.load_workflow(record, folder, self.base, dtype, width, self.anatomy))
 
     def processor(
         self,
@@ -263,8 +245,8 @@ class GraftedModel(WorkflowGeneration):
         """
         chosen = self.workflow(workflow)
         if tokenizer_folder is None:
-            tokenizer_folder = base_files(chosen.record, chosen.origin or Path()).path
-        made = load_processor(chosen.record, tokenizer_folder, self.vision_tower, options)
+            tokenizer_folder = load.base_files(chosen.record, chosen.origin or Path()).path
+        made = load.load_processor(chosen.record, tokenizer_folder, self.vision_tower, options)
         self.answers = made.answers
         return made
 

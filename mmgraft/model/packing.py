@@ -5,8 +5,6 @@ Its positions begin anew with each row, and transformers makes a mask from them 
 attends to another row's (``masking_utils``, where no attention mask is given).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

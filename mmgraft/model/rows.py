@@ -1,25 +1,22 @@
 """The workflow of each row of a batch, and the token type of each position."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.base import IMAGE, PADDING, TEXT
 from mmgraft.model.cache import RowSlot
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
+#: Stands for ``text`` among the numbers of workflows.
 TEXT_NUMBER = -1
-"""Stands for ``text`` among the numbers of workflows."""
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(Frozen):
     """A batch's rows.
 
     Attributes:

@@ -7,8 +7,6 @@ is false everywhere), and what cannot run for no row is joined here: it gets a g
 its turn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 

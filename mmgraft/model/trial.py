@@ -4,8 +4,6 @@ What a class does with embeddings, padding and a cache cannot all be read from i
 with few layers runs for a moment what a graft promises: the reason for a refusal is what was seen.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -152,8 +150,10 @@ class _Trial:
         if self.model is None:
             return
         workflow = self.model.workflow()
-        self.features = torch.randn(1, 4, workflow.projector.in_features)
-        shown = torch.ones(1, workflow.positions(Plan.of_count(4)), dtype=torch.long)
+        places = workflow.positions(Plan.of_count(4))
+        images = max(1, 4 // places)  # where one has one position, several are alike
+        self.features = torch.randn(images, 4, workflow.projector.in_features)
+        shown = torch.ones(1, images * places, dtype=torch.long)
         self.image["mm_token_type_ids"] = F.pad(shown, (2, _LENGTH - 2 - shown.shape[1]))
         self.what = "it reads token ids beside embeddings, and an image has none"
         text = self.base(input_ids=self.text, use_cache=False).logits

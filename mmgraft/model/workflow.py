@@ -1,7 +1,5 @@
 """A workflow: the projector and the graft that a row with an image runs through."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,8 +12,8 @@ from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.vision.plan import Plan
 from mmgraft.vision.projectors.built_in import Projector
 
+#: The base alone.
 TEXT_WORKFLOW = "text"
-"""The base alone."""
 
 
 class Workflow(nn.Module):

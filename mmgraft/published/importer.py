@@ -10,52 +10,27 @@ with the original, or written as its own; its tower is inside it, or named. Tens
 checkpoint to the new files one shard at a time.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    CLIPImageProcessorPil,
-    LlamaConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    SiglipImageProcessorPil,
-)
 
+from mmgraft import basefiles
 from mmgraft.anatomy import skeleton
-from mmgraft.basefiles import (
-    ModelFiles,
-    TensorReader,
-    fetch,
-    find_tokenizer,
-    fingerprint,
-    load_config,
-    resolve,
-)
 from mmgraft.basefiles.files import SMALL
 from mmgraft.basefiles.tensor_files import DTYPES, LazyTensor, open_tensors, write_shards
 from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.errors import MMGraftError, UsageError
-from mmgraft.model.files.graft_file import (
-    CONFIG_NAME,
-    OWN_BASE,
-    BaseReference,
-    GraftFile,
-    ImageToken,
-    SeenFeatures,
-    TemplateChoice,
-)
+from mmgraft.frozen import Frozen
+from mmgraft.model.files import graft_file
 from mmgraft.progress import counted, say
 from mmgraft.published.names import Published, PublishedGraft, read_published
 from mmgraft.published.wings.config import OfficialWingsConfig
@@ -67,8 +42,7 @@ TOWER_FILES = ["preprocessor_config.json", "vision_config.json"]
 _SMALL = [*SMALL, *TOWER_FILES]
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Frozen):
     """A published checkpoint.
 
     Attributes:
@@ -99,9 +73,7 @@ class Source:
         Raises:
             UsageError: When it is no JSON object.
         """
-        if name not in self.files:
-            return None
-        return read_json(self.files[name], "fetch it again")
+        return None if name not in self.files else read_json(self.files[name], "fetch it again")
 
 
 def open_source(name: str, revision: str | None = None, headers_only: bool = False) -> Source:
@@ -119,9 +91,9 @@ def open_source(name: str, revision: str | None = None, headers_only: bool = Fal
     on_hub = not Path(name).expanduser().is_dir()
     if headers_only and on_hub:
         return _from_headers(name, revision)
-    found = resolve(name, revision)
+    found = basefiles.resolve(name, revision)
     if on_hub:  # no base has such files, so they were not fetched with it
-        fetch(name, found.revision, TOWER_FILES)
+        basefiles.fetch(name, found.revision, TOWER_FILES)
     return Source(name, open_tensors(found.path), _small_files(found.path))
 
 
@@ -149,7 +121,7 @@ def _from_headers(name: str, revision: str | None) -> Source:
         for file in metadata.files_metadata.values()
         for tensor, info in file.tensors.items()
     }
-    files = _small_files(fetch(name, revision, _SMALL))
+    files = _small_files(basefiles.fetch(name, revision, _SMALL))
     return Source(name, tensors, files, readable=False)
 
 
@@ -157,8 +129,7 @@ _CLASSES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "Sigl
 _PROCESSOR = "preprocessor_config.json"
 
 
-@dataclass(frozen=True)
-class TowerPlan:
+class TowerPlan(Frozen):
     """Reference of an imported graft to its tower.
 
     Attributes:
@@ -240,7 +211,7 @@ def _config_of(name: str | None) -> dict[str, Any] | None:
     if name is None or not _findable(name):
         return None
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):
         return None
     return getattr(config, "vision_config", config).to_dict()
@@ -254,7 +225,7 @@ def _processor_of(name: str | None) -> dict[str, Any] | None:
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config with the fields alone that its class has today."""
-    known = CONFIG_MAPPING[config["model_type"]]().to_dict()
+    known = transformers.CONFIG_MAPPING[config["model_type"]]().to_dict()
     dropped = ("_name_or_path", "transformers_version", "id2label", "label2id", "dtype")
     kept = {key: config[key] for key in known if key in config and key not in dropped}
     return {**kept, "architectures": [_CLASSES[config["model_type"]]]}
@@ -265,12 +236,17 @@ def _default_processor(config: dict[str, Any]) -> dict[str, Any]:
     size = config["image_size"]
     square = {"height": size, "width": size}
     if config["model_type"] == "siglip_vision_model":
-        return SiglipImageProcessorPil(size=square).to_dict()
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square).to_dict()
+        return transformers.SiglipImageProcessorPil(size=square).to_dict()
+    return transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size=square
+    ).to_dict()
 
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_CONFIGS = {"LlamaForCausalLM": LlamaConfig, "Qwen2ForCausalLM": Qwen2Config}
+_CONFIGS = {
+    "LlamaForCausalLM": transformers.LlamaConfig,
+    "Qwen2ForCausalLM": transformers.Qwen2Config,
+}
 _DECIDING = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
@@ -278,7 +254,7 @@ _DECIDING = (
 )
 
 
-def base_config(source: Source, published: Published) -> PreTrainedConfig:
+def base_config(source: Source, published: Published) -> transformers.PreTrainedConfig:
     """Return the config of the checkpoint's base, as of a plain model.
 
     Raises:
@@ -302,24 +278,26 @@ def base_config(source: Source, published: Published) -> PreTrainedConfig:
     return config
 
 
-def differs_from(source: Source, published: Published, files: ModelFiles) -> str | None:
+def differs_from(source: Source, published: Published, files: basefiles.ModelFiles) -> str | None:
     """Return the first difference between the checkpoint's base and another model, in words.
 
     Tensors stored in another dtype are equal when casting the other model's to the checkpoint's
     dtype gives the checkpoint's, bit for bit.
     """
-    ours, theirs = base_config(source, published), load_config(files)
+    ours, theirs = base_config(source, published), basefiles.load_config(files)
     if theirs.model_type != ours.model_type:
         return f"it is a {theirs.model_type} model, and the checkpoint's base is {ours.model_type}"
     for name in _DECIDING:
         one, other = getattr(ours, name, None), getattr(theirs, name, None)
         if one != other:
             return f"config field {name} is {other}, and {one} in the checkpoint"
-    with TensorReader(files) as reader:
+    with basefiles.TensorReader(files) as reader:
         return _tensor_difference(source, published, reader)
 
 
-def _tensor_difference(source: Source, published: Published, reader: TensorReader) -> str | None:
+def _tensor_difference(
+    source: Source, published: Published, reader: basefiles.TensorReader
+) -> str | None:
     names = set(reader.keys())
     for name in counted("comparing tensors of the base", published.base_tensors):
         other = _EMBEDDING if name == _HEAD and name not in names else name
@@ -356,17 +334,11 @@ def write_base(source: Source, published: Published, folder: Path) -> None:
         shutil.copyfile(source.files[name], folder / name)
 
 
-def base_bytes(source: Source, published: Published) -> int:
-    """Size of the base's tensors."""
-    return sum(source.tensors[name].nbytes for name in published.base_tensors)
-
-
+#: Folder inside a graft's folder that holds the vision tower.
 OWN_TOWER = "tower"
-"""Folder inside a graft's folder that holds the vision tower."""
 
 
-@dataclass(frozen=True)
-class ImportedGraft:
+class ImportedGraft(Frozen):
     """One graft of an import: workflow, folder, settings and number of parameters."""
 
     workflow: str
@@ -375,8 +347,7 @@ class ImportedGraft:
     parameters: int
 
 
-@dataclass(frozen=True)
-class ImportReport:
+class ImportReport(Frozen):
     """Result of an import, or of a dry run.
 
     Attributes:
@@ -404,14 +375,13 @@ class ImportReport:
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class _Import:
+class _Import(Frozen):
     """Everything that is known before the first file is written."""
 
     source: Source
     published: Published
     tower: TowerPlan
-    base: ModelFiles | None  # None: the checkpoint's own
+    base: basefiles.ModelFiles | None  # None: the checkpoint's own
     difference: str | None
     notes: list[str]
 
@@ -454,7 +424,7 @@ def import_checkpoint(
     plan = plan_tower(opened, published, tower)
     reference, difference = None, None
     if base is not None and opened.readable:
-        reference = resolve(base)
+        reference = basefiles.resolve(base)
         say(f"comparing every tensor of the base with {reference.id}")
         difference = differs_from(opened, published, reference)
     notes = [*_base_notes(opened, published, base, difference), *plan.notes]
@@ -467,9 +437,10 @@ def import_checkpoint(
 
 def _report(todo: _Import, source: str, out: Path) -> ImportReport:
     tensors, published = todo.source.tensors, todo.published
-    written = base_bytes(todo.source, published) if todo.base is None else 0
-    for names in (published.tower_tensors, *(graft.tensors for graft in published.grafts)):
-        written += sum(tensors[name].nbytes for name in names.values())
+    names = [] if todo.base is not None else [*published.base_tensors]
+    for of_one in (published.tower_tensors, *(graft.tensors for graft in published.grafts)):
+        names += of_one.values()
+    written = sum(tensors[name].nbytes for name in names)
     return ImportReport(
         source=source,
         folder=str(out),
@@ -483,7 +454,7 @@ def _report(todo: _Import, source: str, out: Path) -> ImportReport:
             )
             for graft in published.grafts
         ],
-        base=str(out / OWN_BASE) if todo.base is None else todo.base.id,
+        base=str(out / graft_file.OWN_BASE) if todo.base is None else todo.base.id,
         own_base=todo.base is None,
         difference=todo.difference,
         tower=str(out / OWN_TOWER) if published.tower_tensors else str(todo.tower.spec.id),
@@ -535,7 +506,7 @@ def _write(todo: _Import, out: Path) -> None:
         building.mkdir(parents=True)
         if todo.base is None:
             say("writing the checkpoint's own base")
-            write_base(todo.source, todo.published, building / OWN_BASE)
+            write_base(todo.source, todo.published, building / graft_file.OWN_BASE)
         if todo.published.tower_tensors:
             say("writing its vision tower")
             write_tower(todo.source, todo.published, todo.tower, building / OWN_TOWER)
@@ -554,10 +525,10 @@ def _write(todo: _Import, out: Path) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _shared_record(todo: _Import, building: Path) -> GraftFile:
+def _shared_record(todo: _Import, building: Path) -> graft_file.GraftFile:
     """Return the record that all grafts of an import share but for method and workflow."""
-    files = todo.base or resolve(building / OWN_BASE)
-    tokenizer = find_tokenizer(files.path)
+    files = todo.base or basefiles.resolve(building / graft_file.OWN_BASE)
+    tokenizer = basefiles.find_tokenizer(files.path)
     token, why = choose_placeholder(tokenizer, int(todo.published.base_config["vocab_size"]))
     own = todo.base is None
     vision, seen, features = todo.tower.spec, None, None
@@ -566,22 +537,22 @@ def _shared_record(todo: _Import, building: Path) -> GraftFile:
 
         # The processor is proved to work before anything is moved into place.
         tower = load_tower(vision.model_copy(update={"id": str(building / OWN_TOWER)}))
-        seen, features = tower.fingerprint(), SeenFeatures(sample=tower.sample())
+        seen, features = tower.fingerprint(), graft_file.SeenFeatures(sample=tower.sample())
         vision = vision.model_copy(update={"id": f"./{OWN_TOWER}"})
     chat = tokenizer is None or bool(getattr(tokenizer, "chat_template", None))
-    return GraftFile(
+    return graft_file.GraftFile(
         method=todo.published.method,
         config={},
-        base=BaseReference(
-            id=f"./{OWN_BASE}" if own else files.id,
+        base=graft_file.BaseReference(
+            id=f"./{graft_file.OWN_BASE}" if own else files.id,
             revision=files.revision,
-            fingerprint=fingerprint(files),
+            fingerprint=basefiles.fingerprint(files),
         ),
         vision=vision,
         vision_fingerprint=seen,
         vision_features=features,
-        image_token=ImageToken(id=token, why=why),
-        template=TemplateChoice(kind="chat" if chat else "plain"),
+        image_token=graft_file.ImageToken(id=token, why=why),
+        template=graft_file.TemplateChoice(kind="chat" if chat else "plain"),
         base_trained=own,
     )
 
@@ -589,7 +560,7 @@ def _shared_record(todo: _Import, building: Path) -> GraftFile:
 def _write_graft(
     graft: PublishedGraft,
     tensors: Mapping[str, LazyTensor],
-    shared: GraftFile,
+    shared: graft_file.GraftFile,
     folder: Path,
     up: bool,
 ) -> None:
@@ -609,7 +580,7 @@ def _write_graft(
     chosen = {ours: tensors[name] for ours, name in graft.tensors.items()}
     write_shards(folder, "graft", chosen, {"method": record.method, "workflow": record.workflow})
     (folder / "config.json").write_text(record.dump_config(), encoding="utf-8")
-    (folder / CONFIG_NAME).write_text(record.dump(), encoding="utf-8")
+    (folder / graft_file.CONFIG_NAME).write_text(record.dump(), encoding="utf-8")
 
 
 def _move_in(building: Path, out: Path) -> None:
@@ -617,10 +588,10 @@ def _move_in(building: Path, out: Path) -> None:
     if not out.exists():
         building.rename(out)
         return
-    (out / CONFIG_NAME).unlink(missing_ok=True)
+    (out / graft_file.CONFIG_NAME).unlink(missing_ok=True)
     for stale in out.glob("graft*.safetensors*"):
         stale.unlink()
-    for piece in sorted(building.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+    for piece in sorted(building.iterdir(), key=lambda path: path.name == graft_file.CONFIG_NAME):
         target = out / piece.name
         if target.is_dir():
             shutil.rmtree(target)

@@ -14,20 +14,19 @@ arXiv 2408.12902 (IAA) and arXiv 2406.03496 (Wings).
     all others                                          the base's own names
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.iaa.config import IAAConfig
 from mmgraft.layers import parse_layers
 from mmgraft.published.wings.config import OfficialWingsConfig
 
+#: By their number, the layers that the published IAA code names; its list of 8 is unknown.
 PUBLISHED_LAYERS = {14: [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]}
-"""By their number, the layers that the published IAA code names; its list of 8 is unknown."""
 
 _TOWER = "model.vision_tower.vision_tower."
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.position_ids$")
@@ -45,12 +44,11 @@ _BASE_FIELDS = (
 )
 
 
+#: The endings of the published names of a workflow's projector, and of its other modules.
 _IAA_WORKFLOWS = {"mm": ("", ""), "grounding": ("_G", "_grounding")}
-"""The endings of the published names of a workflow's projector, and of its other modules."""
 
 
-@dataclass(frozen=True)
-class PublishedGraft:
+class PublishedGraft(Frozen):
     """One graft within a checkpoint.
 
     Attributes:
@@ -64,8 +62,7 @@ class PublishedGraft:
     tensors: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(Frozen):
     """Contents of a checkpoint.
 
     Attributes:

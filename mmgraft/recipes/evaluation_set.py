@@ -1,7 +1,5 @@
 """A recipe's description of a set to evaluate on. Free of torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,10 +13,10 @@ TEXT_METRICS = ("perplexity", "choice")
 BoxFormat = Literal["unit", "thousand", "ten", "pixel", "cogvlm", "qwen"]
 Blind = Literal["prior", "no_image"]
 
+#: Fields of an item; ``columns`` of a set names the key of each in its rows.
 COLUMNS = (
     "id", "question", "answer", "answers", "options", "image", "box", "kind", "group", "text",
 )  # fmt: skip
-"""Fields of an item; ``columns`` of a set names the key of each in its rows."""
 
 
 class SetSpec(StrictModel):

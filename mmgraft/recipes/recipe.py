@@ -1,22 +1,10 @@
 """A recipe: the stages, data and settings of one training run, read from YAML. Free of torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PlainValidator,
-    SerializeAsAny,
-    ValidationInfo,
-    create_model,
-    field_validator,
-    model_validator,
-)
+import pydantic
 from typing_extensions import Self
 
 from mmgraft.aliases import default_tower
@@ -35,8 +23,8 @@ TextRows = Literal["skip", "graft", "base"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 Parallel = Literal["ddp", "fsdp2"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
+Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
 def _refuse_fp16(value: Any) -> Any:
@@ -48,7 +36,7 @@ def _refuse_fp16(value: Any) -> Any:
     return value
 
 
-Precision = Annotated[Literal["bf16", "fp32"], BeforeValidator(_refuse_fp16)]
+Precision = Annotated[Literal["bf16", "fp32"], pydantic.BeforeValidator(_refuse_fp16)]
 
 
 def _workflow_name(name: str) -> str:
@@ -59,7 +47,7 @@ def _workflow_name(name: str) -> str:
     return name
 
 
-WorkflowName = Annotated[str, AfterValidator(_workflow_name)]
+WorkflowName = Annotated[str, pydantic.AfterValidator(_workflow_name)]
 
 
 class DataEntry(StrictModel):
@@ -82,7 +70,7 @@ class DataEntry(StrictModel):
     subset: str | None = about("configuration of a set of the Hub")
     revision: str | None = about("branch, tag or commit of that set")
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
         if self.columns and self.format not in ("auto", "vqa"):
             raise ValueError(f"columns are of a table, and format is {self.format}; leave one out")
@@ -127,23 +115,23 @@ class Stage(StageSwitches):
     method may switch beside them stands in :func:`stage_class`.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    train: list[str] = Field(min_length=1, description="groups of parameters")
-    lr: float | dict[str, float] = Field(description="one number, or one for each group")
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    train: list[str] = pydantic.Field(min_length=1, description="groups of parameters")
+    lr: float | dict[str, float] = pydantic.Field(description="one number, or one for each group")
     data: list[DataEntry] | None = about("instead of the recipe's data")
     workflow: WorkflowName | None = None
     graft_active: bool = about("false leaves the graft out of the path", True)
-    epochs: float | None = Field(default=None, gt=0, le=100_000)
-    max_steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = pydantic.Field(default=None, gt=0, le=100_000)
+    max_steps: int | None = pydantic.Field(default=None, ge=1)
     batch_size: int = about("rows in one forward pass on one device", 1, ge=1)
     accumulate: int = about("forward passes in one step of the optimizer", 1, ge=1)
     optimizer: Optimizer = "adamw"
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = pydantic.Field(default=0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = pydantic.Field(default=1e-8, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_ratio: float | None = pydantic.Field(default=None, ge=0, lt=1)
+    warmup_steps: int | None = pydantic.Field(default=None, ge=0)
     clip_norm: float = about("0 clips nothing", 1.0, ge=0)
     max_length: int | None = about("positions in a row, images counted", ge=8)
     gradient_checkpointing: bool = False
@@ -157,7 +145,7 @@ class Stage(StageSwitches):
     precision: Precision | None = None
     seed: Seed | None = None
 
-    @field_validator("lr")
+    @pydantic.field_validator("lr")
     @classmethod
     def _positive(cls, value: float | dict[str, float]) -> float | dict[str, float]:
         rates = value.values() if isinstance(value, dict) else [value]
@@ -167,7 +155,7 @@ class Stage(StageSwitches):
             )
         return value
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _one_of_each(self) -> Self:
         if not self.graft_active and any(g not in ("projector", "base") for g in self.train):
             raise self.refusal(
@@ -215,11 +203,11 @@ def stage_class(switches: type[StageSwitches]) -> type[Stage]:
             "which every stage has a setting for; rename it in the package "
             f"{switches.__module__.partition('.')[0]!r}"
         )
-    made: Any = create_model(f"Stage_{switches.__name__}", __base__=(switches, Stage))
+    made: Any = pydantic.create_model(f"Stage_{switches.__name__}", __base__=(switches, Stage))
     return made
 
 
-def _stage(value: Any, info: ValidationInfo) -> Stage:
+def _stage(value: Any, info: pydantic.ValidationInfo) -> Stage:
     """Read a stage as the recipe's method has them; other methods' keys may be there as null."""
     if isinstance(value, Stage):
         return value
@@ -244,13 +232,15 @@ class Recipe(StrictModel):
     name: str
     method: str
     description: str = ""
-    graft: GraftDefaults = Field(default_factory=lambda: GraftDefaults())
+    graft: GraftDefaults = pydantic.Field(default_factory=lambda: GraftDefaults())
     workflow: WorkflowName | None = about("workflow that is trained; None: the graft's")
     base: Literal["frozen", "full"] = "frozen"
     quantization: Literal["nf4"] | None = about("4-bit weights of a frozen base")
-    data: list[DataEntry] = Field(default_factory=list)
-    eval_data: list[DataEntry] = Field(default_factory=list)
-    stages: list[Annotated[SerializeAsAny[Stage], PlainValidator(_stage)]] = Field(min_length=1)
+    data: list[DataEntry] = pydantic.Field(default_factory=list)
+    eval_data: list[DataEntry] = pydantic.Field(default_factory=list)
+    stages: list[Annotated[pydantic.SerializeAsAny[Stage], pydantic.PlainValidator(_stage)]] = (
+        pydantic.Field(min_length=1)
+    )
     template_options: dict[str, Any] = about(
         "variables of the chat template, such as enable_thinking: false", dict
     )
@@ -261,7 +251,7 @@ class Recipe(StrictModel):
     tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     log_every: int = about("steps", 10, ge=1)
     save_every: int | None = about("steps; a stage's end always saves", 500, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = pydantic.Field(default=2, ge=1)
     eval_every: int | None = about("steps; needs eval_data", ge=1)
     evaluation: list[SetSpec] = about("sets that `mmgraft eval` asks", list)
     feature_cache: bool | str = about(
@@ -281,14 +271,14 @@ class Recipe(StrictModel):
         "error names a row that cannot be used; skip leaves it out and logs it", "error"
     )
 
-    @field_validator("feature_cache")
+    @pydantic.field_validator("feature_cache")
     @classmethod
     def _named(cls, value: bool | str) -> bool | str:
         if value == "":
             raise ValueError("names no folder; write true, false or a folder")
         return value
 
-    @field_validator("parallel", "base", mode="before")
+    @pydantic.field_validator("parallel", "base", mode="before")
     @classmethod
     def _refuse_unbuilt(cls, value: Any) -> Any:
         if value in ("zero2", "zero3"):
@@ -300,7 +290,7 @@ class Recipe(StrictModel):
             )
         return value
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _whole(self) -> Self:
         self._check_base()
         names = [stage.name for stage in self.stages]
@@ -405,7 +395,7 @@ class Recipe(StrictModel):
                 "only; write batch_size: 1 and a larger max_length or accumulate"
             )
 
-    def resolved(self, workflow: str = "mm") -> Recipe:
+    def resolved(self, workflow: str = "mm") -> "Recipe":
         """Return the recipe with its settings written into the stages that name none of their own.
 
         Args:

@@ -1,7 +1,5 @@
 """Recipes as YAML: found by name or path, overridden from the command line, refused by line."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,8 +50,8 @@ _FROM_OTHERS = {
     "images": "image_folder",
     "path": "data_path",
 }
+#: Names that other trainers have for a key of ours, for the message about an unknown key.
 OTHER_NAMES = {other: ours for ours, others in _FROM_OTHERS.items() for other in others.split()}
-"""Names that other trainers have for a key of ours, for the message about an unknown key."""
 
 Location = tuple["str | int", ...]
 

@@ -1,14 +1,12 @@
 """Find the files of a run folder that belong to the graft, and check its weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME
 from mmgraft.textfiles import weight_files as files_of_weights
 
@@ -30,8 +28,7 @@ _MANAGED = ("graft*.safetensors", INDEX_NAME, *_RECORDS, "base/*")
 _NEVER_IN_A_MODEL = ("checkpoint*", "optimizer*", "scheduler*", "rng_state*", "*.pt", "*.pth")
 
 
-@dataclass(frozen=True)
-class UploadFile:
+class UploadFile(Frozen):
     """One file of the repository: its name there, and where its bytes are."""
 
     name: str

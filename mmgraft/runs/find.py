@@ -1,7 +1,5 @@
 """Find the graft that a command is about when no folder was named."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -10,8 +8,8 @@ from pathlib import Path
 from mmgraft.errors import UsageError
 from mmgraft.progress import say
 
+#: The file that makes a folder a graft.
 GRAFT_CONFIG = "graft_config.json"
-"""The file that makes a folder a graft."""
 
 _HOW_TO_MAKE_ONE = "make one with `mmgraft graft BASE --method iaa --layers 22,24`"
 _DEEPEST = 3

@@ -1,16 +1,14 @@
 """Installed packages: where they lie and which version they are, found without importing them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from mmgraft.frozen import Frozen
 
-@dataclass(frozen=True)
-class Package:
+
+class Package(Frozen):
     """One package: its name for pip and the name it is imported by."""
 
     name: str

@@ -3,8 +3,6 @@
 A run's sections grow set by set: what was measured of the same graft stays.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +14,7 @@ from mmgraft.strict import MeasuredModel, about
 from mmgraft.textfiles import read_json
 
 
-def put_aside(run: Path, results: Results) -> list[Path]:
+def put_aside(run: Path, results: "Results") -> list[Path]:
     """Rename the sections that were measured of another graft, such as before more training.
 
     They would stand in the report and in the model card as if they were of this one.
@@ -56,7 +54,7 @@ def _aside(path: Path) -> Path:
     return path.replace(free_name(path.with_suffix(".old")))
 
 
-def save_sets(run: Path, results: Results) -> Path:
+def save_sets(run: Path, results: "Results") -> Path:
     """Write a section, with those sets of an earlier one that were not measured anew.
 
     Sets of another graft (other weights, other settings) are not kept.
@@ -84,7 +82,7 @@ def save_sets(run: Path, results: Results) -> Path:
     return write_results(run, merged)
 
 
-def _called(one: SetResult) -> tuple[str, bool]:
+def _called(one: "SetResult") -> tuple[str, bool]:
     """Name a set; a task of lm-evaluation-harness may be called like a set of the recipe."""
     return one.name, "harness" in one.settings
 

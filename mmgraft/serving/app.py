@@ -4,8 +4,6 @@ Routes, streams and the queue of requests are transformers'. Models, tokenising 
 mmgraft's: :class:`Served` stands for a model and its processor.
 """
 
-from __future__ import annotations
-
 import hmac
 import inspect
 import re
@@ -25,8 +23,8 @@ from mmgraft.serving.served import Served
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+#: Largest body of a request.
 MAX_BYTES = 64 * 2**20
-"""Largest body of a request."""
 
 _NEEDED = ("fastapi", "uvicorn", "openai")
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
@@ -85,7 +83,7 @@ def build_app(
     allowed: Allowed | None = None,
     key: str | None = None,
     cors: bool = False,
-) -> FastAPI:
+) -> "FastAPI":
     """Build the application.
 
     Args:
@@ -114,7 +112,7 @@ def build_app(
     return app
 
 
-def _answer_errors(app: FastAPI) -> None:
+def _answer_errors(app: "FastAPI") -> None:
     """Answer errors in OpenAI's form, without a traceback."""
     from fastapi import HTTPException
     from fastapi.exceptions import RequestValidationError
@@ -133,7 +131,7 @@ def _answer_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
 
-def _guard(app: FastAPI, key: str | None) -> None:
+def _guard(app: "FastAPI", key: str | None) -> None:
     """Refuse requests without the key, and bodies past the limit, before they are read."""
 
     @app.middleware("http")

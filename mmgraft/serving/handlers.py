@@ -1,7 +1,5 @@
 """Parts of transformers' server with mmgraft's models in them. Needs ``mmgraft[serve]``."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading
@@ -62,7 +60,7 @@ class OneQueue(GenerationState):
         super().__init__()
         self._one = Answers()
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> Answers:
+    def get_manager(self, model_id: str, use_cb: bool = False) -> "Answers":
         return self._one
 
 
@@ -71,7 +69,7 @@ class Answers(GenerateManager):
 
     def generate_streaming(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: Served, processor: Any, inputs: Any, gen_config: Settings, **_: Any
-    ) -> tuple[asyncio.Queue[Any], _Cancellable]:
+    ) -> "tuple[asyncio.Queue[Any], _Cancellable]":
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def send(item: Any) -> None:

@@ -3,10 +3,7 @@
 Images come as data URLs; addresses and files of the server are refused unless they are allowed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -15,10 +12,11 @@ from pydantic import Field
 
 from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.errors import UsageError, brief
+from mmgraft.frozen import Frozen
 from mmgraft.strict import StrictModel
 
+#: Largest number of tokens in an answer where a request names none, as transformers has it.
 DEFAULT_TOKENS = 1024
-"""Largest number of tokens in an answer where a request names none, as transformers has it."""
 
 
 class Sampling(StrictModel):
@@ -80,8 +78,7 @@ class ChatRequest(Sampling):
         return self.max_completion_tokens or super().tokens
 
 
-@dataclass(frozen=True)
-class Allowed:
+class Allowed(Frozen):
     """Images beside data URLs that a request may name.
 
     Attributes:

@@ -1,16 +1,14 @@
 """One name of a model, as the handlers of transformers' server ask for a model and a processor."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import BatchFeature, GenerationConfig
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.inference import Answerer, AnswerStreamer
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.serving.requests import Sampling
@@ -28,8 +26,7 @@ class Settings(GenerationConfig):
     stops: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(Frozen):
     """A name in ``/v1/models``, both as a model and as its processor.
 
     Attributes:

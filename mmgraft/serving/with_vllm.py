@@ -1,7 +1,5 @@
 """Start vLLM with an export of the grafts, where it and the plugin ``mmgraft-vllm`` take them."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,17 +1,16 @@
 """Checkpoints of a stage: what is trained and what is needed to go on exactly, never the base."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import TrainerState
 
 from mmgraft.atomic import atomic_folder, atomic_json
 from mmgraft.errors import MMGraftError, UsageError
@@ -20,16 +19,13 @@ from mmgraft.textfiles import read_json
 from mmgraft.training.distributed.parallel import way_on
 from mmgraft.training.distributed.sharding import rest
 
-if TYPE_CHECKING:
-    from transformers import TrainerState
-
 FOLDER = "checkpoints"
 TENSORS = "trained.safetensors"
 PROGRESS = "progress.json"
 ROWS = "rows.json"
 _NAME = re.compile(r"checkpoint-\d+")
+#: Text of the RuntimeError of torch's file writer where a disk is full.
 _OF_DISK = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""Text of the RuntimeError of torch's file writer where a disk is full."""
 
 
 def stage_folder(run: Path, index: int, name: str) -> Path:

@@ -1,7 +1,5 @@
 """Devices of a run, and the packages that it needs."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil
@@ -16,8 +14,8 @@ from mmgraft.errors import UsageError
 if TYPE_CHECKING:
     from mmgraft.recipes.recipe import Recipe
 
+#: In the order in which they are taken.
 DEVICES = ("cuda", "mps", "cpu")
-"""In the order in which they are taken."""
 
 _TRACKER_PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -28,11 +26,11 @@ _TRACKER_PACKAGES = {
 _WORKERS = 4  # processes that load rows for a card
 _BF16 = (8, 0)  # the first CUDA capability with arithmetic in bf16
 
+#: Module and package of each kind of flash attention.
 _FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
-"""Module and package of each kind of flash attention."""
 
 
 def pick_device(wanted: str | None = None) -> str:
@@ -65,14 +63,14 @@ def default_workers(device: str) -> int:
     return min(_WORKERS, cores or 1) if device == "cuda" else 0
 
 
-def with_workers(recipe: Recipe, device: str) -> tuple[Recipe, str]:
+def with_workers(recipe: "Recipe", device: str) -> "tuple[Recipe, str]":
     """Return a recipe that says how many processes load rows on a device, and the device."""
     if recipe.workers is None:
         recipe = recipe.model_copy(update={"workers": default_workers(device)})
     return recipe, device
 
 
-def slow_precision(recipe: Recipe, device: str) -> str | None:
+def slow_precision(recipe: "Recipe", device: str) -> str | None:
     """Return what to say of a card that computes in bf16 only by way of fp32; None of another."""
     if device != "cuda" or all(stage.precision == "fp32" for stage in recipe.stages):
         return None
@@ -86,7 +84,7 @@ def slow_precision(recipe: Recipe, device: str) -> str | None:
     )
 
 
-def check_packages(recipe: Recipe, device: str) -> None:
+def check_packages(recipe: "Recipe", device: str) -> None:
     """Refuse, before anything is loaded, what needs a package or a device that is not there.
 
     Raises:

@@ -1,7 +1,5 @@
 """A training that was checked, and the recipes in the folder of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +12,10 @@ from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import find_recipe, method_recipe
 from mmgraft.training.distributed.parallel import processes
 
+#: Recipe that ``mmgraft graft`` writes into a run, for its owner to change.
 RECIPE = "recipe.yaml"
-"""Recipe that ``mmgraft graft`` writes into a run, for its owner to change."""
+#: The recipe that the run is trained by, every setting resolved; ``--resume`` goes on with it.
 USED_RECIPE = "recipe.used.yaml"
-"""The recipe that the run is trained by, every setting resolved; ``--resume`` goes on with it."""
 
 
 @dataclass

@@ -5,8 +5,6 @@ resumed run finds it. A batch is a run of neighbours in that order, a step on se
 their batches.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +28,8 @@ from mmgraft.progress import counted
 from mmgraft.recipes.recipe import Stage
 from mmgraft.training.devices import is_main_rank
 
+#: In the folder of a stage's checkpoints: positions of its rows, 0 for one that cannot be used.
 LENGTHS = "lengths.npy"
-"""In the folder of a stage's checkpoints: positions of its rows, 0 for one that cannot be used."""
 _SIZES = 256  # rows whose lengths differ less than a sequence by this are taken as equal
 _WINDOW = 64  # batches whose rows are sorted by length together
 _MEASURED = 256  # rows measured in one go
@@ -49,7 +47,7 @@ class Arranged:
     """
 
     dataset: Dataset[Any]
-    sampler: Order
+    sampler: "Order"
     bad: list[BadRow] = field(default_factory=list)
     says: str | None = None
 
@@ -241,5 +239,5 @@ def _measure(rows: RowDataset, indices: Sequence[int]) -> list[int | BadRow]:
     return [rows.length(index) for index in indices]
 
 
+#: Order of the rows of an epoch, whose number is set with ``set_epoch``.
 Order = EpochSampler | EvenSampler
-"""Order of the rows of an epoch, whose number is set with ``set_epoch``."""

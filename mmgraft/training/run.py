@@ -1,7 +1,5 @@
 """A run: every stage of a recipe, one after another, with what is needed to go on after a stop."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 import time
@@ -171,7 +169,7 @@ def train(
     return results
 
 
-def _run_stage(session: Session, index: int, display: Display) -> StageResult:
+def _run_stage(session: "Session", index: int, display: Display) -> StageResult:
     """Train one stage; what goes wrong on disk or in memory is said with the way on."""
     plan, began = session.plan, time.monotonic()
     stage = plan.stages[index]

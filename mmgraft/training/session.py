@@ -1,7 +1,5 @@
 """One session of a training: the model in memory, and what a stage needs around the Trainer."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -29,22 +27,18 @@ from mmgraft.model.files.save import save_graft
 from mmgraft.model.kernels.compiling import check_compiled, compiled_layers
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Stage
-from mmgraft.training import checkpoint
+from mmgraft.training import checkpoint, devices, row_order, stage_data, stages
 from mmgraft.training.callbacks import metrics, text_change
 from mmgraft.training.callbacks.stopping import NotFinite, Stopper, TrainingStopped, is_finite
-from mmgraft.training.devices import is_main_rank
 from mmgraft.training.distributed.parallel import of_all_ranks, processes, way_on
 from mmgraft.training.distributed.sharding import shard
 from mmgraft.training.memory.estimate import loaded_dtype
 from mmgraft.training.plan import Plan
-from mmgraft.training.row_order import arrange, check_packed_length
-from mmgraft.training.stage_data import with_template
-from mmgraft.training.stages import open_stage, rate_groups
 from mmgraft.training.trainer import GraftTrainer, describe, training_arguments
 from mmgraft.vision.feature_cache import FeatureCache, TowerFeatures
 
+#: Folder of a run for the workflows beside its own.
 WORKFLOWS = "workflows"
-"""Folder of a run for the workflows beside its own."""
 
 
 class Session:
@@ -57,7 +51,7 @@ class Session:
 
     def __init__(self, plan: Plan, announce: Callable[[str], None]) -> None:
         self.plan = plan
-        self.announce = announce if is_main_rank() else lambda text: None
+        self.announce = announce if devices.is_main_rank() else lambda text: None
         self.stopper = Stopper()
         self.model: Any = None  # a GraftedModel, once it is loaded
         self.processor: Any = None  # its GraftProcessor
@@ -85,7 +79,7 @@ class Session:
         if plan.recipe.compile:
             check_compiled(model.base, model.anatomy, [model.workflow().graft])
         for stage in plan.stages[plan.first :]:
-            check_packed_length(stage, model.anatomy.position_table)
+            row_order.check_packed_length(stage, model.anatomy.position_table)
         if plan.recipe.on_bad_row == "error":
             for index, stage in enumerate(plan.stages[plan.first :], start=plan.first):
                 for rows in filter(None, (plan.rows[index], plan.eval_rows)):
@@ -102,10 +96,10 @@ class Session:
         plan, stage = self.plan, self.plan.stages[index]
         model = self._model_for(stage)
         folder = checkpoint.stage_folder(plan.run, index, stage.name)
-        if is_main_rank():
+        if devices.is_main_rank():
             checkpoint.sweep(folder)
         last = self._last_checkpoint(index, folder)
-        groups = open_stage(model, stage)
+        groups = stages.open_stage(model, stage)
         model.gradient_checkpointing = stage.gradient_checkpointing
         size = sum(group.size for group in groups)
         log = metrics.MetricsFile(plan.run, stage.name)
@@ -117,8 +111,8 @@ class Session:
         else:
             taken, steps = self._train(trainer, stage, last)
             self._remark(trainer, stage)
-            tensors = checkpoint.trained_tensors(model, is_main_rank())
-            if is_main_rank():
+            tensors = checkpoint.trained_tensors(model, devices.is_main_rank())
+            if devices.is_main_rank():
                 checkpoint.write_final(tensors, folder, trainer.state)
         self._save(index, model, size, steps)
         trainer.accelerator.wait_for_everyone()
@@ -202,7 +196,7 @@ class Session:
         ranks = arguments.world_size  # from here on the processes know each other
         rows, evaluated, collator = self._inputs(index)
         kept = plan.resume and index == plan.first
-        arranged = arrange(rows, stage, folder, ranks, plan.recipe.workers or 0, kept)
+        arranged = row_order.arrange(rows, stage, folder, ranks, plan.recipe.workers or 0, kept)
         self.bad_rows.put(arranged.bad, stage.name, 0)
         if arranged.says is not None:
             self.announce(arranged.says)
@@ -213,7 +207,7 @@ class Session:
             arranged.sampler = EvenSampler(arranged.sampler, together)
         if plan.in_pieces:
             shard(self.model, plan.device)
-            groups = rate_groups(self.model, stage)
+            groups = stages.rate_groups(self.model, stage)
         return GraftTrainer(
             self.model,
             arguments,
@@ -242,7 +236,7 @@ class Session:
                 "no image and are left out (text_rows: skip)"
             )
         compute = None if features is None else TowerFeatures(self.model.vision_tower)
-        processor = with_template(self.processor, stage.template)
+        processor = stage_data.with_template(self.processor, stage.template)
         multiple = MASK_WIDTH if plan.device == "cuda" else 1
         collator = Collator(
             processor, cast(Any, stage.text_rows), features, compute=compute, multiple=multiple
@@ -255,7 +249,7 @@ class Session:
     def _dataset(self, rows: Sequence[Row], stage: Stage, load_images: bool) -> RowDataset:
         return RowDataset(
             rows,
-            with_template(self.processor, stage.template),
+            stage_data.with_template(self.processor, stage.template),
             max_length=stage.max_length,
             text_rows=cast(Any, stage.text_rows),
             on_bad_row=self.plan.recipe.on_bad_row,
@@ -355,7 +349,7 @@ class Session:
         resumed = plan.resume and index == plan.first
         found = checkpoint.checkpoints(folder) if resumed else []
         last = found[-1] if found else None
-        if resumed and is_main_rank():
+        if resumed and devices.is_main_rank():
             done = {stage.name for stage in plan.stages[:index]}
             step = 0 if last is None else checkpoint.step_of(last)
             metrics.trim(plan.run, done, plan.stages[index].name, step)
@@ -368,7 +362,7 @@ class Session:
         workflow = model.workflow(stage.workflow)
         workflow.record.recipe = plan.recipe.model_dump(mode="json")
         workflow.record.results = text_change.forgotten(workflow.record.results)
-        main = is_main_rank()
+        main = devices.is_main_rank()
         save_graft(model, self._folder_of(stage.workflow), stage.workflow, write=main)
         if not main:
             return

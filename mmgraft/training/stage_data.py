@@ -1,7 +1,5 @@
 """The rows of every stage, read and checked before anything is trained."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -90,9 +88,7 @@ def _whole_paths(spec: SetSpec) -> SetSpec:
 
 
 def _absolute(path: str | None) -> str | None:
-    if path is None or path.startswith(HUB):
-        return path
-    return str(Path(path).expanduser().resolve())
+    return path if path is None or path.startswith(HUB) else str(Path(path).expanduser().resolve())
 
 
 def with_template(processor: GraftProcessor, template: str | None) -> GraftProcessor:
@@ -113,8 +109,8 @@ def source_of(entry: DataEntry) -> Source:
 
 
 _PIECES = 64
+#: Pieces by which rows are known again, and of these, how many may be others: rows are mended.
 _MENDED = 8
-"""Pieces by which rows are known again, and of these, how many may be others: rows are mended."""
 
 
 def fingerprint(rows: Sequence[Row]) -> dict[str, Any]:
@@ -158,10 +154,10 @@ def refuse_other_rows(rows: Sequence[Row], begun_with: Any, stage: str, run: Pat
     )
 
 
+#: Images whose two ends are looked at before a training.
 _LOOKED_AT = 10_000
-"""Images whose two ends are looked at before a training."""
+#: Rows that are read for each of these, because several may show one image.
 _READ_FOR_EACH = 10
-"""Rows that are read for each of these, because several may show one image."""
 
 
 class StageData:

@@ -1,19 +1,15 @@
 """One stage of a recipe on a model: what trains, at which rate, through which path."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 from torch import nn
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Stage
 
 
-@dataclass(frozen=True)
-class RateGroup:
+class RateGroup(Frozen):
     """Parameters that share a learning rate."""
 
     name: str

@@ -1,7 +1,5 @@
 """transformers' Trainer for one stage: rates by group, exact counts, graft-only checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 import time
@@ -17,19 +15,16 @@ from mmgraft.data.rows import BadRow
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.sharded import gathered
 from mmgraft.recipes.recipe import Recipe, Stage
-from mmgraft.training import checkpoint
+from mmgraft.training import checkpoint, devices, row_order, stages
 from mmgraft.training.callbacks.metrics import EvalSum, LossSum, counted
 from mmgraft.training.callbacks.stopping import FiniteWatch, RandomState
-from mmgraft.training.devices import memory_in_use
 from mmgraft.training.distributed import sharding
 from mmgraft.training.distributed.parallel import of_all_ranks
-from mmgraft.training.row_order import Order
-from mmgraft.training.stages import RateGroup
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit"}
 _ON_CUDA = {**_OPTIMIZERS, "adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
+#: Facts of a batch on the host, see :func:`describe`: no card is waited for.
 ABOUT = ("rows", "bad_rows", "supervised", "with_image", "positions", "on_host")
-"""Facts of a batch on the host, see :func:`describe`: no card is waited for."""
 _ON_HOST = ("image_sizes", "image_lengths", "image_rows")
 _PREFETCHED = 4  # batches that each worker has ready for a card
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -106,8 +101,8 @@ class GraftTrainer(Trainer):
         model: GraftedModel,
         args: TrainingArguments,
         stage: Stage,
-        groups: Sequence[RateGroup],
-        sampler: Order,
+        groups: Sequence[stages.RateGroup],
+        sampler: row_order.Order,
         *,
         keep: int,
         callbacks: Sequence[TrainerCallback],
@@ -130,10 +125,7 @@ class GraftTrainer(Trainer):
         self._random: RandomState | None = None
         self._about: dict[str, Any] = {}  # of the batch at hand, known on the host
         super().__init__(
-            model=self.grafted,
-            args=args,
-            callbacks=[_Epochs(self), *callbacks],
-            **data,
+            model=self.grafted, args=args, callbacks=[_Epochs(self), *callbacks], **data
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
@@ -187,7 +179,7 @@ class GraftTrainer(Trainer):
 
     # -- data -----------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+    def _get_train_sampler(self, train_dataset: Any = None) -> row_order.Order:
         return self.sampler
 
     def _get_num_items_in_batch(
@@ -301,7 +293,7 @@ class GraftTrainer(Trainer):
             now = time.perf_counter()
             logs["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
             self._tokens, self._since = 0, now
-            memory = memory_in_use(self.args.device.type)
+            memory = devices.memory_in_use(self.args.device.type)
             if memory is not None:
                 logs["memory_gb"] = memory / 1e9
             logs.pop("learning_rate", None)

@@ -1,9 +1,7 @@
 """Views of rows, from a file or a run: tokenizer, template, image positions, length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from mmgraft.aliases import resolve_alias
@@ -16,6 +14,7 @@ from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import resolve_template
 from mmgraft.data.formats.sources import is_there
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import base_files, load_processor, local_tower
@@ -27,8 +26,7 @@ from mmgraft.training.stage_data import check_data_is_set, with_template
 from mmgraft.vision.towers.registry import describe_tower
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(Frozen):
     """Options that a user gave.
 
     Attributes:
@@ -58,8 +56,7 @@ class Selection:
     read: Sequence[str] | None = None
 
 
-@dataclass(frozen=True)
-class View:
+class View(Frozen):
     """Rows, and what reads them in some stages.
 
     Attributes:
@@ -135,8 +132,8 @@ def _run_and_file(chosen: Selection) -> tuple[Path | None, Path | None]:
     return run, file
 
 
+#: A recipe, the processor and the size of the base's position table, where they are known.
 _Readers = tuple[Recipe | None, GraftProcessor | None, int | None]
-"""A recipe, the processor and the size of the base's position table, where they are known."""
 
 
 def _of_run(chosen: Selection, run: Path) -> _Readers:

@@ -1,7 +1,5 @@
 """Features of a frozen tower on disk, so that each image passes through the tower once."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -30,11 +28,11 @@ logger = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 _STALE_SECONDS = 3600
 
+#: An image file, or one inside another file.
 ImageFile = Path | StoredImage
-"""An image file, or one inside another file."""
 
+#: The features of some images, each (vectors, hidden).
 Compute = Callable[[list[ImageFile]], Sequence[Tensor]]
-"""The features of some images, each (vectors, hidden)."""
 
 
 class FeatureCache:

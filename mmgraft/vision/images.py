@@ -3,15 +3,13 @@
 A file may lie inside a file of many: a member of a tar, a cell of a table.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -19,10 +17,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mmgraft.errors import UsageError, brief
+from mmgraft.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class StoredImage:
+class StoredImage(Frozen):
     """Place of an image's bytes, which are read on demand.
 
     Two are the same where their names are.
@@ -71,19 +69,19 @@ class StoredImage:
 
 Fault = Literal["missing", "broken", "enormous", "outside"]
 
+#: Last bytes of a whole file. One that ends otherwise may be whole, or cut short.
 _ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
-"""Last bytes of a whole file. One that ends otherwise may be whole, or cut short."""
 
 _DRAWINGS = ("EPS", "WMF")
 
+#: Formats whose head says the size and how the image is turned.
 _HEADS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Formats whose head says the size and how the image is turned."""
 
+#: Modes whose every value has a colour; of others the pixels are looked at.
 _PLAIN = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV")
-"""Modes whose every value has a colour; of others the pixels are looked at."""
 
+#: Largest ratio of an image's sides: resized by its short side, an image grows as much.
 _LONGEST = 200
-"""Largest ratio of an image's sides: resized by its short side, an image grows as much."""
 
 T = TypeVar("T")
 

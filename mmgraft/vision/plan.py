@@ -1,24 +1,22 @@
 """The plan of a tower for an image of one size: its views, and the grid of vectors of each."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
 from typing_extensions import Self
 
+from mmgraft.frozen import Frozen
+
+#: Width and height of an image in pixels, as it is shown (turned as its EXIF data says).
 Size = tuple[int, int]
-"""Width and height of an image in pixels, as it is shown (turned as its EXIF data says)."""
 
+#: Rows and columns.
 Grid = tuple[int, int]
-"""Rows and columns."""
 
 
-@dataclass(frozen=True)
-class View:
+class View(Frozen):
     """One look of a tower at an image: the whole of it, or a part.
 
     Attributes:
@@ -35,8 +33,7 @@ class View:
     valid: Grid | None = None
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Frozen):
     """The views of one image in order, a function of its size alone.
 
     Attributes:
@@ -80,7 +77,7 @@ class ImagePositions:
         self.fixed = counts(plan) if isinstance(plan, Plan) else None
 
     @classmethod
-    def same(cls, number: int) -> ImagePositions:
+    def same(cls, number: int) -> "ImagePositions":
         """Return positions of which every image takes the same number."""
         return cls(attrgetter("entries"), Plan.single((1, number)))
 

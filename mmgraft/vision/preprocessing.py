@@ -1,7 +1,5 @@
 """Images of any size to the pixels of one tower: by its image processor, or a plain resize."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -17,8 +15,8 @@ from mmgraft.textfiles import read_json
 from mmgraft.vision.images import BadImage, to_rgb
 
 _LARGEST_SIDE = 2**13
+#: Largest number of pixels of an image after its resize; each takes ten bytes.
 _MOST_PIXELS = 2**26
-"""Largest number of pixels of an image after its resize; each takes ten bytes."""
 
 _DECIDING_FIELDS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct", "do_rescale",
@@ -135,8 +133,8 @@ class StockPreprocessing:
         }
 
 
+#: Turns images into pixels of one fixed size.
 Preprocessing = SquareResize | StockPreprocessing
-"""Turns images into pixels of one fixed size."""
 
 
 def _refuse_huge(processor: Any) -> None:

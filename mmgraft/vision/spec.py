@@ -1,13 +1,11 @@
 """The specification of a vision tower: pydantic, importable without torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ConfigDict, Field
 
+from mmgraft.frozen import Frozen
 from mmgraft.kinds import Kinds, Unfit
 from mmgraft.strict import StrictModel
 from mmgraft.vision.projectors.configs import MlpConfig
@@ -38,7 +36,7 @@ class VisionSpec(StrictModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def from_name(cls, name: str) -> VisionSpec:
+    def from_name(cls, name: str) -> "VisionSpec":
         """Return the spec a user means by one word: a registered kind, or else a Hub id or a
         folder.
         """
@@ -52,8 +50,7 @@ class VisionSpec(StrictModel):
         return self.id or self.kind
 
 
-@dataclass(frozen=True)
-class TowerKind:
+class TowerKind(Frozen):
     """One kind of tower.
 
     Attributes:
@@ -67,7 +64,7 @@ class TowerKind:
     describe: Callable[[VisionSpec], Any] | None = None
 
     @classmethod
-    def of_entry_point(cls, name: str, value: Any, origin: str) -> TowerKind:
+    def of_entry_point(cls, name: str, value: Any, origin: str) -> "TowerKind":
         """Return the kind that a package offers, as such or as its loader alone.
 
         Raises:
@@ -82,7 +79,7 @@ class TowerKind:
         return value
 
 
+#: Values of ``VisionSpec.kind``; ``towers/registry.py`` adds them.
 TOWERS: Kinds[TowerKind] = Kinds("vision tower kind", "mmgraft.towers", TowerKind.of_entry_point)
-"""Values of ``VisionSpec.kind``; ``towers/registry.py`` adds them."""
+#: The public name of the usual projector's settings.
 ProjectorSpec = MlpConfig
-"""The public name of the usual projector's settings."""

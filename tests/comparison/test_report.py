@@ -54,7 +54,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     data = io.BytesIO()
     Image.new("RGB", (4, 3)).save(data, "PNG")
     plots = SimpleNamespace(
-        training_curves=lambda _: data.getvalue(), laws_plot=lambda _: data.getvalue()
+        training_curves=lambda *_: data.getvalue(), laws_plot=lambda _: data.getvalue()
     )
     monkeypatch.setitem(sys.modules, "mmgraft.evaluation.report.plots", plots)
 

@@ -21,7 +21,7 @@ def test_an_arm_is_evaluated_as_the_comparison_says(
     asked: list[Any] = []
     loaded: list[Any] = []
     monkeypatch.setattr(runner, "evaluate", lambda *args, **more: asked.append((args, more)))
-    monkeypatch.setattr(runner, "write_phase", lambda *_: None)
+    monkeypatch.setattr(runner.files, "write_phase", lambda *_: None)
 
     def load(run: Path, **more: Any) -> str:
         loaded.append((run, more))
@@ -63,7 +63,7 @@ def test_each_part_has_its_sets_and_the_shared_base(
     for phase in ("text", "vision", "iit", "laws"):
         evaluate(phase, answerer, plan, arm, **more)
     first = (answerer, arm.run)
-    shared = {"untouched": "the/base", "base_cache": tmp_path / runner.BASE}
+    shared = {"untouched": "the/base", "base_cache": tmp_path / runner.files.BASE}
     assert calls["evaluate_text"] == ((*first, [text]), {**more, **shared})
     assert calls["evaluate_vision"] == ((*first, [seen]), more)
     assert calls["evaluate_iit"] == (first, {**more, "dialogues": tmp_path / "dialogues"})

@@ -11,6 +11,7 @@ import pytest
 from vllm import LLM
 
 from mmgraft.export.vllm import export_vllm
+from mmgraft_vllm.layers import BaseDecoder
 from tiny_exports import change_record, make_base, make_graft
 from vllm_engine import SIZES, Graft, Messages, answers, engine, for_vllm, greedy, image
 
@@ -71,9 +72,12 @@ def llm(
 
 
 def prompt(llm: LLM, name: str | None, row: Messages) -> dict[str, Any]:
+    """A name that ends with `!` asks for its workflow in any case."""
     images = [part["image"] for turn in row for part in turn["content"] if "image" in part]
     ids = llm.get_tokenizer().apply_chat_template(row, add_generation_prompt=True)["input_ids"]
-    made: dict[str, Any] = {"prompt_token_ids": ids, "mm_processor_kwargs": {"workflow": name}}
+    asked: dict[str, Any] = {"workflow": name and name.rstrip("!")}
+    asked |= {"always": True} if name and name.endswith("!") else {}
+    made: dict[str, Any] = {"prompt_token_ids": ids, "mm_processor_kwargs": asked}
     return {**made, "multi_modal_data": {"image": images}} if images else made
 
 
@@ -137,30 +141,94 @@ def test_rows_of_all_workflows_and_text_in_one_batch(llm: LLM) -> None:
     assert len({tuple(ids) for ids, _ in each}) == len(rows), "workflows differ"
 
 
-@pytest.mark.parametrize("order", list(permutations("cpt")), ids="".join)
+@pytest.mark.parametrize("name", WORKFLOWS)
+@pytest.mark.parametrize("row", [TEXT, [*TEXT, *TEXT[1:]]], ids=["one turn", "two turns"])
+def test_a_workflow_asked_for_without_an_image_is_what_generate_gives(
+    llm: LLM, runs: dict[str, Path], name: str, row: Messages
+) -> None:
+    asked = {"workflow": name, "always": True}
+    (mine,) = llm.chat(row, greedy(), mm_processor_kwargs=asked, use_tqdm=False)
+    close(answers([mine])[0], Graft(runs[name]).answer(row, workflow=name))
+
+
+def test_an_unknown_workflow_is_refused_without_an_image_too(llm: LLM) -> None:
+    with pytest.raises(
+        ValueError, match="'boxes' is no workflow, and sees no images; workflows: c, b, a, p"
+    ):
+        run(llm, [("boxes!", TEXT)])
+
+
+def test_a_step_runs_the_layers_of_its_workflows_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text runs the base's decoder, and a workflow's rows nothing of another's."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    base, layers = [], set()
+    before = BaseDecoder.forward
+
+    def counted(self: Any, *given: Any) -> Any:
+        base.append(self)
+        return before(self, *given)
+
+    monkeypatch.setattr(BaseDecoder, "forward", counted)
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda *_, place=place: layers.add(place))
+        for place, layer in enumerate(model.language_model.model.layers)
+    ]
+    inserted = {one["name"]: {at for _, at in one["layers"]} for one in model.entries}
+    own = set(range(len(hooks))) - set().union(*inserted.values())
+    try:
+        for names in ((None,), ("c",), ("a", None), ("b!", "p")):
+            assert llm.reset_prefix_cache()
+            base.clear()
+            layers.clear()
+            rows = [(name, look(9) if name in ("c", "a", "p") else TEXT) for name in names]
+            run(llm, rows)
+            wanted = own.union(*(inserted[name.rstrip("!")] for name in names if name))
+            assert layers == wanted
+            assert bool(base) == (None in names)  # a prompt of text may end in a step of its own
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+ORDERS = [*permutations("cpt"), *permutations(["t", "c", "c!"]), *permutations(["t", "a!", "b!"])]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=",".join)
 def test_no_workflow_reads_anothers_prefix(llm: LLM, order: tuple[str, ...]) -> None:
-    """They share their first tokens, and two of them their image."""
-    rows = [(None, TEXT) if name == "t" else (name, look(5)) for name in order]
+    """They share their first tokens, and two of them their image or all of the prompt.
+
+    Where text comes first, its steps leave the inserted layers out, whose blocks are unwritten.
+    """
+    rows: list[tuple[str | None, Messages]] = [
+        (None, TEXT) if name == "t" else (name, TEXT if "!" in name else look(5)) for name in order
+    ]
     each = alone(llm, rows)
     for _ in range(2):  # the second time from the cache
         for row, its in zip(rows, each, strict=True):
             close(run(llm, [row])[0], its)
 
 
-@pytest.mark.parametrize("name", [None, "c"])
+@pytest.mark.parametrize("name", [None, "c", "c!"])
 def test_the_cache_is_used(llm: LLM, name: str | None) -> None:
-    row, other = (look(6), look(6, text="And where?")) if name else (TEXT, [*TEXT, *TEXT[1:]])
-    assert llm.reset_prefix_cache()
+    """Also where it covers all of an image."""
+    row, other = TEXT, [*TEXT, *TEXT[1:]]
+    if name == "c":
+        row, other = look(6, text=f"{LONG} What?"), look(6, text=f"{LONG} And where?")
+    (alike,) = alone(llm, [(name, other)])
     run(llm, [(name, row)])
     given: Any = prompt(llm, name, other)
-    assert llm.generate(given, greedy(), use_tqdm=False)[0].num_cached_tokens >= 32
+    (made,) = llm.generate(given, greedy(), use_tqdm=False)
+    assert made.num_cached_tokens >= (128 if name == "c" else 32)
+    close(answers([made])[0], alike)
 
 
 def test_preempted_rows_are_what_they_are_alone(llm: LLM) -> None:
     rows: list[tuple[str | None, Messages]] = [
         (name, look(seed)) for seed in (7, 8) for name in ("c", "a", "b")
     ]
-    rows += [(None, TEXT), (None, [*TEXT, *TEXT[1:]])]
+    rows += [(None, TEXT), (None, [*TEXT, *TEXT[1:]]), ("c!", TEXT), ("b!", TEXT)]
     each, before = alone(llm, rows, max_tokens=60), preemptions(llm)
     for mine, its in zip(run(llm, rows, max_tokens=60), each, strict=True):
         close(mine, its, 1e-4)
@@ -173,5 +241,7 @@ def preemptions(llm: LLM) -> int:
 
 def test_an_unknown_workflow_and_the_bases_name_take_no_image(llm: LLM) -> None:
     for name in ("boxes", ARCH):
-        with pytest.raises(ValueError, match=f"'{name}' sees no images; those that do: c, b, a, p"):
+        with pytest.raises(
+            ValueError, match=f"'{name}' is no workflow, and sees no images; workflows: c, b, a, p"
+        ):
             run(llm, [(name, look(9))])

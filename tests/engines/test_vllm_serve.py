@@ -131,6 +131,51 @@ def test_a_model_name_is_a_workflow(server: Server) -> None:
     assert wanted["words"] != wanted["boxes"]
 
 
+def test_a_workflow_can_be_asked_for_without_an_image(server: Server) -> None:
+    """The same words under one name: the base's, the workflow's, and again from the cache."""
+    said: Messages = [{"role": "user", "content": "One, two?"}]
+    graft = Graft(server.runs["words"])
+    own = graft.answer(said, NEW, workflow="words")[0]
+    base = graft.answer(said, NEW)[0]
+    assert own != base
+    for _ in range(2):
+        assert server.ids("words", "One, two?") == base
+        assert server.ids("words", "One, two?", workflow="words") == own
+
+
+def test_a_plain_prompt_can_ask_for_a_workflow(server: Server) -> None:
+    told = {"prompt": "One, two?", "temperature": 0, "max_tokens": NEW, "ignore_eos": True}
+
+    def answer(name: str, **more: Any) -> str:
+        status, found = server.send("/v1/completions", {**told, "model": name, **more})
+        assert status == 200, found
+        return found["choices"][0]["text"]
+
+    base = answer("qwen2")
+    assert answer("words") == base
+    assert answer("words", workflow="words") != base
+    status, found = server.send(
+        "/v1/completions", {**told, "model": "words", "mm_processor_kwargs": {"always": True}}
+    )
+    assert (status, "is not taken" in found["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "told"),
+    [
+        ("words", "boxes", "workflow 'boxes' is not the model's name, 'words'"),
+        ("words", True, "workflow True is not the model's name"),
+        ("qwen2", "qwen2", "'qwen2' is no workflow, and sees no images; workflows: words, boxes"),
+    ],
+)
+def test_a_workflow_that_cannot_be_asked_for(
+    server: Server, name: str, asked: Any, told: str
+) -> None:
+    status, answer = server.ask(name, "One, two?", workflow=asked)
+    assert status == 400
+    assert told in answer["error"]["message"]
+
+
 @pytest.mark.parametrize("key", ["mm_processor_kwargs", "media_io_kwargs"])
 def test_a_client_cannot_choose_how_images_are_read(server: Server, key: str) -> None:
     content = [url(image(16, 2)), text("What is it?")]
@@ -142,7 +187,11 @@ def test_a_client_cannot_choose_how_images_are_read(server: Server, key: str) ->
 @pytest.mark.parametrize(
     ("name", "part", "told"),
     [
-        ("qwen2", url(image(16, 3)), "'qwen2' sees no images; those that do: words, boxes"),
+        (
+            "qwen2",
+            url(image(16, 3)),
+            "'qwen2' is no workflow, and sees no images; workflows: words, boxes",
+        ),
         ("words", {"type": "image_url", "image_url": {"url": "http://x/a.png"}}, "data URLs"),
         ("words", {"type": "image_url", "image_url": "HTTPS://x/a.png"}, "data URLs"),
         ("words", {"image_url": "ftp://x/a.png"}, "data URLs"),

@@ -89,6 +89,19 @@ def test_what_the_plugin_cannot_run_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_quantised_base_is_refused_by_name(tmp_path: Path, dry_run: bool) -> None:
+    """Forms that transformers loads; others are refused when they are grafted."""
+    config = make_base(tmp_path, "llama") / "config.json"
+    values = json.loads(config.read_text())
+    values["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    config.write_text(json.dumps(values))
+    run = make_graft(tmp_path, method="llava")
+    with pytest.raises(UsageError, match=r"stored quantised \(fp8\), and what a graft copies"):
+        export_vllm([run], tmp_path / "out", dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
+
+
 def test_grafts_that_cannot_share_a_base_are_refused(tmp_path: Path) -> None:
     first = named(tmp_path, "one")
     other_base = make_base(tmp_path / "other", "llama", seed=5)

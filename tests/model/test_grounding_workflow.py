@@ -89,7 +89,7 @@ def test_each_workflow_has_its_own_processor(
         asked.append((record, folder, tower, options))
         return SimpleNamespace(answers=record.workflow)
 
-    monkeypatch.setattr(modeling, "load_processor", load_processor)
+    monkeypatch.setattr(modeling.load, "load_processor", load_processor)
     monkeypatch.setattr(both, "answers", None)
     for name in (None, "grounding", "mm"):
         both.processor("a/folder", workflow=name, options={"brief": True})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTED = ("mmgraft", "plugins", "examples")
-LIMIT = 30_450
+LIMIT = 29_600
 """Largest number of lines in mmgraft/; 29,600 is the aim once all engines are built."""
 
 

@@ -110,11 +110,13 @@ class Graft:
         self.processor = load_processor(record, Path(record.base.id), self.model.vision_tower)
 
     @torch.no_grad()
-    def answer(self, messages: Messages, new: int = NEW) -> tuple[list[int], list[float]]:
+    def answer(
+        self, messages: Messages, new: int = NEW, workflow: str | None = None
+    ) -> tuple[list[int], list[float]]:
         """Its greedy answer, with log-probabilities."""
         inputs = self.processor([messages])
         made = self.model.generate(
-            **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            **inputs, workflow=workflow, max_new_tokens=new, min_new_tokens=new, do_sample=False,
             eos_token_id=None, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         ids = made.sequences[0, -new:].tolist()

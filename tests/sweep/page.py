@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,28 +34,51 @@ this holds:
 Layers that cannot carry a graft are refused one by one; a type works here if the others do. Of an
 encoder with a decoder it is the decoder alone, as it is saved by itself; the checkpoint of both is
 refused. What fails is judged again with other random weights, for rounding sends a token to another
-expert once in a while.
+expert once in a while. The reasons stand [below](#reasons).
 
 {counts}
 
 | type | {methods} |
 |---|{lines}|
+{rows}
+## Reasons
+
+What does not work is said once for the methods that it holds for, with the numbers of the first.
+"Off by" is the largest difference of a logit, and the largest logit, of a small random copy.
+
+{reasons}
 """
 
 
-def cell(found: dict[str, str] | None) -> str:
+def word_of(found: dict[str, str] | None) -> str:
     if found is None:
         return "not judged"
-    word = "fails" if "fails" in found else next(iter(found))
-    return "works" if word == "works" else f"{word}: {found[word]}".replace("|", "\\|")
+    return "fails" if "fails" in found else next(iter(found))
+
+
+def reasons(kind: str, verdict: dict[str, Any]) -> list[str]:
+    """Return a line for each reason that keeps a type from some methods."""
+    methods: dict[str, list[str]] = {}
+    texts: dict[str, str] = {}
+    judged = [name for name in METHODS if name in verdict]
+    for name in judged:
+        word = word_of(verdict[name])
+        if word == "works":
+            continue
+        text = re.sub(r"^method \S+ cannot be used on this base: ", "", verdict[name][word])
+        text = re.sub(r" ?Methods that can: .*$|; give a text model that .*$", "", text).rstrip(".")
+        text = re.sub(r"\(a small random copy of \w+ was tried: (.*)\)$", r"(\1)", text)
+        key = word + re.sub(r"[\d.e-]+|(?<=for the router of )\w+", "", text)
+        methods.setdefault(key, []).append(name)
+        texts.setdefault(key, text if word == "refused" else f"{word}: {text}")
+    return [
+        f"- `{kind}`, {'all methods' if names == judged else ', '.join(names)}: {texts[key]}"
+        for key, names in methods.items()
+    ]
 
 
 def verdict_of(verdict: dict[str, Any]) -> str:
-    words = [
-        "fails" if "fails" in verdict[name] else next(iter(verdict[name]))
-        for name in METHODS
-        if name in verdict
-    ]
+    words = [word_of(verdict[name]) for name in METHODS if name in verdict]
     if "fails" in words:
         return "fails"
     if set(words) == {"works"}:
@@ -72,18 +96,19 @@ def counts(known: dict[str, dict[str, Any]], every: list[str]) -> str:
 
 def write_page(path: Path, known: dict[str, dict[str, Any]], every: list[str]) -> None:
     """Write the page."""
-    day = datetime.now(UTC).strftime("%-d %B %Y")
+    rows, why = [], []
+    for kind in every:
+        if kind in known:
+            words = [word_of(known[kind].get(name)) for name in METHODS]
+            rows.append(f"| `{kind}` | {' | '.join(words)} |\n")
+            why += reasons(kind, known[kind])
     text = HEAD.format(
         version=transformers.__version__,
-        day=day,
+        day=datetime.now(UTC).strftime("%-d %B %Y"),
         counts=counts(known, every),
         methods=" | ".join(METHODS),
         lines="|".join(["---"] * len(METHODS)),
+        rows="".join(rows),
+        reasons="\n".join(why),
     )
-    for kind in every:
-        if kind in known:
-            cells = [cell(known[kind].get(name)) for name in METHODS]
-            if len(set(cells)) == 1 and cells[0] != "works":
-                cells[1:] = ["the same"] * (len(cells) - 1)
-            text += f"| `{kind}` | {' | '.join(cells)} |\n"
     path.write_text(text, encoding="utf-8")

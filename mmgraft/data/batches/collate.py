@@ -3,8 +3,6 @@
 Packing fills a sequence as far as ``max_length`` allows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +17,7 @@ from mmgraft.data.batches.sequences import IGNORED, learned_within, pad
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.features import image_file
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.vision.feature_cache import Compute, FeatureCache, ImageFile
 
 
@@ -81,8 +80,7 @@ def _not_cached(paths: list[ImageFile]) -> list[Tensor]:
     )
 
 
-@dataclass(frozen=True)
-class Pack:
+class Pack(Frozen):
     """The rows of one sequence, in order."""
 
     examples: Sequence[Example]

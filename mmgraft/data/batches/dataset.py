@@ -1,11 +1,9 @@
 """Rows as a torch dataset: tokenised, and their images opened, at access."""
 
-from __future__ import annotations
-
 import logging
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -21,6 +19,7 @@ from mmgraft.data.formats.indexed import facts_of, key_at, select
 from mmgraft.data.images import open_images, size_of
 from mmgraft.data.rows import BadRow, OnBadRow, Row
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
 TextRows = Literal["skip", "graft", "base"]
 
@@ -29,8 +28,7 @@ _CHARACTERS = 3  # a position, about
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(Frozen):
     """A row ready for a batch.
 
     Attributes:

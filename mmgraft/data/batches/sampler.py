@@ -8,12 +8,10 @@ batch has nothing to learn, so that several processes learn what one does with t
 batch, to the last row.
 """
 
-from __future__ import annotations
-
 import random
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,10 +24,10 @@ from mmgraft.data.batches.dataset import Example
 from mmgraft.data.formats.indexed import Joined, RowIndex, Selected
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Frozen):
     """Rows of one source and how often an epoch shows each: 2 is twice, 0.5 is every other one."""
 
     rows: Sequence[Row]
@@ -130,8 +128,7 @@ class EpochSampler(Sampler[Any]):
         return torch.Generator().manual_seed((self.seed << 20) + self.epoch)
 
 
-@dataclass(frozen=True)
-class Filler:
+class Filler(Frozen):
     """In the place of an index: a row that is shown and not supervised."""
 
     index: Any

@@ -3,8 +3,6 @@
 A packed batch says with ``segments (b, s)`` which row of its sequence every position belongs to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,8 +12,8 @@ from torch.nn import functional as F
 
 Side = Literal["left", "right"]
 
+#: The label of tokens that are not supervised.
 IGNORED = -100
-"""The label of tokens that are not supervised."""
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: Side, multiple: int = 1) -> Tensor:

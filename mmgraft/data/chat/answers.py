@@ -3,29 +3,27 @@
 All of it is read from what the template writes around an answer.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from mmgraft.data.chat.transcript import MARKER, Closing, Transcript, closing_of
 from mmgraft.data.chat.turns import THOUGHTS
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
 _THOUGHT = "zqThoughtqz"
 _STEMS = r"(?:\w*?[_:])?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratchpad)"
+#: Forms in use: <think>, <seed:think>, [THINK], <|begin_of_thought|>, <|START_THINKING|>.
 _BEGINS, _ENDS = rf"[<\[◁]\|?{_STEMS}\|?[>\]▷]", rf"[<\[◁]\|?(?:/|end){_STEMS}\|?[>\]▷]"
-"""Forms in use: <think>, <seed:think>, [THINK], <|begin_of_thought|>, <|START_THINKING|>."""
 
 
+#: Version of what :meth:`Answers.shown` leaves of a text: answers kept by another are made anew.
 CLEANED = 3
-"""Version of what :meth:`Answers.shown` leaves of a text: answers kept by another are made anew."""
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(Frozen):
     """Describe how a template writes answers.
 
     Attributes:

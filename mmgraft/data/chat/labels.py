@@ -13,8 +13,6 @@ assistant writes with ``{% generation %}``, its marks are used. Where it does no
   model has to write it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

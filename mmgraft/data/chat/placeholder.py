@@ -1,7 +1,5 @@
 """The id that fills an image position in ``input_ids``."""
 
-from __future__ import annotations
-
 import re
 
 from transformers import PreTrainedTokenizerBase

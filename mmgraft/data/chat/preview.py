@@ -1,8 +1,6 @@
 """One row as the model sees it, in pieces that a person can read."""
 
-from __future__ import annotations
-
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any, Literal
 
@@ -10,12 +8,12 @@ from mmgraft.data.batches.dataset import fitted
 from mmgraft.data.chat.labels import supervise_row
 from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.rows import Row
+from mmgraft.frozen import Frozen
 
 Kind = Literal["prompt", "learned", "image"]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Frozen):
     """Neighbouring positions of one kind.
 
     Attributes:
@@ -29,8 +27,7 @@ class Piece:
     positions: int
 
 
-@dataclass(frozen=True)
-class Preview:
+class Preview(Frozen):
     """A row as it is trained on.
 
     Attributes:

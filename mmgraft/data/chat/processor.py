@@ -3,12 +3,10 @@
 Conversations of which a chat template would leave something out are refused.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -20,26 +18,20 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from mmgraft.data.batches.sequences import Side, pad
+from mmgraft.data.chat import transcript as transcripts
 from mmgraft.data.chat.answers import Answers, learn
 from mmgraft.data.chat.template import Template, check_template, reads_parts, variables
-from mmgraft.data.chat.transcript import (
-    STOCK_SENTINEL,
-    SentinelTokenizers,
-    Transcript,
-    unused_marker,
-    unused_sentinel,
-    with_sentinel,
-)
 from mmgraft.data.chat.turns import THOUGHTS, Message, clean, flatten, has_parts
 from mmgraft.data.images import open_images, size_of
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.vision.plan import ImagePositions
 
 _THINKS = {"reasoning_content", "thinking"}
 _TEXTS = ("content", *_THINKS)
 
 
-def refuse_dropped(transcript: Transcript) -> None:
+def refuse_dropped(transcript: transcripts.Transcript) -> None:
     """Refuse a conversation of which the template leaves something out.
 
     Looked for are the content of every turn, its calls of tools, its reasoning, and the tools. What
@@ -60,11 +52,11 @@ def refuse_dropped(transcript: Transcript) -> None:
     transcript.copies.written.add(kinds)
 
 
-def _dropped(transcript: Transcript) -> Iterator[str]:
+def _dropped(transcript: transcripts.Transcript) -> Iterator[str]:
     text = transcript.render()
     if transcript.tools and replace(transcript, tools=None).render() == text:
         yield ": the chat template does not write the row's 'tools'"
-    marker = unused_marker(text)
+    marker = transcripts.unused_marker(text)
     turns = list(enumerate(transcript.messages, start=1))
     try:
         marked = transcript.render([_marked(turn, f"{marker}{at}") for at, turn in turns])
@@ -90,7 +82,7 @@ def _marked(turn: Mapping[str, Any], mark: str) -> dict[str, Any]:
     return {**made, **{key: f"{made[key]}{mark}{key};" for key in texts}}
 
 
-def takes_text(transcript: Transcript) -> bool:
+def takes_text(transcript: transcripts.Transcript) -> bool:
     """Tell whether the template takes the arguments of calls as JSON text, not as objects.
 
     It does where it cannot write objects, or writes them as Python does.
@@ -125,12 +117,11 @@ def _with_calls(
     return {**turn, "tool_calls": calls} if calls else dict(turn)
 
 
+#: A vision tower's ``preprocess``.
 Preprocess = Callable[[Sequence[Image.Image]], Tensor]
-"""A vision tower's ``preprocess``."""
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(Frozen):
     """One conversation as ids.
 
     Attributes:
@@ -149,7 +140,7 @@ class Encoded:
     lengths: tuple[int, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
 
-    def part(self, start: int, end: int | None = None) -> Encoded:
+    def part(self, start: int, end: int | None = None) -> "Encoded":
         """Return the positions from ``start`` up to ``end``, with the images whole in them."""
         end = len(self) if end is None else end
         at = list(accumulate(self.lengths, initial=0))
@@ -231,7 +222,7 @@ class GraftProcessor:
         self.options = dict(options or {})
         self.vocab_size = vocab_size
         check_template(template, tokenizer, self.options)
-        self._copies = SentinelTokenizers(tokenizer)
+        self._copies = transcripts.SentinelTokenizers(tokenizer)
         self._reads_parts: bool | None = None
 
     def with_template(self, template: Template | str) -> Self:
@@ -248,7 +239,7 @@ class GraftProcessor:
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         where: str = "the conversation",
-    ) -> Transcript:
+    ) -> transcripts.Transcript:
         """Return the conversation as its template and tokenizer see it; see ``Transcript``.
 
         Raises:
@@ -262,17 +253,17 @@ class GraftProcessor:
         tools: Sequence[Any] | None,
         where: str,
         prompting: bool = False,
-    ) -> tuple[list[dict[str, Any]], Transcript]:
+    ) -> tuple[list[dict[str, Any]], transcripts.Transcript]:
         """Return the messages as the template takes them, and their transcript."""
         messages = clean(messages, where)
-        flat, images = flatten(messages, STOCK_SENTINEL, where)
-        plain = Transcript(
+        flat, images = flatten(messages, transcripts.STOCK_SENTINEL, where)
+        plain = transcripts.Transcript(
             flat, images, self.template, self._copies, self.tokenizer, tools, self.options,
             where=where, prompting=prompting,
         )  # fmt: skip
         if takes_text(plain):
             messages, plain = with_text(messages), replace(plain, messages=with_text(flat))
-        transcript = with_sentinel(plain, messages) if images else plain
+        transcript = transcripts.with_sentinel(plain, messages) if images else plain
         refuse_dropped(transcript)
         return messages, transcript
 
@@ -291,7 +282,9 @@ class GraftProcessor:
         """Return the text that is tokenised: the base's own, or with a sentinel for each image."""
         return self._text(*self._read(messages, tools, where, add_generation_prompt), where)
 
-    def _text(self, messages: Sequence[Message], transcript: Transcript, where: str) -> str:
+    def _text(
+        self, messages: Sequence[Message], transcript: transcripts.Transcript, where: str
+    ) -> str:
         if transcript.images:
             return transcript.tokens.text
         return transcript.render(self._text_only(messages, where), transcript.prompting)
@@ -330,26 +323,29 @@ class GraftProcessor:
         Raises:
             UsageError: It has another number of them than there are images.
         """
-        marks = text.count(STOCK_SENTINEL)
+        marks = text.count(transcripts.STOCK_SENTINEL)
         if images and marks != len(images):
             raise UsageError(
-                f"the prompt: {len(images)} images and {marks} times {STOCK_SENTINEL}; write it "
-                "where each image stands"
+                f"the prompt: {len(images)} images and {marks} times {transcripts.STOCK_SENTINEL}; "
+                "write it where each image stands"
             )
-        sentinel, tokenizer, index = STOCK_SENTINEL, self.tokenizer, None
+        sentinel, tokenizer, index = transcripts.STOCK_SENTINEL, self.tokenizer, None
         if images:
-            sentinel, tokenizer, index = unused_sentinel(self._copies, text)
-            text = text.replace(STOCK_SENTINEL, sentinel)
+            sentinel, tokenizer, index = transcripts.unused_sentinel(self._copies, text)
+            text = text.replace(transcripts.STOCK_SENTINEL, sentinel)
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         prefix = self._copies.prefix
-        given = Transcript(
+        given = transcripts.Transcript(
             [], list(images), self.template, self._copies, tokenizer, where="the prompt"
         )
         transcript = replace(given, sentinel=sentinel, sentinel_id=index)
         return self.expand(transcript, ids if ids[: len(prefix)] == prefix else [*prefix, *ids])
 
     def expand(
-        self, transcript: Transcript, ids: Sequence[int], spans: Sequence[tuple[int, int]] = ()
+        self,
+        transcript: transcripts.Transcript,
+        ids: Sequence[int],
+        spans: Sequence[tuple[int, int]] = (),
     ) -> Encoded:
         """Give every sentinel the positions of an image, and move the spans along."""
         self.check_ids(
@@ -383,7 +379,7 @@ class GraftProcessor:
             )
 
     def _measure(
-        self, transcript: Transcript
+        self, transcript: transcripts.Transcript
     ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
         """Positions of each image, and its size where they depend on it."""
         fixed = self.image_positions.fixed
@@ -490,10 +486,8 @@ class GraftProcessor:
     @property
     def pad_id(self) -> int:
         """The id of padding: the tokenizer's, else its end of sequence, else 0. It is masked."""
-        for index in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if isinstance(index, int):
-                return index
-        return 0
+        known = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return next((index for index in known if isinstance(index, int)), 0)
 
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
         """Return the text of generated ids, by the base's tokenizer."""

@@ -1,10 +1,7 @@
 """Messages as one text: by the tokenizer's chat template, as plain text, or by a template file."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,19 +11,19 @@ from transformers import PreTrainedTokenizerBase
 
 from mmgraft.data.chat.turns import Message
 from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.frozen import Frozen
 from mmgraft.textfiles import read_text
 
 _MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+#: Variables that transformers and jinja give to a template.
 _GIVEN = re.compile(
     "messages|tools|documents|add_generation_prompt|continue_final_message|"
     "raise_exception|strftime_now|range|namespace|dict"
 )
-"""Variables that transformers and jinja give to a template."""
 _PROBE = "mmgraft probe"
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(Frozen):
     """Record of a graft's template.
 
     Attributes:
@@ -182,11 +179,8 @@ def _apply(
     messages: Sequence[Message],
     **settings: Any,
 ) -> Any:
-    return tokenizer.apply_chat_template(
-        list(messages),  # pyright: ignore[reportArgumentType]
-        chat_template=template.text,
-        **settings,
-    )
+    conversation: Any = list(messages)
+    return tokenizer.apply_chat_template(conversation, chat_template=template.text, **settings)
 
 
 def source_of(

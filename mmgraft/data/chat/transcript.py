@@ -3,8 +3,6 @@
 Where its answers end in the text, and how a template closes them, is found by writing answers.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,9 +16,10 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from mmgraft.data.chat.template import Template, render, source_of
 from mmgraft.data.chat.turns import Message, flatten, strings_in
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 
+#: Name of transformers' ``LlavaProcessor``; the first choice, so that prompts look familiar.
 STOCK_SENTINEL = "<image>"
-"""Name of transformers' ``LlavaProcessor``; the first choice, so that prompts look familiar."""
 
 _TRIES = 8
 
@@ -110,7 +109,7 @@ class Transcript:
     prompting: bool = False
 
     @cached_property
-    def tokens(self) -> Tokens:
+    def tokens(self) -> "Tokens":
         """The conversation, written and tokenised once."""
         return Tokens(self, self.render(add_generation_prompt=self.prompting))
 
@@ -195,10 +194,8 @@ class Tokens:
 
     def _last_added(self, end: int) -> tuple[int, int]:
         """Find the last added token that ends by a character: its own first one, and its place."""
-        for start, stop, token in reversed(self._added):
-            if start and stop <= end:
-                return start, token
-        return 0, 0
+        added = ((at, token) for at, stop, token in reversed(self._added) if at and stop <= end)
+        return next(added, (0, 0))
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -253,12 +250,11 @@ def with_sentinel(plain: Transcript, messages: Sequence[Message]) -> Transcript:
     )
 
 
+#: Stands for an answer in what is written to learn from.
 MARKER = "zqAnswerqz"
-"""Stands for an answer in what is written to learn from."""
 
 
-@dataclass(frozen=True)
-class Closing:
+class Closing(Frozen):
     """Text of a template between an answer and its end of turn; empty if it writes none."""
 
     last: str  # where the answer is the last turn

@@ -4,8 +4,6 @@ Nothing that changes what a row means is dropped: it is read, or the row is refu
 message, text and images, become one text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,12 +12,12 @@ from typing import Any
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import StoredImage
 
+#: ``{"role", "content": str | list of parts}``; other keys go to the chat template untouched.
 Message = Mapping[str, Any]
-"""``{"role", "content": str | list of parts}``; other keys go to the chat template untouched."""
 
 
+#: Keys of an image part that may hold the image.
 IMAGE_KEYS = ("image", "image_url", "path", "url")
-"""Keys of an image part that may hold the image."""
 
 
 def is_image(part: Any) -> bool:
@@ -137,6 +135,7 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(item)
 
 
+#: The role that a turn's role or speaker stands for.
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt"), "assistant"),
@@ -144,17 +143,17 @@ ROLES = {
     "system": "system",
     "developer": "developer",
 }
-"""The role that a turn's role or speaker stands for."""
 
 ROW_KEYS = ("messages", "conversations", "image", "images", "system", "tools")
 TURN_KEYS = ("role", "from", "content", "value", "tool_calls")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+#: Keys of a turn that are the chat template's to read; see ``written.refuse_dropped``.
 TEMPLATE_KEYS = ("name", "tool_call_id", *THOUGHTS)
-"""Keys of a turn that are the chat template's to read; see ``written.refuse_dropped``."""
 PART_KEYS = {"text": ("type", "text")} | dict.fromkeys(
     ("image", "image_url"), ("type", *IMAGE_KEYS)
 )
 
+#: Words of keys that another trainer reads as part of what is said, shown, or learned.
 _MEANS = re.compile(
     "system|sys|developer|instruction|instruct|prompt|query|history|input|output|response|prefix|"
     "completion|chosen|rejected|reject|positive|negative|preference|margin|label|kto|weight|loss|"
@@ -163,17 +162,16 @@ _MEANS = re.compile(
     "medium|attachment|pixel|crop|object|region|segment|tool|function|call|document|doc|context|"
     "knowledge|passage|preamble|persona|template|reasoning|rationale|thinking|thought|think"
 )
-"""Words of keys that another trainer reads as part of what is said, shown, or learned."""
+#: Last words of keys that say something about a row, such as ``image_id``.
 _ABOUT = re.compile(
     "id|idx|index|type|kind|source|size|width|height|count|number|num|hash|sha256|md5|rating|score|"
     "min|max|length|category|format|formatting|license|token|language|dataset|version|model"
 )
-"""Last words of keys that say something about a row, such as ``image_id``."""
 _COUNTS = ("num", "n", "has", "is")
+#: Keys whose values 1 and true are the rule here: the turn is supervised, in full.
 _ON = ("loss", "train", "trainable", "training", "learn", "weight", "label", "supervised")
-"""Keys whose values 1 and true are the rule here: the turn is supervised, in full."""
+#: Keys whose values 0 and false are.
 _OFF = ("ignore", "skip", "exclude", "mask", "masked", "partial", "prefix")
-"""Keys whose values 0 and false are."""
 _MEDIA = re.compile(
     r".*\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|svg|pdf|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|npy)",
     re.IGNORECASE,

@@ -1,7 +1,5 @@
 """The fields of a record of a table: its question, options and right answers."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +8,7 @@ from typing import Any
 from mmgraft.data.chat.turns import ROW_KEYS
 from mmgraft.errors import UsageError, brief, did_you_mean
 
+#: Keys that are looked for where ``columns`` names none.
 _KEYS: dict[str, tuple[str, ...]] = {
     "id": ("id", "question_id"),
     "question": ("question",),
@@ -22,7 +21,6 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "group": ("group",),
     "text": ("text",),
 }
-"""Keys that are looked for where ``columns`` names none."""
 
 PASSAGES = ("passage", "context")
 _LETTERED = re.compile(r"(?:^|\n)\s*([A-Z])[.)]\s+")
@@ -63,10 +61,7 @@ class Fields:
             return record.get(named)
         if named is not None:
             return [record.get(part.strip()) for part in named.split(",")]
-        for key in _KEYS[field]:
-            if record.get(key) is not None:
-                return record[key]
-        return None
+        return next((record[key] for key in _KEYS[field] if record.get(key) is not None), None)
 
     def others(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return a record without what ``columns`` names, but for the row's own keys."""

@@ -4,8 +4,6 @@ A million rows cost some 20 MB. Each is read and checked once when its file is o
 again at each access.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from array import array
 from bisect import bisect_right
@@ -40,7 +38,7 @@ class Facts(NamedTuple):
         """Return whether a row has an image, (n,)."""
         return self.images > 0
 
-    def at(self, indices: NDArray[Any]) -> Facts:
+    def at(self, indices: NDArray[Any]) -> "Facts":
         """Return those of some rows."""
         return Facts._make(array[indices] for array in self)
 

@@ -3,12 +3,10 @@
 A layout is known by keys that its rows have, and reads some others. Free of torch.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
@@ -17,11 +15,12 @@ from pydantic import ConfigDict, Field
 from mmgraft.data.chat.turns import refuse_unread
 from mmgraft.data.formats.fields import PASSAGES, Fields, fill_prompt, gold_of
 from mmgraft.errors import UsageError, brief
-from mmgraft.strict import StrictModel
+from mmgraft.frozen import Frozen
+from mmgraft.strict import StrictModel, about
 
 Format = Literal["auto", "messages", "swift", "llava", "alpaca", "cauldron", "trl", "vqa"]
+#: Fields of a row of a table; ``columns`` names the key of each.
 Column = Literal["id", "question", "answer", "answers", "options", "image"]
-"""Fields of a row of a table; ``columns`` names the key of each."""
 
 Record = Mapping[str, Any]
 Turn = dict[str, Any]
@@ -30,18 +29,15 @@ Turn = dict[str, Any]
 class Vqa(StrictModel):
     """Settings that turn a row of a table into a question and an answer."""
 
-    prompt: str = Field(default="{question}", description="template of the question")
-    prompt_with_options: str = Field(
-        default="{question}\n{options}", description="template of a question with options"
+    prompt: str = about("template of the question", "{question}")
+    prompt_with_options: str = about("template of a question with options", "{question}\n{options}")
+    answer: Literal["first", "most_frequent", "sampled"] = about(
+        "choice among several answers", "first"
     )
-    answer: Literal["first", "most_frequent", "sampled"] = Field(
-        default="first", description="choice among several answers"
-    )
-    seed: int = Field(default=0, description="seed for answers that are sampled")
+    seed: int = about("seed for answers that are sampled", 0)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Frozen):
     """One way of writing rows.
 
     Attributes:
@@ -67,8 +63,7 @@ class Layout:
         return " and ".join(map(repr, self.keys))
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(Frozen):
     """Settings of a recipe for reading rows.
 
     Attributes:
@@ -247,6 +242,7 @@ def _chosen(answers: Sequence[Any], vqa: Vqa, row: str) -> Any:
     )
 
 
+#: All but tables, which a recipe names by their columns.
 LAYOUTS = (
     Layout(("llava", "swift"), ("conversations",), partial(_listed, "conversations")),
     Layout(("messages", "swift"), ("messages",), partial(_listed, "messages")),
@@ -254,4 +250,3 @@ LAYOUTS = (
     Layout(("cauldron",), ("texts",), _cauldron),
     Layout(("trl",), ("prompt", "completion"), _trl),
 )
-"""All but tables, which a recipe names by their columns."""

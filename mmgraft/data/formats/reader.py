@@ -3,8 +3,6 @@
 Images that are listed beside turns are put in their places: at a part, at a word, or first.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -13,21 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
-from mmgraft.data.chat.turns import (
-    IMAGE_KEYS,
-    PART_KEYS,
-    TEMPLATE_KEYS,
-    TURN_KEYS,
-    clean_turn,
-    has_image,
-    image_of,
-    images_of_all,
-    is_image,
-    refuse_unread,
-    role_of,
-    tools_of,
-    with_system,
-)
+from mmgraft.data.chat import turns as chat_turns
 from mmgraft.data.formats.fields import Fields
 from mmgraft.data.formats.layouts import Layout, Reading
 from mmgraft.data.images import is_data_uri, path_of, refuse_web
@@ -35,21 +19,21 @@ from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import BadImage, StoredImage, path_hint
 
+#: Placeholder of an image in the texts of most layouts; beside content parts it is plain text.
 WORD = "<image>"
-"""Placeholder of an image in the texts of most layouts; beside content parts it is plain text."""
 
+#: Placeholders that other tools write for an image, a video or a sound.
 _OTHER_WORDS = re.compile(
     r"<\|?\s?(?:start_of_)?(?:image|img|vision|video|audio|speech)"
     r"(?:[ _]?\d+|here|[ _](?:pad|placeholder|token|soft_token|start))?\s?/?\|?>"
     r"|\[IMG\]|&lt;image&gt;",
     re.IGNORECASE,
 )
-"""Placeholders that other tools write for an image, a video or a sound."""
 
+#: Rule by which ``WORD`` is an image. ``first``: always, and images without any word come before
+#: the first turn of a user; ``parts``: never where any part is an image, else ``first`` where
+#: images are listed; ``listed``: as ``parts``, but what may be either is refused.
 Words = Literal["never", "always", "first", "parts", "listed"]
-"""Rule by which ``WORD`` is an image. ``first``: always, and images without any word come before
-the first turn of a user; ``parts``: never where any part is an image, else ``first`` where images
-are listed; ``listed``: as ``parts``, but what may be either is refused."""
 
 Turn = dict[str, Any]
 
@@ -72,7 +56,12 @@ def place_images(
         UsageError: There are more or fewer places than images, or it is not clear which they are.
     """
     count = len(images)
-    shown = [image_of(part) for turn in turns for part in _parts(turn) if is_image(part)]
+    shown = [
+        chat_turns.image_of(part)
+        for turn in turns
+        for part in _parts(turn)
+        if chat_turns.is_image(part)
+    ]
     bare = shown.count(None)
     if not count and not bare and words not in ("always", "first"):
         return list(turns), "parts"
@@ -103,7 +92,11 @@ def place_images(
 def _refuse_other(turns: Sequence[Turn], shown: Sequence[Any], words: Words, where: str) -> None:
     """Refuse parts that take images in an order of their own, and placeholders of other tools."""
     parts = [part for turn in turns for part in _parts(turn)]
-    order = [part["index"] for part in parts if is_image(part) and part.get("index") is not None]
+    order = [
+        part["index"]
+        for part in parts
+        if chat_turns.is_image(part) and part.get("index") is not None
+    ]
     if order not in (list(range(len(order))), list(range(1, len(order) + 1))):
         raise UsageError(
             f"{where}: its image parts say 'index' {order}; list the images in the order of the "
@@ -114,7 +107,9 @@ def _refuse_other(turns: Sequence[Turn], shown: Sequence[Any], words: Words, whe
     texts = [turn["content"] for turn in turns if isinstance(turn.get("content"), str)]
     texts += [part["text"] for part in parts if isinstance(part.get("text"), str)]
     for found in filter(None, map(_OTHER_WORDS.search, texts)):
-        if not any(map(is_image, parts)) or re.search("video|audio|speech", found[0], re.I):
+        if not any(map(chat_turns.is_image, parts)) or re.search(
+            "video|audio|speech", found[0], re.I
+        ):
             raise UsageError(
                 f"{where}: {found[0]!r} stands in a text, and no image is put there; write {WORD} "
                 "for each image, or format: messages in the recipe, where it is a text"
@@ -127,7 +122,7 @@ def _parts(turn: Turn) -> list[Any]:
 
 
 def _is_bare(part: Any) -> bool:
-    return is_image(part) and image_of(part) is None
+    return chat_turns.is_image(part) and chat_turns.image_of(part) is None
 
 
 def _split(turn: Turn, in_parts: bool) -> Turn:
@@ -154,7 +149,7 @@ def _split(turn: Turn, in_parts: bool) -> Turn:
 def _with_first(turns: Sequence[Turn], count: int, where: str) -> list[Turn]:
     """Return turns with empty image parts before the first turn of a user."""
     for at, turn in enumerate(turns):
-        if role_of(turn["role"], f"{where}, turn {at + 1}") == "user":
+        if chat_turns.role_of(turn["role"], f"{where}, turn {at + 1}") == "user":
             said = turn.get("content") or []
             said = [{"type": "text", "text": said}] if isinstance(said, str) else said
             return [
@@ -179,16 +174,16 @@ def _filled(turns: Sequence[Turn], images: Sequence[Any]) -> list[Turn]:
     return filled
 
 
+#: Characters; what is longer is hardly a path.
 _LONGEST_NAME = 1000
-"""Characters; what is longer is hardly a path."""
 _TURNS = ("messages", "conversations", "texts", "history")
+#: Lists and objects in each other.
 _DEEPEST = 100
-"""Lists and objects in each other."""
 
+#: An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot.
 _BASE64 = re.compile(
     r"(?:iVBORw0KGgoAAAANSUhEUg|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40,}={0,2}\s*"
 )
-"""An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot."""
 
 
 _PLACED = {
@@ -237,14 +232,14 @@ class RowReader:
         turns = layout.turns(data, where)
         name = self._name(layout, data)
         images = self._listed(data, turns, where)
-        refuse_unread(data, self.reading.read_keys(layout), where)
+        chat_turns.refuse_unread(data, self.reading.read_keys(layout), where)
         words = "never" if self.reading.format == "messages" else _WORDS.get(name, "first")
         placed, by = place_images(turns, images, words, where)
         messages = [self._message(turn, f"{where}, turn {at}") for at, turn in enumerate(placed, 1)]
-        if not has_image(messages):
-            refuse_unread(data, self.reading.read_keys(layout), where, files=True)
-        messages = with_system(messages, data, where)
-        tools = tools_of(data, where)
+        if not chat_turns.has_image(messages):
+            chat_turns.refuse_unread(data, self.reading.read_keys(layout), where, files=True)
+        messages = chat_turns.with_system(messages, data, where)
+        tools = chat_turns.tools_of(data, where)
         if name == "messages" and by != "parts":
             name = "swift"
         why = f"{name}: {layout.known_by}{_PLACED[by] if images else ''}"
@@ -272,7 +267,7 @@ class RowReader:
                 fields.check(list(data), where, "this row has not")
             found = fields.get(data, "image")  # of several columns, a list
             named = [found] if column in data else [one for one in found or () if one is not None]
-        if not named and self.images and not any(images_of_all(turns)):
+        if not named and self.images and not any(chat_turns.images_of_all(turns)):
             return list(dict.fromkeys(self.images.values()))
         listed: list[Any] = []
         for value in named:
@@ -282,8 +277,10 @@ class RowReader:
         return listed
 
     def _message(self, turn: dict[str, Any], at: str) -> dict[str, Any]:
-        refuse_unread(turn, (*TURN_KEYS, *TEMPLATE_KEYS), at, files=True)
-        turn = clean_turn(turn, at)
+        chat_turns.refuse_unread(
+            turn, (*chat_turns.TURN_KEYS, *chat_turns.TEMPLATE_KEYS), at, files=True
+        )
+        turn = chat_turns.clean_turn(turn, at)
         content = turn.get("content")
         if isinstance(content, list):
             return {**turn, "content": [self._part(part, at) for part in content]}
@@ -292,14 +289,14 @@ class RowReader:
         return turn
 
     def _part(self, part: Any, at: str) -> dict[str, Any]:
-        if isinstance(part, dict) and part.get("type") in PART_KEYS:
-            refuse_unread(part, PART_KEYS[part["type"]], at, files=True)
+        if isinstance(part, dict) and part.get("type") in chat_turns.PART_KEYS:
+            chat_turns.refuse_unread(part, chat_turns.PART_KEYS[part["type"]], at, files=True)
             if part["type"] != "text" and part.get("text"):
                 raise UsageError(f"{at}: an image part with text; write a part for each")
-            if sum(map(bool, map(part.get, IMAGE_KEYS))) > 1 and part["type"] != "text":
+            if sum(map(bool, map(part.get, chat_turns.IMAGE_KEYS))) > 1 and part["type"] != "text":
                 raise UsageError(f"{at}: an image part with several images; write a part for each")
-        if is_image(part):
-            image = image_of(part)
+        if chat_turns.is_image(part):
+            image = chat_turns.image_of(part)
             if image is None:
                 raise UsageError(
                     f'{at}: an image part without an image; write "image": PATH in it, or one more '

@@ -1,29 +1,26 @@
 """Files of JSON records that are read one record at a time: lines, or one list."""
 
-from __future__ import annotations
-
 import codecs
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.vision.images import StoredImage
 
 _CHUNK = 1 << 20
+#: Bytes that are read at a time, of a whole file and of one record.
 _SHORT = 1 << 14
-"""Bytes that are read at a time, of a whole file and of one record."""
+#: Characters of one record of a list; what is longer is taken for a file that is cut short.
 _LONGEST = 64 << 20
-"""Characters of one record of a list; what is longer is taken for a file that is cut short."""
 _SPACE = " \t\n\r"
 _NESTED = "lists in lists, deeper than can be read; write a row"
 _DIGITS = "a number of thousands of digits; write it as a text, or leave it out"
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(Frozen):
     """One record.
 
     Attributes:
@@ -35,8 +32,7 @@ class Record:
     images: Mapping[str, StoredImage] | None = None
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Frozen):
     """A record that was met while a file was read from its beginning to its end.
 
     Attributes:
@@ -53,10 +49,10 @@ class Found:
 class RecordFile(Protocol):
     """A file of records of which each can be read by itself. It keeps no record in memory."""
 
+    #: As errors name it.
     file: str
-    """As errors name it."""
+    #: Unit that its numbers count: "line", "row" or "sample".
     unit: str
-    """Unit that its numbers count: "line", "row" or "sample"."""
 
     def scan(self) -> Iterator[Found]:
         """Yield all records in order.
@@ -75,15 +71,14 @@ class RecordFile(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Stamp:
+class Stamp(Frozen):
     """Size and time of a file, by which a change is noticed."""
 
     size: int
     time: int
 
     @classmethod
-    def of(cls, file: str | Path) -> Stamp:
+    def of(cls, file: str | Path) -> "Stamp":
         """Take the stamp of a file as it is now."""
         stat = Path(file).stat()
         return cls(stat.st_size, stat.st_mtime_ns)

@@ -1,41 +1,37 @@
 """Rows from files: which files a name stands for, what reads each, and their rows in order."""
 
-from __future__ import annotations
-
 import glob
 import logging
 import os
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from mmgraft.data.formats import layouts, tables, tar_files
 from mmgraft.data.formats.indexed import FactsBuilder, FileRows, Joined, RowIndex
-from mmgraft.data.formats.layouts import Format, Reading
 from mmgraft.data.formats.reader import RowReader, id_of
 from mmgraft.data.formats.record_files import Found, Record, RecordFile, json_file
-from mmgraft.data.formats.tables import is_saved, open_table
-from mmgraft.data.formats.tar_files import TarFile
 from mmgraft.data.rows import HUB, BadRow, Row, absolute, fault_of
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.progress import counted
 
 _log = logging.getLogger(__name__)
 OnBad = Callable[[BadRow], None]
 
+#: Endings of the files in a folder of shards.
 ENDINGS = (".json", ".jsonl", ".parquet", ".tar")
-"""Endings of the files in a folder of shards."""
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Frozen):
     """Rows that belong together: a file, or the shards of one set.
 
     Attributes:
@@ -51,7 +47,7 @@ class Source:
 
     path: str
     images: str | None = None
-    reading: Reading = field(default_factory=Reading)
+    reading: layouts.Reading = field(default_factory=layouts.Reading)
     limit: int | None = None
     split: str = "train"
     subset: str | None = None
@@ -67,7 +63,7 @@ class Source:
         if path.startswith(HUB) or os.path.isfile(path):
             return [path]
         if os.path.isdir(path):
-            return [path] if is_saved(Path(path)) else _in_folder(path)
+            return [path] if tables.is_saved(Path(path)) else _in_folder(path)
         found = _matching(path)
         if not found:
             raise UsageError(
@@ -82,7 +78,7 @@ class Source:
         Raises:
             UsageError: Nothing does.
         """
-        table = partial(open_table, file, self.split, self.subset, self.revision)
+        table = partial(tables.open_table, file, self.split, self.subset, self.revision)
         if file.startswith(HUB) or os.path.isdir(file):
             return table()
         if self.split != "train":
@@ -97,7 +93,7 @@ class Source:
         ending = os.path.splitext(file)[1].lower()
         if ending == ".parquet":
             return table()
-        return TarFile(file) if ending == ".tar" else json_file(file)
+        return tar_files.TarFile(file) if ending == ".tar" else json_file(file)
 
     def folder(self, file: str) -> str | None:
         """Return the folder that image paths of a file start from, as a whole path.
@@ -115,8 +111,7 @@ class Source:
         return os.path.abspath(folder)
 
 
-@dataclass(frozen=True)
-class Checks:
+class Checks(Frozen):
     """Conditions that a row must meet.
 
     Attributes:
@@ -137,7 +132,7 @@ class Checks:
 def read_rows(
     path: str | Path,
     images: str | Path | None = None,
-    format: Format = "auto",
+    format: layouts.Format = "auto",
     limit: int | None = None,
     check_images: bool = True,
 ) -> list[Row]:
@@ -156,7 +151,7 @@ def read_rows(
         UsageError: Naming file, row and what is wrong.
     """
     folder = None if images is None else str(images)
-    source = Source(str(path), folder, Reading(format), limit)
+    source = Source(str(path), folder, layouts.Reading(format), limit)
     return list(index_rows(source, Checks(check_images)))
 
 
@@ -306,7 +301,7 @@ def is_there(path: str) -> bool:
     if path.startswith(HUB) or os.path.isfile(path):
         return True
     if os.path.isdir(path):
-        return is_saved(Path(path)) or bool(_shards(path))
+        return tables.is_saved(Path(path)) or bool(_shards(path))
     return bool(_matching(path))
 
 

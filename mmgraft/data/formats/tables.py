@@ -3,8 +3,6 @@
 A table lies memory-mapped on disk, so that any row is read without the others.
 """
 
-from __future__ import annotations
-
 import glob
 import itertools
 import os
@@ -19,14 +17,14 @@ from mmgraft.data.rows import HUB
 from mmgraft.errors import MMGraftError, UsageError, first_line
 from mmgraft.vision.images import StoredImage
 
+#: Rows that are looked at together.
 _SLICE = 256
-"""Rows that are looked at together."""
+#: Reads after which files are mapped anew.
 _MAPPED_ANEW = 64
-"""Reads after which files are mapped anew."""
+#: Rows of a parquet file that are unpacked at a time, and about how many bytes of larger rows.
 _FEWEST, _MOST, _UNPACKED = 256, 4096, 64 << 20
-"""Rows of a parquet file that are unpacked at a time, and about how many bytes of larger rows."""
+#: Bytes of a column of a group, and for each byte of it in the file: above both it is no data.
 _BOMB, _BOMB_RATIO = 1 << 30, 1000
-"""Bytes of a column of a group, and for each byte of it in the file: above both it is no data."""
 
 
 class TableFile:
@@ -132,9 +130,7 @@ def _plain(value: Any, name: Callable[[], str]) -> Any:
             return held if held is not None else _plain(value["path"], name)
         cells = {key: _plain(one, name) for key, one in value.items()}
         return {key: one for key, one in cells.items() if one is not None or key == "content"}
-    if isinstance(value, list):
-        return [_plain(one, name) for one in value]
-    return value
+    return [_plain(one, name) for one in value] if isinstance(value, list) else value
 
 
 def open_table(file: str, split: str, subset: str | None, revision: str | None) -> TableFile:

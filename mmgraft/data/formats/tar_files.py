@@ -1,7 +1,5 @@
 """Shards of WebDataset: a tar in which neighbours with one name are one record."""
 
-from __future__ import annotations
-
 import json
 import os
 import tarfile
@@ -13,8 +11,8 @@ from mmgraft.data.formats.record_files import Found, Record, StampedFile
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import StoredImage
 
+#: Endings of members that are images.
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-"""Endings of members that are images."""
 
 
 class TarFile(StampedFile):
@@ -58,7 +56,8 @@ class TarFile(StampedFile):
                 tar = tarfile.TarFile(fileobj=file, mode="r")
                 while (member := tar.next()) is not None:
                     cast(Any, tar).members.clear()  # it would keep them all
-                    if member.isdir() or _is_of_finder(member.name):
+                    # a Mac's ._NAME only says how to show the file beside it
+                    if member.isdir() or member.name.rpartition("/")[2].startswith("._"):
                         continue
                     if not member.isfile() or member.issparse():
                         raise UsageError(
@@ -153,11 +152,6 @@ def _record_members(
         if found:
             kinds[kind] = (own or found)[0]
     return kinds
-
-
-def _is_of_finder(name: str) -> bool:
-    """Tell whether a member only says how a Mac shows the file beside it."""
-    return name.rpartition("/")[2].startswith("._")
 
 
 def _ending(name: str) -> str:

@@ -21,8 +21,6 @@ it has computed; those are summed and dropped layer by layer. Attentions outside
 registry either do the same or call torch's fused kernel, which is met there.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +50,7 @@ from mmgraft.evaluation.items.files import file_sha256, sampled
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.intervals import Measured, paired
 from mmgraft.evaluation.origin import described_graft, section_of
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.base import IMAGE, PADDING, TEXT, Graft
 from mmgraft.grafts.registry import get_method
 from mmgraft.inference import Answerer
@@ -81,7 +80,7 @@ class AttentionSums:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def of(self, attentions: Mapping[str, nn.Module], registry: bool) -> Iterator[AttentionSums]:
+    def of(self, attentions: Mapping[str, nn.Module], registry: bool) -> "Iterator[AttentionSums]":
         """Sum every forward of these attentions while the block lasts.
 
         Args:
@@ -221,17 +220,16 @@ class _MeetKernel(TorchFunctionMode):
 
 
 SIDES = ("before", "image", "after")
+#: The series in which the workflow runs and its graft does not: the base, fed with images.
 PROJECTOR_ONLY = "base_with_projector"
-"""The series in which the workflow runs and its graft does not: the base, fed with images."""
 
+#: After a layer's number: the layer that a graft inserted after it.
 INSERTED = "+"
-"""After a layer's number: the layer that a graft inserted after it."""
+#: Before a layer's number: what a graft attends to beside that layer's attention.
 _WATCHED = "beside "
-"""Before a layer's number: what a graft attends to beside that layer's attention."""
 
 
-@dataclass(frozen=True)
-class LayerSums:
+class LayerSums(Frozen):
     """Attention of some samples by layer and side.
 
     Attributes:
@@ -367,8 +365,8 @@ def _gather(sums: Mapping[str, Tensor], names: Sequence[str] | Mapping[str, Any]
     return LayerSums(chosen, stacked.double().numpy())
 
 
+#: Why a sample has no attention shift.
 LEFT_OUT = ("no_image", "no_text_before", "no_text_after", "no_variance")
-"""Why a sample has no attention shift."""
 
 Sample = Row | Item
 _CONSTANT = 1e-6  # a curve that varies by less, of its largest value, is rounding

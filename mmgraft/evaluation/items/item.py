@@ -1,12 +1,10 @@
 """The one item type of evaluation: a question, and what counts as its answer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mmgraft.data.chat.turns import has_image, is_image
+from mmgraft.frozen import Frozen
 
 Box = tuple[float, float, float, float]
 
@@ -19,8 +17,7 @@ def with_images(message: Mapping[str, Any], change: Callable[[Any], Any]) -> dic
     return {**message, "content": [change(one) if is_image(one) else one for one in content]}
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(Frozen):
     """One question of a set.
 
     Attributes:

@@ -1,7 +1,5 @@
 """The licence of a set's images, as ``mmgraft data prepare`` has noted it beside them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,8 +11,8 @@ from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Item
 from mmgraft.textfiles import read_json
 
+#: Licences under which images may go along with a report; those that are known are strings.
 FREE = frozenset({"MIT", "CC0", "CC0-1.0"})
-"""Licences under which images may go along with a report; those that are known are strings."""
 
 SOURCES = "*.source.json"
 _LEVELS = 4  # folders above an image that are looked into

@@ -3,11 +3,8 @@
 Multiple choice is scored by them: the option that a model finds likeliest after the question.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
@@ -22,22 +19,22 @@ from mmgraft.errors import UsageError
 from mmgraft.evaluation.generate.run_features import Features, image_inputs
 from mmgraft.evaluation.items.item import Item
 from mmgraft.evaluation.metrics.answers import ChoiceScore
+from mmgraft.frozen import Frozen
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
+#: Context length of a base that names none, as in lm-evaluation-harness.
 DEFAULT_LENGTH = 2048
-"""Context length of a base that names none, as in lm-evaluation-harness."""
 
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 _UNSET = 1e29  # transformers' own word for a tokenizer without a length
+#: Types of layers that go on from a cache as if all were read at once.
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
-"""Types of layers that go on from a cache as if all were read at once."""
+#: Logits that one pass may give; a batch is made smaller until it fits.
 LOGITS_AT_ONCE = 1 << 27
-"""Logits that one pass may give; a batch is made smaller until it fits."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Frozen):
     """A context and what may follow it.
 
     Attributes:

@@ -1,10 +1,7 @@
 """Perplexity of texts in rolling windows, and how far a model's predictions are from its base's."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,15 +23,15 @@ from mmgraft.evaluation.likelihood.likelihood import (
     prefix_id,
 )
 from mmgraft.evaluation.metrics.intervals import Measured, Statistic, share
+from mmgraft.frozen import Frozen
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.model.workflow import TEXT_WORKFLOW
 
+#: Positions whose fp32 probabilities are held at once; on a CPU more cost page faults.
 _POSITIONS, _ON_CARD = 64, 256
-"""Positions whose fp32 probabilities are held at once; on a CPU more cost page faults."""
 
 
-@dataclass(frozen=True)
-class WindowScore:
+class WindowScore(Frozen):
     """Sums over the tokens that one window predicts.
 
     Attributes:
@@ -50,8 +47,7 @@ class WindowScore:
     kl: float | None = None
 
 
-@dataclass(frozen=True)
-class TextScore:
+class TextScore(Frozen):
     """One text, or the answer of one chat.
 
     Attributes:
@@ -67,8 +63,7 @@ class TextScore:
     windows: tuple[WindowScore, ...]
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(Frozen):
     """Ids that are read, and the last of what follows them, which is predicted.
 
     Attributes:

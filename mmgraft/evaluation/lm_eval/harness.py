@@ -5,14 +5,11 @@ its own. Here its models get the graft's forward, and its numbers get intervals,
 of every document.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +19,7 @@ import numpy as np
 
 from mmgraft.errors import MMGraftError, UsageError
 from mmgraft.evaluation.metrics.intervals import Statistic, estimate, interval_of, paired, ratio
+from mmgraft.frozen import Frozen
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.progress import say
 from mmgraft.runs.results import Score, SetResult
@@ -31,12 +29,11 @@ if TYPE_CHECKING:
 
     from mmgraft.inference import Answerer
 
+#: Samples for metrics that are no function of sums (BLEU, F1), each computed anew.
 RESAMPLES = 200
-"""Samples for metrics that are no function of sums (BLEU, F1), each computed anew."""
 
 
-@dataclass(frozen=True)
-class Leaf:
+class Leaf(Frozen):
     """One task's numbers.
 
     Attributes:
@@ -58,7 +55,7 @@ class Leaf:
     aggregates: dict[str, Callable[[list[Any]], Any]]
 
     @classmethod
-    def of(cls, task: Any, found: dict[str, Any]) -> Leaf:
+    def of(cls, task: Any, found: dict[str, Any]) -> "Leaf":
         """Return what ``simple_evaluate`` found of a task."""
         from lm_eval.api.metrics import mean
         from lm_eval.api.model import hash_args
@@ -250,8 +247,7 @@ def _resampled(leaf: Leaf, key: str) -> tuple[float, float] | None:
 _NEAR = 5
 
 
-@dataclass(frozen=True)
-class _Task:
+class _Task(Frozen):
     """A task, a group that says how its tasks are put together, or the list of a tag's tasks."""
 
     name: str
@@ -262,14 +258,14 @@ class _Task:
 
 
 def evaluate_harness(
-    answerer: Answerer,
+    answerer: "Answerer",
     tasks: Sequence[str],
     *,
     workflow: str | None = None,
     batch_size: int = 8,
     limit: int | None = None,
     include_path: str | Path | None = None,
-    untouched: PreTrainedModel | None = None,
+    untouched: "PreTrainedModel | None" = None,
 ) -> list[SetResult]:
     """Run tasks by name.
 
@@ -392,12 +388,10 @@ def _load(manager: Any, name: str) -> Any:
             "task file and its data"
         ) from error
     group = loaded.get("groups", {}).get(name)
-    if group is not None:
-        return group
-    return list(loaded["tasks"].values())
+    return group if group is not None else list(loaded["tasks"].values())
 
 
-def _task(answerer: Answerer, name: str, loaded: Any, workflow: str | None) -> _Task:
+def _task(answerer: "Answerer", name: str, loaded: Any, workflow: str | None) -> _Task:
     """Check what was loaded, and choose its workflow.
 
     Raises:
@@ -443,7 +437,7 @@ def _refuse_images(name: str, leaves: Sequence[Any], workflow: str | None) -> No
 
 
 def _model(
-    answerer: Answerer, task: _Task, batch_size: int, untouched: PreTrainedModel | None = None
+    answerer: "Answerer", task: _Task, batch_size: int, untouched: "PreTrainedModel | None" = None
 ) -> Any:
     """Return the harness's model of the graft, or of the untouched base."""
     from mmgraft.evaluation.lm_eval.models import ImageLM, TextLM, plain_lm
@@ -481,10 +475,7 @@ def _run(lm: Any, task: _Task, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sets(
-    task: _Task,
-    after: dict[str, Any],
-    before: dict[str, Any] | None,
-    settings: dict[str, Any],
+    task: _Task, after: dict[str, Any], before: dict[str, Any] | None, settings: dict[str, Any]
 ) -> list[SetResult]:
     settings = {
         "harness": f"lm-eval {version('lm-eval')}",

@@ -1,7 +1,5 @@
 """A grafted model as lm-evaluation-harness sees one. Needs the extra ``mmgraft[eval]``."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging
@@ -27,8 +25,8 @@ logging.getLogger("lm_eval.models.huggingface").addFilter(
     lambda record: "`pretrained` model kwarg" not in record.getMessage()
 )
 
+#: Placeholder of an image in a task of lm-evaluation-harness.
 PLACEHOLDER = "<image>"
-"""Placeholder of an image in a task of lm-evaluation-harness."""
 
 
 def plain_lm(base: PreTrainedModel, processor: GraftProcessor, batch_size: int) -> Any:

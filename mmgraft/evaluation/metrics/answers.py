@@ -5,12 +5,9 @@ of the options, and the option that a generated answer names. A set is also answ
 training answers alone say.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Literal
 
@@ -18,6 +15,7 @@ import numpy as np
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.metrics.intervals import Measured, ratio, share
+from mmgraft.frozen import Frozen
 
 _WORD = re.compile(r"[a-z']+")
 _END = re.compile(r"[.\n]")
@@ -185,8 +183,7 @@ _NAMED = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class ChoiceScore:
+class ChoiceScore(Frozen):
     """Log-probabilities of one item's options.
 
     Attributes:

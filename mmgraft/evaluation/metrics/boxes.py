@@ -1,7 +1,5 @@
 """Boxes as a model writes them, and how well they fit."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from math import ceil, floor

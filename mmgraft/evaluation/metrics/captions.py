@@ -1,7 +1,5 @@
 """Captions against what people wrote: CIDEr-D."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

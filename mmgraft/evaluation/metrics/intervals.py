@@ -1,13 +1,11 @@
 """Values of a metric on each item, and the numbers made of them, with bootstrap intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.runs.results import Score
 
 RESAMPLES = 1000
@@ -115,8 +113,7 @@ def _by_group(table: np.ndarray, groups: Groups) -> np.ndarray:
     return sums
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(Frozen):
     """A metric's columns, one row an item, and its scores, which are statistics of their sums.
 
     The same object gives the whole set, one kind of question, and the paired difference to another
@@ -133,18 +130,18 @@ class Measured:
     main: str
 
     @classmethod
-    def means(cls, **values: Sequence[float] | Sequence[bool] | np.ndarray) -> Measured:
+    def means(cls, **values: Sequence[float] | Sequence[bool] | np.ndarray) -> "Measured":
         """Make scores that are means of one number an item; the first is the main one."""
         lists = [np.asarray(one, dtype=np.float64) for one in values.values()]
         columns = np.stack([*lists, np.ones_like(lists[0])], axis=-1)
         statistics = {name: share(at, -1) for at, name in enumerate(values)}
         return cls(columns, statistics, next(iter(values)))
 
-    def of(self, indices: Sequence[int]) -> Measured:
+    def of(self, indices: Sequence[int]) -> "Measured":
         """Return the same of some of the items, by index."""
         return Measured(self.columns[list(indices)], self.statistics, self.main)
 
-    def beside(self, other: Measured) -> Measured:
+    def beside(self, other: "Measured") -> "Measured":
         """Return these scores and those of another metric on the same items."""
         width = self.columns.shape[1]
         parts = (slice(None, width), self.statistics), (slice(width, None), other.statistics)
@@ -172,7 +169,7 @@ class Measured:
             for name, statistic in self.statistics.items()
         }
 
-    def change(self, before: Measured, groups: Groups = None) -> dict[str, Score]:
+    def change(self, before: "Measured", groups: Groups = None) -> dict[str, Score]:
         """Return how every score differs from another measurement of the same items, in order.
 
         Raises:

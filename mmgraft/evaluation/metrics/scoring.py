@@ -1,37 +1,26 @@
 """A set's answers against what is right, by the set's metric. Free of torch."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mmgraft.errors import UsageError
 from mmgraft.evaluation.items.item import Box, Item
-from mmgraft.evaluation.metrics.answers import (
-    By,
-    ChoiceScore,
-    Prior,
-    exact,
-    measure_yes_no,
-    truth_of,
-    vqa_match,
-    vqa_v2,
-)
+from mmgraft.evaluation.metrics import answers as answer_metrics
 from mmgraft.evaluation.metrics.boxes import measure_boxes
 from mmgraft.evaluation.metrics.captions import CiderD, measure_captions, words_of
 from mmgraft.evaluation.metrics.intervals import Measured
 from mmgraft.recipes.evaluation_set import Metric, SetSpec
 from mmgraft.runs.results import Score
 
+#: Largest number of tokens of an answer, unless the set gives one.
 ANSWER_TOKENS: Mapping[Metric, int] = {
     "exact": 16, "vqa": 16, "vqa_v2": 16, "yes_no": 8, "caption": 64, "box": 48,
 }  # fmt: skip
-"""Largest number of tokens of an answer, unless the set gives one."""
 
-BY: Mapping[str, By] = {
+#: Scores of multiple choice: how the log-probability of an option's text is weighed.
+BY: Mapping[str, answer_metrics.By] = {
     "accuracy": "sum", "accuracy_per_token": "token", "accuracy_per_character": "character",
 }  # fmt: skip
-"""Scores of multiple choice: how the log-probability of an option's text is weighed."""
 
 
 def measure_answers(spec: SetSpec, items: Sequence[Item], answers: Sequence[str]) -> Measured:
@@ -48,8 +37,8 @@ def measure_answers(spec: SetSpec, items: Sequence[Item], answers: Sequence[str]
     if spec.metric == "caption":
         return measure_captions(answers, _cider(items))
     if spec.metric == "yes_no":
-        truth = [truth_of(item.answers[0], item.where) for item in items]
-        return measure_yes_no(answers, truth)
+        truth = [answer_metrics.truth_of(item.answers[0], item.where) for item in items]
+        return answer_metrics.measure_yes_no(answers, truth)
     if spec.metric == "box" and spec.boxes is not None:
         boxes, sizes = zip(*map(box_and_size, items), strict=True)
         return measure_boxes(answers, boxes, sizes, spec.boxes)
@@ -71,7 +60,9 @@ def box_and_size(item: Item) -> tuple[Box, tuple[int, int]]:
     return item.box, item.size
 
 
-def measure_choices(items: Sequence[Item], scores: Sequence[ChoiceScore]) -> Measured:
+def measure_choices(
+    items: Sequence[Item], scores: Sequence[answer_metrics.ChoiceScore]
+) -> Measured:
     """Measure accuracy by log-probability: of an option's whole text, a token, and a character."""
     return Measured.means(
         **{
@@ -95,7 +86,7 @@ def measure_prior(
         items: Its items.
         seen: Questions and answers of training, at least one.
     """
-    prior = Prior(seen)
+    prior = answer_metrics.Prior(seen)
     if spec.metric != "choice":
         return measure_answers(spec, items, [prior(item.question) for item in items])
     right = [prior.option(item.question, item.options) == item.gold for item in items]
@@ -125,9 +116,9 @@ def _any(match: Callable[[str, str], bool]) -> Callable[[str, Sequence[str]], fl
 
 
 _ACCURACIES: Mapping[str, Callable[[str, Sequence[str]], float]] = {
-    "exact": _any(exact),
-    "vqa": _any(vqa_match),
-    "vqa_v2": vqa_v2,
+    "exact": _any(answer_metrics.exact),
+    "vqa": _any(answer_metrics.vqa_match),
+    "vqa_v2": answer_metrics.vqa_v2,
 }
 
 

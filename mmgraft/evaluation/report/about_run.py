@@ -1,7 +1,5 @@
 """Description of a run: the method, its training data, and how to make it again. Free of torch."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence

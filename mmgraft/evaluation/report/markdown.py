@@ -1,15 +1,13 @@
 """Reports as Markdown, made by Jinja templates, and the HTML page rendered from it."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.evaluation.report import words
+from mmgraft.frozen import Frozen
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -50,8 +48,7 @@ def score_title(name: str) -> str:
     return plain(words.score_name(name))
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(Frozen):
     """A table of a report; as a string it is Markdown, and empty where it has no rows.
 
     Attributes:
@@ -133,7 +130,7 @@ def render_html(markdown: str, images: Mapping[str, bytes] | None = None) -> str
     return page.render(title=escape(title), parts=parts, body=body)
 
 
-def _decorate(tokens: Sequence[Token], images: Mapping[str, bytes]) -> list[tuple[str, str, str]]:
+def _decorate(tokens: "Sequence[Token]", images: Mapping[str, bytes]) -> list[tuple[str, str, str]]:
     """Add anchors, row headings, classes and image data to a page's tokens.
 
     Returns:
@@ -166,7 +163,7 @@ def _decorate(tokens: Sequence[Token], images: Mapping[str, bytes]) -> list[tupl
 
 
 @cache
-def _environment() -> Environment:
+def _environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -3,13 +3,12 @@
 The form of the first is that of Wings, arXiv 2406.03496, figure 2.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,11 +30,12 @@ SIDES = {  # curve: colour and label
     "after": ("#e6761e", "text after the image"),
 }
 RUNS = ("#1f77b4", "#e6761e", "#2a9d5c", "#b2387f", "#7a5cc7", "#8a6d3b", "#17a2b8", "#666666")
+DASHES = ("solid", "dashed", "dotted")  # of the first eight runs, of the next, of the rest
 _WINDOWS = 25  # a curve's running mean is over a 25th of its steps
 _Panel = tuple[str, Mapping[str, Any], str]
 
 
-def laws_plot(results: Mapping[str, Results]) -> bytes:
+def laws_plot(results: "Mapping[str, Results]") -> bytes:
     """Plot attention by layer: a row of panels for each run, a panel for each series.
 
     A panel shows which share of a query's attention goes to the text before the image, to the
@@ -69,7 +69,7 @@ def laws_plot(results: Mapping[str, Results]) -> bytes:
     return _png(figure)
 
 
-def _panels(label: str, results: Results) -> list[_Panel]:
+def _panels(label: str, results: "Results") -> list[_Panel]:
     """Return name, curves and shift of every series of a section."""
     found = []
     for one in results.sets:
@@ -83,7 +83,7 @@ def _panels(label: str, results: Results) -> list[_Panel]:
     return found
 
 
-def _draw_attention(axes: Axes, curve: Mapping[str, Any], top: float) -> None:
+def _draw_attention(axes: "Axes", curve: Mapping[str, Any], top: float) -> None:
     layers = list(curve["layers"])
     inserted = [position for position, layer in enumerate(layers) if "+" in layer]
     for side, (colour, label) in SIDES.items():
@@ -97,7 +97,9 @@ def _draw_attention(axes: Axes, curve: Mapping[str, Any], top: float) -> None:
     _style(axes)
 
 
-def training_curves(metrics_files: Mapping[str, Path]) -> bytes:
+def training_curves(
+    metrics_files: Mapping[str, Path], repeats: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
     """Plot the loss by step of each training, one stage after another.
 
     Pale lines are the logged losses, strong ones their running mean; points are losses on held-out
@@ -106,6 +108,8 @@ def training_curves(metrics_files: Mapping[str, Path]) -> bytes:
 
     Args:
         metrics_files: Files ``metrics.jsonl`` with losses by the labels to show, at least one.
+        repeats: What a label repeats with another seed, such as ``{"a.seed1": "a"}``. Repeats have
+            one colour and stand in the legend once.
 
     Returns:
         A PNG.
@@ -113,13 +117,19 @@ def training_curves(metrics_files: Mapping[str, Path]) -> bytes:
     figure = _figure(2, 1.4)
     axes: Any = figure.subplots()
     shown: list[float] = []
-    for number, (label, path) in enumerate(metrics_files.items()):
-        colour, stages = RUNS[number % len(RUNS)], _stages(path)
+    names: list[str] = []
+    for label, path in metrics_files.items():
+        name, stages = repeats.get(label, label), _stages(path)
+        entry = None if name in names else name
+        names += [entry] if entry else []
+        number = names.index(name)
+        colour, dashes = RUNS[number % len(RUNS)], DASHES[number // len(RUNS) % len(DASHES)]
         width = max(1, sum(len(stage.losses) for stage in stages) // _WINDOWS)
         for at, stage in enumerate(stages):
             smooth = _running_mean(stage.losses, width)
             axes.plot(stage.steps, stage.losses, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(stage.steps, smooth, color=colour, linewidth=1.6, label=None if at else label)
+            line = {"color": colour, "linestyle": dashes, "linewidth": 1.6}
+            axes.plot(stage.steps, smooth, label=None if at else entry, **line)
             axes.plot(*stage.held_out, "o", color=colour, markersize=3)
             shown += [*smooth, *stage.held_out[1]]
         for stage in stages[:-1]:
@@ -130,7 +140,7 @@ def training_curves(metrics_files: Mapping[str, Path]) -> bytes:
         axes.set_ylim(bottom=0, top=max(shown) * 1.1)
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("loss, nats a token", fontsize=8)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     _style(axes)
     return _png(figure)
 
@@ -175,7 +185,7 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
-def _figure(columns: float, rows: float) -> Figure:
+def _figure(columns: float, rows: float) -> "Figure":
     from matplotlib.figure import Figure
 
     width, height = PANEL
@@ -184,14 +194,14 @@ def _figure(columns: float, rows: float) -> Figure:
     return figure
 
 
-def _style(axes: Axes) -> None:
+def _style(axes: "Axes") -> None:
     axes.tick_params(labelsize=7)
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: "Figure") -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

@@ -1,7 +1,5 @@
 """A run's report: what was measured of it, as JSON, Markdown and one HTML page."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from mmgraft.model.files.graft_file import OWN_BASE, GraftFile
 from mmgraft.model.files.summary import graft_parts
 from mmgraft.runs.contents import RECIPE
 from mmgraft.runs.results import FOLDER, SCHEMA_VERSION, Results, measured
-from mmgraft.strict import MeasuredModel
+from mmgraft.strict import MeasuredModel, about
 from mmgraft.textfiles import read_text
 from mmgraft.version import __version__
 
@@ -38,9 +36,9 @@ class RunReport(MeasuredModel):
     base_trained: bool
     vision: str
     parameters: dict[str, int] = Field(description="numbers in each part of the graft")
-    identity: str | None = Field(default=None, description="the proof about text, in a sentence")
+    identity: str | None = about("the proof about text, in a sentence")
     sections: dict[str, Results]
-    repeat: list[str] = Field(default_factory=list, description="commands that do it again")
+    repeat: list[str] = about("commands that do it again", list)
 
 
 def write_report(run: Path) -> dict[str, Path]:
@@ -77,7 +75,7 @@ def write_report(run: Path) -> dict[str, Path]:
     )
     laws = {report.run: sections["laws"]} if "laws" in sections else {}
     curves = {report.run: run / METRICS} if about_run.last_losses(run / METRICS) else {}
-    images = plots_of(laws, curves)
+    images = plots_of(laws, curves, {})
     sheets: dict[str, bool] = {}  # whether their images have to stay in the run
     for one in sections["vision"].sets if "vision" in sections else ():
         if one.sheet and (run / one.sheet).is_file():
@@ -89,12 +87,14 @@ def write_report(run: Path) -> dict[str, Path]:
     return write_page(run / FOLDER, markdown, report.model_dump(mode="json"), images, linked)
 
 
-def plots_of(laws: Mapping[str, Results], metrics: Mapping[str, Path]) -> dict[str, bytes]:
+def plots_of(
+    laws: Mapping[str, Results], metrics: Mapping[str, Path], repeats: Mapping[str, str]
+) -> dict[str, bytes]:
     """Return the PNGs of what there is: attention by layer and training curves, each by run."""
     from mmgraft.evaluation.report.plots import laws_plot, training_curves
 
     plots = {"laws": laws_plot(laws)} if laws else {}
-    return plots | ({"curves": training_curves(metrics)} if metrics else {})
+    return plots | ({"curves": training_curves(metrics, repeats)} if metrics else {})
 
 
 def _markdown(run: Path, record: GraftFile, report: RunReport, sheets: Mapping[str, bool]) -> str:

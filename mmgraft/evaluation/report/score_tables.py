@@ -1,7 +1,5 @@
 """Words of the tables of results, in a report, a model card and a comparison. Free of torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,11 +14,11 @@ INTERVALS = (
     "together."
 )
 SHOWN_DIGITS = 16
+#: Setting of a set for which the base's scores were not measured a second time.
 EQUAL = "equal by identity"
-"""Setting of a set for which the base's scores were not measured a second time."""
 
+#: The text that each level is of.
 WHERE = {"E1": "beside a row with an image", "E2": "before an image in its row"}
-"""The text that each level is of."""
 BLIND_NAMES = {"prior": "prior", "no_image": "no image"}
 
 

@@ -4,11 +4,8 @@ A sheet of boxes stays in its run unless the licences of its images are known to
 ``results/sheets/`` is never pushed, and the run's report links to the files in it.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +19,15 @@ from mmgraft.evaluation.items.item import Box, Item
 from mmgraft.evaluation.items.source_licence import FREE, stated_licences
 from mmgraft.evaluation.metrics.boxes import THRESHOLD, format_box, iou, parse_box
 from mmgraft.evaluation.metrics.scoring import box_and_size
+from mmgraft.frozen import Frozen
 from mmgraft.recipes.evaluation_set import SetSpec
 from mmgraft.runs.results import FOLDER
 
+#: Number of items on a sheet.
 SHOWN = 12
-"""Number of items on a sheet."""
 SEED = 0
+#: Folder in a run's results for sheets whose images are not known to be free.
 PRIVATE = "sheets"
-"""Folder in a run's results for sheets whose images are not known to be free."""
 
 IMAGE = 200  # pixels of the longer side; all sizes below are pixels, too
 MARGIN = 12
@@ -39,17 +37,16 @@ QUESTION_LINES = 3
 MARK = 9
 BACKGROUND, INK, PALE = (255, 255, 255), (30, 30, 30), (110, 110, 110)
 CORRECT, WRONG = (20, 125, 50), (190, 30, 30)
+#: Colours of predicted boxes, by model; the true box is green.
 MODELS = ("#1f77b4", "#e6761e", "#b2387f", "#7a5cc7", "#17a2b8", "#8a6d3b", "#666666")
-"""Colours of predicted boxes, by model; the true box is green."""
+#: Lengths of dash and gap of predicted boxes, by model; the true box has a solid line.
 DASHES = ((7, 5), (3, 3), (12, 4))
-"""Lengths of dash and gap of predicted boxes, by model; the true box has a solid line."""
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _Corners = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Frozen):
     """Answers of one model.
 
     Attributes:
@@ -73,8 +70,7 @@ class Answer:
         return ": ".join(filter(None, [self.model, self.note, text]))
 
 
-@dataclass(frozen=True)
-class SheetItem:
+class SheetItem(Frozen):
     """One question with the answers of all models.
 
     Attributes:

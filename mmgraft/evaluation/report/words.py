@@ -1,7 +1,5 @@
 """Numbers in words: their decimal places and signs, and what a difference comes to."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A graft for llama.cpp: text and mmproj, or the mmproj alone beside the user's own base."""
 
-from __future__ import annotations
-
 from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec

@@ -1,9 +1,7 @@
 """The two files: a decoder, and vision tower with projector, as llama.cpp names what is in them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +17,7 @@ from mmgraft.errors import UsageError
 from mmgraft.export.folder import NOTE_KEY
 from mmgraft.export.llava.fit import Ingredients
 from mmgraft.export.llava.processor import image_processor
+from mmgraft.frozen import Frozen
 from mmgraft.progress import counted
 from mmgraft.version import __version__
 
@@ -30,8 +29,8 @@ _ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+#: Rotary embeddings that divide each frequency by a number of its own, once for all.
 _SCALED = ("linear", "llama3")
-"""Rotary embeddings that divide each frequency by a number of its own, once for all."""
 
 _ACTIVATIONS = ("gelu_pytorch_tanh", "quick_gelu")
 _CLIP = (
@@ -39,14 +38,13 @@ _CLIP = (
     "its neighbour's position (issue 25814 of ggml-org/llama.cpp)"
 )
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
+#: Numbers in a row that share a scale in Q8_0.
 _BLOCK = 32
-"""Numbers in a row that share a scale in Q8_0."""
 
 _BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 1 + 2 / _BLOCK}
 
 
-@dataclass(frozen=True)
-class GgufFile:
+class GgufFile(Frozen):
     """One file to write.
 
     Attributes:
@@ -57,7 +55,7 @@ class GgufFile:
     """
 
     architecture: str
-    describe: Callable[[GGUFWriter], None]
+    describe: "Callable[[GGUFWriter], None]"
     tensors: dict[str, LazyTensor]
     outtype: str
 
@@ -171,7 +169,7 @@ def decoder_file(
     architecture: str,
     tensors: dict[str, LazyTensor],
     outtype: str,
-    tokens: Callable[[GGUFWriter], None],
+    tokens: "Callable[[GGUFWriter], None]",
 ) -> GgufFile:
     """Return the decoder's file.
 
@@ -185,7 +183,7 @@ def decoder_file(
     config = made_of.base_config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-    def describe(writer: GGUFWriter) -> None:
+    def describe(writer: "GGUFWriter") -> None:
         writer.add_name(made_of.record.workflow)
         writer.add_block_count(len(made_of.layers))
         writer.add_context_length(config.max_position_embeddings)
@@ -228,7 +226,7 @@ def vision_file(made_of: Ingredients, tensors: dict[str, LazyTensor], outtype: s
     tower = made_of.tower
     config, pixels = tower.model.config, image_processor(made_of)
 
-    def describe(writer: GGUFWriter) -> None:
+    def describe(writer: "GGUFWriter") -> None:
         writer.add_type("mmproj")
         writer.add_clip_has_vision_encoder(True)
         writer.add_clip_projector_type("mlp")

@@ -1,7 +1,5 @@
 """A tokenizer as llama.cpp has it, where it is known to give the same ids."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from pathlib import Path
@@ -32,13 +30,13 @@ def _bytes(words: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": words}
 
 
+#: Rules by which text is cut into words, by llama.cpp's names for the same.
 _KNOWN: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_bytes(True)],
     "smollm": [{"type": "Digits", "individual_digits": True}, _bytes(True)],
     "llama-bpe": _split("{1,3}"),
     "qwen2": _split(""),
 }
-"""Rules by which text is cut into words, by llama.cpp's names for the same."""
 
 _TEXTS = (
     "What is in the image? I don't know, we'LL see: it's 3.14159 or 1,234,567 (50 %).  ",
@@ -104,7 +102,7 @@ class Vocabulary:
             },
         )
 
-    def describe(self, writer: GGUFWriter, template: str = "") -> None:
+    def describe(self, writer: "GGUFWriter", template: str = "") -> None:
         """Add tokens, merges, ids and chat template."""
         from gguf import TokenType
 

@@ -1,8 +1,5 @@
 """Proof of an export: stock transformers must give the graft's own ids, pixels and logits."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +11,17 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.errors import MMGraftError
 from mmgraft.export.llava.fit import Ingredients
+from mmgraft.frozen import Frozen
 from mmgraft.model.modeling import GraftedModel
 
+#: Largest difference of a logit, as a share of the largest logit where that is above 1.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Largest difference of a logit, as a share of the largest logit where that is above 1."""
 
 _POSITIONS = 16
 _PIXELS = 1e-5
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(Frozen):
     """A conversation and what the graft makes of it.
 
     Attributes:

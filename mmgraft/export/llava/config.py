@@ -1,7 +1,5 @@
 """The config of an exported LLaVA model: the base's own, with the inserted layers in it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence, Set
 from typing import Any, Literal
 

@@ -1,8 +1,6 @@
 """A graft as an ordinary LLaVA model, which transformers loads without mmgraft, and its card."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -19,13 +17,13 @@ from mmgraft.export.llava.config import empty_llava, llava_config
 from mmgraft.export.llava.fit import Ingredients, gather
 from mmgraft.export.llava.processor import StockProcessor, stock_processor
 from mmgraft.export.llava.tensors import llava_tensors
+from mmgraft.frozen import Frozen
 from mmgraft.progress import say
 from mmgraft.runs.contents import README
 from mmgraft.version import __version__
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Frozen):
     """All of an exported model but its values.
 
     Attributes:
@@ -42,11 +40,7 @@ class Plan:
 
 
 def export_llava(
-    run: Path,
-    out: Path,
-    base: str | None = None,
-    dtype: str | None = None,
-    dry_run: bool = False,
+    run: Path, out: Path, base: str | None = None, dtype: str | None = None, dry_run: bool = False
 ) -> Exported:
     """Write a graft as a ``LlavaForConditionalGeneration`` folder, and prove that it is the same.
 

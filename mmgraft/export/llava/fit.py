@@ -1,8 +1,6 @@
 """Refusal of grafts that stock LLaVA cannot express, and the ingredients of those it can."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from mmgraft.anatomy import Anatomy, get_path
 from mmgraft.basefiles import ModelFiles, TensorReader, examine_files, load_config
 from mmgraft.basefiles.parts import own_dtype
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.method import PlainDecoder
 from mmgraft.grafts.registry import get_method
 from mmgraft.layers import parse_layers
@@ -27,8 +26,7 @@ class NotLlava(UsageError):
     """A graft, base or tower that LLaVA has no place for."""
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Frozen):
     """Origin of a layer of the exported decoder: a base layer or an inserted one.
 
     Attributes:
@@ -40,8 +38,7 @@ class Source:
     inserted: int | None = None
 
 
-@dataclass(frozen=True)
-class Ingredients:
+class Ingredients(Frozen):
     """All that an export to LLaVA is made of; of the base nothing but its config is in memory.
 
     Attributes:

@@ -4,12 +4,9 @@ Its chat template is the graft's own, behind lines that place the images: ``part
 ``plain.jinja``, in which words in capitals are filled in here.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import tempfile
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from mmgraft.data.chat.transcript import STOCK_SENTINEL
 from mmgraft.errors import UsageError
 from mmgraft.export.llava.config import select_strategy
 from mmgraft.export.llava.fit import Ingredients
+from mmgraft.frozen import Frozen
 from mmgraft.model.files.load import load_processor
 from mmgraft.vision.preprocessing import SquareResize
 
@@ -33,8 +31,7 @@ _PLAIN_WITHOUT_END = (
 )
 
 
-@dataclass(frozen=True)
-class StockProcessor:
+class StockProcessor(Frozen):
     """The processor to save, and what the model must know of it.
 
     Attributes:

@@ -1,10 +1,7 @@
 """The tensors of an exported LLaVA model, read when they are written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from mmgraft.basefiles import TensorReader, read_modules
 from mmgraft.basefiles.tensor_files import LazyTensor
 from mmgraft.errors import UsageError
 from mmgraft.export.llava.fit import Ingredients
+from mmgraft.frozen import Frozen
 from mmgraft.runs.contents import weight_files
 
 _TEXT, _TOWER, _PROJECTOR, _HEAD = (
@@ -28,12 +26,11 @@ _TEXT, _TOWER, _PROJECTOR, _HEAD = (
     "lm_head.",
 )
 
+#: Towers of published LLaVA models, whose tensors begin with ``vision_model.``.
 _VISION_MODELS = ("clip_vision_model", "siglip_vision_model")
-"""Towers of published LLaVA models, whose tensors begin with ``vision_model.``."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Frozen):
     """Tensors that are read together, such as one layer.
 
     Attributes:

@@ -1,14 +1,10 @@
 """Settings of a visual expert."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
-
-from pydantic import Field
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.method import PlainDecoder, Promises
-from mmgraft.strict import LayerChoice, Option, StrictModel
+from mmgraft.strict import LayerChoice, Option, StrictModel, about
 
 GROUPS = {
     "attention": "weights for image positions in the attention's linear layers",
@@ -23,29 +19,26 @@ class ExpertConfig(StrictModel):
     """
 
     method: Literal["expert"] = "expert"
-    layers: LayerChoice = Field(
-        "all", description="base layers, counted from 0, with experts: 'all', [0, 4], 'every:4'"
+    layers: LayerChoice = about(
+        "base layers, counted from 0, with experts: 'all', [0, 4], 'every:4'", "all"
     )
     parts: Annotated[
         list[Literal["attention", "feedforward"]],
         Option("Parts of a layer with experts: attention, feedforward or both."),
-    ] = Field(
+    ] = about(
+        "whose linear layers have an expert; of a mixture of experts, attention and shared experts",
         ["attention", "feedforward"],
         min_length=1,
-        description="whose linear layers have an expert; of a mixture of experts, attention and "
-        "shared experts",
     )
     rank: Annotated[
         int | None, Option("Rank of what is added to the weights; whole copies when not given.")
-    ] = Field(
-        None, ge=1, description="an expert is W + B A of this rank; None: a copy of the base's W"
-    )
+    ] = about("an expert is W + B A of this rank; None: a copy of the base's W", ge=1)
     image_positions: Annotated[
         Literal["each", "shared"], Option("Positions of an image: each or shared.")
-    ] = Field(
-        "each",
-        description="each: every vector of an image has a position of its own; shared: all of an "
+    ] = about(
+        "each: every vector of an image has a position of its own; shared: all of an "
         "image have the same (CogVLM)",
+        "each",
     )
 
 

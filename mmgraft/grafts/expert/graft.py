@@ -5,8 +5,6 @@
 is decoded: then nothing is patched.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -14,23 +12,21 @@ from torch import Tensor, nn
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
-from mmgraft.grafts.base import BaseParts, Pass
-from mmgraft.grafts.computing import is_flash
+from mmgraft.grafts import base, computing, on_linears
 from mmgraft.grafts.expert.config import ExpertConfig
-from mmgraft.grafts.on_linears import Adapter, OnLinears, Sizes, by_position
 
 
-class ExpertGraft(OnLinears):
+class ExpertGraft(on_linears.OnLinears):
     """Experts of linear layers of chosen base layers, each under its linear layer's name:
     ``feedforward.0.mlp.down_proj.weight``.
     """
 
     method = "expert"
 
-    def __init__(self, config: ExpertConfig, anatomy: Anatomy, parts: BaseParts) -> None:
-        def make(sizes: Sizes) -> dict[str, nn.Module]:
+    def __init__(self, config: ExpertConfig, anatomy: Anatomy, parts: base.BaseParts) -> None:
+        def make(sizes: on_linears.Sizes) -> dict[str, nn.Module]:
             if config.rank is not None:
-                return {name: Adapter(size, config.rank) for name, size in sizes.items()}
+                return {name: on_linears.Adapter(size, config.rank) for name, size in sizes.items()}
             found = parts.modules([f"{anatomy.layers_path}.{name}" for name in sizes])
             return dict(zip(sizes, found, strict=True))
 
@@ -46,14 +42,14 @@ class ExpertGraft(OnLinears):
         return self.active and self.config.image_positions == "shared"
 
     def check_attention(self, implementation: str) -> None:
-        if self.config.image_positions == "shared" and is_flash(implementation):
+        if self.config.image_positions == "shared" and computing.is_flash(implementation):
             raise UsageError(
                 f"{implementation} reads the position that an image shares as the beginning of a "
                 "new row; load the base with attention sdpa, or choose image_positions: each."
             )
 
     def instead(
-        self, module: nn.Module, state: Pass, chosen: Tensor | None, original: Any, x: Tensor
+        self, module: nn.Module, state: base.Pass, chosen: Tensor | None, original: Any, x: Tensor
     ) -> Tensor:
         """Return what a linear layer gives, with the expert's in its place at image positions.
 
@@ -61,10 +57,10 @@ class ExpertGraft(OnLinears):
         position changes. Where gradients flow it multiplies text positions alone, which spares its
         part of both passes and rounds otherwise.
         """
-        if isinstance(module, Adapter):
+        if isinstance(module, on_linears.Adapter):
             return super().instead(module, state, chosen, original, x)
         assert chosen is not None
-        flat = by_position(x, state)
+        flat = on_linears.by_position(x, state)
         own = module(flat.index_select(0, chosen))
         if torch.is_grad_enabled() and x.requires_grad:
             rest, back = self._split(state, chosen)
@@ -74,7 +70,7 @@ class ExpertGraft(OnLinears):
         out = original(x)
         return out.flatten(0, -2).index_copy(0, chosen, own.to(out.dtype)).view(out.shape)
 
-    def _split(self, state: Pass, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, state: base.Pass, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return numbers of the positions that are not chosen, and where each stands in the row of
         these and the chosen ones.
         """

@@ -1,7 +1,5 @@
 """Settings of an IAA graft."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -9,7 +7,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mmgraft.grafts.method import PlainDecoder, Promises
-from mmgraft.strict import LayerChoice, Option, StrictModel
+from mmgraft.strict import LayerChoice, Option, StrictModel, about
 
 GROUPS = {
     "layers": "inserted layers, and their gates",
@@ -33,26 +31,23 @@ class IAAConfig(StrictModel):
         description="base layers, counted from 0, after which a layer is inserted: "
         "[22, 24], '0-31:5', 'last:8'"
     )
-    structure: Annotated[Literal["a", "b", "c"], Option("Structure: a, b or c.")] = Field(
-        "c",
-        description="c: a deeper decoder; b: gated, zero at the start; "
+    structure: Annotated[Literal["a", "b", "c"], Option("Structure: a, b or c.")] = about(
+        "c: a deeper decoder; b: gated, zero at the start; "
         "a: gated, and the layers also feed each other",
+        "c",
     )
     gate: Annotated[
         Literal["linear", "scalar"], Option("Gate of structures a and b: linear or scalar.")
-    ] = Field("linear", description="the zero-initialised gate of structures a and b; c has none")
-    embedding: Annotated[bool, Option("Own input embedding.")] = Field(
-        True, description="own input embedding, copied from the base"
+    ] = about("the zero-initialised gate of structures a and b; c has none", "linear")
+    embedding: Annotated[bool, Option("Own input embedding.")] = about(
+        "own input embedding, copied from the base", True
     )
-    norm: Annotated[bool, Option("Own final norm.")] = Field(
-        True, description="own final norm, copied from the base"
+    norm: Annotated[bool, Option("Own final norm.")] = about(
+        "own final norm, copied from the base", True
     )
-    head: Annotated[bool, Option("Own LM head.")] = Field(
-        True, description="own LM head, copied from the base"
-    )
-    untie: Annotated[bool, Option("Two copies where the base ties embedding and head.")] = Field(
-        False,
-        description="two copies instead of one tied copy where the base ties embedding and head",
+    head: Annotated[bool, Option("Own LM head.")] = about("own LM head, copied from the base", True)
+    untie: Annotated[bool, Option("Two copies where the base ties embedding and head.")] = about(
+        "two copies instead of one tied copy where the base ties embedding and head", False
     )
 
     @model_validator(mode="after")

@@ -1,7 +1,5 @@
 """IAA: whole decoder layers inserted after chosen layers of a frozen base (arXiv 2408.12902)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 

@@ -1,12 +1,8 @@
 """Settings of a LLaVA graft."""
 
-from __future__ import annotations
-
 from typing import Literal
 
-from pydantic import Field
-
-from mmgraft.strict import StrictModel
+from mmgraft.strict import StrictModel, about
 
 
 class LlavaConfig(StrictModel):
@@ -16,7 +12,6 @@ class LlavaConfig(StrictModel):
     """
 
     method: Literal["llava"] = "llava"
-    base: Literal["frozen", "full"] = Field(
-        "frozen",
-        description="full: the base is trained after the projector, and its text answers change",
+    base: Literal["frozen", "full"] = about(
+        "full: the base is trained after the projector, and its text answers change", "frozen"
     )

@@ -1,7 +1,5 @@
 """LLaVA's projector as the baseline (arXiv 2304.08485): nothing is added to the base."""
 
-from __future__ import annotations
-
 from mmgraft.grafts.base import Graft
 
 

@@ -1,15 +1,11 @@
 """Settings of a LoRA graft."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from mmgraft.errors import UsageError
 from mmgraft.grafts.method import PlainAdapter, PlainDecoder, Promises
-from mmgraft.strict import LayerChoice, Option, StrictModel
+from mmgraft.strict import LayerChoice, Option, StrictModel, about
 
 GROUPS = {
     "attention": "adapters of the attention's linear layers",
@@ -25,30 +21,29 @@ class LoraConfig(StrictModel):
     """
 
     method: Literal["lora"] = "lora"
-    layers: LayerChoice = Field(
-        "all", description="base layers, counted from 0, with adapters: 'all', [0, 4], 'every:4'"
+    layers: LayerChoice = about(
+        "base layers, counted from 0, with adapters: 'all', [0, 4], 'every:4'", "all"
     )
     targets: Annotated[
         Literal["all", "attention", "feedforward"],
         Option("Adapted linear layers: all, attention or feedforward."),
-    ] = Field(
+    ] = about(
+        "linear layers with an adapter; of a mixture of experts, attention and shared experts",
         "all",
-        description="linear layers with an adapter; of a mixture of experts, attention and shared "
-        "experts",
     )
-    rank: Annotated[int, Option("Rank of the adapters.")] = Field(
-        64, ge=1, description="rank of every adapter (256 in both published models)"
+    rank: Annotated[int, Option("Rank of the adapters.")] = about(
+        "rank of every adapter (256 in both published models)", 64, ge=1
     )
-    alpha: Annotated[float | None, Option("Scale of an adapter, times its rank.")] = Field(
-        None, gt=0, description="an adapter's result is scaled by alpha / rank; None: 2 rank"
+    alpha: Annotated[float | None, Option("Scale of an adapter, times its rank.")] = about(
+        "an adapter's result is scaled by alpha / rank; None: 2 rank", gt=0
     )
-    gate: Annotated[Literal["row", "token"], Option("Gate of the adapters: row or token.")] = Field(
-        "row",
-        description="row: every position of a row with an image (Phi-4-multimodal); token: image "
+    gate: Annotated[Literal["row", "token"], Option("Gate of the adapters: row or token.")] = about(
+        "row: every position of a row with an image (Phi-4-multimodal); token: image "
         "positions alone (InternLM-XComposer2)",
+        "row",
     )
-    dropout: Annotated[float, Option("Dropout before an adapter.")] = Field(
-        0.0, ge=0, lt=1, description="dropout of an adapter's input in training (XComposer2: 0.05)"
+    dropout: Annotated[float, Option("Dropout before an adapter.")] = about(
+        "dropout of an adapter's input in training (XComposer2: 0.05)", 0.0, ge=0, lt=1
     )
 
     @property

@@ -4,8 +4,6 @@
 base's own product of all positions, and what is added is computed for the chosen positions alone.
 """
 
-from __future__ import annotations
-
 from mmgraft.anatomy import Anatomy
 from mmgraft.grafts.base import BaseParts
 from mmgraft.grafts.lora.config import GROUPS, LoraConfig

@@ -1,15 +1,13 @@
 """Settings of a Wings graft."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.method import PlainDecoder, StageSwitches
-from mmgraft.strict import LayerChoice, Option, StrictModel
+from mmgraft.strict import LayerChoice, Option, StrictModel, about
 
 if TYPE_CHECKING:
     from mmgraft.anatomy import Anatomy
@@ -31,36 +29,29 @@ class WingsConfig(StrictModel):
     """
 
     method: Literal["wings"] = "wings"
-    layers: LayerChoice = Field(
-        "all",
-        description="base layers, counted from 0, that get learners: 'all', [0, 4], 'every:4'",
+    layers: LayerChoice = about(
+        "base layers, counted from 0, that get learners: 'all', [0, 4], 'every:4'", "all"
     )
-    rank: Annotated[int, Option("Rank of the learners.")] = Field(
-        64, ge=1, description="rank of every learner matrix (64 in the scripts)"
+    rank: Annotated[int, Option("Rank of the learners.")] = about(
+        "rank of every learner matrix (64 in the scripts)", 64, ge=1
     )
-    heads: Annotated[int | None, Option("Heads of each learner.")] = Field(
-        None,
-        ge=1,
-        description="heads of a learner, dividing the hidden size; None: as many as the base has",
+    heads: Annotated[int | None, Option("Heads of each learner.")] = about(
+        "heads of a learner, dividing the hidden size; None: as many as the base has", ge=1
     )
-    learners: Annotated[list[LearnerName], Option("Learners: visual,textual or one.")] = Field(
-        default=["visual", "textual"], description="learners beside the attention"
+    learners: Annotated[list[LearnerName], Option("Learners: visual,textual or one.")] = about(
+        "learners beside the attention", ["visual", "textual"]
     )
-    router: bool = Field(
-        True,
-        description="weigh two learners by the router; with one learner there is nothing to weigh",
+    router: bool = about(
+        "weigh two learners by the router; with one learner there is nothing to weigh", True
     )
-    variant: Annotated[Literal["paper"], Option("Variant: paper or official.")] = Field(
-        "paper", description="the paper's equations; the published code is method wings-official"
+    variant: Annotated[Literal["paper"], Option("Variant: paper or official.")] = about(
+        "the paper's equations; the published code is method wings-official", "paper"
     )
-    max_length: Annotated[int | None, Option("Longest row that the router weighs.")] = Field(
-        None,
-        ge=1,
-        description="columns of the router, the longest row it can weigh; None: the base's maximum",
+    max_length: Annotated[int | None, Option("Longest row that the router weighs.")] = about(
+        "columns of the router, the longest row it can weigh; None: the base's maximum", ge=1
     )
-    base: Literal["frozen", "full"] = Field(
-        "frozen",
-        description="full: the base is trained too, as in the paper, and its text answers change",
+    base: Literal["frozen", "full"] = about(
+        "full: the base is trained too, as in the paper, and its text answers change", "frozen"
     )
 
     @property
@@ -81,8 +72,8 @@ class WingsConfig(StrictModel):
 class WingsStage(StageSwitches):
     """Choose the learners in the path, and the router."""
 
-    learners: list[LearnerName] | None = Field(default=None, description="in the path")
-    router: bool | None = Field(default=None, description="false adds a learner with weight 1")
+    learners: list[LearnerName] | None = about("in the path")
+    router: bool | None = about("false adds a learner with weight 1")
 
     def check_switches(self, train: Sequence[str]) -> None:
         if self.learners is None:
@@ -95,7 +86,7 @@ class WingsStage(StageSwitches):
                 )
 
 
-def refuses(anatomy: Anatomy) -> str | None:
+def refuses(anatomy: "Anatomy") -> str | None:
     """Return the reason why a base cannot take learners beside its attention."""
     if anatomy.branch_blocked is not None:
         return anatomy.branch_blocked
@@ -118,7 +109,5 @@ def as_decoder(config: WingsConfig, active: bool) -> PlainDecoder:
 def part_of(tensor: str) -> str:
     """Return the part that a tensor is counted with."""
     words = tensor.split(".")  # layers.3.visual.query.up.weight
-    for learner in ("visual", "textual"):
-        if learner in words:
-            return f"{learner} learners"
-    return "router" if "router" in words else words[0]
+    learner = next((f"{one} learners" for one in ("visual", "textual") if one in words), None)
+    return learner or ("router" if "router" in words else words[0])

@@ -1,7 +1,5 @@
 """Wings: visual and textual learners beside the attention (arXiv 2406.03496, equations 3 to 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,16 +14,8 @@ from mmgraft.errors import UsageError
 from mmgraft.grafts.base import FULL_ATTENTION, IMAGE, BaseParts, Graft, Pass, select
 from mmgraft.grafts.computing import is_flash
 from mmgraft.grafts.method import StageSwitches
+from mmgraft.grafts.wings import learners as beside
 from mmgraft.grafts.wings.config import WingsConfig, WingsStage
-from mmgraft.grafts.wings.learners import (
-    KIND_OF,
-    Learner,
-    Stacked,
-    learner_heads,
-    read_all,
-    read_packed,
-    read_token,
-)
 from mmgraft.grafts.wings.router import Router, route
 from mmgraft.layers import parse_layers
 from mmgraft.patching import patched_forward
@@ -40,12 +30,12 @@ class WingsLayer(nn.Module):
         stacked: Copies of their matrices, while tokens are decoded.
     """
 
-    stacked: Stacked | None = None
+    stacked: beside.Stacked | None = None
 
     def __init__(self, config: WingsConfig, anatomy: Anatomy, heads: int, length: int) -> None:
         super().__init__()
         for name in config.learners:
-            self.add_module(name, Learner(anatomy.hidden_size, config.rank, heads))
+            self.add_module(name, beside.Learner(anatomy.hidden_size, config.rank, heads))
         if config.routed:
             self.router = Router(length)
 
@@ -61,7 +51,7 @@ class WingsGraft(Graft):
 
     def __init__(self, config: WingsConfig, anatomy: Anatomy, parts: BaseParts | None) -> None:
         super().__init__(config, anatomy)
-        self.heads = learner_heads(anatomy, config.heads)
+        self.heads = beside.learner_heads(anatomy, config.heads)
         self.length = config.max_length or anatomy.max_positions or _FALLBACK_LENGTH
         self.layer_indices = parse_layers(config.layers, anatomy.num_layers)
         self.layers = nn.ModuleDict(
@@ -121,7 +111,7 @@ class WingsGraft(Graft):
             self._forget_stacked()
         if state.start == 0 and self.watch is None:
             for name in self.running:
-                state.pack(KIND_OF[name])
+                state.pack(beside.KIND_OF[name])
 
     def check_length(self, length: int) -> None:
         if self.config.routed and length > self.length:
@@ -189,10 +179,10 @@ class WingsGraft(Graft):
             slot = self._first_slot + self.layer_indices.index(index)
             remember = partial(state.cache.update, layer_idx=slot)
             if (stacked := self._stacked(wing, hidden, state)) is not None:
-                return read_token(stacked, inputs, state, remember, shares)
+                return beside.read_token(stacked, inputs, state, remember, shares)
         learners, queries = self._learners(wing, self.running), {}
         for name, learner in learners.items():
-            kind = KIND_OF[name]
+            kind = beside.KIND_OF[name]
             if kind in state.packed or (not state.packed and (kind != IMAGE or state.any_image)):
                 queries[name] = learner.queries(inputs)
         show: Any = self.watch
@@ -204,9 +194,9 @@ class WingsGraft(Graft):
 
             watch = shown
         if state.packed:
-            lowered = read_packed(learners, queries, state, remember)
+            lowered = beside.read_packed(learners, queries, state, remember)
         else:
-            lowered = read_all(learners, queries, state, remember, watch)
+            lowered = beside.read_all(learners, queries, state, remember, watch)
         total: Tensor | None = None
         for name, low in zip(queries, lowered, strict=True):  # each (b, s, r)
             share = _share(shares, name)
@@ -214,27 +204,27 @@ class WingsGraft(Graft):
             total = out if total is None else total + out
         return torch.zeros_like(hidden) if total is None else total
 
-    def _learners(self, wing: WingsLayer, names: Iterable[str]) -> dict[str, Learner]:
-        return {name: cast(Learner, wing.get_submodule(name)) for name in names}
+    def _learners(self, wing: WingsLayer, names: Iterable[str]) -> dict[str, beside.Learner]:
+        return {name: cast(beside.Learner, wing.get_submodule(name)) for name in names}
 
-    def _stacked(self, wing: WingsLayer, hidden: Tensor, state: Pass) -> Stacked | None:
+    def _stacked(self, wing: WingsLayer, hidden: Tensor, state: Pass) -> beside.Stacked | None:
         """Return the matrices for a single text token that is decoded; None for other passes."""
         of_text = state.start > 0 and hidden.shape[1] == 1 and not state.new_image
         if not of_text or self.watch is not None:
             return None
-        names = [n for n in self.running if KIND_OF[n] != IMAGE or state.any_image]
+        names = [n for n in self.running if beside.KIND_OF[n] != IMAGE or state.any_image]
         if self.training or torch.is_grad_enabled() or not names:
             return None
         (seen,) = self._learners(wing, self.running[-1:]).values()
         if wing.stacked is None or not wing.stacked.serves(names, seen.output.up.weight):
-            wing.stacked = Stacked.of(self._learners(wing, names), seen)
+            wing.stacked = beside.Stacked.of(self._learners(wing, names), seen)
         return wing.stacked
 
     def _forget_stacked(self) -> None:
         for wing in self.layers.values():
             wing.stacked = None  # type: ignore[assignment]
 
-    def train(self, mode: bool = True) -> WingsGraft:
+    def train(self, mode: bool = True) -> "WingsGraft":
         self._forget_stacked()
         return super().train(mode)
 

@@ -10,10 +10,7 @@ generation, and one product does for all of them. That copy takes at most three 
 learners' own memory, and goes with the next prefill.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +18,7 @@ from torch.nn import functional as F
 
 from mmgraft.anatomy import Anatomy
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.base import IMAGE, TEXT, Packed, Pass
 from mmgraft.grafts.lowrank import LowRank
 
@@ -45,12 +43,12 @@ class Learner(nn.Module):
         """``(b, s, h) -> (b, heads, s, d)``."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def queries(self, hidden: Tensor, rotation: Rotation | None = None) -> Tensor:
+    def queries(self, hidden: Tensor, rotation: "Rotation | None" = None) -> Tensor:
         """Return queries ``(b, heads, s, d)`` of the hidden states into the layer ``(b, s, h)``."""
         q = self.split(hidden + self.query(hidden))
         return q if rotation is None else rotation(q)
 
-    def keys_values(self, features: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+    def keys_values(self, features: Tensor, rotation: "Rotation | None") -> tuple[Tensor, Tensor]:
         """Keys and values ``(b, heads, s, d)`` of the initial features ``(b, s, h)``."""
         k = self.split(features + self.key(features))
         v = self.split(features + self.value(features))
@@ -119,11 +117,11 @@ def learner_heads(anatomy: Anatomy, wanted: int | None) -> int:
 
 KIND_OF = {"visual": IMAGE, "textual": TEXT}
 
+#: Puts new keys and values into the layer's slot; gives those of all positions so far.
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Puts new keys and values into the layer's slot; gives those of all positions so far."""
 
+#: Called with each learner's queries, keys, mask, and the queries that see something.
 Watch = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
-"""Called with each learner's queries, keys, mask, and the queries that see something."""
 
 
 def read_packed(
@@ -237,8 +235,7 @@ def _spread(kind: int, pair: tuple[Tensor, Tensor], state: Pass) -> tuple[Tensor
     return tuple(part.new_zeros(shape).scatter(2, columns, part) for part in pair)
 
 
-@dataclass(frozen=True)
-class Stacked:
+class Stacked(Frozen):
     """Matrices side by side, of the learners that look (``q``) and of the one that is looked at."""
 
     names: tuple[str, ...]  # those that look
@@ -249,7 +246,7 @@ class Stacked:
     lift: Tensor  # (h, q r)
 
     @classmethod
-    def of(cls, looking: dict[str, Learner], seen: Learner) -> Stacked:
+    def of(cls, looking: dict[str, Learner], seen: Learner) -> "Stacked":
         """Copy the matrices of the learners that look and of the one whose keys are new."""
         learners = looking.values()
         pairs = [*(learner.query for learner in learners), seen.key, seen.value]

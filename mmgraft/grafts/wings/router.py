@@ -7,8 +7,6 @@ logits from the extra output columns: no ``s x S`` matrix is kept. Bases whose a
 called so (no attention registry, soft-capping, sinks) take the explicit weights instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,7 +44,7 @@ class Router(nn.Module):
 class _Job:
     implementation: str
     columns: Callable[[int], Tensor]  # number of keys -> (b, S, 2)
-    outer: _Job | None
+    outer: "_Job | None"
     logits: list[Tensor] = field(default_factory=list)
 
 

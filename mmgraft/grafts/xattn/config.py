@@ -1,16 +1,14 @@
 """Settings of a cross-attention graft."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from mmgraft.errors import UsageError
 from mmgraft.grafts.method import PlainDecoder, Promises, StageSwitches
-from mmgraft.strict import LayerChoice, Option, StrictModel
+from mmgraft.strict import LayerChoice, Option, StrictModel, about
 
 if TYPE_CHECKING:
     from mmgraft.anatomy import Anatomy
@@ -21,8 +19,8 @@ GROUPS = {
     "gates": "gates of the blocks",
     "marker": "vector at an image's position",
 }
+#: Learning rate of the gates where a stage names none: AdamW moves one by about this a step.
 GATE_RATE = 1e-2
-"""Learning rate of the gates where a stage names none: AdamW moves one by about this a step."""
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -47,42 +45,38 @@ class XattnConfig(StrictModel):
     method: Literal["xattn"] = "xattn"
     preset: Annotated[
         Literal["llama", "flamingo"], Option("Preset of the blocks: llama or flamingo.")
-    ] = Field("llama", description="values of the settings below that are not given")
-    layers: LayerChoice = Field(
-        "spread:8", description="base layers, counted from 0, that a block follows"
-    )
+    ] = about("values of the settings below that are not given", "llama")
+    layers: LayerChoice = about("base layers, counted from 0, that a block follows", "spread:8")
     attend: Annotated[
         Literal["all", "latest"], Option("Images that a position reads: all or latest.")
-    ] = Field("all", description="all images before a position, or the latest alone (flamingo)")
-    heads: Annotated[str, Option("Heads of a block: base, 8x64, or 32x128/8.")] = Field(
-        "base",
-        description="query heads x width, and after a slash key heads where they are fewer; base: "
+    ] = about("all images before a position, or the latest alone (flamingo)", "all")
+    heads: Annotated[str, Option("Heads of a block: base, 8x64, or 32x128/8.")] = about(
+        "query heads x width, and after a slash key heads where they are fewer; base: "
         "as the base has them (flamingo: 8x64)",
+        "base",
     )
-    qk_norm: bool = Field(
-        True, description="an RMSNorm over every head's queries and keys (flamingo: none)"
-    )
+    qk_norm: bool = about("an RMSNorm over every head's queries and keys (flamingo: none)", True)
     feedforward: Annotated[
         Literal["base", "4h", "none"], Option("Feed-forward of a block: base, 4h or none.")
-    ] = Field(
-        "base",
-        description="base: SwiGLU of the base's width, of a mixture of experts 4h; 4h: two linear "
+    ] = about(
+        "base: SwiGLU of the base's width, of a mixture of experts 4h; 4h: two linear "
         "layers with a GELU (flamingo); none: attention alone",
+        "base",
     )
-    layer_norm: bool = Field(
-        False, description="a LayerNorm before each half of a block (flamingo), not an RMSNorm"
+    layer_norm: bool = about(
+        "a LayerNorm before each half of a block (flamingo), not an RMSNorm", False
     )
-    gate: Annotated[Literal["tanh", "linear"], Option("Gate of a block: tanh or linear.")] = Field(
-        "tanh", description="factor of a block's two sums: tanh(g), or g itself"
+    gate: Annotated[Literal["tanh", "linear"], Option("Gate of a block: tanh or linear.")] = about(
+        "factor of a block's two sums: tanh(g), or g itself", "tanh"
     )
-    gate_size: Literal["scalar", "channel"] = Field(
-        "scalar", description="one gate for each half of a block, or one for each channel"
+    gate_size: Literal["scalar", "channel"] = about(
+        "one gate for each half of a block, or one for each channel", "scalar"
     )
-    gate_init: float = Field(
-        0.0, description="g at the start; with another value than 0 a fresh graft changes logits"
+    gate_init: float = about(
+        "g at the start; with another value than 0 a fresh graft changes logits", 0.0
     )
-    marker: bool = Field(
-        True, description="train the vector at an image's position; false leaves it as it starts"
+    marker: bool = about(
+        "train the vector at an image's position; false leaves it as it starts", True
     )
 
     @model_validator(mode="before")
@@ -107,7 +101,7 @@ class XattnConfig(StrictModel):
             )
         return value
 
-    def head_shape(self, anatomy: Anatomy) -> tuple[int, int, int]:
+    def head_shape(self, anatomy: "Anatomy") -> tuple[int, int, int]:
         """Return query heads, key heads and the width of a head."""
         found = _HEADS.fullmatch(self.heads)
         if found is None:
@@ -134,7 +128,7 @@ def promises(config: XattnConfig) -> Promises:
     return Promises(before="", fresh=fresh)
 
 
-def feedforward_width(config: XattnConfig, anatomy: Anatomy) -> int:
+def feedforward_width(config: XattnConfig, anatomy: "Anatomy") -> int:
     """Return the inner width of a block's feed-forward; 0 where it has none.
 
     The base's is that of its widest linear layer back to the hidden size outside of the attention.

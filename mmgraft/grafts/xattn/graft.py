@@ -7,8 +7,6 @@ A block is ``y = x + g(alpha) * Attention(norm(x), images)``, then
 ``y + g(beta) * FeedForward(norm(y))``, both at the positions that see an image; ``x`` elsewhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -133,8 +131,8 @@ def _as(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x if weight is None else x.to(weight.dtype))
 
 
+#: Gates of which none is as far from 0 as this leave a block next to nothing to say.
 SHUT = 0.05
-"""Gates of which none is as far from 0 as this leave a block next to nothing to say."""
 _AT_ONCE = 8192  # tokens that are embedded at a time
 
 

@@ -1,7 +1,5 @@
 """Grafts in transformers' Auto classes, from ``import mmgraft`` on, which imports neither."""
 
-from __future__ import annotations
-
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder

@@ -1,14 +1,12 @@
 """The config of a grafted model, and of a graft's folder: ``config.json``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+#: Called before a ``config.json`` is read.
 BEFORE_READING: list[Callable[[], None]] = []
-"""Called before a ``config.json`` is read."""
 
 
 class GraftedConfig(PreTrainedConfig):

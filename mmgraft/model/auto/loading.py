@@ -1,7 +1,5 @@
 """Load a graft, its processor or its base's tokenizer as an Auto class asks for them."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from mmgraft.model.modeling import GraftedModel
 from mmgraft.vision.towers.registry import load_tower
 from mmgraft.vision.towers.transformers import outline
 
+#: Options that the Auto classes pass on for themselves; a base's own code is never run.
 _INNER = ("config", "adapter_kwargs", "trust_remote_code", "code_revision", "tqdm_class")
-"""Options that the Auto classes pass on for themselves; a base's own code is never run."""
 
 
 @cache

@@ -1,7 +1,5 @@
 """A graft's processor as transformers' pipelines and servers call one."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -15,15 +13,12 @@ from mmgraft.data.chat.transcript import STOCK_SENTINEL
 from mmgraft.data.chat.turns import is_image
 from mmgraft.errors import UsageError
 
+#: Rows are padded to the longest, on the left, and are torch's tensors.
 _IN_ANY_CASE = ("padding", "return_tensors")
-"""Rows are padded to the longest, on the left, and are torch's tensors."""
 _NOT_TAKEN = (
-    "chat_template",
-    "continue_final_message",
-    "processor_kwargs",
-    "truncation",
+    "chat_template", "continue_final_message", "processor_kwargs", "truncation",
     "load_audio_from_video",
-)
+)  # fmt: skip
 
 
 class GraftedProcessor(ProcessorMixin):

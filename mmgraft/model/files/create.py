@@ -1,14 +1,13 @@
 """Make a fresh graft: on a loaded base, or from files without ever loading the base."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mmgraft import basefiles
 from mmgraft.anatomy import Anatomy
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template, check_template, resolve_template
@@ -16,11 +15,7 @@ from mmgraft.errors import UsageError, brief
 from mmgraft.grafts.method import Method
 from mmgraft.grafts.registry import get_method, methods
 from mmgraft.layers import parse_layers
-from mmgraft.model.files.graft_file import (
-    BaseReference,
-    GraftFile,
-    TemplateChoice,
-)
+from mmgraft.model.files.graft_file import BaseReference, GraftFile, TemplateChoice
 from mmgraft.model.files.parts import LoadedParts, ReadParts, check_layers, make_workflow
 from mmgraft.model.files.save import graft_tensors, write_graft
 from mmgraft.model.trial import refusal
@@ -30,10 +25,6 @@ from mmgraft.vision.projectors.configs import MlpConfig, ProjectorConfig
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
 from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import TowerShape, describe_tower
-
-if TYPE_CHECKING:
-    from mmgraft.basefiles import ModelFiles
-
 
 _GIVEN: dict[str, tuple[Any, str]] = {
     "base": (str | Path | torch.nn.Module, "a Hub id, a folder or a loaded causal LM"),
@@ -116,16 +107,14 @@ def create_graft(
     Raises:
         UsageError: An unknown base or tower, or settings that do not fit them; nothing is written.
     """
-    from mmgraft.basefiles import fingerprint, resolve
-
     check_given(base=base, vision=vision, config=config, projector=projector, template=template)
     spec = VisionSpec.from_name(vision) if isinstance(vision, str) else vision
     spec = _pinned(spec)
     shape = describe_tower(spec)
-    files = resolve(base, revision)
+    files = basefiles.resolve(base, revision)
     made = make_from_files(files, config, workflow, projector or MlpConfig(), template, shape, seed)
     if full_fingerprint:
-        made.record.base.fingerprint = fingerprint(files, full=True)
+        made.record.base.fingerprint = basefiles.fingerprint(files, full=True)
     made.record.vision = spec
     if not dry_run:
         write_graft(Path(folder), made.record, graft_tensors(made))
@@ -146,7 +135,7 @@ def _pinned(spec: VisionSpec) -> VisionSpec:
 
 
 def make_from_files(
-    files: ModelFiles,
+    files: basefiles.ModelFiles,
     config: StrictModel,
     workflow: str,
     projector: ProjectorConfig,
@@ -165,25 +154,17 @@ def make_from_files(
         tower: The tower, or its shape, which leaves the record to name it.
         seed: Of new tensors that do not start as copies or zero.
     """
-    from mmgraft.basefiles import (
-        TensorReader,
-        examine_files,
-        find_tokenizer,
-        fingerprint,
-        load_config,
-    )
-
-    base_config = load_config(files)
-    with TensorReader(files) as reader:
-        blank, anatomy = examine_files(reader, base_config)
+    base_config = basefiles.load_config(files)
+    with basefiles.TensorReader(files) as reader:
+        blank, anatomy = basefiles.examine_files(reader, base_config)
         indices = _copied_layers(config, anatomy)
         _refuse(get_method(cast(Any, config).method), anatomy, blank)
-        tokenizer = find_tokenizer(files.path)
+        tokenizer = basefiles.find_tokenizer(files.path)
         chosen = choose_template(tokenizer, template, files.id)
         if tokenizer is not None:
             _check_vocabulary(tokenizer, chosen, anatomy.vocab_size)
         reference = BaseReference(
-            id=files.id, revision=files.revision, fingerprint=fingerprint(files)
+            id=files.id, revision=files.revision, fingerprint=basefiles.fingerprint(files)
         )
         owns = [name for name in ("embedding", "norm", "head") if getattr(config, name, False)]
         parts = ReadParts(reader, base_config, indices, owns, anatomy)

@@ -1,12 +1,10 @@
 """``graft_config.json``: what a graft is, which base it belongs to, which tower it sees with."""
 
-from __future__ import annotations
-
 import json
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,21 +15,19 @@ from mmgraft.grafts.registry import get_method, methods, moved
 from mmgraft.strict import StrictModel
 from mmgraft.textfiles import read_json
 from mmgraft.version import __version__
+from mmgraft.vision.plan import ImagePositions
 from mmgraft.vision.projectors.configs import MlpConfig
 from mmgraft.vision.projectors.registry import AnyProjector
 from mmgraft.vision.spec import VisionSpec
-
-if TYPE_CHECKING:
-    from mmgraft.vision.plan import ImagePositions
-    from mmgraft.vision.towers.registry import TowerShape
+from mmgraft.vision.towers.registry import TowerShape
 
 _log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 CONFIG_NAME = "graft_config.json"
 WEIGHTS_NAME = "graft.safetensors"
+#: Folder inside a graft's folder that holds a base of its own (trained, or imported).
 OWN_BASE = "base"
-"""Folder inside a graft's folder that holds a base of its own (trained, or imported)."""
 
 
 _noted: set[Path] = set()  # files whose reading has said what moved
@@ -140,7 +136,7 @@ class GraftFile(_Strict):
         return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def read(cls, folder: Path) -> GraftFile:
+    def read(cls, folder: Path) -> "GraftFile":
         """Read and check a graft's config.
 
         Raises:

@@ -1,7 +1,5 @@
 """Load a saved graft with its base, its tower and its processor."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,16 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmgraft import basefiles
 from mmgraft.anatomy import Anatomy, decoder_layers, examine, get_path
-from mmgraft.basefiles import (
-    ModelFiles,
-    compare_fingerprints,
-    fetch,
-    find_tokenizer,
-    fingerprint,
-    load_whole,
-    resolve,
-)
 from mmgraft.basefiles.files import vocabulary
 from mmgraft.data.chat.processor import GraftProcessor
 from mmgraft.data.chat.template import Template
@@ -38,8 +28,8 @@ from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import TowerShape
 
 Verify = Literal["fast", "full", "off"]
+#: Relative distance of a fixed image's features that other machines explain.
 _FEATURES_APART = 1e-3
-"""Relative distance of a fixed image's features that other machines explain."""
 _GRAFT_FILES = [
     "*.json",
     "*.safetensors",
@@ -55,7 +45,7 @@ def same_base(first: GraftFile, second: GraftFile, source: str | Path) -> None:
     """Refuse a graft that belongs to another base."""
     if not first.base.fingerprint or not second.base.fingerprint:
         return  # a base made in memory has none; the tensors' shapes must still fit
-    difference = compare_fingerprints(first.base.fingerprint, second.base.fingerprint)
+    difference = basefiles.compare_fingerprints(first.base.fingerprint, second.base.fingerprint)
     if difference is not None:
         raise UsageError(f"{source} belongs to another base ({difference}); load it by itself.")
 
@@ -68,16 +58,18 @@ def graft_folder(source: str | Path, revision: str | None = None) -> Path:
     text = str(source)
     if text.count("/") != 1 or text.startswith((".", "/")):
         raise UsageError(f"{text} is neither a folder nor a Hub id (owner/name).")
-    return fetch(text, revision, _GRAFT_FILES, ignore=())
+    return basefiles.fetch(text, revision, _GRAFT_FILES, ignore=())
 
 
-def base_files(record: GraftFile, folder: Path, override: str | None = None) -> ModelFiles:
+def base_files(
+    record: GraftFile, folder: Path, override: str | None = None
+) -> basefiles.ModelFiles:
     """Return where a graft's base lies."""
     if override is not None:
-        return resolve(override)
+        return basefiles.resolve(override)
     if record.base.id.startswith("./"):
-        return resolve(str(folder / record.base.id))
-    return resolve(record.base.id, record.base.revision)
+        return basefiles.resolve(str(folder / record.base.id))
+    return basefiles.resolve(record.base.id, record.base.revision)
 
 
 def local_tower(record: GraftFile, folder: Path) -> VisionSpec:
@@ -116,7 +108,7 @@ def check_tower(record: GraftFile, tower: VisionTower, verify: Verify) -> None:
         )
 
 
-def check_base(record: GraftFile, files: ModelFiles, verify: Verify) -> None:
+def check_base(record: GraftFile, files: basefiles.ModelFiles, verify: Verify) -> None:
     """Stop unless the base is the one that the graft was made for.
 
     Raises:
@@ -130,8 +122,8 @@ def check_base(record: GraftFile, files: ModelFiles, verify: Verify) -> None:
             "this graft recorded no hash of the whole base, so --verify full has nothing to "
             "compare with: use --verify fast, or graft again with --verify full."
         )
-    now = fingerprint(files, full=verify == "full")
-    difference = compare_fingerprints(record.base.fingerprint, now)
+    now = basefiles.fingerprint(files, full=verify == "full")
+    difference = basefiles.compare_fingerprints(record.base.fingerprint, now)
     if difference is not None:
         raise UsageError(
             f"{files.id} is not the base that this graft was made for: {difference}. "
@@ -140,7 +132,7 @@ def check_base(record: GraftFile, files: ModelFiles, verify: Verify) -> None:
 
 
 def load_base(
-    files: ModelFiles,
+    files: basefiles.ModelFiles,
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
     quantization: str | None = None,
@@ -158,7 +150,7 @@ def load_base(
         "attn_implementation": attn_implementation,
     }
     options |= {name: value for name, value in given.items() if value is not None}
-    base = load_whole(files, **options)
+    base = basefiles.load_whole(files, **options)
     if quantized is not None:
         leave_file(base)
     return base.requires_grad_(False).eval()
@@ -205,7 +197,7 @@ def load_processor(
     Raises:
         UsageError: The base has no tokenizer, or its template does not know an option.
     """
-    tokenizer = find_tokenizer(Path(tokenizer_folder))
+    tokenizer = basefiles.find_tokenizer(Path(tokenizer_folder))
     if tokenizer is None:
         raise UsageError(
             f"the base {record.base.id} has no tokenizer that transformers can load; "

@@ -1,7 +1,5 @@
 """A fresh workflow, and the sources of its copies: a loaded base, its files, or its shape."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -17,13 +15,7 @@ from mmgraft.data.chat.placeholder import choose_placeholder
 from mmgraft.errors import UsageError
 from mmgraft.grafts.base import BaseParts, Graft
 from mmgraft.grafts.registry import get_method
-from mmgraft.model.files.graft_file import (
-    BaseReference,
-    GraftFile,
-    ImageToken,
-    SeenFeatures,
-    TemplateChoice,
-)
+from mmgraft.model.files import graft_file
 from mmgraft.model.workflow import Workflow
 from mmgraft.vision.projectors.configs import ProjectorConfig
 from mmgraft.vision.projectors.registry import build_projector
@@ -152,9 +144,9 @@ def make_workflow(
     workflow: str,
     spec: ProjectorConfig,
     tower: VisionTower | TowerShape | None,
-    reference: BaseReference,
+    reference: graft_file.BaseReference,
     tokenizer: PreTrainedTokenizerBase | None,
-    template: TemplateChoice,
+    template: graft_file.TemplateChoice,
     seed: int = 0,
 ) -> Workflow:
     """Make the projector, the graft and the record of a fresh workflow.
@@ -179,19 +171,19 @@ def make_workflow(
         projector.fill()
         graft: Graft = get_method(config.method).load_graft()(config, anatomy, parts)
     token, why = choose_placeholder(tokenizer, anatomy.vocab_size)
-    record = GraftFile(
+    record = graft_file.GraftFile(
         method=config.method,
         config=config.model_dump(mode="json"),
         workflow=workflow,
         base=reference,
         vision=VisionSpec(),
         projector=projector.config,
-        image_token=ImageToken(id=token, why=why),
+        image_token=graft_file.ImageToken(id=token, why=why),
         template=template,
     )
     if tower is not None and not isinstance(tower, TowerShape):
         record.vision, record.vision_fingerprint = tower.spec, tower.fingerprint()
-        record.vision_features = SeenFeatures(sample=tower.sample())
+        record.vision_features = graft_file.SeenFeatures(sample=tower.sample())
     made: Any = Workflow(workflow, projector, graft, record)
     dtype = next((p.dtype for p in graft.parameters()), None)
     return made if dtype is None else made.to(dtype)

@@ -1,7 +1,5 @@
 """Write one workflow's graft: ``graft_config.json`` and ``graft.safetensors``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,14 +12,7 @@ from torch import Tensor
 
 from mmgraft.atomic import replace_together
 from mmgraft.errors import UsageError
-from mmgraft.model.files.graft_file import (
-    CONFIG_NAME,
-    OWN_BASE,
-    WEIGHTS_NAME,
-    BaseReference,
-    GraftFile,
-    SeenFeatures,
-)
+from mmgraft.model.files import graft_file
 from mmgraft.model.sharded import gathered
 from mmgraft.model.workflow import Workflow
 from mmgraft.progress import working
@@ -32,11 +23,11 @@ if TYPE_CHECKING:
 Writer = Callable[[Path], object]
 
 MAX_SHARD_SIZE = "5GB"
-INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+INDEX_NAME = f"{graft_file.WEIGHTS_NAME}.index.json"
 
 
 def save_graft(
-    model: GraftedModel,
+    model: "GraftedModel",
     folder: str | Path,
     workflow: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
@@ -60,9 +51,10 @@ def save_graft(
     """
     chosen = model.workflow(workflow)
     folder = Path(folder)
-    record = _reachable(current_record(chosen), chosen, folder)
+    now = chosen.record.model_copy(update={"state": chosen.graft.state()})
+    record = _reachable(now, chosen, folder)
     if record.vision_features is None and model.vision_tower is not None:
-        seen = SeenFeatures(sample=model.vision_tower.sample())
+        seen = graft_file.SeenFeatures(sample=model.vision_tower.sample())
         record = record.model_copy(update={"vision_features": seen})
     tensors = graft_tensors(chosen, write)
     if not (record.base_trained or model.base_is_trained):
@@ -71,13 +63,13 @@ def save_graft(
         return
     if model.quantized:
         raise UsageError("a 4-bit base cannot have been trained; nothing of it is saved.")
-    own = BaseReference(id=f"./{OWN_BASE}")
+    own = graft_file.BaseReference(id=f"./{graft_file.OWN_BASE}")
     beside = chosen.record.base.id == own.id
     original = record.trained_from or (None if beside else record.base)
     record = record.model_copy(update={"base": own, "base_trained": True, "trained_from": original})
     whole = gathered(model.base.state_dict(keep_vars=True), write) if model.in_step else None
     if write:
-        first = {OWN_BASE: lambda path: _write_base(model, path, own, whole)}
+        first = {graft_file.OWN_BASE: lambda path: _write_base(model, path, own, whole)}
         write_graft(folder, record, tensors, max_shard_size, first)
     # The model stands beside its own base now; whatever lay beside the old one is named whole.
     chosen.record, chosen.origin = record, folder
@@ -91,12 +83,9 @@ def graft_tensors(workflow: Workflow, keep: bool = True) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in gathered(own, keep).items()}
 
 
-def current_record(workflow: Workflow) -> GraftFile:
-    """Return the record of a workflow as it is now."""
-    return workflow.record.model_copy(update={"state": workflow.graft.state()})
-
-
-def _reachable(record: GraftFile, workflow: Workflow, folder: Path) -> GraftFile:
+def _reachable(
+    record: graft_file.GraftFile, workflow: Workflow, folder: Path
+) -> graft_file.GraftFile:
     """Return the record with whole paths for what lay beside the graft where it was loaded."""
 
     def whole(name: str | None) -> str | None:
@@ -112,7 +101,7 @@ def _reachable(record: GraftFile, workflow: Workflow, folder: Path) -> GraftFile
 
 def write_graft(
     folder: Path,
-    record: GraftFile,
+    record: graft_file.GraftFile,
     tensors: dict[str, Tensor],
     max_shard_size: str = MAX_SHARD_SIZE,
     first: Mapping[str, Writer] | None = None,
@@ -141,7 +130,7 @@ def write_graft(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         writers[INDEX_NAME] = lambda path: path.write_text(json.dumps(index, indent=2), "utf-8")
     writers["config.json"] = lambda path: path.write_text(record.dump_config(), "utf-8")
-    writers[CONFIG_NAME] = lambda path: path.write_text(record.dump(), "utf-8")
+    writers[graft_file.CONFIG_NAME] = lambda path: path.write_text(record.dump(), "utf-8")
     with working(f"saving {folder}"):
         replace_together(folder, writers, gone=_weight_files(folder) - writers.keys())
 
@@ -151,9 +140,9 @@ def _weight_files(folder: Path) -> set[str]:
 
 
 def _write_base(
-    model: GraftedModel,
+    model: "GraftedModel",
     folder: Path,
-    reference: BaseReference,
+    reference: graft_file.BaseReference,
     state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a trained base as an ordinary folder, and note its own fingerprint.

@@ -1,13 +1,12 @@
 """Summary of a model or a graft for ``mmgraft inspect``, without loading any weights."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import methods
 from mmgraft.model.files.graft_file import CONFIG_NAME, WEIGHTS_NAME, GraftFile
 
@@ -28,8 +27,7 @@ _SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class LayerRow:
+class LayerRow(Frozen):
     """One decoder layer; ``refused`` is the reason why it cannot carry a graft."""
 
     index: int
@@ -40,8 +38,7 @@ class LayerRow:
     refused: str | None
 
 
-@dataclass(frozen=True)
-class ModelSummary:
+class ModelSummary(Frozen):
     """A base: sizes, layers, and what cannot be grafted on it."""
 
     id: str
@@ -57,8 +54,7 @@ class ModelSummary:
     refusals: dict[str, str] = field(default_factory=dict)  # method -> why it cannot be used
 
 
-@dataclass(frozen=True)
-class PartRow:
+class PartRow(Frozen):
     """Tensors that belong together in a graft's file."""
 
     part: str
@@ -67,8 +63,7 @@ class PartRow:
     bytes: int
 
 
-@dataclass(frozen=True)
-class GraftSummary:
+class GraftSummary(Frozen):
     """A graft: what it adds to which base, and what it does not promise."""
 
     folder: str
@@ -87,7 +82,7 @@ class GraftSummary:
     lacks: dict[str, str]  # invariant -> why it does not hold
 
 
-def locate(name: str, revision: str | None = None) -> Path | ModelFiles:
+def locate(name: str, revision: str | None = None) -> "Path | ModelFiles":
     """Return the folder of a graft, or the files of a model; of what is on the Hub, no model's
     weights.
 
@@ -112,7 +107,7 @@ def locate(name: str, revision: str | None = None) -> Path | ModelFiles:
     return resolve(name, revision)
 
 
-def summarise_model(files: ModelFiles) -> ModelSummary:
+def summarise_model(files: "ModelFiles") -> ModelSummary:
     """Examine a base from its config alone.
 
     Raises:
@@ -223,7 +218,7 @@ def limits(record: GraftFile) -> dict[str, str]:
     return replace(record.promises, text="", fresh="").broken()
 
 
-def _count(module: nn.Module) -> int:
+def _count(module: "nn.Module") -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -5,8 +5,6 @@ intermediate width: in a frozen Llama layer about two thirds of all that trainin
 activation is a cheap function of the gate, which its own backward pass keeps anyway.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,8 +18,8 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 from mmgraft.patching import patched_forward
 
+#: Activations of one operation, whose own backward pass keeps what they were given.
 KEEPS_ITS_INPUT = (nn.SiLU, nn.GELU, SiLUActivation, GELUActivation, GELUTanh)
-"""Activations of one operation, whose own backward pass keeps what they were given."""
 
 
 @contextmanager

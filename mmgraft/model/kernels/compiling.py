@@ -1,7 +1,5 @@
 """Decoder layers through torch.compile while a stage trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """A frozen base in 4-bit: nf4 with double quantisation, through bitsandbytes."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from collections.abc import Iterator

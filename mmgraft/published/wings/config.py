@@ -1,14 +1,12 @@
 """Settings of a graft that computes what the published Wings code computes."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mmgraft.grafts.method import Promises
-from mmgraft.strict import LayerChoice, StrictModel
+from mmgraft.strict import LayerChoice, StrictModel, about
 
 if TYPE_CHECKING:
     from mmgraft.anatomy import Anatomy
@@ -37,21 +35,19 @@ class OfficialWingsConfig(StrictModel):
     """
 
     method: Literal["wings-official"] = "wings-official"
-    layers: LayerChoice = Field(
-        "all", description="base layers, counted from 0, that have learners: 'all', [0, 4]"
+    layers: LayerChoice = about(
+        "base layers, counted from 0, that have learners: 'all', [0, 4]", "all"
     )
-    rank: int = Field(
-        default=64, ge=1, description="rank of every learner matrix (64 in the scripts)"
+    rank: int = about("rank of every learner matrix (64 in the scripts)", 64, ge=1)
+    learners: list[LearnerName] = about(
+        "visual, textual, or visual alone (stage 1)", ["visual", "textual"]
     )
-    learners: list[LearnerName] = Field(
-        default=["visual", "textual"], description="visual, textual, or visual alone (stage 1)"
-    )
-    router: bool = Field(default=True, description="weigh two learners by the router")
+    router: bool = about("weigh two learners by the router", True)
     system_prompt_length: int = Field(
         ge=0, description="tokens at the start of a row that no textual learner sees"
     )
     image_token_length: int = Field(ge=1, description="positions of the one image that a row has")
-    router_width: int = Field(default=4096, ge=1, description="columns of the published router")
+    router_width: int = about("columns of the published router", 4096, ge=1)
 
     @property
     def routed(self) -> bool:
@@ -75,7 +71,7 @@ class OfficialWingsConfig(StrictModel):
         return self
 
 
-def refuses(anatomy: Anatomy) -> str | None:
+def refuses(anatomy: "Anatomy") -> str | None:
     """Return the reason why a base cannot take what was published for Llama and Qwen2."""
     plain = anatomy.branch_norm is None and anatomy.residual_scale == 1.0
     if anatomy.rope_theta is None or anatomy.parallel_block or not plain:

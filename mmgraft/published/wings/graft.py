@@ -1,7 +1,5 @@
 """The published Wings code's learners in the path of a base."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,11 +96,7 @@ class OfficialWingsGraft(Graft):
             else:
                 images = None
             state.shared["official",] = plan_official(
-                state.features,
-                state.kinds,
-                images,
-                self.config.system_prompt_length,
-                width,
+                state.features, state.kinds, images, self.config.system_prompt_length, width
             )
         return state.shared["official",]
 

@@ -13,25 +13,22 @@ What all layers share is computed once for each forward as an ``OfficialPlan``:
 where ``hidden`` is the residual plus the attention's output, before the layer's second norm.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.base import IMAGE, PADDING
 from mmgraft.grafts.wings.learners import Learner, Rotation
 
+#: Columns of the published router: a longer row has no weights.
 ROUTER_WIDTH = 4096
-"""Columns of the published router: a longer row has no weights."""
 
 
-@dataclass(frozen=True)
-class OfficialPlan:
+class OfficialPlan(Frozen):
     """Inputs of the learners of every layer in one forward.
 
     Attributes:

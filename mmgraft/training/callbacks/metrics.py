@@ -3,8 +3,6 @@
 The losses that are logged: between two logs, which a checkpoint keeps, and of an evaluation.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Collection, Iterator
@@ -20,8 +18,8 @@ from transformers import TrainerCallback
 from mmgraft.atomic import atomic_text, free_name
 from mmgraft.training.checkpoint import step_of
 
+#: Written into a checkpoint beside what the Trainer writes, which forgets them.
 LOSSES = "losses.json"
-"""Written into a checkpoint beside what the Trainer writes, which forgets them."""
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """Progress of a stage: a live line on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any
@@ -91,9 +89,7 @@ class ProgressDisplay(TrainerCallback):
     def time_left(self, step: int, steps: int) -> float | None:
         """Estimate the seconds until the last step, at the speed since this session began."""
         done = step - self._first_step
-        if done <= 0:
-            return None
-        return (time.monotonic() - self._began) / done * (steps - step)
+        return None if done <= 0 else (time.monotonic() - self._began) / done * (steps - step)
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)

@@ -4,8 +4,6 @@ After Ctrl-C the step is finished, a checkpoint written, and the way on said. Wh
 noticed before the optimizer takes it in.
 """
 
-from __future__ import annotations
-
 import errno
 import math
 import random
@@ -25,11 +23,12 @@ from transformers import TrainerCallback
 from typing_extensions import Self
 
 from mmgraft.errors import MMGraftError
+from mmgraft.frozen import Frozen
 from mmgraft.model.sharded import is_piece
 from mmgraft.training.distributed.parallel import any_rank, of_all_ranks, processes, way_on
 
+#: Rows that a message names; a step may hold thousands.
 _NAMED = 16
-"""Rows that a message names; a step may hold thousands."""
 
 
 class NotFinite(MMGraftError):
@@ -135,8 +134,7 @@ def _gathered(items: list[Any], ranks: int) -> list[Any]:
     return [item for part in of_all_ranks(items, ranks) for item in part]
 
 
-@dataclass(frozen=True)
-class RandomState:
+class RandomState(Frozen):
     """All random numbers to come, as they stood after a step.
 
     A pass that fails has used some; a checkpoint written after it must not know of them, or the
@@ -150,7 +148,7 @@ class RandomState:
     cuda: list[Tensor]
 
     @classmethod
-    def now(cls, step: int) -> RandomState:
+    def now(cls, step: int) -> "RandomState":
         """Take down what stands now, after a step."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(step, random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)

@@ -1,9 +1,7 @@
 """Distance of a trained base's text from that of the base before training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmgraft.atomic import atomic_text, atomic_write
+from mmgraft.frozen import Frozen
 from mmgraft.model.files.graft_file import CONFIG_NAME, GraftFile
 from mmgraft.model.packing import takes_half
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from mmgraft.data.chat.processor import GraftProcessor
     from mmgraft.model.modeling import GraftedModel
 
+#: Conversations without an image, one of which mentions what elsewhere stands for one.
 PROMPTS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
@@ -29,15 +29,13 @@ PROMPTS = (
     "Is there a blue shape?",
     "List the first five prime numbers.",
 )
-"""Conversations without an image, one of which mentions what elsewhere stands for one."""
 
+#: The base's log-probabilities before training, so that a resumed run has them too.
 BEFORE = "text-before.safetensors"
-"""The base's log-probabilities before training, so that a resumed run has them too."""
 _KEY = "text_change"
 
 
-@dataclass(frozen=True)
-class TextChange:
+class TextChange(Frozen):
     """Text before training beside text after it, on a few fixed prompts.
 
     Attributes:
@@ -58,7 +56,7 @@ class TextChange:
         )
 
 
-def remember(run: Path, model: GraftedModel, processor: GraftProcessor) -> None:
+def remember(run: Path, model: "GraftedModel", processor: "GraftProcessor") -> None:
     """Keep the base's log-probabilities, unless an earlier start of this run has kept them."""
     if not (run / BEFORE).is_file():
         tensors = _log_probabilities(model, processor)
@@ -75,7 +73,7 @@ def forgotten(results: dict[str, Any] | None) -> dict[str, Any] | None:
     return {key: value for key, value in (results or {}).items() if key != _KEY} or None
 
 
-def measure(run: Path, model: GraftedModel, processor: GraftProcessor) -> TextChange:
+def measure(run: Path, model: "GraftedModel", processor: "GraftProcessor") -> TextChange:
     """Compare with what was remembered, and write it into the graft's results."""
     before = load_file(run / BEFORE)
     change = compare(before, _log_probabilities(model, processor))
@@ -96,7 +94,7 @@ def compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> TextCh
     return TextChange(divergence / positions, same / positions, positions)
 
 
-def _log_probabilities(model: GraftedModel, processor: GraftProcessor) -> dict[str, Tensor]:
+def _log_probabilities(model: "GraftedModel", processor: "GraftProcessor") -> dict[str, Tensor]:
     """Compute those of the next token at every position, ``(s, vocab)`` in fp32 by prompt."""
     training = model.training
     model.eval()

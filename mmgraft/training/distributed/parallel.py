@@ -1,7 +1,5 @@
 """Several processes: how many there are, and which ways of sharing a training can work."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +11,8 @@ from packaging.version import Version
 from mmgraft.errors import UsageError
 from mmgraft.recipes.recipe import Recipe
 
+#: Since then one group of parameters may hold a frozen base in bf16 and a graft in fp32.
 _FSDP2_TORCH = "2.8"
-"""Since then one group of parameters may hold a frozen base in bf16 and a graft in fp32."""
 
 
 _SPLIT = (
@@ -22,6 +20,7 @@ _SPLIT = (
     "built here",
     "parallel=ddp or fsdp2",
 )
+#: Variables of its environment, what they say, and what to write instead.
 _OF_ACCELERATE = {
     "ACCELERATE_USE_FSDP": (
         "with FSDP, whose plan does not know grafts, and which on a CPU trains with DDP without "
@@ -39,7 +38,6 @@ _OF_ACCELERATE = {
         "compile=true: mmgraft compiles layers",
     ),
 }
-"""Variables of its environment, what they say, and what to write instead."""
 
 
 def processes() -> int:

@@ -10,8 +10,6 @@ frozen vision tower stays whole: it also works between steps, for one process al
 accelerate's FSDP plugin knows none of this, and on a CPU it trains with DDP without a word.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

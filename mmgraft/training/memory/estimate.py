@@ -5,8 +5,6 @@ share of a process where several train together, are counted by what each way do
 hand in the tests; none was compared with a measured peak.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +24,7 @@ from mmgraft.data.chat.processor import Encoded, GraftProcessor
 from mmgraft.data.formats.indexed import facts_of, select
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.registry import get_method
 from mmgraft.model.files.graft_file import OWN_BASE, BaseReference, GraftFile, ImageToken
 from mmgraft.model.files.load import local_tower
@@ -33,15 +32,7 @@ from mmgraft.model.files.summary import locate
 from mmgraft.model.modeling import GraftedModel
 from mmgraft.recipes.recipe import Optimizer, Parallel, Recipe
 from mmgraft.training.distributed.sharding import pieces_at
-from mmgraft.training.memory.simulation import (
-    Load,
-    Step,
-    count_of,
-    meta_model,
-    simulate,
-    simulate_tower,
-    weights_of,
-)
+from mmgraft.training.memory import simulation
 from mmgraft.training.stages import open_stage
 from mmgraft.vision.plan import ImagePositions, Plan, Size
 from mmgraft.vision.spec import TRANSFORMERS_KIND, VisionSpec
@@ -49,8 +40,7 @@ from mmgraft.vision.towers.base import VisionTower
 from mmgraft.vision.towers.registry import TowerShape, describe_tower, load_tower
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(Frozen):
     """A graft, its base and its tower, without weights.
 
     Attributes:
@@ -171,8 +161,7 @@ _PAGED = 100_000  # and pages only that of larger ones
 _BLOCK = 256  # moments that share an fp32 constant
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(Frozen):
     """Tensors that FSDP2 gathers together.
 
     Attributes:
@@ -186,8 +175,7 @@ class Groups:
     trained: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Share:
+class Share(Frozen, kw_only=True):
     """Bytes of one process.
 
     Attributes:
@@ -210,12 +198,12 @@ class Share:
 
 def groups_of(model: GraftedModel) -> Groups:
     """Divide a model as FSDP2 does in :mod:`mmgraft.training.distributed.sharding`."""
-    whole = sum(weights_of(model).values())
+    whole = sum(simulation.weights_of(model).values())
     sizes: list[int] = []
     trained: list[int] = []
     for index, layer in enumerate(decoder_layers(model.base, model.anatomy)):
         parts = [layer, *pieces_at(model, index)]
-        sizes.append(sum(sum(weights_of(part).values()) for part in parts))
+        sizes.append(sum(sum(simulation.weights_of(part).values()) for part in parts))
         trained.append(
             sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
         )
@@ -227,7 +215,7 @@ def whole_share(model: GraftedModel, optimizer: Optimizer, device: str) -> Share
     """Count what a process holds of a model that it trains alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return Share(
-        weights=weights_of(model),
+        weights=simulation.weights_of(model),
         gradients=sum(4 * p.numel() for p in trained),
         optimizer=state_bytes(model, trained, optimizer, device),
         scratch=scratch_bytes(trained, optimizer, device),
@@ -293,12 +281,11 @@ def scratch_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer, device:
     return 2 * max((4 * parameter.numel() for parameter in trained), default=0)
 
 
+#: Rows of a stage that are tokenised: those with the most text and image positions.
 TOKENISED = 64
-"""Rows of a stage that are tokenised: those with the most text and image positions."""
 
 
-@dataclass(frozen=True)
-class RowSizes:
+class RowSizes(Frozen):
     """The largest row of a stage.
 
     Attributes:
@@ -399,21 +386,19 @@ def assumed(length: int, each: int | None, source: str, packing: bool = False) -
     return RowSizes(length, max(1, images), length - each - 1, True, source)
 
 
+#: Bytes that a process takes beside its tensors once it trains: code that is read as it is used.
 PROCESS = {"cuda": 0, "cpu": 100_000_000}
-"""Bytes that a process takes beside its tensors once it trains: code that is read as it is used."""
+#: Bytes of the machine for each byte that comes and goes in a step.
+#:
+#: glibc gives no block back that lies between others that live, and what is kept lies between what
+#: comes and goes. Both numbers are measured, see benchmarks/estimate_memory.py; on CUDA they are in
+#: the reserve of every card.
 ALLOCATOR = {"cuda": 1.0, "cpu": 1.6}
-"""Bytes of the machine for each byte that comes and goes in a step.
-
-glibc gives no block back that lies between others that live, and what is kept lies between what
-comes and goes. Both numbers are measured, see benchmarks/estimate_memory.py; on CUDA they are in
-the reserve of every card.
-"""
+#: Images that the tower sees at a time while the feature cache is filled.
 CACHED_AT_ONCE = 32
-"""Images that the tower sees at a time while the feature cache is filled."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageEstimate(Share):
+class StageEstimate(Share, kw_only=True):
     """Bytes that a stage takes, of one process where several share a training.
 
     Attributes:
@@ -462,7 +447,9 @@ class Estimator:
     rows: list[RowSizes]
     device: str = "cuda"
     processes: int = 1
-    _opened: dict[Any, tuple[GraftedModel, Step]] = field(default_factory=dict, init=False)
+    _opened: dict[Any, tuple[GraftedModel, simulation.Step]] = field(
+        default_factory=dict, init=False
+    )
     _towers: dict[Any, tuple[int, int]] = field(default_factory=dict, init=False)
 
     def stages(self, changed: Recipe | None = None, first: int = 0) -> list[StageEstimate]:
@@ -502,7 +489,7 @@ class Estimator:
             stage=stage.name,
             rows=rows,
             batch_size=stage.batch_size,
-            parameters=count_of(model),
+            parameters=simulation.count_of(model),
             trained=whole.gradients // 4,
             activations=step.kept - (0 if many else sums),
             layers=step.layers,
@@ -517,11 +504,11 @@ class Estimator:
         """Tell whether a process keeps its part of the gradients alone."""
         return self.processes > 1 and recipe.parallel != "ddp"
 
-    def _open(self, recipe: Recipe, index: int) -> tuple[GraftedModel, Step]:
+    def _open(self, recipe: Recipe, index: int) -> tuple[GraftedModel, simulation.Step]:
         """Open a stage's model and simulate its step; what the optimizer is does not matter."""
         stage, rows, subject = recipe.stages[index], self.rows[index], self.subject
         dtype, many = loaded_dtype(recipe), self.processes > 1
-        load = Load(
+        load = simulation.Load(
             rows=stage.batch_size,
             length=rows.length,
             plans=tuple(map(subject.plan, rows.sizes or [None] * rows.images)),
@@ -539,10 +526,10 @@ class Estimator:
         if key not in self._opened:
             record = subject.record.model_copy(update={"workflow": stage.workflow})
             loaded = load.width, dtype, recipe.quantization, recipe.attention
-            model = meta_model(record, subject.config, *loaded)
+            model = simulation.meta_model(record, subject.config, *loaded)
             open_stage(model, stage)
             model.train()
-            self._opened[key] = model, simulate(model, load)
+            self._opened[key] = model, simulation.simulate(model, load)
         return self._opened[key]
 
     def _tower(self, dtype: torch.dtype, rows: RowSizes, images: int) -> tuple[int, int]:
@@ -552,8 +539,8 @@ class Estimator:
         if key not in self._towers:
             tower = self.subject.tower
             plans = [self.subject.plan(largest) for _ in range(images)]
-            seeing = simulate_tower(tower, largest, plans, dtype) if images else 0
-            self._towers[key] = count_of(tower) * dtype.itemsize, seeing
+            seeing = simulation.simulate_tower(tower, largest, plans, dtype) if images else 0
+            self._towers[key] = simulation.count_of(tower) * dtype.itemsize, seeing
         return self._towers[key]
 
 

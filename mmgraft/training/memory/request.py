@@ -1,7 +1,5 @@
 """Subject of an estimate: a run or a recipe, with changes, and rows or their length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +12,7 @@ from mmgraft.model.files.load import load_processor
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.recipes.source import find_recipe, load_recipe, with_data
 from mmgraft.training.distributed import parallel
-from mmgraft.training.memory.estimate import (
-    Estimator,
-    RowSizes,
-    Subject,
-    assumed,
-    measured,
-    subject_of_recipe,
-    subject_of_run,
-)
+from mmgraft.training.memory import estimate as estimates
 from mmgraft.training.plan import RECIPE, USED_RECIPE, Plan, recipe_file
 from mmgraft.training.stage_data import StageData, check_rows, with_template
 
@@ -40,7 +30,7 @@ def read_request(
     length: int | None = None,
     device: str = "cuda",
     processes: int = 1,
-) -> Estimator:
+) -> estimates.Estimator:
     """Read what an estimate needs; of base and tower that is configs and tokenizer only.
 
     Args:
@@ -61,7 +51,7 @@ def read_request(
     """
     path = Path(target).expanduser()
     if path.is_dir():
-        subject = subject_of_run(path, base, vision)
+        subject = estimates.subject_of_run(path, base, vision)
         if recipe is None and not (path / RECIPE).is_file() and (path / USED_RECIPE).is_file():
             recipe = path / USED_RECIPE
         file = recipe_file(path, subject.record, recipe)
@@ -70,31 +60,31 @@ def read_request(
         if recipe is not None:
             raise UsageError(f"{target} is a recipe itself; leave --recipe out, or name a run")
         loaded = load_recipe(find_recipe(target), overrides=overrides)
-        subject = subject_of_recipe(loaded, base, vision)
+        subject = estimates.subject_of_recipe(loaded, base, vision)
     resolved = with_data(loaded, data, images, read).resolved(subject.record.workflow)
     reader = _Reader(subject, resolved)
     rows = [reader.sizes(stage, length, resolved.seed) for stage in resolved.stages]
-    return Estimator(resolved, subject, rows, device, processes)
+    return estimates.Estimator(resolved, subject, rows, device, processes)
 
 
-def estimator_of_plan(plan: Plan) -> Estimator:
+def estimator_of_plan(plan: Plan) -> estimates.Estimator:
     """Make one for a training that is about to begin, whose rows are read already."""
-    subject = subject_of_run(plan.run)
+    subject = estimates.subject_of_run(plan.run)
     reader = _Reader(subject, plan.recipe)
     sizes = [
         reader.of_rows(rows, stage) for stage, rows in zip(plan.stages, plan.rows, strict=True)
     ]
-    return Estimator(plan.recipe, subject, sizes, plan.device, parallel.processes())
+    return estimates.Estimator(plan.recipe, subject, sizes, plan.device, parallel.processes())
 
 
 class _Reader:
     """Sizes of rows, from data where a stage names them."""
 
-    def __init__(self, subject: Subject, recipe: Recipe) -> None:
+    def __init__(self, subject: estimates.Subject, recipe: Recipe) -> None:
         self.subject, self.recipe = subject, recipe
         self.data = StageData(recipe.on_bad_row)
 
-    def sizes(self, stage: Stage, length: int | None, seed: int) -> RowSizes:
+    def sizes(self, stage: Stage, length: int | None, seed: int) -> estimates.RowSizes:
         entries = stage.data or []
         if length is None and entries and all(entry.path for entry in entries):
             rows = self.data.rows(entries, seed, stage.image_share)
@@ -107,14 +97,14 @@ class _Reader:
                 f"stage {stage.name!r} names neither data nor max_length: give --length, the "
                 "positions of a row with its image, or --data FILE"
             )
-        return assumed(length, self.subject.positions.fixed, source, stage.packing)
+        return estimates.assumed(length, self.subject.positions.fixed, source, stage.packing)
 
-    def of_rows(self, rows: Sequence[Row], stage: Stage) -> RowSizes:
+    def of_rows(self, rows: Sequence[Row], stage: Stage) -> estimates.RowSizes:
         """Measure rows that are read already."""
         processor = with_template(self.processor, stage.template)
         skip_bad = self.recipe.on_bad_row == "skip"
         sizes = stage.max_length, stage.text_rows, stage.packing
-        return measured(rows, processor, *sizes, skip_bad)
+        return estimates.measured(rows, processor, *sizes, skip_bad)
 
     @cached_property
     def processor(self) -> GraftProcessor:

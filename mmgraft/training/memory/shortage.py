@@ -3,10 +3,7 @@
 Common cards stand in ``cards.yaml``, with what of their memory a training can have.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +12,7 @@ import torch
 import yaml
 
 from mmgraft.errors import MMGraftError
+from mmgraft.frozen import Frozen
 from mmgraft.recipes.recipe import Recipe, Stage
 from mmgraft.training.distributed.parallel import processes, processes_here
 
@@ -23,8 +21,7 @@ if TYPE_CHECKING:
     from mmgraft.training.plan import Plan
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(Frozen):
     """A size of card.
 
     Attributes:
@@ -64,8 +61,7 @@ def smallest(needed: int) -> Card | None:
 _WORTH = 0.01  # a saving under this share of the peak is none
 
 
-@dataclass(frozen=True)
-class Switch:
+class Switch(Frozen):
     """One setting.
 
     Attributes:
@@ -84,8 +80,7 @@ class Switch:
         return self.text.partition(":")[0]
 
 
-@dataclass(frozen=True)
-class Saving:
+class Saving(Frozen):
     """Bytes that a switch saves at the recipe's peak when it alone is set."""
 
     switch: str
@@ -103,10 +98,6 @@ def _every_stage(change: Callable[[Stage], dict[str, object]]) -> Callable[[Reci
     return changed
 
 
-def _one_row(stage: Stage) -> dict[str, object]:
-    return {"batch_size": 1, "accumulate": stage.accumulate * stage.batch_size}
-
-
 def _in_8bit(recipe: Recipe) -> Recipe:
     if recipe.parallel != "ddp":
         return recipe  # refused together
@@ -115,14 +106,8 @@ def _in_8bit(recipe: Recipe) -> Recipe:
     )(recipe)
 
 
-def _cached(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"feature_cache": recipe.feature_cache or True})
-
-
 def _in_4bit(recipe: Recipe) -> Recipe:
-    if recipe.base == "full":
-        return recipe
-    return recipe.model_copy(update={"quantization": "nf4"})
+    return recipe.model_copy(update={} if recipe.base == "full" else {"quantization": "nf4"})
 
 
 def _in_pieces(recipe: Recipe) -> Recipe:
@@ -132,8 +117,13 @@ def _in_pieces(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"parallel": "fsdp2"})
 
 
+#: In the order in which they are tried: what changes least first.
 SWITCHES: tuple[Switch, ...] = (
-    Switch("feature_cache: true", "disk space for the features", _cached),
+    Switch(
+        "feature_cache: true",
+        "disk space for the features",
+        lambda recipe: recipe.model_copy(update={"feature_cache": recipe.feature_cache or True}),
+    ),
     Switch(
         "gradient_checkpointing: true",
         "a second forward pass of every layer",
@@ -142,17 +132,18 @@ SWITCHES: tuple[Switch, ...] = (
     Switch(
         "batch_size: 1, with accumulate times the batch_size of now",
         "speed; the steps stay the same",
-        _every_stage(_one_row),
+        _every_stage(
+            lambda stage: {"batch_size": 1, "accumulate": stage.accumulate * stage.batch_size}
+        ),
     ),
     Switch("optimizer: adamw_8bit", "rounded moments; needs bitsandbytes", _in_8bit),
     Switch("quantization: nf4", "a base with rounded weights; needs bitsandbytes", _in_4bit),
 )
-"""In the order in which they are tried: what changes least first."""
 
+#: Switch of several processes; it is tried first.
 SEVERAL = Switch(
     "parallel: fsdp2", "weights that travel between the processes in every step", _in_pieces
 )
-"""Switch of several processes; it is tried first."""
 
 
 def switches_for(processes: int) -> tuple[Switch, ...]:
@@ -160,12 +151,12 @@ def switches_for(processes: int) -> tuple[Switch, ...]:
     return (SEVERAL, *SWITCHES) if processes > 1 else SWITCHES
 
 
-def peak_of(stages: Sequence[StageEstimate]) -> int:
+def peak_of(stages: "Sequence[StageEstimate]") -> int:
     """Return the recipe's peak: its largest stage's."""
     return max(stage.peak for stage in stages)
 
 
-def savings(estimator: Estimator) -> list[Saving]:
+def savings(estimator: "Estimator") -> list[Saving]:
     """Find what each switch saves by itself, the largest saving first, without those of nothing."""
     recipe, before = estimator.recipe, peak_of(estimator.stages())
     found: list[Saving] = []
@@ -213,7 +204,7 @@ def free_memory(device: str) -> int:
         return free
 
 
-def warning(plan: Plan) -> str | None:
+def warning(plan: "Plan") -> str | None:
     """Warn of a training that needs more memory than is free; None where it fits.
 
     A base whose memory cannot be estimated is trained without a word of warning.

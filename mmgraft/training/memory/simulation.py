@@ -4,14 +4,11 @@ It runs on a grafted model of the right shapes without values, whose base is as 
 that is asked for. A ledger holds the bytes of the tensors that live at any moment.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mmgraft.anatomy import decoder_layers, get_path, skeleton
 from mmgraft.errors import MMGraftError
+from mmgraft.frozen import Frozen
 from mmgraft.grafts.computing import as_if_on
 from mmgraft.model.files.graft_file import GraftFile
 from mmgraft.model.files.load import build_workflow
@@ -161,8 +159,8 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
+#: The product of a mixture of experts. Only in bf16 does torch know its shape without values.
 _GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
-"""The product of a mixture of experts. Only in bf16 does torch know its shape without values."""
 
 
 class Ledger(TorchDispatchMode):
@@ -246,8 +244,7 @@ def _indices(indices: Any) -> list[Any]:
     return found
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(Frozen):
     """One step: what its forward pass is given, and how it is computed.
 
     Attributes:
@@ -279,8 +276,7 @@ class Load:
     gradients_leave: bool = False
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Frozen):
     """Bytes of one forward and backward pass, beside the weights.
 
     Attributes:
@@ -294,14 +290,14 @@ class Step:
     peak: int
 
 
+#: Operations that CUDA's autocast computes in fp32 and a CPU's does not.
 _WIDENED = {
     "layer_norm", "group_norm", "pow", "__pow__", "__rpow__", "norm", "rsqrt", "reciprocal", "exp",
     "expm1", "log", "log2", "log10", "log1p", "softplus", "cosine_similarity", "normalize", "tan",
     "cosh", "sinh", "dist", "renorm",
 }  # fmt: skip
-"""Operations that CUDA's autocast computes in fp32 and a CPU's does not."""
+#: Operations that it gives an fp32 result without a copy of their input.
 _WIDE_RESULT = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod"}
-"""Operations that it gives an fp32 result without a copy of their input."""
 
 
 class _CudaCasts(TorchFunctionMode):

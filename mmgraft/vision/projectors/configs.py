@@ -1,7 +1,5 @@
 """Settings of the projectors: pydantic, importable without torch."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator

@@ -1,7 +1,5 @@
 """``perceiver``: learned latents that read the features, as Flamingo and as Idefics2 have them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

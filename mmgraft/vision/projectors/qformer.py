@@ -1,7 +1,5 @@
 """``qformer``: BLIP-2's Q-Former as transformers computes it, with published weights or drawn."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2QFormerConfig, Blip2QFormerModel
 
-from mmgraft.basefiles import fetch, resolve
-from mmgraft.basefiles.files import read_config
-from mmgraft.basefiles.tensor_files import open_tensors
+from mmgraft.basefiles import fetch, files, resolve, tensor_files
 from mmgraft.errors import UsageError
 from mmgraft.vision.projectors.built_in import Resampler, draw_anew
 
+#: Settings by the names that transformers has for them.
 _NAMES = {
     "width": "hidden_size",
     "layers": "num_hidden_layers",
@@ -25,7 +22,6 @@ _NAMES = {
     "act": "hidden_act",
     "eps": "layer_norm_eps",
 }
-"""Settings by the names that transformers has for them."""
 
 
 class QFormerProjector(Resampler):
@@ -64,7 +60,7 @@ class QFormerProjector(Resampler):
         name = self.config.weights
         if name is None:
             return
-        stored = open_tensors(resolve(name, self.config.revision).path)
+        stored = tensor_files.open_tensors(resolve(name, self.config.revision).path)
         for key, tensor in self.state_dict().items():
             if key.startswith("linear."):
                 continue
@@ -93,7 +89,7 @@ def published(name: str | None, revision: str | None) -> dict[str, Any]:
         if not folder.is_dir():
             folder = fetch(name, revision, ["config.json"])
             found |= {"weights": name, "revision": folder.name}
-        config = read_config(folder, name)
+        config = files.read_config(folder, name)
         if config.model_type != Blip2Config.model_type:
             raise UsageError(
                 f"{name} is of type {config.model_type}; weights of qformer are those of a BLIP-2 "

@@ -1,33 +1,23 @@
 """The registry of projectors. Importable without torch: modules load when one is made."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
 from mmgraft.errors import UsageError
+from mmgraft.frozen import Frozen
 from mmgraft.kinds import Broken, Kinds, Unfit
 from mmgraft.strict import describe
-from mmgraft.vision.projectors.configs import (
-    LinearConfig,
-    MlpConfig,
-    PerceiverConfig,
-    PixelShuffleConfig,
-    PoolConfig,
-    ProjectorConfig,
-    QFormerConfig,
-)
+from mmgraft.vision.projectors import configs
 
 if TYPE_CHECKING:
     from mmgraft.vision.projectors.built_in import Projector
 
 
-@dataclass(frozen=True)
-class ProjectorKind:
+class ProjectorKind(Frozen):
     """One kind of projector.
 
     Attributes:
@@ -40,13 +30,15 @@ class ProjectorKind:
 
     name: str
     title: str
-    config_class: type[ProjectorConfig]
-    load: Callable[[], Callable[..., Projector]]
+    config_class: type[configs.ProjectorConfig]
+    load: "Callable[[], Callable[..., Projector]]"
     origin: str = "mmgraft"
 
 
-def _built_in(name: str, title: str, config: type[ProjectorConfig], place: str) -> ProjectorKind:
-    def load() -> type[Projector]:
+def _built_in(
+    name: str, title: str, config: type[configs.ProjectorConfig], place: str
+) -> ProjectorKind:
+    def load() -> "type[Projector]":
         file, _, projector = place.partition(".")
         return getattr(import_module(f"mmgraft.vision.projectors.{file}"), projector)
 
@@ -59,7 +51,7 @@ def _of_package(name: str, kind: Any, origin: str) -> ProjectorKind:
     if kind.name != name:
         raise Unfit(f"the kind calls itself {kind.name!r}")
     settings: Any = kind.config_class
-    if not (isinstance(settings, type) and issubclass(settings, ProjectorConfig)):
+    if not (isinstance(settings, type) and issubclass(settings, configs.ProjectorConfig)):
         raise Unfit(f"its config_class {settings!r} is no subclass of ProjectorConfig")
     if settings.model_fields["kind"].default != name:
         raise Unfit(f"{settings.__name__} needs the field kind = {name!r}")
@@ -72,12 +64,14 @@ _PERCEIVER = "latents that read the features, as Flamingo or Idefics2 has them"
 _QFORMER = "BLIP-2's Q-Former, with its published weights"
 PROJECTORS: Kinds[ProjectorKind] = Kinds("projector", "mmgraft.projectors", _of_package)
 for _kind in (
-    _built_in("mlp", "two linear layers", MlpConfig, "built_in.MlpProjector"),
-    _built_in("linear", "one linear layer", LinearConfig, "built_in.LinearProjector"),
-    _built_in("pixel_shuffle", _SHUFFLE, PixelShuffleConfig, "built_in.PixelShuffleProjector"),
-    _built_in("pool", _POOL, PoolConfig, "built_in.PoolProjector"),
-    _built_in("perceiver", _PERCEIVER, PerceiverConfig, "perceiver.PerceiverProjector"),
-    _built_in("qformer", _QFORMER, QFormerConfig, "qformer.QFormerProjector"),
+    _built_in("mlp", "two linear layers", configs.MlpConfig, "built_in.MlpProjector"),
+    _built_in("linear", "one linear layer", configs.LinearConfig, "built_in.LinearProjector"),
+    _built_in(
+        "pixel_shuffle", _SHUFFLE, configs.PixelShuffleConfig, "built_in.PixelShuffleProjector"
+    ),
+    _built_in("pool", _POOL, configs.PoolConfig, "built_in.PoolProjector"),
+    _built_in("perceiver", _PERCEIVER, configs.PerceiverConfig, "perceiver.PerceiverProjector"),
+    _built_in("qformer", _QFORMER, configs.QFormerConfig, "qformer.QFormerProjector"),
 ):
     PROJECTORS.register(_kind.name, _kind)
 projectors, find_projector = PROJECTORS.names, PROJECTORS.find
@@ -96,7 +90,9 @@ def register_projector(kind: ProjectorKind) -> None:
     PROJECTORS.register(kind.name, kind)
 
 
-def build_projector(config: ProjectorConfig, in_features: int, out_features: int) -> Projector:
+def build_projector(
+    config: configs.ProjectorConfig, in_features: int, out_features: int
+) -> "Projector":
     """Make a fresh projector.
 
     Args:
@@ -130,5 +126,5 @@ def _of_kind(value: Any) -> Any:
         raise ValueError(describe(error, config_class, f"projector {kind}")) from None
 
 
-AnyProjector = Annotated[SerializeAsAny[ProjectorConfig], BeforeValidator(_of_kind)]
-"""A field of a config that takes the settings of any registered projector."""
+#: A field of a config that takes the settings of any registered projector.
+AnyProjector = Annotated[SerializeAsAny[configs.ProjectorConfig], BeforeValidator(_of_kind)]

@@ -1,7 +1,5 @@
 """The vision tower interface: images in, feature vectors out, always frozen."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from abc import ABC, abstractmethod

@@ -4,8 +4,6 @@ Source: Tan and Le, EfficientNet, arXiv 1905.11946; the Lite variants have ReLU6
 swish and no squeeze-and-excitation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any

@@ -1,9 +1,7 @@
 """The place of a vision model's patch features, found by running it once on the meta device."""
 
-from __future__ import annotations
-
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib import import_module
 from typing import Any
 
@@ -12,12 +10,12 @@ from torch import Tensor
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from mmgraft.errors import UsageError, first_line
+from mmgraft.frozen import Frozen
 
 NAFLEX_TYPES = ("siglip2", "siglip2_vision_model")
 
 
-@dataclass(frozen=True)
-class FeatureMap:
+class FeatureMap(Frozen):
     """Rule to read patch features out of one model's outputs at one image size.
 
     Attributes:

@@ -1,7 +1,5 @@
 """The registry of tower kinds. Importable without torch: loaders run when a tower is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -35,7 +33,7 @@ class TowerShape:
         return self.plan.entries if isinstance(self.plan, Plan) else None
 
     @classmethod
-    def of(cls, tower: VisionTower) -> TowerShape:
+    def of(cls, tower: "VisionTower") -> "TowerShape":
         """Return the shape of a loaded tower."""
         return cls(tower.hidden_size, tower.fixed_plan or tower.plan)
 
@@ -93,9 +91,9 @@ def register_tower(kind: str, loader: Loader, describe: Describer | None = None)
 
 def load_tower(
     spec: VisionSpec | str,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> VisionTower:
+    dtype: "torch.dtype | None" = None,
+    device: "torch.device | str | None" = None,
+) -> "VisionTower":
     """Load a tower: frozen, in eval mode, fingerprinted, then cast and moved.
 
     Args:
@@ -124,6 +122,4 @@ def describe_tower(spec: VisionSpec | str) -> TowerShape:
     if isinstance(spec, str):
         spec = VisionSpec.from_name(spec)
     kind = find_kind(spec.kind)
-    if kind.describe is not None:
-        return kind.describe(spec)
-    return TowerShape.of(load_tower(spec))
+    return kind.describe(spec) if kind.describe is not None else TowerShape.of(load_tower(spec))

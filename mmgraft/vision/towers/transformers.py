@@ -1,7 +1,5 @@
 """Any vision model of transformers as a tower."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
@@ -14,9 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from mmgraft.basefiles import fetch
-from mmgraft.basefiles.files import read_config
-from mmgraft.basefiles.whole import quiet
+from mmgraft.basefiles import fetch, files, whole
 from mmgraft.errors import UsageError, first_line, is_out_of_memory
 from mmgraft.progress import working
 from mmgraft.strict import StrictModel
@@ -120,7 +116,7 @@ class TransformersTower(VisionTower):
 
     def save(self, folder: str | Path) -> VisionSpec:
         """Write model and image processor as an ordinary transformers folder."""
-        with quiet():
+        with whole.quiet():
             self.model.save_pretrained(folder)
         if isinstance(self._processor, dict):
             text = json.dumps(self._processor, indent=2) + "\n"
@@ -146,7 +142,7 @@ def load(spec: VisionSpec) -> TransformersTower:
     spec = spec.model_copy(update={"revision": revision, "feature_layer": feature_map.layer})
     options: dict[str, Any] = {"key_mapping": {r"^vision_model\.": ""}} if is_part(config) else {}
     try:
-        with working(f"loading {spec.name}") as work, quiet(work):
+        with working(f"loading {spec.name}") as work, whole.quiet(work):
             loaded: Any = type(empty).from_pretrained(
                 folder, config=config, dtype="auto", output_loading_info=True, **options
             )
@@ -225,7 +221,7 @@ def locate(spec: VisionSpec) -> tuple[Path, str | None]:
 def _examine(
     spec: VisionSpec, folder: Path
 ) -> tuple[PreTrainedConfig, Preprocessing, PreTrainedModel, FeatureMap]:
-    config = vision_config(read_config(folder, f"vision tower {spec.name}"), spec.name)
+    config = vision_config(files.read_config(folder, f"vision tower {spec.name}"), spec.name)
     empty = skeleton(config, spec.name)
     preprocessing = _preprocessing(spec, folder, config)
     feature_map = examine(empty, preprocessing.image_size, spec.feature_layer, spec.name)

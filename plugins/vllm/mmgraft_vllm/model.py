@@ -3,6 +3,7 @@
 The decoder holds the inserted layers of every workflow, in order, so that vLLM gives each its KV
 cache and shards it. Which workflow a row runs travels in its *positions*, which vLLM asks the model
 for with the request's images (M-RoPE), and keeps through chunked prefill, preemption and decoding.
+Without torch.compile, a step runs what belongs to the workflows that have a row in it alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -23,14 +25,22 @@ from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
     LlavaMultiModalProjector,
-    LlavaProcessingInfo,
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from mmgraft_vllm import KEY
-from mmgraft_vllm.layers import STRIDE, Feed, Gate, Norms, base_layer, inserted_layer
-from mmgraft_vllm.processor import GraftProcessor
+from mmgraft_vllm.layers import (
+    STRIDE,
+    BaseDecoder,
+    Feed,
+    Gate,
+    Norms,
+    Step,
+    base_layer,
+    inserted_layer,
+)
+from mmgraft_vllm.processor import GraftInfo, GraftProcessor
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -62,7 +72,7 @@ class Workflow(nn.Module):
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    GraftProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+    GraftProcessor, info=GraftInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRoPE):
     """LLaVA, whose rows run the base or one of several workflows."""
@@ -76,11 +86,15 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         self.entries: list[dict[str, Any]] = self.config.mmgraft["workflows"]
         self.workflows: Any = nn.ModuleList([Workflow(self.config, one) for one in self.entries])
         text, decoder = self.config.text_config, self.language_model.model
-        self.hidden = text.hidden_size
+        self.hidden, self.step = text.hidden_size, Step()
         self._gate_layers(decoder.layers)
-        self.normed = [n for n, one in enumerate(self.entries, 1) if "norm" in one["owns"]]
-        own = [RMSNorm(self.hidden, eps=text.rms_norm_eps) for _ in self.normed]
-        decoder.norm = Norms(decoder.norm, own)
+        normed = [n for n, one in enumerate(self.entries, 1) if "norm" in one["owns"]]
+        own: dict[int, nn.Module] = {n: RMSNorm(self.hidden, eps=text.rms_norm_eps) for n in normed}
+        decoder.norm = Norms(decoder.norm, own, self.step)
+        inserted = {place for one in self.entries for _, place in one["layers"]}
+        layers = [one for place, one in enumerate(decoder.layers) if place not in inserted]
+        # In a tuple: its weights are the decoder's.
+        self.base = (BaseDecoder(layers, decoder.norm.base),)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         # By place, not by id: an image's id may be an ordinary one that a workflow may say.
         self.register_buffer("images", torch.zeros(tokens, dtype=torch.bool), persistent=False)
@@ -90,9 +104,9 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         for place, layer in enumerate(layers):
             kind = type(layer)
             layer.__class__ = inserted_layer(kind) if place in inserted else base_layer(kind)
-            layer.feeds = []
+            layer.step, layer.feeds = self.step, []
         for number, one in enumerate(self.entries, 1):
-            feed = Feed() if one["gated"] == "beside" else None
+            feed = Feed(number) if one["gated"] == "beside" else None
             for count, (before, place) in enumerate(one["layers"]):
                 layer = layers[place]
                 layer.workflow, layer.feed, layer.opens = number, feed, count == 0
@@ -139,23 +153,40 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return ``(t, h + 1)``: hidden states, and the number of each row's workflow.
+        """Return ``(t, h)`` where all rows are the base's, else ``(t, h + 1)``.
 
-        ``compute_logits`` sees nothing else.
+        The last channel is the number of each row's workflow: ``compute_logits`` sees nothing else.
         """
         positions = positions[0]
+        if inputs_embeds is None:
+            inputs_embeds = self.language_model.embed_input_ids(input_ids)
+        context = get_forward_context()
+        whole = (
+            not self.language_model.model.do_not_compile  # compiled once, as the first step ran it
+            or context.cudagraph_runtime_mode != CUDAGraphMode.NONE
+            or context.attn_metadata is None  # a trial, which measures memory
+        )
+        everything = tuple(range(1, len(self.entries) + 1))
+        self.step.workflows = everything if whole else present(positions // STRIDE)
+        if not self.step.workflows:
+            return self.base[0](positions, inputs_embeds)
+        return self._run(input_ids, positions, inputs_embeds)
+
+    def _run(self, input_ids: Tensor | None, positions: Tensor, embedded: Tensor) -> Tensor:
         number = (positions // STRIDE)[:, None]
-        if inputs_embeds is not None and input_ids is not None:
-            inputs_embeds = self._embedded(input_ids, number, inputs_embeds)
-        states = self.language_model.model(input_ids, positions, None, inputs_embeds=inputs_embeds)
+        if input_ids is not None:
+            embedded = self._embedded(input_ids, number, embedded)
+        decoder = self.language_model.model
+        states = decoder(input_ids, positions, None, inputs_embeds=embedded)
         kept, *own = states.split(self.hidden, dim=-1)
-        for one, normed in zip(self.normed, own, strict=True):
+        for one, normed in zip(decoder.norm.running(), own, strict=True):
             kept = torch.where(number == one, normed, kept)
         return torch.cat([kept, number.to(kept.dtype)], dim=-1)
 
     def _embedded(self, input_ids: Tensor, number: Tensor, embedded: Tensor) -> Tensor:
         images = self.images[: input_ids.shape[0]]
-        for one, workflow in enumerate(self.workflows, 1):
+        for one in self.step.workflows:
+            workflow = self.workflows[one - 1]
             if workflow.embedding is not None:
                 own = workflow.embedding(input_ids.masked_fill(images, 0))
                 embedded = torch.where((number == one) & ~images[:, None], own, embedded)
@@ -163,28 +194,37 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return each row's logits by the head of its workflow."""
+        if hidden_states.shape[-1] == self.hidden:
+            return self.language_model.compute_logits(hidden_states)
         number, states = hidden_states[:, -1:], hidden_states[:, :-1].contiguous()
         logits = self.language_model.compute_logits(states)
+        # Asking another device than the CPU would wait for it.
+        running = present(number) if number.device.type == "cpu" else None
         for one, workflow in enumerate(self.workflows, 1):
-            if workflow.head is not None:  # on every rank: it may gather
-                own = self.language_model.logits_processor(workflow.head, states)
-                if logits is not None:
-                    logits = torch.where(number == one, own, logits)
+            if workflow.head is None or (running is not None and one not in running):
+                continue
+            own = self.language_model.logits_processor(workflow.head, states)  # it may gather
+            if logits is not None:
+                logits = torch.where(number == one, own, logits)
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the folder's tensors."""
         decoder = "language_model.model."
         prefixes = {f"{decoder}norm.": f"{decoder}norm.base."}
-        for place, number in enumerate(self.normed):
-            prefixes[f"workflows.{number - 1}.norm."] = f"{decoder}norm.own.{place}."
         for number, one in enumerate(self.entries):
+            prefixes[f"workflows.{number}.norm."] = f"{decoder}norm.own.{number + 1}."
             for count, (_, place) in enumerate(one["layers"]):
                 prefixes[f"workflows.{number}.gates.{count}."] = f"{decoder}layers.{place}.gate."
         inside = {".projector.mlp.0.": ".projector.linear_1."}
         inside |= {".projector.mlp.2.": ".projector.linear_2."}
         mapper = WeightsMapper(orig_to_new_prefix=prefixes, orig_to_new_substr=inside)
         return AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
+
+
+def present(numbers: Tensor) -> tuple[int, ...]:
+    """Return the workflows among the numbers of rows."""
+    return tuple(sorted({int(one) for one in numbers.flatten().tolist()} - {0}))
 
 
 def refuse(config: VllmConfig) -> None:

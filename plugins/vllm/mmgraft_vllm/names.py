@@ -1,7 +1,8 @@
 """A request's model name is its workflow: for ``vllm serve --middleware``.
 
 vLLM lists all names of ``--served-model-name``, and takes a request to any of them. What it does
-not do is here: tell the processor which name it was, and keep images to data URLs.
+not do is here: tell the processor which name it was, and keep images to data URLs. A conversation
+without an image is the base's, unless the request has a field ``workflow`` that names one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from mmgraft_vllm import KEY
+from mmgraft_vllm import ALWAYS, KEY
 
 ALLOWED = "MMGRAFT_ALLOWED"
 """Schemes beside data that images may be named by, such as ``https,file``; vLLM fetches them."""
@@ -19,9 +20,8 @@ ALLOWED = "MMGRAFT_ALLOWED"
 MAX_BYTES = 64 * 2**20
 """Largest body of a request."""
 
-_CHATS = ("/v1/chat/completions", "/tokenize")
 _OURS = ("mm_processor_kwargs", "media_io_kwargs")
-_ROUTES = (*_CHATS, "/v1/completions", "/detokenize")
+_ROUTES = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 
 
 class Workflows:
@@ -44,11 +44,10 @@ class Workflows:
         body = await _read(receive)
         if body is None:
             return await _refuse(send, 413, f"a request has at most {MAX_BYTES // 2**20} MiB")
-        if path in _CHATS:
-            try:
-                body = _named(body)
-            except ValueError as error:
-                return await _refuse(send, 400, str(error))
+        try:
+            body = _named(body)
+        except ValueError as error:
+            return await _refuse(send, 400, str(error))
         headers = [pair for pair in scope["headers"] if pair[0].lower() != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
         sent = False
@@ -93,8 +92,11 @@ def _named(body: bytes) -> bytes:
     for key in _OURS:
         if request.get(key):
             raise ValueError(f"{key} is not taken; a workflow is chosen by the model's name")
-    if isinstance(request.get("model"), str):
-        request["mm_processor_kwargs"] = {KEY: request["model"]}
+    name, asked = request.get("model"), request.pop(KEY, None)
+    if asked is not None and asked != name:
+        raise ValueError(f"{KEY} {asked!r} is not the model's name, {name!r}; give both or neither")
+    if isinstance(name, str):
+        request["mm_processor_kwargs"] = {KEY: name, **({ALWAYS: True} if asked else {})}
     return json.dumps(request).encode()
 
 

@@ -147,3 +147,14 @@ def test_a_line_for_every_training(tmp_path: Path) -> None:
     assert inked(image, plots.RUNS[1]).sum() > 300
     assert inked(image, plots.RUNS[2]).sum() < 30
     assert training_curves(files) == training_curves(files)
+
+
+def test_repeats_have_one_colour(tmp_path: Path) -> None:
+    losses = [3.0 / n for n in range(1, 40)]
+    files = {
+        name: metrics(tmp_path / f"{name}.jsonl", *steps("tune", *losses))
+        for name in ("a.seed0", "b.seed0", "a.seed1", "b.seed1")
+    }
+    image = pixels(training_curves(files, {name: name[0] for name in files}))
+    assert inked(image, plots.RUNS[1]).sum() > 300
+    assert inked(image, plots.RUNS[2]).sum() + inked(image, plots.RUNS[3]).sum() < 30

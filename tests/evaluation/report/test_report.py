@@ -38,7 +38,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     data = io.BytesIO()
     Image.new("RGB", (4, 3)).save(data, "PNG")
 
-    def plot(what: Any) -> bytes:
+    def plot(what: Any, *_: Any) -> bytes:
         asked.append(what)
         return data.getvalue()
 

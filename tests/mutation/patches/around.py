@@ -162,15 +162,15 @@ PATCHES = [
     Patch(
         "--images of train reaches nothing",
         "cli/train.py",
-        "        **training,\n",
-        "        **{**training, 'images': None},\n",
+        "count=count, **training)",
+        "count=count, **{**training, 'images': None})",
         "cli/test_wiring.py -k 'reach_what and train'",
     ),
     Patch(
         "--max-steps reaches nothing",
         "cli/train.py",
-        "        **training,\n",
-        "        **{**training, 'max_steps': None},\n",
+        "count=count, **training)",
+        "count=count, **{**training, 'max_steps': None})",
         "cli/test_wiring.py -k 'reach_what and train'",
     ),
     Patch(
@@ -295,7 +295,7 @@ PATCHES = [
     Patch(
         "a graft's template is ignored by a recipe",
         "cli/graft.py",
-        "        template=_template(template, template_options(template_option)),\n",
+        "        template=_template(template, source.template_options(template_option)),\n",
         "",
         "cli/test_wiring.py -k 'test_graft'",
     ),

@@ -8,7 +8,7 @@ PATCHES = [
     Patch(
         "bootstrap by item, not by image, of sets with images",
         "evaluation/vision.py",
-        "    groups = groups_of(items)\n    blind = {}\n",
+        "    groups = scoring.groups_of(items)\n    blind = {}\n",
         "    groups = [item.id for item in items]\n    blind = {}\n",
         "evaluation/test_wiring.py -k 'about_one_image or own_settings'",
     ),
@@ -106,8 +106,8 @@ PATCHES = [
     Patch(
         "max_new_tokens of a set is ignored",
         "evaluation/vision.py",
-        "return spec.max_new_tokens or ANSWER_TOKENS[spec.metric]",
-        "return ANSWER_TOKENS[spec.metric]",
+        "return spec.max_new_tokens or scoring.ANSWER_TOKENS[spec.metric]",
+        "return scoring.ANSWER_TOKENS[spec.metric]",
         "evaluation/test_wiring.py -k 'about_one_image or own_settings'",
     ),
     Patch(
@@ -127,7 +127,7 @@ PATCHES = [
     Patch(
         "the options' words are scored where text shows letters",
         "evaluation/text.py",
-        "    letters = shows_options(spec.prompt)\n",
+        "    letters = answers.shows_options(spec.prompt)\n",
         "    letters = False\n",
         "evaluation/test_text.py",
     ),
@@ -176,8 +176,8 @@ PATCHES = [
     Patch(
         "an arm may go on with another learning rate",
         "comparison/runner.py",
-        'phases: tuple[Phase, ...] = ("graft", "train")',
-        'phases: tuple[Phase, ...] = ("graft",)',
+        'phases: tuple[files.Phase, ...] = ("graft", "train")',
+        'phases: tuple[files.Phase, ...] = ("graft",)',
         "comparison/test_runner.py",
     ),
     Patch(

@@ -120,22 +120,22 @@ PATCHES = [
     Patch(
         "the state of a graft is not saved",
         "model/files/save.py",
-        'update={"state": workflow.graft.state()}',
+        'update={"state": chosen.graft.state()}',
         "update={}",
         "model/test_saving.py model/test_training_state.py",
     ),
     Patch(
         "--base is ignored",
         "model/files/load.py",
-        "    if override is not None:\n        return resolve(override)\n",
+        "    if override is not None:\n        return basefiles.resolve(override)\n",
         "",
         "model/test_wiring.py",
     ),
     Patch(
         "--verify full is fast",
         "model/files/load.py",
-        'now = fingerprint(files, full=verify == "full")',
-        "now = fingerprint(files)",
+        'now = basefiles.fingerprint(files, full=verify == "full")',
+        "now = basefiles.fingerprint(files)",
         "model/test_loading.py -k full",
     ),
     Patch(
@@ -288,21 +288,21 @@ PATCHES = [
     Patch(
         "a graft is loaded in the base's dtype where another is wanted",
         "model/modeling.py",
-        "graft_dtype or loaded.dtype, tower.hidden_size",
-        "loaded.dtype, tower.hidden_size",
+        "weights = load.local_tower(record, folder), graft_dtype or loaded.dtype",
+        "weights = load.local_tower(record, folder), loaded.dtype",
         "model/test_loading.py",
     ),
     Patch(
         "a tower that gives other features is loaded",
         "model/modeling.py",
-        "        check_tower(record, tower, verify)\n        workflow",
-        "        workflow",
+        "        load.check_tower(record, tower, verify)\n        width",
+        "        width",
         "model/test_seen_features.py",
     ),
     Patch(
         "a tower is not checked where a workflow is added",
         "model/modeling.py",
-        "            check_tower(record, self.vision_tower, verify)\n",
+        "            load.check_tower(record, self.vision_tower, verify)\n",
         "            pass\n",
         "model/test_seen_features.py",
     ),
@@ -386,8 +386,8 @@ PATCHES = [
     Patch(
         "--verify off is fast",
         "model/modeling.py",
-        "        check_base(record, files, verify)\n        loaded",
-        '        check_base(record, files, "fast")\n        loaded',
+        "        load.check_base(record, files, verify)\n        loaded",
+        '        load.check_base(record, files, "fast")\n        loaded',
         "model/test_wiring.py",
     ),
     Patch(
@@ -400,8 +400,8 @@ PATCHES = [
     Patch(
         "a base's revision is not read by graft",
         "model/files/create.py",
-        "    files = resolve(base, revision)\n",
-        "    files = resolve(base)\n",
+        "    files = basefiles.resolve(base, revision)\n",
+        "    files = basefiles.resolve(base)\n",
         "model/test_wiring.py",
     ),
     Patch(
@@ -533,8 +533,8 @@ PATCHES = [
     Patch(
         "a tower's dtype is not the base's",
         "model/modeling.py",
-        "load_tower(local_tower(record, folder), dtype=loaded.dtype, device",
-        "load_tower(local_tower(record, folder), device",
+        "load_tower(spec, dtype=loaded.dtype, device",
+        "load_tower(spec, device",
         "model/test_loading.py",
     ),
     Patch(

@@ -190,7 +190,7 @@ PATCHES = [
     Patch(
         "the stage's template reaches no row",
         "training/session.py",
-        "            with_template(self.processor, stage.template),\n            max",
+        "            stage_data.with_template(self.processor, stage.template),\n            max",
         "            self.processor,\n            max",
         "training/test_wiring.py -k 'settings_arrive or written_down'",
     ),
