@@ -35,6 +35,7 @@ READ_BESIDE: list[dict[str, Any]] = [
     *({key: []} for key in ("images", "videos", "audios", "history")),
     *({"loss": True}, {"weight": 1.0}, {"train": True}, {"system": ""}, {"label": True}),
     *({"skip": False}, {"ignore": 0}, {"skip_formatting": False}, {"source": "a.jsonl"}),
+    *({"has_image": True}, {"hasImage": 1}, {"num_images": 2}, {"n_tools": 3}),
     {"prompt": "Which?"},  # said in the turns
     {"response": " red fox"},
 ]
@@ -49,7 +50,8 @@ REFUSED_BESIDE: list[dict[str, Any]] = [
     *({key: "x.png"} for key in ("img", "picture", "photo", "file", "thumb", "depth", "source")),
     {"media": ["a/b.JPEG"]},
     {"attachments": [{"file": "x.wav"}]},
-    {"context": "A red fox."},
+    *({key: "A red fox."} for key in ("context", "hint", "rationale", "channel")),
+    *({"repeat": 3}, {"is_train": False}, {"isMasked": True}, {"hash_function": "f"}),
     *({key: [USER]} for key in ("all_turns", "conversation", "raw", "positive_messages")),
     {"negative": [[USER, ANSWER]]},
     *({key: [1, 0]} for key in ("mask", "loss_mask", "assistant_masks")),
@@ -77,7 +79,7 @@ def test_keys_that_change_a_row_are_refused_by_name(tmp_path: Path, beside: dict
 
 @pytest.mark.parametrize(
     "key", ["loss", "train", "weight", "mask", "video", "audio", "images", "tool_choice", "label",
-            "eot", "partial", "refusal", "attachments", "picture"]
+            "eot", "partial", "refusal", "attachments", "picture", "channel", "recipient", "hint"]
 )  # fmt: skip
 def test_keys_that_change_a_turn_are_refused_by_name(tmp_path: Path, key: str) -> None:
     with pytest.raises(UsageError, match=f"turn 2: '{key}' is not read"):
@@ -224,7 +226,29 @@ def test_a_row_with_images_may_name_files(tmp_path: Path) -> None:
     assert _read(tmp_path, images=["red.png"], file_name="red.png", url="x.jpg").has_image
     with pytest.raises(UsageError, match="'image' and 'images' differ"):
         _read(tmp_path, images=["red.png"], image="blue.png")
-    assert _read(tmp_path, images=["red.png"], image=["red.png"]).has_image
+    for image in ("red.png", ["red.png"], "", None):
+        assert _read(tmp_path, images=["red.png"], image=image).has_image
+
+
+@pytest.mark.parametrize("kind", [["image"], {"image": 1}, 3, None, "input_text", "Image"])
+@pytest.mark.parametrize("key", ["role", "from"])
+def test_parts_of_no_known_type_are_refused(tmp_path: Path, kind: Any, key: str) -> None:
+    part = {"type": kind, "text": "Which?", "image": "red.png"}
+    for content in ([part], [None], [3], [["Which?"]], ["Which?"]):
+        turn = (
+            {"from": "human", "value": content} if key == "from" else {**USER, "content": content}
+        )
+        with pytest.raises(UsageError, match=r"line 1 .*turn 1: a content part of type"):
+            _read(tmp_path, conversations=[turn])
+
+
+@pytest.mark.parametrize("more", [{"crop": [0, 0, 9, 9]}, {"text": "Which?"}, {"weight": 2}])
+def test_what_a_part_says_beside_its_listed_image_is_not_lost(tmp_path: Path, more: Any) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "red.png")
+    part = {"type": "image", "index": 0, "text": None}
+    assert _read(tmp_path, [{**USER, "content": [part]}, ANSWER], images=["red.png"]).has_image
+    with pytest.raises(UsageError, match=r"turn 1: .*(is not read|an image part with text)"):
+        _read(tmp_path, [{**USER, "content": [{**part, **more}]}, ANSWER], images=["red.png"])
 
 
 def test_a_part_is_a_text_or_an_image(tmp_path: Path) -> None:
@@ -233,7 +257,7 @@ def test_a_part_is_a_text_or_an_image(tmp_path: Path) -> None:
     assert _read(tmp_path, [{**USER, "content": [part]}, ANSWER]).has_image
     with pytest.raises(UsageError, match="turn 1: an image part with text"):
         _read(tmp_path, [{**USER, "content": [{**part, "text": "Which?"}]}, ANSWER])
-    with pytest.raises(UsageError, match="turn 1: an image part with several images"):
+    with pytest.raises(UsageError, match="turn 1: an image part with text, or two images"):
         _read(tmp_path, [{**USER, "content": [{**part, "path": "blue.png"}]}, ANSWER])
     both = {"type": "text", "text": "Which?", "image": "red.png"}
     with pytest.raises(UsageError, match="turn 1: 'image' is not read"):

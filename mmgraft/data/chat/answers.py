@@ -72,13 +72,10 @@ class Answers(Frozen):
         """Return how many characters at the end of a text may be what is none of the answer."""
         if self.lead.strip().startswith(text):
             return len(text)
-        lengths = (
-            n
-            for stop in (*self.stops, self.tail)
-            for n in range(1, len(stop))
-            if text.endswith(stop[:n])
+        ends = (*self.stops, self.tail)
+        return max(
+            (n for one in ends for n in range(len(one)) if text.endswith(one[:n])), default=0
         )
-        return max(lengths, default=0)
 
     def with_ends(self, own: int | Sequence[int] | None) -> int | list[int] | None:
         """Return ids that end a generation: a base's own, and those that end an answer."""

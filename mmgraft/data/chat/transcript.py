@@ -348,17 +348,13 @@ def _split(
 
 def _tails(transcript: Transcript, messages: list[dict[str, Any]], where: str) -> tuple[str, str]:
     before, last = _split(transcript, messages, MARKER, where)
+    header = last.rstrip()
     try:
         following = [*messages, {"role": "user", "content": "b"}]
         _, inner = _split(transcript, following, MARKER, where)
     except UsageError:
         inner = ""  # no user may follow here
-    if (
-        last.strip()
-        and before.rstrip().endswith(last.rstrip())
-        and inner
-        and not inner.startswith(last.rstrip())
-    ):
+    if header and before.rstrip().endswith(header) and inner and not inner.startswith(header):
         raise UsageError(
             f"{where}: the chat template writes the header of an answer after the last one too, "
             "asked for or not; graft with one that writes it where add_generation_prompt is set "

@@ -57,16 +57,15 @@ def images_of_all(messages: Iterable[Message]) -> Iterator[Any]:
 
 def answering(messages: Iterable[Message]) -> list[int]:
     """Return the turns in which the assistant says something, or calls a tool."""
-    return [at for at, message in enumerate(messages) if _answers(message)]
+    turns = [(at, one) for at, one in enumerate(messages) if one["role"] == "assistant"]
+    return [at for at, t in turns if text_of(t.get("content")).strip() or t.get("tool_calls")]
 
 
-def _answers(message: Message) -> bool:
-    if message["role"] != "assistant":
-        return False
-    content = message.get("content")
+def text_of(content: Any) -> str:
+    """Return the text of a turn's content, which may be parts."""
     if isinstance(content, list | tuple):
-        content = "".join(str(part.get("text") or "") for part in content)
-    return bool(str(content or "").strip() or message.get("tool_calls"))
+        return "".join(str(part.get("text") or "") for part in content)
+    return content if isinstance(content, str) else ""
 
 
 def has_parts(messages: Iterable[Message]) -> bool:
@@ -158,16 +157,16 @@ _MEANS = re.compile(
     "system|sys|developer|instruction|instruct|prompt|query|history|input|output|response|prefix|"
     "completion|chosen|rejected|reject|positive|negative|preference|margin|label|kto|weight|loss|"
     "masked|mask|trainable|training|train|learn|supervised|ignore|skip|exclude|partial|refusal|eot|"
-    "video|vid|clip|audio|speech|sound|wav|frame|image|img|picture|pic|photo|visual|depth|media|"
+    "video|vid|clip|audio|speech|sound|wav|frame|image|img|pic(?:ture)?|photo|visual|depth|media|"
     "medium|attachment|pixel|crop|object|region|segment|tool|function|call|document|doc|context|"
-    "knowledge|passage|preamble|persona|template|reasoning|rationale|thinking|thought|think"
+    "knowledge|passage|hint|preamble|persona|template|reasoning|rationale|thinking|thought|think|"
+    "channel|recipient|repeat"
 )
 #: Last words of keys that say something about a row, such as ``image_id``.
 _ABOUT = re.compile(
     "id|idx|index|type|kind|source|size|width|height|count|number|num|hash|sha256|md5|rating|score|"
     "min|max|length|category|format|formatting|license|token|language|dataset|version|model"
 )
-_COUNTS = ("num", "n", "has", "is")
 #: Keys whose values 1 and true are the rule here: the turn is supervised, in full.
 _ON = ("loss", "train", "trainable", "training", "learn", "weight", "label", "supervised")
 #: Keys whose values 0 and false are.
@@ -233,9 +232,8 @@ def _are_turns(value: Any) -> bool:
 def _means(key: str) -> bool:
     words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", key)
     words = [re.sub(r"(?<!s)s$", "", word.lower()) for word in words]
-    if not words or words[0] in _COUNTS or _ABOUT.fullmatch(words[-1]):
-        return False
-    return any(map(_MEANS.fullmatch, words))
+    about = re.match(r"(?:num|n|has)(?=[_A-Z])", key) or not words or _ABOUT.fullmatch(words[-1])
+    return not about and any(map(_MEANS.fullmatch, words))
 
 
 def role_of(role: Any, where: str) -> str:

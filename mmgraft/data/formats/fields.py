@@ -8,21 +8,18 @@ from typing import Any
 from mmgraft.data.chat.turns import ROW_KEYS
 from mmgraft.errors import UsageError, brief, did_you_mean
 
-#: Keys that are looked for where ``columns`` names none.
+#: Keys that are looked for where ``columns`` names none, of fields that have other names than
+#: their own.
 _KEYS: dict[str, tuple[str, ...]] = {
     "id": ("id", "question_id"),
-    "question": ("question",),
     "answer": ("answer", "caption"),
     "answers": ("answers", "captions"),
     "options": ("options", "choices"),
     "image": ("image", "images"),
     "box": ("box", "bbox"),
-    "kind": ("kind",),
-    "group": ("group",),
-    "text": ("text",),
 }
 
-PASSAGES = ("passage", "context")
+PASSAGES = ("passage", "context", "hint")
 _LETTERED = re.compile(r"(?:^|\n)\s*([A-Z])[.)]\s+")
 _ENDS = " .?!"  # some sets have them in the options or in the answer alone
 _LETTER = re.compile(r"\(?([A-Z])[.)]?")
@@ -61,7 +58,8 @@ class Fields:
             return record.get(named)
         if named is not None:
             return [record.get(part.strip()) for part in named.split(",")]
-        return next((record[key] for key in _KEYS[field] if record.get(key) is not None), None)
+        found = map(record.get, _KEYS.get(field, (field,)))
+        return next((one for one in found if one is not None), None)
 
     def others(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return a record without what ``columns`` names, but for the row's own keys."""
@@ -80,12 +78,9 @@ class Fields:
         return f"{passage}\n{value.strip()}" if passage else value.strip()
 
     def passage(self, record: Mapping[str, Any]) -> str | None:
-        """Return the text under ``passage`` or ``context`` that comes before the question."""
-        for key in PASSAGES:
-            value = record.get(key)
-            if isinstance(value, str) and value.strip() and key not in self.columns.values():
-                return value.strip()
-        return None
+        """Return the texts under ``passage``, ``context`` and ``hint`` that precede a question."""
+        found = [record.get(key) for key in PASSAGES if key not in self.columns.values()]
+        return "\n".join(one.strip() for one in found if isinstance(one, str)).strip() or None
 
     def answers(self, record: Mapping[str, Any], where: str) -> list[Any]:
         """Return the right answers: of ``answers``, else of ``answer``; numbers stay numbers.
@@ -118,31 +113,35 @@ class Fields:
             listed = list(_by_label(value).values())
         else:
             listed = value if isinstance(value, list) else [{}]
-        while listed and str("" if listed[-1] is None else listed[-1]).strip() == "":
-            listed = listed[:-1]  # a table has cells for the question with the most options
         if any(not isinstance(one, str | int | float | None) for one in listed):
             raise UsageError(
                 f"{where}: options that are no list of texts ({brief(repr(value))}); write one"
             )
-        texts = tuple("" if one is None else str(one).strip() for one in listed)
+        texts = ["" if one is None else str(one).strip() for one in listed]
+        while texts and not texts[-1]:
+            texts.pop()  # a table has cells for the question with the most options
         if len(texts) < 2 or "" in texts:
-            raise UsageError(f"{where}: options {list(texts)}; write at least two, none empty")
-        return texts
+            raise UsageError(f"{where}: options {texts}; write at least two, none empty")
+        return tuple(texts)
 
     def _option(self, answer: Any, record: Mapping[str, Any], where: str) -> Any:
-        """Return the option that a set's own label names, or that is the same number."""
+        """Return the option that a set's own label names; anything else as it is."""
         value = _listed(self.get(record, "options"))
         if isinstance(value, dict):
             named = _by_label(value)
             return str(answer if answer in named.values() else named.get(str(answer), answer))
-        if isinstance(answer, str) or not isinstance(value, list) or answer not in value:
-            return answer
-        if 0 <= answer < len(value) and answer != value.index(answer):
+        told = isinstance(answer, str) or not isinstance(value, list) or answer not in value
+        if not told and 0 <= answer < len(value) and answer != value.index(answer):
             raise UsageError(
                 f"{where}: the answer {answer} may be an option of {value}, or its place counted "
                 "from 0; write the options as texts"
             )
-        return str(value[value.index(answer)])
+        return answer
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return what a key holds that may hold one or several; nothing where it is empty."""
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
 
 
 def _by_label(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,20 +195,16 @@ def gold_of(answer: Any, options: Sequence[str], where: str) -> int:
     """Return which option an answer names.
 
     Text is looked for in this order: an option, an option with its letter ("B. two"), its letter
-    ("B", "(b)"), its number from 0, an option whatever the case. A number counts from 0.
+    ("B", "(b)"), its number from 0, an option whatever the case. A number counts from 0, else it is
+    looked for as text.
 
     Raises:
         UsageError: It names none.
     """
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if 0 <= answer < len(options):
-            return answer
-        raise UsageError(
-            f"{where}: the answer is number {answer}, counted from 0, and there are {len(options)} "
-            "options; correct the number"
-        )
+    if isinstance(answer, int) and 0 <= answer < len(options):
+        return answer
     options, text = list(options), str(answer).strip()
     lettered = _LETTERED.match(text)
     if lettered and _at(lettered[1]) < len(options):

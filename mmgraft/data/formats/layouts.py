@@ -235,11 +235,8 @@ def _vqa(reading: Reading, data: Record, where: str) -> list[Turn]:
 def _chosen(answers: Sequence[Any], vqa: Vqa, row: str) -> Any:
     if vqa.answer == "most_frequent":
         return Counter(answers).most_common(1)[0][0]  # of several, the first
-    return (
-        random.Random(f"{vqa.seed} {row}").choice(answers)
-        if vqa.answer == "sampled"
-        else answers[0]
-    )
+    sampled = vqa.answer == "sampled"
+    return random.Random(f"{vqa.seed} {row}").choice(answers) if sampled else answers[0]
 
 
 #: All but tables, which a recipe names by their columns.

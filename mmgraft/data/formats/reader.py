@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from mmgraft.data.chat import turns as chat_turns
-from mmgraft.data.formats.fields import Fields
+from mmgraft.data.formats.fields import Fields, as_list
 from mmgraft.data.formats.layouts import Layout, Reading
 from mmgraft.data.images import is_data_uri, path_of, refuse_web
 from mmgraft.data.rows import Row
@@ -24,9 +24,9 @@ WORD = "<image>"
 
 #: Placeholders that other tools write for an image, a video or a sound.
 _OTHER_WORDS = re.compile(
-    r"<\|?\s?(?:start_of_)?(?:image|img|vision|video|audio|speech)"
-    r"(?:[ _]?\d+|here|[ _](?:pad|placeholder|token|soft_token|start))?\s?/?\|?>"
-    r"|\[IMG\]|&lt;image&gt;",
+    r"\A\s*<\s?(?:image|img|video|audio)\s?/?>"  # inside of a text these may be HTML
+    r"|<\|(?:image|img|vision|video|audio)[\w ]*\|>|<start_of_\w+>|\[IMG\]|&lt;image&gt;"
+    r"|<(?:image|img|video|audio)(?:[ _]?\d+|here|[ _](?:pad|placeholder|token|soft_token))>",
     re.IGNORECASE,
 )
 
@@ -56,12 +56,7 @@ def place_images(
         UsageError: There are more or fewer places than images, or it is not clear which they are.
     """
     count = len(images)
-    shown = [
-        chat_turns.image_of(part)
-        for turn in turns
-        for part in _parts(turn)
-        if chat_turns.is_image(part)
-    ]
+    shown = list(chat_turns.images_of_all(turns))
     bare = shown.count(None)
     if not count and not bare and words not in ("always", "first"):
         return list(turns), "parts"
@@ -75,7 +70,8 @@ def place_images(
         )
     if words in ("listed", "parts"):
         words = "first" if count and not shown else "never"
-    _refuse_other(split, shown, words, where)
+    if words != "never" and not shown:
+        _refuse_other(split, where)
     if words == "never" and bare >= count:
         return _filled(turns, images), "parts"
     if words == "first" and count and not said and not shown:
@@ -89,27 +85,12 @@ def place_images(
     return _filled(split, images), "words" if said else "parts"
 
 
-def _refuse_other(turns: Sequence[Turn], shown: Sequence[Any], words: Words, where: str) -> None:
-    """Refuse parts that take images in an order of their own, and placeholders of other tools."""
-    parts = [part for turn in turns for part in _parts(turn)]
-    order = [
-        part["index"]
-        for part in parts
-        if chat_turns.is_image(part) and part.get("index") is not None
-    ]
-    if order not in (list(range(len(order))), list(range(1, len(order) + 1))):
-        raise UsageError(
-            f"{where}: its image parts say 'index' {order}; list the images in the order of the "
-            "parts, and take the keys out"
-        )
-    if words == "never" or shown:
-        return
-    texts = [turn["content"] for turn in turns if isinstance(turn.get("content"), str)]
-    texts += [part["text"] for part in parts if isinstance(part.get("text"), str)]
-    for found in filter(None, map(_OTHER_WORDS.search, texts)):
-        if not any(map(chat_turns.is_image, parts)) or re.search(
-            "video|audio|speech", found[0], re.I
-        ):
+def _refuse_other(turns: Sequence[Turn], where: str) -> None:
+    """Refuse placeholders of other tools."""
+    parts = [part for turn in turns for part in _parts(turn) if isinstance(part, dict)]
+    for text in (*(turn.get("content") for turn in turns), *(part.get("text") for part in parts)):
+        found = _OTHER_WORDS.search(text) if isinstance(text, str) else None
+        if found:
             raise UsageError(
                 f"{where}: {found[0]!r} stands in a text, and no image is put there; write {WORD} "
                 "for each image, or format: messages in the recipe, where it is a text"
@@ -152,11 +133,8 @@ def _with_first(turns: Sequence[Turn], count: int, where: str) -> list[Turn]:
         if chat_turns.role_of(turn["role"], f"{where}, turn {at + 1}") == "user":
             said = turn.get("content") or []
             said = [{"type": "text", "text": said}] if isinstance(said, str) else said
-            return [
-                *turns[:at],
-                {**turn, "content": [{"type": "image"}] * count + said},
-                *turns[at + 1 :],
-            ]
+            first = {**turn, "content": [{"type": "image"}] * count + said}
+            return [*turns[:at], first, *turns[at + 1 :]]
     raise UsageError(f"{where}: {count} images are listed, but no turn of a user shows one; add it")
 
 
@@ -167,7 +145,7 @@ def _filled(turns: Sequence[Turn], images: Sequence[Any]) -> list[Turn]:
     for at, turn in enumerate(turns):
         if any(map(_is_bare, _parts(turn))):
             parts = [
-                {"type": "image", "image": next(queue, None)} if _is_bare(part) else part
+                {**part, "image": next(queue, None)} if _is_bare(part) else part
                 for part in turn["content"]
             ]
             filled[at] = {**turn, "content": parts}
@@ -232,12 +210,11 @@ class RowReader:
         turns = layout.turns(data, where)
         name = self._name(layout, data)
         images = self._listed(data, turns, where)
-        chat_turns.refuse_unread(data, self.reading.read_keys(layout), where)
         words = "never" if self.reading.format == "messages" else _WORDS.get(name, "first")
         placed, by = place_images(turns, images, words, where)
         messages = [self._message(turn, f"{where}, turn {at}") for at, turn in enumerate(placed, 1)]
-        if not chat_turns.has_image(messages):
-            chat_turns.refuse_unread(data, self.reading.read_keys(layout), where, files=True)
+        bare = not chat_turns.has_image(messages)
+        chat_turns.refuse_unread(data, self.reading.read_keys(layout), where, files=bare)
         messages = chat_turns.with_system(messages, data, where)
         tools = chat_turns.tools_of(data, where)
         if name == "messages" and by != "parts":
@@ -257,21 +234,19 @@ class RowReader:
     def _listed(self, data: Mapping[str, Any], turns: list[Any], where: str) -> list[Any]:
         """Return the images beside the turns; in a tar those of the sample, where none is named."""
         column = self.reading.columns.get("image")
-        named = [data[key] for key in ("image", "images") if data.get(key) not in (None, "", [])]
-        if len(named) > 1 and named[0] != named[1]:
+        one, several = as_list(data.get("image")), as_list(data.get("images"))
+        if one and several and one != several:
             raise UsageError(f"{where}: its 'image' and 'images' differ; write one of them")
-        named = named[:1]
+        listed = one or several
         if column:
             fields = Fields({"image": column})
             if not self.images:
                 fields.check(list(data), where, "this row has not")
             found = fields.get(data, "image")  # of several columns, a list
-            named = [found] if column in data else [one for one in found or () if one is not None]
-        if not named and self.images and not any(chat_turns.images_of_all(turns)):
+            several = [found] if column in data else found or []
+            listed = [image for value in several for image in as_list(value)]
+        if not listed and self.images and not any(chat_turns.images_of_all(turns)):
             return list(dict.fromkeys(self.images.values()))
-        listed: list[Any] = []
-        for value in named:
-            listed += value if isinstance(value, list) else [] if value in (None, "") else [value]
         if any(not isinstance(image, str | StoredImage | Mapping) for image in listed):
             raise UsageError(f"{where}: the images beside the turns are not paths; write paths")
         return listed
@@ -289,30 +264,24 @@ class RowReader:
         return turn
 
     def _part(self, part: Any, at: str) -> dict[str, Any]:
-        if isinstance(part, dict) and part.get("type") in chat_turns.PART_KEYS:
-            chat_turns.refuse_unread(part, chat_turns.PART_KEYS[part["type"]], at, files=True)
-            if part["type"] != "text" and part.get("text"):
-                raise UsageError(f"{at}: an image part with text; write a part for each")
-            if sum(map(bool, map(part.get, chat_turns.IMAGE_KEYS))) > 1 and part["type"] != "text":
-                raise UsageError(f"{at}: an image part with several images; write a part for each")
-        if chat_turns.is_image(part):
-            image = chat_turns.image_of(part)
-            if image is None:
-                raise UsageError(
-                    f'{at}: an image part without an image; write "image": PATH in it, or one more '
-                    'path in the row\'s "images"'
-                )
-            return {"type": "image", "image": self.resolve(image, at)}
-        if (
-            isinstance(part, dict)
-            and part.get("type") == "text"
-            and isinstance(part.get("text"), str)
-        ):
-            return part
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise UsageError(
-            f"{at}: a content part of type {brief(repr(kind))}; write text or image parts"
-        )
+        if str(kind) in chat_turns.PART_KEYS:
+            chat_turns.refuse_unread(part, chat_turns.PART_KEYS[kind], at, files=True)
+        if kind == "text" and isinstance(part.get("text"), str):
+            return part
+        if not chat_turns.is_image(part):
+            raise UsageError(
+                f"{at}: a content part of type {brief(repr(kind))}; write text or image parts"
+            )
+        if sum(map(bool, map(part.get, ("text", *chat_turns.IMAGE_KEYS)))) > 1:
+            raise UsageError(f"{at}: an image part with text, or two images; write a part for each")
+        image = chat_turns.image_of(part)
+        if image is None:
+            raise UsageError(
+                f'{at}: an image part without an image; write "image": PATH in it, or one more '
+                'path in the row\'s "images"'
+            )
+        return {"type": "image", "image": self.resolve(image, at)}
 
     def resolve(self, image: Any, where: str) -> str | StoredImage:
         """Resolve an image's path to a file inside the image folder; a data URI stays as it is.

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from mmgraft.data.chat.turns import images_of_all, is_image, refuse_unread
-from mmgraft.data.formats.fields import Fields, fill_prompt, gold_of
+from mmgraft.data.chat.turns import images_of_all, is_image, refuse_unread, text_of
+from mmgraft.data.formats.fields import Fields, as_list, fill_prompt, gold_of
 from mmgraft.data.formats.layouts import Reading, told
 from mmgraft.data.formats.reader import RowReader
 from mmgraft.data.formats.record_files import Record
@@ -436,10 +436,8 @@ class _ItemReader:
         given = self.fields.get(record, "image")
         if given is None and self.rows.images:  # those of a sample of a tar
             given = list(dict.fromkeys(self.rows.images.values()))
-        listed = given if isinstance(given, list) else [] if given in (None, "") else [given]
-        parts: list[Any] = [
-            {"type": "image", "image": self.rows.resolve(one, where)} for one in listed
-        ]
+        images = (self.rows.resolve(one, where) for one in as_list(given))
+        parts: list[Any] = [{"type": "image", "image": image} for image in images]
         said = [{"type": "text", "text": text}] if text else []
         return [{"role": "user", "content": [*parts, *said] if parts else text}], question
 
@@ -449,14 +447,14 @@ class _ItemReader:
         """Return messages up to the last question, the question, and the answer after it."""
         last = None
         if turns[-1]["role"] == "assistant":
-            last = _text_of(turns[-1].get("content"))
+            last = text_of(turns[-1].get("content"))
             turns = turns[:-1]
         if not turns or turns[-1]["role"] != "user":
             raise UsageError(
                 f"{where}: no turn of a user before the answer; end with a question and its answer"
             )
         content = turns[-1].get("content")
-        question = _text_of(content).strip()
+        question = text_of(content).strip()
         if self.prompt is not None:
             text = fill_prompt(self.prompt, question, options)
             if isinstance(content, list):
@@ -496,18 +494,12 @@ class _ItemReader:
         return size_of(images[0], where)
 
 
-def _text_of(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content if part.get("type") == "text")
-    return content if isinstance(content, str) else ""
-
-
 def _pairs(messages: Sequence[Message]) -> list[tuple[str, str]]:
     """Return each question of a conversation, and the answer after it."""
     pairs = []
     for turn, given in pairwise(messages):
         if turn["role"] == "user" and given["role"] == "assistant":
-            question, answer = _text_of(turn.get("content")), _text_of(given.get("content"))
+            question, answer = text_of(turn.get("content")), text_of(given.get("content"))
             pairs.append((question.strip(), answer.strip()))
     return pairs
 
