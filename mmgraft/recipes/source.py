@@ -290,16 +290,7 @@ def key_value(given: str, flag: str, such_as: str) -> tuple[str, Any]:
     key, equals, text = given.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"{flag} {given}: write key=value, such as {flag} {such_as}")
-    return key.strip(), set_value(text, f"{flag} {given}")
-
-
-def set_value(text: str, what: str) -> Any:
-    """Return the value in the option that ``what`` shows.
-
-    Raises:
-        UsageError: It is not YAML.
-    """
-    return _read(text, what)[0]
+    return key.strip(), _read(text, f"{flag} {given}")[0]
 
 
 def template_options(given: Sequence[str] | None) -> dict[str, Any]:

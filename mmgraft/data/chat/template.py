@@ -201,14 +201,14 @@ def reads_parts(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether a chat template writes a list of text parts as it writes the same text."""
     if template.kind == "plain":
         return False
-    texts: list[str] = []
-    for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
-        try:
-            message = {"role": "user", "content": content}
-            texts.append(apply(template, tokenizer, [message], "", tokenize=False))
-        except UsageError:
-            return False
-    return texts[0] == texts[1]
+    turns = [
+        {"role": "user", "content": one} for one in (_PROBE, [{"type": "text", "text": _PROBE}])
+    ]
+    try:
+        text, other = (apply(template, tokenizer, [one], "", tokenize=False) for one in turns)
+    except UsageError:
+        return False
+    return text == other
 
 
 def _plain(

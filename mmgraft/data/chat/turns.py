@@ -64,8 +64,8 @@ def answering(messages: Iterable[Message]) -> list[int]:
 def text_of(content: Any) -> str:
     """Return the text of a turn's content, which may be parts."""
     if isinstance(content, list | tuple):
-        return "".join(str(part.get("text") or "") for part in content)
-    return content if isinstance(content, str) else ""
+        return "".join(str(one.get("text") or "") for one in content if isinstance(one, Mapping))
+    return str(content or "")
 
 
 def has_parts(messages: Iterable[Message]) -> bool:

@@ -89,10 +89,7 @@ class Fields:
         """
         value = self.get(record, "answers")
         value = self.get(record, "answer") if value is None else value
-        if value is None:
-            return []
-        value = _listed(value)
-        listed = value if isinstance(value, list) else [value]
+        listed = as_list(_listed(value))
         plain = [one.get("answer") if isinstance(one, dict) else one for one in listed]
         for one, given in zip(plain, listed, strict=True):
             if isinstance(one, bool) or not isinstance(one, str | int | float):

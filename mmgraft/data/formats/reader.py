@@ -87,10 +87,8 @@ def place_images(
 
 def _refuse_other(turns: Sequence[Turn], where: str) -> None:
     """Refuse placeholders of other tools."""
-    parts = [part for turn in turns for part in _parts(turn) if isinstance(part, dict)]
-    for text in (*(turn.get("content") for turn in turns), *(part.get("text") for part in parts)):
-        found = _OTHER_WORDS.search(text) if isinstance(text, str) else None
-        if found:
+    for turn in turns:
+        if found := _OTHER_WORDS.search(chat_turns.text_of(turn.get("content"))):
             raise UsageError(
                 f"{where}: {found[0]!r} stands in a text, and no image is put there; write {WORD} "
                 "for each image, or format: messages in the recipe, where it is a text"
@@ -144,10 +142,8 @@ def _filled(turns: Sequence[Turn], images: Sequence[Any]) -> list[Turn]:
     filled = list(turns)
     for at, turn in enumerate(turns):
         if any(map(_is_bare, _parts(turn))):
-            parts = [
-                {**part, "image": next(queue, None)} if _is_bare(part) else part
-                for part in turn["content"]
-            ]
+            said = turn["content"]
+            parts = [{**p, "image": next(queue, None)} if _is_bare(p) else p for p in said]
             filled[at] = {**turn, "content": parts}
     return filled
 

@@ -40,8 +40,8 @@ class TableFile:
     def __init__(self, file: str, table: Any) -> None:
         self.file = file
         self.table = table.with_format("arrow")
-        kinds = {name: getattr(kind, "names", None) for name, kind in table.features.items()}
-        self.labels = {name: names for name, names in kinds.items() if names}  # of ``ClassLabel``
+        columns = table.features.items()
+        self.labels = {n: kind.names for n, kind in columns if hasattr(kind, "names")}  # ClassLabel
         self._reads = 0
 
     def scan(self) -> Iterator[Found]:
@@ -91,13 +91,12 @@ class TableFile:
             try:
                 data = {n: _plain(cell, named) for n, cell in zip(names, cells, strict=True)}
                 data |= {n: c[data[n]] for n, c in self.labels.items() if data[n] in range(len(c))}
-                record = Record(data)
             except UnicodeDecodeError as error:
                 yield self._bad(number, f"not UTF-8 text ({error.reason}) in it")
             except RecursionError:
                 yield self._bad(number, "lists in lists, deeper than can be read")
             else:
-                yield record
+                yield Record(data)
 
     def _bad(self, number: int, reason: str) -> UsageError:
         return UsageError(f"{self.file}, row {number}: {reason}; correct it")

@@ -321,10 +321,8 @@ def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:
         if not answers:
             raise UsageError(f"{where}: no answer to count; write one, or leave the row out")
         options = fields.options(record, where)
-        first = answers[0]
-        pairs.append(
-            (question or "", options[gold_of(first, options, where)] if options else str(first))
-        )
+        said = options[gold_of(answers[0], options, where)] if options else str(answers[0])
+        pairs.append((question or "", said))
     if not pairs:
         raise UsageError(f"{path} has no question with an answer after it to count; give such rows")
     return pairs
