@@ -69,10 +69,7 @@ def image_bytes(image: Any, where: str) -> bytes:
 
 
 def _read(
-    image: Any,
-    where: str,
-    file: Callable[[IO[bytes]], T],
-    opened: Callable[[Image.Image], T],
+    image: Any, where: str, file: Callable[[IO[bytes]], T], opened: Callable[[Image.Image], T]
 ) -> T:
     """Return what a reader of the image's kind gives; an error names the row as well."""
     try:

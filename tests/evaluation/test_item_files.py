@@ -298,6 +298,9 @@ SEEN = {"image": "a.png", "question": "q", "answer": "yes"}
         ({**SEEN, "image": "../set.jsonl"}, "exact", "outside of the image folder"),
         ({**SEEN, "image": "https://x/a.png"}, "exact", "download it first"),
         ({"question": "q", "answer": "a"}, "exact", "no item has an image"),
+        *(({"question": "q", "answer": "a", key: value}, "exact", f"'{key}' is not read")
+          for key, value in (("media", ["a.png"]), ("img_path", "a.jpg"), ("s", {"x": "a.webp"}),
+                             ("pic", "data:image/png;base64,AA"), ("sound", "a.wav"))),
         ({**SEEN, "answer": "maybe"}, "yes_no", "yes_no needs yes or no"),
         ({**SEEN, "answers": ["a"] * 9}, "vqa_v2", "9 answers, and vqa_v2 compares with 10"),
         ({**SEEN, "messages": []}, "exact", "not a list of messages"),

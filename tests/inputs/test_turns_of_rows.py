@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ REFUSED_BESIDE: list[dict[str, Any]] = [
     *({key: "x.png"} for key in ("img", "picture", "photo", "file", "thumb", "depth", "source")),
     {"media": ["a/b.JPEG"]},
     {"attachments": [{"file": "x.wav"}]},
-    *({key: "A red fox."} for key in ("context", "hint", "rationale", "channel")),
+    *({key: "A red fox."} for key in ("context", "hint", "rationale", "channel", "sys_msg")),
     *({"repeat": 3}, {"is_train": False}, {"isMasked": True}, {"hash_function": "f"}),
     *({key: [USER]} for key in ("all_turns", "conversation", "raw", "positive_messages")),
     {"negative": [[USER, ANSWER]]},
@@ -242,7 +243,14 @@ def test_parts_of_no_known_type_are_refused(tmp_path: Path, kind: Any, key: str)
             _read(tmp_path, conversations=[turn])
 
 
-@pytest.mark.parametrize("more", [{"crop": [0, 0, 9, 9]}, {"text": "Which?"}, {"weight": 2}])
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(60)).decode()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"crop": [0, 0, 9, 9]}, {"text": "Which?"}, {"weight": 2}, {"data": PNG}, {"src": "b.png"},
+     {"source": {"type": "base64", "data": PNG}}, {"bytes": f"data:image/png;base64,{PNG}"}],
+)  # fmt: skip
 def test_what_a_part_says_beside_its_listed_image_is_not_lost(tmp_path: Path, more: Any) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "red.png")
     part = {"type": "image", "index": 0, "text": None}

@@ -154,7 +154,7 @@ PART_KEYS = {"text": ("type", "text")} | dict.fromkeys(
 
 #: Words of keys that another trainer reads as part of what is said, shown, or learned.
 _MEANS = re.compile(
-    "system|sys|developer|instruction|instruct|prompt|query|history|input|output|response|prefix|"
+    "system|sys?|developer|instruction|instruct|prompt|query|history|input|output|response|prefix|"
     "completion|chosen|rejected|reject|positive|negative|preference|margin|label|kto|weight|loss|"
     "masked|mask|trainable|training|train|learn|supervised|ignore|skip|exclude|partial|refusal|eot|"
     "video|vid|clip|audio|speech|sound|wav|frame|image|img|pic(?:ture)?|photo|visual|depth|media|"
@@ -172,8 +172,13 @@ _ON = ("loss", "train", "trainable", "training", "learn", "weight", "label", "su
 #: Keys whose values 0 and false are.
 _OFF = ("ignore", "skip", "exclude", "mask", "masked", "partial", "prefix")
 _MEDIA = re.compile(
-    r".*\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|svg|pdf|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|npy)",
+    r".*\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|svg|pdf|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|npy)"
+    r"|data:(?:image|video|audio)/.*",
     re.IGNORECASE,
+)
+#: An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot.
+BASE64 = re.compile(
+    r"(?:iVBORw0KGgoAAAANSUhEUg|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40,}={0,2}\s*"
 )
 
 
@@ -200,7 +205,7 @@ def refuse_unread(
     for key, value in data.items():
         if key in read or value is None or value in ("", [], {}):
             continue
-        held = files and key != "id" and _is_media(value)
+        held = files and key != "id" and is_media(value)
         if not (held or _means(key) or _are_turns(value)):
             continue
         if (key in _ON and value in (1, True)) or (key in _OFF and value in (0, False)):
@@ -214,13 +219,12 @@ def refuse_unread(
         )
 
 
-def _is_media(value: Any) -> bool:
+def is_media(value: Any) -> bool:
     """Tell whether a value is an image, or names the file of an image, a video or a sound."""
     if isinstance(value, list | dict):
-        return any(map(_is_media, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, StoredImage) or (
-        isinstance(value, str) and _MEDIA.fullmatch(value) is not None
-    )
+        return any(map(is_media, value.values() if isinstance(value, dict) else value))
+    known = isinstance(value, str) and (_MEDIA.fullmatch(value) or BASE64.fullmatch(value))
+    return bool(known) or isinstance(value, StoredImage)
 
 
 def _are_turns(value: Any) -> bool:

@@ -24,9 +24,10 @@ WORD = "<image>"
 
 #: Placeholders that other tools write for an image, a video or a sound.
 _OTHER_WORDS = re.compile(
-    r"\A\s*<\s?(?:image|img|video|audio)\s?/?>"  # inside of a text these may be HTML
-    r"|<\|(?:image|img|vision|video|audio)[\w ]*\|>|<start_of_\w+>|\[IMG\]|&lt;image&gt;"
-    r"|<(?:image|img|video|audio)(?:[ _]?\d+|here|[ _](?:pad|placeholder|token|soft_token))>",
+    r"\A\s*<\s?(?:image|img|video|audio)\s?/?>|<img>[^<]+</img>"  # in a text <img> may be HTML
+    r"|<\|(?:image|img|vision|video|audio)[\w ]*\|>|\[IMG\]|&lt;image&gt;"
+    r"|<(?:image|img|video|audio)(?:[ _]?\d+|here|[ _](?:pad|placeholder|token|soft_token))>"
+    r"|<start_of_(?:image|audio)>",
     re.IGNORECASE,
 )
 
@@ -153,11 +154,6 @@ _LONGEST_NAME = 1000
 _TURNS = ("messages", "conversations", "texts", "history")
 #: Lists and objects in each other.
 _DEEPEST = 100
-
-#: An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot.
-_BASE64 = re.compile(
-    r"(?:iVBORw0KGgoAAAANSUhEUg|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40,}={0,2}\s*"
-)
 
 
 _PLACED = {
@@ -369,14 +365,14 @@ def _held(image: Any, where: str) -> Any:
     """Return what stands for an image: of one of ``datasets`` its bytes or path; text as a URI."""
     if isinstance(image, Mapping):
         data, path = image.get("bytes"), image.get("path") or image.get("url")
-        text = isinstance(data, str) and _BASE64.fullmatch(data)
+        text = isinstance(data, str) and chat_turns.BASE64.fullmatch(data)
         if not text and not path:
             raise UsageError(
                 f"{where}: without an image in it ({brief(repr(dict(image)))}); write its path, or "
                 "its bytes in base64"
             )
         image = data if text else path
-    if isinstance(image, str) and _BASE64.fullmatch(image):
+    if isinstance(image, str) and chat_turns.BASE64.fullmatch(image):
         return f"data:image;base64,{image}"
     return image
 

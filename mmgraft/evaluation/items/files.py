@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from mmgraft.data.chat.turns import images_of_all, is_image, refuse_unread, text_of
+from mmgraft.data.chat.turns import images_of_all, is_image, is_media, refuse_unread, text_of
 from mmgraft.data.formats.fields import Fields, as_list, fill_prompt, gold_of
 from mmgraft.data.formats.layouts import Reading, told
 from mmgraft.data.formats.reader import RowReader
@@ -244,9 +244,9 @@ def read_items(spec: SetSpec) -> list[Item]:
 
     Records are objects of a JSON list or of lines of JSON, or lines of a CSV file. One is either a
     LLaVA row or messages, whose last assistant turn is the answer, or has keys of its own: see
-    :data:`mmgraft.recipes.evaluation_set.COLUMNS`, and ``columns`` for other names. A ``passage``
-    or ``context`` goes before the question. For ``perplexity`` of plain text any other file is one
-    text.
+    :data:`mmgraft.recipes.evaluation_set.COLUMNS`, and ``columns`` for other names. A ``passage``,
+    ``context`` or ``hint`` goes before the question. For ``perplexity`` of plain text any other
+    file is one text.
 
     ``options`` are a list, an object, lettered lines ("A. one") or columns A, B, C; the answer is
     an option, its letter or its number from 0. A ``box`` is in pixels of its image.
@@ -421,8 +421,11 @@ class _ItemReader:
     def _of_fields(
         self, record: dict[str, Any], options: Sequence[str], where: str
     ) -> tuple[list[Message], str]:
-        others = self.fields.others(record)
-        refuse_unread({key: others[key] for key in others if _ASKED.search(key)}, (), where)
+        others, given = self.fields.others(record), self.fields.get(record, "image")
+        if given is None and self.rows.images:  # those of a sample of a tar
+            given = list(dict.fromkeys(self.rows.images.values()))
+        asked = {k: v for k, v in others.items() if _ASKED.search(k) or (not given and is_media(v))}
+        refuse_unread(asked, (), where, files=True)
         question = self.fields.question(record, where)
         if question is None and self.spec.metric != "caption":
             there = ", ".join(map(repr, record)) or "nothing"
@@ -431,9 +434,6 @@ class _ItemReader:
             )
         question = question or ""
         text = question if self.prompt is None else fill_prompt(self.prompt, question, options)
-        given = self.fields.get(record, "image")
-        if given is None and self.rows.images:  # those of a sample of a tar
-            given = list(dict.fromkeys(self.rows.images.values()))
         images = (self.rows.resolve(one, where) for one in as_list(given))
         parts: list[Any] = [{"type": "image", "image": image} for image in images]
         said = [{"type": "text", "text": text}] if text else []
