@@ -244,9 +244,8 @@ class RowReader:
         return listed
 
     def _message(self, turn: dict[str, Any], at: str) -> dict[str, Any]:
-        chat_turns.refuse_unread(
-            turn, (*chat_turns.TURN_KEYS, *chat_turns.TEMPLATE_KEYS), at, files=True
-        )
+        keys = (*chat_turns.TURN_KEYS, *chat_turns.TEMPLATE_KEYS)
+        chat_turns.refuse_unread(turn, keys, at, files=True)
         turn = chat_turns.clean_turn(turn, at)
         content = turn.get("content")
         if isinstance(content, list):

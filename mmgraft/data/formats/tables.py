@@ -40,8 +40,8 @@ class TableFile:
     def __init__(self, file: str, table: Any) -> None:
         self.file = file
         self.table = table.with_format("arrow")
-        columns = table.features.items()
-        self.labels = {n: kind.names for n, kind in columns if hasattr(kind, "names")}  # ClassLabel
+        # Of a ``ClassLabel`` the names are read, not the numbers.
+        self.labels = {n: k.names for n, k in table.features.items() if hasattr(k, "names")}
         self._reads = 0
 
     def scan(self) -> Iterator[Found]:
