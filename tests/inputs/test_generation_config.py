@@ -88,8 +88,9 @@ def test_greedy_answers_are_the_likeliest_tokens(greedy: Any, setting: Any) -> N
 @pytest.mark.parametrize(
     "setting",
     [{"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 3},
-     {"num_return_sequences": 3, "do_sample": True}, {"stop_strings": ["a"]}, {"return_dict_in_generate": True},
-     {"token_healing": True}, {"force_words_ids": [[7]]}, {"max_length": 3}],
+     {"num_return_sequences": 3, "do_sample": True}, {"stop_strings": ["a"]},
+     {"return_dict_in_generate": True}, {"token_healing": True}, {"force_words_ids": [[7]]},
+     {"max_length": 3}],
 )  # fmt: skip
 @pytest.mark.parametrize("sampled", [False, True])
 def test_how_a_base_would_generate_does_not_stop_a_dialogue(setting: Any, sampled: bool) -> None:
