@@ -127,8 +127,8 @@ class Fields:
         if isinstance(value, dict):
             named = _by_label(value)
             return str(answer if answer in named.values() else named.get(str(answer), answer))
-        told = isinstance(answer, str) or not isinstance(value, list) or answer not in value
-        if not told and 0 <= answer < len(value) and answer != value.index(answer):
+        at: Any = value.index(answer) if isinstance(value, list) and answer in value else answer
+        if isinstance(answer, int | float) and at != answer and 0 <= answer < len(value):
             raise UsageError(
                 f"{where}: the answer {answer} may be an option of {value}, or its place counted "
                 "from 0; write the options as texts"

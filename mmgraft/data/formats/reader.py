@@ -257,7 +257,7 @@ class RowReader:
     def _part(self, part: Any, at: str) -> dict[str, Any]:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if str(kind) in chat_turns.PART_KEYS:
-            chat_turns.refuse_unread(part, chat_turns.PART_KEYS[kind], at, files=True)
+            chat_turns.refuse_unread(part, chat_turns.PART_KEYS[str(kind)], at, files=True)
         if kind == "text" and isinstance(part.get("text"), str):
             return part
         if not chat_turns.is_image(part):
