@@ -74,7 +74,8 @@ class Answerer:
 
     def generating(self, settings: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Return what to generate in: where nothing is sampled the likeliest token is taken."""
-        return self.model.greedy() if settings.get("do_sample") is False else nullcontext()
+        sampled = settings.get("do_sample")
+        return nullcontext() if sampled is None else self.model.greedy(sampled)
 
     def text(self, ids: Sequence[int] | torch.Tensor) -> str:
         """Return the text of generated ids: the answer, with its reasoning if that is wanted."""

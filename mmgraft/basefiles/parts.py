@@ -34,6 +34,13 @@ def examine_files(
         UsageError: The files lack tensors, or are stored in a form that cannot be loaded here.
     """
     check_quantised(config, reader.files.id)
+    named = reader if _method(config) and not reader.files.slow else ()
+    kinds = {entry.dtype for entry in map(reader.entry, named) if entry}
+    if kinds and kinds <= {"F64", "F32", "F16", "BF16"}:
+        raise UsageError(
+            f"config.json of {reader.files.id} says that its weights are stored quantised "
+            "(quantization_config), and none is; take that key out, or fetch the base again"
+        )
     blank = skeleton(config)
     anatomy = examine(blank)
     if reader.files.gguf or _method(config):

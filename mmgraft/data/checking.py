@@ -90,10 +90,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """As it is printed with --json."""
-        largest = None
-        if self.largest is not None:
-            width, height, name = self.largest
-            largest = {"width": width, "height": height, "file": name}
+        names = ("width", "height", "file")
+        largest = self.largest and dict(zip(names, self.largest, strict=True))
         return {
             "rows": self.rows,
             "layouts": self.layouts,

@@ -1,7 +1,6 @@
 """Images of a row: from a path, a data URI or PIL, with errors that name the row."""
 
 import base64
-import io
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -48,7 +47,7 @@ def check_image(image: Any, where: str) -> tuple[int, int]:
     Raises:
         UsageError: As ``open_image``.
     """
-    return _read(image, where, look, lambda i: to_rgb(i).size, lambda file: decode(file).size)
+    return _read(image, where, look, lambda i: to_rgb(i).size)
 
 
 def size_of(image: Any, where: str) -> tuple[int, int]:
@@ -70,11 +69,7 @@ def image_bytes(image: Any, where: str) -> bytes:
 
 
 def _read(
-    image: Any,
-    where: str,
-    file: Callable[[IO[bytes]], T],
-    opened: Callable[[Image.Image], T],
-    data: Callable[[IO[bytes]], T] | None = None,
+    image: Any, where: str, file: Callable[[IO[bytes]], T], opened: Callable[[Image.Image], T]
 ) -> T:
     """Return what a reader of the image's kind gives; an error names the row as well."""
     try:
@@ -87,7 +82,7 @@ def _read(
             raise UsageError(f"{where}: an image of type {type(image).__name__}; give a path")
         name = os.fspath(image)
         if is_data_uri(name):
-            return _from_data_uri(name, where, data or file)
+            return _from_data_uri(name, where, file)
         refuse_web(name, where)
         return read_file(path_of(name), file)
     except BadImage as error:
@@ -124,15 +119,8 @@ def _from_data_uri(uri: str, where: str, read: Callable[[IO[bytes]], T]) -> T:
         raise UsageError(f"{where}: a data URI ({uri[:40]}...) not in base64; write ;base64, in it")
     try:
         data = base64.b64decode("".join(uri[head.end() :].split()), validate=True)
-        return read(io.BytesIO(data))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadImage(
-            f"a data URI ({uri[:40]}...) of an image too large ({error}); scale it down", "enormous"
-        ) from error
-    except BadImage:
-        raise
-    # Decoders raise nearly anything on broken bytes.
-    except Exception as error:
+    except ValueError as error:
         raise BadImage(
             f"a data URI ({uri[:40]}...) that is no image ({error}); encode the file again"
         ) from error
+    return read_file(StoredImage(f"a data URI ({uri[:40]}...)", data), read)

@@ -149,11 +149,8 @@ class BadRowLog:
                 self._seen[(stage, row.key)] = row
                 new.append(row)
         if new:
-            lines = [
-                json.dumps({**row.as_dict(), "stage": stage, "step": step}, ensure_ascii=False)
-                for row in new
-            ]
-            text = "".join(f"{line}\n" for line in lines)
+            lines = ({**row.as_dict(), "stage": stage, "step": step} for row in new)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             if _torn(self.path):
                 text = "\n" + text
             # One write at the end of the file: ranks share it.

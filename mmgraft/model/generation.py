@@ -20,18 +20,26 @@ from mmgraft.model.workflow import TEXT_WORKFLOW
 _IMAGE_INPUTS = tuple(one.name for one in fields(GivenImages))
 _OWN_INPUTS = (*_IMAGE_INPUTS, "mm_token_type_ids", "workflow")
 #: Settings of a generation config that have no say in which token is the likeliest.
-_NEUTRAL = ("eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "cache_implementation")
+_NEUTRAL = "eos_token_id bos_token_id pad_token_id "
+#: Those that have, where tokens are sampled. All others say how ``generate`` runs.
+_SAMPLING = (
+    "temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
+    "encoder_repetition_penalty no_repeat_ngram_size suppress_tokens begin_suppress_tokens "
+    "bad_words_ids sequence_bias min_length min_new_tokens exponential_decay_length_penalty"
+)
 
 
 @contextmanager
-def neutral(*models: Any) -> Iterator[None]:
-    """While the block lasts, no generation config changes a token's likelihood.
+def neutral(*models: Any, sampled: bool = False) -> Iterator[None]:
+    """While the block lasts, no generation config changes a token's likelihood, nor the cache.
 
-    Penalties, temperature, beams, and suppressed or forced tokens of the first model's
-    ``generation_config.json`` are left out; what is given to ``generate`` itself holds.
+    Beams, forced tokens and a kind of cache of the first model's ``generation_config.json`` are
+    left out, and unless tokens are ``sampled`` penalties, temperature and suppressed tokens; what
+    is given to ``generate`` itself holds.
     """
     before = [model.generation_config for model in models]
-    kept = {name: getattr(before[0], name, None) for name in _NEUTRAL}
+    names = (_NEUTRAL + _SAMPLING * sampled).split()
+    kept = {name: getattr(before[0], name, None) for name in names}
     for model in models:
         model.generation_config = GenerationConfig(**kept)
     try:
@@ -93,9 +101,9 @@ class WorkflowGeneration(GraftedCore):
             kwargs["input_ids"] = ids
         return cast(Any, super()).generate(**kwargs)
 
-    def greedy(self) -> AbstractContextManager[None]:
-        """While the block lasts, the base's generation config changes no token's likelihood."""
-        return neutral(self.base, self)
+    def greedy(self, sampled: bool = False) -> AbstractContextManager[None]:
+        """While the block lasts, the base's generation config counts as ``neutral`` lets it."""
+        return neutral(self.base, self, sampled=sampled)
 
     def _turn_ends(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return what ends an answer by the template, where the caller does not say what does."""

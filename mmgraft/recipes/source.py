@@ -133,17 +133,19 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
     Raises:
         UsageError: For a file that is no YAML, no mapping, or has a key twice.
     """
-    what, text = str(path), read_text(path)
+    data, lines = _read(read_text(path), str(path))
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} holds no settings; `mmgraft recipes show iaa` shows how to write")
+    return data, lines
+
+
+def _read(text: str, what: str) -> tuple[Any, dict[Location, int]]:
+    lines: dict[Location, int] = {}
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        _collect_lines(yaml.compose(text, Loader=yaml.SafeLoader), (), lines, what)
+        return yaml.safe_load(text), lines
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{what} is not YAML: {error}") from error
-    if not isinstance(data, dict) or root is None:
-        raise UsageError(f"{what} holds no settings; `mmgraft recipes show iaa` shows how to write")
-    lines: dict[Location, int] = {}
-    _collect_lines(root, (), lines, what)
-    return data, lines
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -256,8 +258,15 @@ def _line_of(loc: Location, lines: dict[Location, int]) -> int | None:
     return None
 
 
-def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int], what: str) -> None:
-    if isinstance(node, yaml.MappingNode):
+def _collect_lines(node: Any, at: Location, lines: dict[Location, int], what: str) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        # YAML 1.1 reads 010 as 8 and 1:30 as 90
+        if node.tag.endswith((":int", ":float")) and re.match(r"[-+]?0[\d_]|.*:", node.value):
+            raise UsageError(
+                f"{what}, line {node.start_mark.line + 1}: {node.value} would be read in base 8 or "
+                "60; write a decimal number, or put it in quotes"
+            )
+    elif isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
             line = key.start_mark.line + 1
@@ -281,19 +290,7 @@ def key_value(given: str, flag: str, such_as: str) -> tuple[str, Any]:
     key, equals, text = given.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"{flag} {given}: write key=value, such as {flag} {such_as}")
-    return key.strip(), set_value(text, f"{flag} {given}")
-
-
-def set_value(text: str, what: str) -> Any:
-    """Return the value in the option that ``what`` shows.
-
-    Raises:
-        UsageError: It is not YAML.
-    """
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{what}: {text!r} is not a YAML value") from error
+    return key.strip(), _read(text, f"{flag} {given}")[0]
 
 
 def template_options(given: Sequence[str] | None) -> dict[str, Any]:

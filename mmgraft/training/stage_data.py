@@ -61,8 +61,8 @@ def absolute(recipe: Recipe) -> Recipe:
 
     stages = []
     for stage in recipe.stages:
-        named = stage.template in (None, "chat", "plain")
-        template = stage.template if named else _absolute(stage.template)
+        there = stage.template and Path(stage.template).expanduser().is_file()
+        template = _absolute(stage.template) if there else stage.template  # or one of the base's
         stages.append(stage.model_copy(update={"data": moved(stage.data), "template": template}))
     cache = recipe.feature_cache
     update: dict[str, Any] = {

@@ -198,7 +198,7 @@ def read_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) ->
     if isinstance(path, Path) and not os.path.isfile(path):  # which no name is too long for
         raise BadImage(
             f"Image file not found: {brief(path)}. Check the path (relative ones count from the "
-            f"folder of the data file{backslash_hint(str(path))}) or leave the row out.",
+            f"folder of the data file{path_hint(str(path))}) or leave the row out.",
             "missing",
         )
     try:
@@ -218,9 +218,11 @@ def read_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) ->
         ) from error
 
 
-def backslash_hint(path: str) -> str:
+def path_hint(path: str) -> str:
     """Say what is wrong with a path of Windows where there is no such file."""
-    return "; write / in place of each backslash" if "\\" in path else ""
+    hints = {"\\": "write / in place of each backslash", "~": "write your home folder for ~",
+             "%": "write the letter itself for each %"}  # fmt: skip
+    return "".join(f"; {hint}" for sign, hint in hints.items() if sign in path)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -254,7 +254,7 @@ def test_images_open_from_data_uris_and_say_what_is_wrong(tmp_path: Path) -> Non
     for wrong, says in [
         (str(path), "row 1: .*a.png"),
         (str(tmp_path / "none.png"), "row 1: .*none.png"),
-        ("data:image/png;base64,AAAA", "row 1: a data URI .* no image"),
+        ("data:image/png;base64,AAAA", "row 1: .* a data URI .* cannot identify"),
         ("data:image/png,AAAA", "row 1: a data URI .*base64"),
         ("http://x.org/a.png", "row 1: .*download it first"),
         (3, "row 1: an image of type int"),

@@ -25,6 +25,7 @@ from layout_rows import (
     png,
     seen,
     text,
+    users,
     with_images,
     written,
 )
@@ -302,3 +303,71 @@ def test_the_rows_of_the_page_are_read_as_it_says(folder: Path, name: str) -> No
     if name == "vqa.jsonl":
         assert [row.messages[1]["content"] for row in rows] == ["blue", "red"]
         assert rows[0].id == "7"
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["<image_1>", "<image 2>", "<IMAGE>", "<image/>", "<|image|>", "<|image_1|>", "<ImageHere>",
+     "<|vision_start|><|image_pad|>", "<start_of_image>", "<image_soft_token>", "[IMG]", "<img>",
+     "&lt;image&gt;", "Picture 1: <img>red.png</img>\n", "<video>", "<audio>", "<|video_pad|>"],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["role", "from"])
+def test_placeholders_of_other_tools_are_named(folder: Path, word: str, key: str) -> None:
+    turns = users(key, ("user", f"{word}Which?"), ("assistant", "red"))
+    for images in ([], ["red.png"]):
+        row = {"conversations": turns, "images": images}
+        (folder / "a.jsonl").write_text(json.dumps(row))
+        with pytest.raises(UsageError, match=r"stands in a text|<image> occurs 0 times"):
+            read_rows(folder / "a.jsonl")
+    text = {"messages": users("role", ("user", f"What is {word}?"), ("assistant", "a word"))}
+    (folder / "a.jsonl").write_text(json.dumps(text))
+    assert read_rows(folder / "a.jsonl")[0].messages == text["messages"]
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "said"),
+    [
+        ({"text": ["red", "blue"], "label": ["1", "2"]}, "1", "red"),
+        ({"text": ["red", "blue"], "label": ["1", "2"]}, 2, "blue"),
+        ({"label": ["B", "A"], "text": ["red", "blue"]}, "A", "blue"),
+        ({"text": ["red", "blue"]}, "B", "blue"),
+        ({"B": "blue", "A": "red"}, "B", "blue"),
+        ({"1": "red", "2": "blue"}, 1, "red"),
+        ({"C": "x", "D": "y"}, "C", "x"),
+        ({"A": "red", "B": "blue"}, "blue", "blue"),
+        ([4, 7], 7, "7"),
+        ([4, 7], "4", "4"),
+        ([4, 7], 1, "7"),
+        ([0, 1], 1, "1"),
+        (["4", "1"], 1, "1"),
+        ([], "red", "red"),
+        ("", "red", "red"),
+        ("[]", "red", "red"),
+    ],
+)
+def test_an_answer_is_the_option_that_the_set_means(
+    folder: Path, options: Any, answer: Any, said: str
+) -> None:
+    row = {"question": "Which?", "options": options, "answer": answer}
+    (folder / "a.jsonl").write_text(json.dumps(row))
+    (read,) = read_rows(folder / "a.jsonl", format="vqa")
+    assert read.messages[1]["content"] == said
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "says"),
+    [
+        ([1, 2], 1, "may be an option of .* or its place"),
+        ([{"text": "red"}, {"text": "blue"}], "A", "no list of texts"),
+        ([["red"], ["blue"]], "A", "no list of texts"),
+        (5, "A", "no list of texts"),
+        (["red", None, "blue"], "blue", "none empty"),
+    ],
+)
+def test_options_that_are_unclear_are_refused(
+    folder: Path, options: Any, answer: Any, says: str
+) -> None:
+    row = {"question": "Which?", "options": options, "answer": answer}
+    (folder / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UsageError, match=f"line 1 .*{says}"):
+        read_rows(folder / "a.jsonl", format="vqa")

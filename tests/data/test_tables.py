@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mmgraft.data.formats import tables
+from mmgraft.data.formats.layouts import Reading
 from mmgraft.data.formats.sources import Checks, Source, index_rows, read_rows
 from mmgraft.data.images import open_image
 from mmgraft.data.rows import BadRow
@@ -125,6 +126,22 @@ def test_rows_of_a_table_are_those_of_a_jsonl(tmp_path: Path, source: Source) ->
     assert [rows.key(at)[1] for at in range(3)] == ["row 1", "row 2", "row 3"]
     assert rows[2].where.endswith("row 3 (id c)")
     assert open_image(pickle.loads(pickle.dumps(shown[2])), "w").width == 6
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_numbers_that_a_set_names_are_read_as_the_names(tmp_path: Path, saved: bool) -> None:
+    kinds = datasets.ClassLabel(names=["no", "yes"])
+    found = datasets.Dataset.from_dict({"question": ["a", "b", "c"], "answer": [1, 0, None]})
+    found = found.cast_column("answer", kinds)
+    path = tmp_path / "rows.parquet"
+    if saved:
+        path = tmp_path / "saved"
+        found.save_to_disk(str(path))
+    else:
+        found.to_parquet(str(path))
+    rows = index_rows(Source(str(path), reading=Reading("vqa")))
+    said = [[turn["content"] for turn in row.messages[1:]] for row in rows]
+    assert said == [["yes"], ["no"], []]
 
 
 def test_turns_may_be_json_and_a_picture_a_column_of_its_own(tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ def test_a_passage_goes_before_the_question_and_groups_it(folder: Path) -> None:
     (item,) = _read(folder, [row])
     assert item.question == "It rained.\nWet?"
     assert item.group == "It rained."
+    (item,) = _read(folder, [{**row, "context": " ", "hint": " Today. ", "id": "b"}])
+    assert item.question == "It rained.\n\nToday.\nWet?"
 
 
 def test_messages_end_with_the_answer(folder: Path) -> None:
@@ -283,7 +285,7 @@ SEEN = {"image": "a.png", "question": "q", "answer": "yes"}
     ("row", "metric", "words"),
     [
         ({**OK, "answer": "c"}, "choice", r"set.jsonl, line 1 .*'c' is not among the options"),
-        ({**OK, "answer": 2}, "choice", "number 2, counted from 0, and there are 2"),
+        ({**OK, "answer": 2}, "choice", "the answer '2' is not among"),
         ({**OK, "answer": "E"}, "choice", "not among the options"),
         ({**OK, "answer": True}, "choice", "an answer that is no text"),
         ({**OK, "options": "a or b"}, "choice", "no lettered lines"),
@@ -296,6 +298,9 @@ SEEN = {"image": "a.png", "question": "q", "answer": "yes"}
         ({**SEEN, "image": "../set.jsonl"}, "exact", "outside of the image folder"),
         ({**SEEN, "image": "https://x/a.png"}, "exact", "download it first"),
         ({"question": "q", "answer": "a"}, "exact", "no item has an image"),
+        *(({"question": "q", "answer": "a", key: value}, "exact", f"'{key}' is not read")
+          for key, value in (("media", ["a.png"]), ("img_path", "a.jpg"), ("s", {"x": "a.webp"}),
+                             ("pic", "data:image/png;base64,AA"), ("sound", "a.wav"))),
         ({**SEEN, "answer": "maybe"}, "yes_no", "yes_no needs yes or no"),
         ({**SEEN, "answers": ["a"] * 9}, "vqa_v2", "9 answers, and vqa_v2 compares with 10"),
         ({**SEEN, "messages": []}, "exact", "not a list of messages"),

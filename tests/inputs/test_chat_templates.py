@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +106,63 @@ def test_common_reasoning_is_known_to_templates_that_write_none(tag: str) -> Non
     assert _generated(processor, f"<{tag}>so</{tag}>\nred") == "red"
     assert _generated(processor, f"<{tag}>so</other>") == ""
     assert _generated(processor, f"<{tag}ful> red") == f"<{tag}ful> red"
+
+
+@pytest.mark.parametrize(
+    ("opens", "closes"),
+    [("<think></think><answer>", "</answer>"), ("[think]\n[/think]\n<a>", "</a>\n"), ('"', '"'),
+     ("Answer: ", ""), ("", " END")],
+)  # fmt: skip
+@pytest.mark.parametrize("special", [False, True])
+def test_what_a_template_writes_around_an_answer_is_none_of_it(
+    opens: str, closes: str, special: bool
+) -> None:
+    says = f"{{% if m.role == 'assistant' %}}{opens}{{{{ m.content }}}}{closes}{{% else %}}"
+    text = CHATML.replace("{{ m.content }}", f"{says}{{{{ m.content }}}}{{% endif %}}")
+    processor = _processor(text, ("<think>", "</think>") if special else ())
+    assert processor.answers.ends == (processor.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    assert _generated(processor, f"{opens}red{closes}<|im_end|>") == "red"
+    after = opens.replace("think><", "think>so<", 1).replace("]\n[", "]so[")
+    assert _generated(processor, f"{after}red{closes}<|im_end|><pad>") == "red"
+    assert _generated(processor, "red<|im_end|>") == "red"
+    pieces = [f"{opens}red{closes}"[:at] for at in range(len(opens) + 4 + len(closes))]
+    said = [processor.answers.shown(one) for one in pieces]
+    held = [one[: len(one) - processor.answers.begun(one)] for one in said]
+    assert all("red".startswith(one.strip()) for one in held[len(opens) + 1 :])
+
+
+@pytest.mark.parametrize("ends", ["<|im_end|>\n", "<|im_end|>", "\n"])
+@pytest.mark.parametrize("header", ["<|im_start|>assistant\n", "<|assistant|>", "ASSISTANT: "])
+def test_a_header_after_every_conversation_is_no_end(ends: str, header: str) -> None:
+    turn = "{{ '<|im_start|>user\n' if m.role == 'user' else '" + header + "' }}{{ m.content }}"
+    text = f"{{% for m in messages %}}{turn}{ends}{{% endfor %}}{header}"
+    with pytest.raises(UsageError, match="the header of an answer after the last one too"):
+        supervise(_processor(text), [USER, ANSWER])
+    asked = text.replace("endfor %}", "endfor %}{% if add_generation_prompt %}") + "{% endif %}"
+    assert len(supervise(_processor(asked), [USER, ANSWER])) > 4
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ 1 / 0 }}", "{{ messages[9].content.x.y }}", "{{ raise_exception('no') }}",
+             "{{ messages | sum }}", "{{ none.x.y }}", "{{ [] | first | int(base=99) }}"],
+)  # fmt: skip
+def test_whatever_a_template_raises_is_a_refusal(text: str) -> None:
+    tokenizer = text_tokenizer("byte_bpe", text)
+    assert resolve_template(None, tokenizer).kind == "chat"  # it may want other turns
+    with pytest.raises(UsageError, match="the chat template refuses this conversation"):
+        supervise(_processor(text), [USER, ANSWER])
+
+
+@pytest.mark.parametrize("text", ["{% for m in messages %}", "{{ m.content }", "{{ 1 | nothing }}"])
+def test_a_template_that_is_no_jinja_is_refused_at_once(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jinja").write_text(text)
+    for spec, base in (
+        (None, text),
+        (str(tmp_path / "a.jinja"), CHATML),
+        ("b", {"b": text, "default": CHATML}),
+    ):
+        with pytest.raises(UsageError, match=r"line 1: .*; correct the template"):
+            resolve_template(spec, text_tokenizer("byte_bpe", base))
 
 
 def test_channels_are_reasoning_and_answer() -> None:

@@ -85,6 +85,30 @@ def test_greedy_answers_are_the_likeliest_tokens(greedy: Any, setting: Any) -> N
     model.generation_config = model.base.generation_config = before
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 3},
+     {"num_return_sequences": 3, "do_sample": True}, {"stop_strings": ["a"]},
+     {"return_dict_in_generate": True}, {"token_healing": True}, {"force_words_ids": [[7]]},
+     {"max_length": 3}],
+)  # fmt: skip
+@pytest.mark.parametrize("sampled", [False, True])
+def test_how_a_base_would_generate_does_not_stop_a_dialogue(setting: Any, sampled: bool) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": sampled, "temperature": None}
+    settings |= {"temperature": 3.0} if sampled else {}
+    said = []
+    for given in ({}, setting):
+        answerer = _made()
+        config = GenerationConfig(eos_token_id=EOS_ID, repetition_penalty=1.5, **given)
+        answerer.model.generation_config = answerer.model.base.generation_config = config
+        dialogue = Dialogue(answerer)
+        torch.manual_seed(3)
+        for text in ("Which one?", "And now?"):
+            said.append(dialogue.say(text, on_text=lambda piece: None, **settings))
+        said += answerer.answers([CHATS[0]], **settings)
+    assert said[:3] == said[3:]
+
+
 @pytest.mark.parametrize("own", [EOS_ID, [EOS_ID, 7], None])
 @pytest.mark.parametrize("chat", CHATS, ids=["image", "text"])
 def test_a_turns_end_ends_an_answer_beside_the_bases_own(chat: Any, own: Any) -> None:

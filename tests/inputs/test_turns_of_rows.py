@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ READ_BESIDE: list[dict[str, Any]] = [
     *({key: None} for key in ("system", "videos", "rejected", "tools", "objects", "loss")),
     *({key: []} for key in ("images", "videos", "audios", "history")),
     *({"loss": True}, {"weight": 1.0}, {"train": True}, {"system": ""}, {"label": True}),
+    *({"skip": False}, {"ignore": 0}, {"skip_formatting": False}, {"source": "a.jsonl"}),
+    *({"has_image": True}, {"hasImage": 1}, {"num_images": 2}, {"n_tools": 3}),
     {"prompt": "Which?"},  # said in the turns
     {"response": " red fox"},
 ]
@@ -43,7 +46,15 @@ REFUSED_BESIDE: list[dict[str, Any]] = [
     *({key: "x"} for key in ("chosen", "rejected", "rejected_response", "system_prompt")),
     *({key: "x"} for key in ("instruction", "prompt", "image_path", "kto_tag", "developer")),
     *({key: 0.5} for key in ("weight", "loss_weight", "sample_weights", "label")),
-    *({key: False} for key in ("loss", "train", "label", "kto_label")),
+    *({key: False} for key in ("loss", "train", "label", "kto_label", "training", "learn")),
+    *({key: True} for key in ("ignore", "skip_row", "masked", "no_loss")),
+    *({key: "x.png"} for key in ("img", "picture", "photo", "file", "thumb", "depth", "source")),
+    {"media": ["a/b.JPEG"]},
+    {"attachments": [{"file": "x.wav"}]},
+    *({key: "A red fox."} for key in ("context", "hint", "rationale", "channel", "sys_msg")),
+    *({"repeat": 3}, {"is_train": False}, {"isMasked": True}, {"hash_function": "f"}),
+    *({key: [USER]} for key in ("all_turns", "conversation", "raw", "positive_messages")),
+    {"negative": [[USER, ANSWER]]},
     *({key: [1, 0]} for key in ("mask", "loss_mask", "assistant_masks")),
     *({key: {"a": 1}} for key in ("chat_template_kwargs", "tool_choice", "functions")),
 ]
@@ -68,8 +79,9 @@ def test_keys_that_change_a_row_are_refused_by_name(tmp_path: Path, beside: dict
 
 
 @pytest.mark.parametrize(
-    "key", ["loss", "train", "weight", "mask", "video", "audio", "images", "tool_choice", "label"]
-)
+    "key", ["loss", "train", "weight", "mask", "video", "audio", "images", "tool_choice", "label",
+            "eot", "partial", "refusal", "attachments", "picture", "channel", "recipient", "hint"]
+)  # fmt: skip
 def test_keys_that_change_a_turn_are_refused_by_name(tmp_path: Path, key: str) -> None:
     with pytest.raises(UsageError, match=f"turn 2: '{key}' is not read"):
         _read(tmp_path, [USER, {**ANSWER, key: 0.25}])
@@ -193,12 +205,68 @@ def test_a_question_of_an_evaluation_is_not_cut(tmp_path: Path, key: str) -> Non
                 read_items(spec)
 
 
+@pytest.mark.parametrize(
+    ("turn", "says"),
+    [
+        ({"from": "human", "value": "b"}, "'from' and 'role' differ"),
+        ({"value": "b"}, "'value' and 'content' differ"),
+        ({"thumb": "red.png"}, "'thumb' is not read"),
+        ({"more": {"shown": ["red.webp"]}}, "'more' is not read"),
+        ({"alternatives": [ANSWER]}, "'alternatives' is not read"),
+    ],
+)
+def test_a_turn_says_one_thing(tmp_path: Path, turn: dict[str, str], says: str) -> None:
+    with pytest.raises(UsageError, match=f"turn 2: .*{says}"):
+        _read(tmp_path, [USER, {**ANSWER, **turn}])
+    same = {"role": "assistant", "from": "assistant", "value": None, "content": "red fox"}
+    assert _read(tmp_path, [USER, same]).messages == [USER, ANSWER]
+
+
+def test_a_row_with_images_may_name_files(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "red.png")
+    assert _read(tmp_path, images=["red.png"], file_name="red.png", url="x.jpg").has_image
+    with pytest.raises(UsageError, match="'image' and 'images' differ"):
+        _read(tmp_path, images=["red.png"], image="blue.png")
+    for image in ("red.png", ["red.png"], "", None):
+        assert _read(tmp_path, images=["red.png"], image=image).has_image
+
+
+@pytest.mark.parametrize("kind", [["image"], {"image": 1}, 3, None, "input_text", "Image"])
+@pytest.mark.parametrize("key", ["role", "from"])
+def test_parts_of_no_known_type_are_refused(tmp_path: Path, kind: Any, key: str) -> None:
+    part = {"type": kind, "text": "Which?", "image": "red.png"}
+    for content in ([part], [None], [3], [["Which?"]], ["Which?"]):
+        turn = (
+            {"from": "human", "value": content} if key == "from" else {**USER, "content": content}
+        )
+        with pytest.raises(UsageError, match=r"line 1 .*turn 1: a content part of type"):
+            _read(tmp_path, conversations=[turn])
+
+
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(60)).decode()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"crop": [0, 0, 9, 9]}, {"text": "Which?"}, {"weight": 2}, {"data": PNG}, {"src": "b.png"},
+     {"source": {"type": "base64", "data": PNG}}, {"bytes": f"data:image/png;base64,{PNG}"}],
+)  # fmt: skip
+def test_what_a_part_says_beside_its_listed_image_is_not_lost(tmp_path: Path, more: Any) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "red.png")
+    part = {"type": "image", "index": 0, "text": None}
+    assert _read(tmp_path, [{**USER, "content": [part]}, ANSWER], images=["red.png"]).has_image
+    with pytest.raises(UsageError, match=r"turn 1: .*(is not read|an image part with text)"):
+        _read(tmp_path, [{**USER, "content": [{**part, **more}]}, ANSWER], images=["red.png"])
+
+
 def test_a_part_is_a_text_or_an_image(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "red.png")
     part = {"type": "image", "image": "red.png", "text": None}
     assert _read(tmp_path, [{**USER, "content": [part]}, ANSWER]).has_image
     with pytest.raises(UsageError, match="turn 1: an image part with text"):
         _read(tmp_path, [{**USER, "content": [{**part, "text": "Which?"}]}, ANSWER])
+    with pytest.raises(UsageError, match="turn 1: an image part with text, or two images"):
+        _read(tmp_path, [{**USER, "content": [{**part, "path": "blue.png"}]}, ANSWER])
     both = {"type": "text", "text": "Which?", "image": "red.png"}
     with pytest.raises(UsageError, match="turn 1: 'image' is not read"):
         _read(tmp_path, [{**USER, "content": [both]}, ANSWER])

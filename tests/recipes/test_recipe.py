@@ -124,6 +124,11 @@ def test_all_problems_are_told_at_once(recipe_file):
         (("method: iaa", "method: iaa\nattention: flash_attention_2\nprecision: fp32"), "bf16"),
         (("method: iaa", "method: iaa\ncompile: true\nquantization: nf4"), "not built"),
         (("stages:", "stages: ["), "not YAML"),
+        (("name: small", "name: &a [*a]"), "not YAML"),
+        (("epochs: 2", "epochs: 010"), "010 would be read in base 8"),
+        (("epochs: 2", "max_steps: -017"), "-017 would be read in base 8"),
+        (("default: 2.0e-4", "layers: 1:30"), "1:30 would be read in base 8 or 60"),
+        (("epochs: 2", "epochs: 0:20.5"), "0:20.5 would be read in base 8 or 60"),
         (("epochs: 2", "epochs: .inf"), "finite number"),
         (("epochs: 2", "epochs: 1.0e+30"), "less than or equal to 100000 (got 1e+30)"),
         (("default: 2.0e-4", "layers: .nan"), "finite number"),
@@ -252,6 +257,10 @@ def test_overrides_reach_stages_by_name_index_and_star(recipe_file):
         ("stages.tune.batchsize=1", "did you mean 'batch_size'"),
         ("seed", "key=value"),
         ("name.first=1", "name is one value"),
+        ("stages.tune.batch_size=010", "--set stages.tune.batch_size=010, line 1: 010 would be"),
+        ("seed=1:30", "1:30 would be read in base 8 or 60"),
+        ("name=[", "--set name=[ is not YAML"),
+        ("name=&a [*a]", "is not YAML"),
     ],
 )
 def test_overrides_that_reach_nothing(recipe_file, override, says):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any
 
-from mmgraft.data.chat.transcript import MARKER, Transcript, closing_of
+from mmgraft.data.chat.transcript import MARKER, Closing, Transcript, closing_of
 from mmgraft.data.chat.turns import THOUGHTS
 from mmgraft.errors import UsageError
 from mmgraft.frozen import Frozen
@@ -20,7 +20,7 @@ _BEGINS, _ENDS = rf"[<\[◁]\|?{_STEMS}\|?[>\]▷]", rf"[<\[◁]\|?(?:/|end){_ST
 
 
 #: Version of what :meth:`Answers.shown` leaves of a text: answers kept by another are made anew.
-CLEANED = 2
+CLEANED = 3
 
 
 class Answers(Frozen):
@@ -29,7 +29,8 @@ class Answers(Frozen):
     Attributes:
         ends: Ids that end an answer.
         stops: Texts that do, where a template ends turns with ordinary text.
-        lead: What it writes between the prompt and an answer.
+        lead: What it writes between the prompt, or the reasoning, and an answer.
+        tail: What it writes between an answer and the token that ends it.
         tags: Beginning and end of reasoning, as it writes them.
         opened: The prompt itself begins the reasoning.
         special: Matches special tokens where a tag has one: plain text would lose the tag.
@@ -39,6 +40,7 @@ class Answers(Frozen):
     ends: tuple[int, ...] = ()
     stops: tuple[str, ...] = ()
     lead: str = ""
+    tail: str = ""
     tags: tuple[tuple[str, str], ...] = ()
     opened: bool = False
     special: re.Pattern[str] | None = field(default=None, compare=False)
@@ -62,12 +64,18 @@ class Answers(Frozen):
             text = text[closed[-1].end() :].lstrip()
         elif begun:
             return ""
-        return text.removeprefix(self.lead.strip()) if self.lead.strip() else text
+        text = text.removeprefix(self.lead.strip())
+        ends = rf"(?:{self.special.pattern}|\s)*" if self.special else r"\s*"
+        return re.sub(rf"{re.escape(self.tail)}{ends}$", "", text) if self.tail else text
 
     def begun(self, text: str) -> int:
-        """Return how many characters at the end of a text may be the beginning of a stop."""
-        lengths = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(lengths, default=0)
+        """Return how many characters at the end of a text may be what is none of the answer."""
+        if self.lead.strip().startswith(text):
+            return len(text)
+        ends = (*self.stops, self.tail)
+        return max(
+            (n for one in ends for n in range(len(one)) if text.endswith(one[:n])), default=0
+        )
 
     def with_ends(self, own: int | Sequence[int] | None) -> int | list[int] | None:
         """Return ids that end a generation: a base's own, and those that end an answer."""
@@ -93,13 +101,18 @@ def learn(transcript: Callable[[list[dict[str, str]]], Transcript]) -> Answers:
     found.append(tuple(lead.split()) if re.match(_BEGINS, lead, re.IGNORECASE) else ())
     tags = tuple({(pair[0], pair[1]): None for pair in found if len(pair) == 2})
     written = lead + "".join(map("".join, tags))
+    closing = closing_of(plain, 1, plain.where)
+    tail = re.sub(rf"(?:{plain.copies.added_tokens.pattern})$", "", closing.last).strip()
+    tail = "" if tail == closing.last else tail  # a text to stop at
     opened = re.search(rf"{_BEGINS}\s*$", prompt, re.IGNORECASE) is not None
     added = [one.content for one in plain.tokenizer.added_tokens_decoder.values() if one.special]
     special = {one for one in (*added, *plain.tokenizer.all_special_tokens) if one.strip()}
     hides = any(one in written or re.fullmatch(_BEGINS, one, re.IGNORECASE) for one in special)
     names = "|".join(sorted(map(re.escape, special), key=len, reverse=True))
     seen = re.compile(names) if hides else None
-    return Answers(*_ends(plain, written), lead, tags, opened, seen, plain.tokenizer)
+    for end in (*(pair[1] for pair in tags), *re.findall(_ENDS, lead, re.IGNORECASE)):
+        lead = lead.rpartition(end)[2]
+    return Answers(*_ends(plain, closing, written), lead, tail, tags, opened, seen, plain.tokenizer)
 
 
 def _between(text: str, start: str, end: str) -> str:
@@ -117,9 +130,11 @@ def _tags(plain: Transcript, messages: list[dict[str, str]], prompt: str) -> tup
     return tuple(one.strip() for one in pair if one.strip())
 
 
-def _ends(plain: Transcript, written: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _ends(
+    plain: Transcript, closing: Closing, written: str
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return ids and texts that end an answer, of which none stands before one as well."""
-    closing, ids, stops = closing_of(plain, 1, plain.where), [], []
+    ids, stops = [], []
     for text in dict.fromkeys((closing.last, closing.inner)):
         token = re.search(rf"(?:{plain.copies.added_tokens.pattern})$", text)
         if token and token.group() not in written:

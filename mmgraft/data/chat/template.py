@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import Environment, meta
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from mmgraft.data.chat.turns import Message
@@ -54,24 +54,26 @@ def resolve_template(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> Te
                 "then text), or `template:` with the path of a jinja file"
             )
         check_template(Template("chat"), tokenizer, {})
-        return Template("chat")
+        return _tried(Template("chat"), tokenizer, "the base's chat template")
     if spec == "plain":
         return Template("plain")
     path, named = Path(spec), _named(tokenizer)
     if spec in named and not path.is_file():
-        return Template("file", named[spec])
+        return _tried(Template("file", named[spec]), tokenizer, f"the base's template {spec}")
     if not path.is_file():
         known = ", ".join(["chat", "plain", *sorted(named)])
         raise UsageError(f"no template file {spec}; write {known} or the path of a jinja file")
-    text = read_text(path)
-    template = Template("file", text)
+    return _tried(Template("file", read_text(path)), tokenizer, str(spec))
+
+
+def _tried(template: Template, tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
     try:
         _apply(template, tokenizer, [{"role": "user", "content": _PROBE}], tokenize=False)
     except TemplateSyntaxError as error:
         raise UsageError(
-            f"{spec}, line {error.lineno}: {error.message}; correct the template"
+            f"{name}, line {error.lineno}: {error.message}; correct the template"
         ) from error
-    except (TemplateError, TypeError):
+    except Exception:
         pass  # it may want other roles than the probe's; conversations are refused one by one
     return template
 
@@ -164,7 +166,7 @@ def apply(
     """
     try:
         return _apply(template, tokenizer, messages, **settings)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a foreign template may raise
         raise UsageError(
             f"{where}: the chat template refuses this conversation: {error}; change its turns, or "
             "give another template"
@@ -199,14 +201,14 @@ def reads_parts(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether a chat template writes a list of text parts as it writes the same text."""
     if template.kind == "plain":
         return False
-    texts: list[str] = []
-    for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
-        try:
-            message = {"role": "user", "content": content}
-            texts.append(apply(template, tokenizer, [message], "", tokenize=False))
-        except UsageError:
-            return False
-    return texts[0] == texts[1]
+    turns = [
+        {"role": "user", "content": one} for one in (_PROBE, [{"type": "text", "text": _PROBE}])
+    ]
+    try:
+        text, other = (apply(template, tokenizer, [one], "", tokenize=False) for one in turns)
+    except UsageError:
+        return False
+    return text == other
 
 
 def _plain(

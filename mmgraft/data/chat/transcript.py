@@ -48,10 +48,8 @@ class SentinelTokenizers:
     def get(self, sentinel: str) -> tuple[PreTrainedTokenizerBase, int] | None:
         """Return a copy that knows the sentinel, and its id; None if the base has such a token."""
         if sentinel not in self._copies:
-            if self.tokenizer.convert_tokens_to_ids(sentinel) not in (
-                None,
-                self.tokenizer.unk_token_id,
-            ):
+            known = self.tokenizer.convert_tokens_to_ids(sentinel)
+            if known not in (None, self.tokenizer.unk_token_id):
                 return None
             clone = copy.deepcopy(self.tokenizer)
             clone.add_tokens(
@@ -347,12 +345,18 @@ def _split(
 
 
 def _tails(transcript: Transcript, messages: list[dict[str, Any]], where: str) -> tuple[str, str]:
-    _, last = _split(transcript, messages, MARKER, where)
+    before, last = _split(transcript, messages, MARKER, where)
+    header = last.rstrip()
     try:
-        following = [*messages, {"role": "user", "content": "b"}]
-        _, inner = _split(transcript, following, MARKER, where)
+        _, inner = _split(transcript, [*messages, {"role": "user", "content": "b"}], MARKER, where)
     except UsageError:
         inner = ""  # no user may follow here
+    if header and before.rstrip().endswith(header) and inner and not inner.startswith(header):
+        raise UsageError(
+            f"{where}: the chat template writes the header of an answer after the last one too, "
+            "asked for or not; graft with one that writes it where add_generation_prompt is set "
+            "(--template FILE.jinja)"
+        )
     return last, inner
 
 

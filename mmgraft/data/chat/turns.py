@@ -10,9 +10,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmgraft.errors import UsageError, brief
+from mmgraft.vision.images import StoredImage
 
 #: ``{"role", "content": str | list of parts}``; other keys go to the chat template untouched.
 Message = Mapping[str, Any]
+
+
+#: Keys of an image part that may hold the image.
+IMAGE_KEYS = ("image", "image_url", "path", "url")
 
 
 def is_image(part: Any) -> bool:
@@ -27,7 +32,7 @@ def image_of(part: Mapping[str, Any]) -> Any:
     Read are ``{"type": "image", "image": X}`` (or ``path``, ``url``) and
     ``{"type": "image_url", "image_url": {"url": X}}``.
     """
-    for key in ("image", "image_url", "path", "url"):
+    for key in IMAGE_KEYS:
         value = part.get(key)
         if isinstance(value, Mapping):
             value = value.get("url") or (value if value.get("bytes") or value.get("path") else None)
@@ -52,16 +57,15 @@ def images_of_all(messages: Iterable[Message]) -> Iterator[Any]:
 
 def answering(messages: Iterable[Message]) -> list[int]:
     """Return the turns in which the assistant says something, or calls a tool."""
-    return [at for at, message in enumerate(messages) if _answers(message)]
+    turns = [(at, one) for at, one in enumerate(messages) if one["role"] == "assistant"]
+    return [at for at, t in turns if text_of(t.get("content")).strip() or t.get("tool_calls")]
 
 
-def _answers(message: Message) -> bool:
-    if message["role"] != "assistant":
-        return False
-    content = message.get("content")
+def text_of(content: Any) -> str:
+    """Return the text of a turn's content, which may be parts."""
     if isinstance(content, list | tuple):
-        content = "".join(str(part.get("text") or "") for part in content)
-    return bool(str(content or "").strip() or message.get("tool_calls"))
+        return "".join(str(one.get("text") or "") for one in content if isinstance(one, Mapping))
+    return str(content or "")
 
 
 def has_parts(messages: Iterable[Message]) -> bool:
@@ -145,31 +149,47 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 #: Keys of a turn that are the chat template's to read; see ``written.refuse_dropped``.
 TEMPLATE_KEYS = ("name", "tool_call_id", *THOUGHTS)
 PART_KEYS = {"text": ("type", "text")} | dict.fromkeys(
-    ("image", "image_url"), ("type", "image", "image_url", "path", "url")
+    ("image", "image_url"), ("type", *IMAGE_KEYS)
 )
 
 #: Words of keys that another trainer reads as part of what is said, shown, or learned.
 _MEANS = re.compile(
-    "system|developer|instruction|prompt|query|history|input|output|response|completion|chosen|"
-    "rejected|reject|label|kto|weight|loss|masked|mask|trainable|train|supervised|video|audio|"
-    "speech|frame|image|object|region|tool|function|call|document|template|reasoning|"
-    "thinking|thought|think"
+    "system|sys?|developer|instruction|instruct|prompt|query|history|input|output|response|prefix|"
+    "completion|chosen|rejected|reject|positive|negative|preference|margin|label|kto|weight|loss|"
+    "masked|mask|trainable|training|train|learn|supervised|ignore|skip|exclude|partial|refusal|eot|"
+    "video|vid|clip|audio|speech|sound|wav|frame|image|img|pic(?:ture)?|photo|visual|depth|media|"
+    "medium|attachment|pixel|crop|object|region|segment|tool|function|call|document|doc|context|"
+    "knowledge|passage|hint|preamble|persona|template|reasoning|rationale|thinking|thought|think|"
+    "channel|recipient|repeat"
 )
 #: Last words of keys that say something about a row, such as ``image_id``.
 _ABOUT = re.compile(
     "id|idx|index|type|kind|source|size|width|height|count|number|num|hash|sha256|md5|rating|score|"
-    "min|max|length|category|format|license|token|language|dataset|version|model"
+    "min|max|length|category|format|formatting|license|token|language|dataset|version|model"
 )
-_COUNTS = ("num", "n", "has", "is")
 #: Keys whose values 1 and true are the rule here: the turn is supervised, in full.
-_ON = ("loss", "train", "trainable", "weight", "label", "supervised")
+_ON = ("loss", "train", "trainable", "training", "learn", "weight", "label", "supervised")
+#: Keys whose values 0 and false are.
+_OFF = ("ignore", "skip", "exclude", "mask", "masked", "partial", "prefix")
+_MEDIA = re.compile(
+    r".*\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|svg|pdf|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|npy)"
+    r"|data:(?:image|video|audio)/.*",
+    re.IGNORECASE,
+)
+#: An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot.
+BASE64 = re.compile(
+    r"(?:iVBORw0KGgoAAAANSUhEUg|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40,}={0,2}\s*"
+)
 
 
-def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) -> None:
+def refuse_unread(
+    data: Mapping[str, Any], read: Collection[str], where: str, files: bool = False
+) -> None:
     """Refuse a key that changes what a row, a turn or a part means and that nobody here reads.
 
     A key means something by its words: ``rejected_response`` does, ``image_id`` and
-    ``num_images`` are about the row, and so is every key without such a word (``id``, ``source``).
+    ``num_images`` are about the row, and so is every key without such a word (``id``, ``source``),
+    but one that holds turns.
     It says nothing where its value is empty, where it is a weight of 1 or a loss that is true, and
     where its text stands in the turns anyway.
 
@@ -177,14 +197,18 @@ def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) ->
         data: A record, a turn or a content part.
         read: The keys that are read.
         where: Names it in the error.
+        files: Refuse any key but ``id`` that holds an image, or the name of its file.
 
     Raises:
         UsageError: For the first such key, by its name.
     """
     for key, value in data.items():
-        if key in read or value is None or value in ("", [], {}) or not _means(key):
+        if key in read or value is None or value in ("", [], {}):
             continue
-        if key in _ON and value in (1, True):
+        held = files and key != "id" and is_media(value)
+        if not (held or _means(key) or _are_turns(value)):
+            continue
+        if (key in _ON and value in (1, True)) or (key in _OFF and value in (0, False)):
             continue
         turns = [data.get(name) for name in ("messages", "conversations")]
         if isinstance(value, str) and value.strip() in map(str.strip, strings_in(turns)):
@@ -195,12 +219,25 @@ def refuse_unread(data: Mapping[str, Any], read: Collection[str], where: str) ->
         )
 
 
+def is_media(value: Any) -> bool:
+    """Tell whether a value is an image, or names the file of an image, a video or a sound."""
+    if isinstance(value, list | dict):
+        return any(map(is_media, value.values() if isinstance(value, dict) else value))
+    known = isinstance(value, str) and (_MEDIA.fullmatch(value) or BASE64.fullmatch(value))
+    return bool(known) or isinstance(value, StoredImage)
+
+
+def _are_turns(value: Any) -> bool:
+    if isinstance(value, dict):
+        return not {"role", "from"}.isdisjoint(value) and not {"content", "value"}.isdisjoint(value)
+    return isinstance(value, list) and any(map(_are_turns, value))
+
+
 def _means(key: str) -> bool:
     words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", key)
     words = [re.sub(r"(?<!s)s$", "", word.lower()) for word in words]
-    if not words or words[0] in _COUNTS or _ABOUT.fullmatch(words[-1]):
-        return False
-    return any(map(_MEANS.fullmatch, words))
+    about = re.match(r"(?:num|n|has)(?=[_A-Z])", key) or not words or _ABOUT.fullmatch(words[-1])
+    return not about and any(map(_MEANS.fullmatch, words))
 
 
 def role_of(role: Any, where: str) -> str:

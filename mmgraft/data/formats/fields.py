@@ -6,23 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmgraft.data.chat.turns import ROW_KEYS
-from mmgraft.errors import UsageError, did_you_mean
+from mmgraft.errors import UsageError, brief, did_you_mean
 
-#: Keys that are looked for where ``columns`` names none.
+#: Keys that are looked for where ``columns`` names none, of fields that have other names than
+#: their own.
 _KEYS: dict[str, tuple[str, ...]] = {
     "id": ("id", "question_id"),
-    "question": ("question",),
     "answer": ("answer", "caption"),
     "answers": ("answers", "captions"),
     "options": ("options", "choices"),
     "image": ("image", "images"),
     "box": ("box", "bbox"),
-    "kind": ("kind",),
-    "group": ("group",),
-    "text": ("text",),
 }
 
-_PASSAGES = ("passage", "context")
+PASSAGES = ("passage", "context", "hint")
 _LETTERED = re.compile(r"(?:^|\n)\s*([A-Z])[.)]\s+")
 _ENDS = " .?!"  # some sets have them in the options or in the answer alone
 _LETTER = re.compile(r"\(?([A-Z])[.)]?")
@@ -61,7 +58,8 @@ class Fields:
             return record.get(named)
         if named is not None:
             return [record.get(part.strip()) for part in named.split(",")]
-        return next((record[key] for key in _KEYS[field] if record.get(key) is not None), None)
+        found = map(record.get, _KEYS.get(field, (field,)))
+        return next((one for one in found if one is not None), None)
 
     def others(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return a record without what ``columns`` names, but for the row's own keys."""
@@ -80,12 +78,9 @@ class Fields:
         return f"{passage}\n{value.strip()}" if passage else value.strip()
 
     def passage(self, record: Mapping[str, Any]) -> str | None:
-        """Return the text under ``passage`` or ``context`` that comes before the question."""
-        for key in _PASSAGES:
-            value = record.get(key)
-            if isinstance(value, str) and value.strip() and key not in self.columns.values():
-                return value.strip()
-        return None
+        """Return the texts under ``passage``, ``context`` and ``hint`` that precede a question."""
+        found = [record.get(key) for key in PASSAGES if key not in self.columns.values()]
+        return "\n".join(one.strip() for one in found if isinstance(one, str)).strip() or None
 
     def answers(self, record: Mapping[str, Any], where: str) -> list[Any]:
         """Return the right answers: of ``answers``, else of ``answer``; numbers stay numbers.
@@ -94,15 +89,12 @@ class Fields:
         """
         value = self.get(record, "answers")
         value = self.get(record, "answer") if value is None else value
-        if value is None:
-            return []
-        value = _listed(value)
-        listed = value if isinstance(value, list) else [value]
+        listed = as_list(_listed(value))
         plain = [one.get("answer") if isinstance(one, dict) else one for one in listed]
         for one, given in zip(plain, listed, strict=True):
             if isinstance(one, bool) or not isinstance(one, str | int | float):
                 raise UsageError(f"{where}: an answer that is no text ({given!r}); write texts")
-        return plain
+        return [self._option(one, record, where) for one in plain]
 
     def options(self, record: Mapping[str, Any], where: str) -> tuple[str, ...]:
         """Return the texts to choose from; none where the record has no options."""
@@ -110,25 +102,54 @@ class Fields:
         if value is None:
             value = _letter_columns(record)
         value = _listed(value)
-        if value is None:
+        if value in (None, "", [], {}):
             return ()
         if isinstance(value, str):
             listed: list[Any] = _split_letters(value, where)
         elif isinstance(value, dict):
-            inner = value.get("text")  # {"text": [...], "label": [...]}, as ARC has it
-            listed = inner if isinstance(inner, list) else list(value.values())
-        elif isinstance(value, list):
-            listed = value
+            listed = list(_by_label(value).values())
         else:
+            listed = value if isinstance(value, list) else [{}]
+        if any(not isinstance(one, str | int | float | None) for one in listed):
             raise UsageError(
-                f"{where}: options that are no list ({value!r}); write a list of texts"
+                f"{where}: options that are no list of texts ({brief(repr(value))}); write one"
             )
-        while listed and (listed[-1] is None or str(listed[-1]).strip() == ""):
-            listed = listed[:-1]  # a table has cells for the question with the most options
-        texts = tuple(str(one).strip() for one in listed)
+        texts = ["" if one is None else str(one).strip() for one in listed]
+        while texts and not texts[-1]:
+            texts.pop()  # a table has cells for the question with the most options
         if len(texts) < 2 or "" in texts:
-            raise UsageError(f"{where}: options {list(texts)}; write at least two, none empty")
-        return texts
+            raise UsageError(f"{where}: options {texts}; write at least two, none empty")
+        return tuple(texts)
+
+    def _option(self, answer: Any, record: Mapping[str, Any], where: str) -> Any:
+        """Return the option that a set's own label names; anything else as it is."""
+        value = _listed(self.get(record, "options"))
+        if isinstance(value, dict):
+            named = _by_label(value)
+            return str(answer if answer in named.values() else named.get(str(answer), answer))
+        at: Any = value.index(answer) if isinstance(value, list) and answer in value else answer
+        if isinstance(answer, int | float) and at != answer and 0 <= answer < len(value):
+            raise UsageError(
+                f"{where}: the answer {answer} may be an option of {value}, or its place counted "
+                "from 0; write the options as texts"
+            )
+        return answer
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return what a key holds that may hold one or several; nothing where it is empty."""
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
+
+
+def _by_label(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by what a set calls each: their keys, or a list beside that of the texts."""
+    texts = options.get("text")  # {"text": [...], "label": [...]}, as ARC has it
+    if not isinstance(texts, list):
+        return dict(options)
+    labels = [*map(str, options.get("label") or ())]
+    if len({*labels}) != len(texts):
+        labels = [*map(_letter, range(len(texts)))]
+    return dict(zip(labels, texts, strict=True))
 
 
 def _listed(value: Any) -> Any:
@@ -138,7 +159,7 @@ def _listed(value: Any) -> Any:
             found = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return value
-        if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
+        if isinstance(found, list) and all(isinstance(one, str) for one in found):
             return found
     return value
 
@@ -147,7 +168,7 @@ def _letter_columns(record: Mapping[str, Any]) -> list[Any] | None:
     """Return the columns A, B, C ... of a table."""
     by_letter = {key.strip().upper(): value for key, value in record.items()}
     found: list[Any] = []
-    while (letter := chr(ord("A") + len(found))) in by_letter and letter <= "Z":
+    while (letter := _letter(len(found))) in by_letter and letter <= "Z":
         found.append(by_letter[letter])
     return found if len(found) > 1 else None
 
@@ -156,7 +177,7 @@ def _split_letters(text: str, where: str) -> list[Any]:
     """Return the options of lettered lines; a line with the next letter begins the next."""
     starts: list[re.Match[str]] = []
     for match in _LETTERED.finditer(text):
-        if match[1] == chr(ord("A") + len(starts)):
+        if match[1] == _letter(len(starts)):
             starts.append(match)
     if len(starts) < 2 or any(map(str.isalnum, text[: starts[0].start()])):
         raise UsageError(
@@ -171,20 +192,16 @@ def gold_of(answer: Any, options: Sequence[str], where: str) -> int:
     """Return which option an answer names.
 
     Text is looked for in this order: an option, an option with its letter ("B. two"), its letter
-    ("B", "(b)"), its number from 0, an option whatever the case. A number counts from 0.
+    ("B", "(b)"), its number from 0, an option whatever the case. A number counts from 0, else it is
+    looked for as text.
 
     Raises:
         UsageError: It names none.
     """
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if 0 <= answer < len(options):
-            return answer
-        raise UsageError(
-            f"{where}: the answer is number {answer}, counted from 0, and there are {len(options)} "
-            "options; correct the number"
-        )
+    if isinstance(answer, int) and 0 <= answer < len(options):
+        return answer
     options, text = list(options), str(answer).strip()
     lettered = _LETTERED.match(text)
     if lettered and _at(lettered[1]) < len(options):
@@ -207,13 +224,17 @@ def gold_of(answer: Any, options: Sequence[str], where: str) -> int:
     )
 
 
+def _letter(at: int) -> str:
+    return chr(ord("A") + at)
+
+
 def _at(letter: str) -> int:
     return ord(letter) - ord("A")
 
 
 def lettered_lines(options: Sequence[str]) -> str:
     """Write options as a prompt shows them: "A. one", "B. two", each on its line."""
-    return "\n".join(f"{chr(ord('A') + at)}. {option}" for at, option in enumerate(options))
+    return "\n".join(f"{_letter(at)}. {option}" for at, option in enumerate(options))
 
 
 def fill_prompt(prompt: str, question: str, options: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from mmgraft.data.chat.turns import refuse_unread
-from mmgraft.data.formats.fields import Fields, fill_prompt, gold_of
+from mmgraft.data.formats.fields import PASSAGES, Fields, fill_prompt, gold_of
 from mmgraft.errors import UsageError, brief
 from mmgraft.frozen import Frozen
 from mmgraft.strict import StrictModel, about
@@ -84,7 +84,7 @@ class Reading(Frozen):
         """
         if self.columns or self.format == "vqa":
             keys = tuple(self.columns.values())
-            more = tuple(map(str.strip, ",".join(keys).split(",")))
+            more = (*map(str.strip, ",".join(keys).split(",")), *PASSAGES)
             return Layout(("vqa",), keys, partial(_vqa, self), more)
         found = [one for one in _with_keys(tuple(data), self.format) if has_keys(data, one)]
         if len(found) > 1:  # a column that is empty tells nothing
@@ -142,8 +142,11 @@ def _listed(key: str, data: Record, where: str) -> list[Turn]:
 def _turn(turn: Any, at: str) -> Turn:
     made = dict(turn) if isinstance(turn, dict) else {}
     for old, new in (("from", "role"), ("value", "content")):
-        if old in made:
-            made.setdefault(new, made.pop(old))
+        said = made.pop(old, None)
+        if made.get(new) is None and said is not None:
+            made[new] = said
+        elif said not in (None, made.get(new)):
+            raise UsageError(f"{at}: its {old!r} and {new!r} differ; write one of them")
     if not isinstance(made.get("role"), str) or not ("content" in made or made.get("tool_calls")):
         raise UsageError(
             f"{at}: not {{'role': ..., 'content': ...}} or {{'from': ..., 'value': ...}}; mend it"
@@ -232,11 +235,8 @@ def _vqa(reading: Reading, data: Record, where: str) -> list[Turn]:
 def _chosen(answers: Sequence[Any], vqa: Vqa, row: str) -> Any:
     if vqa.answer == "most_frequent":
         return Counter(answers).most_common(1)[0][0]  # of several, the first
-    return (
-        random.Random(f"{vqa.seed} {row}").choice(answers)
-        if vqa.answer == "sampled"
-        else answers[0]
-    )
+    sampled = vqa.answer == "sampled"
+    return random.Random(f"{vqa.seed} {row}").choice(answers) if sampled else answers[0]
 
 
 #: All but tables, which a recipe names by their columns.

@@ -12,15 +12,24 @@ from itertools import chain
 from typing import Any, Literal
 
 from mmgraft.data.chat import turns as chat_turns
-from mmgraft.data.formats.fields import Fields
+from mmgraft.data.formats.fields import Fields, as_list
 from mmgraft.data.formats.layouts import Layout, Reading
 from mmgraft.data.images import is_data_uri, path_of, refuse_web
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
-from mmgraft.vision.images import BadImage, StoredImage
+from mmgraft.vision.images import BadImage, StoredImage, path_hint
 
 #: Placeholder of an image in the texts of most layouts; beside content parts it is plain text.
 WORD = "<image>"
+
+#: Placeholders that other tools write for an image, a video or a sound.
+_OTHER_WORDS = re.compile(
+    r"\A\s*<\s?(?:image|img|video|audio)\s?/?>|<img>[^<]+</img>"  # in a text <img> may be HTML
+    r"|<\|(?:image|img|vision|video|audio)[\w ]*\|>|\[IMG\]|&lt;image&gt;"
+    r"|<(?:image|img|video|audio)(?:[ _]?\d+|here|[ _](?:pad|placeholder|token|soft_token))>"
+    r"|<start_of_(?:image|audio)>",
+    re.IGNORECASE,
+)
 
 #: Rule by which ``WORD`` is an image. ``first``: always, and images without any word come before
 #: the first turn of a user; ``parts``: never where any part is an image, else ``first`` where
@@ -48,12 +57,7 @@ def place_images(
         UsageError: There are more or fewer places than images, or it is not clear which they are.
     """
     count = len(images)
-    shown = [
-        chat_turns.image_of(part)
-        for turn in turns
-        for part in _parts(turn)
-        if chat_turns.is_image(part)
-    ]
+    shown = list(chat_turns.images_of_all(turns))
     bare = shown.count(None)
     if not count and not bare and words not in ("always", "first"):
         return list(turns), "parts"
@@ -67,6 +71,8 @@ def place_images(
         )
     if words in ("listed", "parts"):
         words = "first" if count and not shown else "never"
+    if words != "never" and not shown:
+        _refuse_other(split, where)
     if words == "never" and bare >= count:
         return _filled(turns, images), "parts"
     if words == "first" and count and not said and not shown:
@@ -78,6 +84,16 @@ def place_images(
             f'{{"type": "image"}} in messages, where {WORD} is a text, else as {WORD}'
         )
     return _filled(split, images), "words" if said else "parts"
+
+
+def _refuse_other(turns: Sequence[Turn], where: str) -> None:
+    """Refuse placeholders of other tools."""
+    for turn in turns:
+        if found := _OTHER_WORDS.search(chat_turns.text_of(turn.get("content"))):
+            raise UsageError(
+                f"{where}: {found[0]!r} stands in a text, and no image is put there; write {WORD} "
+                "for each image, or format: messages in the recipe, where it is a text"
+            )
 
 
 def _parts(turn: Turn) -> list[Any]:
@@ -116,11 +132,8 @@ def _with_first(turns: Sequence[Turn], count: int, where: str) -> list[Turn]:
         if chat_turns.role_of(turn["role"], f"{where}, turn {at + 1}") == "user":
             said = turn.get("content") or []
             said = [{"type": "text", "text": said}] if isinstance(said, str) else said
-            return [
-                *turns[:at],
-                {**turn, "content": [{"type": "image"}] * count + said},
-                *turns[at + 1 :],
-            ]
+            first = {**turn, "content": [{"type": "image"}] * count + said}
+            return [*turns[:at], first, *turns[at + 1 :]]
     raise UsageError(f"{where}: {count} images are listed, but no turn of a user shows one; add it")
 
 
@@ -130,10 +143,8 @@ def _filled(turns: Sequence[Turn], images: Sequence[Any]) -> list[Turn]:
     filled = list(turns)
     for at, turn in enumerate(turns):
         if any(map(_is_bare, _parts(turn))):
-            parts = [
-                {"type": "image", "image": next(queue, None)} if _is_bare(part) else part
-                for part in turn["content"]
-            ]
+            said = turn["content"]
+            parts = [{**p, "image": next(queue, None)} if _is_bare(p) else p for p in said]
             filled[at] = {**turn, "content": parts}
     return filled
 
@@ -143,11 +154,6 @@ _LONGEST_NAME = 1000
 _TURNS = ("messages", "conversations", "texts", "history")
 #: Lists and objects in each other.
 _DEEPEST = 100
-
-#: An image's bytes as text: how PNG, JPEG, GIF, WebP, BMP and TIFF begin. No name has no dot.
-_BASE64 = re.compile(
-    r"(?:iVBORw0KGgoAAAANSUhEUg|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40,}={0,2}\s*"
-)
 
 
 _PLACED = {
@@ -193,13 +199,14 @@ class RowReader:
         where = f"{where} (id {index})"
         _check_text(data, where)
         layout = self.reading.layout(data, where)
-        chat_turns.refuse_unread(data, self.reading.read_keys(layout), where)
         turns = layout.turns(data, where)
         name = self._name(layout, data)
         images = self._listed(data, turns, where)
         words = "never" if self.reading.format == "messages" else _WORDS.get(name, "first")
         placed, by = place_images(turns, images, words, where)
         messages = [self._message(turn, f"{where}, turn {at}") for at, turn in enumerate(placed, 1)]
+        bare = not chat_turns.has_image(messages)
+        chat_turns.refuse_unread(data, self.reading.read_keys(layout), where, files=bare)
         messages = chat_turns.with_system(messages, data, where)
         tools = chat_turns.tools_of(data, where)
         if name == "messages" and by != "parts":
@@ -219,24 +226,26 @@ class RowReader:
     def _listed(self, data: Mapping[str, Any], turns: list[Any], where: str) -> list[Any]:
         """Return the images beside the turns; in a tar those of the sample, where none is named."""
         column = self.reading.columns.get("image")
-        named = [data[key] for key in ("image", "images") if data.get(key) is not None]
+        one, several = as_list(data.get("image")), as_list(data.get("images"))
+        if one and several and one != several:
+            raise UsageError(f"{where}: its 'image' and 'images' differ; write one of them")
+        listed = one or several
         if column:
             fields = Fields({"image": column})
             if not self.images:
                 fields.check(list(data), where, "this row has not")
             found = fields.get(data, "image")  # of several columns, a list
-            named = [found] if column in data else [one for one in found or () if one is not None]
-        if not named and self.images and not any(chat_turns.images_of_all(turns)):
+            several = [found] if column in data else found or []
+            listed = [image for value in several for image in as_list(value)]
+        if not listed and self.images and not any(chat_turns.images_of_all(turns)):
             return list(dict.fromkeys(self.images.values()))
-        listed: list[Any] = []
-        for value in named:
-            listed += value if isinstance(value, list) else [] if value in (None, "") else [value]
         if any(not isinstance(image, str | StoredImage | Mapping) for image in listed):
             raise UsageError(f"{where}: the images beside the turns are not paths; write paths")
         return listed
 
     def _message(self, turn: dict[str, Any], at: str) -> dict[str, Any]:
-        chat_turns.refuse_unread(turn, (*chat_turns.TURN_KEYS, *chat_turns.TEMPLATE_KEYS), at)
+        keys = (*chat_turns.TURN_KEYS, *chat_turns.TEMPLATE_KEYS)
+        chat_turns.refuse_unread(turn, keys, at, files=True)
         turn = chat_turns.clean_turn(turn, at)
         content = turn.get("content")
         if isinstance(content, list):
@@ -246,28 +255,24 @@ class RowReader:
         return turn
 
     def _part(self, part: Any, at: str) -> dict[str, Any]:
-        if isinstance(part, dict) and part.get("type") in chat_turns.PART_KEYS:
-            chat_turns.refuse_unread(part, chat_turns.PART_KEYS[part["type"]], at)
-            if part["type"] != "text" and part.get("text"):
-                raise UsageError(f"{at}: an image part with text; write a part for each")
-        if chat_turns.is_image(part):
-            image = chat_turns.image_of(part)
-            if image is None:
-                raise UsageError(
-                    f'{at}: an image part without an image; write "image": PATH in it, or one more '
-                    'path in the row\'s "images"'
-                )
-            return {"type": "image", "image": self.resolve(image, at)}
-        if (
-            isinstance(part, dict)
-            and part.get("type") == "text"
-            and isinstance(part.get("text"), str)
-        ):
-            return part
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise UsageError(
-            f"{at}: a content part of type {brief(repr(kind))}; write text or image parts"
-        )
+        if str(kind) in chat_turns.PART_KEYS:
+            chat_turns.refuse_unread(part, chat_turns.PART_KEYS[str(kind)], at, files=True)
+        if kind == "text" and isinstance(part.get("text"), str):
+            return part
+        if not chat_turns.is_image(part):
+            raise UsageError(
+                f"{at}: a content part of type {brief(repr(kind))}; write text or image parts"
+            )
+        if sum(map(bool, map(part.get, ("text", *chat_turns.IMAGE_KEYS)))) > 1:
+            raise UsageError(f"{at}: an image part with text, or two images; write a part for each")
+        image = chat_turns.image_of(part)
+        if image is None:
+            raise UsageError(
+                f'{at}: an image part without an image; write "image": PATH in it, or one more '
+                'path in the row\'s "images"'
+            )
+        return {"type": "image", "image": self.resolve(image, at)}
 
     def resolve(self, image: Any, where: str) -> str | StoredImage:
         """Resolve an image's path to a file inside the image folder; a data URI stays as it is.
@@ -359,14 +364,14 @@ def _held(image: Any, where: str) -> Any:
     """Return what stands for an image: of one of ``datasets`` its bytes or path; text as a URI."""
     if isinstance(image, Mapping):
         data, path = image.get("bytes"), image.get("path") or image.get("url")
-        text = isinstance(data, str) and _BASE64.fullmatch(data)
+        text = isinstance(data, str) and chat_turns.BASE64.fullmatch(data)
         if not text and not path:
             raise UsageError(
                 f"{where}: without an image in it ({brief(repr(dict(image)))}); write its path, or "
                 "its bytes in base64"
             )
         image = data if text else path
-    if isinstance(image, str) and _BASE64.fullmatch(image):
+    if isinstance(image, str) and chat_turns.BASE64.fullmatch(image):
         return f"data:image;base64,{image}"
     return image
 
@@ -374,4 +379,4 @@ def _held(image: Any, where: str) -> Any:
 def _where_it_may_be(image: str) -> str:
     if len(image) > _LONGEST_NAME:
         return "an image's own bytes begin with data:image/png;base64, (or jpeg)"
-    return "set the folder that image paths start from, or leave the row out"
+    return f"set the folder that image paths start from{path_hint(image)}, or leave the row out"

@@ -184,14 +184,8 @@ def index_rows(source: Source, checks: Checks | None = None) -> RowIndex:
                 file.file,
                 first,
             )
-        rows = FileRows(
-            file,
-            folder,
-            source.reading,
-            np.array(positions, dtype=np.int64),
-            np.array(numbers, dtype=np.uint32),
-            facts.facts(),
-        )
+        places = np.array(positions, dtype=np.int64), np.array(numbers, dtype=np.uint32)
+        rows = FileRows(file, folder, source.reading, *places, facts.facts())
         parts.append(rows)
         left = None if left is None else left - len(rows)
         if left == 0:
@@ -261,9 +255,8 @@ def _good(
         except UsageError as error:
             if checks.on_bad is None:
                 raise
-            index = None
-            if not isinstance(found.record, UsageError) and isinstance(found.record.data, dict):
-                index = id_of(found.record.data, source.reading)
+            data = getattr(found.record, "data", None)
+            index = id_of(data, source.reading) if isinstance(data, dict) else None
             checks.on_bad(BadRow(whole, place, index, fault_of(error), str(error)))
             continue
         yield found, row

@@ -40,6 +40,8 @@ class TableFile:
     def __init__(self, file: str, table: Any) -> None:
         self.file = file
         self.table = table.with_format("arrow")
+        # Of a ``ClassLabel`` the names are read, not the numbers.
+        self.labels = {n: k.names for n, k in table.features.items() if hasattr(k, "names")}
         self._reads = 0
 
     def scan(self) -> Iterator[Found]:
@@ -88,13 +90,13 @@ class TableFile:
 
             try:
                 data = {n: _plain(cell, named) for n, cell in zip(names, cells, strict=True)}
-                record = Record(data)
+                data |= {n: c[data[n]] for n, c in self.labels.items() if data[n] in range(len(c))}
             except UnicodeDecodeError as error:
                 yield self._bad(number, f"not UTF-8 text ({error.reason}) in it")
             except RecursionError:
                 yield self._bad(number, "lists in lists, deeper than can be read")
             else:
-                yield record
+                yield Record(data)
 
     def _bad(self, number: int, reason: str) -> UsageError:
         return UsageError(f"{self.file}, row {number}: {reason}; correct it")

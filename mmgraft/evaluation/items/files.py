@@ -17,8 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from mmgraft.data.chat.turns import images_of_all, is_image, refuse_unread
-from mmgraft.data.formats.fields import Fields, fill_prompt, gold_of
+from mmgraft.data.chat.turns import images_of_all, is_image, is_media, refuse_unread, text_of
+from mmgraft.data.formats.fields import Fields, as_list, fill_prompt, gold_of
 from mmgraft.data.formats.layouts import Reading, told
 from mmgraft.data.formats.reader import RowReader
 from mmgraft.data.formats.record_files import Record
@@ -244,9 +244,9 @@ def read_items(spec: SetSpec) -> list[Item]:
 
     Records are objects of a JSON list or of lines of JSON, or lines of a CSV file. One is either a
     LLaVA row or messages, whose last assistant turn is the answer, or has keys of its own: see
-    :data:`mmgraft.recipes.evaluation_set.COLUMNS`, and ``columns`` for other names. A ``passage``
-    or ``context`` goes before the question. For ``perplexity`` of plain text any other file is one
-    text.
+    :data:`mmgraft.recipes.evaluation_set.COLUMNS`, and ``columns`` for other names. A ``passage``,
+    ``context`` or ``hint`` goes before the question. For ``perplexity`` of plain text any other
+    file is one text.
 
     ``options`` are a list, an object, lettered lines ("A. one") or columns A, B, C; the answer is
     an option, its letter or its number from 0. A ``box`` is in pixels of its image.
@@ -321,10 +321,8 @@ def read_training_answers(spec: SetSpec) -> list[tuple[str, str]]:
         if not answers:
             raise UsageError(f"{where}: no answer to count; write one, or leave the row out")
         options = fields.options(record, where)
-        first = answers[0]
-        pairs.append(
-            (question or "", options[gold_of(first, options, where)] if options else str(first))
-        )
+        said = options[gold_of(answers[0], options, where)] if options else str(answers[0])
+        pairs.append((question or "", said))
     if not pairs:
         raise UsageError(f"{path} has no question with an answer after it to count; give such rows")
     return pairs
@@ -423,8 +421,11 @@ class _ItemReader:
     def _of_fields(
         self, record: dict[str, Any], options: Sequence[str], where: str
     ) -> tuple[list[Message], str]:
-        others = self.fields.others(record)
-        refuse_unread({key: others[key] for key in others if _ASKED.search(key)}, (), where)
+        others, given = self.fields.others(record), self.fields.get(record, "image")
+        if given is None and self.rows.images:  # those of a sample of a tar
+            given = list(dict.fromkeys(self.rows.images.values()))
+        asked = {k: v for k, v in others.items() if _ASKED.search(k) or (not given and is_media(v))}
+        refuse_unread(asked, (), where, files=True)
         question = self.fields.question(record, where)
         if question is None and self.spec.metric != "caption":
             there = ", ".join(map(repr, record)) or "nothing"
@@ -433,13 +434,8 @@ class _ItemReader:
             )
         question = question or ""
         text = question if self.prompt is None else fill_prompt(self.prompt, question, options)
-        given = self.fields.get(record, "image")
-        if given is None and self.rows.images:  # those of a sample of a tar
-            given = list(dict.fromkeys(self.rows.images.values()))
-        listed = given if isinstance(given, list) else [] if given in (None, "") else [given]
-        parts: list[Any] = [
-            {"type": "image", "image": self.rows.resolve(one, where)} for one in listed
-        ]
+        images = (self.rows.resolve(one, where) for one in as_list(given))
+        parts: list[Any] = [{"type": "image", "image": image} for image in images]
         said = [{"type": "text", "text": text}] if text else []
         return [{"role": "user", "content": [*parts, *said] if parts else text}], question
 
@@ -449,14 +445,14 @@ class _ItemReader:
         """Return messages up to the last question, the question, and the answer after it."""
         last = None
         if turns[-1]["role"] == "assistant":
-            last = _text_of(turns[-1].get("content"))
+            last = text_of(turns[-1].get("content"))
             turns = turns[:-1]
         if not turns or turns[-1]["role"] != "user":
             raise UsageError(
                 f"{where}: no turn of a user before the answer; end with a question and its answer"
             )
         content = turns[-1].get("content")
-        question = _text_of(content).strip()
+        question = text_of(content).strip()
         if self.prompt is not None:
             text = fill_prompt(self.prompt, question, options)
             if isinstance(content, list):
@@ -496,18 +492,12 @@ class _ItemReader:
         return size_of(images[0], where)
 
 
-def _text_of(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content if part.get("type") == "text")
-    return content if isinstance(content, str) else ""
-
-
 def _pairs(messages: Sequence[Message]) -> list[tuple[str, str]]:
     """Return each question of a conversation, and the answer after it."""
     pairs = []
     for turn, given in pairwise(messages):
         if turn["role"] == "user" and given["role"] == "assistant":
-            question, answer = _text_of(turn.get("content")), _text_of(given.get("content"))
+            question, answer = text_of(turn.get("content")), text_of(given.get("content"))
             pairs.append((question.strip(), answer.strip()))
     return pairs
 
