@@ -18,6 +18,7 @@ _VLLM = {
     "vllm_options": given(str, "Further options of vllm serve, in one text.", default=""),
     "dry_run": given(bool, "--dry-run", "Show the command for vLLM; start nothing.", default=False),
 }
+_LAST_SECONDS = 5  # that running answers have after Ctrl-C
 _KEY = "Key that clients must send; also MMGRAFT_API_KEY."
 
 
@@ -83,8 +84,9 @@ def _serve_here(
     served = serve_names(answerer, others, loading["base"])
     import uvicorn
 
+    app = build_app(served, allowed, api_key, cors)
     server = uvicorn.Server(
-        uvicorn.Config(build_app(served, allowed, api_key, cors), log_level="warning")
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_SECONDS)
     )
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
     note(f"serving {', '.join(served)} at {address} (Ctrl-C ends)")

@@ -85,11 +85,9 @@ class Served(Frozen):
     ) -> list[int]:
         """Return the ids of an answer to one prompt."""
         model, ids = self.answerer.model, inputs["input_ids"]
-        table = model.anatomy.position_table
-        if table is not None:
-            settings.max_new_tokens = min(
-                int(settings.max_new_tokens or 0), table - ids.shape[1] + 1
-            )
+        if self._most is not None:
+            left = self._most - ids.shape[1] + 1
+            settings.max_new_tokens = min(int(settings.max_new_tokens or 0), left)
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         given: dict[str, Any] = {"generation_config": settings, "streamer": streamer}
@@ -118,7 +116,7 @@ class Served(Frozen):
         """Tokenise a text that goes on, as the base's tokenizer does.
 
         Raises:
-            UsageError: It is longer than the base's table of positions.
+            UsageError: It is longer than what the base was made for.
         """
         return self._checked(dict(self.answerer.processor.tokenizer(text, return_tensors="pt")))
 
@@ -141,12 +139,18 @@ class Served(Frozen):
         return self._checked(processor.inputs([row], "left"))
 
     def _checked(self, inputs: dict[str, Any]) -> BatchFeature:
-        length, table = inputs["input_ids"].shape[1], self.answerer.model.anatomy.position_table
+        length = inputs["input_ids"].shape[1]
         if not length:
             raise UsageError("the prompt is empty; give a text")
-        if table is not None and length > table:
+        if self._most is not None and length > self._most:
             raise UsageError(
-                f"the prompt has {length} positions, an image's counted, and the base has a table "
-                f"of {table}; give a shorter one"
+                f"the prompt has {length} positions, an image's counted, and the base was made for "
+                f"{self._most}; give a shorter one"
             )
         return BatchFeature(inputs)
+
+    @property
+    def _most(self) -> int | None:
+        """Return the positions of a prompt and its answer, so that every answer ends."""
+        anatomy = self.answerer.model.anatomy
+        return anatomy.position_table or anatomy.max_positions

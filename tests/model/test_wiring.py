@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grafting import CONFIGS, batch, distance, graft_on, logits_of, perturb, rows
-from mmgraft import GraftedModel
+from mmgraft import GraftedModel, basefiles
 from mmgraft.basefiles import resolve
 from mmgraft.model import modeling
 from mmgraft.model.files import create, load
@@ -89,7 +89,7 @@ def test_a_base_is_loaded_frozen(tmp_path: Path) -> None:
 
 
 def test_where_a_base_lies(called) -> None:
-    found = called(load, "resolve", "files")
+    found = called(basefiles, "resolve", "files")
     record: Any = SimpleNamespace(base=SimpleNamespace(id="x/y", revision="v1"))
     assert base_files(record, Path("run")) == "files"
     base_files(record, Path("run"), "elsewhere")
@@ -101,12 +101,12 @@ def test_where_a_base_lies(called) -> None:
 
 
 def test_from_pretrained_hands_on_what_it_is_given(called) -> None:
-    folder = called(modeling, "graft_folder", Path("run"))
+    folder = called(load, "graft_folder", Path("run"))
     record = SimpleNamespace()
     called(modeling.GraftFile, "read", record)
-    files = called(modeling, "base_files", "files")
-    checked = called(modeling, "check_base", None)
-    loaded = called(modeling, "load_base")
+    files = called(load, "base_files", "files")
+    checked = called(load, "check_base", None)
+    loaded = called(load, "load_base")
     with pytest.raises(Stop):
         GraftedModel.from_pretrained(
             "me/run", dtype="float16", device_map={"": 0}, quantization="nf4",
@@ -126,7 +126,7 @@ def test_a_workflow_is_added_and_saved_as_asked(called) -> None:
     saved = called(modeling, "save_graft", None)
     model.save_pretrained("there", "mm", max_shard_size="1KB")
     assert list(saved[0].values())[1:] == ["there", "mm", "1KB"]
-    folder = called(modeling, "graft_folder")
+    folder = called(load, "graft_folder")
     with pytest.raises(Stop):
         model.add_workflow("see", "me/run", revision="v1")
     assert list(folder[0].values()) == ["me/run", "v1"]

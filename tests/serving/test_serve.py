@@ -278,16 +278,27 @@ def test_a_client_that_goes_away_ends_its_answer(client: OpenAI, served: dict[st
     assert after.choices[0].message.content == alone(served, "mm", rows("why?", SEEN))
 
 
-def test_a_prompt_beyond_the_bases_table_of_positions(tmp_path: Path) -> None:
-    made = make_run(make_parts(tmp_path, "gpt2"), tmp_path / "run", "llava")
-    base = serve_names(Answerer.load(made))["base"]
-    with pytest.raises(UsageError, match="the base has a table of"):
-        base("long " * 400)
+@pytest.mark.parametrize("base", ["gpt2", "llama"])  # a table of positions, and none
+def test_an_answer_ends_where_the_base_does(tmp_path: Path, base: str) -> None:
+    parts = make_parts(tmp_path, base)
+    made = make_run(parts, tmp_path / "run", "llava")
+    served = serve_names(Answerer.load(made))["base"]
+    most = served.answerer.model.anatomy.max_positions
+    with pytest.raises(UsageError, match=f"the base was made for {most};"):
+        served("long " * most)
     request = CompletionRequest(model="base", prompt="a", max_tokens=10**6, temperature=0)
-    inputs, settings = base("a b c"), base.settings(request)
-    base.generate(inputs, settings)
-    table = base.answerer.model.anatomy.position_table
-    assert settings.max_new_tokens == table - inputs["input_ids"].shape[1] + 1
+    inputs, settings = served("a b c"), served.settings(request)
+    settings.eos_token_id = None
+    ids = served.generate(inputs, settings)
+    assert len(ids) == most - inputs["input_ids"].shape[1] + 1
+
+
+def test_ctrl_c_does_not_wait_for_long_answers(cli, parts: Path, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: seen.append(self.config))
+    ran = cli("serve", parts / "first", "--no-vllm", "--port", "0")
+    assert ran.code == 0, ran.err
+    assert 0 < seen[0].timeout_graceful_shutdown < 10
 
 
 def test_command_refuses_before_it_loads(cli, parts: Path, monkeypatch) -> None:
