@@ -73,13 +73,10 @@ def base_layer(kind: type[nn.Module]) -> type[nn.Module]:
             for feed in self.feeds:
                 if feed.number not in self.step.workflows:
                     continue
-                if residual is None:
-                    # vLLM's fused norms write into their arguments, and torch.compile, which
-                    # sees a piece of the decoder at a time, leaves a mere copy out.
-                    mine = (positions // STRIDE).eq(feed.number)[:, None]
-                    feed.entered = torch.where(mine, hidden_states, 0)
-                else:
-                    feed.entered = hidden_states + residual
+                # vLLM's fused norms write into their arguments.
+                feed.entered = (
+                    hidden_states.clone() if residual is None else hidden_states + residual
+                )
             return super().forward(positions & (STRIDE - 1), hidden_states, residual, **kwargs)
 
     return BaseLayer
