@@ -107,6 +107,17 @@ def test_what_a_cpu_cannot_start_is_refused_by_name(
         refuse(SimpleNamespace(**{**parts, part: SimpleNamespace(**values)}))
 
 
+def test_a_scalar_gate_is_refused_with_torch_compile(folder: Path) -> None:
+    for eager in (False, True):
+        config = settings(folder, enforce_eager=eager).create_engine_config()
+        config.model_config.hf_config.mmgraft["workflows"][0]["scalar"] = True
+        if eager:
+            refuse(config)
+        else:
+            with pytest.raises(ValueError, match="compile with a scalar gate"):
+                refuse(config)
+
+
 def test_another_decoder_is_refused_by_name(folder: Path) -> None:
     config = settings(folder).create_engine_config()
     config.model_config.hf_config.text_config.model_type = "gemma2"

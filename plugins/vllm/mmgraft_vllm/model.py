@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -283,12 +283,16 @@ def refuse(config: VllmConfig) -> None:
     model, parallel = config.model_config, config.parallel_config
     check_entries(getattr(model.hf_config, "mmgraft", None), model.uses_mrope)
     kind = model.hf_config.text_config.model_type
+    compiled = config.compilation_config.mode not in (None, CompilationMode.NONE)
+    scalar = any(one["scalar"] for one in model.hf_config.mmgraft["workflows"])
     wrong = {
         f"a {kind} decoder (it knows {', '.join(DECODERS)})": kind not in DECODERS,
         "speculative decoding": config.speculative_config is not None,
         "microbatch overlap (DBO)": parallel.use_ubatching,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "a quantised model": not _plain(config),
+        # Off by 0.15 in a test with a small model, for a reason that was not found.
+        "torch.compile with a scalar gate (it needs --enforce-eager)": compiled and scalar,
         "LoRA adapters": config.lora_config is not None,
         "embeddings as prompts": model.enable_prompt_embeds,
         "embeddings as images": model.multimodal_config.enable_mm_embeds,
