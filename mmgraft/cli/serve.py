@@ -85,14 +85,12 @@ def _serve_here(
     import uvicorn
 
     app = build_app(served, allowed, api_key, cors)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_SECONDS)
-    )
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_SECONDS)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
     note(f"serving {', '.join(served)} at {address} (Ctrl-C ends)")
     if not api_key and host not in ("127.0.0.1", "localhost", "::1"):
         note("note: anyone who reaches this address may ask; --api-key asks for a key")
-    server.run(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def _folder(path: Path | None) -> Path | None:

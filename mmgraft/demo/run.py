@@ -386,8 +386,7 @@ def _right(question: Question, said: str) -> bool:
 def _score(tested: Sequence[Question], answers: Sequence[str]) -> Score:
     right = [_right(question, said) for question, said in zip(tested, answers, strict=True)]
     images = [question.number for question in tested]
-    kinds = [question.kind for question in tested]
-    return Score(mean(right, groups=images), by_kind(right, kinds))
+    return Score(mean(right, groups=images), by_kind(right, [one.kind for one in tested]))
 
 
 def _chat(answerer: Answerer, shown: Question, root: Path) -> list[Turn]:

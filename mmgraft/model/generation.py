@@ -29,6 +29,11 @@ _SAMPLING = (
 )
 
 
+def token_settings(config: GenerationConfig, sampled: bool) -> dict[str, Any]:
+    """Return the settings of a base's generation config that count for its next token."""
+    return {one: getattr(config, one, None) for one in (_NEUTRAL + _SAMPLING * sampled).split()}
+
+
 @contextmanager
 def neutral(*models: Any, sampled: bool = False) -> Iterator[None]:
     """While the block lasts, no generation config changes a token's likelihood, nor the cache.
@@ -38,10 +43,8 @@ def neutral(*models: Any, sampled: bool = False) -> Iterator[None]:
     is given to ``generate`` itself holds.
     """
     before = [model.generation_config for model in models]
-    names = (_NEUTRAL + _SAMPLING * sampled).split()
-    kept = {name: getattr(before[0], name, None) for name in names}
     for model in models:
-        model.generation_config = GenerationConfig(**kept)
+        model.generation_config = GenerationConfig(**token_settings(before[0], sampled))
     try:
         yield
     finally:

@@ -104,7 +104,7 @@ class Allowed(Frozen):
         if content is None or isinstance(content, str):
             return content or ""
         if not isinstance(content, list):
-            raise UsageError(f"{where}: 'content' is a text or a list of parts; correct the message")
+            raise UsageError(f"{where}: 'content' is a text or a list of parts; mend it")
         return [self._part(part, f"{where}.content[{at}]") for at, part in enumerate(content)]
 
     def _part(self, part: Any, where: str) -> dict[str, Any]:

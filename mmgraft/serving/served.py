@@ -1,6 +1,6 @@
 """One name of a model, as the handlers of transformers' server ask for a model and a processor."""
 
-import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import BatchFeature, GenerationConfig
 from mmgraft.errors import UsageError
 from mmgraft.frozen import Frozen
 from mmgraft.inference import Answerer, AnswerStreamer
+from mmgraft.model.generation import token_settings
 from mmgraft.model.workflow import TEXT_WORKFLOW
 from mmgraft.serving.requests import Sampling
 
@@ -60,19 +61,18 @@ class Served(Frozen):
     def settings(self, request: Sampling) -> Settings:
         """Return the settings of a request's answer: its own, else the base's.
 
-        Temperature 0 takes the likeliest token, whatever the base's settings change about it.
+        Temperature 0 takes the likeliest token, whatever the base's settings change about it;
+        above it those of sampling count, and beams, caches and stop strings do not.
         """
         own = self.generation_config
-        kept = {} if request.temperature == 0 else copy.deepcopy(own.to_diff_dict())
+        kept = token_settings(own, request.temperature != 0)
         answers = self.answerer.processor.answers
         kept.update(eos_token_id=answers.with_ends(own.eos_token_id), max_length=None)
         kept.update(pad_token_id=self.answerer.processor.pad_id, max_new_tokens=request.tokens)
-        if request.temperature is not None:
-            kept["do_sample"] = request.temperature > 0
-        if request.temperature:
-            kept["temperature"] = request.temperature
-        if request.top_p is not None:
-            kept["top_p"] = request.top_p
+        heat = request.temperature
+        kept["do_sample"] = bool(own.do_sample if heat is None else heat)
+        given = {"temperature": heat, "top_p": request.top_p}
+        kept.update({name: value for name, value in given.items() if value})
         if request.logit_bias:
             known = self.answerer.model.anatomy.vocab_size
             if max(request.logit_bias) >= known:
@@ -88,9 +88,8 @@ class Served(Frozen):
     ) -> list[int]:
         """Return the ids of an answer to one prompt."""
         model, ids = self.answerer.model, inputs["input_ids"]
-        if self._most is not None:
-            left = self._most - ids.shape[1] + 1
-            settings.max_new_tokens = min(int(settings.max_new_tokens or 0), left)
+        left = self._most - ids.shape[1] + 1
+        settings.max_new_tokens = min(int(settings.max_new_tokens or 0), left)
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         given: dict[str, Any] = {"generation_config": settings, "streamer": streamer}
@@ -145,7 +144,7 @@ class Served(Frozen):
         length = inputs["input_ids"].shape[1]
         if not length:
             raise UsageError("the prompt is empty; give a text")
-        if self._most is not None and length > self._most:
+        if length > self._most:
             raise UsageError(
                 f"the prompt has {length} positions, an image's counted, and the base was made for "
                 f"{self._most}; give a shorter one"
@@ -153,7 +152,7 @@ class Served(Frozen):
         return BatchFeature(inputs)
 
     @property
-    def _most(self) -> int | None:
+    def _most(self) -> int:
         """Return the positions of a prompt and its answer, so that every answer ends."""
         anatomy = self.answerer.model.anatomy
-        return anatomy.position_table or anatomy.max_positions
+        return anatomy.position_table or anatomy.max_positions or sys.maxsize

@@ -212,9 +212,10 @@ def read_file(path: str | Path | StoredImage, read: Callable[[IO[bytes]], T]) ->
         raise BadImage(f"Image file {path}: {error}", error.fault) from error
     # Decoders raise nearly anything on broken bytes: SyntaxError, struct.error, zlib.error ...
     except Exception as error:
+        why = f"{type(error).__name__}: {error}".partition(" <_io.")[0]
         raise BadImage(
-            f"Image file cannot be read: {path} ({type(error).__name__}: {error}). Replace it with "
-            "a PNG, JPEG, WebP or another format that Pillow reads, or leave the row out."
+            f"Image file cannot be read: {path} ({why}). Replace it with a PNG, JPEG, "
+            "WebP or another format that Pillow reads, or leave the row out."
         ) from error
 
 

@@ -65,7 +65,7 @@ def told(page: Page) -> str:
 
 
 def red(page: Page, x: float, y: float) -> bool:
-    """Whether the last canvas is red there, as a box is; shares of the image."""
+    """Tell whether the last canvas is red there, as a box is; shares of the image."""
     pixel = page.value(
         "(() => { const one = [...document.querySelectorAll('canvas')].at(-1); return [...one."
         f"getContext('2d').getImageData({x} * one.width, {y} * one.height, 1, 1).data]; }})()"

@@ -219,7 +219,7 @@ def test_text_that_goes_on(client: OpenAI, served: dict[str, Served]) -> None:
         (400, "messages[0].content[0]", {"messages": asks("a", "https://e.org/a.png")}),
         (400, "--allow-urls", {"messages": asks("a", "https://e.org/a.png")}),
         (400, "--allow-files", {"messages": asks("a", "/etc/hostname")}),
-        (400, "no image", {"messages": asks("a", "data:image/png;base64,AAAA")}),
+        (400, "cannot identify image file)", {"messages": asks("a", "data:image/png;base64,AAAA")}),
         (400, "messages[0].content[0]", {"messages": [{"role": "user", "content": [{}]}]}),
         (400, "messages[0].content[0]", {"messages": [{"role": "user", "content": [7]}]}),
         (400, "messages[0]", {"messages": [{"role": "user", "content": 7}]}),

@@ -21,7 +21,9 @@ BASE = {"do_sample": True, "temperature": 0.5, "top_p": 0.75, "top_k": 7, "eos_t
 def settings_of(request: Sampling, **base: Any) -> Settings:
     answers = SimpleNamespace(stops=("<end>",), with_ends=lambda own: [own, 9])
     answerer: Any = SimpleNamespace(
-        model=SimpleNamespace(generation_config=GenerationConfig(**base)),
+        model=SimpleNamespace(
+            generation_config=GenerationConfig(**base), anatomy=SimpleNamespace(vocab_size=99)
+        ),
         processor=SimpleNamespace(answers=answers, pad_id=4),
     )
     return Served("mm", answerer, "mm").settings(request)

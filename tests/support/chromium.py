@@ -67,7 +67,7 @@ class Page:
                 return told["result"]
 
     def value(self, script: str) -> Any:
-        """What an expression of JavaScript is, or what its promise gives."""
+        """Return the value of an expression of JavaScript, or of its promise."""
         told = self.call(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )

@@ -276,8 +276,7 @@ def read_items(spec: SetSpec) -> list[Item]:
     reader.fields.check(keys, str(path))
     if spec.metric == "perplexity" and not spec.chat:
         found = reader.texts(found)
-    chosen = reader.named(found)
-    chosen = sampled(chosen, spec.limit, spec.seed)
+    chosen = sampled(reader.named(found), spec.limit, spec.seed)
     items = [reader.item(index, place, record) for index, place, record in chosen]
     if spec.modality == "image" and not any(item.has_image for item in items):
         raise UsageError(
