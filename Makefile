@@ -46,6 +46,7 @@ oldest: env $(OLDEST_VENV)/.installed
 
 # MMGRAFT_ENGINES=1: tests/engines is collected, and fails where an engine is missing.
 engines: $(ENGINES_VENV)/.installed
+	$(ENGINES_VENV)/bin/python tests/support/chromium.py
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 MMGRAFT_ENGINES=1 $(ENGINES_VENV)/bin/python -m pytest -q tests/engines
 
 lint: env

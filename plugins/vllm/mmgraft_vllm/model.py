@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ class MMGraftForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRo
         """
         positions = positions[0]
         if inputs_embeds is None:
-            inputs_embeds = self.language_model.embed_input_ids(input_ids)
+            inputs_embeds = cast(Tensor, self.language_model.embed_input_ids(input_ids))
         context = get_forward_context()
         whole = (
             not self.language_model.model.do_not_compile  # compiled once, as the first step ran it
