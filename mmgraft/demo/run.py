@@ -192,8 +192,7 @@ def run_demo(
 
 def demo_methods() -> list[str]:
     """Return the methods that have a demo, by the shipped recipes ``demo-METHOD``."""
-    names = shipped_recipes()
-    return [name.removeprefix("demo-") for name in names if name.startswith("demo-")]
+    return [name.removeprefix("demo-") for name in shipped_recipes() if name.startswith("demo-")]
 
 
 def check_demo(settings: DemoSettings) -> None:

@@ -57,6 +57,8 @@ def start_vllm(
     command = serve_command(out, [GraftFile.read(folder) for folder in folders])
     command += ["--host", address[0], "--port", str(address[1])]
     command += ["--allowed-origins", json.dumps(["*"] if cors else [])]
+    if options["dtype"]:
+        command += ["--dtype", options["dtype"]]
     if allowed.files:
         command += ["--allowed-local-media-path", str(allowed.files)]
     command += shlex.split(options["vllm_options"])

@@ -394,8 +394,7 @@ class _Batches:
         batch["rows"] = [example.where for example in examples]  # names more than an id does
         batch["bad_rows"] = [row for example in examples for row in example.skipped]
         batch.pop("workflow", None)  # the trainer names every row's
-        about = describe(batch)
-        return batch | about
+        return batch | describe(batch)
 
 
 def _device(device: str) -> str:

@@ -49,7 +49,7 @@ def test_every_option_reaches_vllm(runs: Path, became: list[Any], cli) -> None:
     rest = shlex.split(
         "--served-model-name llama words boxes --trust-request-mm-kwargs --middleware "
         "mmgraft_vllm.names.Workflows --host 127.0.0.2 --port 81 --allowed-origins '[\"*\"]' "
-        f"--allowed-local-media-path {runs} --max-model-len 64"
+        f"--dtype bfloat16 --allowed-local-media-path {runs} --max-model-len 64"
     )
     assert command[2:] == rest
     assert (env["VLLM_API_KEY"], env["MMGRAFT_ALLOWED"]) == ("secret", "http,https,file")

@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from PIL import Image
+
 from mmgraft_vllm import ALWAYS, KEY
 
 ALLOWED = "MMGRAFT_ALLOWED"
@@ -20,6 +22,7 @@ ALLOWED = "MMGRAFT_ALLOWED"
 MAX_BYTES = 64 * 2**20
 """Largest body of a request."""
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _OURS = ("mm_processor_kwargs", "media_io_kwargs")
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 
@@ -59,7 +62,10 @@ class Workflows:
             sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        return await self.app({**scope, "headers": headers}, again, send)
+        try:
+            return await self.app({**scope, "headers": headers}, again, send)
+        except Image.DecompressionBombError as error:  # which vLLM takes for a fault of its own
+            return await _refuse(send, 400, str(error))
 
 
 async def _read(receive: Any) -> bytes | None:
@@ -79,31 +85,46 @@ def _named(body: bytes) -> bytes:
     """Put the model's name where the processor sees it; refuse what clients may not send."""
     try:
         request = json.loads(body)
-    except ValueError:
-        return body  # vLLM says what is wrong with it
-    if not isinstance(request, dict):
-        return body
-    for kind, address in _media(request.get("messages")):
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is not JSON ({str(error).partition(':')[0]})") from None
+    name = request.get("model") if isinstance(request, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError("the body is an object with 'model', one of the names in /v1/models")
+    _check(request)
+    asked = request.pop(KEY, None)
+    if asked is not None and asked != name:
+        raise ValueError(f"{KEY} {asked!r} is not the model's name, {name!r}; give both or neither")
+    request["mm_processor_kwargs"] = {KEY: name, **({ALWAYS: True} if asked else {})}
+    return json.dumps(request).encode()
+
+
+def _check(request: dict[str, Any]) -> None:
+    """Refuse roles that templates drop, and media that are not images in the request."""
+    for key in _OURS:
+        if request.get(key):
+            raise ValueError(f"{key} is not taken; a workflow is chosen by the model's name")
+    for message in _messages(request):
+        if isinstance(message.get("role"), str) and message["role"] not in ROLES:
+            raise ValueError(f"no role is called {message['role']!r}; known: {', '.join(ROLES)}")
+    for kind, address in _media(request):
         if kind != "image_url":
             raise ValueError(f"content of type {kind!r} is not taken; send text and image_url")
         scheme = address.partition(":")[0].lower()
         if scheme not in ("data", *os.environ.get(ALLOWED, "").split(",")):
             raise ValueError("images come as data URLs (data:image/png;base64,...)")
-    for key in _OURS:
-        if request.get(key):
-            raise ValueError(f"{key} is not taken; a workflow is chosen by the model's name")
-    name, asked = request.get("model"), request.pop(KEY, None)
-    if asked is not None and asked != name:
-        raise ValueError(f"{KEY} {asked!r} is not the model's name, {name!r}; give both or neither")
-    if isinstance(name, str):
-        request["mm_processor_kwargs"] = {KEY: name, **({ALWAYS: True} if asked else {})}
-    return json.dumps(request).encode()
+        if scheme == "data" and not address.partition(",")[0].endswith(";base64"):
+            raise ValueError("the data of a data URL are base64 (data:image/png;base64,...)")
 
 
-def _media(messages: Any) -> Iterator[tuple[str, str]]:
+def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:
+    messages = request.get("messages")
+    return [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+
+
+def _media(request: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the type and the address of every part that is not text."""
-    for message in messages if isinstance(messages, list) else ():
-        parts = message.get("content") if isinstance(message, dict) else None
+    for message in _messages(request):
+        parts = message.get("content")
         for part in parts if isinstance(parts, list) else ():
             kind = part.get("type", "image_url") if isinstance(part, dict) else "text"
             if kind in ("text", "refusal", "thinking"):
