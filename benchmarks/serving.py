@@ -113,7 +113,8 @@ def _question(number: int) -> list[dict[str, Any]]:
 def _bias(answerer: Answerer) -> dict[str, Any]:
     """Forbid what would end an answer, in a field that transformers' server has too."""
     ends = answerer.processor.answers.with_ends(answerer.model.generation_config.eos_token_id)
-    return {"logit_bias": dict.fromkeys(map(str, ends or []), -100)}
+    listed = [ends] if isinstance(ends, int) else ends or []
+    return {"logit_bias": dict.fromkeys(map(str, listed), -100)}
 
 
 def _ask(
@@ -164,12 +165,13 @@ def _server(given: Any, *options: str) -> Iterator[str]:
     """Serve the graft on a free port until the end."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-    command = [sys.executable, "-m", "mmgraft", "serve", str(given.run), "--port", str(port)]
+    run = str(given.run.resolve())
+    command = [sys.executable, "-m", "mmgraft", "serve", run, "--port", str(port)]
     command += [*options, *(["--dtype", given.dtype] if given.dtype else [])]
     env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads()), **env}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
         try:
             while not _lives(f"http://127.0.0.1:{port}/health"):
                 if process.poll() is not None:
