@@ -1,5 +1,6 @@
 """Answer with a grafted model: a model with its processor, batches of answers, a dialogue."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -67,8 +68,15 @@ class Answerer:
         return cls(model, model.processor(files.path, options=options))
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        """Return settings of ``generate`` with a padding id, without those that are None."""
+        """Return settings of ``generate`` with a padding id, without those that are None.
+
+        Raises:
+            UsageError: One is nan or infinite.
+        """
         settings = {name: value for name, value in given.items() if value is not None}
+        for name, value in settings.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{name} is {value}; give a finite number")
         settings.setdefault("pad_token_id", self.processor.pad_id)
         return settings
 

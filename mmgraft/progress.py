@@ -6,7 +6,7 @@ A library says nothing: the command line shows the logger ``mmgraft``, and calls
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import TYPE_CHECKING, TypeVar
 
@@ -102,11 +102,8 @@ def _watch(stop: Event, console: "Console", bar: bool) -> None:
     columns = BarColumn(), TextColumn("{task.description}", markup=False)
     shown = Progress(*columns, console=console, transient=True)
     task = shown.add_task("", total=None)
-    try:
-        with shown:
-            while not stop.wait(0.2):
-                work = _works[-1]
-                shown.update(task, description=work.line(), completed=work.done)
-                shown.update(task, total=work.total or None)
-    except LiveError:
-        pass  # a training shows its own
+    with suppress(LiveError), shown:  # a training shows its own
+        while not stop.wait(0.2):
+            work = _works[-1]
+            shown.update(task, description=work.line(), completed=work.done)
+            shown.update(task, total=work.total or None)

@@ -1,6 +1,7 @@
 """The whole base as transformers loads it, and nothing made up where its files lack something."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,12 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from mmgraft.basefiles.files import ModelFiles
-from mmgraft.errors import UsageError, first_line, is_out_of_memory
+from mmgraft.errors import UsageError, brief, first_line, is_out_of_memory
 from mmgraft.progress import Work, working
 from mmgraft.textfiles import read_json
+
+#: Settings of a generation config that are numbers, or lists of them.
+_NUMBERS = re.compile(r"temperature|.*_([kp]|ids?|cutoff|penalty|size|length|tokens|beams)")
 
 
 def load_whole(files: ModelFiles, **options: Any) -> PreTrainedModel:
@@ -25,7 +29,11 @@ def load_whole(files: ModelFiles, **options: Any) -> PreTrainedModel:
         UsageError: The files are damaged, lack tensors, or need a package that is not here.
     """
     if (settings := files.path / "generation_config.json").is_file():
-        read_json(settings, "fetch it again")  # transformers would do without a damaged one
+        # transformers would do without a damaged one
+        for name, value in read_json(settings, "fetch it again").items():
+            kinds = {type(one) for one in (value if isinstance(value, list) else [value])}
+            if _NUMBERS.fullmatch(name) and kinds & {str, bool, dict}:
+                raise UsageError(f"{settings} has {brief(repr(value))} as {name}; write a number")
     try:
         what = "loading and quantising" if options.get("quantization_config") else "loading"
         with working(f"{what} {files.id}") as work, quiet(work):

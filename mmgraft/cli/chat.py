@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from mmgraft.cli import options
 from mmgraft.cli.console import note, print_json, show_error
 from mmgraft.cli.loading import load_answerer
@@ -123,14 +125,8 @@ def _dropped(text: str) -> str:
 
 def _say(dialogue: "Dialogue", text: str, settings: dict[str, Any]) -> None:
     """Hold one turn, and print the answer as it comes."""
-
-    def show(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
-    dialogue.say(text, on_text=show, **settings)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    dialogue.say(text, on_text=lambda piece: typer.echo(piece, nl=False), **settings)
+    typer.echo()
 
 
 def _warn_of_lacks(answerer: Any) -> None:

@@ -77,9 +77,8 @@ def _evaluate(given: Any) -> None:
 
     folder = find_run(given.run)
     named = {key: getattr(given, key) for key in _PASSED_ON}
-    evaluation = Evaluation(
-        folder, tuple(_specs(folder, given)), tasks=_listed(given.harness), **named
-    )
+    tasks = tuple(filter(None, map(str.strip, (given.harness or "").split(","))))
+    evaluation = Evaluation(folder, tuple(_specs(folder, given)), tasks=tasks, **named)
     if given.data is not None:
         evaluation = evaluation.with_parts_of_sets()
     plan = check(evaluation)
@@ -151,10 +150,6 @@ def _columns(given: Sequence[str] | None) -> dict[str, str] | None:
         if not (field and equals and key):
             raise UsageError(f"--column {field}{equals}{key}: write FIELD=KEY, as answer=label")
     return {field: key for field, _, key in pairs}
-
-
-def _listed(names: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (names or "").split(",") if name.strip())
 
 
 # -- what is shown ------------------------------------------------------------------------------

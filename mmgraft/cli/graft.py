@@ -121,7 +121,7 @@ def graft(
     chosen = source.load_recipe(recipe, method=method) if recipe is not None else None
     config = _config(method, {"layers": layers, **settings}, set_ or [], chosen)
     kind = get_method(config.method)
-    target = out or Path(f"{_short(base)}-{kind.name}")
+    target = out or Path(f"{Path(base.rstrip('/')).name.lower() or 'model'}-{kind.name}")
     defaults = chosen.graft if chosen else GraftDefaults()
     _check(target, force, verify)
     with uncollected():  # here torch is loaded
@@ -171,10 +171,6 @@ def _put_aside(folder: Path) -> None:
     for path in left:
         path.rename(aside / path.name)
     note(f"what an earlier training left in {folder} is in {aside.name} now")
-
-
-def _short(base: str) -> str:
-    return Path(base.rstrip("/")).name.lower() or "model"
 
 
 def _config(

@@ -84,10 +84,10 @@ def fill_cache(
             raise
     unusable = _unusable(files)
     bad += [
-        BadRow.of(cast(Row, row), _named(unusable[path], row))
+        BadRow.of(cast(Row, row), BadImage(f"{row.where}: {error}", error.fault))
         for row in rows
         for path in dict.fromkeys(map(_path, images_of_all(row.messages)))
-        if path in unusable
+        if path and (error := unusable.get(path))
     ]
     left = [path for path in files if path not in unusable]
     return fill(left)
@@ -118,10 +118,6 @@ def _unusable(paths: Iterable[ImageFile]) -> dict[ImageFile, BadImage]:
         except BadImage as error:
             errors[path] = error
     return errors
-
-
-def _named(error: BadImage, row: Shown) -> BadImage:
-    return BadImage(f"{row.where}: {error}", error.fault)
 
 
 def _path(image: object) -> ImageFile | None:

@@ -6,6 +6,7 @@ Of a row that cannot be used it is said why, in the log of a run that leaves it 
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -132,12 +133,10 @@ class BadRowLog:
                 self._read(text)
 
     def _read(self, text: str) -> None:
-        try:
+        with suppress(ValueError, KeyError, TypeError):  # a kill may cut a line short
             line = json.loads(text)
             row = BadRow(**{field.name: line[field.name] for field in fields(BadRow)})
             self._seen[(line["stage"], row.key)] = row
-        except (ValueError, KeyError, TypeError):
-            pass  # a line that a kill cut short; its row is met again
 
     def add(
         self, rows: Iterable[BadRow], stage: str | None = None, step: int | None = None

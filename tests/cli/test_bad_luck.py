@@ -137,7 +137,7 @@ def test_an_export_that_is_killed_leaves_the_old_one(cli: Any, run: Path, here: 
     shutil.copytree(here / "out", here / "kept")
     script = """
 import os, signal, sys
-import mmgraft.export.graft as full
+import mmgraft.export.folder as full
 from mmgraft.cli.app import run
 original = full.atomic_folder
 def killed(path, writer):

@@ -111,7 +111,7 @@ def test_a_projectors_settings_are_options(cli, parts: Path, here: Path) -> None
         ("perceiver", ["latent=4"], "did you mean 'latents'"),
         ("perceiver", ["form=idefics2", "heads=6"], "4 kv_heads do not divide 6 heads"),
         ("perceiver", ["latents"], "--projector-option latents: write key=value"),
-        ("perceiver", ["latents=[1"], "not a YAML value"),
+        ("perceiver", ["latents=[1"], "latents=[1 is not YAML"),
         ("perceiver", ["kind=pool"], "'kind'"),
         ("mlp", ["latents=4"], "unknown key 'latents'"),
         ("qformer", ["weights=nowhere/at/all"], "no folder 'nowhere/at/all' here"),

@@ -330,7 +330,8 @@ def test_what_is_served_and_how(run: Path, parts: Path, cli, loaded, called, mon
     monkeypatch.setattr("mmgraft.inference.Answerer.load", lambda *_, **__: answerer)
     names = called("mmgraft.serving.app.serve_names", {"mm": None})
     built = called("mmgraft.serving.app.build_app", object())
-    monkeypatch.setattr("uvicorn.Config", lambda app, log_level: app)
+    configs: list[dict[str, Any]] = []
+    monkeypatch.setattr("uvicorn.Config", lambda app, **given: configs.append(given))
     sockets: list[Any] = []
     monkeypatch.setattr(
         "uvicorn.Server", lambda _: SimpleNamespace(run=lambda sockets: seen(sockets))
@@ -343,6 +344,7 @@ def test_what_is_served_and_how(run: Path, parts: Path, cli, loaded, called, mon
     allowed = built[0].pop("allowed")
     assert (allowed.urls, allowed.files) == (True, parts.resolve())
     assert built[0] == {"served": {"mm": None}, "key": "k", "cors": True}
+    assert configs == [{"log_level": "warning", "timeout_graceful_shutdown": 5}]
     assert sockets[0].getsockname()[0] == "127.0.0.2"
     assert sockets[0].getsockname()[1] != 0
     sockets[0].close()

@@ -156,3 +156,16 @@ def test_a_number_without_end_is_named(tmp_path):
     path.write_text('[\n{"a": ' + "1" * 5000 + "}]\n")
     with pytest.raises(UsageError, match="line 2: a number of thousands of digits"):
         list(json_file(str(path)).scan())
+
+
+@pytest.mark.parametrize("twice", ['{"a": 1, "a": 2}', '{"m": [{"b": "x", "c": 1, "b": "x"}]}'])
+def test_a_key_that_stands_twice_is_named(tmp_path: Path, twice: str) -> None:
+    """Python would keep the last of the two values, and say nothing."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n' + twice + '\n{"a": {"a": [{"a": 3}]}}\n')
+    first, second, third = json_file(str(path)).scan()
+    assert "line 2: an object in which one key stands twice" in str(second.record)
+    assert [one.record.data for one in (first, third)] == [{"a": 1}, {"a": {"a": [{"a": 3}]}}]
+    path.write_text('[\n{"a": 1},\n' + twice + "]\n")
+    with pytest.raises(UsageError, match="line 3: an object in which one key stands twice"):
+        list(json_file(str(path)).scan())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmgraft.errors import UsageError
 from mmgraft.export.vllm import export_vllm
@@ -92,7 +92,12 @@ def test_what_the_plugin_cannot_run_is_refused(
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_quantised_base_is_refused_by_name(tmp_path: Path, dry_run: bool) -> None:
     """Forms that transformers loads; others are refused when they are grafted."""
-    config = make_base(tmp_path, "llama") / "config.json"
+    base = make_base(tmp_path, "llama")
+    tensors = load_file(base / "model.safetensors")
+    for name in (one for one in tensors if one.endswith("_proj.weight")):
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = base / "config.json"
     values = json.loads(config.read_text())
     values["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     config.write_text(json.dumps(values))

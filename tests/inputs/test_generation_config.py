@@ -260,3 +260,39 @@ def test_one_of_several_templates_is_chosen_by_its_name(cli, parts: Path) -> Non
     assert cli(*command, "--out", parts / "chosen", "--template", "tool_use").code == 0
     record = json.loads((parts / "chosen" / "graft_config.json").read_text())
     assert record["template"] == {"kind": "file", "text": THINKING, "options": {}}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"eos_token_id": "1"}, {"eos_token_id": [1, "2"]}, {"pad_token_id": True}, {"top_k": "50"},
+     {"temperature": "0.7"}, {"repetition_penalty": {}}, {"suppress_tokens": ["x"]},
+     {"min_length": "x"}, {"no_repeat_ngram_size": "2"}, {"max_new_tokens": "20"}],
+)  # fmt: skip
+def test_text_where_a_number_belongs_is_refused(cli, parts: Path, setting: dict[str, Any]) -> None:
+    path = parts / "base" / "generation_config.json"
+    before = path.read_bytes() if path.exists() else None
+    path.write_text(json.dumps(setting))
+    ran = cli("chat", parts / "run", "which?")
+    ((name, value),) = setting.items()
+    assert (ran.code, ran.out) == (2, "")
+    assert f"generation_config.json has {value!r} as {name}; write a number" in ran.err
+    path.write_bytes(before) if before is not None else path.unlink()
+
+
+def test_numbers_and_names_in_a_generation_config_are_read(cli, parts: Path) -> None:
+    path = parts / "base" / "generation_config.json"
+    before = path.read_bytes() if path.exists() else None
+    good = {"eos_token_id": [1, 2], "top_k": 50, "temperature": 0.7, "suppress_tokens": None,
+            "_from_model_config": True, "transformers_version": "4.40.0"}  # fmt: skip
+    path.write_text(json.dumps(good))
+    assert cli("chat", parts / "run", "which?", "--max-new-tokens", 1).code == 0
+    path.write_bytes(before) if before is not None else path.unlink()
+
+
+@pytest.mark.parametrize("flag", ["--temperature", "--top-p"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_no_number_of_a_sampled_answer_is_refused(cli, parts: Path, flag: str, value: str) -> None:
+    ran = cli("chat", parts / "run", "which?", "--temperature", "0.7", flag, value)
+    assert (ran.code, ran.out) == (2, "")
+    assert "Traceback" not in ran.err
+    assert any(said in ran.err for said in ("Invalid value", f"temperature is {value}")), ran.err

@@ -270,3 +270,20 @@ def test_a_part_is_a_text_or_an_image(tmp_path: Path) -> None:
     both = {"type": "text", "text": "Which?", "image": "red.png"}
     with pytest.raises(UsageError, match="turn 1: 'image' is not read"):
         _read(tmp_path, [{**USER, "content": [both]}, ANSWER])
+
+
+def test_images_stand_in_the_order_of_their_parts_index(tmp_path: Path) -> None:
+    names = ["red.png", "blue.png", "green.png"]
+    for name in names:
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+
+    def shown(*order: Any) -> list[str]:
+        parts = [{"type": "image", "index": at, "text": None} for at in order]
+        row = _read(tmp_path, [{**USER, "content": parts}, ANSWER], images=names)
+        return [Path(part["image"]).name for part in row.messages[0]["content"]]
+
+    assert shown(None, None, None) == shown(0, 1, 2) == names
+    assert shown(2, 0, 1) == ["green.png", "red.png", "blue.png"]
+    for wrong in ((1, 2, 3), (0, 0, 1), ("a", 0, 1), (-1, 0, 1), (2, 0, 3)):
+        with pytest.raises(UsageError, match=r"line 1 .*of index .*number them from 0"):
+            shown(*wrong)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from mmgraft.data.chat import turns as chat_turns
 from mmgraft.data.formats.fields import Fields, as_list
 from mmgraft.data.formats.layouts import Layout, Reading
+from mmgraft.data.formats.record_files import once
 from mmgraft.data.images import is_data_uri, path_of, refuse_web
 from mmgraft.data.rows import Row
 from mmgraft.errors import UsageError, brief
@@ -74,16 +75,16 @@ def place_images(
     if words != "never" and not shown:
         _refuse_other(split, where)
     if words == "never" and bare >= count:
-        return _filled(turns, images), "parts"
+        return _filled(turns, images, where), "parts"
     if words == "first" and count and not said and not shown:
-        return _filled(_with_first(turns, count, where), images), "first"
+        return _filled(_with_first(turns, count, where), images, where), "first"
     if count != bare + (said if words != "never" else 0):
         takes = f"{bare} parts take one" if words == "never" else f"{WORD} occurs {said} times"
         raise UsageError(
             f"{where}: {count} images are listed, but {takes}; write one for each image, as "
             f'{{"type": "image"}} in messages, where {WORD} is a text, else as {WORD}'
         )
-    return _filled(split, images), "words" if said else "parts"
+    return _filled(split, images, where), "words" if said else "parts"
 
 
 def _refuse_other(turns: Sequence[Turn], where: str) -> None:
@@ -137,8 +138,18 @@ def _with_first(turns: Sequence[Turn], count: int, where: str) -> list[Turn]:
     raise UsageError(f"{where}: {count} images are listed, but no turn of a user shows one; add it")
 
 
-def _filled(turns: Sequence[Turn], images: Sequence[Any]) -> list[Turn]:
-    """Return turns in which each empty image part took the next image, as far as there are any."""
+def _filled(turns: Sequence[Turn], images: Sequence[Any], where: str) -> list[Turn]:
+    """Return turns in which each empty image part took its image, as far as there are any.
+
+    Raises:
+        UsageError: Its ``index`` names an image that another part takes.
+    """
+    order = [part.get("index") for part in chain(*map(_parts, turns)) if _is_bare(part)]
+    if None not in order and order != [*range(len(order))]:
+        if sorted(map(str, order)) != sorted(map(str, range(len(images)))):
+            said = f"{where}: image parts of index {order}, and {len(images)} images"
+            raise UsageError(f"{said}; number them from 0, or leave 'index' out")
+        images = [images[int(at)] for at in order]
     queue = iter(images)
     filled = list(turns)
     for at, turn in enumerate(turns):
@@ -330,7 +341,7 @@ def _parsed(data: dict[str, Any], where: str) -> dict[str, Any]:
     texts = {key: data[key] for key in _TURNS if isinstance(data.get(key), str)}
     for key, text in texts.items():
         try:
-            texts[key] = json.loads(text)
+            texts[key] = json.loads(text, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             reason = str(error).partition(":")[0]
             raise UsageError(

@@ -32,6 +32,18 @@ class Record(Frozen):
     images: Mapping[str, StoredImage] | None = None
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON (``object_pairs_hook``); of two values for one key one would be lost.
+
+    Raises:
+        ValueError: A key stands twice.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("an object in which one key stands twice; write each key once")
+    return made
+
+
 class Found(Frozen):
     """A record that was met while a file was read from its beginning to its end.
 
@@ -142,7 +154,7 @@ class LineFile(StampedFile):
         where = f"{self.file}, line {number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            return Record(json.loads(text)) if text.strip() else None
+            return Record(json.loads(text, object_pairs_hook=once)) if text.strip() else None
         except UnicodeDecodeError as error:
             return UsageError(f"{where}: not UTF-8 text ({error.reason}); convert it")
         except json.JSONDecodeError as error:
@@ -150,8 +162,8 @@ class LineFile(StampedFile):
                 f"{where}: not JSON ({error.msg}); write one object a line, or the whole file as "
                 "one list"
             )
-        except ValueError:  # the one that is left: Python reads no number of so many digits
-            return UsageError(f"{where}: {_DIGITS}")
+        except ValueError as error:  # else Python reads no number of so many digits
+            return UsageError(f"{where}: {error if 'twice' in str(error) else _DIGITS}")
         except RecursionError:
             return UsageError(f"{where}: {_NESTED}")
 
@@ -199,7 +211,7 @@ class _Window:
         self.offset = offset  # of the next character, in bytes
         self.text, self.at, self.line = "", 0, 1
         self.decode = codecs.getincrementaldecoder("utf-8")()
-        self.json = json.JSONDecoder()
+        self.json = json.JSONDecoder(object_pairs_hook=once)
         self.chunk = chunk
         self.ended = False
 
@@ -229,10 +241,10 @@ class _Window:
                 if len(self.text) - self.at > _LONGEST or not self._more():
                     self.fail(error.msg, error.pos)
                 continue
-            except ValueError:
-                raise UsageError(f"{self.source.file}, line {self.line}: {_DIGITS}") from None
-            except RecursionError:
-                raise UsageError(f"{self.source.file}, line {self.line}: {_NESTED}") from None
+            except (ValueError, RecursionError) as error:
+                known = _NESTED if isinstance(error, RecursionError) else _DIGITS
+                said = error if "twice" in str(error) else known
+                raise UsageError(f"{self.source.file}, line {self.line}: {said}") from None
             if end < len(self.text) or not self._more():  # else a number might go on
                 self._move(end)
                 return value

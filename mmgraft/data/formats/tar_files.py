@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from mmgraft.data.formats.layouts import told
-from mmgraft.data.formats.record_files import Found, Record, StampedFile
+from mmgraft.data.formats.record_files import Found, Record, StampedFile, once
 from mmgraft.errors import UsageError, brief
 from mmgraft.vision.images import StoredImage
 
@@ -96,7 +96,7 @@ class TarFile(StampedFile):
         data: Any = None
         if "json" in kinds:
             try:
-                data = json.loads(self._text(kinds["json"]))
+                data = json.loads(self._text(kinds["json"]), object_pairs_hook=once)
             except (ValueError, RecursionError) as error:
                 return UsageError(f"{where}: its json is not JSON ({error}); correct it")
         if "txt" in kinds and not (isinstance(data, dict) and told(data)):
@@ -145,18 +145,13 @@ def _record_members(
     for kind in ("json", "txt"):
         found = [member for member in members if _kind(member.name) == kind]
         # a.json is meant where a.meta.json stands beside it
-        own = [one for one in found if _ending(one.name).lower() == kind]
+        own = [m for m in found if m.name.rpartition("/")[2].lower().partition(".")[2] == kind]
         if len(found) > 1 and len(own) != 1:
             called = brief(" or ".join(member.name for member in found))
             return UsageError(f"{where}: its row may be {called}; leave one that ends in .{kind}")
         if found:
             kinds[kind] = (own or found)[0]
     return kinds
-
-
-def _ending(name: str) -> str:
-    """Return what tells members of a sample apart: all from the first dot of the last name on."""
-    return name.rpartition("/")[2].partition(".")[2]
 
 
 def _kind(name: str) -> str:

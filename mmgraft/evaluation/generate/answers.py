@@ -172,7 +172,8 @@ def answer(
         model.workflow(workflow)  # says which there are
     texts: dict[int, str] = {}
     for kind, chosen in _by_workflow(model, encoded, workflow).items():
-        for indices in _batches(encoded, chosen, batch_size, not _pads(model, kind)):
+        padded = kind == TEXT_WORKFLOW or not model.workflow(kind).graft.promises.padding
+        for indices in _batches(encoded, chosen, batch_size, even=not padded):
             batch = _Batch(model, processor, [encoded[at] for at in indices], features, kind)
             made = batch.answers(max_new_tokens, [names[at] for at in indices])
             texts.update(zip(indices, made, strict=True))
@@ -262,11 +263,6 @@ def _by_workflow(
         own = model.default_workflow if row.images else TEXT_WORKFLOW
         found.setdefault(workflow or own, []).append(at)
     return found
-
-
-def _pads(model: GraftedModel, workflow: str) -> bool:
-    """Return whether rows may be padded on the left."""
-    return workflow == TEXT_WORKFLOW or not model.workflow(workflow).graft.promises.padding
 
 
 def _batches(

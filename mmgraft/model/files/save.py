@@ -131,12 +131,9 @@ def write_graft(
         writers[INDEX_NAME] = lambda path: path.write_text(json.dumps(index, indent=2), "utf-8")
     writers["config.json"] = lambda path: path.write_text(record.dump_config(), "utf-8")
     writers[graft_file.CONFIG_NAME] = lambda path: path.write_text(record.dump(), "utf-8")
+    old = {p.name for p in folder.glob("graft*.safetensors*") if not p.name.startswith(".")}
     with working(f"saving {folder}"):
-        replace_together(folder, writers, gone=_weight_files(folder) - writers.keys())
-
-
-def _weight_files(folder: Path) -> set[str]:
-    return {p.name for p in folder.glob("graft*.safetensors*") if not p.name.startswith(".")}
+        replace_together(folder, writers, gone=old - writers.keys())
 
 
 def _write_base(

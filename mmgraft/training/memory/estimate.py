@@ -462,7 +462,7 @@ class Estimator:
         return [self._stage(recipe, index) for index in range(first, len(recipe.stages))]
 
     def _stage(self, recipe: Recipe, index: int) -> StageEstimate:
-        stage, rows, in_pieces = recipe.stages[index], self.rows[index], self._in_pieces(recipe)
+        stage, rows = recipe.stages[index], self.rows[index]
         model, step = self._open(recipe, index)
         whole = whole_share(model, stage.optimizer, self.device)
         held = share(whole, groups_of(model), recipe.parallel, self.processes)
@@ -472,6 +472,7 @@ class Estimator:
         still = sum(held.weights.values()) + process
         # Several processes keep gradients elsewhere than the pass; those of DDP always lie there.
         many = self.processes > 1
+        in_pieces = many and recipe.parallel != "ddp"
         stay = stage.accumulate > 1 or (many and not in_pieces)
         state, sums = held.optimizer, held.gradients if stay else 0
         working = step.peak - sums + (held.passing + held.gradients if many else 0)
@@ -499,10 +500,6 @@ class Estimator:
             peak=moments[moment],
             moment=moment,
         )
-
-    def _in_pieces(self, recipe: Recipe) -> bool:
-        """Tell whether a process keeps its part of the gradients alone."""
-        return self.processes > 1 and recipe.parallel != "ddp"
 
     def _open(self, recipe: Recipe, index: int) -> tuple[GraftedModel, simulation.Step]:
         """Open a stage's model and simulate its step; what the optimizer is does not matter."""

@@ -393,15 +393,15 @@ PATCHES = [
     Patch(
         "a request's temperature 0 leaves the base's sampling on",
         "serving/served.py",
-        '            kept["do_sample"] = request.temperature > 0\n',
-        "            pass\n",
+        "bool(own.do_sample if heat is None else heat)",
+        "bool(own.do_sample)",
         "serving/test_settings.py",
     ),
     Patch(
         "a request's top_p reaches nothing",
         "serving/served.py",
-        '            kept["top_p"] = request.top_p\n',
-        "            pass\n",
+        'given = {"temperature": heat, "top_p": request.top_p}',
+        'given = {"temperature": heat}',
         "serving/test_settings.py",
     ),
     Patch(

@@ -477,8 +477,8 @@ PATCHES = [
     Patch(
         "a set's seed draws nothing",
         "evaluation/items/files.py",
-        "chosen = sampled(chosen, spec.limit, spec.seed)",
-        "chosen = sampled(chosen, spec.limit, 0)",
+        "chosen = sampled(reader.named(found), spec.limit, spec.seed)",
+        "chosen = sampled(reader.named(found), spec.limit, 0)",
         "evaluation/test_item_files.py evaluation/test_set_files.py",
     ),
     Patch(

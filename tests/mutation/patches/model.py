@@ -421,7 +421,7 @@ PATCHES = [
     Patch(
         "a sharded graft is written once more under its first name",
         "model/files/save.py",
-        "gone=_weight_files(folder) - writers.keys()",
+        "gone=old - writers.keys()",
         "gone=set()",
         "model/test_saving.py",
     ),
