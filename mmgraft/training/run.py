@@ -274,7 +274,9 @@ def _check_graft(run: Path, record: GraftFile, recipe: Recipe) -> None:
             f"stage {packed!r}: this {record.method} cannot hold several rows in one sequence: "
             f"{why}. Leave packing out; group_by: length saves padding too."
         )
-    if recipe.template_options:  # of which the template must know each
-        load_processor(record, base_files(record, run).path, None, recipe.template_options)
+    if recipe.template_options or any(one.template for one in recipe.stages):
+        base = base_files(record, run).path  # its template must know each option
+        processor = load_processor(record, base, None, recipe.template_options)
+        _ = [stage_data.with_template(processor, one.template) for one in recipe.stages]
     if record.base_trained and recipe.quantization is not None:
         raise MMGraftError("a base of its own in 4-bit is not trained; leave quantization out")

@@ -203,6 +203,18 @@ def test_the_template_of_a_stage_is_its_own(parts, tmp_path):
     assert json.loads((run / "graft_config.json").read_text())["template"]["kind"] == "chat"
 
 
+@pytest.mark.parametrize("broken", ["{% if %}", None])
+def test_the_template_of_a_later_stage_is_read_before_the_first(parts, tmp_path, broken):
+    path = tmp_path / "own.jinja"
+    if broken is not None:
+        path.write_text(broken)
+    run = make_run(parts, tmp_path / "run", "llava")
+    stages = [ALIGN, {**ALIGN, "name": "tune", "template": str(path)}]
+    write_recipe(run, parts, "llava", stages)
+    with pytest.raises(UsageError, match=r"own\.jinja"):
+        plan_training(run)  # what --dry-run shows
+
+
 class Writer:
     """Stands for TensorBoard's, and keeps what it is told."""
 

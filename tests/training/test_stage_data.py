@@ -53,6 +53,7 @@ def test_weights_show_rows_more_or_less_often(parts):
 
 def test_paths_are_absolute_and_templates_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.jinja").write_text("{{ messages }}")
     stage = {
         "name": "s",
         "train": ["projector"],

@@ -147,8 +147,7 @@ def _filled(turns: Sequence[Turn], images: Sequence[Any], where: str) -> list[Tu
     order = [part.get("index") for part in chain(*map(_parts, turns)) if _is_bare(part)]
     if None not in order and order != [*range(len(order))]:
         if sorted(map(str, order)) != sorted(map(str, range(len(images)))):
-            said = f"{where}: image parts of index {order}, and {len(images)} images"
-            raise UsageError(f"{said}; number them from 0, or leave 'index' out")
+            raise UsageError(f"{where}: image parts of index {order}; number them from 0 on")
         images = [images[int(at)] for at in order]
     queue = iter(images)
     filled = list(turns)

@@ -38,8 +38,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: A key stands twice.
     """
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    if len(made := dict(pairs)) < len(pairs):
         raise ValueError("an object in which one key stands twice; write each key once")
     return made
 
