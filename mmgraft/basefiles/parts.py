@@ -169,7 +169,8 @@ def _load(
                 state_dict=tensors,
                 dtype=dtype or own_dtype(config, reader),
                 output_loading_info=True,
-                **_dequantised(config),
+                # MXFP4, the one form in which gpt-oss is published, is unpacked
+                quantization_config=Mxfp4Config(dequantize=True) if _method(config) else None,
             )
     except RuntimeError as error:  # sizes that differ, or experts that cannot be fused
         raise UsageError(lacking(reader.files.id)) from error
@@ -190,11 +191,6 @@ def _method(config: PreTrainedConfig) -> str | None:
     if not stored:
         return None
     return (stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method", "unnamed")
-
-
-def _dequantised(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the argument that unpacks MXFP4, the one form in which gpt-oss is published."""
-    return {"quantization_config": Mxfp4Config(dequantize=True)} if _method(config) else {}
 
 
 def refuse_quantised(config: PreTrainedConfig, name: str) -> None:

@@ -18,6 +18,7 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
+from mmgraft.data.chat.turns import check_text
 from mmgraft.errors import did_you_mean
 from mmgraft.inference import AnswerStreamer
 from mmgraft.serving.requests import Allowed, ChatRequest, CompletionRequest, Sampling
@@ -128,6 +129,7 @@ class _Handler(BaseHandler):
     _request: type[Sampling]
 
     def _validate_request(self, body: dict[str, Any]) -> None:
+        check_text(body, "the request")
         self._request.parse(body, "the request")
 
     def _build_generation_config(

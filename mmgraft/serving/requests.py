@@ -47,7 +47,7 @@ class Sampling(StrictModel):
     @property
     def stops(self) -> tuple[str, ...]:
         """Return the texts that end an answer, of which they are no part."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(filter(None, self.stop or ()))
+        return tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or ()))
 
 
 class CompletionRequest(Sampling):

@@ -309,7 +309,8 @@ def test_the_rows_of_the_page_are_read_as_it_says(folder: Path, name: str) -> No
     "word",
     ["<image_1>", "<image 2>", "<IMAGE>", "<image/>", "<|image|>", "<|image_1|>", "<ImageHere>",
      "<|vision_start|><|image_pad|>", "<start_of_image>", "<image_soft_token>", "[IMG]", "<img>",
-     "&lt;image&gt;", "Picture 1: <img>red.png</img>\n", "<video>", "<audio>", "<|video_pad|>"],
+     "[img-1]", "&lt;image&gt;", "Picture 1: <img>red.png</img>\n", "<video>", "<audio>",
+     "<|video_pad|>"],
 )  # fmt: skip
 @pytest.mark.parametrize("key", ["role", "from"])
 def test_placeholders_of_other_tools_are_named(folder: Path, word: str, key: str) -> None:

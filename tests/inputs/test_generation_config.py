@@ -296,3 +296,11 @@ def test_no_number_of_a_sampled_answer_is_refused(cli, parts: Path, flag: str, v
     assert (ran.code, ran.out) == (2, "")
     assert "Traceback" not in ran.err
     assert any(said in ran.err for said in ("Invalid value", f"temperature is {value}")), ran.err
+
+
+@pytest.mark.parametrize("words", [["a\udcffb"], ["which?", "--system", "\ud83d"]])
+def test_half_a_character_on_the_command_line_is_named(cli, parts: Path, words: list[str]) -> None:
+    """A terminal's bytes that are no UTF-8 come as such; tokenizers take none."""
+    ran = cli("chat", parts / "run", *words)
+    assert (ran.code, ran.out) == (2, "")
+    assert "half a character" in ran.err

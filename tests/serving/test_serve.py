@@ -238,6 +238,9 @@ def test_text_that_goes_on(client: OpenAI, served: dict[str, Served]) -> None:
         (400, "'logit_bias", {"logit_bias": {"a": 1}}),
         (400, "logit_bias", {"logit_bias": {"999999": 1}}),
         (400, "logit_bias", {"logit_bias": {"-1": 1}}),
+        (400, "half a character", {"messages": asks("a\ud800")}),
+        (400, "half a character", {"stop": ["a\udfff"]}),
+        (400, "half a character", {"user": "\ud83d"}),
     ],
 )  # fmt: skip
 def test_refused(address: str, status: int, text: str, body: dict[str, Any]) -> None:

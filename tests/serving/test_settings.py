@@ -50,6 +50,7 @@ def text(**fields: Any) -> CompletionRequest:
         ({"seed": 5}, {"seed": 5}),
         ({"logit_bias": {"7": -2.0}}, {"sequence_bias": {(7,): -2.0}}),
         ({"stop": "x"}, {"stops": ("x",), "stop_strings": ["<end>", "x"]}),
+        ({"stop": ""}, {}),
         ({"stop": ["x", "", "y"]}, {"stops": ("x", "y"), "stop_strings": ["<end>", "x", "y"]}),
         (
             {"temperature": 0},

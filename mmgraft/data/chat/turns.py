@@ -16,6 +16,8 @@ from mmgraft.vision.images import StoredImage
 Message = Mapping[str, Any]
 
 
+#: Lists and objects in each other.
+_DEEPEST = 100
 #: Keys of an image part that may hold the image.
 IMAGE_KEYS = ("image", "image_url", "path", "url")
 
@@ -290,12 +292,37 @@ def with_system(
     return [{"role": "system", "content": system}, *messages]
 
 
+def check_text(data: Any, where: str) -> None:
+    """Refuse what JSON can write and no tokenizer reads: half characters, endless nesting.
+
+    Raises:
+        UsageError: It names the half character, or how deep the lists are.
+    """
+    left: list[tuple[Any, int]] = [(data, 0)]
+    while left:
+        value, depth = left.pop()
+        if isinstance(value, str):
+            try:
+                _ = value.isascii() or value.encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{where}: half a character ({value[error.start]!a}) in its text; write "
+                    "the whole one, or leave it out"
+                ) from None
+        elif isinstance(value, dict | list):
+            if depth == _DEEPEST:
+                raise UsageError(f"{where}: more than {_DEEPEST} lists in lists; write a row")
+            inner = [*value, *value.values()] if isinstance(value, dict) else value
+            left += [(one, depth + 1) for one in inner]
+
+
 def clean(messages: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
     """Return turns with known roles, calls whose arguments are objects, reasoning under its names.
 
     Raises:
-        UsageError: An unknown role, or calls that are no calls.
+        UsageError: An unknown role, calls that are no calls, or as ``check_text``.
     """
+    check_text(messages, where)
     made = [clean_turn(turn, f"{where}, turn {at}") for at, turn in enumerate(messages, start=1)]
     for turn in made:  # as newer versions of transformers do it
         said = next((turn[key] for key in THOUGHTS if turn.get(key)), None)

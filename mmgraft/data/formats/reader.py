@@ -26,7 +26,7 @@ WORD = "<image>"
 #: Placeholders that other tools write for an image, a video or a sound.
 _OTHER_WORDS = re.compile(
     r"\A\s*<\s?(?:image|img|video|audio)\s?/?>|<img>[^<]+</img>"  # in a text <img> may be HTML
-    r"|<\|(?:image|img|vision|video|audio)[\w ]*\|>|\[IMG\]|&lt;image&gt;"
+    r"|<\|(?:image|img|vision|video|audio)[\w ]*\|>|\[img(?:-\d+)?\]|&lt;image&gt;"
     r"|<(?:image|img|video|audio)(?:[ _]?\d+|here|[ _](?:pad|placeholder|token|soft_token))>"
     r"|<start_of_(?:image|audio)>",
     re.IGNORECASE,
@@ -162,8 +162,6 @@ def _filled(turns: Sequence[Turn], images: Sequence[Any], where: str) -> list[Tu
 #: Characters; what is longer is hardly a path.
 _LONGEST_NAME = 1000
 _TURNS = ("messages", "conversations", "texts", "history")
-#: Lists and objects in each other.
-_DEEPEST = 100
 
 
 _PLACED = {
@@ -207,7 +205,7 @@ class RowReader:
         data = _parsed(data, where)
         index = id_of(data, self.reading) or place.split()[-1]
         where = f"{where} (id {index})"
-        _check_text(data, where)
+        chat_turns.check_text(data, where)
         layout = self.reading.layout(data, where)
         turns = layout.turns(data, where)
         name = self._name(layout, data)
@@ -347,27 +345,6 @@ def _parsed(data: dict[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: its {key!r} is a text that is not JSON ({reason}); correct it"
             ) from None
     return {**data, **texts} if texts else data
-
-
-def _check_text(data: dict[str, Any], where: str) -> None:
-    """Refuse what JSON can write and what reads a row cannot: half characters, endless nesting."""
-    left: list[tuple[Any, int]] = [(data, 0)]
-    while left:
-        value, depth = left.pop()
-        if isinstance(value, str):
-            try:
-                if not value.isascii():
-                    value.encode()
-            except UnicodeEncodeError as error:
-                raise UsageError(
-                    f"{where}: half a character ({value[error.start]!a}) in its text; write "
-                    "the whole one, or leave it out"
-                ) from None
-        elif isinstance(value, dict | list):
-            if depth == _DEEPEST:
-                raise UsageError(f"{where}: more than {_DEEPEST} lists in lists; write a row")
-            inner = [*value, *value.values()] if isinstance(value, dict) else value
-            left += [(one, depth + 1) for one in inner]
 
 
 def _held(image: Any, where: str) -> Any:
