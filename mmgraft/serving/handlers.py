@@ -18,7 +18,7 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
-from mmgraft.errors import did_you_mean
+from mmgraft.errors import UsageError, did_you_mean
 from mmgraft.inference import AnswerStreamer
 from mmgraft.serving.requests import Allowed, ChatRequest, CompletionRequest, Sampling
 from mmgraft.serving.served import Served, Settings
@@ -129,6 +129,10 @@ class _Handler(BaseHandler):
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         self._request.parse(body, "the request")
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("the request: a text has half a surrogate pair; mend it") from error
 
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False

@@ -16,10 +16,6 @@ from mmgraft.model.files.load import graft_folder
 from mmgraft.progress import say
 from mmgraft.serving.requests import Allowed
 
-_HERE_ALONE = (
-    "no_vllm", "show_reasoning", "device", "quantization", "template_option", "revision"
-)  # fmt: skip
-
 
 def start_vllm(
     runs: Sequence[str],
@@ -42,13 +38,18 @@ def start_vllm(
     Returns:
         The reason why vLLM does not serve them; None after a dry run.
     """
-    missing = [name for name in ("vllm", "mmgraft_vllm") if find_spec(name) is None]
-    if missing:
+    folders = [graft_folder(run) for run in runs]
+    try:
+        further = shlex.split(options["vllm_options"])
+    except ValueError as error:
+        raise UsageError(f"--vllm-options: {error}; close every quote") from error
+    if missing := [name for name in ("vllm", "mmgraft_vllm") if find_spec(name) is None]:
         return f"{' and '.join(missing)} not installed"
-    for name in _HERE_ALONE:
+    for name in (
+        "no_vllm", "show_reasoning", "device", "quantization", "template_option", "revision"
+    ):  # fmt: skip
         if options[name]:
             return f"--{name.replace('_', '-')}"
-    folders = [graft_folder(run) for run in runs]
     out = check_folder(default_folder(folders[0], "vllm"), folders[0], force=True)
     try:
         export_vllm(folders, out, options["base"], options["dtype"], options["dry_run"])
@@ -61,7 +62,7 @@ def start_vllm(
         command += ["--dtype", options["dtype"]]
     if allowed.files:
         command += ["--allowed-local-media-path", str(allowed.files)]
-    command += shlex.split(options["vllm_options"])
+    command += further
     say(shlex.join(command))
     if options["dry_run"]:
         return None
