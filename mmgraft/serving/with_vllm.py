@@ -16,6 +16,10 @@ from mmgraft.model.files.load import graft_folder
 from mmgraft.progress import say
 from mmgraft.serving.requests import Allowed
 
+_HERE_ALONE = (
+    "no_vllm", "show_reasoning", "device", "quantization", "template_option", "revision"
+)  # fmt: skip
+
 
 def start_vllm(
     runs: Sequence[str],
@@ -45,9 +49,7 @@ def start_vllm(
         raise UsageError(f"--vllm-options: {error}; close every quote") from error
     if missing := [name for name in ("vllm", "mmgraft_vllm") if find_spec(name) is None]:
         return f"{' and '.join(missing)} not installed"
-    for name in (
-        "no_vllm", "show_reasoning", "device", "quantization", "template_option", "revision"
-    ):  # fmt: skip
+    for name in _HERE_ALONE:
         if options[name]:
             return f"--{name.replace('_', '-')}"
     out = check_folder(default_folder(folders[0], "vllm"), folders[0], force=True)
@@ -58,10 +60,8 @@ def start_vllm(
     command = serve_command(out, [GraftFile.read(folder) for folder in folders])
     command += ["--host", address[0], "--port", str(address[1])]
     command += ["--allowed-origins", json.dumps(["*"] if cors else [])]
-    if options["dtype"]:
-        command += ["--dtype", options["dtype"]]
-    if allowed.files:
-        command += ["--allowed-local-media-path", str(allowed.files)]
+    command += ["--dtype", options["dtype"]] if options["dtype"] else []
+    command += ["--allowed-local-media-path", str(allowed.files)] if allowed.files else []
     command += further
     say(shlex.join(command))
     if options["dry_run"]:
