@@ -18,7 +18,6 @@ _VLLM = {
     "vllm_options": given(str, "Further options of vllm serve, in one text.", default=""),
     "dry_run": given(bool, "--dry-run", "Show the command for vLLM; start nothing.", default=False),
 }
-_LAST_SECONDS = 5  # that running answers have after Ctrl-C
 _KEY = "Key that clients must send; also MMGRAFT_API_KEY."
 
 
@@ -79,13 +78,12 @@ def _serve_here(
 
     check_packages()
     listening = _listen(host, port)
-    first, *others = runs
-    answerer = load_answerer(first, **loading)
-    served = serve_names(answerer, others, loading["base"])
+    served = serve_names(load_answerer(runs[0], **loading), runs[1:], loading["base"])
     import uvicorn
 
     app = build_app(served, allowed, api_key, cors)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_SECONDS)
+    # Running answers have five seconds after Ctrl-C.
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
     note(f"serving {', '.join(served)} at {address} (Ctrl-C ends)")
     if not api_key and host not in ("127.0.0.1", "localhost", "::1"):
@@ -94,11 +92,9 @@ def _serve_here(
 
 
 def _folder(path: Path | None) -> Path | None:
-    if path is None:
-        return None
-    if not path.is_dir():
+    if path is not None and not path.is_dir():
         raise UsageError(f"--allow-files {path}: no folder; name one that is there")
-    return path.resolve()
+    return path and path.resolve()
 
 
 def _listen(host: str, port: int) -> socket.socket:

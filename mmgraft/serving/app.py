@@ -7,7 +7,6 @@ mmgraft's: :class:`Served` stands for a model and its processor.
 import hmac
 import inspect
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 #: Largest body of a request.
 MAX_BYTES = 64 * 2**20
 
-_NEEDED = ("fastapi", "uvicorn", "openai")
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 
 
@@ -37,8 +35,7 @@ def check_packages() -> None:
     Raises:
         UsageError: Names those that are missing.
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
+    if missing := [name for name in ("fastapi", "uvicorn", "openai") if find_spec(name) is None]:
         raise UsageError(
             f"serving needs {', '.join(missing)}: pip install 'mmgraft[serve]', then try again"
         )
@@ -70,7 +67,7 @@ def serve_names(
         name = record.workflow if record.workflow not in found else folder.resolve().name
         if name in found:
             raise UsageError(f"{source}: {name!r} is served already; name its folder otherwise")
-        workflow = re.sub(r"\W", "_", name)
+        workflow = f"served_{len(found)}"  # any folder's name will do
         model.add_workflow(workflow, folder)
         files = base_files(record, folder, base)
         made = model.processor(files.path, workflow, answerer.processor.options)
@@ -110,6 +107,7 @@ def build_app(
     app.router.routes[:] = [one for one in app.router.routes if getattr(one, "path", "") in _ROUTES]
     _answer_errors(app)
     _guard(app, key)
+    app.router.redirect_slashes = False  # a redirect has no error's form
     app.user_middleware.reverse()  # a page may read refusals too
     return app
 
@@ -141,8 +139,7 @@ def _guard(app: "FastAPI", key: str | None) -> None:
             return _error("wrong or no API key; send Authorization: Bearer KEY", 401)
         size = request.headers.get("content-length", "")
         if request.method == "POST" and (not size.isdigit() or int(size) > MAX_BYTES):
-            limit = MAX_BYTES // 2**20
-            return _error(f"a request needs a Content-Length of at most {limit} MiB", 413)
+            return _error(f"a request needs a Content-Length up to {MAX_BYTES // 2**20} MiB", 413)
         try:
             return await call_next(request)
         except Exception as error:  # answered here, so that a page may read it

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, StrictBool
 
 from mmgraft.data.images import is_data_uri, path_of
 from mmgraft.errors import UsageError, brief
 from mmgraft.frozen import Frozen
 from mmgraft.strict import StrictModel
-
-#: Largest number of tokens in an answer where a request names none, as transformers has it.
-DEFAULT_TOKENS = 1024
 
 
 class Sampling(StrictModel):
@@ -31,8 +28,8 @@ class Sampling(StrictModel):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream: StrictBool | None = None
+    stream_options: dict[Literal["include_usage", "include_obfuscation"], bool] | None = None
     logit_bias: dict[NonNegativeInt, float] | None = None
     n: Literal[1] | None = None
     frequency_penalty: Literal[0] | None = None
@@ -42,7 +39,7 @@ class Sampling(StrictModel):
     @property
     def tokens(self) -> int:
         """Return the largest number of tokens in the answer."""
-        return self.max_tokens or DEFAULT_TOKENS
+        return self.max_tokens or 1024  # as transformers has it
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -118,14 +115,23 @@ class Allowed(Frozen):
                 f"{where}: give a part as {{'type': 'text', 'text': ...}} or as {{'type': "
                 "'image_url', 'image_url': {'url': 'data:image/png;base64,...'}}"
             )
-        return {"type": "image", "image": self._image(url, where)}
+        try:
+            return {"type": "image", "image": self._image(url, where)}
+        except UsageError:
+            raise
+        except Exception as error:  # a broken address, the network, the server there, what it sends
+            raise UsageError(
+                f"{where}: {brief(repr(url))} cannot be fetched as an image ({error})"
+            ) from error
 
     def _image(self, url: str, where: str) -> Any:
         scheme = urlsplit(url).scheme.lower()
         if is_data_uri(url):
             return url
         if scheme in ("http", "https") and self.urls:
-            return _fetch(url, where)
+            from transformers.image_utils import load_image
+
+            return load_image(url, timeout=10.0)
         path = Path(path_of(url)).resolve()
         if scheme == "file" and self.files is not None and path.is_relative_to(self.files):
             return str(path)
@@ -134,14 +140,3 @@ class Allowed(Frozen):
             "(data:image/png;base64,...), and this server may not open it; it was started without "
             f"{'--allow-urls' if scheme.startswith('http') else '--allow-files FOLDER'} for it"
         )
-
-
-def _fetch(url: str, where: str) -> Any:
-    from transformers.image_utils import load_image
-
-    try:
-        return load_image(url, timeout=10.0)
-    except Exception as error:  # of the network, of the server there, of what it sends
-        raise UsageError(
-            f"{where}: {brief(url)} cannot be fetched as an image ({error})"
-        ) from error

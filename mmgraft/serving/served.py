@@ -65,11 +65,12 @@ class Served(Frozen):
         above it those of sampling count, and beams, caches and stop strings do not.
         """
         own = self.generation_config
-        kept = token_settings(own, request.temperature != 0)
+        # What is colder than a millionth is as greedy, and would divide scores past all numbers.
+        heat = request.temperature and round(request.temperature, 6)
+        kept = token_settings(own, heat != 0)
         answers = self.answerer.processor.answers
         kept.update(eos_token_id=answers.with_ends(own.eos_token_id), max_length=None)
         kept.update(pad_token_id=self.answerer.processor.pad_id, max_new_tokens=request.tokens)
-        heat = request.temperature
         kept["do_sample"] = bool(own.do_sample if heat is None else heat)
         given = {"temperature": heat, "top_p": request.top_p}
         kept.update({name: value for name, value in given.items() if value})

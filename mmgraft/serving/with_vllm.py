@@ -42,13 +42,16 @@ def start_vllm(
     Returns:
         The reason why vLLM does not serve them; None after a dry run.
     """
-    missing = [name for name in ("vllm", "mmgraft_vllm") if find_spec(name) is None]
-    if missing:
+    folders = [graft_folder(run) for run in runs]
+    try:
+        further = shlex.split(options["vllm_options"])
+    except ValueError as error:
+        raise UsageError(f"--vllm-options: {error}; close every quote") from error
+    if missing := [name for name in ("vllm", "mmgraft_vllm") if find_spec(name) is None]:
         return f"{' and '.join(missing)} not installed"
     for name in _HERE_ALONE:
         if options[name]:
             return f"--{name.replace('_', '-')}"
-    folders = [graft_folder(run) for run in runs]
     out = check_folder(default_folder(folders[0], "vllm"), folders[0], force=True)
     try:
         export_vllm(folders, out, options["base"], options["dtype"], options["dry_run"])
@@ -57,11 +60,9 @@ def start_vllm(
     command = serve_command(out, [GraftFile.read(folder) for folder in folders])
     command += ["--host", address[0], "--port", str(address[1])]
     command += ["--allowed-origins", json.dumps(["*"] if cors else [])]
-    if options["dtype"]:
-        command += ["--dtype", options["dtype"]]
-    if allowed.files:
-        command += ["--allowed-local-media-path", str(allowed.files)]
-    command += shlex.split(options["vllm_options"])
+    command += ["--dtype", options["dtype"]] if options["dtype"] else []
+    command += ["--allowed-local-media-path", str(allowed.files)] if allowed.files else []
+    command += further
     say(shlex.join(command))
     if options["dry_run"]:
         return None

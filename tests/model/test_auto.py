@@ -85,6 +85,12 @@ def test_a_process_without_the_import_is_told_of_an_unknown_type(run: Path) -> N
     assert done.stdout.endswith("\nmmgraft\n"), done.stderr
 
 
+def test_a_processor_can_be_shown(run: Path) -> None:
+    shown = repr(AutoProcessor.from_pretrained(run))
+    assert shown.startswith("GraftedProcessor(")
+    assert "vocab_size" in shown
+
+
 def test_the_config_is_the_bases_in_a_shell(run: Path, parts: Path) -> None:
     config, base = AutoConfig.from_pretrained(run), AutoConfig.from_pretrained(parts / "base")
     assert config.get_text_config().to_dict()["hidden_size"] == base.hidden_size

@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import shutil
 import socket
 import threading
 import urllib.error
@@ -113,6 +114,14 @@ def alone(served: dict[str, Served], name: str, messages: list[dict[str, Any]], 
     settings = {"max_new_tokens": 6, "do_sample": False, **more}
     sees = any(isinstance(turn["content"], list) for turn in messages)
     return one.answerer.answers([messages], one.workflow if sees else "text", **settings)[0]
+
+
+def test_a_graft_is_called_as_its_folder_whatever_that_is(parts: Path, tmp_path: Path) -> None:
+    names = ["text", "1", "a-b", "a.b"]
+    folders = [shutil.copytree(parts / "second-one", tmp_path / name) for name in names]
+    found = serve_names(Answerer.load(parts / "first"), folders)
+    assert list(found) == ["base", "mm", *names]
+    assert len({one.workflow for one in found.values()}) == 6
 
 
 def test_models(client: OpenAI) -> None:
@@ -241,6 +250,14 @@ def test_text_that_goes_on(client: OpenAI, served: dict[str, Served]) -> None:
         (400, "half a character", {"messages": asks("a\ud800")}),
         (400, "half a character", {"stop": ["a\udfff"]}),
         (400, "half a character", {"user": "\ud83d"}),
+        (400, "'stream'", {"stream": "no"}),
+        (400, "stream_options", {"stream_options": {"include_usages": True}}),
+        (400, "stream_options", {"stream_options": {"include_usage": "perhaps"}}),
+        (400, "messages[0].content[0]", {"messages": asks("a", "http://[")}),
+        (400, "messages[0].content[0]", {"messages": asks("a", "a\0b.png")}),
+        (400, "half a character", {"messages": asks("\ud800")}),
+        (400, "half a character", {"messages": asks("a", "data:image/png;base64,\ud800")}),
+        (400, "half a character", {"stop": ["\ud800"]}),
     ],
 )  # fmt: skip
 def test_refused(address: str, status: int, text: str, body: dict[str, Any]) -> None:
@@ -282,7 +299,7 @@ def test_broken_bodies_keys_and_routes(address: str) -> None:
         status, answer = send(address, "/v1/chat/completions", {}, key)
         assert status == 401
         assert "Authorization" in answer["error"]["message"]
-    for path in ("/reset", "/load_model", "/v1/responses", "/docs"):
+    for path in ("/reset", "/load_model", "/v1/responses", "/docs", "/v1/completions/"):
         assert send(address, path, {})[0] == 404
 
 

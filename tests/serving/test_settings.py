@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, image_utils
 
 from mmgraft.errors import UsageError
-from mmgraft.serving import handlers, requests
+from mmgraft.serving import handlers
 from mmgraft.serving.requests import Allowed, ChatRequest, CompletionRequest, Sampling
 from mmgraft.serving.served import Served, Settings
 
@@ -49,6 +49,11 @@ def text(**fields: Any) -> CompletionRequest:
         ({"top_p": 0.25}, {"top_p": 0.25}),
         ({"seed": 5}, {"seed": 5}),
         ({"logit_bias": {"7": -2.0}}, {"sequence_bias": {(7,): -2.0}}),
+        ({"stop": ""}, {}),
+        (
+            {"temperature": 1e-45},
+            {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
+        ),
         ({"stop": "x"}, {"stops": ("x",), "stop_strings": ["<end>", "x"]}),
         ({"stop": ""}, {}),
         ({"stop": ["x", "", "y"]}, {"stops": ("x", "y"), "stop_strings": ["<end>", "x", "y"]}),
@@ -102,7 +107,9 @@ def asks(url: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("url", ["http://e.org/a.png", "HTTPS://e.org/a.png"])
 def test_an_address_is_fetched_with_leave_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
-    monkeypatch.setattr(requests, "_fetch", lambda url, where: fetched.append(url) or "an image")
+    monkeypatch.setattr(
+        image_utils, "load_image", lambda url, **_: fetched.append(url) or "an image"
+    )
     for closed in (Allowed(), Allowed(files=Path("/"))):
         with pytest.raises(UsageError, match="--allow-urls"):
             closed.conversation(asks(url))

@@ -98,3 +98,23 @@ def test_without_vllm_it_is_served_here(runs: Path, cli, monkeypatch: pytest.Mon
     monkeypatch.setattr("mmgraft.serving.with_vllm.find_spec", lambda name: None)
     ran = cli("serve", "words", "--dry-run")
     assert "vllm and mmgraft_vllm not installed" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["words", "nope", "--dry-run"], "nope is neither a folder nor a Hub id"),
+        (["nope", "--dry-run"], "nope is neither a folder nor a Hub id"),
+        (["words", "--vllm-options", "'open", "--dry-run"], "--vllm-options: No closing quotation"),
+        (["words", "--vllm-options", 'a "b'], "--vllm-options: No closing quotation"),
+    ],
+)
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_broken_line_is_refused_first(
+    line: list[str], says: str, installed: bool, runs: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmgraft.serving.with_vllm.find_spec", lambda name: installed or None)
+    ran = cli("serve", *line)
+    assert ran.code == 2
+    assert says in " ".join(ran.err.split())
+    assert not (runs / "words-vllm").exists()

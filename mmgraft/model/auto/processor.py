@@ -37,6 +37,9 @@ class GraftedProcessor(ProcessorMixin):
         self.chat_template = source_of(processor.template, processor.tokenizer) or None
         self.image_token = processor.decode([processor.placeholder_id], skip_special_tokens=False)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.tokenizer!r})"
+
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, images: Any = None, text: Any = None, **options: Any
     ) -> BatchFeature:
