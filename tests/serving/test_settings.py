@@ -49,7 +49,6 @@ def text(**fields: Any) -> CompletionRequest:
         ({"top_p": 0.25}, {"top_p": 0.25}),
         ({"seed": 5}, {"seed": 5}),
         ({"logit_bias": {"7": -2.0}}, {"sequence_bias": {(7,): -2.0}}),
-        ({"stop": ""}, {}),
         (
             {"temperature": 1e-45},
             {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
