@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -310,6 +311,7 @@ def test_laws(run: Path, parts: Path, cli, called, fake: Fake) -> None:
 
 def test_what_is_served_and_how(run: Path, parts: Path, cli, loaded, called, monkeypatch) -> None:
     """Every option of "serve" off its default."""
+    shutil.copytree(run, run.parent / "other")
     options = ["--show-reasoning", "--cors", "--allow-urls", "--allow-files", str(parts)]
     line = [
         "serve",
