@@ -267,11 +267,6 @@ class Graft(nn.Module):
 
     def __init__(self, config: Any, anatomy: Anatomy, parts: BaseParts | None = None) -> None:
         super().__init__()
-        if (getattr(config, "rank", None) or 0) > anatomy.hidden_size:
-            raise UsageError(
-                f"rank {config.rank} is above the width {anatomy.hidden_size} of the layers, "
-                "and no linear layer of the base has a higher one: give a lower --rank."
-            )
         self.config = config
         self.anatomy = anatomy
         self.active = True

@@ -95,6 +95,11 @@ class OnLinears(Graft):
         tokens: bool,
     ) -> None:
         super().__init__(config, anatomy)
+        if (config.rank or 0) > anatomy.hidden_size:
+            raise UsageError(
+                f"rank {config.rank} is above the width {anatomy.hidden_size} of the layers, "
+                "and no linear layer of the base has a higher one: give a lower --rank."
+            )
         self._tokens = tokens
         self.attention, self.feedforward = nn.Module(), nn.Module()
         self._modules_at: dict[int, dict[str, nn.Module]] = {}
