@@ -142,7 +142,7 @@ def test_dry_run_writes_nothing(cli, parts: Path, here: Path) -> None:
         (["--method", "wings", "--structure", "b"], "--structure"),
         (["--method", "iaa", "--layers", "1", "--set", "structre=b"], "structure"),
         (["--method", "iaa", "--layers", "1", "--recipe", "wings"], "wings"),
-        (["--method", "wings", "--heads", "5", "--rank", "4"], "heads"),
+        (["--method", "wings", "--heads", "5"], "heads"),
         (["--method", "iaa", "--layers", "1", "--template", "no.jinja"], "no.jinja"),
         (["--method", "iaa", "--layers", "1", "--verify", "hard"], "fast or full"),
     ],
