@@ -32,6 +32,10 @@ class Record(Frozen):
     images: Mapping[str, StoredImage] | None = None
 
 
+class _Twice(ValueError):
+    """A key stands twice in one object."""
+
+
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of JSON (``object_pairs_hook``); of two values for one key one would be lost.
 
@@ -39,7 +43,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         ValueError: A key stands twice.
     """
     if len(made := dict(pairs)) < len(pairs):
-        raise ValueError("an object in which one key stands twice; write each key once")
+        raise _Twice("an object in which one key stands twice; write each key once")
     return made
 
 
@@ -162,7 +166,7 @@ class LineFile(StampedFile):
                 "one list"
             )
         except ValueError as error:  # else Python reads no number of so many digits
-            return UsageError(f"{where}: {error if 'twice' in str(error) else _DIGITS}")
+            return UsageError(f"{where}: {error if isinstance(error, _Twice) else _DIGITS}")
         except RecursionError:
             return UsageError(f"{where}: {_NESTED}")
 
@@ -242,7 +246,7 @@ class _Window:
                 continue
             except (ValueError, RecursionError) as error:
                 known = _NESTED if isinstance(error, RecursionError) else _DIGITS
-                said = error if "twice" in str(error) else known
+                said = error if isinstance(error, _Twice) else known
                 raise UsageError(f"{self.source.file}, line {self.line}: {said}") from None
             if end < len(self.text) or not self._more():  # else a number might go on
                 self._move(end)
