@@ -277,6 +277,7 @@ def _check_graft(run: Path, record: GraftFile, recipe: Recipe) -> None:
     if recipe.template_options or any(one.template for one in recipe.stages):
         base = base_files(record, run).path  # its template must know each option
         processor = load_processor(record, base, None, recipe.template_options)
-        _ = [stage_data.with_template(processor, one.template) for one in recipe.stages]
+        for stage in recipe.stages:
+            stage_data.with_template(processor, stage.template)
     if record.base_trained and recipe.quantization is not None:
         raise MMGraftError("a base of its own in 4-bit is not trained; leave quantization out")

@@ -303,7 +303,8 @@ def check_text(data: Any, where: str) -> None:
         value, depth = left.pop()
         if isinstance(value, str):
             try:
-                _ = value.isascii() or value.encode()
+                if not value.isascii():
+                    value.encode()
             except UnicodeEncodeError as error:
                 raise UsageError(
                     f"{where}: half a character ({value[error.start]!a}) in its text; write "
